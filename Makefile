@@ -1,0 +1,69 @@
+# Needs Python 3.11 or newer with pip, and make; everything else is installed into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+STUBBED := accelerate
+
+define REPORT_TORCH
+import os, torch
+print("torch", torch.__version__)
+assert torch.version.cuda is None or os.environ.get("CI") != "true", "CI wants the CPU build of torch"
+endef
+export REPORT_TORCH
+
+# Else pyright asks the network at every run whether there is a newer one.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+# The steps share one environment, and their order is the order in which a mistake is cheapest to find.
+.NOTPARALLEL:
+.PHONY: help quickstart test check docs prove format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed-examples ## install the library and train on the digits
+	$(BIN)/python examples/digits.py
+
+test: check docs ## everything that has to pass: the checks, the docs and the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## the static checks alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	MYPYPATH=stubs $(BIN)/python -m mypy.stubtest $(STUBBED) --concise --ignore-missing-stub --mypy-config-file mypy.ini
+
+docs: $(VENV)/.installed-dev ## build the documentation; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
+
+prove: $(VENV)/.installed-dev ## the long proofs
+	$(BIN)/python -m pytest -m prove
+
+format: $(VENV)/.installed-dev ## rewrite the code in the house's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what was built and cached, but not the environment
+	rm -rf docs/_build dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first and pinned: resolved together with the rest, it can bring gigabytes that nobody asked for.
+$(VENV)/.installed-torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.installed-examples: $(VENV)/.installed-torch pyproject.toml
+	$(PIP) --editable ".[examples]"
+	@$(BIN)/python -c "$$REPORT_TORCH"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
+	$(PIP) --editable ".[dev,docs,examples]"
+	@$(BIN)/python -c "$$REPORT_TORCH"
+	@touch $@

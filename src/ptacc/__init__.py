@@ -1,0 +1,139 @@
+"""ptacc: trainers for PyTorch, composed from small typed mixins, on Hugging Face Accelerate."""
+
+from ptacc.callbacks.best_model import KeepBestModel as KeepBestModel
+from ptacc.callbacks.defaults import default_callbacks as default_callbacks
+from ptacc.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
+from ptacc.callbacks.print_metrics import PrintMetrics as PrintMetrics
+from ptacc.callbacks.progress_bar import ProgressBar as ProgressBar
+from ptacc.core.batches import BatchMixin as BatchMixin
+from ptacc.core.compose import hook as hook
+from ptacc.core.compose import replaces as replaces
+from ptacc.core.data import LoaderRequest as LoaderRequest
+from ptacc.core.device import AcceleratorBuilder as AcceleratorBuilder
+from ptacc.core.engine import Engine as Engine
+from ptacc.core.events import Callback as Callback
+from ptacc.core.history import RunHistory as RunHistory
+from ptacc.core.history import StepResult as StepResult
+from ptacc.core.hooks import Mixin as Mixin
+from ptacc.core.hooks import TrainerCore as TrainerCore
+from ptacc.core.loop import TrainingLoop as TrainingLoop
+from ptacc.core.run import Run as Run
+from ptacc.core.run import StateKey as StateKey
+from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
+from ptacc.errors import CompositionError as CompositionError
+from ptacc.errors import DataError as DataError
+from ptacc.errors import LaunchError as LaunchError
+from ptacc.errors import LossError as LossError
+from ptacc.errors import ModelError as ModelError
+from ptacc.errors import MonitorError as MonitorError
+from ptacc.errors import NestedRunError as NestedRunError
+from ptacc.errors import NoRunError as NoRunError
+from ptacc.errors import OptionError as OptionError
+from ptacc.errors import PtaccError as PtaccError
+from ptacc.errors import SchedulerError as SchedulerError
+from ptacc.mixins.amp import AMPMixin as AMPMixin
+from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
+from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
+from ptacc.mixins.lr_scheduler import LRSchedulerMixin as LRSchedulerMixin
+from ptacc.mixins.metrics import MetricsMixin as MetricsMixin
+from ptacc.mixins.seed import SeedMixin as SeedMixin
+from ptacc.protocols import DeviceRuntime as DeviceRuntime
+from ptacc.protocols import LRSchedulerLike as LRSchedulerLike
+from ptacc.protocols import MetricLike as MetricLike
+from ptacc.protocols import PlateauSchedulerLike as PlateauSchedulerLike
+from ptacc.protocols import SchedulerFactory as SchedulerFactory
+from ptacc.protocols import SizedDataset as SizedDataset
+from ptacc.protocols import Stateful as Stateful
+from ptacc.protocols import SupportsGradAccum as SupportsGradAccum
+from ptacc.protocols import SupportsGradClip as SupportsGradClip
+from ptacc.protocols import SupportsLRScheduler as SupportsLRScheduler
+from ptacc.protocols import SupportsMetrics as SupportsMetrics
+from ptacc.protocols import SupportsMixedPrecision as SupportsMixedPrecision
+from ptacc.protocols import SupportsSeed as SupportsSeed
+from ptacc.trainers.supervised import Trainer as Trainer
+from ptacc.types import Cadence as Cadence
+from ptacc.types import DataLoaderKwargs as DataLoaderKwargs
+from ptacc.types import EpochRecord as EpochRecord
+from ptacc.types import Epochs as Epochs
+from ptacc.types import EvalOptions as EvalOptions
+from ptacc.types import EvalResult as EvalResult
+from ptacc.types import Minutes as Minutes
+from ptacc.types import Monitored as Monitored
+from ptacc.types import Pair as Pair
+from ptacc.types import Predictions as Predictions
+from ptacc.types import Progress as Progress
+from ptacc.types import RunPlan as RunPlan
+from ptacc.types import StepOutput as StepOutput
+from ptacc.types import StepRecord as StepRecord
+from ptacc.types import Steps as Steps
+from ptacc.types import TrainOptions as TrainOptions
+
+__all__ = [
+    "AMPMixin",
+    "AcceleratorBuilder",
+    "AcceleratorConflictError",
+    "BatchMixin",
+    "Cadence",
+    "Callback",
+    "CompositionError",
+    "DataError",
+    "DataLoaderKwargs",
+    "DeviceRuntime",
+    "Engine",
+    "EpochRecord",
+    "Epochs",
+    "EvalOptions",
+    "EvalResult",
+    "GradAccumMixin",
+    "GradClipMixin",
+    "KeepBestModel",
+    "LRSchedulerLike",
+    "LRSchedulerMixin",
+    "LaunchError",
+    "LoaderRequest",
+    "LossError",
+    "MetricLike",
+    "MetricsMixin",
+    "Minutes",
+    "Mixin",
+    "ModelError",
+    "MonitorError",
+    "Monitored",
+    "NestedRunError",
+    "NoRunError",
+    "OptionError",
+    "Pair",
+    "PlateauSchedulerLike",
+    "Predictions",
+    "PrintMetrics",
+    "Progress",
+    "ProgressBar",
+    "PtaccError",
+    "Run",
+    "RunHistory",
+    "RunPlan",
+    "SchedulerError",
+    "SchedulerFactory",
+    "SeedMixin",
+    "SizedDataset",
+    "StateKey",
+    "Stateful",
+    "StepOutput",
+    "StepRecord",
+    "StepResult",
+    "Steps",
+    "StopOnNonFinite",
+    "SupportsGradAccum",
+    "SupportsGradClip",
+    "SupportsLRScheduler",
+    "SupportsMetrics",
+    "SupportsMixedPrecision",
+    "SupportsSeed",
+    "TrainOptions",
+    "Trainer",
+    "TrainerCore",
+    "TrainingLoop",
+    "default_callbacks",
+    "hook",
+    "replaces",
+]

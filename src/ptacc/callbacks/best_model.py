@@ -1,0 +1,64 @@
+"""The best model, kept in memory."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from typing_extensions import override
+
+from ptacc.core.events import Callback
+from ptacc.core.hooks import TrainerCore
+from ptacc.types import EpochRecord, Mode, Monitored, as_monitored
+
+
+class KeepBestModel(Callback[TrainerCore]):
+    """Keeps a copy of the weights of the best epoch in the host's memory, and ends the run with them.
+
+    Attributes:
+        best_value: The best value so far, NaN before the first.
+        best_epoch: The epoch that reported it, 0 before the first.
+    """
+
+    def __init__(self, monitor: str | Monitored, *, mode: Mode = "min", restore: bool = True) -> None:
+        """Watch a value.
+
+        Args:
+            monitor: The value's name or handle.
+            mode: Whether less or more is better; a handle knows that itself.
+            restore: Whether to load the best weights into the model at the end of the run.
+        """
+        self.best_value = math.nan
+        self.best_epoch = 0
+        self._monitored, self._restore = as_monitored(monitor, mode), restore
+        self._weights: dict[str, Tensor] = {}
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of the best epoch, on the host; empty before the first."""
+        return self._weights
+
+    @override
+    def monitors(self) -> tuple[Monitored, ...]:
+        """Return the value watched."""
+        return (self._monitored,)
+
+    @override
+    def on_run_start(self, trainer: TrainerCore) -> None:
+        """Forget an earlier run."""
+        self.best_value, self.best_epoch, self._weights = math.nan, 0, {}
+
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        """Keep the weights if this epoch is the best. An epoch without the value is passed over."""
+        value = record.values().get(self._monitored.name, math.nan)
+        if self._monitored.is_better(value, than=self.best_value):
+            self.best_value, self.best_epoch = value, record.epoch
+            weights = trainer.unwrapped_model.state_dict()
+            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+
+    @override
+    def on_run_end(self, trainer: TrainerCore) -> None:
+        """Load the best weights."""
+        if self._restore and self._weights:
+            trainer.unwrapped_model.load_state_dict(self._weights)

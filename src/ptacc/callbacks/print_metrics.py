@@ -1,0 +1,60 @@
+"""Printed metrics."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from typing_extensions import override
+
+from ptacc.core.events import Callback
+from ptacc.core.hooks import TrainerCore
+from ptacc.types import EpochRecord
+
+WIDTH = 10
+
+
+class PrintMetrics(Callback[TrainerCore]):
+    """Prints a row for each epoch, on rank 0: the epoch, its steps, every value it reported, and its seconds."""
+
+    def __init__(self, *, file: TextIO | None = None) -> None:
+        """Print to `file`, standard output if not given."""
+        self._file = file
+        self._columns: list[str] = []
+
+    @override
+    def on_run_start(self, trainer: TrainerCore) -> None:
+        """Begin a new table."""
+        self._columns = []
+
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        """Print the epoch's row, with a header above where there are new columns."""
+        if trainer.peers.rank != 0:
+            return
+        values = record.values()
+        if not values.keys() <= set(self._columns):
+            self._columns = list(dict.fromkeys([*self._columns, *values]))
+            self._print(["epoch", "step", *self._columns, "seconds"])
+        row = [number(values[name]) if name in values else "" for name in self._columns]
+        self._print([str(record.epoch), str(record.step), *row, f"{record.seconds:.2f}"])
+
+    @override
+    def on_run_end(self, trainer: TrainerCore) -> None:
+        """Say why a run was stopped."""
+        if trainer.run.stop_reason is not None and trainer.peers.rank == 0:
+            print(f"stopped after step {trainer.progress.steps}: {trainer.run.stop_reason}", file=self._file)
+
+    def _print(self, cells: list[str]) -> None:
+        names = ["epoch", "step", *self._columns, "seconds"]
+        widths = [max(len(name), WIDTH if name in self._columns else 5) for name in names]
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), file=self._file)
+
+
+def number(value: float) -> str:
+    """Write a value in five significant digits.
+
+    Example:
+        >>> number(0.123456), number(1e-7)
+        ('0.12346', '1e-07')
+    """
+    return f"{value:.5g}"

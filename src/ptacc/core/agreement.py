@@ -1,0 +1,63 @@
+"""Agreement: all processes stop at the same step, for the same named reason."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ptacc.core.peers import Peers
+
+
+class StopVote:
+    """The processes' wishes to stop, exchanged every `agree_every` steps by a collective that runs beside the step.
+
+    A vote that is cast at one step is counted at the next, so that nobody waits for it. Which steps these are is a
+    function of the number of the step, the same on every process.
+    """
+
+    def __init__(self, peers: Peers, agree_every: int) -> None:
+        """Vote among `peers`."""
+        self._peers, self._agree_every = peers, agree_every
+        self._ballot: tuple[torch.Tensor, dist.Work, str | None] | None = None
+
+    def outcome(self, step: int, wish: str | None) -> str | None:
+        """Return the reason that all processes agree to stop for after `step`, None to go on.
+
+        Args:
+            step: Steps completed.
+            wish: Why this process wants to stop, None if it does not.
+        """
+        if self._peers.is_alone:
+            return wish
+        reason = self._count()
+        if reason is None and step % self._agree_every == 0:
+            self._cast(wish)
+        return reason
+
+    def at_boundary(self, wish: str | None) -> str | None:
+        """Vote and count at once, where all processes are at the same place anyway: the end of an epoch."""
+        if self._peers.is_alone:
+            return wish
+        reason = self._count()
+        if reason is None:
+            self._cast(wish)
+            reason = self._count()
+        return reason
+
+    def _cast(self, wish: str | None) -> None:
+        # The rank that wishes to stop, lowest first: the largest number wins.
+        number = torch.tensor(self._peers.world_size - self._peers.rank if wish is not None else 0)
+        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._peers.group, async_op=True)
+        assert work is not None
+        self._ballot = (number, work, wish)
+
+    def _count(self) -> str | None:
+        if self._ballot is None:
+            return None
+        number, work, wish = self._ballot
+        self._ballot = None
+        work.wait()
+        if not int(number):
+            return None
+        source = self._peers.world_size - int(number)
+        return self._peers.broadcast(wish, source=source)

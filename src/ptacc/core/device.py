@@ -1,0 +1,192 @@
+"""The one adapter over Accelerate: how its `Accelerator` is configured, made once, shared, and checked."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypedDict
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from typing_extensions import Unpack
+
+from ptacc.core.peers import Peers
+from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
+from ptacc.protocols import DeviceRuntime
+from ptacc.types import Precision
+
+
+class AcceleratorSettings(TypedDict, total=False):
+    """What mixins may write of `accelerate.Accelerator`'s settings."""
+
+    mixed_precision: Precision | None
+    cpu: bool
+    kwargs_handlers: list[object]
+    dynamo_plugin: object
+    deepspeed_plugin: object
+    fsdp_plugin: object
+    parallelism_config: object
+
+
+@dataclass
+class AcceleratorBuilder:
+    """The settings of an accelerator, each written once: two mixins that write one of them are an error.
+
+    Example:
+        >>> from ptacc import AMPMixin
+        >>> builder = AcceleratorBuilder()
+        >>> builder.write(AMPMixin, mixed_precision="bf16")
+        >>> builder.settings
+        {'mixed_precision': 'bf16'}
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    provided: set[str] = field(default_factory=set)
+    _writers: dict[str, str] = field(default_factory=dict)
+
+    def write(self, writer: type, **settings: Unpack[AcceleratorSettings]) -> None:
+        """Set what `writer` is concerned with.
+
+        Raises:
+            CompositionError: Another mixin has written one of these settings already.
+        """
+        for name, value in settings.items():
+            if name in self._writers:
+                raise CompositionError(
+                    f"{self._writers[name]} and {writer.__name__} both set the accelerator's {name}. "
+                    "Compose one of them only."
+                )
+            self._writers[name] = writer.__name__
+            self.settings[name] = value
+
+    def provide(self, feature: str) -> None:
+        """Say that the trainer knows what to do when the launch asks for `feature` (a key of `LAUNCH_FEATURES`)."""
+        self.provided.add(feature)
+
+
+@dataclass(frozen=True)
+class LaunchFeature:
+    """Something that a launch can ask for by an environment variable, and a mixin has to provide."""
+
+    variable: str
+    idle: frozenset[str]
+    mixin: str
+
+
+OFF: Final = frozenset({"", "0", "no", "false"})
+LAUNCH_FEATURES: Final[Mapping[str, LaunchFeature]] = {
+    "accumulation": LaunchFeature("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", OFF | {"1"}, "GradAccumMixin"),
+    "deepspeed": LaunchFeature("ACCELERATE_USE_DEEPSPEED", OFF, "DeepSpeedMixin"),
+    "fsdp": LaunchFeature("ACCELERATE_USE_FSDP", OFF, "FSDPMixin"),
+    "dynamo": LaunchFeature("ACCELERATE_DYNAMO_BACKEND", OFF, "CompileMixin"),
+    "megatron": LaunchFeature("ACCELERATE_USE_MEGATRON_LM", OFF, "no mixin of ptacc"),
+    "parallelism": LaunchFeature("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "TensorParallelMixin"),
+}
+
+
+@dataclass
+class _Shared:
+    """The accelerator of this process: Accelerate keeps its state in the process, so there is one at a time."""
+
+    accelerator: Accelerator
+    peers: Peers
+    settings: dict[str, Any]
+    owners: weakref.WeakSet[object]
+
+
+_shared: list[_Shared] = []
+
+
+def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceRuntime, Peers]:
+    """Return the accelerator with these settings, made at the first call and shared by all who ask for the same.
+
+    Args:
+        owner: The trainer that asks.
+        builder: The settings it needs.
+
+    Raises:
+        AcceleratorConflictError: Another living trainer has one with other settings.
+        LaunchError: The launch asks for what the trainer cannot give, or its processes do not see each other.
+        OptionError: fp16 on a device where it would silently be fp32.
+    """
+    check_launch_environment(builder)
+    if _shared and _shared[0].settings != builder.settings:
+        gc.collect()  # a trainer that nobody holds any more must not be in the way
+        others = [other for other in _shared[0].owners if other is not owner]
+        if others:
+            raise AcceleratorConflictError(
+                f"{type(owner).__name__} needs an accelerator with {_told(builder.settings)}, and "
+                f"{type(others[0]).__name__} holds this process's one with {_told(_shared[0].settings)}. "
+                "Delete that trainer first, or give both the same options."
+            )
+        _shared.clear()
+        AcceleratorState._reset_state()  # noqa: SLF001  # the only way to another precision; process groups stay
+    if not _shared:
+        plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
+        accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
+        check_accelerator(accelerator)
+        _shared.append(_Shared(accelerator, Peers.of_this_launch(), builder.settings, weakref.WeakSet()))
+    _shared[0].owners.add(owner)
+    return _shared[0].accelerator, _shared[0].peers
+
+
+def check_launch_environment(builder: AcceleratorBuilder) -> None:
+    """Raise `LaunchError` where the launch asks for something that no mixin of this trainer provides."""
+    for name, feature in LAUNCH_FEATURES.items():
+        value = os.environ.get(feature.variable, "")
+        if value.lower() not in feature.idle and name not in builder.provided:
+            raise LaunchError(
+                f"The launch set {feature.variable}={value}, and this trainer has nothing that would do it: it needs "
+                f"{feature.mixin}. Compose it, or launch without."
+            )
+
+
+def check_accelerator(accelerator: DeviceRuntime) -> None:
+    """Raise where an accelerator would silently do something else than was asked for."""
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size > 1 and accelerator.num_processes == 1:
+        raise LaunchError(
+            f"WORLD_SIZE={world_size}, and Accelerate sees 1 process: {world_size} trainings would run that know "
+            "nothing of each other. Without a GPU, launch with ACCELERATE_USE_CPU=true set in the environment."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise OptionError(
+            'mixed_precision="fp16" on a CPU: Accelerate would silently train in fp32. Use "bf16", or "no".'
+        )
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What a run may change of a user's model beside its weights, to be put back at its end."""
+
+    training: tuple[tuple[nn.Module, bool], ...]
+    patched: Mapping[str, object]
+
+    PATCHES = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelState:
+        """Remember the state of `model`."""
+        patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
+        return cls(tuple((module, module.training) for module in model.modules()), patched)
+
+    def restore_flags(self) -> None:
+        """Put each module's train flag back."""
+        for module, training in self.training:
+            module.training = training
+
+    def restore(self, model: nn.Module) -> None:
+        """Put everything back."""
+        for name in self.PATCHES:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(self.patched)
+        self.restore_flags()
+
+
+def _told(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "default settings"

@@ -1,0 +1,147 @@
+"""The engine: what turns a loss into an update. One is made for each run; engine mixins bring their own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
+
+from ptacc.protocols import DeviceRuntime
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One optimizer with the parameters it updates. The core iterates over slots; there is one of them today.
+
+    Args:
+        name: What checkpoints and logs call it.
+        optimizer: The user's optimizer, never wrapped.
+        parameters: The parameters it holds, in its order.
+    """
+
+    name: str
+    optimizer: Optimizer
+    parameters: tuple[Parameter, ...]
+
+    @classmethod
+    def of(cls, name: str, optimizer: Optimizer) -> Slot:
+        """Make the slot of an optimizer."""
+        return cls(name, optimizer, tuple(p for group in optimizer.param_groups for p in group["params"]))
+
+    @property
+    def learning_rate(self) -> float | Tensor:
+        """Learning rate of the first parameter group; a copy, where it is a tensor that will change."""
+        rate: float | Tensor = self.optimizer.param_groups[0]["lr"]
+        return rate.detach().clone() if isinstance(rate, Tensor) else rate
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as steps call it: on the device, wrapped."""
+        ...
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The optimizers."""
+        ...
+
+    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of one batch: gradients are averaged over the processes in the step's last."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        ...
+
+    def finish_gradients(self) -> None:
+        """Make the gradients what they are without the engine's own scaling."""
+        ...
+
+    def clip_norm(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a norm of at most `max_norm`, and return the norm they had: a scalar on the device."""
+        ...
+
+    def clip_value(self, max_value: float) -> None:
+        """Clamp each entry of the gradients to `[-max_value, max_value]`."""
+        ...
+
+    def update(self) -> bool:
+        """Update the weights and clear the gradients. Return False where the scaler skipped the update."""
+        ...
+
+
+class TorchEngine:
+    """Plain torch: one process or DDP, any torch optimizer, a gradient scaler where the precision needs one.
+
+    The optimizer is stepped bare. Accelerate's wrapper adds a third to the time of a small step, and nothing that is
+    missing here.
+    """
+
+    def __init__(self, accelerator: DeviceRuntime, model: nn.Module, slots: Sequence[Slot]) -> None:
+        """Wrap `model` for the processes and the precision."""
+        self._accelerator = accelerator
+        self._model = accelerator.prepare_model(model)
+        self._slots = tuple(slots)
+        self._scaler = accelerator.scaler
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as steps call it."""
+        return self._model
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The optimizers."""
+        return self._slots
+
+    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of one batch."""
+        return contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def finish_gradients(self) -> None:
+        """Divide the gradients by the scaler's factor."""
+        if self._scaler is not None:
+            for slot in self._slots:
+                self._scaler.unscale_(slot.optimizer)
+
+    def clip_norm(self, max_norm: float) -> Tensor:
+        """Scale the gradients of each slot, and return the norm of them all."""
+        norms = [clip_grad_norm_(slot.parameters, max_norm) for slot in self._slots]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def clip_value(self, max_value: float) -> None:
+        """Clamp each entry of the gradients."""
+        for slot in self._slots:
+            clip_grad_value_(slot.parameters, max_value)
+
+    def update(self) -> bool:
+        """Step every optimizer and clear the gradients."""
+        happened = True
+        for slot in self._slots:
+            if self._scaler is None:
+                slot.optimizer.step()
+            else:
+                self._scaler.step(slot.optimizer)
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            self._scaler.update()
+            happened = self._scaler.get_scale() >= scale
+        for slot in self._slots:
+            slot.optimizer.zero_grad()
+        return happened

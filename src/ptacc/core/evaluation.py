@@ -1,0 +1,279 @@
+"""Evaluation and prediction: every sample once, in the dataset's order, on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeAlias, final, overload
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import Unpack
+
+from ptacc.core.batches import BatchHooks
+from ptacc.core.checks import check_bare
+from ptacc.core.compose import hook
+from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment, source_of
+from ptacc.core.device import ModelState
+from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
+from ptacc.core.randomness import preserved_streams
+from ptacc.core.roles import Role
+from ptacc.core.run import LossSum
+from ptacc.errors import DataError, LossError
+from ptacc.protocols import SizedDataset
+from ptacc.types import (
+    BatchT,
+    EvalOptions,
+    EvalResult,
+    OutputT,
+    Pair,
+    PairSample,
+    Predictions,
+    SampleT,
+    StepOutput,
+)
+
+EVALUATION_SEED = 0
+"""Loading evaluation data that draws at random gives the same each time."""
+
+EvalData: TypeAlias = SizedDataset[SampleT] | IterableDataset[SampleT] | DataLoader[object]
+EvalSets: TypeAlias = Mapping[str, EvalData[SampleT]]
+
+
+class EvaluationLoop(BatchHooks[BatchT, OutputT]):
+    """Evaluating and predicting: the part of the loop that changes no weight."""
+
+    _role: ClassVar[Role] = "core"
+
+    # ---- what to override
+
+    @hook("default")
+    def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Compute the loss and the outputs of one batch, in eval mode and without gradients."""
+        raise NotImplementedError
+
+    @hook("default")
+    def predict_step(self, batch: BatchT) -> OutputT:
+        """Compute the outputs of one batch, in eval mode and without gradients: by default, those of `eval_step`."""
+        return self.eval_step(batch).outputs
+
+    @hook("factory")
+    def make_eval_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+        """Make the loader of an evaluation or a prediction."""
+        return request.build(shuffle=False)
+
+    # ---- what to call
+
+    @overload
+    def evaluate(self, dataset: EvalData[BatchT], **options: Unpack[EvalOptions]) -> EvalResult: ...
+    @overload
+    def evaluate(self, dataset: EvalSets[BatchT], **options: Unpack[EvalOptions]) -> dict[str, EvalResult]: ...
+    @overload
+    def evaluate(
+        self: EvaluationLoop[Pair, Any], dataset: EvalData[PairSample], **options: Unpack[EvalOptions]
+    ) -> EvalResult: ...
+    @overload
+    def evaluate(
+        self,
+        dataset: EvalData[SampleT],
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT],
+        **options: Unpack[EvalOptions],
+    ) -> EvalResult: ...
+    @final
+    def evaluate(
+        self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
+    ) -> EvalResult | dict[str, EvalResult]:
+        """Evaluate on a dataset, every sample once.
+
+        Args:
+            dataset: A dataset or a DataLoader, or several of them by name.
+            collate_fn: Makes a batch of a list of samples; torch's own if not given.
+            options: See `EvalOptions`.
+
+        Returns:
+            The result, the same on every process; for several sets, a mapping of them.
+
+        Raises:
+            DataError: No data, an empty dataset, or one that is not what it says.
+            OptionError: A count below 1.
+        """
+        sources = self._eval_sources(dataset, collate_fn, options)
+        with self._prepared():
+            results = {name: self._evaluate(name, source) for name, source in sources.items()}
+        return results if isinstance(dataset, Mapping) else results[""]
+
+    @overload
+    def predict(self, dataset: EvalData[BatchT], **options: Unpack[EvalOptions]) -> Predictions[OutputT]: ...
+    @overload
+    def predict(
+        self: EvaluationLoop[Pair, OutputT],
+        dataset: EvalData[PairSample] | EvalData[torch.Tensor],
+        **options: Unpack[EvalOptions],
+    ) -> Predictions[OutputT]: ...
+    @overload
+    def predict(
+        self,
+        dataset: EvalData[SampleT],
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT],
+        **options: Unpack[EvalOptions],
+    ) -> Predictions[OutputT]: ...
+    @final
+    def predict(
+        self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
+    ) -> Predictions[OutputT]:
+        """Predict for a dataset: one output for each sample, in the dataset's order, on the host.
+
+        Args:
+            dataset: A dataset or a DataLoader.
+            collate_fn: Makes a batch of a list of samples; torch's own if not given.
+            options: See `EvalOptions`.
+
+        Returns:
+            The outputs, the same on every process.
+
+        Raises:
+            DataError: No data, an empty dataset, or `predict_step` does not give one output for each sample.
+        """
+        indexed = list(self._predictions(dataset, collate_fn, options))
+        if sorted(index for index, _ in indexed) == list(range(len(indexed))):
+            indexed.sort(key=lambda pair: pair[0])
+        return Predictions([output for _, output in indexed])
+
+    @final
+    def stream_predictions(
+        self,
+        dataset: EvalData[SampleT],
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT] | None = None,
+        **options: Unpack[EvalOptions],
+    ) -> Iterator[OutputT]:
+        """Predict as `predict` does, one sample at a time, for data whose outputs do not fit in memory."""
+        for _, output in self._predictions(dataset, collate_fn, options):
+            yield output
+
+    # ---- how it is done
+
+    def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
+        events = self._listeners()
+        losses = LossSum(self.device)
+        with self._evaluating(), self.around_evaluation():
+            events.evaluation_start(name)
+            for host in source.epoch(0):
+                output = self._evaluate_batch(host)
+                if not host.is_phantom:
+                    _add(losses, output, self.count_items(host.data))
+            total, items = self.peers.sum([float(losses.total), losses.items])
+            result = EvalResult(total / items if items else float("nan"), self.compute_metrics())
+        events.evaluation_end(name, result)
+        return result
+
+    def _evaluate_batch(self, host: HostBatch[BatchT]) -> StepOutput[OutputT]:
+        batch = to_device(host.data, self.device)
+        output = self.eval_step(batch)
+        if not host.is_phantom:
+            self.on_eval_batch_end(batch, output)
+        return output
+
+    def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
+        """Iterate over (index in the dataset, output): in loading order, the same on every process."""
+        if isinstance(dataset, Mapping):
+            raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
+        (source,) = self._eval_sources(dataset, collate_fn, options).values()
+        events = self._listeners()
+        position = 0
+        with self._prepared(), self._evaluating(), self.around_prediction():
+            events.prediction_start()
+            for host in source.epoch(0):
+                outputs = self._predict_batch(host)
+                indices = list(host.indices) if host.indices is not None else [-1] * len(outputs)
+                mine = [] if host.is_phantom else list(zip(indices, outputs, strict=True))
+                for part in self.peers.gather(mine):
+                    for index, output in part:
+                        yield (position if index < 0 else index), output
+                        position += 1
+        events.prediction_end()
+
+    def _predict_batch(self, host: HostBatch[BatchT]) -> list[OutputT]:
+        outputs = self.predict_step(to_device(host.data, self.device))
+        on_host = map_tensors(lambda tensor: tensor.detach().cpu(), outputs)
+        count = leading_dimension(on_host)
+        if host.indices is not None and count != len(host.indices):
+            raise DataError(
+                f"{type(self).__name__}.predict_step gave {count} outputs for {len(host.indices)} samples. "
+                "Return one for each sample, along the first dimension."
+            )
+        return unbind(on_host, count)
+
+    def _eval_sources(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> dict[str, BatchSource]:
+        """Return the batches of each evaluation set by name, those of a single set under an empty name."""
+        sets = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+        limit = limit_from_environment(options.get("limit_batches"))
+        return {
+            name: source_of(
+                self._eval_loader(data, collate_fn, options),
+                self.peers,
+                EVALUATION_SEED,
+                sharding=options.get("sharding", "auto"),
+                limit=limit,
+            )
+            for name, data in sets.items()
+        }
+
+    def _eval_loader(self, data: Any, collate_fn: Any, options: EvalOptions) -> DataLoader[object]:
+        check_dataset(data)
+        if isinstance(data, DataLoader):
+            return data
+        kwargs = options.get("dataloader_kwargs", {})
+        request = LoaderRequest(data, options.get("per_device_batch_size"), collate_fn, kwargs)
+        return self.make_eval_dataloader(request)
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Have the model on the device; a run has it there already."""
+        if self.is_running:
+            yield
+            return
+        with self._borrowed_model():
+            self.model = self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True)
+            yield
+
+    @contextlib.contextmanager
+    def _borrowed_model(self) -> Iterator[None]:
+        """Let the block wrap and patch the user's model, and give it back as it was."""
+        bare = self.model
+        check_bare(type(self).__name__, bare)
+        remembered = ModelState.of(bare)
+        self._state.bare_model = bare
+        try:
+            yield
+        finally:
+            self.model = bare
+            self._state.bare_model = None
+            remembered.restore(bare)
+            self.accelerator.free_memory()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Be in eval mode without gradients, and leave flags and random streams as they were."""
+        remembered = ModelState.of(self.model)
+        try:
+            with torch.no_grad(), preserved_streams(devices=self.device.type != "cpu"):
+                self.model.eval()
+                yield
+        finally:
+            remembered.restore_flags()
+
+
+def _add(losses: LossSum, output: StepOutput[Any], count: int) -> None:
+    if output.loss.dim() != 0:
+        raise LossError(
+            f"eval_step: the loss has the shape {tuple(output.loss.shape)}, and must be a scalar, the mean over the "
+            "batch's items."
+        )
+    if output.is_sum:
+        losses.total.add_(output.loss)
+        losses.items += count
+    elif count:
+        losses.add(output.loss, count)

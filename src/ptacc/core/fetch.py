@@ -1,0 +1,145 @@
+"""Loading one batch: the datasets that a dealt loader reads from, in this process or in a worker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import default_collate as torch_default_collate
+from typing_extensions import override
+
+from ptacc.core.order import BatchKey, count_global_batches, share_of
+from ptacc.core.peers import Peers
+from ptacc.core.randomness import derive_seed, seed_everything, streams_seeded
+from ptacc.errors import DataError
+
+Collate = Callable[[list[Any]], object]
+
+
+def as_is(batch: object) -> object:
+    """Return a batch that is collated already."""
+    return batch
+
+
+def default_collate(samples: list[Any]) -> object:
+    """Collate as torch does, except that tuples give a tuple, not a list."""
+    batch = torch_default_collate(samples)
+    return tuple(batch) if isinstance(batch, list) and isinstance(samples[0], tuple) else batch
+
+
+class KeyedDataset(Dataset[Any]):
+    """A dataset asked for whole batches by their keys: loads and collates each with generators seeded for it."""
+
+    def __init__(self, dataset: Any, collate: Collate) -> None:
+        """Read from `dataset`."""
+        self.dataset, self._collate = dataset, collate
+        self._indexes_at_once = type(dataset) is TensorDataset and collate is default_collate
+
+    def __getitems__(self, key: BatchKey) -> object:
+        """Load and collate one batch. torch's loader calls this with whatever its batch sampler gives."""
+        if self._indexes_at_once:
+            indices = torch.tensor(key.indices)
+            return tuple(tensor[indices] for tensor in self.dataset.tensors)
+        with seeded_loading(key.seed):
+            return self._collate(self._samples(key))
+
+    @override
+    def __getitem__(self, index: object) -> object:
+        raise AssertionError("a keyed dataset is asked for batches, not for samples")
+
+    def _samples(self, key: BatchKey) -> list[Any]:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return list(self.dataset.__getitems__(list(key.indices)))
+            return [self.dataset[index] for index in key.indices]
+        except IndexError as error:
+            raise no_such_sample(self.dataset, f"an index up to {max(key.indices)}", error) from error
+
+
+class SharedStream(IterableDataset[Any]):
+    """A stream that every process reads alike, giving each its share of every global batch."""
+
+    def __init__(self, dataset: Any, collate: Collate, size: int, drop_last: bool, peers: Peers, seed: int) -> None:
+        """Cut `dataset` into global batches of `size` samples."""
+        self.dataset = dataset
+        self._collate, self._size, self._drop_last, self._seed = collate, size, drop_last, seed
+        self._rank, self._world_size = peers.rank, peers.world_size
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
+
+    def begin(self, epoch: int) -> None:
+        """Say which epoch is read next."""
+        self._epoch.fill_(epoch)
+
+    def num_batches(self, workers: int) -> int | None:
+        """Return the batches of an epoch where the stream has a length; workers may each end in a short one."""
+        try:
+            samples = len(self.dataset)
+        except TypeError:
+            return None
+        return workers * count_global_batches(-(-samples // workers), self._size, drop_last=self._drop_last)
+
+    def check_length(self, batches: int, workers: int) -> None:
+        """Raise `DataError` if the stream said it would have another length; several workers leave it open."""
+        expected = self.num_batches(workers)
+        if workers == 1 and expected is not None and batches != expected:
+            raise DataError(
+                f"{type(self.dataset).__name__} said it has {len(self.dataset)} samples, which are {expected} batches, "
+                f"and it gave {batches}. Correct its __len__, or leave it out and give max_steps."
+            )
+
+    @override
+    def __iter__(self) -> Iterator[tuple[object, int, int]]:
+        """Iterate over (batch, samples in it that count, samples of the global batch)."""
+        epoch = int(self._epoch)
+        setter = getattr(self.dataset, "set_epoch", None)
+        if callable(setter):
+            setter(epoch)
+        worker = get_worker_info()
+        index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        samples: Iterator[Any] | None = None
+        while True:
+            with seeded_loading(derive_seed(self._seed, epoch, index)):
+                samples = iter(self.dataset) if samples is None else samples
+                chunk = list(islice(samples, self._size))
+                if not chunk or (self._drop_last and len(chunk) < self._size):
+                    return
+                mine = list(share_of(range(len(chunk)), self._rank, self._world_size))
+                batch = self._collate([chunk[i] for i in mine] or chunk)
+            yield batch, len(mine), len(chunk)
+            index += stride
+
+
+@contextlib.contextmanager
+def seeded_loading(seed: int) -> Iterator[None]:
+    """Seed the global generators for loading one batch: a worker's are its own, this process's are put back."""
+    if get_worker_info() is not None:
+        seed_everything(seed)
+        yield
+    else:
+        with streams_seeded(seed):
+            yield
+
+
+def probe(dataset: Any) -> None:
+    """Raise `DataError` where a dataset's `__len__` promises a last sample that is not there."""
+    if isinstance(dataset, TensorDataset):
+        return
+    last = len(dataset) - 1
+    try:
+        with streams_seeded(0):
+            dataset[last]
+    except IndexError as error:
+        raise no_such_sample(dataset, f"the index {last}", error) from error
+
+
+def no_such_sample(dataset: Any, index: str, error: IndexError) -> DataError:
+    """Make the error of a dataset that says it has a sample and has not."""
+    return DataError(
+        f"{type(dataset).__name__} says it has {len(dataset)} samples, and asked for {index} it raises "
+        f"IndexError({error}). Correct its __len__ or __getitem__."
+    )

@@ -1,0 +1,197 @@
+"""The history of a run: what steps and epochs reported, flat in memory however long the run is."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ptacc.core.peers import Peers
+from ptacc.types import EpochRecord, EvalResult, StepRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STEPS_IN_MEMORY = 1000
+
+
+NOT_YET = torch.zeros(())
+"""The loss of a step none of whose batches is through."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """One step, its values still on the device.
+
+    Args:
+        step: The number of this step, counted from 1.
+        epoch: The number of its epoch, counted from 1.
+        items: Number of items of the step, over all processes.
+        learning_rate: As used by this step.
+        loss: Scalar on the device; its mean over the processes is the step's mean loss.
+        logged: Further scalars, floats or tensors on the device; likewise.
+    """
+
+    step: int
+    epoch: int
+    items: float
+    learning_rate: float | Tensor
+    loss: Tensor = NOT_YET
+    logged: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, logged: Mapping[str, Tensor]) -> None:
+        """Add the shares of one batch."""
+        self.loss = loss if self.loss is NOT_YET else self.loss + loss
+        for name, value in logged.items():
+            self.logged[name] = self.logged.get(name, 0.0) + value
+
+
+class RunHistory(Sequence[EpochRecord]):
+    """What a run reported: a sequence of its epochs, and `steps` for the last 1,000 of its steps.
+
+    Attributes:
+        stop_reason: Why the run was stopped before its end, None where it was not.
+        initial: What was evaluated before the first step, by the name of the set.
+
+    Example:
+        >>> history = RunHistory()
+        >>> history.add_epoch(EpochRecord(epoch=1, step=10, train_loss=0.5, items=320, seconds=1.0, learning_rate=0.1))
+        >>> history[-1].train_loss
+        0.5
+        >>> history.to_dict()["train_loss"]
+        [0.5]
+    """
+
+    def __init__(self, file: str | Path | None = None) -> None:
+        """Start an empty history.
+
+        Args:
+            file: Append every record to this file as JSON lines, too; the steps that memory forgets stay there.
+        """
+        self.stop_reason: str | None = None
+        self.initial: dict[str, EvalResult] = {}
+        self._epochs: list[EpochRecord] = []
+        self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
+        self._unread: list[StepResult] = []
+        self._logged: dict[str, tuple[float, int]] = {}
+        self._file = None if file is None else Path(file)
+
+    @overload
+    def __getitem__(self, index: int) -> EpochRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[EpochRecord]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> EpochRecord | Sequence[EpochRecord]:
+        """Return one epoch's record, or a slice of them."""
+        return self._epochs[index]
+
+    @override
+    def __len__(self) -> int:
+        """Return the number of epochs begun."""
+        return len(self._epochs)
+
+    @override
+    def __iter__(self) -> Iterator[EpochRecord]:
+        """Iterate over the epochs."""
+        return iter(self._epochs)
+
+    @property
+    def steps(self) -> Sequence[StepRecord]:
+        """The last 1,000 steps that were read from the device: all of them once an epoch has ended."""
+        return tuple(self._steps)
+
+    def add_step(self, result: StepResult) -> None:
+        """Keep a step, its values unread."""
+        self._unread.append(result)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many steps are unread that they should be read now."""
+        return len(self._unread) >= STEPS_IN_MEMORY
+
+    def add_epoch(self, record: EpochRecord) -> None:
+        """Keep an epoch."""
+        self._epochs.append(record)
+        self._append([("epoch", asdict(record))])
+
+    def read_steps(self, peers: Peers) -> None:
+        """Read the unread steps from the device, and put the processes' parts together.
+
+        A collective: every process reads at the same step.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        names = sorted({name for result in unread for name in result.logged})
+        records = [
+            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
+            for result, (loss, logged) in zip(unread, _read(unread, names, peers), strict=True)
+        ]
+        self._steps.extend(records)
+        self._append([("step", asdict(record)) for record in records])
+        for record in records:
+            for name, value in record.logged.items():
+                total, count = self._logged.get(name, (0.0, 0))
+                self._logged[name] = total + value, count + 1
+
+    def take_logged_means(self) -> dict[str, float]:
+        """Return the means over the steps read since this was last asked, of what they logged."""
+        logged, self._logged = self._logged, {}
+        return {name: total / count for name, (total, count) in logged.items()}
+
+    def to_dict(self) -> dict[str, list[float | None]]:
+        """Return the epochs as columns by name; None where an epoch has no such value."""
+        rows = [{"epoch": float(e.epoch), "step": float(e.step), "seconds": e.seconds, **e.values()} for e in self]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Write the epochs and the steps in memory to `path`, one JSON object a line."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            _write(file, [("step", asdict(step)) for step in self._steps])
+            _write(file, [("epoch", asdict(epoch)) for epoch in self._epochs])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return the epochs as a data frame, one row each.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.to_dict())
+
+    @override
+    def __repr__(self) -> str:
+        return f"RunHistory({len(self)} epochs, {len(self._steps)} steps in memory)"
+
+    def _append(self, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                _write(file, lines)
+
+
+def _read(unread: Sequence[StepResult], names: Sequence[str], peers: Peers) -> list[tuple[float, dict[str, float]]]:
+    """Read the losses and the logged values with one copy from the device, and average the processes' parts."""
+    keys = [(i, name) for i, result in enumerate(unread) for name in names if name in result.logged]
+    held = [result.loss for result in unread] + [torch.as_tensor(unread[i].logged[name]) for i, name in keys]
+    device = unread[0].loss.device
+    values: list[float] = torch.stack([value.detach().to(device, torch.float64) for value in held]).tolist()
+    if not peers.is_alone:
+        values = [value / peers.world_size for value in peers.sum(values)]
+    read: list[tuple[float, dict[str, float]]] = [(loss, {}) for loss in values[: len(unread)]]
+    for (i, name), value in zip(keys, values[len(unread) :], strict=True):
+        read[i][1][name] = value
+    return read
+
+
+def _write(file: IO[str], lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in lines)

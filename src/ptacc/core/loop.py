@@ -1,0 +1,338 @@
+"""`TrainingLoop`: the loop. Its pseudocode stands in the documentation and is the specification."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field
+from typing import Any, ClassVar, Self, final, overload
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import Unpack, override
+
+from ptacc.callbacks import default_callbacks
+from ptacc.core.batches import BatchHooks
+from ptacc.core.checks import check_callbacks, check_output
+from ptacc.core.compose import hook
+from ptacc.core.evaluation import EvalData, EvalSets
+from ptacc.core.events import Callback, overrides
+from ptacc.core.history import RunHistory, StepResult
+from ptacc.core.nested import to_device
+from ptacc.core.roles import Role
+from ptacc.core.run import Run, RunOptions
+from ptacc.core.setup import RunSetUp
+from ptacc.core.window import Window, windows_of
+from ptacc.errors import DataError, NestedRunError
+from ptacc.protocols import SizedDataset
+from ptacc.types import (
+    BatchT,
+    Duration,
+    EpochRecord,
+    EvalResult,
+    OutputT,
+    Pair,
+    PairSample,
+    SampleT,
+    StepOutput,
+    TrainOptions,
+)
+
+
+class TrainingLoop(RunSetUp[BatchT, OutputT]):
+    """The core loop, generic in the batch and in what a step puts out.
+
+    Options:
+        default_callbacks: A progress bar, printed metrics and a stop at the first loss that is no number, in front of
+            `callbacks`. `default_callbacks=()` leaves them out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Autoencoder(TrainingLoop[Tensor, Tensor]):
+        ...     def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        ...         decoded = self.model(batch)
+        ...         return StepOutput(loss=(decoded - batch).square().mean(), outputs=decoded)
+        >>> net = nn.Linear(4, 4)
+        >>> trainer = Autoencoder(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> history = trainer.train(list(torch.ones(32, 4)), num_epochs=2)
+        >>> len(history), history[-1].step
+        (2, 8)
+    """
+
+    _role: ClassVar[Role] = "loop"
+
+    default_callbacks: Sequence[Callback[Self]] = field(default_factory=default_callbacks)
+
+    def _mixins_stand_before_the_loop(self) -> object:
+        """Exist for type checkers: see `Mixin`."""
+        return None
+
+    def _takes_the_batches_of_the_loop(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
+        """Exist for type checkers: see `BatchMixin`."""
+
+    @override
+    def check_options(self) -> None:
+        """Refuse default callbacks that are none."""
+        check_callbacks(type(self).__name__, self.default_callbacks, Callback)
+
+    # ---- what to write, and what to override
+
+    @abstractmethod
+    def train_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Compute the loss and the outputs of one batch: a scalar, the mean over the batch's items, with its graph."""
+
+    @override
+    def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Compute the loss and the outputs of one batch: by default as `train_step` does."""
+        return self.train_step(batch)
+
+    @hook("default")
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a batch's loss, which is scaled to its share of the step."""
+        self.run.engine.backward(loss)
+
+    @override
+    def all_callbacks(self) -> Sequence[Callback[Any]]:
+        """Return the callbacks of a run, the default ones first."""
+        return (*self.default_callbacks, *self.callbacks)
+
+    # ---- what to call: sized data ends by epochs, steps or time; a stream by steps or time
+
+    @overload
+    def train(
+        self,
+        train_dataset: SizedDataset[BatchT] | DataLoader[object],
+        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
+        *,
+        num_epochs: int,
+        max_steps: int | None = None,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self: TrainingLoop[Pair, OutputT],
+        train_dataset: SizedDataset[PairSample] | DataLoader[object],
+        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
+        *,
+        num_epochs: int,
+        max_steps: int | None = None,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: SizedDataset[SampleT] | DataLoader[object],
+        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT],
+        num_epochs: int,
+        max_steps: int | None = None,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[BatchT],
+        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
+        *,
+        num_epochs: int | None = None,
+        max_steps: int,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self: TrainingLoop[Pair, OutputT],
+        train_dataset: EvalData[PairSample],
+        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
+        *,
+        num_epochs: int | None = None,
+        max_steps: int,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[SampleT],
+        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT],
+        num_epochs: int | None = None,
+        max_steps: int,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[BatchT],
+        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
+        *,
+        num_epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: Duration,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self: TrainingLoop[Pair, OutputT],
+        train_dataset: EvalData[PairSample],
+        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
+        *,
+        num_epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: Duration,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[SampleT],
+        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+        *,
+        collate_fn: Callable[[list[SampleT]], BatchT],
+        num_epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: Duration,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @final
+    def train(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_epochs: int | None = None,
+        max_steps: int | None = None,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory:
+        """Train on a dataset, and evaluate on another.
+
+        Args:
+            train_dataset: A dataset, map-style or iterable, or a DataLoader.
+            eval_dataset: Likewise, or several of them by name.
+            collate_fn: Makes a batch of a list of samples; torch's own if not given.
+            num_epochs: Passes over the data at most.
+            max_steps: Optimizer steps at most.
+            max_time: Seconds at most, or a `timedelta`.
+            options: See `TrainOptions`.
+
+        Returns:
+            The history of the run. Whichever limit comes first ended it; `stop_reason` says if anything else did.
+
+        Raises:
+            OptionError: A count below 1, or no limit at all.
+            DataError: No data, an empty dataset, or one that is not what it says.
+            ModelError: A model or optimizer that cannot be trained as given.
+            LossError: The first step's loss cannot be minimised.
+            NestedRunError: This is called within a run of the same trainer.
+        """
+        if self.is_running:
+            raise NestedRunError(
+                f"{type(self).__name__}.train() was called within its own run. Call it after that has ended, or make "
+                "a second trainer."
+            )
+        asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
+        with self._borrowed_model():
+            run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
+            try:
+                self.model = run.model
+                self.model.train()
+                self._loop(run)
+            except BaseException as error:
+                self._listeners().exception(error)
+                raise
+            finally:
+                run.is_over = True
+        return run.history
+
+    # ---- the loop
+
+    def _loop(self, run: Run) -> None:
+        """Go through a run, as the pseudocode has it."""
+        tell, around_step = self._listeners(), self._context("around_step")
+        with self.around_run():
+            tell.run_start()
+            if run.options.evaluate_first:
+                run.history.initial |= self._evaluate_sets(run)
+            while not run.is_done():
+                run.begin_epoch()
+                with self.around_epoch():
+                    tell.epoch_start()
+                    for window in self._windows(run):
+                        tell.step_start()
+                        with around_step():
+                            step, happened = self._step(run, window)
+                        run.count(window, step, happened=happened)
+                        if happened:
+                            tell.step_end(step)
+                        if run.is_due(run.options.evaluate_every, run.evaluated_at):
+                            self._evaluate_sets(run)
+                        run.stop_reason = run.vote.outcome(run.progress.steps, self.should_stop() or run.own_wish())
+                        if run.is_done():
+                            break
+                    record = self._end_epoch(run)
+                tell.epoch_end(record)
+                run.stop_reason = run.stop_reason or run.vote.at_boundary(self.should_stop() or run.own_wish())
+            tell.run_end()
+
+    def _step(self, run: Run, window: Window[BatchT]) -> tuple[StepResult, bool]:
+        """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
+        number, epoch = run.progress.steps + 1, run.progress.epochs + 1
+        step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
+        for index, host in enumerate(window.batches):
+            with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
+                batch = to_device(host.data, run.device)
+                output = self.train_step(batch)
+                if number == 1:
+                    check_output(type(self).__name__, output, run.device)
+                loss = window.share(index, output)
+                self.backward(loss)
+            step.add(loss.detach(), {name: window.mean_share(index, value) for name, value in output.logged.items()})
+            self.on_batch_end(batch, output)
+            del batch, output, loss  # the next forward pass needs their memory
+        run.engine.finish_gradients()
+        self.on_gradients_ready(step)
+        return step, run.engine.update()
+
+    def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
+        """Iterate over the windows of an epoch."""
+        batches = run.data.epoch(run.progress.epochs)
+        items_are_samples = not overrides(self, BatchHooks, "count_items") and run.options.collate_fn is None
+        windows = windows_of(
+            batches, run.batches_per_step, self.count_items, run.peers, items_are_samples=items_are_samples
+        )
+        for window in windows:
+            if run.progress.steps == 0:
+                self.check_batch(window.batches[0].data)
+            yield window
+        run.epoch.is_exhausted = True
+
+    def _end_epoch(self, run: Run) -> EpochRecord:
+        """Count the epoch, evaluate where it is time to, and put its record together."""
+        number = run.progress.epochs + 1
+        if run.is_epoch_complete:
+            if not run.progress.batches:
+                raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
+            run.complete_epoch()
+        is_last = run.is_done() and run.stop_reason is None and run.evaluated_at.steps < run.progress.steps
+        if is_last or run.is_due(run.options.evaluate_every, run.evaluated_at):
+            self._evaluate_sets(run)
+        run.history.read_steps(run.peers)
+        record = run.epoch_record(number, self.compute_train_metrics())
+        run.history.add_epoch(record)
+        return record
+
+    def _evaluate_sets(self, run: Run) -> dict[str, EvalResult]:
+        """Evaluate every set."""
+        results = {name: self._evaluate(name, source) for name, source in run.eval_data.items()}
+        run.epoch.evaluations |= results
+        run.evaluated_at = run.progress
+        return results

@@ -1,0 +1,73 @@
+"""The other processes of a run, and what is told them on the host: never by way of the devices' own collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from typing_extensions import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The processes of a run. With one process, everything here is the identity and costs nothing.
+
+    Args:
+        rank: Index of this process.
+        world_size: Number of processes.
+        group: A gloo group of them all; None where there is one process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_this_launch(cls) -> Peers:
+        """Return the processes of the initialised process group. A collective: every process makes the same call."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one process only."""
+        return self.world_size == 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes, in float64."""
+        if self.is_alone:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return cast(list[float], total.tolist())
+
+    def maximum(self, value: int) -> int:
+        """Return the largest value over all processes."""
+        if self.is_alone:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return the value that process `source` gave, on all of them."""
+        if self.is_alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes in the order of their ranks, on all of them."""
+        if self.is_alone:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return cast(list[T], values)

@@ -1,0 +1,74 @@
+"""Random streams: seeds derived from (run seed, epoch, index), and the global generators kept apart from them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import secrets
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+SEED_BITS = 63
+
+
+def fresh_seed() -> int:
+    """Draw a seed from the operating system, touching no generator."""
+    return secrets.randbits(32)
+
+
+def derive_seed(*path: int) -> int:
+    """Hash integers to a seed, the same on every machine: streams of neighbouring integers have nothing in common.
+
+    Example:
+        >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
+        (True, False)
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{len(path)}q", *path), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
+def permutation(seed: int, epoch: int, n: int) -> list[int]:
+    """Return the order of `n` samples in an epoch: a function of (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    order: list[int] = torch.randperm(n, generator=generator).tolist()
+    return order
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def preserved_streams(*, devices: bool = False) -> Iterator[None]:
+    """Put the global generators back to where they were, whatever the block draws.
+
+    Args:
+        devices: Whether the block may draw on accelerators, too; reading their state waits for them.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+
+@contextlib.contextmanager
+def streams_seeded(seed: int) -> Iterator[None]:
+    """Seed the host's global generators for the block, and put them back to where they were after it."""
+    with preserved_streams():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,24 @@
+"""The part that a class plays in a composition, told by a class attribute: guards need not import the classes."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+Role: TypeAlias = Literal["core", "mixin", "batch mixin", "loop"]
+
+
+def role_of(cls: type) -> Role | None:
+    """Return the role that `cls` itself declares, None where it declares none (its bases may)."""
+    role: Role | None = cls.__dict__.get("_role")
+    return role
+
+
+def is_mixin(cls: type) -> bool:
+    """Say whether `cls` is a mixin: derived from one, declaring no role, and with no loop in it."""
+    roles = {role_of(base) for base in cls.__mro__}
+    return "mixin" in roles and "loop" not in roles and role_of(cls) is None
+
+
+def loop_of(cls: type) -> type | None:
+    """Return the loop among the bases of `cls`, None for a mixin."""
+    return next((base for base in cls.__mro__ if role_of(base) == "loop"), None)

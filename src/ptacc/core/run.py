@@ -1,0 +1,283 @@
+"""The state of one run: made when `train()` starts, kept until the next one, and in it nothing is Optional."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Generic, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypeVar
+
+from ptacc.core.agreement import StopVote
+from ptacc.core.data import BatchSource
+from ptacc.core.engine import Engine
+from ptacc.core.history import RunHistory, StepResult
+from ptacc.core.peers import Peers
+from ptacc.core.window import Window
+from ptacc.errors import NoRunError, OptionError
+from ptacc.types import (
+    Cadence,
+    DataLoaderKwargs,
+    Duration,
+    EpochRecord,
+    Epochs,
+    EvalResult,
+    Minutes,
+    Progress,
+    RunPlan,
+    Sharding,
+    check_at_least,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class StateKey(Generic[T]):
+    """The typed key to a mixin's part of the run state: `self.run[EMA_STATE]` is an `EMAState`.
+
+    Args:
+        name: What a checkpoint calls it.
+
+    Example:
+        >>> COUNTS: StateKey[list[int]] = StateKey("counts")
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `train()` was asked for; the options are those of `TrainOptions`.
+
+    Args:
+        num_epochs: Passes over the data at most.
+        max_steps: Optimizer steps at most.
+        max_time: Duration at most, in seconds or as a `timedelta`.
+        collate_fn: The user's collate function.
+    """
+
+    num_epochs: int | None = None
+    max_steps: int | None = None
+    max_time: Duration | None = None
+    collate_fn: Callable[[list[Any]], object] | None = None
+    per_device_batch_size: int | None = None
+    train_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
+    eval_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
+    sharding: Sharding = "auto"
+    evaluate_every: Cadence = field(default_factory=lambda: Epochs(1))
+    evaluate_first: bool = False
+    limit_batches: int | None = None
+    agree_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be right."""
+        for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "agree_every"):
+            value = getattr(self, name)
+            if value is not None:
+                check_at_least("train", name, value, 1)
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise OptionError(f"train(max_time={self.max_time!r}): must be more than 0 seconds.")
+        if self.num_epochs is None and self.max_steps is None and self.max_time is None:
+            raise OptionError(
+                "train() does not know when to end: give num_epochs or max_steps, or max_time, or several of them; "
+                "whichever comes first ends the run."
+            )
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return self.max_time.total_seconds() if isinstance(self.max_time, timedelta) else self.max_time
+
+
+class LossSum:
+    """The sum of an epoch's losses, kept on the device in the widest type it has, and the number of its items."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start from nothing."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros((), dtype=dtype, device=device)
+        self.items = 0.0
+
+    def add(self, mean: Tensor, items: float) -> None:
+        """Add a mean over `items` items."""
+        self.total.add_(mean, alpha=items)
+        self.items += items
+
+
+@dataclass
+class EpochState:
+    """What is gathered while an epoch runs.
+
+    Args:
+        losses: The training loss so far.
+        started: When it began, on the monotonic clock.
+        learning_rate: As used by the last step.
+        evaluations: What was evaluated in it, by the name of the set.
+        is_exhausted: Whether its data has come to an end.
+    """
+
+    losses: LossSum
+    started: float = field(default_factory=time.monotonic)
+    learning_rate: float | Tensor = 0.0
+    evaluations: dict[str, EvalResult] = field(default_factory=dict)
+    is_exhausted: bool = False
+
+
+@dataclass
+class Run:
+    """One run of a trainer.
+
+    Args:
+        options: What `train()` was asked for.
+        plan: How long the run will be.
+        seed: From which the order of the data and all randomness in loading it are derived.
+        engine: What turns losses into updates.
+        device: The device of this process.
+        peers: The processes.
+        data: The training batches of this process.
+        eval_data: The batches of each evaluation set, by name.
+        history: What the run reported.
+        vote: How the processes agree to stop.
+        batches_per_step: Batches that a process takes for one step.
+        values: The names and handles of the values that are reported.
+    """
+
+    options: RunOptions
+    plan: RunPlan
+    seed: int
+    engine: Engine
+    device: torch.device
+    peers: Peers
+    data: BatchSource
+    eval_data: Mapping[str, BatchSource]
+    history: RunHistory
+    vote: StopVote
+    batches_per_step: int
+    values: frozenset[str]
+    epoch: EpochState = field(init=False)
+    progress: Progress = field(default_factory=Progress)
+    evaluated_at: Progress = field(default_factory=Progress)
+    stop_reason: str | None = None
+    is_over: bool = False
+    _wish: str | None = None
+    _started: float = field(default_factory=time.monotonic)
+    _states: dict[StateKey[Any], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.epoch = EpochState(LossSum(self.device))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as steps call it."""
+        return self.engine.model
+
+    # ---- a mixin's part of the state
+
+    def __getitem__(self, key: StateKey[T]) -> T:
+        """Return the part of the state under `key`."""
+        try:
+            return cast(T, self._states[key])
+        except KeyError:
+            raise NoRunError(
+                f"The run has no state {key.name!r} yet: it is made in on_run_start. Read it after that, in a class "
+                "that composes the mixin it belongs to."
+            ) from None
+
+    def __setitem__(self, key: StateKey[T], state: T) -> None:
+        """Put a part of the state under `key`."""
+        self._states[key] = state
+
+    def __contains__(self, key: object) -> bool:
+        """Say whether there is a state under `key`."""
+        return key in self._states
+
+    def states(self) -> Iterator[tuple[str, Any]]:
+        """Iterate over the parts of the state, by name."""
+        return ((key.name, state) for key, state in self._states.items())
+
+    # ---- how far it is
+
+    def begin_epoch(self) -> None:
+        """Start to gather anew."""
+        self.epoch = EpochState(LossSum(self.device))
+        self.progress = replace(self.progress, batches=0)
+
+    def count(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
+        """Count the batches of a window that was gone through, and its step if that happened."""
+        now = self.progress
+        seconds = time.monotonic() - self._started
+        batches = now.batches + len(window.batches)
+        if not happened:
+            self.progress = Progress(now.steps, now.epochs, batches, now.items, seconds)
+            return
+        self.progress = Progress(step.step, now.epochs, batches, now.items + step.items, seconds)
+        self.epoch.learning_rate = step.learning_rate
+        self.epoch.losses.add(step.loss, step.items)
+        self.history.add_step(step)
+        if self.history.is_full:
+            self.history.read_steps(self.peers)
+
+    def complete_epoch(self) -> None:
+        """Count an epoch whose data was gone through."""
+        self.progress = replace(self.progress, epochs=self.progress.epochs + 1)
+
+    @property
+    def is_epoch_complete(self) -> bool:
+        """Whether the epoch's data was gone through."""
+        return self.epoch.is_exhausted or self.progress.batches == self.data.num_batches
+
+    def epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
+        """Put the record of the epoch together. A collective: every process makes the same call."""
+        losses = self.epoch.losses
+        (total,) = self.peers.sum([float(losses.total)])
+        return EpochRecord(
+            epoch=number,
+            step=self.progress.steps,
+            train_loss=total / self.peers.world_size / losses.items if losses.items else float("nan"),
+            items=losses.items,
+            seconds=time.monotonic() - self.epoch.started,
+            learning_rate=float(self.epoch.learning_rate),
+            is_complete=self.is_epoch_complete,
+            evaluations=dict(self.epoch.evaluations),
+            logged=self.history.take_logged_means(),
+            train_metrics=metrics,
+        )
+
+    # ---- when it ends
+
+    def wish_to_stop(self, reason: str) -> None:
+        """Ask for the end of the run after this step; all processes will agree on it."""
+        self._wish = self._wish or reason
+
+    def own_wish(self) -> str | None:
+        """Return why this process wants to stop, None if it does not."""
+        limit = self.options.max_seconds
+        if limit is not None and self.progress.seconds >= limit:
+            self.wish_to_stop(f"max_time={self.options.max_time} reached")
+        return self._wish
+
+    def is_done(self) -> bool:
+        """Say whether the run is at its end."""
+        return self.stop_reason is not None or is_done(self.progress, self.plan)
+
+    def is_due(self, cadence: Cadence, last: Progress) -> bool:
+        """Say whether something is due; where the clock decides, rank 0's does for all."""
+        due = cadence.is_due(self.progress, last)
+        return self.peers.broadcast(due) if isinstance(cadence, Minutes) else due
+
+
+def is_done(progress: Progress, plan: RunPlan) -> bool:
+    """Say whether a run of this plan is complete.
+
+    Example:
+        >>> is_done(Progress(steps=25), RunPlan.of(num_epochs=3, steps_per_epoch=10, max_steps=25))
+        True
+    """
+    if plan.known_total_steps is not None and progress.steps >= plan.known_total_steps:
+        return True
+    return plan.known_epochs is not None and progress.epochs >= plan.known_epochs

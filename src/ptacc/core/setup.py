@@ -1,0 +1,109 @@
+"""Setting a run up: everything that it is given is checked before any weight is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch.utils.data import DataLoader
+
+from ptacc.core.agreement import StopVote
+from ptacc.core.checks import check_monitor, check_trainable
+from ptacc.core.compose import hook
+from ptacc.core.data import LoaderRequest, check_dataset, limit_from_environment, source_of
+from ptacc.core.evaluation import EvaluationLoop
+from ptacc.core.events import overrides
+from ptacc.core.history import RunHistory
+from ptacc.core.hooks import TrainerCore
+from ptacc.core.roles import Role
+from ptacc.core.run import Run, RunOptions
+from ptacc.errors import DataError, OptionError
+from ptacc.types import BatchT, EvalOptions, EvalResult, OutputT, RunPlan
+
+AGREE_EVERY = 16
+"""Steps between two agreements on stopping, where there are several processes."""
+
+
+class RunSetUp(EvaluationLoop[BatchT, OutputT]):
+    """From the arguments of `train()` to the state of a run."""
+
+    _role: ClassVar[Role] = "core"
+
+    @hook("factory")
+    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+        """Make the loader of a run. Its dataset, order and collate function are kept, its batches are dealt."""
+        return request.build(shuffle=True)
+
+    def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
+        """Check everything that a run is given, and make its state; no weight is touched."""
+        name = type(self).__name__
+        device, peers = self.device, self.peers
+        slots = self.slots()
+        check_trainable(name, self.unwrapped_model, slots)
+        seed = peers.broadcast(self.make_seed())
+        limit = limit_from_environment(options.limit_batches)
+        data = source_of(self._train_loader(train_data, options), peers, seed, sharding=options.sharding, limit=limit)
+        plan = self._plan(data.num_batches, options)
+        evaluation = EvalOptions(
+            per_device_batch_size=options.per_device_batch_size,
+            dataloader_kwargs=options.eval_dataloader_kwargs,
+            limit_batches=limit,
+        )
+        eval_sets = {} if eval_data is None else self._eval_sources(eval_data, options.collate_fn, evaluation)
+        values = self._values_of(eval_sets)
+        for watcher, monitored in self.watched_values():
+            check_monitor(monitored, values, watcher)
+        return Run(
+            options=options,
+            plan=plan,
+            seed=seed,
+            engine=self.make_engine(),
+            device=device,
+            peers=peers,
+            data=data,
+            eval_data=eval_sets,
+            history=RunHistory(self.history_file if peers.rank == 0 else None),
+            vote=StopVote(peers, options.agree_every or AGREE_EVERY),
+            batches_per_step=self.batches_per_step(),
+            values=values,
+        )
+
+    def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
+        check_dataset(data)
+        if not isinstance(data, DataLoader):
+            kwargs = options.train_dataloader_kwargs
+            request = LoaderRequest(data, options.per_device_batch_size, options.collate_fn, kwargs)
+            return self.make_train_dataloader(request)
+        if options.per_device_batch_size is not None or options.train_dataloader_kwargs or options.collate_fn:
+            raise OptionError(
+                "train() got a ready DataLoader, and per_device_batch_size, train_dataloader_kwargs or collate_fn "
+                "beside it: the loader has its own. Give the dataset instead, or leave them out."
+            )
+        return data
+
+    def _plan(self, num_batches: int | None, options: RunOptions) -> RunPlan:
+        """Work out how long the run is, in steps."""
+        if num_batches == 0:
+            raise DataError(
+                "The training data gives no batch: drop_last dropped the only one. Give smaller batches, or keep it."
+            )
+        if num_batches is None and options.max_steps is None and options.max_time is None:
+            raise OptionError(
+                f"train(num_epochs={options.num_epochs}) on data without a length: nobody can tell how many steps that "
+                "is. Give max_steps or max_time, or give the dataset a __len__."
+            )
+        steps = None if num_batches is None else math.ceil(num_batches / self.batches_per_step())
+        return RunPlan.of(options.num_epochs, steps, options.max_steps)
+
+    def _values_of(self, set_names: Iterable[str]) -> frozenset[str]:
+        """Return the names of all values that will be reported."""
+        names = self.evaluated_values()
+        result = EvalResult(0.0, dict.fromkeys(names, 0.0))
+        return self.reported_values().union(*(result.values(name) for name in set_names))
+
+    def _context(self, name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Return the context manager hook `name`, or one that costs nothing where nobody overrides it."""
+        context: Callable[[], contextlib.AbstractContextManager[None]] = getattr(self, name)
+        return context if overrides(self, TrainerCore, name) else contextlib.nullcontext

@@ -1,0 +1,116 @@
+"""Reading the type arguments of a class statement: which batches its loop has, and which its mixins take."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+from typing_extensions import TypeVar
+
+from ptacc.core.roles import role_of
+
+
+def disagreeing_batches(cls: type) -> str:
+    """Describe a mixin whose batches or outputs are not those of the loop; empty where all agree.
+
+    A mixin may take wider types than the loop gives (`object` takes anything); what cannot be decided at run time,
+    such as type variables and protocols, is left to the type checker.
+    """
+    bound = list(_bases_with_arguments(cls, ()))
+    loops = [arguments for base, arguments, _ in bound if role_of(base) == "loop"]
+    takers = [(via, arguments) for base, arguments, via in bound if role_of(base) == "batch mixin"]
+    for given in loops:
+        for mixin, taken in takers:
+            for what, narrow, wide in zip(("batches", "outputs"), given, taken, strict=False):
+                if not may_take(wide, narrow):
+                    return (
+                        f"{cls.__name__}: the loop's {what} are {_text(narrow)}, and {mixin.__name__} takes "
+                        f"{_text(wide)}. Write the loop's types after it, `{mixin.__name__}[{_texts(given)}]`, "
+                        "if its hooks can take them."
+                    )
+    return ""
+
+
+def may_take(wide: Any, narrow: Any) -> bool:
+    """Say whether a value of type `narrow` may be given where `wide` is taken; True where it cannot be decided.
+
+    Example:
+        >>> may_take(object, int), may_take(tuple[int, ...], tuple[int, int]), may_take(dict[str, int], tuple[int])
+        (True, True, False)
+    """
+    undecidable = (TypeVar, str)
+    if wide is Any or narrow is Any or wide is object or wide == narrow:
+        return True
+    if isinstance(wide, undecidable) or isinstance(narrow, undecidable):
+        return True
+    if _is_union(narrow):
+        return all(may_take(wide, part) for part in get_args(narrow))
+    if _is_union(wide):
+        return any(may_take(part, narrow) for part in get_args(wide))
+    wide_class, narrow_class = get_origin(wide) or wide, get_origin(narrow) or narrow
+    if not (isinstance(wide_class, type) and isinstance(narrow_class, type)):
+        return True
+    if getattr(wide_class, "_is_protocol", False):
+        return True
+    if wide_class not in narrow_class.__mro__:
+        return not _is_concrete(wide_class)
+    return _arguments_may_agree(wide, narrow) if wide_class is narrow_class else True
+
+
+def _arguments_may_agree(wide: Any, narrow: Any) -> bool:
+    wide_arguments, narrow_arguments = get_args(wide), get_args(narrow)
+    if not wide_arguments or not narrow_arguments:
+        return True
+    if (get_origin(wide) or wide) is tuple and wide_arguments[-1] is Ellipsis:
+        return all(may_take(wide_arguments[0], part) for part in narrow_arguments if part is not Ellipsis)
+    if len(wide_arguments) != len(narrow_arguments):
+        return False
+    return all(may_take(w, n) for w, n in zip(wide_arguments, narrow_arguments, strict=True))
+
+
+def _bases_with_arguments(cls: type, arguments: tuple[Any, ...]) -> Iterator[tuple[type, tuple[Any, ...], type]]:
+    """Walk all paths to the bases of `cls`, giving each base, its type arguments, and the class that named it."""
+    parameters: tuple[Any, ...] = getattr(cls, "__parameters__", ())
+    bound = dict(zip(parameters, arguments, strict=False))
+    for base in cls.__dict__.get("__orig_bases__", cls.__bases__):
+        origin = get_origin(base) or base
+        if not isinstance(origin, type) or origin is object:
+            continue
+        given = get_args(base) or tuple(_default_of(p) for p in getattr(origin, "__parameters__", ()))
+        passed = tuple(_substitute(argument, bound) for argument in given)
+        yield origin, passed, cls
+        yield from _bases_with_arguments(origin, passed)
+
+
+def _substitute(annotation: Any, bound: dict[Any, Any]) -> Any:
+    if isinstance(annotation, TypeVar):
+        return bound.get(annotation, annotation)
+    parameters = getattr(annotation, "__parameters__", ())
+    if not parameters or get_origin(annotation) is None:
+        return annotation
+    return annotation[tuple(bound.get(p, p) for p in parameters)]
+
+
+def _default_of(parameter: Any) -> Any:
+    return parameter.__default__ if getattr(parameter, "has_default", lambda: False)() else parameter
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_concrete(cls: type) -> bool:
+    return not getattr(cls, "__abstractmethods__", None)
+
+
+def _text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else _plain(annotation)
+
+
+def _plain(annotation: Any) -> str:
+    return str(annotation).replace("torch.Tensor", "Tensor").replace("typing.", "")
+
+
+def _texts(annotations: tuple[Any, ...]) -> str:
+    return ", ".join(_text(annotation) for annotation in annotations)

@@ -1,0 +1,103 @@
+"""A window: the batches of one step, whose divisor is known before the first backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic
+
+from torch import Tensor
+
+from ptacc.core.data import HostBatch
+from ptacc.core.peers import Peers
+from ptacc.errors import DataError, LossError
+from ptacc.types import BatchT, StepOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Window(Generic[BatchT]):
+    """The batches that this process takes for one step.
+
+    Args:
+        batches: The batches, fewer than asked for at an epoch's end.
+        counts: Items of each batch, 0 for phantoms.
+        total: Items of the step, over all its batches and all processes.
+        world_size: Number of processes, whose gradients are averaged.
+    """
+
+    batches: list[HostBatch[BatchT]]
+    counts: list[int]
+    total: float
+    world_size: int
+
+    def share(self, index: int, output: StepOutput[Any]) -> Tensor:
+        """Scale the loss of one batch so that the gradients, averaged over the processes, are the step's.
+
+        Raises:
+            LossError: A mean over a batch that has no items: it is NaN.
+        """
+        count = self.counts[index]
+        if output.is_sum:
+            return divide(output.loss, 0 if self.batches[index].is_phantom else self.world_size, self.total)
+        if count == 0 and not self.batches[index].is_phantom:
+            raise LossError(
+                "A batch has no items, and a mean over nothing is NaN. Return StepOutput.from_sum(loss_sum, ...) from "
+                "train_step, which is right for such a batch too."
+            )
+        return divide(output.loss, count * self.world_size, self.total)
+
+    def mean_share(self, index: int, value: Tensor) -> Tensor:
+        """Scale a logged mean of one batch likewise."""
+        return divide(value.detach(), self.counts[index] * self.world_size, self.total)
+
+
+def divide(value: Tensor, weight: float, total: float) -> Tensor:
+    """Return `value * weight / total`, by one division: for even windows that is what a plain loop computes."""
+    if weight == total:
+        return value
+    return value / (total / weight) if weight else value * 0.0
+
+
+def windows_of(
+    batches: Iterator[HostBatch[BatchT]],
+    size: int,
+    count_items: Callable[[BatchT], int],
+    peers: Peers,
+    *,
+    items_are_samples: bool,
+) -> Iterator[Window[BatchT]]:
+    """Group batches into windows of `size`, the last one maybe shorter, and count their items.
+
+    Args:
+        batches: This process's batches of an epoch.
+        size: Batches a window.
+        count_items: Returns the items of a batch on the host.
+        peers: The processes. They are asked for their counts, unless those follow from how samples were dealt.
+        items_are_samples: Whether a batch's items are its samples, so that the dealing tells the total.
+    """
+    while window := list(islice(batches, size)):
+        counts = [0 if batch.is_phantom else count_items(batch.data) for batch in window]
+        if peers.is_alone:
+            total: float = sum(counts)
+        elif items_are_samples and all(batch.total is not None for batch in window):
+            total = sum(batch.total or 0 for batch in window)
+            check_counts(window, counts)
+        else:
+            (total,) = peers.sum([sum(counts)])
+        if not total:
+            raise DataError(
+                f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "
+                "process. Leave such batches out of the data."
+            )
+        yield Window(window, counts, total, peers.world_size)
+
+
+def check_counts(window: list[HostBatch[Any]], counts: list[int]) -> None:
+    """Raise `DataError` where batches do not hold the samples that were dealt."""
+    for batch, count in zip(window, counts, strict=True):
+        if count != batch.samples:
+            raise DataError(
+                f"A batch of {batch.samples} samples holds {count} items. Override count_items to say what the loss "
+                "is a mean over."
+            )

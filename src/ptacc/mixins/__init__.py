@@ -1,0 +1,1 @@
+"""Mixins: one concern, one file. They never import each other."""

@@ -1,0 +1,55 @@
+"""Gradient clipping."""
+
+from __future__ import annotations
+
+import math
+
+from typing_extensions import override
+
+from ptacc.core.checks import check_positive
+from ptacc.core.history import StepResult
+from ptacc.core.hooks import Mixin
+
+
+class GradClipMixin(Mixin):
+    """Clips gradients once a step: after all its batches, and free of the gradient scaler's factor.
+
+    Options:
+        max_grad_norm: Scale all gradients together to at most this 2-norm. The norm that they had is logged as
+            `grad_norm`; `math.inf` logs it and clips nothing.
+        max_grad_value: Clamp each entry of the gradients to at most this magnitude, before the norm is taken.
+
+    Hooks: `on_gradients_ready`, `reported_values`.
+
+    Combines with: everything.
+
+    Example:
+        >>> from ptacc import GradClipMixin, Trainer
+        >>> class MyTrainer(GradClipMixin, Trainer):
+        ...     max_grad_norm = 1.0
+    """
+
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
+
+    @override
+    def check_options(self) -> None:
+        """Refuse limits that are NaN, zero or negative."""
+        owner, advice = type(self).__name__, "Leave it out to clip nothing."
+        if self.max_grad_norm != math.inf:
+            check_positive(owner, "max_grad_norm", self.max_grad_norm, advice)
+        check_positive(owner, "max_grad_value", self.max_grad_value, advice)
+
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        """Clip."""
+        super().on_gradients_ready(step)
+        if self.max_grad_value is not None:
+            self.run.engine.clip_value(self.max_grad_value)
+        if self.max_grad_norm is not None:
+            step.logged["grad_norm"] = self.run.engine.clip_norm(self.max_grad_norm)
+
+    @override
+    def reported_values(self) -> frozenset[str]:
+        """Report the norm."""
+        return super().reported_values() | ({"grad_norm"} if self.max_grad_norm is not None else frozenset())

@@ -1,0 +1,189 @@
+"""Metrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ptacc.core.batches import BatchMixin
+from ptacc.core.compose import hook
+from ptacc.errors import DataError, OptionError
+from ptacc.protocols import MetricLike
+from ptacc.types import BatchT, OutputT, StepOutput
+
+RESERVED = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
+
+
+class MetricsMixin(BatchMixin[BatchT, OutputT]):
+    """Computes metrics over evaluations, and over the training batches of an epoch where asked to.
+
+    States live on the device, and torchmetrics puts the processes' states together when it computes; every sample
+    counts once.
+
+    Options:
+        metrics: Metrics of evaluations by name: torchmetrics, collections of them, or objects of one's own with
+            `update`, `compute` and `reset`. A metric that computes several values reports `name/key`.
+        train_metrics: Metrics over the training batches of each epoch, reported as `train/name`.
+
+    Hooks: `update_metrics`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`, `on_epoch_start`,
+    `compute_metrics`, `compute_train_metrics`, `evaluated_values`, `reported_values`.
+
+    Combines with: everything. The default `update_metrics` is for batches `(inputs, targets)`.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> from ptacc import MetricsMixin, Trainer
+        >>> class MyTrainer(MetricsMixin, Trainer): ...
+    """
+
+    metrics: Mapping[str, MetricLike] = field(default_factory=dict)
+    train_metrics: Mapping[str, MetricLike] = field(default_factory=dict)
+
+    @override
+    def check_options(self) -> None:
+        """Refuse names that collide and metrics in two sets."""
+        owner = type(self).__name__
+        check_names(owner, self.metrics)
+        everyone = [*self.metrics.values(), *self.train_metrics.values()]
+        if len({id(metric) for metric in everyone}) < len(everyone):
+            twice = next(metric for metric in everyone if sum(metric is other for other in everyone) > 1)
+            raise OptionError(
+                f"{owner}: one {type(twice).__name__} is given twice, and its state would mix what both see. "
+                "Give each place its own: metric.clone()."
+            )
+
+    @hook("default")
+    def update_metrics(self, batch: BatchT, output: StepOutput[OutputT], metrics: Iterable[MetricLike]) -> None:
+        """Take one batch into `metrics`: by default, the outputs and the targets of a batch `(inputs, targets)`.
+
+        Args:
+            batch: The batch, on the device.
+            output: What the step put out.
+            metrics: Those of the evaluation, or those of training.
+
+        Raises:
+            DataError: The batch is no pair; override this to say what predictions and targets are.
+        """
+        if not (isinstance(batch, Sequence) and len(batch) == 2):
+            raise DataError(
+                f"{type(self).__name__}.update_metrics: a batch is a {type(batch).__name__}, and not a pair (inputs, "
+                "targets). Override update_metrics(self, batch, output, metrics) to say what the metrics take."
+            )
+        for metric in metrics:
+            metric.update(output.outputs, batch[1])
+
+    @override
+    def on_eval_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
+        """Update the evaluation's metrics."""
+        super().on_eval_batch_end(batch, output)
+        self.update_metrics(batch, output, self.metrics.values())
+
+    @override
+    def on_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
+        """Update the metrics of training."""
+        super().on_batch_end(batch, output)
+        if self.train_metrics:
+            with torch.no_grad():
+                self.update_metrics(batch, output, self.train_metrics.values())
+
+    @override
+    def on_evaluation_start(self, name: str) -> None:
+        """Reset the evaluation's metrics."""
+        super().on_evaluation_start(name)
+        reset(self.metrics.values(), self.device)
+
+    @override
+    def on_epoch_start(self) -> None:
+        """Reset the metrics of training."""
+        super().on_epoch_start()
+        reset(self.train_metrics.values(), self.device)
+
+    @override
+    def compute_metrics(self) -> dict[str, float]:
+        """Compute the evaluation's metrics over all processes."""
+        return super().compute_metrics() | compute(self.metrics)
+
+    @override
+    def compute_train_metrics(self) -> dict[str, float]:
+        """Compute the metrics of training over all processes."""
+        return super().compute_train_metrics() | compute(self.train_metrics)
+
+    @override
+    def evaluated_values(self) -> frozenset[str]:
+        """Report the metrics of evaluations."""
+        return super().evaluated_values() | names_of(self.metrics)
+
+    @override
+    def reported_values(self) -> frozenset[str]:
+        """Report the metrics of training."""
+        return super().reported_values() | {f"train/{name}" for name in names_of(self.train_metrics)}
+
+
+def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
+    """Raise `OptionError` for names of metrics that something else is called by, or that collide once spelt out."""
+    if taken := RESERVED & metrics.keys():
+        raise OptionError(
+            f"{owner}(metrics={{{min(taken)!r}: ...}}): every run reports a value of this name already. "
+            "Give the metric another name."
+        )
+    seen: set[str] = set()
+    for name, metric in metrics.items():
+        spelt = names_of({name: metric})
+        if seen & spelt:
+            raise OptionError(
+                f"{owner}(metrics=...): two metrics report {min(seen & spelt)!r}, one of them in a collection. "
+                "Give one of them another name."
+            )
+        seen |= spelt
+
+
+def names_of(metrics: Mapping[str, MetricLike]) -> frozenset[str]:
+    """Return the names under which metrics are reported: `name/key` for each metric of a collection."""
+    names: set[str] = set()
+    for name, metric in metrics.items():
+        names |= {f"{name}/{key}" for key in metric} if isinstance(metric, nn.ModuleDict) else {name}
+    return frozenset(names)
+
+
+def reset(metrics: Iterable[MetricLike], device: torch.device) -> None:
+    """Reset metrics, and have their states on `device`."""
+    for metric in metrics:
+        metric.reset()
+        if isinstance(metric, nn.Module):
+            metric.to(device)
+
+
+def compute(metrics: Mapping[str, MetricLike]) -> dict[str, float]:
+    """Compute metrics, and read their values from the device."""
+    values: dict[str, float] = {}
+    with warnings.catch_warnings():
+        # A process may have had phantoms only; its empty state is right, and torchmetrics would warn of it.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+        for name, metric in metrics.items():
+            values |= dict(spell_out(name, metric.compute()))
+    return values
+
+
+def spell_out(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Iterate over the numbers in a metric's value: itself, or `name/key` for each of several.
+
+    Example:
+        >>> dict(spell_out("f1", {"micro": torch.tensor(0.5), "each": torch.tensor([0.25, 0.75])}))
+        {'f1/micro': 0.5, 'f1/each/0': 0.25, 'f1/each/1': 0.75}
+    """
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from spell_out(f"{name}/{key}", part)
+    elif isinstance(value, Tensor) and value.dim() == 0:
+        yield name, float(value)
+    elif isinstance(value, Tensor | Sequence):
+        for index, part in enumerate(value):
+            yield from spell_out(f"{name}/{index}", part)
+    else:
+        yield name, float(value)
