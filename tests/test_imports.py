@@ -14,7 +14,10 @@ ROWS = [
     ["ptacc", "ptacc.testing", "ptacc.__main__", "ptacc.cli"],
     ["ptacc.trainers/"],
     ["ptacc.mixins/"],
-    ["ptacc.core.loop", "ptacc.core.evaluation"],
+    ["ptacc.core.loop"],
+    ["ptacc.core.setup"],
+    ["ptacc.core.evaluation"],
+    # The loop starts with default callbacks, and callbacks need nothing but the hooks.
     ["ptacc.callbacks/", "ptacc.checkpoint/", "ptacc.core.batches", "ptacc.core.explain"],
     ["ptacc.core.hooks"],
     ["ptacc.core.run"],
@@ -94,8 +97,8 @@ def ours_in(module: str) -> set[str]:
 def is_allowed(module: str, target: str) -> bool:
     room, other = room_of(module), room_of(target)
     if room == other:
-        # A folder's __init__ gathers what is in the folder.
-        return room not in NEVER_EACH_OTHER or module == room.removesuffix("/")
+        # A folder's __init__ gathers what is in the folder, and so does the list of default callbacks.
+        return room not in NEVER_EACH_OTHER or module in {room.removesuffix("/"), "ptacc.callbacks.defaults"}
     same_row_of_the_core = ROW[room] == ROW[other] and module.startswith("ptacc.core.") and ".core." in target
     return ROW[room] < ROW[other] or same_row_of_the_core
 

@@ -74,7 +74,7 @@ def check_known_hooks(cls: type, advice: str = "") -> None:
         if not name.startswith(("on_", "around_")) or not _is_callable_member(value):
             continue
         declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
-        if name not in declared and _shape_of(value) is None:
+        if name not in declared and shape_of(value) is None:
             raise CompositionError(
                 f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
                 f"{_closest(name, declared)}Give a method of your own another name.{advice}"
@@ -145,11 +145,11 @@ def _check_hooks(cls: type) -> None:
     check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
         function = _function_of(value)
-        shape = next((s for base in cls.__mro__[1:] if (s := _shape_of(base.__dict__.get(name)))), None)
+        shape = next((s for base in cls.__mro__[1:] if (s := shape_of(base.__dict__.get(name)))), None)
         if function is None or shape not in COOPERATIVE or getattr(function, "__ptacc_replaces__", False):
             continue
-        code = inspect.unwrap(function).__code__
-        if "__class__" not in code.co_freevars:
+        if not calls_super(function):
+            code = inspect.unwrap(function).__code__
             arguments = ", ".join(code.co_varnames[1 : code.co_argcount])
             call = _SUPER_CALL[shape].format(name=name, arguments=arguments)
             raise CompositionError(
@@ -212,7 +212,14 @@ def _function_of(value: object) -> Callable[..., Any] | None:
     return value if inspect.isfunction(value) else None
 
 
-def _shape_of(value: object) -> str | None:
+def calls_super(value: object) -> bool:
+    """Say whether a function calls `super()`, seen through its decorators; True for what is no function."""
+    function = _function_of(value)
+    return function is None or "__class__" in inspect.unwrap(function).__code__.co_freevars
+
+
+def shape_of(value: object) -> str | None:
+    """Return the shape of the hook that a member of a class declares, None where it declares none."""
     return getattr(_function_of(value), "__ptacc_shape__", None)
 
 

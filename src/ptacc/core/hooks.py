@@ -90,6 +90,11 @@ class TrainerCore(Composable):
         return self._state.run
 
     @property
+    def has_run(self) -> bool:
+        """Whether `train()` was called, so that there is a `run`."""
+        return self._state.run is not None
+
+    @property
     def is_running(self) -> bool:
         """Whether a `train()` is under way."""
         return self._state.run is not None and not self._state.run.is_over

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import field
 from typing import Any, ClassVar, Self, final, overload
 
@@ -15,8 +15,10 @@ from ptacc.callbacks import default_callbacks
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_callbacks, check_output
 from ptacc.core.compose import hook
+from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.evaluation import EvalData, EvalSets
 from ptacc.core.events import Callback, overrides
+from ptacc.core.explain import Explanation, explain
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.nested import to_device
 from ptacc.core.roles import Role
@@ -54,7 +56,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
         ...         decoded = self.model(batch)
         ...         return StepOutput(loss=(decoded - batch).square().mean(), outputs=decoded)
         >>> net = nn.Linear(4, 4)
-        >>> trainer = Autoencoder(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> trainer = Autoencoder(net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), default_callbacks=())
         >>> history = trainer.train(list(torch.ones(32, 4)), num_epochs=2)
         >>> len(history), history[-1].step
         (2, 8)
@@ -252,6 +254,25 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
             finally:
                 run.is_over = True
         return run.history
+
+    def explain(
+        self,
+        train_dataset: Sized | None = None,
+        *,
+        num_epochs: int | None = None,
+        max_steps: int | None = None,
+        per_device_batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> Explanation:
+        """Tell what this trainer will do, as tables to `print`: classes, hooks, options, launch, batches, state.
+
+        Args:
+            train_dataset: The data, for the number of steps.
+            num_epochs: As for `train`.
+            max_steps: As for `train`.
+            per_device_batch_size: As for `train`.
+        """
+        samples = None if train_dataset is None else len(train_dataset)
+        return explain(self, samples, per_device_batch_size, (num_epochs, max_steps))
 
     # ---- the loop
 
