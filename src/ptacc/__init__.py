@@ -60,6 +60,7 @@ from ptacc.types import EvalResult as EvalResult
 from ptacc.types import Minutes as Minutes
 from ptacc.types import Monitored as Monitored
 from ptacc.types import Pair as Pair
+from ptacc.types import Precision as Precision
 from ptacc.types import Predictions as Predictions
 from ptacc.types import Progress as Progress
 from ptacc.types import RunPlan as RunPlan
@@ -104,6 +105,7 @@ __all__ = [
     "OptionError",
     "Pair",
     "PlateauSchedulerLike",
+    "Precision",
     "Predictions",
     "PrintMetrics",
     "Progress",

@@ -168,10 +168,6 @@ class DeviceRuntime(Protocol):
         """Wait until every process is here."""
         ...
 
-    def free_memory(self, *objects: object) -> object:
-        """Forget every prepared object and return cached memory."""
-        ...
-
     def print(self, *args: object) -> None:
         """Print on the first process of each host."""
         ...

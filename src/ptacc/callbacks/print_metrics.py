@@ -41,8 +41,8 @@ class PrintMetrics(Callback[TrainerCore]):
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         """Say why a run was stopped."""
-        if trainer.run.stop_reason is not None and trainer.peers.rank == 0:
-            print(f"stopped after step {trainer.progress.steps}: {trainer.run.stop_reason}", file=self._file)
+        if trainer.history.stop_reason is not None and trainer.peers.rank == 0:
+            print(f"stopped after step {trainer.progress.steps}: {trainer.history.stop_reason}", file=self._file)
 
     def _print(self, cells: list[str]) -> None:
         names = ["epoch", "step", *self._columns, "seconds"]

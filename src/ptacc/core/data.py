@@ -17,7 +17,6 @@ from typing import Any, Generic, Protocol, cast
 
 import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -322,7 +321,8 @@ class _Order:
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         self._peers, self._seed = peers, seed
         self._batch_sampler = loader.batch_sampler
-        self._sampler = loader.batch_sampler.sampler if type(loader.batch_sampler) is BatchSampler else None
+        # A loader that was given a batch sampler has no batch size.
+        self._sampler = None if loader.batch_size is None else getattr(loader.batch_sampler, "sampler", None)
         self._samples = len(loader.dataset)  # type: ignore[arg-type]  # checked: it has a length
         self._size = (loader.batch_size or 1) * peers.world_size
         self._drop_last = loader.drop_last

@@ -188,5 +188,14 @@ class ModelState:
         self.restore_flags()
 
 
+def forget_prepared(accelerator: DeviceRuntime) -> None:
+    """Let go of the models that Accelerate prepared and keeps hold of.
+
+    Its own `free_memory` collects garbage, too, which takes longer than a small evaluation.
+    """
+    if isinstance(accelerator, Accelerator):
+        accelerator._models.clear()  # noqa: SLF001
+
+
 def _told(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "default settings"

@@ -14,7 +14,7 @@ from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare
 from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment, source_of
-from ptacc.core.device import ModelState
+from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
@@ -252,7 +252,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT]):
             self.model = bare
             self._state.bare_model = None
             remembered.restore(bare)
-            self.accelerator.free_memory()
+            forget_prepared(self.accelerator)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

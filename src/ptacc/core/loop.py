@@ -296,12 +296,12 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
                             tell.step_end(step)
                         if run.is_due(run.options.evaluate_every, run.evaluated_at):
                             self._evaluate_sets(run)
-                        run.stop_reason = run.vote.outcome(run.progress.steps, self.should_stop() or run.own_wish())
+                        run.agree_to_stop(self.should_stop())
                         if run.is_done():
                             break
                     record = self._end_epoch(run)
                 tell.epoch_end(record)
-                run.stop_reason = run.stop_reason or run.vote.at_boundary(self.should_stop() or run.own_wish())
+                run.agree_to_stop(self.should_stop(), at_boundary=True)
             tell.run_end()
 
     def _step(self, run: Run, window: Window[BatchT]) -> tuple[StepResult, bool]:
@@ -343,7 +343,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
             if not run.progress.batches:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-        is_last = run.is_done() and run.stop_reason is None and run.evaluated_at.steps < run.progress.steps
+        is_last = run.is_done() and run.history.stop_reason is None and run.evaluated_at.steps < run.progress.steps
         if is_last or run.is_due(run.options.evaluate_every, run.evaluated_at):
             self._evaluate_sets(run)
         run.history.read_steps(run.peers)

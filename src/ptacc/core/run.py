@@ -162,7 +162,6 @@ class Run:
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
-    stop_reason: str | None = None
     is_over: bool = False
     _wish: str | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -254,16 +253,24 @@ class Run:
         """Ask for the end of the run after this step; all processes will agree on it."""
         self._wish = self._wish or reason
 
-    def own_wish(self) -> str | None:
-        """Return why this process wants to stop, None if it does not."""
+    def agree_to_stop(self, wish: str | None, *, at_boundary: bool = False) -> None:
+        """Tell the other processes what this one wishes, and hear whether all stop.
+
+        Args:
+            wish: Why the trainer wants to stop, None if it does not; what was asked for earlier counts as well.
+            at_boundary: Whether all processes are at the same place anyway, and can wait for the answer.
+        """
         limit = self.options.max_seconds
         if limit is not None and self.progress.seconds >= limit:
             self.wish_to_stop(f"max_time={self.options.max_time} reached")
-        return self._wish
+        wish = self._wish or wish
+        if self.history.stop_reason is None:
+            outcome = self.vote.at_boundary(wish) if at_boundary else self.vote.outcome(self.progress.steps, wish)
+            self.history.stop_reason = outcome
 
     def is_done(self) -> bool:
         """Say whether the run is at its end."""
-        return self.stop_reason is not None or is_done(self.progress, self.plan)
+        return self.history.stop_reason is not None or is_done(self.progress, self.plan)
 
     def is_due(self, cadence: Cadence, last: Progress) -> bool:
         """Say whether something is due; where the clock decides, rank 0's does for all."""

@@ -24,9 +24,9 @@ class AMPMixin(Mixin):
     Combines with: everything. The scaler's factor is out of the gradients before anyone clips or looks at them.
 
     Example:
-        >>> from ptacc import AMPMixin, Trainer
+        >>> from ptacc import AMPMixin, Precision, Trainer
         >>> class MyTrainer(AMPMixin, Trainer):
-        ...     mixed_precision = "bf16"
+        ...     mixed_precision: Precision | None = "bf16"
     """
 
     mixed_precision: Precision | None = None

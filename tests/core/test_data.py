@@ -1,0 +1,230 @@
+"""From what users hand over to the batches of each process."""
+
+import random
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from typing_extensions import override
+
+from ptacc.core.data import HostBatch, LoaderRequest, source_of
+from ptacc.core.peers import Peers
+from ptacc.testing import epoch_order
+from ptacc.types import DataLoaderKwargs, Sharding
+
+
+class Numbers(Dataset[int]):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    @override
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Noisy(Numbers):
+    """Draws from all three global generators, as augmentation does."""
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor([index, random.random(), np.random.rand(), float(torch.rand(()))])  # noqa: NPY002
+
+
+class Stream(IterableDataset[int]):
+    def __init__(self, n: int) -> None:
+        self.n, self.epochs = n, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n))
+
+
+class NoisyStream(Stream):
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        return (torch.tensor([i, random.random(), float(torch.rand(()))]) for i in range(self.n))
+
+
+class Backwards(Sampler[int]):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return reversed(range(self.n))
+
+
+def fake_peers(rank: int, world_size: int) -> Peers:
+    """Return peers that deal without communicating: nothing here asks them to."""
+    return Peers(rank, world_size)
+
+
+def batches(
+    dataset: Dataset[Any],
+    peers: Peers | None = None,
+    *,
+    epoch: int = 0,
+    seed: int = 7,
+    batch_size: int | None = 4,
+    shuffle: bool = False,
+    sharding: Sharding = "auto",
+    limit: int | None = None,
+    **kwargs: Any,  # keywords of DataLoaderKwargs
+) -> list[HostBatch[Any]]:
+    request = LoaderRequest(dataset, batch_size, None, cast(DataLoaderKwargs, kwargs))
+    source = source_of(request.build(shuffle=shuffle), peers or Peers(), seed, sharding=sharding, limit=limit)
+    return list(source.epoch(epoch))
+
+
+def numbers(found: list[HostBatch[Any]]) -> list[int]:
+    return [int(number) for batch in found if not batch.is_phantom for number in batch.data.flatten()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 16, 31])
+@pytest.mark.parametrize("kind", [Numbers, Stream])
+def test_every_sample_goes_to_one_process_and_all_have_equally_many_batches(
+    kind: type[Numbers | Stream], n: int, world_size: int
+) -> None:
+    dealt = [batches(kind(n), fake_peers(rank, world_size)) for rank in range(world_size)]
+    assert sorted(number for found in dealt for number in numbers(found)) == list(range(n))
+    assert len({len(found) for found in dealt}) == 1
+    for group in zip(*dealt, strict=True):
+        assert sum(batch.samples or 0 for batch in group) == group[0].total
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_order_knows_nothing_of_the_number_of_processes(world_size: int) -> None:
+    alone = batches(Numbers(32), batch_size=4 * world_size, shuffle=True)
+    dealt = [batches(Numbers(32), fake_peers(rank, world_size), shuffle=True) for rank in range(world_size)]
+    for whole, *parts in zip(alone, *dealt, strict=True):
+        assert whole.data.tolist() == [number for part in parts for number in part.data.tolist()]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    assert numbers(batches(Numbers(9), shuffle=True, epoch=3)) == epoch_order(7, 3, 9)
+    assert epoch_order(7, 3, 9) != epoch_order(7, 4, 9) != epoch_order(8, 4, 9)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", [Noisy, NoisyStream])
+def test_augmentation_is_the_same_with_any_number_of_workers(kind: type[Noisy | NoisyStream], workers: int) -> None:
+    if kind is NoisyStream and workers > 1:
+        pytest.skip("torch gives each worker the whole stream, unless the stream divides itself")
+    here, there = batches(kind(10)), batches(kind(10), num_workers=workers, timeout=30.0)
+    assert all(torch.equal(a.data, b.data) for a, b in zip(here, there, strict=True))
+
+
+def test_augmentation_differs_between_epochs_and_repeats_with_the_seed() -> None:
+    one, again, other = (batches(Noisy(4), epoch=epoch)[0].data for epoch in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one[:, 1:], other[:, 1:])
+
+
+def test_loading_leaves_the_global_generators_alone() -> None:
+    python, numpy, cpu = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
+    batches(Noisy(8), shuffle=True)
+    batches(NoisyStream(8))
+    assert random.getstate() == python
+    assert (np.random.get_state()[1] == numpy).all()  # type: ignore[index]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), cpu)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_persistent_workers_see_the_epoch_change(workers: int) -> None:
+    kwargs: Any = {"num_workers": workers, "persistent_workers": workers > 0}
+    source = source_of(LoaderRequest(Noisy(8), 4, None, kwargs).build(shuffle=True), Peers(), seed=1)
+    first, second = ([batch.data for batch in source.epoch(epoch)] for epoch in (0, 1))
+    fresh = source_of(LoaderRequest(Noisy(8), 4, None, {}).build(shuffle=True), Peers(), seed=1)
+    assert all(map(torch.equal, second, (batch.data for batch in fresh.epoch(1))))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_a_stream_is_told_its_epoch() -> None:
+    stream = Stream(4)
+    batches(stream, epoch=5)
+    assert stream.epochs == [5]
+
+
+def test_a_users_sampler_is_kept() -> None:
+    assert numbers(batches(Numbers(7), sampler=Backwards(7))) == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_a_users_random_sampler_is_reproducible() -> None:
+    sampler = WeightedRandomSampler([1.0] * 6 + [50.0], num_samples=14)
+    found = [numbers(batches(Numbers(7), sampler=sampler, epoch=epoch)) for epoch in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]) == 14
+
+
+def test_a_users_batch_sampler_is_kept() -> None:
+    sampler = BatchSampler(Backwards(7), batch_size=3, drop_last=False)
+    found = batches(Numbers(7), batch_size=None, batch_sampler=sampler)
+    assert [batch.data.tolist() for batch in found] == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+def test_drop_last_drops_the_global_batch_that_is_not_full() -> None:
+    dealt = [batches(Numbers(13), fake_peers(rank, 2), batch_size=3, drop_last=True) for rank in range(2)]
+    assert [[batch.data.tolist() for batch in found] for found in dealt] == [
+        [[0, 1, 2], [6, 7, 8]],
+        [[3, 4, 5], [9, 10, 11]],
+    ]
+
+
+def test_tensors_in_memory_are_indexed_at_once_with_the_same_result() -> None:
+    data = TensorDataset(torch.randn(10, 3), torch.arange(10))
+    at_once, one_by_one = batches(data, shuffle=True), batches(Subset(data, range(10)), shuffle=True)
+    for left, right in zip(at_once, one_by_one, strict=True):
+        assert isinstance(left.data, tuple)
+        assert isinstance(right.data, tuple)
+        assert all(map(torch.equal, left.data, right.data))
+
+
+def test_a_limit_takes_the_first_batches() -> None:
+    assert numbers(batches(Numbers(20), limit=2)) == list(range(8))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_loader_that_cannot_be_taken_apart_deals_its_batches(world_size: int) -> None:
+    class Mine(DataLoader[Any]): ...
+
+    loader = Mine(Numbers(10), batch_size=3)
+    dealt = [list(source_of(loader, fake_peers(rank, world_size), 0).epoch(0)) for rank in range(world_size)]
+    assert sorted(number for found in dealt for number in numbers(found)) == list(range(10))
+    assert len({len(found) for found in dealt}) == 1
+
+
+def test_a_loader_without_collation_gives_its_batches_as_they_are() -> None:
+    ready = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+    loader: DataLoader[Any] = DataLoader(ready, batch_size=None)  # type: ignore[arg-type]  # a list will do
+    assert [batch.data.tolist() for batch in source_of(loader, Peers(), 0).epoch(0)] == [[1.0], [2.0, 3.0]]
+
+
+def test_a_ready_loaders_settings_are_kept() -> None:
+    def collate(samples: list[int]) -> Tensor:
+        return torch.tensor(samples) * 10
+
+    loader = DataLoader(Numbers(5), batch_size=2, collate_fn=collate)
+    assert [batch.data.tolist() for batch in source_of(loader, Peers(), 0).epoch(0)] == [[0, 10], [20, 30], [40]]

@@ -1,0 +1,121 @@
+"""Every public mixin keeps the laws of composition, from the moment that it is public."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+import ptacc
+from ptacc import Mixin, StateKey, StepResult, testing
+
+MIXINS = [
+    value
+    for value in vars(ptacc).values()
+    if isinstance(value, type) and issubclass(value, Mixin) and value.__name__ not in {"Mixin", "BatchMixin"}
+]
+EXEMPT: dict[str, str] = {}
+"""The mixins that a law cannot hold for, each with the reason."""
+
+
+@pytest.mark.parametrize("mixin", [m for m in MIXINS if m.__name__ not in EXEMPT])
+def test_a_mixin_keeps_the_laws(mixin: type[Mixin]) -> None:
+    testing.check_laws(mixin)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(MIXINS, 2)))
+def test_the_order_of_two_mixins_changes_nothing(first: type[Mixin], second: type[Mixin]) -> None:
+    testing.check_order_changes_nothing(first, second)
+
+
+def test_no_public_mixin_is_left_out() -> None:
+    assert len(MIXINS) >= 6
+    assert set(EXEMPT) <= {mixin.__name__ for mixin in MIXINS}
+
+
+# ---- the laws are not empty: each refuses a mixin that breaks it
+
+
+class Deaf(Mixin):
+    @ptacc.replaces
+    @override
+    def on_step_end(self, step: StepResult) -> None: ...
+
+
+class Meddling(Mixin):
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        self.optimizer.param_groups[0]["lr"] *= 2
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+COUNTER: StateKey[Counter] = StateKey("counter")
+
+
+class Forgetful(Mixin):
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        self.run[COUNTER] = Counter()
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+        self.run[COUNTER].count += 1
+
+
+class Halving(Mixin):
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        super().on_gradients_ready(step)
+        for parameter in self.unwrapped_model.parameters():
+            parameter.grad = halved(parameter.grad)
+
+
+class Shifting(Mixin):
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        super().on_gradients_ready(step)
+        for parameter in self.unwrapped_model.parameters():
+            parameter.grad = None if parameter.grad is None else parameter.grad + 1
+
+
+def halved(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient / 2
+
+
+def test_the_first_law_refuses_a_hook_that_ends_the_chain() -> None:
+    with pytest.raises(AssertionError, match="Deaf.on_step_end does not reach"):
+        testing.check_laws(Deaf)
+
+
+def test_the_second_law_refuses_a_mixin_that_changes_losses_by_default() -> None:
+    with pytest.raises(AssertionError, match="Meddling with default options changes losses"):
+        testing.check_laws(Meddling)
+
+
+def test_the_third_law_refuses_a_state_that_is_not_loaded() -> None:
+    with pytest.raises(AssertionError, match="counter is not the same after loading"):
+        testing.check_laws(Forgetful)
+
+
+def test_the_fourth_law_refuses_mixins_whose_order_matters() -> None:
+    with pytest.raises(AssertionError, match="depend on whether Halving or Shifting comes first"):
+        testing.check_order_changes_nothing(Halving, Shifting)
+
+
+@pytest.mark.parametrize("pair", [(torch.tensor(float("nan")), torch.tensor(float("nan"))), (1.0, True)])
+def test_same_is_strict_about_tensors_and_lenient_about_numbers(pair: tuple[Any, Any]) -> None:
+    assert testing.same(*pair) is (not isinstance(pair[0], Tensor))

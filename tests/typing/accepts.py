@@ -1,0 +1,882 @@
+"""What has to stay possible: every line here pleases mypy and pyright, with no error ignored.
+
+The guards are asked too: a test runs this file, its classes and their constructors, though no training.
+"""
+
+# A new default without annotation is for users whose `--strict` does not come with this check, as it does not by itself.
+# mypy: disable-error-code="mutable-override"
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import TypeVar, override
+
+from ptacc import (
+    AcceleratorBuilder,
+    AMPMixin,
+    BatchMixin,
+    Cadence,
+    Callback,
+    DataLoaderKwargs,
+    DeviceRuntime,
+    EpochRecord,
+    Epochs,
+    EvalOptions,
+    EvalResult,
+    GradAccumMixin,
+    GradClipMixin,
+    KeepBestModel,
+    LoaderRequest,
+    LRSchedulerLike,
+    LRSchedulerMixin,
+    MetricLike,
+    MetricsMixin,
+    Minutes,
+    Mixin,
+    Monitored,
+    Pair,
+    PlateauSchedulerLike,
+    Predictions,
+    PrintMetrics,
+    Progress,
+    ProgressBar,
+    Run,
+    RunHistory,
+    RunPlan,
+    SchedulerFactory,
+    SeedMixin,
+    SizedDataset,
+    Stateful,
+    StateKey,
+    StepOutput,
+    StepRecord,
+    StepResult,
+    Steps,
+    StopOnNonFinite,
+    SupportsGradAccum,
+    SupportsGradClip,
+    SupportsLRScheduler,
+    SupportsMetrics,
+    SupportsMixedPrecision,
+    SupportsSeed,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+    TrainOptions,
+    default_callbacks,
+    hook,
+    replaces,
+)
+
+BatchT = TypeVar("BatchT")
+
+net = nn.Linear(4, 3)
+loss = nn.CrossEntropyLoss()
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+# ==== data of many kinds
+
+
+class Digits(Dataset[Pair]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> Pair:
+        raise NotImplementedError
+
+
+class Labelled(Dataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        raise NotImplementedError
+
+
+class Priced(Dataset[tuple[Tensor, float]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        raise NotImplementedError
+
+
+class Unlabelled(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+class Plain:
+    """A dataset by its structure alone."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int, /) -> Pair:
+        raise NotImplementedError
+
+
+class Stream(IterableDataset[Pair]):
+    @override
+    def __iter__(self) -> Iterator[Pair]:
+        raise NotImplementedError
+
+
+class LabelledStream(IterableDataset[tuple[Tensor, int]]):
+    @override
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        raise NotImplementedError
+
+
+class Sentences(Dataset[str]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> str:
+        raise NotImplementedError
+
+
+class SentenceStream(IterableDataset[str]):
+    @override
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError
+
+
+data = Digits()
+tensors = TensorDataset(torch.zeros(8, 4), torch.zeros(8))
+pairs: list[Pair] = []
+loader: DataLoader[Pair] = DataLoader(data, batch_size=4)
+
+
+def to_pair(samples: list[Pair]) -> Pair:
+    raise NotImplementedError
+
+
+def tokenise(sentences: list[str]) -> Pair:
+    raise NotImplementedError
+
+
+def tokenise_any(sentences: Sequence[object]) -> Pair:
+    raise NotImplementedError
+
+
+def data_for_the_supervised_trainer(trainer: Trainer) -> None:
+    trainer.train(data, num_epochs=1)
+    trainer.train(data, data, num_epochs=1)
+    trainer.train(train_dataset=data, eval_dataset=data, num_epochs=1)
+    trainer.train(Labelled(), Labelled(), num_epochs=1)
+    trainer.train(Priced(), Priced(), num_epochs=1)
+    trainer.train(Plain(), Plain(), num_epochs=1)
+    trainer.train(tensors, tensors, num_epochs=1)
+    trainer.train(pairs, pairs, num_epochs=1)
+    trainer.train([(torch.zeros(4), torch.zeros(1))], num_epochs=1)
+    trainer.train([(torch.zeros(4), 1), (torch.zeros(4), 0)], num_epochs=1)
+    trainer.train(Subset(data, [0, 1]), Subset(Labelled(), [0, 1]), num_epochs=1)
+    train, validation = random_split(data, [6, 2])
+    trainer.train(train, validation, num_epochs=1)
+    trainer.train(*random_split(Labelled(), [6, 2]), num_epochs=1)
+    trainer.train(loader, loader, num_epochs=1)
+    trainer.train(DataLoader(tensors), DataLoader(tensors), num_epochs=1)
+    trainer.train(data, loader, num_epochs=1)
+    trainer.train(Stream(), Stream(), max_steps=9)
+    trainer.train(LabelledStream(), LabelledStream(), max_steps=9)
+    trainer.train(data, Stream(), num_epochs=1)
+
+
+def several_evaluation_sets(trainer: Trainer, sets: Mapping[str, Dataset[Pair]]) -> None:
+    trainer.train(data, {"near": data, "far": data}, num_epochs=1)
+    trainer.train(data, {"near": Labelled(), "far": Labelled()}, num_epochs=1)
+    trainer.train(data, {"near": tensors, "far": tensors}, num_epochs=1)
+    trainer.train(data, {"near": loader, "far": loader}, num_epochs=1)
+    trainer.train(Stream(), {"near": Stream()}, max_steps=9)
+    # Of several kinds, a mapping needs its annotation: mypy looks for what all its values have in common.
+    named: Mapping[str, SizedDataset[Pair] | DataLoader[Pair]] = {"near": data, "far": loader, "list": pairs}
+    trainer.train(data, named, num_epochs=1)
+    assert_type(trainer.evaluate(named), dict[str, EvalResult])
+
+
+def collate_functions(trainer: Trainer) -> None:
+    trainer.train(data, collate_fn=to_pair, num_epochs=1)
+    trainer.train(Sentences(), Sentences(), collate_fn=tokenise, num_epochs=1)
+    trainer.train(Sentences(), {"near": Sentences()}, collate_fn=tokenise, num_epochs=1)
+    trainer.train(Sentences(), collate_fn=tokenise_any, num_epochs=1)
+    trainer.train(Sentences(), collate_fn=lambda sentences: tokenise(sentences), num_epochs=1)
+    trainer.train(SentenceStream(), collate_fn=tokenise, max_steps=9)
+    trainer.train(SentenceStream(), SentenceStream(), collate_fn=tokenise, max_time=60)
+    assert_type(trainer.evaluate(Sentences(), collate_fn=tokenise), EvalResult)
+    assert_type(trainer.predict(Sentences(), collate_fn=tokenise), Predictions[Tensor])
+    assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise), Iterator[Tensor])
+
+
+def lengths_of_a_run(trainer: Trainer) -> None:
+    trainer.train(data, num_epochs=1)
+    trainer.train(data, max_steps=9)
+    trainer.train(data, max_time=60)
+    trainer.train(data, max_time=timedelta(hours=1))
+    trainer.train(data, num_epochs=1, max_steps=9, max_time=60.5)
+    trainer.train(data, num_epochs=None, max_steps=9)
+    trainer.train(Stream(), max_time=60)
+    trainer.train(Stream(), num_epochs=2, max_steps=9)
+
+
+def options_of_training(trainer: Trainer) -> None:
+    every: Cadence = Steps(500)
+    trainer.train(data, data, num_epochs=1, per_device_batch_size=32, evaluate_every=every, evaluate_first=True)
+    trainer.train(data, data, num_epochs=1, evaluate_every=Epochs(2), limit_batches=3, agree_every=10)
+    trainer.train(data, data, num_epochs=1, evaluate_every=Minutes(0.5), sharding="already")
+    trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_workers": 2, "drop_last": True})
+    workers: DataLoaderKwargs = {
+        "num_workers": 2,
+        "pin_memory": True,
+        "sampler": torch.utils.data.SequentialSampler([1]),
+    }
+    trainer.train(data, data, num_epochs=1, train_dataloader_kwargs=workers, eval_dataloader_kwargs=workers)
+    options: TrainOptions = {"per_device_batch_size": 4, "evaluate_first": True}
+    trainer.train(data, num_epochs=1, **options)
+    evaluation: EvalOptions = {"per_device_batch_size": 4, "dataloader_kwargs": workers, "limit_batches": None}
+    trainer.evaluate(data, **evaluation)
+    trainer.predict(data, **evaluation)
+
+
+# ==== what comes out
+
+
+def results(trainer: Trainer) -> None:
+    history = trainer.train(data, data, num_epochs=1)
+    assert_type(history, RunHistory)
+    assert_type(trainer.history, RunHistory)
+    assert_type(history[-1], EpochRecord)
+    assert_type(history[1:], Sequence[EpochRecord])
+    assert_type(history[-1].train_loss, float)
+    assert_type(history[-1].eval_loss, float | None)
+    assert_type(history[-1].metrics["accuracy"], float)
+    assert_type(history[-1].evaluations["near"], EvalResult)
+    assert_type(history[-1].values(), dict[str, float])
+    assert_type(history.steps[-1], StepRecord)
+    assert_type(history.steps[-1].loss, float)
+    assert_type(history.initial, dict[str, EvalResult])
+    assert_type(history.stop_reason, str | None)
+    assert_type(history.to_dict(), dict[str, list[float | None]])
+    assert_type(history.to_dataframe(), pd.DataFrame)
+    assert_type([record.train_loss for record in history], list[float])
+    assert_type(len(history), int)
+    if (found := history[-1].eval_loss) is not None:
+        assert_type(found < 0.5, bool)
+
+
+def results_of_evaluation(trainer: Trainer) -> None:
+    assert_type(trainer.evaluate(data), EvalResult)
+    assert_type(trainer.evaluate(dataset=data, per_device_batch_size=64), EvalResult)
+    assert_type(trainer.evaluate(Labelled()), EvalResult)
+    assert_type(trainer.evaluate(tensors), EvalResult)
+    assert_type(trainer.evaluate(loader), EvalResult)
+    assert_type(trainer.evaluate(Stream()), EvalResult)
+    assert_type(trainer.evaluate(pairs), EvalResult)
+    assert_type(trainer.evaluate({"near": data, "far": data}), dict[str, EvalResult])
+    assert_type(trainer.evaluate({"near": data})["near"].loss, float)
+    assert_type(trainer.evaluate(data).loss, float)
+    assert_type(trainer.evaluate(data).metrics["accuracy"], float)
+    assert_type(trainer.evaluate(data).values("test"), dict[str, float])
+
+
+def results_of_prediction(trainer: Trainer) -> None:
+    predictions = trainer.predict(data)
+    assert_type(predictions, Predictions[Tensor])
+    assert_type(predictions[0], Tensor)
+    assert_type(predictions[0].argmax(), Tensor)
+    assert_type(predictions[:2], Predictions[Tensor])
+    assert_type([scores.argmax() for scores in predictions], list[Tensor])
+    assert_type(torch.stack(list(predictions)), Tensor)
+    assert_type(trainer.predict(Unlabelled()), Predictions[Tensor])
+    assert_type(trainer.predict(Labelled()), Predictions[Tensor])
+    assert_type(trainer.predict(tensors), Predictions[Tensor])
+    assert_type(trainer.predict(loader), Predictions[Tensor])
+    assert_type(next(trainer.stream_predictions(data)), Tensor)
+
+
+def what_a_trainer_has(trainer: Trainer) -> None:
+    assert_type(trainer.model, nn.Module)
+    assert_type(trainer.unwrapped_model, nn.Module)
+    assert_type(trainer.optimizer, Optimizer)
+    assert_type(trainer.accelerator, DeviceRuntime)
+    assert_type(trainer.accelerator.device, torch.device)
+    assert_type(trainer.accelerator.num_processes, int)
+    assert_type(trainer.accelerator.is_main_process, bool)
+    assert_type(trainer.accelerator.gather(torch.zeros(1)), Tensor)
+    assert_type(trainer.device, torch.device)
+    assert_type(trainer.run, Run)
+    assert_type(trainer.run.plan, RunPlan)
+    assert_type(trainer.run.seed, int)
+    assert_type(trainer.progress, Progress)
+    assert_type(trainer.progress.steps, int)
+    assert_type(trainer.is_running, bool)
+    assert_type(trainer.peers.rank, int)
+    assert_type(trainer.peers.gather("name"), list[str])
+    assert_type(trainer.loss_func, Callable[[Tensor, Tensor], Tensor])
+    with trainer.accelerator.autocast():
+        trainer.print("rank", trainer.peers.rank)
+    trainer.stop("tired")
+
+
+# ==== ready trainers, composed and configured
+
+Trainer(net, loss_func=loss, optimizer=opt)
+Trainer(model=net, loss_func=cross_entropy, optimizer=opt)
+Trainer(net, loss_func=lambda outputs, targets: (outputs - targets).mean(), optimizer=opt)
+Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=(), history_file=Path("history.jsonl"))
+Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics()])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), KeepBestModel("eval_loss")))
+
+
+class Everything(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, SeedMixin, Trainer):
+    label_smoothing: float = 0.0
+    names: Sequence[str] = field(default_factory=list)
+
+
+everything = Everything(
+    net,
+    loss_func=loss,
+    optimizer=opt,
+    mixed_precision="bf16",
+    gradient_accumulation_steps=4,
+    max_grad_norm=1.0,
+    create_scheduler=lambda optimizer, plan: OneCycleLR(optimizer, 0.1, total_steps=plan.total_steps),
+    metrics={"accuracy": MulticlassAccuracy(num_classes=3)},
+    train_metrics={"accuracy": MulticlassAccuracy(num_classes=3)},
+    seed=1,
+    label_smoothing=0.1,
+    names=["zero", "one"],
+    callbacks=[KeepBestModel(Monitored("accuracy", mode="max")), StopOnNonFinite()],
+)
+assert_type(everything.label_smoothing, float)
+assert_type(everything.mixed_precision, Literal["no", "fp16", "bf16"] | None)
+assert_type(everything.gradient_accumulation_steps, int)
+assert_type(everything.metrics, Mapping[str, MetricLike])
+assert_type(everything.seed, int | None)
+
+
+class WithoutAnnotation(AMPMixin, GradClipMixin, Trainer):
+    """A new default of an inherited option needs no annotation."""
+
+    mixed_precision = "bf16"
+    max_grad_norm = 1.0
+    history_file = "history.jsonl"
+
+
+class WithAnnotation(SeedMixin, GradClipMixin, Trainer):
+    max_grad_norm: float | None = 2.0
+    seed: int | None = 42
+    loss_func: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+
+
+WithAnnotation(net, optimizer=opt)
+WithAnnotation(net, optimizer=opt, seed=None, max_grad_norm=None, loss_func=loss)
+WithoutAnnotation(net, loss_func=loss, optimizer=opt)
+WithoutAnnotation(net, loss_func=loss, optimizer=opt, mixed_precision="no", max_grad_norm=None, history_file=None)
+assert_type(WithAnnotation(net, optimizer=opt).seed, int | None)
+
+
+class SmoothedTrainer(Everything):
+    """A ready composition, refined: its hooks have the types that its loop was given."""
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+
+    @override
+    def on_batch_end(self, batch: Pair, output: StepOutput[Tensor]) -> None:
+        super().on_batch_end(batch, output)
+        assert_type(batch[1], Tensor)
+        assert_type(output.loss, Tensor)
+        assert_type(output.outputs, Tensor)
+        assert_type(output.logged, Mapping[str, Tensor])
+
+    @override
+    def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
+        output = super().eval_step(batch)
+        return StepOutput(loss=output.loss, outputs=output.outputs.softmax(1), logged={"peak": output.outputs.max()})
+
+    @override
+    def update_metrics(self, batch: Pair, output: StepOutput[Tensor], metrics: Iterable[MetricLike]) -> None:
+        for metric in metrics:
+            metric.update(output.outputs.argmax(1), batch[1])
+
+
+# ==== batches of one's own
+
+
+@dataclass
+class TokenBatch:
+    tokens: Tensor
+    targets: Tensor
+    num_targets: int
+
+
+class GraphBatch(NamedTuple):
+    nodes: Tensor
+    edges: Tensor
+
+
+class ImageBatch(TypedDict):
+    pixels: Tensor
+    labels: Tensor
+
+
+class Scores(NamedTuple):
+    logits: Tensor
+    embedding: Tensor
+
+
+class LanguageModel(AMPMixin, GradClipMixin, MetricsMixin[TokenBatch, Tensor], TrainingLoop[TokenBatch, Tensor]):
+    @override
+    def count_items(self, batch: TokenBatch) -> int:
+        return batch.num_targets
+
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        logits = self.model(batch.tokens)
+        return StepOutput.from_sum(cross_entropy(logits, batch.targets, reduction="sum"), outputs=logits)
+
+
+class GraphLoop(MetricsMixin[GraphBatch, Scores], TrainingLoop[GraphBatch, Scores]):
+    @override
+    def train_step(self, batch: GraphBatch) -> StepOutput[Scores]:
+        nodes, edges = batch
+        scores = Scores(self.model(nodes, edges), nodes)
+        return StepOutput(loss=scores.logits.mean(), outputs=scores)
+
+    @override
+    def predict_step(self, batch: GraphBatch) -> Scores:
+        return self.eval_step(batch).outputs
+
+
+class DictLoop(SeedMixin, TrainingLoop[dict[str, Tensor], dict[str, Tensor]]):
+    @override
+    def train_step(self, batch: dict[str, Tensor]) -> StepOutput[dict[str, Tensor]]:
+        return StepOutput(loss=self.model(batch["x"]).mean(), outputs={"y": batch["x"]})
+
+
+class ImageLoop(TrainingLoop[ImageBatch, None]):
+    @override
+    def train_step(self, batch: ImageBatch) -> StepOutput[None]:
+        return StepOutput(loss=self.model(batch["pixels"]).mean(), outputs=None)
+
+
+class Autoencoder(GradAccumMixin, TrainingLoop[Tensor]):
+    """A parameter left out is the default one."""
+
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        decoded: Tensor = self.model(batch)
+        return StepOutput(loss=(decoded - batch).square().mean(), outputs=decoded)
+
+
+class PairLoop(MetricsMixin, TrainingLoop[Pair, Tensor]):
+    """`MetricsMixin` bare is right wherever batches are pairs."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, targets = batch
+        outputs: Tensor = self.model(inputs)
+        return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
+
+
+def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
+    language = LanguageModel(net, optimizer=opt, mixed_precision="bf16", max_grad_norm=1.0, metrics={})
+    language.train(batches, batches, num_epochs=1)
+    assert_type(language.predict(batches), Predictions[Tensor])
+
+    def to_graph(names: list[str]) -> GraphBatch:
+        raise NotImplementedError
+
+    graph = GraphLoop(net, optimizer=opt)
+    graph.train(Sentences(), {"near": Sentences()}, collate_fn=to_graph, num_epochs=1)
+    predictions = graph.predict(Sentences(), collate_fn=to_graph)
+    assert_type(predictions, Predictions[Scores])
+    assert_type(predictions[0].embedding, Tensor)
+
+    Autoencoder(net, optimizer=opt, gradient_accumulation_steps=2).train(images, images, num_epochs=1)
+    Autoencoder(net, optimizer=opt).train(list(torch.ones(8, 4)), max_steps=9)
+    DictLoop(net, optimizer=opt, seed=1).train([{"x": torch.zeros(4)}], num_epochs=1)
+    ImageLoop(net, optimizer=opt).train(DataLoader(images), num_epochs=1)
+    PairLoop(net, optimizer=opt, metrics={"loss": MeanMetric()}).train(Labelled(), num_epochs=1)
+    assert_type(DictLoop(net, optimizer=opt).predict([{"x": torch.zeros(4)}])[0], dict[str, Tensor])
+
+
+class TensorLoop(TrainingLoop[BatchT, Tensor], Generic[BatchT]):
+    """A loop that leaves its batches open."""
+
+    weight: float = 1.0
+
+    @override
+    def train_step(self, batch: BatchT) -> StepOutput[Tensor]:
+        outputs: Tensor = self.model(batch)
+        return StepOutput(loss=self.weight * outputs.mean(), outputs=outputs)
+
+
+class OpenGraphLoop(AMPMixin, MetricsMixin[GraphBatch, Tensor], TensorLoop[GraphBatch]):
+    pass
+
+
+def generic_loops(graphs: list[GraphBatch]) -> None:
+    TensorLoop[GraphBatch](net, optimizer=opt, weight=2.0).train(graphs, num_epochs=1)
+    loop = OpenGraphLoop(net, optimizer=opt, weight=2.0, mixed_precision="no")
+    loop.train(graphs, graphs, num_epochs=1)
+    assert_type(loop.predict(graphs), Predictions[Tensor])
+
+
+def for_any_loop(loop: TrainingLoop[BatchT, Any], batches: SizedDataset[BatchT]) -> RunHistory:
+    return loop.train(batches, num_epochs=1)
+
+
+# ==== mixins of one's own
+
+
+class NoiseMixin(Mixin):
+    """Options alone, one that has no default among them."""
+
+    noise: float
+    noise_kind: Literal["uniform", "normal"] = "normal"
+
+    @override
+    def check_options(self) -> None:
+        if self.noise < 0:
+            raise ValueError(f"noise={self.noise}: must not be negative.")
+
+
+@dataclass
+class Tally:
+    batches: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+TALLY: StateKey[Tally] = StateKey("tally")
+
+
+class TallyMixin(BatchMixin[Any, Any]):
+    """State under a key, and batches of any kind: its hooks say `object`, and it stands in front of narrower mixins.
+
+    mypy takes `BatchMixin[object, object]` too, and pyright does not: it wants equal type arguments of one base.
+    """
+
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        self.run[TALLY] = Tally()
+
+    @override
+    def on_batch_end(self, batch: object, output: StepOutput[object]) -> None:
+        super().on_batch_end(batch, output)
+        assert_type(self.run[TALLY], Tally)
+        assert_type(self.run[TALLY].batches, int)
+        self.run[TALLY].batches += 1
+
+    @property
+    def tally(self) -> Tally:
+        return self.run[TALLY]
+
+
+class EveryHookMixin(Mixin):
+    """Each shape of hook, overridden as it is meant to be."""
+
+    @override
+    def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
+        super().configure_accelerator(builder)
+        builder.write(EveryHookMixin, mixed_precision="bf16")
+
+    @override
+    def reported_values(self) -> frozenset[str]:
+        return super().reported_values() | {"loss_scale"}
+
+    @override
+    def compute_metrics(self) -> dict[str, float]:
+        return super().compute_metrics() | {"one": 1.0}
+
+    @override
+    def batches_per_step(self) -> int:
+        return 2 * super().batches_per_step()
+
+    @override
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        with super().around_step():
+            yield
+
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        super().on_gradients_ready(step)
+        step.logged["scale"] = 1.0
+        assert_type(step.loss, Tensor)
+
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        super().on_epoch_end(record)
+        assert_type(record.train_loss, float)
+
+    @override
+    @replaces
+    def on_exception(self, error: BaseException) -> None:
+        self.print(type(error).__name__)
+
+    @override
+    def should_stop(self) -> str | None:
+        return super().should_stop() or ("enough" if self.progress.steps > 10 else None)
+
+
+class NewHookMixin(BatchMixin):
+    """A hook that others may override in turn."""
+
+    @hook("event")
+    def on_overfit(self, gap: float) -> None:
+        """The training loss fell far below the other."""
+
+    @hook("default")
+    def allowed_gap(self, batch: Pair) -> float:
+        return float(batch[0].mean())
+
+    @override
+    def on_eval_batch_end(self, batch: Pair, output: StepOutput[Tensor]) -> None:
+        super().on_eval_batch_end(batch, output)
+        self.on_overfit(self.allowed_gap(batch))
+
+
+class GenericMixin(BatchMixin[BatchT, Tensor], Generic[BatchT]):
+    """A mixin that leaves its batches open."""
+
+    seen: list[BatchT] = field(default_factory=list)
+
+    @override
+    def count_items(self, batch: BatchT) -> int:
+        self.seen.append(batch)
+        return super().count_items(batch)
+
+
+class OwnMixins(NoiseMixin, TallyMixin, EveryHookMixin, NewHookMixin, GenericMixin[Pair], MetricsMixin, Trainer):
+    @override
+    def on_overfit(self, gap: float) -> None:
+        super().on_overfit(gap)
+        assert_type(self.seen, list[Pair])
+
+    @override
+    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+        assert_type(request.per_device_batch_size, int | None)
+        return request.build(shuffle=False)
+
+
+class OwnBatchesOwnMixins(TallyMixin, GenericMixin[TokenBatch], LanguageModel):
+    """Mixins of wider batches and of the loop's own, in front of a loop that is ready."""
+
+
+assert_type(OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, noise_kind="uniform").noise, float)
+assert_type(OwnBatchesOwnMixins(net, optimizer=opt).seen, list[TokenBatch])
+
+
+# ==== callbacks
+
+
+class Anywhere(Callback[object]):
+    @override
+    def on_epoch_end(self, trainer: object, record: EpochRecord) -> None:
+        assert_type(record.eval_loss, float | None)
+
+    @override
+    def monitors(self) -> tuple[Monitored, ...]:
+        return (Monitored("accuracy", mode="max"),)
+
+
+class ForAnyTrainer(Callback[TrainerCore]):
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        assert_type(trainer.progress.steps, int)
+        assert_type(step.learning_rate, float | Tensor)
+
+    @override
+    def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
+        assert_type(result.metrics.get("accuracy"), float | None)
+
+
+class ForMetrics(Callback[SupportsMetrics]):
+    @override
+    def on_evaluation_start(self, trainer: SupportsMetrics, name: str) -> None:
+        assert_type(trainer.metrics["accuracy"], MetricLike)
+
+
+class HasNoise(Protocol):
+    @property
+    def noise(self) -> float: ...
+
+
+class ForNoise(Callback[HasNoise]):
+    @override
+    def on_run_start(self, trainer: HasNoise) -> None:
+        assert_type(trainer.noise, float)
+
+
+class ForMine(Callback[OwnMixins]):
+    @override
+    def on_run_end(self, trainer: OwnMixins) -> None:
+        assert_type(trainer.tally.batches, int)
+        assert_type(trainer.history[-1].train_loss, float)
+
+
+TrainerT = TypeVar("TrainerT", bound=TrainerCore)
+
+
+class Logged(Callback[TrainerT]):
+    """A callback that is generic in what it needs."""
+
+    def __init__(self, describe: Callable[[TrainerT], str]) -> None:
+        self.describe = describe
+
+    @override
+    def on_run_start(self, trainer: TrainerT) -> None:
+        trainer.print(self.describe(trainer))
+
+
+listeners: list[Callback[OwnMixins]] = [ForMine(), ForNoise(), ForMetrics(), ForAnyTrainer(), Anywhere()]
+OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=listeners)
+OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=[ForMine(), ForNoise(), ForMetrics()])
+OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=[Logged[OwnMixins](lambda t: str(t.noise))])
+PairLoop(net, optimizer=opt, callbacks=[ForMetrics(), Anywhere(), KeepBestModel("accuracy", mode="max")])
+
+
+class WithListeners(GradClipMixin, Trainer):
+    """Callbacks of the class's own, by the hook that gathers them."""
+
+    @override
+    def all_callbacks(self) -> Sequence[Callback[Any]]:
+        return (*super().all_callbacks(), ForAnyTrainer())
+
+
+# ==== protocols: what users hand us, and what functions ask for
+
+
+class Warmup:
+    """A schedule of one's own, by its structure alone."""
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        self.optimizer, self.steps = optimizer, steps
+
+    def step(self) -> None:
+        self.steps -= 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]
+
+
+class Falling:
+    """A schedule of one's own that follows a value."""
+
+    def step(self, metrics: float) -> None: ...
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None: ...
+
+
+class Scheduled(LRSchedulerMixin, Trainer):
+    pass
+
+
+def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
+    return OneCycleLR(optimizer, 0.1, total_steps=plan.total_steps)
+
+
+def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
+    return ReduceLROnPlateau(optimizer, patience=plan.num_epochs)
+
+
+def of_anything(optimizer: object, plan: object) -> LRSchedulerLike:
+    raise NotImplementedError
+
+
+class PreScheduled(LRSchedulerMixin, Trainer):
+    create_scheduler: SchedulerFactory = one_cycle
+
+
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=one_cycle)
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=plateau, scheduler_monitor="accuracy")
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=of_anything, scheduler_interval="epoch")
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, plan.steps_per_epoch))
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: LambdaLR(o, lambda step: 1.0))
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: ReduceLROnPlateau(o))
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: Warmup(o, plan.total_steps))
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, _: Falling())
+PreScheduled(net, loss_func=loss, optimizer=opt)
+PreScheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: Warmup(o, plan.num_epochs))
+
+
+class CountMetric:
+    """A metric of one's own, by its structure alone."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None: ...
+
+    def compute(self) -> float:
+        return 0.0
+
+    def reset(self) -> None: ...
+
+
+class OwnTorchMetric(Metric):
+    @override
+    def update(self, outputs: Tensor, targets: Tensor) -> None: ...
+
+    @override
+    def compute(self) -> Tensor:
+        raise NotImplementedError
+
+
+collection = MetricCollection({"accuracy": MulticlassAccuracy(num_classes=3)})
+own_metrics: dict[str, MetricLike] = {"count": CountMetric(), "own": OwnTorchMetric(), "many": collection}
+PairLoop(net, optimizer=opt, metrics={"count": CountMetric(), "mean": MeanMetric()}, train_metrics=own_metrics)
+PairLoop(net, optimizer=opt, metrics={"mean": MeanMetric()}, train_metrics={"many": collection})
+
+
+def asks_for_protocols(trainer: Everything) -> None:
+    assert_type(trainer.scheduler, LRSchedulerLike | PlateauSchedulerLike)
+    precision: SupportsMixedPrecision = trainer
+    accumulation: SupportsGradAccum = trainer
+    clipping: SupportsGradClip = trainer
+    schedule: SupportsLRScheduler = trainer
+    metrics: SupportsMetrics = trainer
+    seed: SupportsSeed = trainer
+    stateful: Sequence[Stateful] = [trainer.model, trainer.optimizer, Warmup(opt, 3)]
+    sized: Sequence[SizedDataset[Pair]] = [data, pairs, Plain()]
+    assert_type(accumulation.gradient_accumulation_steps, int)
+    assert_type(clipping.max_grad_norm, float | None)
+    assert_type(seed.seed, int | None)
+    loss_functions: Sequence[Callable[[Tensor, Tensor], Tensor]] = [loss, cross_entropy, nn.MSELoss()]
+
+
+def with_a_mixin_or_without(trainer: TrainerCore) -> None:
+    """A protocol can be asked for while the program runs."""
+    if isinstance(trainer, SupportsSeed):
+        assert_type(trainer.seed, int | None)
