@@ -1,4 +1,4 @@
-"""Tests for people who write mixins and trainers: the laws that every mixin keeps, and a small problem to try things on.
+"""Tests for people who write mixins and trainers: the laws that every mixin keeps, and a small problem to try.
 
 ```python
 @pytest.mark.parametrize("mixin", [MyMixin, MyOtherMixin])

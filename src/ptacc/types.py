@@ -21,7 +21,10 @@ from ptacc.errors import OptionError
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
-SampleT = TypeVar("SampleT")
+SampleT = TypeVar("SampleT", default=BatchT)
+"""Samples that the default collate function turns into a batch: of the batch's own type, if not said otherwise."""
+RawT = TypeVar("RawT")
+"""Samples that a collate function of the user's own takes."""
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A supervised batch: inputs `(items, ...)` and targets `(items, ...)`."""

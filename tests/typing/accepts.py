@@ -297,6 +297,8 @@ def results_of_evaluation(trainer: Trainer) -> None:
     assert_type(trainer.evaluate(Stream()), EvalResult)
     assert_type(trainer.evaluate(pairs), EvalResult)
     assert_type(trainer.evaluate({"near": data, "far": data}), dict[str, EvalResult])
+    assert_type(trainer.evaluate({"near": Labelled()}), dict[str, EvalResult])
+    assert_type(trainer.evaluate({"near": Sentences()}, collate_fn=tokenise), dict[str, EvalResult])
     assert_type(trainer.evaluate({"near": data})["near"].loss, float)
     assert_type(trainer.evaluate(data).loss, float)
     assert_type(trainer.evaluate(data).metrics["accuracy"], float)
@@ -505,6 +507,16 @@ class PairLoop(MetricsMixin, TrainingLoop[Pair, Tensor]):
         return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
 
 
+class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
+    """A third parameter names the samples, where the default collate function does not keep their type."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, targets = batch
+        outputs: Tensor = self.model(inputs)
+        return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
+
+
 def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
     language = LanguageModel(net, optimizer=opt, mixed_precision="bf16", max_grad_norm=1.0, metrics={})
     language.train(batches, batches, num_epochs=1)
@@ -523,7 +535,11 @@ def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images:
     Autoencoder(net, optimizer=opt).train(list(torch.ones(8, 4)), max_steps=9)
     DictLoop(net, optimizer=opt, seed=1).train([{"x": torch.zeros(4)}], num_epochs=1)
     ImageLoop(net, optimizer=opt).train(DataLoader(images), num_epochs=1)
-    PairLoop(net, optimizer=opt, metrics={"loss": MeanMetric()}).train(Labelled(), num_epochs=1)
+    PairLoop(net, optimizer=opt, metrics={"loss": MeanMetric()}).train(tensors, data, num_epochs=1)
+    LabelLoop(net, optimizer=opt).train(Labelled(), {"near": Labelled()}, num_epochs=1)
+    LabelLoop(net, optimizer=opt).train(LabelledStream(), Labelled(), max_steps=9)
+    assert_type(LabelLoop(net, optimizer=opt).evaluate(Labelled()), EvalResult)
+    assert_type(LabelLoop(net, optimizer=opt).predict(Labelled()), Predictions[Tensor])
     assert_type(DictLoop(net, optimizer=opt).predict([{"x": torch.zeros(4)}])[0], dict[str, Tensor])
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeAlias
 
 from typing_extensions import TypeVar, dataclass_transform, override
 
-from ptacc.core.guards import check_class_statement, check_composition, copy_annotations
+from ptacc.core.guards import check_class_statement, check_composition
+from ptacc.core.options import check_keywords, nearest_defaults, own_annotations, prepare_annotations, value_text
+from ptacc.core.roles import is_mixin
+from ptacc.errors import CompositionError
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Shape: TypeAlias = Literal["default", "factory", "fold", "around", "event", "any-of"]
@@ -57,14 +60,20 @@ class Composable(ABC):
     @override
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        copy_annotations(cls)
+        prepare_annotations(cls)
         check_class_statement(cls)
-        dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
+        with nearest_defaults(cls):
+            dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
         cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]  # the dataclass made it just now
-        check_composition(cls)
+        check_composition(cls, Composable)
 
     def __post_init__(self) -> None:
         """Run every class's own `check_options`, the base classes' first."""
+        if type(self).__hash__ is None:
+            raise CompositionError(
+                f"{type(self).__name__} is compared by value, and so has no hash: trainers are told apart by identity. "
+                "Leave out @dataclass, since annotated names are options without it, or your own __eq__."
+            )
         for base in reversed(type(self).__mro__):
             if "check_options" in base.__dict__:
                 base.__dict__["check_options"](self)
@@ -80,14 +89,54 @@ class Composable(ABC):
         given: frozenset[str] = vars(self)["_given_options"]
         return given
 
+    @override
+    def __repr__(self) -> str:
+        """Show the options that were given, each in a few characters."""
+        given = vars(self).get("_given_options", frozenset())
+        shown = (f"{name}={value_text(value)}" for name, value in vars(self).items() if name in given)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @override
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out of copies and pickles what belongs to one object alone, such as its run."""
+        private = {option.name for option in _private(self)}
+        return {name: value for name, value in vars(self).items() if name not in private}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take over the options, and make anew what belongs to one object alone."""
+        vars(self).update(state)
+        for option in _private(self):
+            if option.default_factory is not dataclasses.MISSING:
+                vars(self)[option.name] = option.default_factory()
+
+
+def _private(composed: Composable) -> list[dataclasses.Field[Any]]:
+    """Return the fields that are no options: `_name: ... = field(init=False)`."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(composed)  # type: ignore[arg-type]
+    return [field for field in fields if field.name.startswith("_") and not field.init]
+
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     """Wrap a constructor so that the names of the options it was given are kept, for `explain()`."""
 
     @functools.wraps(init)
     def remember(self: Composable, *args: object, **options: object) -> None:
-        positional = [option.name for option in dataclasses.fields(self) if not option.kw_only]  # type: ignore[arg-type]
+        fields = [field for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
+        known = {field.name for field in fields}
+        check_keywords(type(self).__name__, options, known, _who_has(options.keys() - known))
+        positional = [field.name for field in fields if not field.kw_only]
         vars(self)["_given_options"] = frozenset(positional[: len(args)]) | frozenset(options)
         init(self, *args, **options)
 
     return remember
+
+
+def _who_has(names: Collection[str]) -> str:
+    """Say which mixin has the first of some unknown options, empty where none has."""
+    waiting = Composable.__subclasses__() if names else []
+    for cls in waiting:
+        waiting += cls.__subclasses__()
+        for name in names:
+            if name in own_annotations(cls) and is_mixin(cls):
+                return f"{name} is an option of {cls.__name__}: compose it."
+    return ""

@@ -97,6 +97,7 @@ class _Shared:
     peers: Peers
     settings: dict[str, Any]
     owners: weakref.WeakSet[object]
+    process: int = field(default_factory=os.getpid)
 
 
 _shared: list[_Shared] = []
@@ -115,6 +116,10 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         OptionError: fp16 on a device where it would silently be fp32.
     """
     check_launch_environment(builder)
+    if _shared and _shared[0].process != os.getpid():
+        # Forked, as notebook launchers do: what the parent had belongs to its own launch.
+        _shared.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     if _shared and _shared[0].settings != builder.settings:
         gc.collect()  # a trainer that nobody holds any more must not be in the way
         others = [other for other in _shared[0].owners if other is not owner]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeAlias, final, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,6 +19,7 @@ from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
+from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, LossError
 from ptacc.protocols import SizedDataset
 from ptacc.types import (
@@ -29,6 +30,7 @@ from ptacc.types import (
     Pair,
     PairSample,
     Predictions,
+    RawT,
     SampleT,
     StepOutput,
 )
@@ -36,14 +38,20 @@ from ptacc.types import (
 EVALUATION_SEED = 0
 """Loading evaluation data that draws at random gives the same each time."""
 
-EvalData: TypeAlias = SizedDataset[SampleT] | IterableDataset[SampleT] | DataLoader[object]
-EvalSets: TypeAlias = Mapping[str, EvalData[SampleT]]
+EvalData: TypeAlias = SizedDataset[RawT] | IterableDataset[RawT] | DataLoader[object]
+EvalSets: TypeAlias = Mapping[str, EvalData[RawT]]
 
 
-class EvaluationLoop(BatchHooks[BatchT, OutputT]):
+class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, SampleT]):
     """Evaluating and predicting: the part of the loop that changes no weight."""
 
     _role: ClassVar[Role] = "core"
+
+    if not TYPE_CHECKING:  # checkers know the rule that this carries out
+
+        def __class_getitem__(cls, arguments: Any) -> Any:
+            """Let a type parameter that is left out be its default, also where that names an earlier parameter."""
+            return super().__class_getitem__(with_defaults(cls, arguments))
 
     # ---- what to override
 
@@ -65,21 +73,17 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT]):
     # ---- what to call
 
     @overload
-    def evaluate(self, dataset: EvalData[BatchT], **options: Unpack[EvalOptions]) -> EvalResult: ...
+    def evaluate(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> EvalResult: ...
     @overload
-    def evaluate(self, dataset: EvalSets[BatchT], **options: Unpack[EvalOptions]) -> dict[str, EvalResult]: ...
+    def evaluate(self, dataset: EvalSets[SampleT], **options: Unpack[EvalOptions]) -> dict[str, EvalResult]: ...
     @overload
     def evaluate(
-        self: EvaluationLoop[Pair, Any], dataset: EvalData[PairSample], **options: Unpack[EvalOptions]
+        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
     ) -> EvalResult: ...
     @overload
     def evaluate(
-        self,
-        dataset: EvalData[SampleT],
-        *,
-        collate_fn: Callable[[list[SampleT]], BatchT],
-        **options: Unpack[EvalOptions],
-    ) -> EvalResult: ...
+        self, dataset: EvalSets[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+    ) -> dict[str, EvalResult]: ...
     @final
     def evaluate(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
@@ -104,20 +108,16 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT]):
         return results if isinstance(dataset, Mapping) else results[""]
 
     @overload
-    def predict(self, dataset: EvalData[BatchT], **options: Unpack[EvalOptions]) -> Predictions[OutputT]: ...
+    def predict(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Predictions[OutputT]: ...
     @overload
     def predict(
-        self: EvaluationLoop[Pair, OutputT],
-        dataset: EvalData[PairSample] | EvalData[torch.Tensor],
+        self: EvaluationLoop[Pair, OutputT, PairSample],
+        dataset: EvalData[torch.Tensor],
         **options: Unpack[EvalOptions],
     ) -> Predictions[OutputT]: ...
     @overload
     def predict(
-        self,
-        dataset: EvalData[SampleT],
-        *,
-        collate_fn: Callable[[list[SampleT]], BatchT],
-        **options: Unpack[EvalOptions],
+        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
     ) -> Predictions[OutputT]: ...
     @final
     def predict(
@@ -144,9 +144,9 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT]):
     @final
     def stream_predictions(
         self,
-        dataset: EvalData[SampleT],
+        dataset: EvalData[RawT],
         *,
-        collate_fn: Callable[[list[SampleT]], BatchT] | None = None,
+        collate_fn: Callable[[list[RawT]], BatchT] | None = None,
         **options: Unpack[EvalOptions],
     ) -> Iterator[OutputT]:
         """Predict as `predict` does, one sample at a time, for data whose outputs do not fit in memory."""

@@ -6,16 +6,14 @@ wrongly while a class is being made, and the wrong answer is cached.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, get_origin
+from collections.abc import Iterator
+from types import CodeType
 
-from torch import nn
-from typing_extensions import Format, get_annotations
-
+from ptacc.core.options import check_members_against_options, check_own_options, closest, function_of
+from ptacc.core.options import own_annotations as own_annotations  # noqa: PLC0414  # `explain` has it from here
 from ptacc.core.roles import is_mixin, loop_of
 from ptacc.core.typeargs import disagreeing_batches
 from ptacc.errors import CompositionError
@@ -24,6 +22,7 @@ COOPERATIVE = frozenset({"event", "around", "fold", "any-of"})
 MARKERS = frozenset({"_role", "_mixins_stand_before_the_loop", "_takes_the_batches_of_the_loop"})
 """Defined in several classes on purpose: type checkers compare them, see `TrainingLoop`."""
 CALLED_ON_EVERY_CLASS = frozenset({"check_options"})
+PYTHONS_OWN = frozenset({"_abc_impl", "_is_protocol", "_is_runtime_protocol"})
 _SUPER_CALL = {
     "event": "super().{name}({arguments})",
     "around": "with super().{name}({arguments}): yield",
@@ -32,53 +31,24 @@ _SUPER_CALL = {
 }
 
 
-def own_annotations(cls: type) -> dict[str, Any]:
-    """Return the annotations of the class body itself, unevaluated where they are strings."""
-    return dict(get_annotations(cls, format=Format.FORWARDREF))
-
-
-def copy_annotations(cls: type) -> None:
-    """Make `option = value` in a class body a new default of an inherited option, by copying its annotation."""
-    inherited = _inherited_options(cls)
-    own = own_annotations(cls)
-    for name, value in list(cls.__dict__.items()):
-        if name not in inherited or name in own or _is_callable_member(value):
-            continue
-        if not _has_default(inherited[name]):
-            raise CompositionError(
-                f"{cls.__name__}.{name} = {value!r}: the option {name} has no default that this could change, and type "
-                f"checkers go on asking for it. Annotate it: `{name}: {_type_text(inherited[name].type)} = {value!r}`."
-            )
-        cls.__annotations__ = {**own_annotations(cls), name: inherited[name].type}
-
-
 def check_class_statement(cls: type) -> None:
     """Raise `CompositionError` for what one class body cannot say."""
     _check_no_constructor(cls)
-    _check_own_options(cls)
-    _check_members_against_options(cls)
+    check_own_options(cls)
+    check_members_against_options(cls)
     _check_hooks(cls)
 
 
-def check_composition(cls: type) -> None:
-    """Raise `CompositionError` for bases that cannot be combined."""
+def check_composition(cls: type, root: type) -> None:
+    """Raise `CompositionError` for bases that cannot be combined, `root` being the one that all of ours have."""
+    _check_foreign_bases(cls, root)
     _check_names_of_two_owners(cls)
     _check_order(cls)
     if complaint := disagreeing_batches(cls):
         raise CompositionError(complaint)
 
 
-def check_known_hooks(cls: type, advice: str = "") -> None:
-    """Refuse an `on_...` or `around_...` that no base declares: nothing would ever call it."""
-    for name, value in cls.__dict__.items():
-        if not name.startswith(("on_", "around_")) or not _is_callable_member(value):
-            continue
-        declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
-        if name not in declared and shape_of(value) is None:
-            raise CompositionError(
-                f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
-                f"{_closest(name, declared)}Give a method of your own another name.{advice}"
-            )
+# ---- one class body
 
 
 def _check_no_constructor(cls: type) -> None:
@@ -89,72 +59,120 @@ def _check_no_constructor(cls: type) -> None:
                 "from them. Write `name: type = default` for an option, `check_options(self)` for checks, and "
                 "`on_run_start(self)` for what a run needs."
             )
-
-
-def _check_own_options(cls: type) -> None:
-    for name, annotation in own_annotations(cls).items():
-        text = _type_text(annotation)
-        default = cls.__dict__.get(name, dataclasses.MISSING)
-        if "InitVar" in text:
-            raise CompositionError(
-                f"{cls.__name__}.{name}: InitVar makes a keyword that no `__init__` here can read. "
-                f"Make it an option, `{name}: type = default`, and use it in `check_options` or a hook."
-            )
-        if _is_class_variable(annotation, text):
-            continue
-        takes_part = default.init if isinstance(default, dataclasses.Field) else True
-        if name.startswith("_") and takes_part:
-            raise CompositionError(
-                f"{cls.__name__}.{name}: an annotated name is an option, and this one would become the keyword "
-                f"{name!r} of the constructor. Write `{name}: ClassVar[...]` if it belongs to the class, "
-                f"`{name}: ... = field(init=False)` if to each trainer."
-            )
-        if name == "model" and "model" in _inherited_options(cls):
-            raise CompositionError(
-                f"{cls.__name__}.model: redeclaring it turns it keyword-only, so that {cls.__name__}(model, ...) "
-                "fails. Leave it out; where you need its own type, read it in a property of your own."
-            )
-        if any(_is_callable_member(base.__dict__.get(name)) for base in cls.__mro__[1:]):
-            raise CompositionError(
-                f"{cls.__name__}.{name}: a base has a method or property of this name, and the option would take its "
-                "place. Give the option another name."
-            )
-        _check_default(cls, name, default)
-
-
-def _check_default(cls: type, name: str, default: object) -> None:
-    value = default.default if isinstance(default, dataclasses.Field) else default
-    if isinstance(value, nn.Module) or (value is not dataclasses.MISSING and value.__class__.__hash__ is None):
+    if not calls_super(cls.__dict__.get("__init_subclass__")):
         raise CompositionError(
-            f"{cls.__name__}.{name} = {type(value).__name__}(...): every trainer would share this one object. "
-            f"Write `{name}: ... = field(default_factory=lambda: {type(value).__name__}(...))`."
+            f"{cls.__name__}.__init_subclass__: never calls super(), so the options of subclasses would be lost. "
+            "Add `super().__init_subclass__(**keywords)`."
         )
 
 
-def _check_members_against_options(cls: type) -> None:
-    options, annotated = _inherited_options(cls), own_annotations(cls)
+def check_known_hooks(cls: type, advice: str = "") -> None:
+    """Refuse an `on_...` or `around_...` that no base declares: nothing would ever call it."""
+    annotated = own_annotations(cls)
     for name, value in cls.__dict__.items():
-        if name in options and name not in annotated and _is_callable_member(value):
+        if not name.startswith(("on_", "around_")) or name in annotated or not _can_be_called(value):
+            continue
+        declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
+        if name not in declared and shape_of(value) is None:
             raise CompositionError(
-                f"{cls.__name__}.{name}: {name} is an option, and this {_kind(value)} would take its place. "
-                f"Give the {_kind(value)} another name."
+                f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
+                f"{closest(name, declared)}Give a method of your own another name.{advice}"
             )
 
 
 def _check_hooks(cls: type) -> None:
     check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
-        function = _function_of(value)
-        shape = next((s for base in cls.__mro__[1:] if (s := shape_of(base.__dict__.get(name)))), None)
-        if function is None or shape not in COOPERATIVE or getattr(function, "__ptacc_replaces__", False):
+        declaring = next((base for base in cls.__mro__[1:] if shape_of(base.__dict__.get(name))), None)
+        if declaring is None:
             continue
-        if not calls_super(function):
-            code = inspect.unwrap(function).__code__
-            arguments = ", ".join(code.co_varnames[1 : code.co_argcount])
-            call = _SUPER_CALL[shape].format(name=name, arguments=arguments)
+        shape = str(shape_of(declaring.__dict__[name]))
+        if shape_of(value) not in (None, shape):
             raise CompositionError(
-                f"{cls.__name__}.{name}: never calls super(), so the mixins behind it would not hear of it. "
-                f"Add `{call}`, or mark it `@replaces` if it is meant to stand for them all."
+                f"{cls.__name__}.{name}: {declaring.__name__} declares this hook already, as {shape!r}, and an "
+                "override cannot change that. Leave out `@hook(...)`."
+            )
+        if shape in COOPERATIVE and not _is_replacement(value):
+            _check_can_be_combined(cls, name, value, shape)
+
+
+def _check_can_be_combined(cls: type, name: str, value: object, shape: str) -> None:
+    """Raise `CompositionError` for an override of a cooperative hook that is not called, or stops there."""
+    if not inspect.isfunction(value):
+        raise CompositionError(
+            f"{cls.__name__}.{name}: a hook is a method, and this is a {type(value).__name__}. "
+            f"Write `def {name}(self, ...)`, which calls `super().{name}(...)`."
+        )
+    if inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value):
+        raise CompositionError(
+            f"{cls.__name__}.{name}: hooks are called without await, so this would never run. Write `def`, not "
+            "`async def`."
+        )
+    if inspect.isgeneratorfunction(value):
+        mended = "Decorate it with `@contextlib.contextmanager`." if shape == "around" else "Take the `yield` out."
+        raise CompositionError(f"{cls.__name__}.{name}: it yields, and so does nothing when it is called. {mended}")
+    if not calls_super(value, name):
+        code = inspect.unwrap(value).__code__
+        arguments = ", ".join(code.co_varnames[1 : code.co_argcount])
+        call = _SUPER_CALL[shape].format(name=name, arguments=arguments)
+        raise CompositionError(
+            f"{cls.__name__}.{name}: never calls super() for {name}, so the mixins behind it would not hear of it. "
+            f"Add `{call}`, or mark it `@replaces` if it is meant to stand for them all."
+        )
+
+
+def calls_super(value: object, name: str = "") -> bool:
+    """Say whether a function calls `super()`, seen through its decorators; True for what is no function.
+
+    Args:
+        value: A member of a class.
+        name: The method that it has to call of what `super()` gives; any if empty.
+    """
+    function = function_of(value)
+    if function is None:
+        return True
+    code = inspect.unwrap(function).__code__
+    names = set(_names_in(code))
+    # In a class body, `super` makes `__class__` a free variable. A function from elsewhere names its class in the call.
+    has_super = "__class__" in code.co_freevars or "super" in names
+    return has_super and (not name or not names.isdisjoint({name, "getattr"}))
+
+
+def shape_of(value: object) -> str | None:
+    """Return the shape of the hook that a member of a class declares, None where it declares none."""
+    return getattr(function_of(value), "__ptacc_shape__", None)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _is_replacement(value: object) -> bool:
+    return any(getattr(member, "__ptacc_replaces__", False) for member in (value, function_of(value)))
+
+
+def _can_be_called(value: object) -> bool:
+    if isinstance(value, type | property | functools.cached_property):
+        return False
+    return callable(value) or isinstance(value, classmethod)
+
+
+# ---- classes together
+
+
+def _check_foreign_bases(cls: type, root: type) -> None:
+    for base in cls.__mro__[1:]:
+        if root in base.__mro__ or base is object or _is_protocol(base):
+            continue
+        own = {"__init__", "__post_init__"} & base.__dict__.keys()
+        if own and (own != {"__init__"} or "__dataclass_fields__" not in base.__dict__):
+            raise CompositionError(
+                f"{cls.__name__}: {base.__name__}.{min(own)} would never run, since the constructor is made from the "
+                f"options. Derive {base.__name__} from Mixin and make options of what it needs, or keep an instance of "
+                "it in an option."
             )
 
 
@@ -164,15 +182,26 @@ def _check_names_of_two_owners(cls: type) -> None:
         if base.__module__ in {"builtins", "abc", "typing", "typing_extensions"}:
             continue
         for name in {**base.__dict__, **own_annotations(base)}:
-            if not (name.startswith("__") or name in MARKERS or name in CALLED_ON_EVERY_CLASS or name == "_abc_impl"):
+            if not (name.startswith("__") or name in MARKERS | CALLED_ON_EVERY_CLASS | PYTHONS_OWN):
                 owners.setdefault(name, []).append(base)
     for name, classes in owners.items():
         for first, second in itertools.combinations(classes, 2):
             if not any(c in first.__mro__ and c in second.__mro__ for c in classes):
                 raise CompositionError(
                     f"{cls.__name__}: {name} is declared by {first.__name__} and by {second.__name__}, who do not "
-                    f"know of each other, and {first.__name__}'s would silently win. Rename one of them."
+                    f"know of each other, and {first.__name__}'s would silently win. {_mended(first, second)}"
                 )
+
+
+def _mended(first: type, second: type) -> str:
+    protocol = next(filter(_is_protocol, (first, second)), None)
+    if protocol is None:
+        return "Rename one of them, or declare it in a base of both."
+    return f"Leave {protocol.__name__} out of the bases: a class conforms to a protocol by having its members."
+
+
+def _is_protocol(cls: type) -> bool:
+    return bool(cls.__dict__.get("_is_protocol", False))
 
 
 def _check_order(cls: type) -> None:
@@ -181,68 +210,8 @@ def _check_order(cls: type) -> None:
         return
     ready = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)
     for late in filter(is_mixin, cls.__mro__[cls.__mro__.index(loop) :]):
+        bases = sorted(cls.__bases__, key=lambda base: loop in base.__mro__)
         raise CompositionError(
-            f"{cls.__name__}: {late.__name__} comes after {ready.__name__}, so its hooks would never run. "
-            f"Put it before: `class {cls.__name__}({late.__name__}, {ready.__name__})`."
+            f"{cls.__name__}: {late.__name__} comes after {ready.__name__}, whose own methods would stand in front of "
+            f"its hooks. Put it before: `class {cls.__name__}({', '.join(base.__name__ for base in bases)})`."
         )
-
-
-def _inherited_options(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    options: dict[str, dataclasses.Field[Any]] = {}
-    for base in reversed(cls.__mro__[1:]):
-        options |= base.__dict__.get("__dataclass_fields__", {})
-    return options
-
-
-def _has_default(option: dataclasses.Field[Any]) -> bool:
-    return option.default is not dataclasses.MISSING or option.default_factory is not dataclasses.MISSING
-
-
-def _is_callable_member(value: object) -> bool:
-    members = (property, functools.cached_property, classmethod, staticmethod)
-    return isinstance(value, members) or inspect.isfunction(value)
-
-
-def _kind(value: object) -> str:
-    return "property" if isinstance(value, property | functools.cached_property) else "method"
-
-
-def _function_of(value: object) -> Callable[..., Any] | None:
-    value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-    return value if inspect.isfunction(value) else None
-
-
-def calls_super(value: object) -> bool:
-    """Say whether a function calls `super()`, seen through its decorators; True for what is no function."""
-    function = _function_of(value)
-    return function is None or "__class__" in inspect.unwrap(function).__code__.co_freevars
-
-
-def shape_of(value: object) -> str | None:
-    """Return the shape of the hook that a member of a class declares, None where it declares none."""
-    return getattr(_function_of(value), "__ptacc_shape__", None)
-
-
-def _is_class_variable(annotation: object, text: str) -> bool:
-    return (
-        annotation is ClassVar
-        or get_origin(annotation) is ClassVar
-        or text.split("[", maxsplit=1)[0].endswith("ClassVar")
-    )
-
-
-def _type_text(annotation: object) -> str:
-    if isinstance(annotation, str):
-        return annotation
-    forward = getattr(annotation, "__forward_arg__", None)
-    if forward is not None:
-        return str(forward)
-    return annotation.__name__ if isinstance(annotation, type) and get_origin(annotation) is None else str(annotation)
-
-
-def _closest(name: str, known: set[str]) -> str:
-    import difflib  # for an error message alone
-
-    found: Iterator[str] = iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6))
-    match = next(found, None)
-    return f"Did you mean `{match}`? " if match else ""

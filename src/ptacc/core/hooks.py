@@ -6,6 +6,7 @@ Trainers and callbacks share one vocabulary of events. A trainer's own hooks hea
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +40,13 @@ class TrainerState:
         run: The current run, or the last one.
         bare_model: The user's model, while a wrapped one stands in its place.
         runtime: The accelerator and the processes, once they were needed.
+        process: The process that needed them; a fork of it needs its own.
     """
 
     run: Run | None = None
     bare_model: nn.Module | None = None
     runtime: tuple[DeviceRuntime, Peers] | None = None
+    process: int = 0
 
 
 class TrainerCore(Composable):
@@ -295,10 +298,10 @@ class TrainerCore(Composable):
         return None
 
     def _runtime(self) -> tuple[DeviceRuntime, Peers]:
-        if self._state.runtime is None:
+        if self._state.runtime is None or self._state.process != os.getpid():
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
-            self._state.runtime = accelerator_for(self, builder)
+            self._state.runtime, self._state.process = accelerator_for(self, builder), os.getpid()
         return self._state.runtime
 
     def _listeners(self) -> Events:

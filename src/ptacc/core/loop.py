@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import field
-from typing import Any, ClassVar, Self, final, overload
+from typing import Any, ClassVar, Generic, Self, final, overload
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,16 +33,18 @@ from ptacc.types import (
     EpochRecord,
     EvalResult,
     OutputT,
-    Pair,
-    PairSample,
+    RawT,
     SampleT,
     StepOutput,
     TrainOptions,
 )
 
 
-class TrainingLoop(RunSetUp[BatchT, OutputT]):
+class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
     """The core loop, generic in the batch and in what a step puts out.
+
+    `TrainingLoop[BatchT, OutputT]` takes datasets of `BatchT`, as the default collate function keeps a sample's type.
+    Where it does not, a third argument names the samples: `TrainingLoop[Pair, Tensor, tuple[Tensor, int]]`.
 
     Options:
         default_callbacks: A progress bar, printed metrics and a stop at the first loss that is no number, in front of
@@ -104,32 +106,9 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
     @overload
     def train(
         self,
-        train_dataset: SizedDataset[BatchT] | DataLoader[object],
-        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
-        *,
-        num_epochs: int,
-        max_steps: int | None = None,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
-    ) -> RunHistory: ...
-    @overload
-    def train(
-        self: TrainingLoop[Pair, OutputT],
-        train_dataset: SizedDataset[PairSample] | DataLoader[object],
-        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
-        *,
-        num_epochs: int,
-        max_steps: int | None = None,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
-    ) -> RunHistory: ...
-    @overload
-    def train(
-        self,
         train_dataset: SizedDataset[SampleT] | DataLoader[object],
         eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
         *,
-        collate_fn: Callable[[list[SampleT]], BatchT],
         num_epochs: int,
         max_steps: int | None = None,
         max_time: Duration | None = None,
@@ -138,8 +117,20 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
     @overload
     def train(
         self,
-        train_dataset: EvalData[BatchT],
-        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
+        train_dataset: SizedDataset[RawT] | DataLoader[object],
+        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT],
+        num_epochs: int,
+        max_steps: int | None = None,
+        max_time: Duration | None = None,
+        **options: Unpack[TrainOptions],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[SampleT],
+        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
         *,
         num_epochs: int | None = None,
         max_steps: int,
@@ -148,10 +139,11 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
     ) -> RunHistory: ...
     @overload
     def train(
-        self: TrainingLoop[Pair, OutputT],
-        train_dataset: EvalData[PairSample],
-        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
+        self,
+        train_dataset: EvalData[RawT],
+        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
         *,
+        collate_fn: Callable[[list[RawT]], BatchT],
         num_epochs: int | None = None,
         max_steps: int,
         max_time: Duration | None = None,
@@ -163,29 +155,6 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
         train_dataset: EvalData[SampleT],
         eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
         *,
-        collate_fn: Callable[[list[SampleT]], BatchT],
-        num_epochs: int | None = None,
-        max_steps: int,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
-    ) -> RunHistory: ...
-    @overload
-    def train(
-        self,
-        train_dataset: EvalData[BatchT],
-        eval_dataset: EvalData[BatchT] | EvalSets[BatchT] | None = None,
-        *,
-        num_epochs: int | None = None,
-        max_steps: int | None = None,
-        max_time: Duration,
-        **options: Unpack[TrainOptions],
-    ) -> RunHistory: ...
-    @overload
-    def train(
-        self: TrainingLoop[Pair, OutputT],
-        train_dataset: EvalData[PairSample],
-        eval_dataset: EvalData[PairSample] | EvalSets[PairSample] | None = None,
-        *,
         num_epochs: int | None = None,
         max_steps: int | None = None,
         max_time: Duration,
@@ -194,10 +163,10 @@ class TrainingLoop(RunSetUp[BatchT, OutputT]):
     @overload
     def train(
         self,
-        train_dataset: EvalData[SampleT],
-        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+        train_dataset: EvalData[RawT],
+        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
         *,
-        collate_fn: Callable[[list[SampleT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT],
         num_epochs: int | None = None,
         max_steps: int | None = None,
         max_time: Duration,

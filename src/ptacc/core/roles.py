@@ -14,9 +14,9 @@ def role_of(cls: type) -> Role | None:
 
 
 def is_mixin(cls: type) -> bool:
-    """Say whether `cls` is a mixin: derived from one, declaring no role, and with no loop in it."""
+    """Say whether `cls` is a mixin: derived from the core, declaring no role, and with no loop in it."""
     roles = {role_of(base) for base in cls.__mro__}
-    return "mixin" in roles and "loop" not in roles and role_of(cls) is None
+    return "core" in roles and "loop" not in roles and role_of(cls) is None
 
 
 def loop_of(cls: type) -> type | None:

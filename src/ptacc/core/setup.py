@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
@@ -20,13 +20,13 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
 from ptacc.errors import DataError, OptionError
-from ptacc.types import BatchT, EvalOptions, EvalResult, OutputT, RunPlan
+from ptacc.types import BatchT, EvalOptions, EvalResult, OutputT, RunPlan, SampleT
 
 AGREE_EVERY = 16
 """Steps between two agreements on stopping, where there are several processes."""
 
 
-class RunSetUp(EvaluationLoop[BatchT, OutputT]):
+class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
     """From the arguments of `train()` to the state of a run."""
 
     _role: ClassVar[Role] = "core"

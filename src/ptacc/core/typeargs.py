@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from typing_extensions import TypeVar
+from typing_extensions import TypeAliasType, TypeVar, is_typeddict
 
 from ptacc.core.roles import role_of
+
+_PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (complex,)}
+"""What type checkers accept an `int` and a `float` for."""
 
 
 def disagreeing_batches(cls: type) -> str:
@@ -26,8 +29,7 @@ def disagreeing_batches(cls: type) -> str:
                 if not may_take(wide, narrow):
                     return (
                         f"{cls.__name__}: the loop's {what} are {_text(narrow)}, and {mixin.__name__} takes "
-                        f"{_text(wide)}. Write the loop's types after it, `{mixin.__name__}[{_texts(given)}]`, "
-                        "if its hooks can take them."
+                        f"{_text(wide)}. {_advice(mixin, given)}"
                     )
     return ""
 
@@ -39,10 +41,8 @@ def may_take(wide: Any, narrow: Any) -> bool:
         >>> may_take(object, int), may_take(tuple[int, ...], tuple[int, int]), may_take(dict[str, int], tuple[int])
         (True, True, False)
     """
-    undecidable = (TypeVar, str)
+    wide, narrow = _plain(wide), _plain(narrow)
     if wide is Any or narrow is Any or wide is object or wide == narrow:
-        return True
-    if isinstance(wide, undecidable) or isinstance(narrow, undecidable):
         return True
     if _is_union(narrow):
         return all(may_take(wide, part) for part in get_args(narrow))
@@ -51,11 +51,18 @@ def may_take(wide: Any, narrow: Any) -> bool:
     wide_class, narrow_class = get_origin(wide) or wide, get_origin(narrow) or narrow
     if not (isinstance(wide_class, type) and isinstance(narrow_class, type)):
         return True
-    if getattr(wide_class, "_is_protocol", False):
+    if getattr(wide_class, "_is_protocol", False) or (is_typeddict(wide) and is_typeddict(narrow)):
         return True
-    if wide_class not in narrow_class.__mro__:
+    if wide_class not in (*narrow_class.__mro__, *_PROMOTED_TO.get(narrow_class, ())):
         return not _is_concrete(wide_class)
     return _arguments_may_agree(wide, narrow) if wide_class is narrow_class else True
+
+
+def _plain(annotation: Any) -> Any:
+    """Return what an alias stands for, and a type without its annotations."""
+    while isinstance(annotation, TypeAliasType) or get_origin(annotation) is Annotated:
+        annotation = annotation.__value__ if isinstance(annotation, TypeAliasType) else annotation.__origin__
+    return annotation
 
 
 def _arguments_may_agree(wide: Any, narrow: Any) -> bool:
@@ -65,7 +72,7 @@ def _arguments_may_agree(wide: Any, narrow: Any) -> bool:
     if (get_origin(wide) or wide) is tuple and wide_arguments[-1] is Ellipsis:
         return all(may_take(wide_arguments[0], part) for part in narrow_arguments if part is not Ellipsis)
     if len(wide_arguments) != len(narrow_arguments):
-        return False
+        return Ellipsis in narrow_arguments
     return all(may_take(w, n) for w, n in zip(wide_arguments, narrow_arguments, strict=True))
 
 
@@ -92,6 +99,17 @@ def _substitute(annotation: Any, bound: dict[Any, Any]) -> Any:
     return annotation[tuple(bound.get(p, p) for p in parameters)]
 
 
+def with_defaults(cls: Any, arguments: Any) -> tuple[Any, ...]:
+    """Add the defaults of the type parameters that are left out; the typing module leaves names in them unresolved."""
+    given = arguments if isinstance(arguments, tuple) else (arguments,)
+    parameters: tuple[Any, ...] = cls.__parameters__
+    bound = dict(zip(parameters, given, strict=False))
+    for parameter in parameters[len(given) :]:
+        default = _default_of(parameter)
+        bound[parameter] = bound.get(default, default) if isinstance(default, TypeVar) else default
+    return (*given, *(bound[parameter] for parameter in parameters[len(given) :]))
+
+
 def _default_of(parameter: Any) -> Any:
     return parameter.__default__ if getattr(parameter, "has_default", lambda: False)() else parameter
 
@@ -104,13 +122,17 @@ def _is_concrete(cls: type) -> bool:
     return not getattr(cls, "__abstractmethods__", None)
 
 
+def _advice(mixin: type, given: tuple[Any, ...]) -> str:
+    if getattr(mixin, "__parameters__", ()):
+        types_of_loop = ", ".join(map(_text, given))
+        return f"Write the loop's types after it, `{mixin.__name__}[{types_of_loop}]`, if its hooks can take them."
+    return (
+        f"Compose it with a loop of its own batches, or make it generic, `class {mixin.__name__}(BatchMixin[BatchT, "
+        "OutputT])`, if its hooks can take any."
+    )
+
+
 def _text(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else _plain(annotation)
-
-
-def _plain(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
     return str(annotation).replace("torch.Tensor", "Tensor").replace("typing.", "")
-
-
-def _texts(annotations: tuple[Any, ...]) -> str:
-    return ", ".join(_text(annotation) for annotation in annotations)

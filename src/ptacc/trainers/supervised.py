@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from ptacc.core.loop import TrainingLoop
 from ptacc.errors import DataError, OptionError
-from ptacc.types import Pair, StepOutput
+from ptacc.types import Pair, PairSample, StepOutput
 
 
-class Trainer(TrainingLoop[Pair, Tensor]):
+class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
     """Trains a model on batches `(inputs, targets)` by a loss of its outputs and the targets.
 
     Options:

@@ -1,0 +1,242 @@
+"""What a class statement makes of its bases: options with the nearest default, one constructor, copies, a repr."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    Callback,
+    CompositionError,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    Mixin,
+    NoRunError,
+    OptionError,
+    RunPlan,
+    SchedulerFactory,
+    StepOutput,
+    StopOnNonFinite,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+)
+
+
+class Digits(AMPMixin, GradAccumMixin, Trainer):
+    smoothing: float = 0.0
+    _made: list[int] = field(init=False, default_factory=list)
+
+
+def parts() -> dict[str, Any]:
+    model = nn.Linear(2, 1)
+    return {"model": model, "optimizer": SGD(model.parameters(), lr=0.1), "loss_func": nn.functional.mse_loss}
+
+
+def data() -> TensorDataset:
+    return TensorDataset(torch.ones(4, 2), torch.ones(4, 1))
+
+
+def every_fifth(optimizer: Optimizer, plan: RunPlan) -> LRScheduler:
+    return StepLR(optimizer, step_size=5)
+
+
+# ---- which default is taken
+
+
+class Quiet(Mixin):
+    callbacks: Sequence[Callback[TrainerCore]] = (StopOnNonFinite(),)
+
+
+def test_a_mixins_default_reaches_through_an_unrelated_mixin_before_it() -> None:
+    class Mine(AMPMixin, Quiet, Trainer): ...
+
+    assert Mine(**parts()).callbacks is Quiet.callbacks
+
+
+def test_the_nearest_default_in_the_mro_is_taken() -> None:
+    class Four(GradAccumMixin):
+        gradient_accumulation_steps = 4
+
+    class Late(GradAccumMixin, Trainer): ...
+
+    class Mine(GradClipMixin, Late, Four): ...  # type: ignore[misc]  # legal: the MRO puts Four before the loop
+
+    assert Mine(**parts()).gradient_accumulation_steps == 4
+    assert "gradient_accumulation_steps" not in Mine.__dict__.get("__annotations__", {})
+
+
+def test_a_nearest_default_that_is_a_factory_is_made_for_each_trainer() -> None:
+    class Listed(Mixin):
+        callbacks: Sequence[Callback[TrainerCore]] = field(default_factory=lambda: [StopOnNonFinite()])
+
+    class Mine(AMPMixin, Listed, Trainer): ...
+
+    first, second = Mine(**parts()).callbacks, Mine(**parts()).callbacks
+    assert len(first) == 1
+    assert first is not second
+
+
+def test_the_default_that_a_subclass_sets_is_taken_by_its_subclasses() -> None:
+    class Half(Digits):
+        mixed_precision = "bf16"
+
+    class HalfAgain(Half): ...
+
+    assert (Half(**parts()).mixed_precision, HalfAgain(**parts()).mixed_precision) == ("bf16", "bf16")
+    assert Digits(**parts()).mixed_precision is None
+
+
+def test_a_function_as_a_default_reaches_the_instance_unbound() -> None:
+    class Scheduled(LRSchedulerMixin, Trainer):
+        create_scheduler: SchedulerFactory = every_fifth
+        activation: Callable[[float], float] = lambda value: value * 2
+
+    trainer = Scheduled(**parts())
+    assert trainer.create_scheduler is every_fifth
+    assert trainer.activation(2.0) == 4.0
+
+
+def test_a_copied_annotation_is_resolved_where_it_was_written() -> None:
+    class Half(AMPMixin, Trainer):
+        mixed_precision = "bf16"
+
+    assert get_type_hints(Half)["mixed_precision"] == get_type_hints(AMPMixin)["mixed_precision"]
+
+
+# ---- the constructor
+
+
+def test_the_model_alone_may_be_positional() -> None:
+    model, optimizer, loss_func = parts().values()
+    assert Digits(model, optimizer=optimizer, loss_func=loss_func).model is model
+    with pytest.raises(TypeError, match="positional"):
+        Digits(model, optimizer, loss_func=loss_func)  # type: ignore[misc]
+
+
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"Digits has no keyword 'smoothin'\. Did you mean `smoothing`\?"):
+        Digits(**parts(), smoothin=0.1)  # type: ignore[call-arg]
+
+
+def test_an_option_of_a_mixin_that_is_not_composed_names_the_mixin() -> None:
+    with pytest.raises(TypeError, match="max_grad_norm is an option of GradClipMixin: compose it"):
+        Digits(**parts(), max_grad_norm=1.0)  # type: ignore[call-arg]
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(TypeError, match="'optimizer'"):
+        Digits(nn.Linear(2, 1), loss_func=nn.functional.mse_loss)  # type: ignore[call-arg]
+
+
+def test_a_loop_without_a_step_cannot_be_made() -> None:
+    class NoStep(TrainingLoop[Tensor, Tensor]): ...
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"abstract.*train_step"):
+        NoStep(model, optimizer=SGD(model.parameters(), lr=0.1))  # type: ignore[abstract]
+
+
+def test_the_checks_of_every_class_run_without_super() -> None:
+    class Strict(Digits):
+        @override
+        def check_options(self) -> None:
+            raise OptionError("mine")
+
+    with pytest.raises(OptionError, match="gradient_accumulation_steps=0"):
+        Strict(**parts(), gradient_accumulation_steps=0)
+    with pytest.raises(OptionError, match="mine"):
+        Strict(**parts())
+
+
+def test_the_options_that_were_given_are_remembered() -> None:
+    model, optimizer, loss_func = parts().values()
+    trainer = Digits(model, optimizer=optimizer, loss_func=loss_func, smoothing=0.1)
+    assert trainer.given_options() == {"model", "optimizer", "loss_func", "smoothing"}
+
+
+def test_a_dataclass_decorator_is_refused() -> None:
+    @dataclass
+    class Mine(Trainer): ...
+
+    with pytest.raises(CompositionError, match="Leave out @dataclass"):
+        Mine(**parts())
+
+
+def test_own_equality_is_refused() -> None:
+    class Mine(Trainer):
+        @override
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    with pytest.raises(CompositionError, match="or your own __eq__"):
+        Mine(**parts())
+
+
+# ---- text and copies
+
+
+def test_a_repr_shows_what_was_given_in_one_line() -> None:
+    shown = repr(Digits(**parts(), mixed_precision="no"))
+    assert shown == "Digits(model=Linear(...), optimizer=SGD(...), loss_func=mse_loss, mixed_precision='no')"
+
+
+def test_a_repr_never_fails() -> None:
+    assert repr(Digits.__new__(Digits)) == "Digits()"
+
+
+def test_a_copy_has_the_options_and_a_run_of_its_own() -> None:
+    trainer = Digits(**parts(), smoothing=0.1, default_callbacks=())
+    trainer.train(data(), num_epochs=1)
+    twin = copy.copy(trainer)
+    assert (twin.model, twin.smoothing, twin.given_options()) == (trainer.model, 0.1, trainer.given_options())
+    assert twin._made is not trainer._made  # noqa: SLF001
+    with pytest.raises(NoRunError):
+        _ = twin.run
+
+
+def test_a_deep_copy_trains_a_model_of_its_own() -> None:
+    trainer = Digits(**parts(), default_callbacks=())
+    trainer.train(data(), num_epochs=1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    twin = copy.deepcopy(trainer)
+    twin.train(data(), num_epochs=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert not torch.equal(before["weight"], twin.model.state_dict()["weight"])
+
+
+def test_a_trainer_can_be_pickled_after_a_run() -> None:
+    trainer = Digits(**parts(), smoothing=0.1)
+    trainer.train(data(), num_epochs=1)
+    twin: Digits = pickle.loads(pickle.dumps(trainer))
+    assert twin.smoothing == 0.1
+    twin.train(data(), num_epochs=1)
+
+
+class Half(TrainingLoop[Tensor, Tensor]):
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        raise NotImplementedError
+
+
+def test_classes_can_be_made_in_any_module_with_deferred_annotations() -> None:
+    class Later(Half):
+        later: "Defined | None" = None  # noqa: UP037
+
+    class Defined: ...
+
+    model = nn.Linear(2, 1)
+    assert Later(model, optimizer=SGD(model.parameters(), lr=0.1)).later is None

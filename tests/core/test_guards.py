@@ -1,0 +1,753 @@
+"""Each guard refuses its mistake by name, and takes the form that its message tells to write."""
+
+import contextlib
+import dataclasses
+import functools
+import typing
+import typing as t
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import pytest
+import torch
+import typing_extensions
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    BatchMixin,
+    Callback,
+    CompositionError,
+    EpochRecord,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    MetricLike,
+    MetricsMixin,
+    Mixin,
+    RunPlan,
+    SchedulerFactory,
+    StepResult,
+    SupportsMetrics,
+    SupportsMixedPrecision,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+    hook,
+    replaces,
+)
+from ptacc.core.guards import calls_super
+
+
+def refused(message: str) -> contextlib.AbstractContextManager[object]:
+    return pytest.raises(CompositionError, match=message)
+
+
+def options_of(cls: type) -> set[str]:
+    return {option.name for option in dataclasses.fields(cls) if option.init}
+
+
+def every_fifth(optimizer: Optimizer, plan: RunPlan) -> LRScheduler:
+    return StepLR(optimizer, step_size=5)
+
+
+def log_step(self: Any, step: StepResult) -> None:
+    return None
+
+
+# ---- a name in two classes
+
+
+class Freezes(Mixin):
+    def freeze(self) -> None: ...
+
+
+class FreezesToo(Mixin):
+    def freeze(self) -> None: ...
+
+
+class Temperature(Mixin):
+    temperature: float = 1.0
+
+
+class TemperatureToo(Mixin):
+    temperature: float = 2.0
+
+
+def test_a_method_of_two_unrelated_mixins_is_refused() -> None:
+    with refused("freeze is declared by Freezes and by FreezesToo, who do not know of each other"):
+
+        class Both(Freezes, FreezesToo, Trainer): ...
+
+
+def test_a_method_of_a_mixin_and_of_a_users_trainer_is_refused() -> None:
+    class Mine(Trainer):
+        def freeze(self) -> None: ...
+
+    with refused("freeze is declared by Freezes and by Mine"):
+
+        class Both(Freezes, Mine): ...
+
+
+def test_an_option_of_two_unrelated_mixins_is_refused_with_equal_types() -> None:
+    with refused("temperature is declared by Temperature and by TemperatureToo"):
+
+        class Both(Temperature, TemperatureToo, Trainer): ...
+
+
+def test_an_option_of_two_unrelated_mixins_is_refused_with_different_types() -> None:
+    class Cold(Mixin):
+        temperature: str = "cold"
+
+    with refused("temperature is declared by Temperature and by Cold"):
+
+        class Both(Temperature, Cold, Trainer): ...  # type: ignore[misc]
+
+
+def test_a_name_that_a_common_base_declares_is_taken() -> None:
+    class Tempered(Mixin):
+        temperature: float = 1.0
+
+    class Warm(Tempered):
+        temperature = 2.0
+
+    class Hot(Tempered):
+        temperature = 3.0
+
+    class Both(Warm, Hot, Trainer): ...
+
+    assert "temperature" in options_of(Both)
+
+
+def test_a_diamond_of_mixins_is_taken() -> None:
+    class Accumulates(GradAccumMixin): ...
+
+    class Clips(GradClipMixin, GradAccumMixin): ...
+
+    class Both(Accumulates, Clips, Trainer): ...
+
+    assert {"max_grad_norm", "gradient_accumulation_steps"} <= options_of(Both)
+
+
+def test_a_method_that_a_trainer_of_ones_own_overrides_is_taken() -> None:
+    class Mine(Freezes, Trainer):
+        @override
+        def freeze(self) -> None: ...
+
+    class MineAgain(AMPMixin, Mine): ...
+
+    assert Mine in MineAgain.__mro__
+
+
+def test_a_protocol_of_ours_among_the_bases_is_refused() -> None:
+    with refused("Leave SupportsMixedPrecision out of the bases"):
+
+        class Mine(AMPMixin, Trainer, SupportsMixedPrecision): ...
+
+    with refused("Leave SupportsMetrics out of the bases"):
+
+        class Measured(MetricsMixin, Trainer, SupportsMetrics): ...  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def test_protocols_of_ones_own_among_the_bases_are_taken() -> None:
+    class CanWalk(Protocol):
+        def walk(self) -> None: ...
+
+    class CanTalk(Protocol):
+        def talk(self) -> None: ...
+
+    class Walks(Mixin, CanWalk):
+        @override
+        def walk(self) -> None: ...
+
+    class Talks(Mixin, CanTalk):
+        @override
+        def talk(self) -> None: ...
+
+    class Both(Walks, Talks, Trainer): ...
+
+    assert Both.__name__ == "Both"
+
+
+def test_private_and_nested_names_clash_like_any_other() -> None:
+    class Left(Mixin):
+        def _helper(self) -> None: ...
+
+    class Right(Mixin):
+        def _helper(self) -> None: ...
+
+    with refused("_helper is declared by Left and by Right"):
+
+        class Both(Left, Right, Trainer): ...
+
+
+# ---- a member named like an option
+
+
+def test_a_method_named_like_an_option_is_refused() -> None:
+    with refused("loss_func is an option, and this method would take its place"):
+
+        class Mine(Trainer):
+            @override  # type: ignore[misc]
+            def loss_func(self, outputs: Tensor, targets: Tensor) -> Tensor:
+                return (outputs - targets).abs().mean()
+
+
+def test_a_property_named_like_an_option_is_refused() -> None:
+    with refused("gradient_accumulation_steps is an option, and this property would take its place"):
+
+        class Mine(GradAccumMixin, Trainer):
+            @property  # type: ignore[misc]
+            @override
+            def gradient_accumulation_steps(self) -> int:  # type: ignore[override]
+                return 4
+
+
+def test_a_cached_property_named_like_an_option_is_refused() -> None:
+    with refused("history_file is an option, and this property would take its place"):
+
+        class Mine(Trainer):
+            @functools.cached_property  # type: ignore[misc]
+            @override
+            def history_file(self) -> str | Path | None:  # type: ignore[override]
+                return "history.jsonl"
+
+
+def test_an_option_named_like_a_method_or_property_is_refused() -> None:
+    with refused("progress: a base has a method or property of this name"):
+
+        class Mine(Trainer):
+            progress: float = 0.0  # type: ignore[assignment]
+
+    with refused("on_step_end: a base has a method or property of this name"):
+
+        class Hears(Trainer):
+            on_step_end: Callable[[StepResult], None] = print  # type: ignore[assignment]
+
+
+def test_members_with_names_of_their_own_are_taken() -> None:
+    class Mine(Trainer):
+        class Config:
+            depth = 3
+
+        Color = Enum("Color", ["RED", "BLUE"])
+
+        @property
+        def error_rate(self) -> float:
+            return 0.0
+
+        @functools.cached_property
+        def on_gpu(self) -> bool:
+            return False
+
+        @staticmethod
+        def half(value: float) -> float:
+            return value / 2
+
+    assert options_of(Mine) == options_of(Trainer)
+
+
+# ---- new values for inherited options
+
+
+def test_an_option_without_a_default_assigned_without_annotation_is_refused() -> None:
+    with refused(r"Annotate it: `create_scheduler: SchedulerFactory = every_fifth`"):
+
+        class Mine(LRSchedulerMixin, Trainer):
+            create_scheduler = every_fifth
+
+    with refused(r"Annotate it: `loss_func: Callable\[\[Tensor, Tensor\], Tensor\] = mse_loss`"):
+
+        class Squares(Trainer):
+            loss_func = nn.functional.mse_loss
+
+
+def test_an_annotated_function_is_taken_as_an_options_default() -> None:
+    class Mine(LRSchedulerMixin, Trainer):
+        create_scheduler: SchedulerFactory = every_fifth
+
+    class MineAgain(Mine):
+        create_scheduler: SchedulerFactory = lambda optimizer, plan: StepLR(optimizer, step_size=1)
+
+    class MineUnannotated(Mine):
+        create_scheduler = every_fifth
+
+    assert "create_scheduler" in options_of(MineAgain) & options_of(MineUnannotated)
+
+
+@pytest.mark.parametrize("default", ["bf16", None, 0, "", False])
+def test_a_new_default_without_annotation_is_taken(default: object) -> None:
+    mine = type("Mine", (AMPMixin, Trainer), {"mixed_precision": default})
+    (option,) = (option for option in dataclasses.fields(mine) if option.name == "mixed_precision")
+    assert option.default is default
+
+
+def test_a_redeclared_model_is_refused() -> None:
+    with refused("redeclaring it turns it keyword-only"):
+
+        class Mine(Trainer):
+            model: nn.Linear  # type: ignore[mutable-override]
+
+
+def test_a_property_for_the_models_own_type_is_taken() -> None:
+    class Mine(Trainer):
+        @property
+        def linear(self) -> nn.Linear:
+            assert isinstance(self.unwrapped_model, nn.Linear)
+            return self.unwrapped_model
+
+    assert options_of(Mine) == options_of(Trainer)
+
+
+# ---- hooks that nobody knows
+
+
+@pytest.mark.parametrize(("name", "meant"), [("on_epoch_ended", "on_epoch_end"), ("around_steps", "around_step")])
+def test_a_misspelt_hook_is_refused(name: str, meant: str) -> None:
+    with refused(rf"{name}: no base declares this hook.*Did you mean `{meant}`\?.*decorate it with `@hook"):
+        type("Mine", (Trainer,), {name: log_step})
+
+
+@pytest.mark.parametrize("make", [staticmethod, classmethod, functools.partial, lambda function: function])
+def test_a_misspelt_hook_is_refused_in_every_form(make: Callable[[object], object]) -> None:
+    with refused("on_steps_end: no base declares this hook"):
+        type("Mine", (Trainer,), {"on_steps_end": make(log_step)})
+
+
+def test_a_misspelt_event_of_a_callback_is_refused() -> None:
+    with refused(r"Noisy.on_epoch_ended: .*Did you mean `on_epoch_end`\?"):
+
+        class Noisy(Callback[TrainerCore]):
+            def on_epoch_ended(self, trainer: TrainerCore, record: EpochRecord) -> None: ...
+
+
+def test_a_trainers_hook_in_a_callback_is_refused() -> None:
+    with refused("Noisy.on_gradients_ready: no base declares this hook"):
+
+        class Noisy(Callback[TrainerCore]):
+            def on_gradients_ready(self, trainer: TrainerCore, step: StepResult) -> None: ...
+
+
+def test_attributes_of_a_callback_may_begin_like_events() -> None:
+    @dataclass
+    class Noisy(Callback[TrainerCore]):
+        on_done: Callable[[], None] = print
+        on_gpu: bool = False
+
+        @property
+        def on_cpu(self) -> bool:
+            return not self.on_gpu
+
+    assert Noisy().on_cpu
+
+
+def test_a_hook_that_is_declared_is_taken() -> None:
+    class Brews(Mixin):
+        @hook("event")
+        def on_tea_break(self) -> None: ...
+
+    class Pours(Brews):
+        @override
+        def on_tea_break(self) -> None:
+            super().on_tea_break()
+
+    with refused(r"Add `super\(\).on_tea_break\(\)`"):
+
+        class Spills(Brews):
+            @override
+            def on_tea_break(self) -> None: ...
+
+
+def test_an_option_may_begin_like_a_hook() -> None:
+    class Mine(Mixin):
+        on_done: Callable[[], None] = print
+
+    assert "on_done" in options_of(Mine)
+
+
+# ---- constructors
+
+
+def test_an_init_is_refused() -> None:
+    with refused(r"Mine.__init__: options are annotated names.*`check_options\(self\)`.*`on_run_start\(self\)`"):
+
+        class Mine(Trainer):
+            def __init__(self) -> None: ...
+
+
+def test_a_post_init_is_refused() -> None:
+    with refused("Mine.__post_init__: options are annotated names"):
+
+        class Mine(Trainer):
+            @override
+            def __post_init__(self) -> None: ...
+
+
+def test_options_and_their_checks_are_taken() -> None:
+    class Mine(Trainer):
+        smoothing: float = 0.0
+
+        @override
+        def check_options(self) -> None: ...
+
+        @override
+        def on_run_start(self) -> None:
+            super().on_run_start()
+
+    assert "smoothing" in options_of(Mine)
+
+
+def test_a_base_whose_init_would_never_run_is_refused() -> None:
+    class Logs:
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+    with refused("Logs.__init__ would never run"):
+
+        class Mine(Logs, Trainer): ...
+
+
+def test_a_foreign_base_without_an_init_is_taken() -> None:
+    class Logs:
+        def log(self) -> None: ...
+
+    @dataclass(kw_only=True)
+    class Names:
+        name: str = "mine"
+
+    class Mine(Logs, Names, Trainer): ...
+
+    assert "name" in options_of(Mine)
+
+
+def test_an_init_subclass_that_loses_the_options_is_refused() -> None:
+    with refused(r"Registers.__init_subclass__: never calls super\(\)"):
+
+        class Registers(Mixin):
+            @override
+            def __init_subclass__(cls, **keywords: object) -> None: ...
+
+
+def test_an_init_subclass_that_goes_on_is_taken() -> None:
+    class Registers(Mixin):
+        names: ClassVar[list[str]] = []
+
+        @override
+        def __init_subclass__(cls, **keywords: object) -> None:
+            super().__init_subclass__(**keywords)
+            cls.names.append(cls.__name__)
+
+    class Mine(Registers, Trainer):
+        extra: int = 0
+
+    assert (Registers.names, "extra" in options_of(Mine)) == (["Mine"], True)
+
+
+# ---- annotated names that are no options
+
+
+def test_an_underscore_name_is_refused() -> None:
+    with refused(r"would become the keyword '_cache'.*`_cache: ClassVar\[...\]`.*`_cache: ... = field\(init=False\)`"):
+
+        class Mine(Trainer):
+            _cache: int = 0
+
+
+def test_an_underscore_name_of_the_class_or_of_each_trainer_is_taken() -> None:
+    class Mine(Trainer):
+        _shared: ClassVar[list[int]] = []
+        _own: int = field(init=False, default=0)
+        _made: list[int] = field(init=False, default_factory=list)
+
+    assert options_of(Mine) == options_of(Trainer)
+
+
+def test_class_variables_are_seen_in_every_spelling() -> None:
+    class Mine(Trainer):
+        _plain: ClassVar = 0
+        _typing: typing.ClassVar[int] = 0
+        _alias: t.ClassVar[list[int]] = []
+        _extensions: typing_extensions.ClassVar[int] = 0
+        _string: "ClassVar[int]" = 0
+        _alias_string: "t.ClassVar[tuple[int, ...]]" = ()
+        _extensions_string: "typing_extensions.ClassVar[int]" = 0
+        bare_string: "ClassVar" = 0
+
+    assert options_of(Mine) == options_of(Trainer)
+    assert typing.get_type_hints(Mine)["_alias_string"] == ClassVar[tuple[int, ...]]
+
+
+def test_a_class_variable_may_get_its_value_in_a_subclass() -> None:
+    class Named(Mixin):
+        kind: ClassVar[str]
+
+    class Mine(Named, Trainer):
+        kind = "mine"
+
+    assert options_of(Mine) == options_of(Trainer)
+
+
+@pytest.mark.parametrize("annotation", [InitVar, InitVar[int], "InitVar[int]", "dataclasses.InitVar[int]"])
+def test_an_init_variable_is_refused(annotation: object) -> None:
+    with refused("start: InitVar makes a keyword that no `__init__` here can read"):
+        type("Mine", (Trainer,), {"__annotations__": {"start": annotation}})
+
+
+def test_a_type_whose_name_only_looks_like_it_is_taken() -> None:
+    mine = type("Mine", (Trainer,), {"__annotations__": {"start": "InitVariant | None"}, "start": None})
+    assert "start" in options_of(mine)
+
+
+class Count:
+    def update(self) -> None: ...
+
+    def compute(self) -> int:
+        return 0
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize("shared", [nn.Linear(1, 1), MeanMetric(), Count(), [], {}, field(default=nn.ReLU())])
+def test_a_default_that_all_trainers_would_share_is_refused(shared: object) -> None:
+    body = {"__annotations__": {"part": Any}, "part": shared}
+    with refused(r"every trainer would share this one object. Write `part: ... = field\(default_factory=lambda: "):
+        type("Mine", (Trainer,), body)
+
+
+def test_a_shared_default_without_annotation_is_refused() -> None:
+    with refused(r"metrics = dict\(...\): every trainer would share"):
+
+        class Mine(MetricsMixin, Trainer):
+            metrics = {"mean": MeanMetric()}  # type: ignore[mutable-override]  # noqa: RUF012
+
+
+def test_a_default_factory_is_taken() -> None:
+    class Mine(MetricsMixin, Trainer):
+        metrics: Mapping[str, MetricLike] = field(default_factory=lambda: {"mean": MeanMetric()})
+        head: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
+        metric_class: type[MeanMetric] = MeanMetric
+
+    assert {"head", "metric_class"} <= options_of(Mine)
+
+
+# ---- cooperative hooks
+
+
+def test_an_event_without_super_is_refused() -> None:
+    with refused(
+        r"Mine.on_step_end: never calls super\(\).*Add `super\(\).on_step_end\(step\)`, or mark it `@replaces`"
+    ):
+
+        class Mine(Trainer):
+            @override
+            def on_step_end(self, step: StepResult) -> None: ...
+
+
+def test_every_shape_tells_its_own_call() -> None:
+    with refused(r"Add `with super\(\).around_step\(\): yield`"):
+
+        class Around(Trainer):
+            @override
+            @contextlib.contextmanager
+            def around_step(self) -> Iterator[None]:
+                yield
+
+    with refused(r"Add `return super\(\).should_stop\(\) or ...`"):
+
+        class Stops(Trainer):
+            @override
+            def should_stop(self) -> str | None:
+                return None
+
+
+def test_overrides_that_call_super_are_taken_through_their_decorators() -> None:
+    class Mine(Trainer):
+        @override
+        @contextlib.contextmanager
+        def around_step(self) -> Iterator[None]:
+            with super().around_step():
+                yield
+
+        @override
+        @torch.no_grad()
+        def on_step_end(self, step: StepResult) -> None:
+            super(Mine, self).on_step_end(step)  # noqa: UP008 - the older form is Python, too
+
+        @override
+        def on_epoch_start(self) -> None:
+            def later() -> None:
+                super(Mine, self).on_epoch_start()
+
+            later()
+
+    assert calls_super(Mine.__dict__["on_step_end"], "on_step_end")
+
+
+def test_a_call_of_another_hook_of_super_is_refused() -> None:
+    with refused(r"never calls super\(\) for on_run_end.*Add `super\(\).on_run_end\(\)`"):
+
+        class Mine(Trainer):
+            @override
+            def on_run_end(self) -> None:
+                super().on_run_start()
+
+
+def test_an_override_that_is_marked_as_a_replacement_is_taken() -> None:
+    class Mine(Trainer):
+        @override
+        @replaces
+        def on_step_end(self, step: StepResult) -> None: ...
+
+        @override
+        @replaces
+        @contextlib.contextmanager
+        def around_step(self) -> Iterator[None]:
+            yield
+
+    assert "on_step_end" in Mine.__dict__
+
+
+@pytest.mark.parametrize("value", [log_step, lambda self, step: None])
+def test_an_assigned_function_without_super_is_refused(value: object) -> None:
+    with refused(r"never calls super\(\) for on_step_end"):
+        type("Mine", (Trainer,), {"on_step_end": value})
+
+
+@pytest.mark.parametrize("value", [functools.partial(print), None, staticmethod(log_step), property(bool)])
+def test_a_hook_that_is_no_method_is_refused(value: object) -> None:
+    with refused(rf"on_step_end: a hook is a method, and this is a {type(value).__name__}"):
+        type("Mine", (Trainer,), {"on_step_end": value})
+
+
+def test_an_assigned_function_that_calls_super_is_taken() -> None:
+    def on_step_end_of_mine(self: Any, step: StepResult) -> None:
+        super(Mine, self).on_step_end(step)  # pyright: ignore[reportAttributeAccessIssue]
+
+    class Mine(Trainer):
+        on_step_end = on_step_end_of_mine
+
+    assert "on_step_end" in Mine.__dict__
+
+
+def test_an_async_hook_is_refused() -> None:
+    with refused("on_step_end: hooks are called without await"):
+
+        class Mine(Trainer):
+            @override
+            async def on_step_end(self, step: StepResult) -> None:  # type: ignore[override]
+                super().on_step_end(step)
+
+
+def test_an_around_hook_that_is_no_context_manager_is_refused() -> None:
+    with refused("around_step: it yields.*Decorate it with `@contextlib.contextmanager`"):
+
+        class Mine(Trainer):
+            @override
+            def around_step(self) -> Iterator[None]:  # type: ignore[override]
+                with super().around_step():
+                    yield
+
+
+def test_an_event_that_yields_is_refused() -> None:
+    with refused("on_run_end: it yields.*Take the `yield` out"):
+
+        class Mine(Trainer):
+            @override
+            def on_run_end(self) -> Iterator[None]:  # type: ignore[override]
+                super().on_run_end()
+                yield
+
+
+def test_a_hook_declared_anew_with_another_shape_is_refused() -> None:
+    with refused("TrainerCore declares this hook already, as 'event', and an override cannot change that"):
+
+        class Mine(Trainer):
+            @override
+            @hook("default")
+            def on_step_end(self, step: StepResult) -> None: ...
+
+
+def test_a_hook_that_may_be_replaced_whole_needs_no_super() -> None:
+    class Mine(Trainer):
+        @override
+        def count_items(self, batch: tuple[Tensor, Tensor]) -> int:
+            return 1
+
+        @override
+        def make_seed(self) -> int:
+            return 7
+
+    assert {"count_items", "make_seed"} <= Mine.__dict__.keys()
+
+
+# ---- the order of bases
+
+
+def test_a_mixin_after_the_loop_is_refused() -> None:
+    with refused(r"AMPMixin comes after Trainer.*`class Mine\(GradClipMixin, AMPMixin, Trainer\)`"):
+
+        class Mine(GradClipMixin, Trainer, AMPMixin): ...  # type: ignore[misc]
+
+
+def test_a_mixin_that_derives_from_the_core_itself_is_refused_there_too() -> None:
+    class Odd(TrainerCore): ...
+
+    with refused(r"Odd comes after Trainer.*`class Mine\(Odd, Trainer\)`"):
+
+        class Mine(Trainer, Odd): ...
+
+
+def test_a_late_mixin_that_the_mro_moves_is_taken() -> None:
+    class Mine(Trainer): ...
+
+    class MineAgain(Mine, AMPMixin, Trainer): ...  # type: ignore[misc]  # checkers ask for the plain order
+
+    assert MineAgain.__mro__.index(AMPMixin) < MineAgain.__mro__.index(TrainingLoop)
+
+
+def test_a_mixin_of_mixins_is_taken() -> None:
+    class Usual(AMPMixin, GradClipMixin):
+        max_grad_norm: float | None = 1.0
+
+    class Mine(Usual, Trainer):
+        """Mine."""
+
+    class MineAgain(Mine): ...
+
+    assert {"mixed_precision", "max_grad_norm"} <= options_of(MineAgain)
+
+
+def test_abstract_and_empty_classes_are_taken() -> None:
+    class Base(Trainer, ABC):
+        @abstractmethod
+        def describe(self) -> str: ...
+
+    class Mine(Base):
+        """Only a docstring."""
+
+        @override
+        def describe(self) -> str:
+            return "mine"
+
+    assert Base.__abstractmethods__ == {"describe"}
+    assert not Mine.__abstractmethods__
+
+
+def test_a_generic_mixin_is_taken_bare_beside_a_trainer() -> None:
+    class Mine(MetricsMixin, Trainer): ...
+
+    class Looks(BatchMixin[object, object]):
+        sizes: Sequence[int] = ()
+
+    class LooksAtPairs(Looks, Trainer): ...  # pyright: ignore[reportGeneralTypeIssues]  # mypy has it right
+
+    assert "metrics" in options_of(Mine)
+    assert "sizes" in options_of(LooksAtPairs)

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ptacc import StepOutput, Trainer
+from ptacc.core.history import STEPS_IN_MEMORY
+from ptacc.testing import tiny_data, tiny_parts
+
+
+class Logging(Trainer):
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        output = super().train_step(batch)
+        return StepOutput(
+            output.loss, output.outputs, logged={"first": batch[0][0, 0], "size": torch.tensor(len(batch[0]))}
+        )
+
+
+def test_steps_and_epochs_agree() -> None:
+    history = Trainer(**tiny_parts()).train(tiny_data(20), num_epochs=2)
+    for number, epoch in enumerate(history, start=1):
+        steps = [step for step in history.steps if step.epoch == number]
+        assert epoch.items == sum(step.items for step in steps) == 20
+        assert epoch.train_loss == pytest.approx(sum(step.loss * step.items for step in steps) / 20, rel=1e-12)
+
+
+def test_what_steps_log_is_a_mean_over_items() -> None:
+    history = Logging(**tiny_parts()).train(tiny_data(20), num_epochs=1)
+    assert [step.logged["size"] for step in history.steps] == [8, 8, 4]
+    assert history[0].values()["size"] == pytest.approx((8 + 8 + 4) / 3)
+
+
+def test_memory_is_flat_and_the_file_has_all(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "history.jsonl"
+    trainer = Trainer(**tiny_parts(), history_file=file)
+    history = trainer.train(tiny_data(8), max_steps=STEPS_IN_MEMORY + 50, per_device_batch_size=8)
+    assert len(history.steps) == STEPS_IN_MEMORY
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS_IN_MEMORY + 51))
+    assert sum(line["kind"] == "epoch" for line in lines) == len(history) == STEPS_IN_MEMORY + 50
+
+
+def test_long_epochs_are_read_before_they_end() -> None:
+    trainer = Logging(**tiny_parts())
+    data = tiny_data(24)
+    long: torch.utils.data.ConcatDataset[tuple[Tensor, ...]] = torch.utils.data.ConcatDataset([data] * 50)
+    history = trainer.train(long, num_epochs=1, per_device_batch_size=1)
+    assert len(history.steps) == STEPS_IN_MEMORY
+    assert history.steps[-1].step == 1200
+    assert history[0].logged["size"] == 1.0
+
+
+def test_a_history_becomes_a_mapping_lines_and_a_frame(tmp_path: Path) -> None:
+    history = Trainer(**tiny_parts()).train(tiny_data(24), tiny_data(8), num_epochs=2)
+    columns = history.to_dict()
+    assert columns["epoch"] == [1.0, 2.0]
+    assert columns["eval_loss"] == [epoch.eval_loss for epoch in history]
+    frame = history.to_dataframe()
+    assert list(frame.columns) == list(columns)
+    history.write_jsonl(tmp_path / "history.jsonl")
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert kinds == ["step"] * 6 + ["epoch"] * 2
+
+
+def test_a_history_is_a_sequence_of_epochs() -> None:
+    history = Trainer(**tiny_parts()).train(tiny_data(), num_epochs=3)
+    assert [epoch.epoch for epoch in history] == [1, 2, 3]
+    assert [epoch.epoch for epoch in history[1:]] == [2, 3]
+    assert repr(history) == "RunHistory(3 epochs, 9 steps in memory)"

@@ -1,0 +1,198 @@
+"""Splitting the same work over real processes changes nothing but time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from ptacc import (
+    Callback,
+    DataLoaderKwargs,
+    GradAccumMixin,
+    GradClipMixin,
+    MetricsMixin,
+    SeedMixin,
+    StepOutput,
+    StepResult,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+)
+from ptacc.testing import tiny_data, tiny_parts
+from tests.core.test_data import Backwards
+from tests.ranks import run_ranks
+
+
+class FullTrainer(SeedMixin, GradAccumMixin, GradClipMixin, MetricsMixin, Trainer):
+    seed: int | None = 5
+    max_grad_norm: float | None = 0.5
+
+
+def train(per_device_batch_size: int, accumulation: int, samples: int) -> dict[str, list[float]]:
+    metric = MulticlassAccuracy(2, average="micro").double()
+    trainer = FullTrainer(
+        **tiny_parts(),
+        gradient_accumulation_steps=accumulation,
+        metrics={"accuracy": metric},
+        train_metrics={"accuracy": metric.clone()},
+    )
+    data = tiny_data(samples)
+    history = trainer.train(data, tiny_data(13), num_epochs=2, per_device_batch_size=per_device_batch_size)
+    return {
+        "losses": [step.loss for step in history.steps],
+        "norms": [step.logged["grad_norm"] for step in history.steps],
+        "epochs": [value for epoch in history for value in epoch.values().values()],
+        "weights": trainer.model.state_dict()["weight"].flatten().tolist(),
+    }
+
+
+@pytest.mark.parametrize("samples", [48, 41, 37])
+def test_two_processes_and_accumulation_equal_one_batch(samples: int) -> None:
+    whole = train(16, 1, samples)
+    for split in (train(8, 2, samples), *run_ranks(train, 2, 8, 1, samples), *run_ranks(train, 2, 4, 2, samples)):
+        for name, values in whole.items():
+            assert split[name] == pytest.approx(values, rel=1e-12, abs=1e-14), name
+
+
+class Tokens(Dataset[tuple[Tensor, Tensor]]):
+    """Sequences of unequal numbers of tokens: those with a negative target are padding, and no items."""
+
+    def __len__(self) -> int:
+        return 22
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        targets = torch.randint(0, 2, (6,), generator=generator)
+        targets[index % 7 :] = -100
+        return tokens, targets
+
+
+class TokenLoop(SeedMixin, GradAccumMixin, TrainingLoop[tuple[Tensor, Tensor], Tensor]):
+    seed: int | None = 5
+
+    @override
+    def count_items(self, batch: tuple[Tensor, Tensor]) -> int:
+        return int((batch[1] != -100).sum())
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        logits = self.model(batch[0])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="sum")
+        return StepOutput.from_sum(loss, outputs=logits, logged={"mean_logit": logits.mean()})
+
+
+def train_tokens(per_device_batch_size: int, accumulation: int) -> list[float]:
+    parts = tiny_parts()
+    del parts["loss_func"]
+    trainer = TokenLoop(**parts, gradient_accumulation_steps=accumulation)
+    history = trainer.train(Tokens(), Tokens(), num_epochs=2, per_device_batch_size=per_device_batch_size)
+    return [step.loss for step in history.steps] + [epoch.eval_loss or 0.0 for epoch in history]
+
+
+def test_token_losses_are_means_over_tokens_however_they_are_split() -> None:
+    whole = train_tokens(8, 1)
+    for split in (
+        train_tokens(4, 2),
+        train_tokens(2, 4),
+        *run_ranks(train_tokens, 2, 4, 1),
+        *run_ranks(train_tokens, 2, 1, 4),
+    ):
+        assert split == pytest.approx(whole, rel=1e-12)
+
+
+def evaluate_and_predict(make_data: Callable[[], Any], batch_size: int) -> tuple[float, float, list[float]]:
+    class BatchNormed(MetricsMixin, Trainer): ...
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    trainer = BatchNormed(**parts, metrics={"accuracy": MulticlassAccuracy(2, average="micro").double()})
+    result = trainer.evaluate(make_data(), per_device_batch_size=batch_size)
+    predictions = trainer.predict(make_data(), per_device_batch_size=batch_size)
+    return result.loss, result.metrics["accuracy"], [float(output[0]) for output in predictions]
+
+
+class TinyStream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    @override
+    def __iter__(self) -> Any:
+        return iter([tiny_data(self.n)[i] for i in range(self.n)])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", [tiny_data, TinyStream])
+def test_evaluation_and_prediction_see_every_sample_once(kind: Callable[[int], Any], world_size: int) -> None:
+    for samples in (1, 2, 5, 13):
+        loss, accuracy, outputs = evaluate_and_predict(lambda: tiny_data(samples), 3)  # noqa: B023
+        for split in run_ranks(evaluate_and_predict, world_size, lambda: kind(samples), 3):  # noqa: B023
+            assert split[:2] == pytest.approx((loss, accuracy), rel=1e-12)
+            assert split[2] == pytest.approx(outputs, rel=1e-12)
+
+
+def stop_on_rank_one() -> tuple[int, str | None]:
+    class Enough(Callback[TrainerCore]):
+        @override
+        def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+            if trainer.peers.rank == 1 and step.step == 5:
+                trainer.stop("rank 1 has had enough")
+
+    trainer = Trainer(**tiny_parts(), callbacks=[Enough()])
+    history = trainer.train(tiny_data(), num_epochs=50, agree_every=4)
+    return history[-1].step, history.stop_reason
+
+
+def test_all_processes_stop_at_one_step_for_one_reason() -> None:
+    results = run_ranks(stop_on_rank_one, 2)
+    assert results[0] == results[1] == (6, "rank 1 has had enough")
+
+
+def order_of_a_users_sampler() -> list[float]:
+    seen: list[float] = []
+
+    class Seeing(Trainer):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            seen.extend(batch[0][:, 0].tolist())
+            return super().train_step(batch)
+
+    kwargs: DataLoaderKwargs = {"sampler": Backwards(6)}
+    Seeing(**tiny_parts()).train(tiny_data(6), num_epochs=1, per_device_batch_size=2, train_dataloader_kwargs=kwargs)
+    return seen
+
+
+def test_a_users_sampler_is_dealt_in_its_order() -> None:
+    first = tiny_data(6).tensors[0][:, 0].flip(0).tolist()
+    ranks = run_ranks(order_of_a_users_sampler, 2)
+    assert ranks[0] + ranks[1] == [*first[:2], first[4], *first[2:4], first[5]]
+
+
+def train_already_sharded() -> tuple[float, int]:
+    trainer = Trainer(**tiny_parts())
+    data = TensorDataset(*(tensor[: 5 if trainer.peers.rank == 0 else 17] for tensor in tiny_data(24).tensors))
+    history = trainer.train(data, num_epochs=1, per_device_batch_size=4, sharding="already")
+    return history[0].train_loss, int(history[0].items)
+
+
+def test_data_that_is_sharded_already_is_levelled() -> None:
+    results = run_ranks(train_already_sharded, 2)
+    assert results[0] == results[1]
+    assert results[0][1] == 22
+
+
+def test_a_stream_is_shared_by_the_processes() -> None:
+    def train_stream() -> float:
+        return Trainer(**tiny_parts()).train(TinyStream(13), max_steps=4, per_device_batch_size=2)[0].train_loss
+
+    def train_alone() -> float:
+        return Trainer(**tiny_parts()).train(TinyStream(13), max_steps=4, per_device_batch_size=4)[0].train_loss
+
+    assert run_ranks(train_stream, 2) == [pytest.approx(train_alone(), rel=1e-12)] * 2

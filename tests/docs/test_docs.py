@@ -1,0 +1,19 @@
+"""The pages are true: their Python runs and type-checks, and what they show as printed or refused is."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, fences_of, refusals, said_by, squeeze
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_and_prints_what_it_shows(page: Path) -> None:
+    shown = {fence.line: squeeze(fence.body) for fence in fences_of(page)}
+    for line, text in said_by(page).items():
+        assert shown[line] == squeeze(text), f"{page.name}:{line}: `python -m tests.docs.pages` brings it up to date"
+
+
+def test_the_pages_type_check_but_for_the_mistakes_they_show() -> None:
+    shown = {(page.stem, fence.line): fence.errors for page in PAGES for fence in fences_of(page) if fence.errors}
+    assert refusals() == shown

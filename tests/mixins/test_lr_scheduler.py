@@ -1,0 +1,93 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from ptacc import GradAccumMixin, LRSchedulerMixin, RunPlan, SchedulerFactory, Trainer
+from ptacc.testing import tiny_data, tiny_parts
+
+
+class Scheduled(GradAccumMixin, LRSchedulerMixin, Trainer): ...
+
+
+def rates(create: SchedulerFactory, *, num_epochs: int = 2, **options: Any) -> list[float]:
+    trainer = Scheduled(**tiny_parts(), create_scheduler=create, **options)
+    history = trainer.train(tiny_data(24), tiny_data(8), num_epochs=num_epochs)
+    return [step.learning_rate for step in history.steps]
+
+
+def test_a_schedule_of_steps_moves_once_a_step() -> None:
+    assert rates(lambda o, plan: StepLR(o, 2, gamma=0.5)) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+
+
+def test_with_accumulation_a_step_is_still_a_step() -> None:
+    half = rates(lambda o, plan: StepLR(o, 1, gamma=0.5), gradient_accumulation_steps=2)
+    assert half == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+
+
+def test_a_schedule_of_epochs_moves_once_an_epoch() -> None:
+    found = rates(lambda o, plan: StepLR(o, 1, gamma=0.5), scheduler_interval="epoch")
+    assert found == pytest.approx([0.1] * 3 + [0.05] * 3)
+
+
+def test_reduce_on_plateau_follows_its_monitor() -> None:
+    found = rates(
+        lambda o, plan: ReduceLROnPlateau(o, mode="max", factor=0.5, patience=0),
+        num_epochs=3,
+        scheduler_monitor="eval_loss",
+    )
+    assert found == pytest.approx([0.1] * 6 + [0.05] * 3)
+
+
+def test_the_plan_is_in_optimizer_steps() -> None:
+    plans: list[RunPlan] = []
+
+    def create(optimizer: torch.optim.Optimizer, plan: RunPlan) -> StepLR:
+        plans.append(plan)
+        return StepLR(optimizer, plan.total_steps)
+
+    rates(create, num_epochs=3, gradient_accumulation_steps=2)
+    assert (plans[0].num_epochs, plans[0].steps_per_epoch, plans[0].total_steps) == (3, 2, 6)
+
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "LambdaLR": (lambda step: 0.9**step,),
+    "MultiplicativeLR": (lambda step: 0.9,),
+    "StepLR": (2,),
+    "MultiStepLR": ([2, 4],),
+    "ExponentialLR": (0.9,),
+    "CosineAnnealingLR": (6,),
+    "CyclicLR": (0.01, 0.1),
+    "CosineAnnealingWarmRestarts": (3,),
+    "OneCycleLR": (0.1, 6),
+}
+
+
+@pytest.mark.parametrize("name", ["ConstantLR", "LinearLR", "PolynomialLR", *ARGUMENTS])
+def test_any_torch_schedule_gives_the_rates_that_it_gives_by_hand(name: str) -> None:
+    make = getattr(lr_scheduler, name)
+    optimizer = tiny_parts()["optimizer"]
+    schedule, expected = make(optimizer, *ARGUMENTS.get(name, ())), []
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates(lambda o, plan: make(o, *ARGUMENTS.get(name, ()))) == expected
+
+
+def test_a_schedule_of_ones_own_needs_three_methods() -> None:
+    class Halving:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            self.optimizer.param_groups[0]["lr"] /= 2
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    assert rates(lambda o, plan: Halving(o), num_epochs=1) == [0.1, 0.05, 0.025]

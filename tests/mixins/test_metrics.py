@@ -1,0 +1,96 @@
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from typing_extensions import override
+
+from ptacc import DataError, MetricLike, MetricsMixin, StepOutput, Trainer, TrainingLoop
+from ptacc.testing import tiny_data, tiny_parts
+
+
+class Measured(MetricsMixin, Trainer): ...
+
+
+def right_answers(model: nn.Module, samples: int) -> float:
+    inputs, targets = tiny_data(samples).tensors
+    return float((model(inputs).argmax(dim=1) == targets).double().mean())
+
+
+def accuracy() -> MulticlassAccuracy:
+    return MulticlassAccuracy(2, average="micro")
+
+
+def test_a_metric_is_over_all_samples_of_an_evaluation() -> None:
+    trainer = Measured(**tiny_parts(), metrics={"accuracy": accuracy()})
+    result = trainer.evaluate(tiny_data(23), per_device_batch_size=5)
+    assert result.metrics["accuracy"] == pytest.approx(right_answers(trainer.model, 23))
+
+
+def test_each_evaluation_set_has_its_own_values() -> None:
+    trainer = Measured(**tiny_parts(), metrics={"accuracy": accuracy()})
+    record = trainer.train(tiny_data(), {"few": tiny_data(3), "many": tiny_data(24)}, num_epochs=1)[0]
+    assert record.values()["few/accuracy"] == pytest.approx(right_answers(trainer.model, 3))
+    assert record.values()["many/accuracy"] == pytest.approx(right_answers(trainer.model, 24))
+
+
+def test_training_metrics_start_anew_each_epoch() -> None:
+    trainer = Measured(**tiny_parts(), train_metrics={"accuracy": accuracy()})
+    history = trainer.train(tiny_data(24), num_epochs=3)
+    metric = trainer.train_metrics["accuracy"]
+    assert isinstance(metric, MulticlassAccuracy)
+    assert metric.update_count == 3
+    assert history[-1].values()["train/accuracy"] == history[-1].train_metrics["accuracy"]
+
+
+def test_collections_and_vectors_are_spelt_out() -> None:
+    both = MetricCollection({"micro": accuracy(), "f1": MulticlassF1Score(2)})
+    trainer = Measured(**tiny_parts(), metrics={"all": both, "each": MulticlassAccuracy(2, average=None)})
+    assert set(trainer.evaluate(tiny_data()).metrics) == {"all/micro", "all/f1", "each/0", "each/1"}
+
+
+def test_a_plain_object_is_a_metric() -> None:
+    class Count:
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def update(self, outputs: Tensor, targets: Tensor) -> None:
+            self.seen += len(targets)
+
+        def compute(self) -> int:
+            return self.seen
+
+        def reset(self) -> None:
+            self.seen = 0
+
+    trainer = Measured(**tiny_parts(), metrics={"count": Count()})
+    assert [trainer.evaluate(tiny_data(11)).metrics["count"] for _ in range(2)] == [11.0, 11.0]
+
+
+def test_batches_that_are_no_pairs_say_what_to_override() -> None:
+    class Auto(MetricsMixin[Tensor, Tensor], TrainingLoop[Tensor, Tensor]):
+        @override
+        def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+            return StepOutput(loss=self.model(batch).mean(), outputs=batch)
+
+    parts: dict[str, Any] = {name: value for name, value in tiny_parts().items() if name != "loss_func"}
+    trainer = Auto(**parts, metrics={"mean": MeanMetric()})
+    with pytest.raises(DataError, match=r"not a pair .* Override update_metrics"):
+        trainer.evaluate(list(torch.ones(8, 4, dtype=torch.float64)))
+
+
+def test_update_metrics_says_what_they_take() -> None:
+    class LossMeasured(MetricsMixin, Trainer):
+        @override
+        def update_metrics(
+            self, batch: tuple[Tensor, Tensor], output: StepOutput[Tensor], metrics: Iterable[MetricLike]
+        ) -> None:
+            for metric in metrics:
+                metric.update(output.loss, weight=len(batch[0]))
+
+    trainer = LossMeasured(**tiny_parts(), metrics={"mean_loss": MeanMetric().double()})
+    result = trainer.evaluate(tiny_data(13), per_device_batch_size=4)
+    assert result.metrics["mean_loss"] == pytest.approx(result.loss)

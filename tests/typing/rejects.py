@@ -1,0 +1,812 @@
+"""Mistakes that a type checker refuses where they are written, each beside its right form. Nothing here is run.
+
+A wrong line ends in a `type: ignore` with the code of mypy's error: `--strict` warns of an ignore that is of no use, so
+the line fails on the day when the mistake is no longer refused. pyright refuses them too, but for those that say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import Dataset, IterableDataset
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from ptacc import (
+    AcceleratorBuilder,
+    AMPMixin,
+    BatchMixin,
+    Callback,
+    EpochRecord,
+    Epochs,
+    EvalResult,
+    GradAccumMixin,
+    GradClipMixin,
+    KeepBestModel,
+    LRSchedulerMixin,
+    MetricLike,
+    MetricsMixin,
+    Mixin,
+    Monitored,
+    Pair,
+    RunPlan,
+    SeedMixin,
+    StateKey,
+    StepOutput,
+    StepResult,
+    Steps,
+    SupportsGradClip,
+    SupportsMetrics,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+    hook,
+)
+
+net = nn.Linear(4, 3)
+loss = nn.CrossEntropyLoss()
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+class Digits(Dataset[Pair]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> Pair:
+        raise NotImplementedError
+
+
+class Records(Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Stream(IterableDataset[Pair]):
+    @override
+    def __iter__(self) -> Iterator[Pair]:
+        raise NotImplementedError
+
+
+@dataclass
+class TokenBatch:
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+class ImageBatch(TypedDict):
+    pixels: Tensor
+    labels: Tensor
+
+
+class TokenLoop(TrainingLoop[TokenBatch, Tensor]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        logits: Tensor = self.model(batch.tokens)
+        return StepOutput(loss=cross_entropy(logits, batch.targets), outputs=logits)
+
+
+class Accumulating(GradAccumMixin, Trainer):
+    label_smoothing: float = 0.0
+
+
+class Mixed(AMPMixin, GradClipMixin, Trainer):
+    pass
+
+
+class Scheduled(LRSchedulerMixin, Trainer):
+    pass
+
+
+class Measured(MetricsMixin, Trainer):
+    pass
+
+
+def show(value: object) -> None: ...
+
+
+data = Digits()
+trainer = Trainer(net, loss_func=loss, optimizer=opt)
+measured = Measured(net, loss_func=loss, optimizer=opt)
+
+
+# ==== composition: which classes, in which order
+
+
+# 01 a mixin after the trainer whose hooks it should refine
+class Early(AMPMixin, Trainer): ...
+
+
+class Late(Trainer, AMPMixin): ...  # type: ignore[misc]
+
+
+# 02 a mixin after the loop of one's own, among others in front of it
+class EarlyBesideOthers(SeedMixin, GradClipMixin, TokenLoop): ...
+
+
+class LateBesideOthers(SeedMixin, TokenLoop, GradClipMixin): ...  # type: ignore[misc]
+
+
+# 03 two mixins that declare one option with different types
+class NoiseMixin(Mixin):
+    level: float = 0.0
+
+
+class VerboseMixin(Mixin):
+    level: str = "info"
+
+
+class Noisy(NoiseMixin, Trainer): ...
+
+
+class NoisyAndVerbose(NoiseMixin, VerboseMixin, Trainer): ...  # type: ignore[misc]
+
+
+# ==== batches that disagree
+
+
+# 04 metrics for pairs beside a loop of other batches
+class TokenMetrics(MetricsMixin[TokenBatch, Tensor], TokenLoop): ...
+
+
+class PairMetrics(MetricsMixin, TokenLoop): ...  # type: ignore[misc]
+
+
+# 05 a batch mixin of one's own for other batches than the trainer's
+class CountPairs(BatchMixin[Pair, Tensor]): ...
+
+
+class CountTokens(BatchMixin[TokenBatch, Tensor]): ...
+
+
+class CountsPairs(CountPairs, Trainer): ...
+
+
+class CountsTokens(CountTokens, Trainer): ...  # type: ignore[misc]
+
+
+# 06 outputs of another type than the loop's
+class TokenOutputs(BatchMixin[TokenBatch, Tensor]): ...
+
+
+class TokenOutputDicts(BatchMixin[TokenBatch, dict[str, Tensor]]): ...
+
+
+class RightOutputs(TokenOutputs, TokenLoop): ...
+
+
+class WrongOutputs(TokenOutputDicts, TokenLoop): ...  # type: ignore[misc]
+
+
+# ==== what a trainer cannot do without
+
+
+# 07 the step is not written
+class NoStep(AMPMixin, TrainingLoop[Pair, Tensor]): ...
+
+
+NoStep(net, optimizer=opt)  # type: ignore[abstract]
+
+# 08 the optimizer is left out
+Trainer(net, loss_func=loss, optimizer=opt)
+Trainer(net, loss_func=loss)  # type: ignore[call-arg]
+
+# 09 an option without a default is left out
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, plan.steps_per_epoch))
+Scheduled(net, loss_func=loss, optimizer=opt)  # type: ignore[call-arg]
+
+
+# ==== names of options
+
+# 10 an option misspelt
+Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_steps=4)
+Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_step=4)  # type: ignore[call-arg]
+
+# 11 an option of a mixin that is not composed
+Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm=1.0)
+Trainer(net, loss_func=loss, optimizer=opt, max_grad_norm=1.0)  # type: ignore[call-arg]
+
+# 12 an option of one's own by another name
+Accumulating(net, loss_func=loss, optimizer=opt, label_smoothing=0.1)
+Accumulating(net, loss_func=loss, optimizer=opt, smoothing=0.1)  # type: ignore[call-arg]
+
+
+# ==== keywords
+
+# 13 options by their place
+Trainer(net, optimizer=opt, loss_func=loss)
+Trainer(net, opt, loss_func=loss)  # type: ignore[call-arg]
+
+
+def places() -> None:
+    # 14 epochs by their place
+    trainer.train(data, data, num_epochs=8)
+    trainer.train(data, data, 8)  # type: ignore[call-overload]
+
+    # 15 the batch size by its place
+    trainer.evaluate(data, per_device_batch_size=64)
+    trainer.evaluate(data, 64)  # type: ignore[call-overload]
+
+
+# ==== values of options
+
+# 16 a precision that is none
+Mixed(net, loss_func=loss, optimizer=opt, mixed_precision="bf16")
+Mixed(net, loss_func=loss, optimizer=opt, mixed_precision="bf61")  # type: ignore[arg-type]
+
+# 17 a number as text, as it came from the command line
+Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm=float("1.0"))
+Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm="1.0")  # type: ignore[arg-type]
+
+# 18 a fraction where a count is needed
+Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_steps=32 // 8)
+Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_steps=32 / 8)  # type: ignore[arg-type]
+
+
+# ==== new defaults in a class body
+
+
+class RightDefaults(AMPMixin, GradClipMixin, SeedMixin, Trainer):
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = "bf16"
+    max_grad_norm: float | None = 1.0
+    seed: int | None = 42
+
+
+# 19 a value that is none of those possible
+class WrongPrecision(AMPMixin, Trainer):
+    mixed_precision = "fp32"  # type: ignore[assignment]
+
+
+# 20 a value of another type
+class WrongSeed(SeedMixin, Trainer):
+    seed = "42"  # type: ignore[assignment]
+
+
+# 21 an option declared again with another type
+class WrongType(GradClipMixin, Trainer):
+    max_grad_norm: str = "1.0"  # type: ignore[assignment]
+
+
+# ==== components
+
+# 22 the optimizer's class in place of an optimizer
+Trainer(net, loss_func=loss, optimizer=torch.optim.SGD(net.parameters()))
+Trainer(net, loss_func=loss, optimizer=torch.optim.SGD)  # type: ignore[arg-type]
+
+# 23 the loss's class in place of a loss
+Trainer(net, loss_func=nn.CrossEntropyLoss(), optimizer=opt)
+Trainer(net, loss_func=nn.CrossEntropyLoss, optimizer=opt)  # type: ignore[arg-type]
+
+# 24 parameters in place of the model
+Trainer(net, loss_func=loss, optimizer=opt)
+Trainer(net.parameters(), loss_func=loss, optimizer=opt)  # type: ignore[arg-type]
+
+
+# ==== callbacks handed to a trainer
+
+
+class NeedsMetrics(Callback[SupportsMetrics]):
+    @override
+    def on_evaluation_start(self, trainer: SupportsMetrics, name: str) -> None:
+        show(trainer.metrics.keys())
+
+
+# 25 a callback that needs a mixin which the trainer does not have
+Measured(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])  # type: ignore[list-item]
+
+# 26 the callback's class in place of a callback
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel("eval_loss")])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel])  # type: ignore[list-item]
+
+# 27 one callback where a sequence of them is needed
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=(KeepBestModel("eval_loss"),))
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=KeepBestModel("eval_loss"))  # type: ignore[arg-type]
+
+
+# ==== callbacks that one writes
+
+
+class Prints(Callback[Trainer]):
+    # 28 an attribute that the trainer does not have
+    @override
+    def on_run_start(self, trainer: Trainer) -> None:
+        show(trainer.progress.steps)
+        show(trainer.progress.step)  # type: ignore[attr-defined]
+
+    # 29 an event misspelt
+    @override
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None: ...
+    @override
+    def on_epoch_finish(self, trainer: Trainer, record: EpochRecord) -> None: ...  # type: ignore[misc]
+
+    # 30 an event without all that it is told
+    @override
+    def on_evaluation_end(self, trainer: Trainer, name: str, result: EvalResult) -> None: ...
+    @override
+    def on_step_end(self, trainer: Trainer) -> None: ...  # type: ignore[override]
+
+
+# ==== what callbacks are told
+
+
+class Reads(Callback[TrainerCore]):
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        # 31 the evaluation loss used as though every epoch had one
+        show(record.eval_loss is not None and record.eval_loss < 0.1)
+        show(record.eval_loss < 0.1)  # type: ignore[operator]
+
+        # 32 a metric read as an attribute
+        show(record.metrics["accuracy"])
+        show(record.accuracy)  # type: ignore[attr-defined]
+
+    # 33 a value misspelt
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        show(step.learning_rate)
+        show(step.lr)  # type: ignore[attr-defined]
+
+
+# ==== the step
+
+
+class PairLoop(TrainingLoop[Pair, Tensor]):
+    # 34 the batch unpacked into more than it holds
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, targets = batch
+        inputs, targets, mask = batch  # type: ignore[misc]
+        logits: Tensor = self.model(inputs)
+        return StepOutput(loss=cross_entropy(logits, targets), outputs=logits)
+
+    # 35 the outputs returned in place of the step's result
+    @override
+    def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
+        logits: Tensor = self.model(batch[0])
+        if len(logits):
+            return StepOutput(loss=cross_entropy(logits, batch[1]), outputs=logits)
+        return logits  # type: ignore[return-value]
+
+    # 36 the step's result returned in place of the outputs
+    @override
+    def predict_step(self, batch: Pair) -> Tensor:
+        if len(batch[0]):
+            return self.eval_step(batch).outputs
+        return self.eval_step(batch)  # type: ignore[return-value]
+
+
+# ==== what a step returns
+
+
+def outputs_of_a_step(mean: Tensor, logits: Tensor) -> None:
+    # 37 the loss as a number, which has no gradient
+    StepOutput(loss=mean, outputs=logits)
+    StepOutput(loss=mean.item(), outputs=logits)  # type: ignore[arg-type]
+
+    # 38 the outputs left out
+    StepOutput(loss=mean, outputs=None)
+    StepOutput(loss=mean)  # type: ignore[call-arg]
+
+    # 39 a number to be logged, which would have to wait for the device
+    StepOutput(loss=mean, outputs=logits, logged={"peak": logits.max()})
+    StepOutput(loss=mean, outputs=logits, logged={"peak": logits.max().item()})  # type: ignore[dict-item]
+
+
+# ==== batches of one's own
+
+
+class Images(TrainingLoop[ImageBatch, Tensor]):
+    # 40 a key misspelt
+    @override
+    def train_step(self, batch: ImageBatch) -> StepOutput[Tensor]:
+        show(batch["labels"])
+        show(batch["label"])  # type: ignore[typeddict-item]
+        return StepOutput(loss=self.model(batch["pixels"]).mean(), outputs=batch["labels"])
+
+
+class Tokens(TokenLoop):
+    # 41 a field misspelt
+    @override
+    def count_items(self, batch: TokenBatch) -> int:
+        show(batch.targets)
+        show(batch.target)  # type: ignore[attr-defined]
+        return batch.targets.numel()
+
+    # 42 a hook for other batches than the loop's
+    @override
+    def on_eval_batch_end(self, batch: TokenBatch, output: StepOutput[Tensor]) -> None:
+        super().on_eval_batch_end(batch, output)
+
+    @override
+    def on_batch_end(self, batch: Pair, output: StepOutput[Tensor]) -> None:  # type: ignore[override]
+        show(batch[0])
+
+
+# ==== hooks that one overrides
+
+
+class Hooks(Trainer):
+    # 43 a field of the step's result misspelt
+    @override
+    def on_batch_end(self, batch: Pair, output: StepOutput[Tensor]) -> None:
+        super().on_batch_end(batch, output)
+        show(output.loss)
+        show(output.los)  # type: ignore[attr-defined]
+
+    # 44 a wish to stop without a reason
+    @override
+    def should_stop(self) -> str | None:
+        return super().should_stop() or ("enough" if self.progress.steps > 10 else None)
+
+
+class MoreHooks(Trainer):
+    @override
+    def should_stop(self) -> bool:  # type: ignore[override]
+        return super().should_stop() is not None or self.progress.steps > 10
+
+    # 45 a context without `contextmanager`
+    @override
+    @contextlib.contextmanager
+    def around_epoch(self) -> Iterator[None]:
+        with super().around_epoch():
+            yield
+
+    @override
+    def around_step(self) -> Iterator[None]:  # type: ignore[override]
+        with super().around_step():
+            yield
+
+
+# ==== what a mixin of one's own declares
+
+
+# 46 a hook of batches in a mixin that knows none
+class CountsRight(BatchMixin[TokenBatch, Tensor]):
+    @override
+    def count_items(self, batch: TokenBatch) -> int:
+        return batch.targets.numel()
+
+
+class CountsNothing(Mixin):
+    @override
+    def count_items(self, batch: TokenBatch) -> int:  # type: ignore[misc]
+        return batch.targets.numel()
+
+
+# 47 a shape that no hook has
+class Declares(Mixin):
+    @hook("event")
+    def on_tea_break(self) -> None: ...
+    @hook("evnt")  # type: ignore[arg-type]
+    def on_coffee_break(self) -> None: ...
+
+
+# 48 a setting of the accelerator misspelt
+class Configures(Mixin):
+    @override
+    def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
+        super().configure_accelerator(builder)
+        builder.write(Configures, mixed_precision="bf16")
+        builder.write(Configures, mixed_precison="bf16")  # type: ignore[call-arg]
+
+
+# ==== data
+
+
+def wrong_data(records: Records) -> None:
+    # 49 samples that the trainer's steps do not take
+    trainer.train(data, num_epochs=1)
+    trainer.train(records, num_epochs=1)  # type: ignore[arg-type]
+
+    # 50 other samples in the evaluation set
+    trainer.train(data, data, num_epochs=1)
+    trainer.train(data, records, num_epochs=1)  # type: ignore[arg-type]
+
+    # 51 a folder's name in place of a dataset
+    trainer.train(train_dataset=data, num_epochs=1)
+    trainer.train(train_dataset="data/train", num_epochs=1)  # type: ignore[arg-type]
+
+
+# ==== data to evaluate and to predict
+
+
+def other_data(records: Records) -> None:
+    # 52 samples that the trainer's steps do not take
+    trainer.evaluate(data)
+    trainer.evaluate(records)  # type: ignore[arg-type]
+
+    # 53 one such set among several
+    right, wrong = {"near": data}, {"near": data, "far": records}
+    trainer.evaluate(right)
+    trainer.evaluate(wrong)  # type: ignore[arg-type]
+
+    # 54 such samples to predict
+    trainer.predict(data)
+    trainer.predict(records)  # type: ignore[arg-type]
+
+
+# ==== how data is loaded
+
+
+def right_collate(samples: list[Pair]) -> Pair:
+    raise NotImplementedError
+
+
+def dict_collate(samples: list[Pair]) -> dict[str, Tensor]:
+    raise NotImplementedError
+
+
+def loading() -> None:
+    # 55 a collate function that makes another kind of batch
+    trainer.train(data, collate_fn=right_collate, num_epochs=1)
+    trainer.train(data, collate_fn=dict_collate, num_epochs=1)  # type: ignore[arg-type]
+
+    # 56 a keyword of the loader misspelt
+    trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_workers": 2})
+    trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_worker": 2})  # type: ignore[call-overload]
+
+    # 57 the name of the batch size elsewhere
+    trainer.train(data, num_epochs=1, per_device_batch_size=32)
+    trainer.train(data, num_epochs=1, batch_size=32)  # type: ignore[call-overload]
+
+
+# ==== the length of a run
+
+
+def length_of_a_run(stream: Stream) -> None:
+    # 58 no end to the run
+    trainer.train(data, num_epochs=8)
+    trainer.train(data)  # type: ignore[call-overload]
+
+    # 59 epochs of data that has no length
+    trainer.train(stream, max_steps=100)
+    trainer.train(stream, num_epochs=8)  # type: ignore[call-overload]
+
+    # 60 a cadence where a number of steps is needed
+    trainer.train(data, max_steps=500)
+    trainer.train(data, max_steps=Steps(500))  # type: ignore[call-overload]
+
+
+# ==== cadences
+
+
+def cadences() -> None:
+    # 61 a number without its unit
+    trainer.train(data, data, num_epochs=1, evaluate_every=Steps(500))
+    trainer.train(data, data, num_epochs=1, evaluate_every=500)  # type: ignore[call-overload]
+
+    # 62 a word
+    trainer.train(data, data, num_epochs=1, evaluate_every=Epochs(1))
+    trainer.train(data, data, num_epochs=1, evaluate_every="epoch")  # type: ignore[call-overload]
+
+    # 63 a fraction of an epoch
+    show(Steps(100))
+    show(Epochs(0.5))  # type: ignore[arg-type]
+
+
+# ==== results of evaluation
+
+
+def results_of_evaluation(result: EvalResult) -> None:
+    # 64 a result used as a mapping
+    show(result.loss)
+    show(result["loss"])  # type: ignore[index]
+
+    # 65 the results of several sets used as one
+    show(trainer.evaluate({"near": data, "far": data})["near"].loss)
+    show(trainer.evaluate({"near": data, "far": data}).loss)  # type: ignore[attr-defined]
+
+    # 66 a result changed
+    show(EvalResult(loss=0.0, metrics=result.metrics))
+    result.loss = 0.0  # type: ignore[misc]
+
+
+# ==== predictions
+
+
+def predictions() -> None:
+    # 67 all predictions used as one tensor
+    show(trainer.predict(data)[0].argmax())
+    show(trainer.predict(data).argmax())  # type: ignore[attr-defined]
+
+    # 68 a prediction used as a step's result
+    show(trainer.predict(data)[0])
+    show(trainer.predict(data)[0].outputs)  # type: ignore[attr-defined]
+
+    # 69 several sets at once
+    sets = {"near": data, "far": data}
+    show({name: trainer.predict(dataset) for name, dataset in sets.items()})
+    show(trainer.predict(sets))  # type: ignore[arg-type]
+
+
+# ==== history
+
+
+def histories() -> None:
+    history = trainer.train(data, num_epochs=1)
+
+    # 70 a value of the history itself
+    show([record.train_loss for record in history])
+    show(history.train_loss)  # type: ignore[attr-defined]
+
+    # 71 an epoch by its values' name
+    show(history.to_dict()["train_loss"])
+    show(history["train_loss"])  # type: ignore[call-overload]
+
+    # 72 a batch's name for a step's
+    show(history.steps[-1].step)
+    show(history.batches[-1].step)  # type: ignore[attr-defined]
+
+
+# ==== metrics
+
+
+# 73 metrics without names
+Measured(net, loss_func=loss, optimizer=opt, metrics={"mean": MeanMetric()})
+Measured(net, loss_func=loss, optimizer=opt, metrics=[MeanMetric()])  # type: ignore[arg-type]
+
+# 74 the metric's class in place of a metric
+Measured(net, loss_func=loss, optimizer=opt, train_metrics={"mean": MeanMetric()})
+Measured(net, loss_func=loss, optimizer=opt, train_metrics={"mean": MeanMetric})  # type: ignore[dict-item]
+
+
+class ArgmaxMetrics(MetricsMixin, Trainer):
+    @override
+    def update_metrics(self, batch: Pair, output: StepOutput[Tensor], metrics: Iterable[MetricLike]) -> None: ...
+
+
+# 75 the outputs where the step's result comes
+class WrongMetrics(MetricsMixin, Trainer):
+    @override
+    def update_metrics(self, batch: Pair, output: Tensor, metrics: Iterable[MetricLike]) -> None: ...  # type: ignore[override]
+
+
+# ==== schedules
+
+
+def schedule(optimizer: Optimizer, plan: RunPlan) -> StepLR:
+    return StepLR(optimizer, plan.steps_per_epoch)
+
+
+def schedule_without_plan(optimizer: Optimizer) -> StepLR:
+    return StepLR(optimizer, 1)
+
+
+# 76 a factory that does not take the plan
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=schedule)
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=schedule_without_plan)  # type: ignore[arg-type]
+
+# 77 a schedule in place of what makes one
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, 1))
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=StepLR(opt, 1))  # type: ignore[arg-type]
+
+
+# 78 a length by another name than the plan's
+def right_schedule(optimizer: Optimizer, plan: RunPlan) -> StepLR:
+    return StepLR(optimizer, plan.total_steps)
+
+
+def wrong_schedule(optimizer: Optimizer, plan: RunPlan) -> StepLR:
+    return StepLR(optimizer, plan.max_steps)  # type: ignore[attr-defined]
+
+
+# ==== protocols
+
+
+class Warmup:
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Forgetful:
+    def step(self) -> None: ...
+
+
+# 79 a schedule of one's own that has no state
+def make_warmup(optimizer: Optimizer, plan: RunPlan) -> Warmup:
+    return Warmup()
+
+
+def make_forgetful(optimizer: Optimizer, plan: RunPlan) -> Forgetful:
+    return Forgetful()
+
+
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=make_warmup)
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=make_forgetful)  # type: ignore[arg-type]
+
+
+# 80 a metric of one's own that cannot be reset
+class Count:
+    def update(self, outputs: Tensor, targets: Tensor) -> None: ...
+    def compute(self) -> float:
+        return 0.0
+
+
+Measured(net, loss_func=loss, optimizer=opt, metrics={"mean": MeanMetric()})
+Measured(net, loss_func=loss, optimizer=opt, metrics={"count": Count()})  # type: ignore[dict-item]
+
+
+# 81 a trainer without the mixin that a function asks for
+def limit_of(clipping: SupportsGradClip) -> float | None:
+    return clipping.max_grad_norm
+
+
+limit_of(Mixed(net, loss_func=loss, optimizer=opt))
+limit_of(trainer)  # type: ignore[arg-type]
+
+
+# ==== monitors
+
+# 82 a mode that is none
+KeepBestModel("accuracy", mode="max")
+KeepBestModel("accuracy", mode="maximum")  # type: ignore[arg-type]
+
+# 83 the metric in place of its name
+KeepBestModel(Monitored("accuracy"))
+KeepBestModel(MeanMetric())  # type: ignore[arg-type]
+
+
+class Watches(Callback[object]):
+    @override
+    def monitors(self) -> tuple[Monitored, ...]:
+        return (Monitored("accuracy"),)
+
+
+# 84 names in place of handles
+class WatchesNames(Callback[object]):
+    @override
+    def monitors(self) -> tuple[Monitored, ...]:
+        return ("accuracy",)  # type: ignore[return-value]
+
+
+# ==== the state of a run
+
+COUNT: StateKey[int] = StateKey("count")
+
+
+def states() -> None:
+    # 85 a state of another type than its key's
+    trainer.run[COUNT] = 1
+    trainer.run[COUNT] = "one"  # type: ignore[misc]
+
+    # 86 a state used as something else than it is
+    show(trainer.run[COUNT] + 1)
+    show(trainer.run[COUNT] + "one")  # type: ignore[operator]
+
+    # 87 a state by its name, of which nobody knows the type
+    show(trainer.run[COUNT])
+    show(trainer.run["count"])  # type: ignore[index]
+
+
+# ==== what a trainer has
+
+
+def what_a_trainer_has() -> None:
+    # 88 an attribute of the accelerator misspelt
+    show(trainer.accelerator.num_processes)
+    show(trainer.accelerator.num_process)  # type: ignore[attr-defined]
+
+    # 89 progress that somebody else counts
+    show(trainer.progress.steps + 1)
+    trainer.progress.steps += 1  # type: ignore[misc]
+
+    # 90 an attribute that a mixin would have brought
+    show(Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: Warmup()).scheduler)
+    show(trainer.scheduler)  # type: ignore[attr-defined]
