@@ -1,6 +1,17 @@
 """Sphinx settings."""
 
+from __future__ import annotations
+
 from importlib.metadata import version as version_of
+from typing import TYPE_CHECKING
+
+import ptacc
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 project = "ptacc"
 copyright = "the ptacc authors"
@@ -14,22 +25,43 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"ptacc {release}"
+html_copy_source = False
+
+# `name` in a docstring is code.
+default_role = "code"
+python_maximum_signature_line_length = 88
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Options", "Hooks", "Combines with", "Source"]
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Options", "params_style"), ("Keys", "params_style")]
 
 # The build needs no network, so no inventory of another project: names from outside stay plain text.
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(torch|torchmetrics|accelerate|numpy|np|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
+        r"(torch|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
     # Type parameters stand in signatures and have no page.
     (r"py:.*", r"(ptacc\..*\.)?[A-Z]\w*T(_co|_contra)?"),
 ]
+
+
+def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
+    """Lead from where a public name is defined, as autodoc has it, to where the reference has it."""
+    name = node["reftarget"].rpartition(".")[2]
+    if node["refdomain"] != "py" or name not in ptacc.__all__:
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"ptacc.{name}", node, content)
+
+
+def setup(app: Sphinx) -> None:
+    """Register what is above."""
+    app.connect("missing-reference", find_public_name)

@@ -20,8 +20,9 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from ptacc.core.data import HostBatch, LoaderRequest, source_of
+from ptacc.core.data import HostBatch, LoaderRequest
 from ptacc.core.peers import Peers
+from ptacc.core.sources import source_of
 from ptacc.testing import epoch_order
 from ptacc.types import DataLoaderKwargs, Sharding
 

@@ -23,7 +23,7 @@ from io import StringIO
 from pathlib import Path
 
 from ptacc import PtaccError
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +85,8 @@ def said_by(page: Path) -> dict[int, str]:
 
 def run_page(page: Path, folder: str) -> dict[int, str]:
     os.chdir(folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]  # readers begin without a launcher
     said: dict[int, str] = {}
     namespace: dict[str, object] = {"__name__": "__main__"}
     fences = list(fences_of(page))
@@ -173,4 +175,8 @@ def renew_errors(body: str, messages: Sequence[str]) -> str:
 if __name__ == "__main__":
     all_refused = refusals()
     for page in PAGES:
-        refresh(page, said_by(page), all_refused)
+        try:
+            said = said_by(page)
+        except RankFailed as failure:
+            sys.exit(f"{page}: {failure}")
+        refresh(page, said, all_refused)

@@ -1,10 +1,12 @@
 """The pages are true: their Python runs and type-checks, and what they show as printed or refused is."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import PAGES, fences_of, refusals, said_by, squeeze
+import ptacc
+from tests.docs.pages import PAGES, ROOT, fences_of, refusals, said_by, squeeze
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -17,3 +19,9 @@ def test_a_page_runs_and_prints_what_it_shows(page: Path) -> None:
 def test_the_pages_type_check_but_for_the_mistakes_they_show() -> None:
     shown = {(page.stem, fence.line): fence.errors for page in PAGES for fence in fences_of(page) if fence.errors}
     assert refusals() == shown
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\.\. auto\w+:: ptacc\.(\w+)$", reference, re.MULTILINE)
+    assert sorted(named) == sorted([*ptacc.__all__, "testing"])

@@ -517,6 +517,14 @@ class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
         return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
 
 
+class TensorsLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, ...]]):
+    """The samples of a `TensorDataset` are tuples of any length to pyright."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        return StepOutput(loss=cross_entropy(self.model(batch[0]), batch[1]), outputs=batch[0])
+
+
 def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
     language = LanguageModel(net, optimizer=opt, mixed_precision="bf16", max_grad_norm=1.0, metrics={})
     language.train(batches, batches, num_epochs=1)
@@ -535,7 +543,8 @@ def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images:
     Autoencoder(net, optimizer=opt).train(list(torch.ones(8, 4)), max_steps=9)
     DictLoop(net, optimizer=opt, seed=1).train([{"x": torch.zeros(4)}], num_epochs=1)
     ImageLoop(net, optimizer=opt).train(DataLoader(images), num_epochs=1)
-    PairLoop(net, optimizer=opt, metrics={"loss": MeanMetric()}).train(tensors, data, num_epochs=1)
+    PairLoop(net, optimizer=opt, metrics={"loss": MeanMetric()}).train(pairs, data, num_epochs=1)
+    TensorsLoop(net, optimizer=opt).train(tensors, {"near": tensors}, num_epochs=1)
     LabelLoop(net, optimizer=opt).train(Labelled(), {"near": Labelled()}, num_epochs=1)
     LabelLoop(net, optimizer=opt).train(LabelledStream(), Labelled(), max_steps=9)
     assert_type(LabelLoop(net, optimizer=opt).evaluate(Labelled()), EvalResult)

@@ -1,7 +1,7 @@
 """Mistakes that a type checker refuses where they are written, each beside its right form. Nothing here is run.
 
 A wrong line ends in a `type: ignore` with the code of mypy's error: `--strict` warns of an ignore that is of no use, so
-the line fails on the day when the mistake is no longer refused. pyright refuses them too, but for those that say so.
+the line fails on the day when the mistake is no longer refused. pyright refuses every one of them too.
 """
 
 from __future__ import annotations
@@ -529,8 +529,8 @@ def other_data(records: Records) -> None:
     trainer.evaluate(data)
     trainer.evaluate(records)  # type: ignore[arg-type]
 
-    # 53 one such set among several
-    right, wrong = {"near": data}, {"near": data, "far": records}
+    # 53 such samples in sets by name
+    right, wrong = {"near": data, "far": data}, {"near": records, "far": records}
     trainer.evaluate(right)
     trainer.evaluate(wrong)  # type: ignore[arg-type]
 

@@ -13,12 +13,13 @@ from typing_extensions import Unpack
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare
 from ptacc.core.compose import hook
-from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment, source_of
+from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
+from ptacc.core.sources import source_of
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, LossError
 from ptacc.protocols import SizedDataset

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.core.events import Callback, overrides
-from ptacc.core.guards import calls_super, own_annotations, shape_of
+from ptacc.core.guards import calls_super, shape_of
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.options import own_annotations
 from ptacc.protocols import Stateful
 from ptacc.types import RunPlan
 

@@ -12,8 +12,7 @@ import itertools
 from collections.abc import Iterator
 from types import CodeType
 
-from ptacc.core.options import check_members_against_options, check_own_options, closest, function_of
-from ptacc.core.options import own_annotations as own_annotations  # noqa: PLC0414  # `explain` has it from here
+from ptacc.core.options import check_members_against_options, check_own_options, closest, function_of, own_annotations
 from ptacc.core.roles import is_mixin, loop_of
 from ptacc.core.typeargs import disagreeing_batches
 from ptacc.errors import CompositionError

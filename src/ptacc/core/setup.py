@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from ptacc.core.agreement import StopVote
 from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.core.compose import hook
-from ptacc.core.data import LoaderRequest, check_dataset, limit_from_environment, source_of
+from ptacc.core.data import LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.evaluation import EvaluationLoop
 from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
+from ptacc.core.sources import source_of
 from ptacc.errors import DataError, OptionError
 from ptacc.types import BatchT, EvalOptions, EvalResult, OutputT, RunPlan, SampleT
 

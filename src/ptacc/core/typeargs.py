@@ -124,7 +124,7 @@ def _is_concrete(cls: type) -> bool:
 
 def _advice(mixin: type, given: tuple[Any, ...]) -> str:
     if getattr(mixin, "__parameters__", ()):
-        types_of_loop = ", ".join(map(_text, given))
+        types_of_loop = ", ".join(map(_text, given[:2]))  # the third says what samples there are
         return f"Write the loop's types after it, `{mixin.__name__}[{types_of_loop}]`, if its hooks can take them."
     return (
         f"Compose it with a loop of its own batches, or make it generic, `class {mixin.__name__}(BatchMixin[BatchT, "
