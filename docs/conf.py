@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version as version_of
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ptacc
 
 if TYPE_CHECKING:
-    from docutils.nodes import Element
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
@@ -48,12 +47,13 @@ nitpick_ignore_regex = [
         r"(torch|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
-    # Type parameters stand in signatures and have no page.
-    (r"py:.*", r"(ptacc\..*\.)?[A-Z]\w*T(_co|_contra)?"),
+    # What is not public, type parameters among it, stands in signatures and has no page.
+    (r"py:.*", r"ptacc\.(core|protocols|types)\..*"),
+    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?"),
 ]
 
 
-def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
+def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Any) -> Any:
     """Lead from where a public name is defined, as autodoc has it, to where the reference has it."""
     name = node["reftarget"].rpartition(".")[2]
     if node["refdomain"] != "py" or name not in ptacc.__all__:
@@ -62,6 +62,15 @@ def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, con
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"ptacc.{name}", node, content)
 
 
+def keep_colons(_app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """Put back what stood before a colon in a property's sentence, which napoleon takes for its type."""
+    types = [line for line in lines if line.startswith(":type: ")]
+    if what == "property" and types:
+        lines.remove(types[0])
+        lines[0] = f"{types[0].removeprefix(':type: ')}: {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Register what is above."""
     app.connect("missing-reference", find_public_name)
+    app.connect("autodoc-process-docstring", keep_colons, priority=600)

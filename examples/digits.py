@@ -51,11 +51,17 @@ def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
 
 def make_model() -> nn.Module:
     # No batch norm and no dropout: what an image adds to the gradient depends on no other image of its batch.
-    return nn.Sequential(  # (items, 1, 8, 8)
-        *(nn.Conv2d(1, 32, kernel_size=3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(32, 64, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # (items, 64, 4, 4)
-        *(nn.Conv2d(64, 128, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # (items, 128, 2, 2)
-        *(nn.Flatten(), nn.Linear(512, 10)),
+    return nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3, padding=1),  # (items, 32, 8, 8)
+        nn.ReLU(),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (items, 64, 4, 4)
+        nn.Conv2d(64, 128, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (items, 128, 2, 2)
+        nn.Flatten(),
+        nn.Linear(512, 10),
     )
 
 
@@ -68,39 +74,34 @@ def load_data(dtype: torch.dtype) -> list[TensorDataset]:
     return [TensorDataset(images[part], labels[part]) for part in (train, validation, test)]
 
 
-def draw(history: RunHistory, test: TensorDataset, scores: Tensor, path: Path) -> None:
-    """Draw the curves, and up to nine of the digits that were taken for others."""
+def draw(history: RunHistory, mistakes: list[tuple[Tensor, Tensor, Tensor]], path: Path) -> None:
+    """Draw the curves, and up to nine digits that were taken for others: images, labels and what they were read as."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplot_mosaic("LLLLAAAA012;LLLLAAAA345;LLLLAAAA678")
-    values = {record.epoch: record.values() for record in history}
+    epochs, rows = [record.epoch for record in history], [record.values() for record in history]
     for panel, name, label, colour in (
         ("L", "train_loss", "training (smoothed labels)", "tab:blue"),
         ("L", "eval_loss", "validation", "tab:orange"),
         ("A", "accuracy", "validation", "tab:orange"),
     ):
-        axes[panel].plot(
-            list(values), [value[name] for value in values.values()], label=label, color=colour, marker="."
-        )
+        axes[panel].plot(epochs, [row[name] for row in rows], ".-", label=label, color=colour)
         axes[panel].set(title={"L": "loss", "A": "accuracy"}[panel], xlabel="epoch")
         axes[panel].locator_params(axis="x", integer=True)
         axes[panel].grid(alpha=0.3)
         axes[panel].legend()
 
-    images, labels = test.tensors
-    predicted = scores.argmax(dim=1)
-    wrong = (predicted != labels).nonzero().flatten()
     for place in "012345678":
         axes[place].set_axis_off()
-    for place, index in zip("012345678", wrong, strict=False):
-        axes[place].imshow(images[index, 0].numpy(), cmap="gray_r")
-        axes[place].set_title(f"{labels[index]}, read as {predicted[index]}", fontsize="small")
-    figure.suptitle(f"{len(labels) - len(wrong)} of {len(labels)} test digits read rightly, {len(wrong)} wrongly")
+    for place, (image, label, guess) in zip("012345678", mistakes, strict=False):
+        axes[place].imshow(image[0].numpy(), cmap="gray_r")
+        axes[place].set_title(f"{label}, read as {guess}", fontsize="small")
+    figure.suptitle(f"{len(mistakes)} test digits are read wrongly")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small net to tell scanned digits apart.")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--per-device-batch-size", type=int, default=32)
     parser.add_argument("--accumulate", type=int, default=1, help="batches of each process for one step")
     parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], help="as launched, if not given")
@@ -129,11 +130,11 @@ def main() -> None:
     )
     history = trainer.train(train, validation, num_epochs=args.epochs, per_device_batch_size=args.per_device_batch_size)
     result = trainer.evaluate(test, per_device_batch_size=64)
-    trainer.print(f"test: loss {result.loss:.4f}, accuracy {result.metrics['accuracy']:.2%} of {len(test)} digits")
-
-    scores = torch.stack(list(trainer.predict(test, per_device_batch_size=64)))
+    guesses = [scores.argmax() for scores in trainer.predict(test, per_device_batch_size=64)]
+    trainer.print(f"test: loss {result.loss:.4f}, accuracy {result.metrics['accuracy']:.2%} of {len(guesses)} digits")
     if trainer.accelerator.is_main_process:
-        draw(history, test, scores, args.out)
+        read = zip(*test.tensors, guesses, strict=False)
+        draw(history, [(image, label, guess) for image, label, guess in read if guess != label], args.out)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,17 @@ Batch = tuple[Tensor, ...]
 
 def make_model() -> nn.Module:
     # No batch norm and no dropout: what an image adds to the gradient depends on no other image of its batch.
-    return nn.Sequential(  # (items, 1, 8, 8)
-        *(nn.Conv2d(1, 32, kernel_size=3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(32, 64, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # (items, 64, 4, 4)
-        *(nn.Conv2d(64, 128, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # (items, 128, 2, 2)
-        *(nn.Flatten(), nn.Linear(512, 10)),
+    return nn.Sequential(
+        nn.Conv2d(1, 32, kernel_size=3, padding=1),  # (items, 32, 8, 8)
+        nn.ReLU(),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (items, 64, 4, 4)
+        nn.Conv2d(64, 128, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (items, 128, 2, 2)
+        nn.Flatten(),
+        nn.Linear(512, 10),
     )
 
 
@@ -132,7 +138,7 @@ def autocast(device: torch.device, *, enabled: bool) -> contextlib.AbstractConte
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small net to tell scanned digits apart.")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--accumulate", type=int, default=1, help="batches for one step")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")

@@ -97,7 +97,7 @@ def halved(gradient: Tensor | None) -> Tensor | None:
 
 
 def test_the_first_law_refuses_a_hook_that_ends_the_chain() -> None:
-    with pytest.raises(AssertionError, match="Deaf.on_step_end does not reach"):
+    with pytest.raises(AssertionError, match=r"Deaf\.on_step_end does not reach"):
         testing.check_laws(Deaf)
 
 

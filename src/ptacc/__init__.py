@@ -11,12 +11,15 @@ from ptacc.core.compose import replaces as replaces
 from ptacc.core.data import LoaderRequest as LoaderRequest
 from ptacc.core.device import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.core.engine import Engine as Engine
+from ptacc.core.engine import Slot as Slot
 from ptacc.core.events import Callback as Callback
+from ptacc.core.explain import Explanation as Explanation
 from ptacc.core.history import RunHistory as RunHistory
 from ptacc.core.history import StepResult as StepResult
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.core.loop import TrainingLoop as TrainingLoop
+from ptacc.core.peers import Peers as Peers
 from ptacc.core.run import Run as Run
 from ptacc.core.run import StateKey as StateKey
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
@@ -60,6 +63,7 @@ from ptacc.types import EvalResult as EvalResult
 from ptacc.types import Minutes as Minutes
 from ptacc.types import Monitored as Monitored
 from ptacc.types import Pair as Pair
+from ptacc.types import PairSample as PairSample
 from ptacc.types import Precision as Precision
 from ptacc.types import Predictions as Predictions
 from ptacc.types import Progress as Progress
@@ -85,6 +89,7 @@ __all__ = [
     "Epochs",
     "EvalOptions",
     "EvalResult",
+    "Explanation",
     "GradAccumMixin",
     "GradClipMixin",
     "KeepBestModel",
@@ -104,6 +109,8 @@ __all__ = [
     "NoRunError",
     "OptionError",
     "Pair",
+    "PairSample",
+    "Peers",
     "PlateauSchedulerLike",
     "Precision",
     "Predictions",
@@ -118,6 +125,7 @@ __all__ = [
     "SchedulerFactory",
     "SeedMixin",
     "SizedDataset",
+    "Slot",
     "StateKey",
     "Stateful",
     "StepOutput",

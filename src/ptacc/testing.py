@@ -119,7 +119,7 @@ def check_state_survives(mixin: type[Mixin], options: Mapping[str, Any]) -> None
     """Check the third law, for all that the mixin keeps in the run's state."""
     trained, fresh = (compose(mixin)(**tiny_parts(), **options) for _ in range(2))
     train_tiny(trained)
-    fresh.train(tiny_data(), num_epochs=1)
+    fresh.train(tiny_data(), tiny_data(), num_epochs=1)
     blank = dict(fresh.run.states())
     for name, state in trained.run.states():
         if isinstance(state, Stateful):

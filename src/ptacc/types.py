@@ -160,7 +160,7 @@ class Progress:
         epochs: Whole passes over the data.
         batches: Batches of the current epoch that were trained on, per process.
         items: Items trained on, over all processes.
-        seconds: Time since the run started, as rank 0 sees it at the last boundary.
+        seconds: Time since the run started, as this process sees it at the end of the last step.
     """
 
     steps: int = 0

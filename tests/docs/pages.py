@@ -27,7 +27,7 @@ from tests.ranks import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WIDTH = 116
+WIDTH = 112
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>python|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )

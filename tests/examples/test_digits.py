@@ -18,8 +18,8 @@ from tests.ranks import find_free_port, launch
 
 EXAMPLES = Path(digits_plain.__file__).parent
 SCRIPTS = Path(sys.executable).parent
-RELATIVE = 1e-9
-"""What float64 holds over 80 steps; the forms differ by some 1e-13."""
+RELATIVE = 1e-10
+"""What float64 holds over 80 steps, with room: on one machine, the forms were 1e-15 apart."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def test_two_processes_train_alike_in_float32(full: Outcome, tmp_path: Path) -> 
 @pytest.mark.timeout(120)
 def test_reaches_98_percent(full: Outcome) -> None:
     assert full.accuracy >= 0.98
-    assert len(full.epochs) == 20
+    assert len(full.epochs) == 12
     assert full.epochs[-1]["train_loss"] < full.epochs[0]["train_loss"]
 
 
@@ -145,7 +145,7 @@ def test_draws_a_png(full: Outcome) -> None:
 
 @pytest.mark.timeout(120)
 def test_bf16_changes_the_losses_and_trains(full: Outcome, tmp_path: Path) -> None:
-    other = run(ALONE, tmp_path, "--mixed-precision", "bf16", "--epochs", "4")
+    other = run(ALONE, tmp_path, "--mixed-precision", "bf16", "--epochs", "2")
     assert other.steps[0]["loss"] != full.steps[0]["loss"]
     assert other.accuracy > 0.9
 
@@ -186,7 +186,8 @@ def test_plain_pytorch_gives_the_same_numbers(double: Outcome, batch_size: int, 
 
 
 @pytest.mark.timeout(120)
-def test_plain_pytorch_reaches_the_same_accuracy(full: Outcome) -> None:
-    ended = launch([sys.executable, "-W", "error", str(EXAMPLES / "digits_plain.py")], timeout=60)
+def test_plain_pytorch_runs_as_a_script() -> None:
+    script = [sys.executable, "-W", "error", str(EXAMPLES / "digits_plain.py"), "--epochs", "2"]
+    ended = launch(script, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert accuracy_in(ended.stdout) == pytest.approx(full.accuracy, abs=0.01)
+    assert accuracy_in(ended.stdout) > 0.9

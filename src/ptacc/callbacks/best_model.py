@@ -28,8 +28,8 @@ class KeepBestModel(Callback[TrainerCore]):
             mode: Whether less or more is better; a handle knows that itself.
             restore: Whether to load the best weights into the model at the end of the run.
         """
-        self.best_value = math.nan
-        self.best_epoch = 0
+        self.best_value: float = math.nan
+        self.best_epoch: int = 0
         self._monitored, self._restore = as_monitored(monitor, mode), restore
         self._weights: dict[str, Tensor] = {}
 

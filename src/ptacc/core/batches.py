@@ -29,6 +29,16 @@ class BatchHooks(TrainerCore, Generic[BatchT, OutputT]):
     def check_batch(self, batch: BatchT) -> None:
         """Raise `DataError` if the first batch of a run is not what the steps take."""
 
+    @hook("default")
+    def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Compute the loss and the outputs of one batch, in eval mode and without gradients."""
+        raise NotImplementedError
+
+    @hook("default")
+    def predict_step(self, batch: BatchT) -> OutputT:
+        """Compute the outputs of one batch, in eval mode and without gradients: by default, those of `eval_step`."""
+        return self.eval_step(batch).outputs
+
     @hook("event")
     def on_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
         """A batch was trained on: its gradients are added up. Keep no reference to the output."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,13 +12,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS
 
 from ptacc.core.engine import Slot
+from ptacc.core.options import closest, value_text
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.types import Monitored, StepOutput
 
 
 def check_bare(owner: str, model: nn.Module) -> None:
     """Raise `ModelError` for a model that is wrapped already."""
-    if isinstance(model, DistributedDataParallel | DataParallel) or hasattr(model, "_orig_mod"):
+    marks = ("_orig_mod", "_fsdp_wrapped_module")  # what torch.compile and FSDP keep the bare model under
+    if isinstance(model, DistributedDataParallel | DataParallel) or any(hasattr(model, mark) for mark in marks):
         raise ModelError(
             f"{owner}(model={type(model).__name__}(...)): the model is wrapped already. Give the bare model: wrapping "
             "and compiling are done for each run and undone after it."
@@ -55,8 +56,13 @@ def check_trainable(owner: str, model: nn.Module, slots: Sequence[Slot]) -> None
         )
 
 
-def check_callbacks(owner: str, callbacks: Iterable[object], base: type) -> None:
-    """Raise `OptionError` for what is no instance of `base` in a list of callbacks."""
+def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type) -> None:
+    """Raise `OptionError` for what is no instance of `base` in a list of callbacks, or for no list at all."""
+    if not isinstance(callbacks, Iterable):
+        raise OptionError(
+            f"{owner}(callbacks={value_text(callbacks)}): must be a list of callbacks. Write `callbacks=[...]`, also "
+            "for a single one, and leave it out for none."
+        )
     for callback in callbacks:
         if isinstance(callback, type):
             raise OptionError(
@@ -82,6 +88,11 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
             f"{owner}.train_step: the loss has the shape {tuple(loss.shape)}, and must be a scalar: the mean over the "
             'batch\'s items. Use reduction="mean", or loss.mean(). (Are loss and outputs swapped?)'
         )
+    if loss.is_complex():
+        raise LossError(
+            f"{owner}.train_step: the loss is {loss.dtype}, and only a real number can be minimised. Return loss.abs() "
+            "or loss.real."
+        )
     if not loss.requires_grad:
         raise LossError(
             f"{owner}.train_step: the loss has no gradient. Compute it from self.model(...), with no .detach() and no "
@@ -92,21 +103,31 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
             f"{owner}.train_step: the loss lies on {loss.device}, and the run on {device}. Leave it where the model "
             "computed it."
         )
+    logged: Mapping[str, object] = output.logged
+    for name, value in logged.items():
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            shape = f"has the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is no tensor"
+            raise LossError(
+                f"{owner}.train_step: logged[{name!r}] {shape}, and must be a scalar tensor: a mean over the batch's "
+                "items."
+            )
 
 
-def check_monitor(monitored: Monitored, known: Collection[str], owner: object) -> None:
+def check_monitor(monitored: Monitored, known: Collection[str], owner: object, option: str = "monitor") -> None:
     """Raise `MonitorError` where nobody reports the value, with the names that exist."""
     if monitored.name in known:
         return
-    close = difflib.get_close_matches(monitored.name, sorted(known), n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    is_evaluated = any(name == "eval_loss" or name.endswith("/loss") for name in known)
+    hint = closest(monitored.name, known) if is_evaluated else "No eval_dataset was given, so nothing is evaluated. "
     raise MonitorError(
-        f"{type(owner).__name__}(monitor={monitored.name!r}): nobody reports this value. {hint}"
+        f"{type(owner).__name__}({option}={monitored.name!r}): nobody reports this value. {hint}"
         f"There are: {', '.join(sorted(known))}."
     )
 
 
-def check_positive(owner: str, name: str, value: float | None, advice: str) -> None:
-    """Raise `OptionError` for a number that is given and is not finite and above 0."""
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}")
+def check_positive(owner: str, name: str, value: object, advice: str = "") -> None:
+    """Raise `OptionError` for what is given and is no finite number above 0."""
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())

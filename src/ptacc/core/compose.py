@@ -64,7 +64,7 @@ class Composable(ABC):
         check_class_statement(cls)
         with nearest_defaults(cls):
             dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
-        cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]  # the dataclass made it just now
+        type.__setattr__(cls, "__init__", _remembering(cls.__init__))  # the dataclass made it just now
         check_composition(cls, Composable)
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class LoaderRequest:
         kwargs: Further keywords for the DataLoader.
     """
 
-    dataset: Dataset[Any]
+    dataset: Dataset[object]
     per_device_batch_size: int | None
     collate_fn: Callable[[list[Any]], object] | None
     kwargs: DataLoaderKwargs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import Unpack
 
 from ptacc.core.batches import BatchHooks
@@ -21,7 +21,7 @@ from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
 from ptacc.core.sources import source_of
 from ptacc.core.typeargs import with_defaults
-from ptacc.errors import DataError, LossError
+from ptacc.errors import DataError, LossError, OptionError
 from ptacc.protocols import SizedDataset
 from ptacc.types import (
     BatchT,
@@ -39,7 +39,7 @@ from ptacc.types import (
 EVALUATION_SEED = 0
 """Loading evaluation data that draws at random gives the same each time."""
 
-EvalData: TypeAlias = SizedDataset[RawT] | IterableDataset[RawT] | DataLoader[object]
+EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | DataLoader[object]
 EvalSets: TypeAlias = Mapping[str, EvalData[RawT]]
 
 
@@ -55,16 +55,6 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             return super().__class_getitem__(with_defaults(cls, arguments))
 
     # ---- what to override
-
-    @hook("default")
-    def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
-        """Compute the loss and the outputs of one batch, in eval mode and without gradients."""
-        raise NotImplementedError
-
-    @hook("default")
-    def predict_step(self, batch: BatchT) -> OutputT:
-        """Compute the outputs of one batch, in eval mode and without gradients: by default, those of `eval_step`."""
-        return self.eval_step(batch).outputs
 
     @hook("factory")
     def make_eval_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
@@ -103,6 +93,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: No data, an empty dataset, or one that is not what it says.
             OptionError: A count below 1.
         """
+        check_alone("evaluate", dataset, collate_fn, options)
         sources = self._eval_sources(dataset, collate_fn, options)
         with self._prepared():
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
@@ -142,13 +133,21 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             indexed.sort(key=lambda pair: pair[0])
         return Predictions([output for _, output in indexed])
 
+    @overload
+    def stream_predictions(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Iterator[OutputT]: ...
+    @overload
+    def stream_predictions(
+        self: EvaluationLoop[Pair, OutputT, PairSample],
+        dataset: EvalData[torch.Tensor],
+        **options: Unpack[EvalOptions],
+    ) -> Iterator[OutputT]: ...
+    @overload
+    def stream_predictions(
+        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+    ) -> Iterator[OutputT]: ...
     @final
     def stream_predictions(
-        self,
-        dataset: EvalData[RawT],
-        *,
-        collate_fn: Callable[[list[RawT]], BatchT] | None = None,
-        **options: Unpack[EvalOptions],
+        self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
     ) -> Iterator[OutputT]:
         """Predict as `predict` does, one sample at a time, for data whose outputs do not fit in memory."""
         for _, output in self._predictions(dataset, collate_fn, options):
@@ -181,6 +180,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
         if isinstance(dataset, Mapping):
             raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
+        check_alone("predict", dataset, collate_fn, options)
         (source,) = self._eval_sources(dataset, collate_fn, options).values()
         events = self._listeners()
         position = 0
@@ -225,6 +225,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _eval_loader(self, data: Any, collate_fn: Any, options: EvalOptions) -> DataLoader[object]:
         check_dataset(data)
         if isinstance(data, DataLoader):
+            if isinstance(getattr(data.batch_sampler, "sampler", None), DistributedSampler) and not self.peers.is_alone:
+                raise DataError(
+                    "The evaluation data comes with a DistributedSampler, whose padding would count samples twice. "
+                    "Leave the sampler out: samples are dealt to the processes."
+                )
             return data
         kwargs = options.get("dataloader_kwargs", {})
         request = LoaderRequest(data, options.get("per_device_batch_size"), collate_fn, kwargs)
@@ -237,7 +242,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
             return
         with self._borrowed_model():
-            self.model = self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True)
+            self._stand_in(self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True))
             yield
 
     @contextlib.contextmanager
@@ -250,7 +255,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         try:
             yield
         finally:
-            self.model = bare
+            self._stand_in(bare)
             self._state.bare_model = None
             remembered.restore(bare)
             forget_prepared(self.accelerator)
@@ -265,6 +270,15 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 yield
         finally:
             remembered.restore_flags()
+
+
+def check_alone(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
+    """Raise `OptionError` for a ready DataLoader beside what only a dataset needs to be told."""
+    if isinstance(data, DataLoader) and (collate_fn or options.keys() & {"per_device_batch_size", "dataloader_kwargs"}):
+        raise OptionError(
+            f"{call}() got a ready DataLoader, and per_device_batch_size, dataloader_kwargs or collate_fn beside it: "
+            "the loader has its own. Give the dataset instead, or leave them out."
+        )
 
 
 def _add(losses: LossSum, output: StepOutput[Any], count: int) -> None:

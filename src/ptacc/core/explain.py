@@ -71,7 +71,7 @@ def explain(
             Section("options", option_rows(trainer)),
             Section("launch", launch_rows(trainer)),
             Section("batches", batch_rows(trainer, samples, batch_size, lengths)),
-            Section("a checkpoint holds", state_rows(trainer)),
+            Section("state", state_rows(trainer)),
         )
     )
 
@@ -157,7 +157,7 @@ def batch_rows(
 
 
 def state_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
-    """Return the parts of the state that a checkpoint holds."""
+    """Return the parts of the state."""
     weights = trainer.unwrapped_model.state_dict()
     megabytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) / 1e6
     rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {megabytes:.3g} MB")]

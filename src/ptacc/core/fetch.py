@@ -36,7 +36,8 @@ class KeyedDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any, collate: Collate) -> None:
         """Read from `dataset`."""
-        self.dataset, self._collate = dataset, collate
+        self.dataset: Any = dataset
+        self._collate = collate
         self._indexes_at_once = type(dataset) is TensorDataset and collate is default_collate
 
     def __getitems__(self, key: BatchKey) -> object:

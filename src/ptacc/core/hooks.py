@@ -132,6 +132,10 @@ class TrainerCore(Composable):
         """The user's bare model; within a run, `model` is the wrapped one."""
         return self.model if self._state.bare_model is None else self._state.bare_model
 
+    def _stand_in(self, model: nn.Module) -> None:
+        """Put `model` in the place of the option, which type checkers take for the user's own."""
+        self.model = model
+
     def stop(self, reason: str) -> None:
         """Ask for the end of the run after the current step.
 

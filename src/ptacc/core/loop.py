@@ -196,7 +196,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             options: See `TrainOptions`.
 
         Returns:
-            The history of the run. Whichever limit comes first ended it; `stop_reason` says if anything else did.
+            The history of the run. Whichever limit comes first ended it; `stop_reason` says if it was the clock, or
+            something else than these limits.
 
         Raises:
             OptionError: A count below 1, or no limit at all.
@@ -214,7 +215,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with self._borrowed_model():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
             try:
-                self.model = run.model
+                self._stand_in(run.model)
                 self.model.train()
                 self._loop(run)
             except BaseException as error:
@@ -312,7 +313,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             if not run.progress.batches:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-        is_last = run.is_done() and run.history.stop_reason is None and run.evaluated_at.steps < run.progress.steps
+        is_last = run.is_done() and run.ends_as_planned and run.evaluated_at.steps < run.progress.steps
         if is_last or run.is_due(run.options.evaluate_every, run.evaluated_at):
             self._evaluate_sets(run)
         run.history.read_steps(run.peers)

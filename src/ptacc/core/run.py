@@ -100,8 +100,8 @@ class LossSum:
     def __init__(self, device: torch.device) -> None:
         """Start from nothing."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.total = torch.zeros((), dtype=dtype, device=device)
-        self.items = 0.0
+        self.total: Tensor = torch.zeros((), dtype=dtype, device=device)
+        self.items: float = 0.0
 
     def add(self, mean: Tensor, items: float) -> None:
         """Add a mean over `items` items."""
@@ -262,11 +262,20 @@ class Run:
         """
         limit = self.options.max_seconds
         if limit is not None and self.progress.seconds >= limit:
-            self.wish_to_stop(f"max_time={self.options.max_time} reached")
+            self.wish_to_stop(self._time_is_up)
         wish = self._wish or wish
         if self.history.stop_reason is None:
             outcome = self.vote.at_boundary(wish) if at_boundary else self.vote.outcome(self.progress.steps, wish)
             self.history.stop_reason = outcome
+
+    @property
+    def _time_is_up(self) -> str:
+        return f"max_time={self.options.max_time} reached"
+
+    @property
+    def ends_as_planned(self) -> bool:
+        """Whether nothing but its limits has ended the run."""
+        return self.history.stop_reason in (None, self._time_is_up)
 
     def is_done(self) -> bool:
         """Say whether the run is at its end."""

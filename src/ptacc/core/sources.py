@@ -232,7 +232,7 @@ class _Order:
         return [deal_samples(batch, rank, world_size, self._batch_seed(epoch, i)) for i, batch in enumerate(batches)]
 
     def _batch_seed(self, epoch: int, index: int) -> int:
-        return derive_seed(self._seed, epoch, index)
+        return derive_seed(self._seed, epoch, index, self._peers.rank)
 
     def _is_torchs_own(self) -> bool:
         """Whether the order is `shuffle=True` or `shuffle=False`, and nothing else."""

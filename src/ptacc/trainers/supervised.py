@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
@@ -75,7 +74,7 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
         return outputs
 
     @override
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: object) -> None:
         """Refuse batches that are no pair of tensors."""
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
             raise DataError(
@@ -85,7 +84,7 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
             )
 
 
-def describe(batch: Any) -> str:
+def describe(batch: object) -> str:
     """Say what a batch is, in an error.
 
     Example:
