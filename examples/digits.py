@@ -92,9 +92,9 @@ def draw(history: RunHistory, mistakes: list[tuple[Tensor, Tensor, Tensor]], pat
 
     for place in "012345678":
         axes[place].set_axis_off()
-    for place, (image, label, guess) in zip("012345678", mistakes, strict=False):
+    for place, (image, digit, guess) in zip("012345678", mistakes, strict=False):
         axes[place].imshow(image[0].numpy(), cmap="gray_r")
-        axes[place].set_title(f"{label}, read as {guess}", fontsize="small")
+        axes[place].set_title(f"{digit}, read as {guess}", fontsize="small")
     figure.suptitle(f"{len(mistakes)} test digits are read wrongly")
     figure.savefig(path, dpi=150)
 

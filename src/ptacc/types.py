@@ -113,6 +113,8 @@ class EvalResult:
 class Predictions(Sequence[OutputT_co]):
     """The outputs for a dataset, one for each sample, in the dataset's order.
 
+    `torch.stack(list(predictions))` makes one tensor of tensors.
+
     Example:
         >>> import torch
         >>> predictions = Predictions([torch.tensor([0.1, 0.9]), torch.tensor([0.8, 0.2])])
@@ -406,7 +408,8 @@ class EvalOptions(TypedDict, total=False):
         per_device_batch_size: Samples a batch and process; 8 if not given.
         dataloader_kwargs: Keywords for the DataLoader.
         sharding: `"already"` where the data of each process is its own already.
-        limit_batches: Stop after this many batches a process: a smoke run.
+        limit_batches: Stop after this many batches a process: a smoke run. The environment variable
+            `PTACC_LIMIT_BATCHES` does the same to `evaluate`; predictions stay whole.
     """
 
     per_device_batch_size: int | None

@@ -41,6 +41,7 @@ def test_memory_is_flat_and_the_file_has_all(tmp_path: Path) -> None:
     assert len(history.steps) == STEPS_IN_MEMORY
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS_IN_MEMORY + 51))
+    assert lines[0]["kind"] == "run"
     assert sum(line["kind"] == "epoch" for line in lines) == len(history) == STEPS_IN_MEMORY + 50
 
 

@@ -280,7 +280,7 @@ def results(trainer: Trainer) -> None:
     assert_type(history.steps[-1].loss, float)
     assert_type(history.initial, dict[str, EvalResult])
     assert_type(history.stop_reason, str | None)
-    assert_type(history.to_dict(), dict[str, list[float | None]])
+    assert_type(history.to_dict(), dict[str, list[float]])
     assert_type(history.to_dataframe(), pd.DataFrame)
     assert_type([record.train_loss for record in history], list[float])
     assert_type(len(history), int)

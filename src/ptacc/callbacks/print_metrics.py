@@ -35,7 +35,7 @@ class PrintMetrics(Callback[TrainerCore]):
         if not values.keys() <= set(self._columns):
             self._columns = list(dict.fromkeys([*self._columns, *values]))
             self._print(["epoch", "step", *self._columns, "seconds"])
-        row = [number(values[name]) if name in values else "" for name in self._columns]
+        row = [number(values[name], name) if name in values else "" for name in self._columns]
         self._print([str(record.epoch), str(record.step), *row, f"{record.seconds:.2f}"])
 
     @override
@@ -50,11 +50,11 @@ class PrintMetrics(Callback[TrainerCore]):
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), file=self._file)
 
 
-def number(value: float) -> str:
-    """Write a value in five significant digits.
+def number(value: float, name: str = "") -> str:
+    """Write a value in five significant digits, a learning rate in three.
 
     Example:
-        >>> number(0.123456), number(1e-7)
-        ('0.12346', '1e-07')
+        >>> number(0.123456), number(0.123456, "learning_rate")
+        ('0.12346', '0.123')
     """
-    return f"{value:.5g}"
+    return f"{value:.3g}" if name == "learning_rate" else f"{value:.5g}"

@@ -94,7 +94,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             OptionError: A count below 1.
         """
         check_alone("evaluate", dataset, collate_fn, options)
-        sources = self._eval_sources(dataset, collate_fn, options)
+        limit = limit_from_environment(options.get("limit_batches"))
+        sources = self._eval_sources(dataset, collate_fn, options, limit)
         with self._prepared():
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
         return results if isinstance(dataset, Mapping) else results[""]
@@ -181,7 +182,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if isinstance(dataset, Mapping):
             raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
         check_alone("predict", dataset, collate_fn, options)
-        (source,) = self._eval_sources(dataset, collate_fn, options).values()
+        # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
+        (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
         events = self._listeners()
         position = 0
         with self._prepared(), self._evaluating(), self.around_prediction():
@@ -207,10 +209,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             )
         return unbind(on_host, count)
 
-    def _eval_sources(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> dict[str, BatchSource]:
+    def _eval_sources(
+        self, dataset: Any, collate_fn: Any, options: EvalOptions, limit: int | None
+    ) -> dict[str, BatchSource]:
         """Return the batches of each evaluation set by name, those of a single set under an empty name."""
         sets = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
-        limit = limit_from_environment(options.get("limit_batches"))
         return {
             name: source_of(
                 self._eval_loader(data, collate_fn, options),
@@ -248,6 +251,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @contextlib.contextmanager
     def _borrowed_model(self) -> Iterator[None]:
         """Let the block wrap and patch the user's model, and give it back as it was."""
+        accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
         bare = self.model
         check_bare(type(self).__name__, bare)
         remembered = ModelState.of(bare)
@@ -258,7 +262,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             self._stand_in(bare)
             self._state.bare_model = None
             remembered.restore(bare)
-            forget_prepared(self.accelerator)
+            forget_prepared(accelerator)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.core.peers import Peers
-from ptacc.types import EpochRecord, EvalResult, StepRecord
+from ptacc.types import EpochRecord, EvalResult, RunPlan, StepRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,6 +108,10 @@ class RunHistory(Sequence[EpochRecord]):
         """The last 1,000 steps that were read from the device: all of them once an epoch has ended."""
         return tuple(self._steps)
 
+    def begin(self, seed: int, plan: RunPlan) -> None:
+        """Write where a run begins in the file, which may hold several."""
+        self._append([("run", {"seed": seed, **asdict(plan)})])
+
     def add_step(self, result: StepResult) -> None:
         """Keep a step, its values unread."""
         self._unread.append(result)
@@ -146,11 +151,11 @@ class RunHistory(Sequence[EpochRecord]):
         logged, self._logged = self._logged, {}
         return {name: total / count for name, (total, count) in logged.items()}
 
-    def to_dict(self) -> dict[str, list[float | None]]:
-        """Return the epochs as columns by name; None where an epoch has no such value."""
+    def to_dict(self) -> dict[str, list[float]]:
+        """Return the epochs as columns by name; NaN where an epoch has no such value."""
         rows = [{"epoch": float(e.epoch), "step": float(e.step), "seconds": e.seconds, **e.values()} for e in self]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        return {name: [row.get(name) for row in rows] for name in names}
+        return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write the epochs and the steps in memory to `path`, one JSON object a line."""

@@ -169,6 +169,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.epoch = EpochState(LossSum(self.device))
+        self.history.begin(self.seed, self.plan)
 
     @property
     def model(self) -> nn.Module:

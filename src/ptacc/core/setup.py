@@ -50,9 +50,8 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         evaluation = EvalOptions(
             per_device_batch_size=options.per_device_batch_size,
             dataloader_kwargs=options.eval_dataloader_kwargs,
-            limit_batches=limit,
         )
-        eval_sets = {} if eval_data is None else self._eval_sources(eval_data, options.collate_fn, evaluation)
+        eval_sets = {} if eval_data is None else self._eval_sources(eval_data, options.collate_fn, evaluation, limit)
         values = self._values_of(eval_sets)
         for watcher, monitored in self.watched_values():
             check_monitor(monitored, values, watcher)

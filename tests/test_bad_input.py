@@ -1,0 +1,700 @@
+"""What is given wrongly is refused by name before a weight has changed, and leaves the model as it was."""
+
+import contextlib
+import copy
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from typing_extensions import override
+
+from ptacc import (
+    AcceleratorConflictError,
+    AMPMixin,
+    CompositionError,
+    DataError,
+    Epochs,
+    GradAccumMixin,
+    GradClipMixin,
+    KeepBestModel,
+    LaunchError,
+    LoaderRequest,
+    LossError,
+    LRSchedulerMixin,
+    MetricsMixin,
+    Minutes,
+    ModelError,
+    Monitored,
+    MonitorError,
+    NestedRunError,
+    OptionError,
+    Pair,
+    ProgressBar,
+    RunPlan,
+    SchedulerError,
+    SeedMixin,
+    StepOutput,
+    Steps,
+    StopOnNonFinite,
+    Trainer,
+    TrainerCore,
+)
+from ptacc import Callback as PtaccCallback
+from tests.ranks import launch
+
+Sample = tuple[Tensor, Tensor]
+SAMPLES = [(torch.ones(2), torch.zeros(1)) for _ in range(10)]
+DATA = TensorDataset(torch.ones(10, 2), torch.zeros(10, 1))
+
+
+class Full(AMPMixin, GradAccumMixin, GradClipMixin, MetricsMixin, SeedMixin, Trainer): ...
+
+
+class Scheduled(LRSchedulerMixin, Trainer): ...
+
+
+def make(cls: Callable[..., Trainer] = Trainer, model: nn.Module | None = None, **options: Any) -> Any:
+    """Make a trainer, typed as Any: most of what is tested here no type checker would let pass."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5).eval()) if model is None else model
+    options.setdefault("optimizer", SGD(model.parameters(), lr=0.1))
+    return cls(model, **{"loss_func": mse_loss, "default_callbacks": (), **options})
+
+
+@contextlib.contextmanager
+def refused(trainer: Any, error: type[Exception], message: str, *, after_steps: bool = False) -> Iterator[None]:
+    """Expect an error in the block, after which the trainer's model is as it was."""
+    model = trainer.model
+    weights, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    with pytest.raises(error, match=message):
+        yield
+    assert trainer.model is model
+    assert [module.training for module in model.modules()] == flags
+    assert not trainer.is_running
+    same = [torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items()]
+    assert after_steps or all(same)
+
+
+def not_made(error: type[Exception], message: str, cls: Callable[..., Trainer] = Full, **options: Any) -> None:
+    with pytest.raises(error, match=message):
+        make(cls, **options)
+
+
+# ---- data
+
+
+class Said(Dataset[Sample]):
+    """Ten samples, and a length that says something else."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        return SAMPLES[index]
+
+
+class SaidByKey(Said):
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        return dict(enumerate(SAMPLES))[index]
+
+
+class Stream(IterableDataset[Sample]):
+    @override
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(SAMPLES)
+
+
+class SaidStream(Stream):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "No data was given: got None"),
+        ([], "list is empty"),
+        (Said(0), "Said is empty"),
+        (3, "int is no dataset: it needs __len__ and __getitem__"),
+        ((sample for sample in SAMPLES), "generator is no dataset"),
+        ({"train": DATA}, "Got a mapping"),
+        (SaidStream(0), "gives no batch: it is empty"),
+        (Said(20), r"Said says it has 20 samples.*index 19 it raises IndexError.*Correct its __len__"),
+        (SaidByKey(20), r"SaidByKey says it has 20 samples.*index 19 it raises KeyError"),
+    ],
+)
+def test_data_that_is_missing_or_lies_is_refused(data: object, message: str) -> None:
+    trainer = make()
+    with refused(trainer, DataError, message):
+        trainer.train(data, num_epochs=1)
+
+
+@pytest.mark.parametrize(("data", "message"), [(None, "got None"), ([], "is empty"), ({}, "the mapping is empty")])
+def test_evaluation_data_that_is_missing_is_refused(data: object, message: str) -> None:
+    trainer = make()
+    with refused(trainer, DataError, message):
+        trainer.evaluate(data)
+    if data is not None:
+        with refused(trainer, DataError, message):
+            trainer.train(DATA, data, num_epochs=1)
+
+
+def test_an_empty_stream_is_refused() -> None:
+    class Nothing(Stream):
+        @override
+        def __iter__(self) -> Iterator[Sample]:
+            return iter(())
+
+    trainer = make()
+    with refused(trainer, DataError, "gave no batch in a whole epoch"):
+        trainer.train(Nothing(), max_steps=1)
+    with refused(trainer, DataError, "gave no batch"):
+        trainer.evaluate(Nothing())
+
+
+@pytest.mark.parametrize(("length", "gave"), [(100, "it gave 2"), (8, "it gave more")])
+def test_a_stream_whose_length_lies_is_refused_where_it_shows(length: int, gave: str) -> None:
+    trainer = make()
+    with refused(trainer, DataError, rf"SaidStream said it has {length} samples.*{gave}", after_steps=True):
+        trainer.train(SaidStream(length), num_epochs=1)
+
+
+def test_a_stream_that_tells_the_truth_is_trained_on() -> None:
+    assert make().train(SaidStream(10), num_epochs=2)[-1].step == 4
+
+
+def test_a_stream_without_a_length_needs_another_limit_than_epochs() -> None:
+    trainer = make()
+    with refused(trainer, OptionError, r"train\(num_epochs=1\) on data without a length.*Give max_steps or max_time"):
+        trainer.train(Stream(), num_epochs=1)
+
+
+def test_a_collate_function_that_returns_nothing_is_refused() -> None:
+    trainer = make()
+    with refused(trainer, DataError, "A batch is None: the collate function returned nothing"):
+        trainer.train(DATA, num_epochs=1, collate_fn=lambda samples: None)
+    with refused(trainer, OptionError, r"collate_fn=3\): must be a function"):
+        trainer.train(DATA, num_epochs=1, collate_fn=3)
+
+
+def test_drop_last_that_drops_everything_is_refused() -> None:
+    trainer = make()
+    with refused(trainer, DataError, "drop_last dropped the only one"):
+        trainer.train(DATA, num_epochs=1, per_device_batch_size=64, train_dataloader_kwargs={"drop_last": True})
+    with refused(trainer, DataError, "drop_last dropped the only one"):
+        trainer.evaluate(DATA, per_device_batch_size=64, dataloader_kwargs={"drop_last": True})
+
+
+@pytest.mark.parametrize(
+    ("data", "given"),
+    [
+        ([{"x": torch.ones(2)}], "a dict with the keys x"),
+        ([torch.ones(2)], "a Tensor"),
+        ([(torch.ones(2),) * 3], r"a tuple of \(Tensor, Tensor, Tensor\)"),
+    ],
+)
+def test_a_batch_that_is_no_pair_is_refused(data: list[Any], given: str) -> None:
+    trainer = make()
+    with refused(trainer, DataError, rf"Trainer trains on batches \(inputs, targets\).*gives {given}"):
+        trainer.train(data, num_epochs=1)
+    with refused(trainer, DataError, given):
+        trainer.evaluate(data)
+
+
+# ---- loaders
+
+
+def test_a_batch_size_beside_a_batch_sampler_is_refused() -> None:
+    trainer, batches = make(), BatchSampler(SequentialSampler(DATA), 2, drop_last=False)
+    with refused(trainer, OptionError, "per_device_batch_size=4 beside a batch_sampler"):
+        trainer.train(DATA, num_epochs=1, per_device_batch_size=4, train_dataloader_kwargs={"batch_sampler": batches})
+
+
+@pytest.mark.parametrize("beside", [{"per_device_batch_size": 4}, {"collate_fn": list}])
+def test_a_ready_loader_beside_what_it_has_itself_is_refused(beside: dict[str, Any]) -> None:
+    trainer, message = make(), r"got a ready DataLoader, and per_device_batch_size.*Give the dataset instead"
+    with refused(trainer, OptionError, message):
+        trainer.train(DataLoader(DATA), num_epochs=1, **beside)
+    with refused(trainer, OptionError, message):
+        trainer.evaluate({"test": DataLoader(DATA)}, **beside)
+    with refused(trainer, OptionError, message):
+        trainer.predict(DataLoader(DATA), **beside)
+
+
+def test_unknown_keywords_are_refused_with_the_one_that_was_meant() -> None:
+    trainer = make()
+    with refused(trainer, TypeError, r"train\(\) has no keyword 'num_epoch'. Did you mean `num_epochs`"):
+        trainer.train(DATA, num_epoch=1)
+    with refused(trainer, TypeError, r"evaluate\(\) has no keyword 'batch_size'. Did you mean `per_device_batch_size`"):
+        trainer.evaluate(DATA, batch_size=1)
+    with refused(trainer, TypeError, r"predict\(\) has no keyword 'limit_batch'. Did you mean `limit_batches`"):
+        trainer.predict(DATA, limit_batch=1)
+
+
+def test_unknown_keywords_of_a_loader_are_refused() -> None:
+    trainer = make()
+    with refused(trainer, TypeError, "'num_worker'. Did you mean `num_workers`"):
+        trainer.train(DATA, num_epochs=1, train_dataloader_kwargs={"num_worker": 2})
+    with refused(trainer, TypeError, "The batch size is per_device_batch_size"):
+        trainer.evaluate(DATA, dataloader_kwargs={"batch_size": 2})
+
+
+def test_a_way_of_sharding_that_there_is_not_is_refused() -> None:
+    trainer = make()
+    with refused(trainer, OptionError, r"train\(sharding='none'\): must be \"auto\", or \"already\""):
+        trainer.train(DATA, num_epochs=1, sharding="none")
+    with refused(trainer, OptionError, r"evaluate\(sharding='none'\)"):
+        trainer.evaluate(DATA, sharding="none")
+
+
+# ---- counts and times
+
+COUNTS = ["num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "agree_every"]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, math.nan, math.inf, "3"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_that_is_none_is_refused(name: str, value: object) -> None:
+    trainer = make()
+    with refused(trainer, OptionError, rf"train\({name}={value!r}\): must be (at least 1|a whole number, at least 1)"):
+        trainer.train(DATA, **{"num_epochs": 1, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.5, True, math.nan, math.inf, "3", timedelta(0), timedelta(seconds=-1)])
+def test_a_time_that_is_none_is_refused(value: object) -> None:
+    trainer = make()
+    with refused(trainer, OptionError, r"train\(max_time=.*must be a finite number above 0"):
+        trainer.train(DATA, max_time=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, math.nan, "3"])
+@pytest.mark.parametrize("count", [Steps, Epochs])
+def test_a_cadence_of_no_count_is_refused(count: Any, value: object) -> None:
+    with pytest.raises(OptionError, match=rf"{count.__name__}\(n={value!r}\): must be (at least|a whole number)"):
+        count(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, math.nan, math.inf, "3"])
+def test_minutes_that_are_no_time_are_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"Minutes\(n=.*must be a finite number above 0"):
+        Minutes(value)
+
+
+@pytest.mark.parametrize("value", [5, "epoch", None, Steps])
+def test_what_is_no_cadence_is_refused(value: object) -> None:
+    trainer = make()
+    with refused(trainer, OptionError, r"evaluate_every=.*must be a cadence: Steps\(500\), Epochs\(1\) or Minutes"):
+        trainer.train(DATA, DATA, num_epochs=1, evaluate_every=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_a_bar_that_is_never_updated_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"ProgressBar\(every={value!r}\)"):
+        ProgressBar(every=value)
+
+
+def test_a_run_without_an_end_is_refused() -> None:
+    trainer = make()
+    with refused(trainer, OptionError, "does not know when to end: give num_epochs or max_steps, or max_time"):
+        trainer.train(DATA)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, None, "2"])
+def test_accumulation_over_no_count_is_refused(value: object) -> None:
+    not_made(OptionError, rf"gradient_accumulation_steps={value!r}\).*Leave it out", gradient_accumulation_steps=value)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0, 0.0, -1, True, "1"])
+@pytest.mark.parametrize("name", ["max_grad_norm", "max_grad_value"])
+def test_a_clip_at_no_limit_is_refused(name: str, value: object) -> None:
+    not_made(OptionError, rf"{name}={value!r}\): must be a finite number above 0. Leave it out", **{name: value})
+
+
+def test_a_clip_of_values_at_infinity_is_refused_and_one_of_the_norm_logs_it() -> None:
+    not_made(OptionError, r"max_grad_value=inf\): must be a finite number", max_grad_value=math.inf)
+    history = make(Full, max_grad_norm=math.inf).train(DATA, num_epochs=1)
+    assert history.steps[0].logged["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3", 2**70])
+def test_a_seed_that_is_none_is_refused(value: object) -> None:
+    not_made(OptionError, r"seed=.*must be a whole number from 0", seed=value)
+
+
+# ---- models and optimizers
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    trainer = make(optimizer=SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+    with refused(trainer, ModelError, r"the optimizer holds 2 of 2 parameters that the model does not have"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_trainable_parameters_that_no_optimizer_holds_are_told() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    trainer = make(model=model, optimizer=SGD(model[1].parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"2 trainable parameters are in no optimizer.*0.weight, 0.bias") as told:
+        trainer.train(DATA, num_epochs=1)
+    assert told[0].filename == __file__
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    trainer = make(model=nn.Linear(2, 1).requires_grad_(False))
+    with refused(trainer, ModelError, "nothing is trainable"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    trainer = make(model=model, optimizer=LBFGS(model.parameters()))
+    with refused(trainer, ModelError, "LBFGS steps by a closure"):
+        trainer.train(DATA, num_epochs=1)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    trainer = make(model=wrap(nn.Linear(2, 1)))
+    for call in (lambda: trainer.train(DATA, num_epochs=1), lambda: trainer.evaluate(DATA)):
+        with refused(trainer, ModelError, "the model is wrapped already. Give the bare model"):
+            call()
+
+
+def test_a_model_in_ddp_is_refused() -> None:
+    code = """if True:
+        import torch.distributed as dist
+        from torch import nn
+        from torch.optim import SGD
+        from ptacc import ModelError, Trainer
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        trainer = Trainer(model, loss_func=nn.MSELoss(), optimizer=SGD(model.parameters(), lr=0.1))
+        try:
+            trainer.train([], num_epochs=1)
+        except ModelError as error:
+            print(error)
+        dist.destroy_process_group()
+    """
+    done = launch([sys.executable, "-c", code])
+    assert "model=DistributedDataParallel(...)): the model is wrapped already" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": 3, "optimizer": None}, r"model=3\): must be an instance of torch.nn.Module"),
+        ({"model": nn.Linear, "optimizer": None}, "must be an instance of torch.nn.Module"),
+        ({"optimizer": "sgd"}, r"optimizer='sgd'\): must be an instance, such as SGD"),
+        ({"optimizer": SGD}, "must be an instance, such as SGD"),
+        ({"loss_func": None}, r"must be a function of \(outputs, targets\)"),
+        ({"loss_func": nn.MSELoss}, r"must be a function of \(outputs, targets\)"),
+        ({"callbacks": [StopOnNonFinite]}, r"this is the class. Give an instance: StopOnNonFinite\(\)"),
+        ({"callbacks": [print]}, "is no callback. Derive its class from Callback"),
+        ({"callbacks": StopOnNonFinite()}, r"must be a list of callbacks. Write `callbacks=\[...\]`"),
+        ({"callbacks": None}, "must be a list of callbacks"),
+    ],
+)
+def test_a_component_of_the_wrong_kind_is_refused(options: dict[str, Any], message: str) -> None:
+    not_made(OptionError, message, **options)
+
+
+# ---- schedules
+
+
+def refuse_schedule(create: object, error: type[Exception], message: str, **options: Any) -> None:
+    trainer = make(Scheduled, create_scheduler=create, **options)
+    with refused(trainer, error, message):
+        trainer.train(DATA, DATA, num_epochs=2)
+    assert "initial_lr" not in trainer.optimizer.param_groups[0]
+
+
+def test_a_schedule_of_another_optimizer_is_refused() -> None:
+    other = SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    refuse_schedule(lambda optimizer, plan: StepLR(other, 1), SchedulerError, "a StepLR for another optimizer")
+
+
+def test_a_schedule_shorter_than_the_run_is_refused() -> None:
+    def short(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
+        return OneCycleLR(optimizer, max_lr=0.1, total_steps=plan.steps_per_epoch)
+
+    refuse_schedule(short, SchedulerError, r"OneCycleLR of 2 steps, and the run has 4 steps.*total_steps=plan")
+
+
+def test_a_schedule_that_is_not_returned_is_refused() -> None:
+    refuse_schedule(lambda optimizer, plan: None, SchedulerError, "create_scheduler returned NoneType")
+
+
+def test_a_schedule_of_a_misspelt_value_is_refused() -> None:
+    def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
+        return ReduceLROnPlateau(optimizer)
+
+    message = r"scheduler_monitor='eval_los'\): nobody reports this value. Did you mean `eval_loss`"
+    refuse_schedule(plateau, MonitorError, message, scheduler_monitor="eval_los")
+
+
+def test_a_schedule_in_place_of_what_makes_one_is_refused() -> None:
+    schedule = StepLR(SGD(nn.Linear(1, 1).parameters(), lr=0.1), 1)
+    for given in (schedule, StepLR, None):
+        not_made(OptionError, "must be a function that makes the schedule", Scheduled, create_scheduler=given)
+    not_made(OptionError, 'must be "step" or "epoch"', Scheduled, create_scheduler=len, scheduler_interval="batch")
+
+
+# ---- steps
+
+
+def step_of(loss: Callable[[Tensor], object]) -> type[Trainer]:
+    class Mine(Trainer):
+        @override
+        def train_step(self, batch: Pair) -> Any:
+            return loss(self.model(batch[0]))
+
+    return Mine
+
+
+def output(loss: Any, **more: Any) -> StepOutput[None]:
+    return StepOutput(loss=loss, outputs=None, **more)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda outputs: None, r"returned NoneType: it must return StepOutput\(loss=..., outputs=...\)"),
+        (lambda outputs: outputs.mean(), "returned Tensor: it must return StepOutput"),
+        (lambda outputs: output(outputs.mean().item()), r"the loss is a float, without a graph.*no .item\(\)"),
+        (lambda outputs: output(outputs), r"the loss has the shape \(8, 1\), and must be a scalar"),
+        (lambda outputs: output(outputs.mean().detach()), r"the loss has no gradient.*no .detach\(\)"),
+        (lambda outputs: output(outputs.mean() * 1j), "the loss is torch.complex64"),
+        (lambda outputs: output(outputs.mean().to("meta")), "the loss lies on meta, and the run on cpu"),
+        (lambda outputs: output(outputs.mean(), logged={"norm": 1.0}), r"logged\['norm'\] is no tensor"),
+        (lambda outputs: output(outputs.mean(), logged={"norm": outputs}), r"logged\['norm'\] has the shape \(8, 1\)"),
+    ],
+)
+def test_what_cannot_be_minimised_is_refused(loss: Callable[[Tensor], object], message: str) -> None:
+    trainer = make(step_of(loss))
+    with refused(trainer, LossError, rf"(?s)Mine.train_step.*{message}"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_a_step_that_forgets_to_return_later_is_named_too() -> None:
+    outputs = iter([True, False])
+    trainer = make(step_of(lambda predicted: output(predicted.mean()) if next(outputs) else None))
+    with refused(trainer, LossError, "Mine.train_step returned NoneType", after_steps=True):
+        trainer.train(DATA, num_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "Mine.eval_step returned NoneType: it must return StepOutput"),
+        (output(0.5), "the loss is no tensor, and must be a scalar"),
+        (output(torch.ones(3)), r"the loss has the shape \(3,\), and must be a scalar"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(result: Any, message: str) -> None:
+    class Mine(Trainer):
+        @override
+        def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return result  # type: ignore[no-any-return]
+
+    trainer = make(Mine)
+    with refused(trainer, LossError, message):
+        trainer.evaluate(DATA)
+
+
+# ---- metrics and monitors
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"loss": MeanMetric()}, "every run reports a value of this name already"),
+        ({"a/b": MeanMetric(), "a": MetricCollection({"b": SumMetric()})}, "two metrics report 'a/b'"),
+        ([MeanMetric()], "must be a mapping from names to metrics"),
+        (MeanMetric(), "must be a mapping from names to metrics"),
+        ({"mean": MeanMetric}, r"metrics=\{'mean': MeanMetric\}\): must be a metric: an instance"),
+        ({"mean": mse_loss}, "must be a metric: an instance, with update, compute and reset"),
+    ],
+)
+def test_metrics_that_cannot_be_told_apart_or_are_none_are_refused(metrics: object, message: str) -> None:
+    not_made(OptionError, message, metrics=metrics)
+
+
+def test_one_metric_in_two_places_is_refused() -> None:
+    metric = MeanMetric()
+    message = r"one MeanMetric is given twice.*metric.clone\(\)"
+    not_made(OptionError, message, metrics={"mean": metric}, train_metrics={"mean": metric})
+    not_made(OptionError, message, metrics={"first": metric, "second": metric})
+
+
+def test_a_metric_named_like_a_value_of_training_is_refused() -> None:
+    trainer = make(Full, metrics={"grad_norm": MeanMetric()}, max_grad_norm=1.0)
+    with refused(trainer, OptionError, "two values would be reported as 'grad_norm'"):
+        trainer.train(DATA, DATA, num_epochs=1)
+
+
+def test_an_evaluation_set_named_like_the_metrics_of_training_is_refused() -> None:
+    trainer = make(Full, train_metrics={"loss": SumMetric()})
+    with refused(trainer, OptionError, "two values would be reported as 'train/loss'"):
+        trainer.train(DATA, {"train": DATA}, num_epochs=1)
+
+
+def test_a_misspelt_monitor_is_refused_with_the_names_there_are() -> None:
+    trainer = make(Full, metrics={"accuracy": MeanMetric()}, callbacks=[KeepBestModel("acuracy")])
+    with refused(trainer, MonitorError, r"monitor='acuracy'.*Did you mean `accuracy`.*There are: accuracy, eval_loss,"):
+        trainer.train(DATA, DATA, num_epochs=1)
+
+
+def test_a_monitor_of_an_evaluation_that_never_is_says_so() -> None:
+    trainer = make(callbacks=[KeepBestModel("eval_loss")])
+    with refused(trainer, MonitorError, "No eval_dataset was given"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_a_mode_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"Monitored\('accuracy', mode='maximum'\): must be \"min\" or \"max\""):
+        Monitored("accuracy", mode="maximum")  # type: ignore[arg-type]
+
+
+# ---- the launch
+
+
+def test_fp16_that_would_be_fp32_is_refused_and_leaves_no_trace() -> None:
+    trainer = make(Full, mixed_precision="fp16")
+    for call in (lambda: trainer.train(DATA, num_epochs=1), lambda: trainer.evaluate(DATA)):
+        with refused(trainer, OptionError, r"\"fp16\" on a CPU: Accelerate would silently train in fp32"):
+            call()
+    assert make().train(DATA, num_epochs=1)[-1].step == 2
+
+
+def test_a_precision_that_there_is_not_is_refused() -> None:
+    not_made(OptionError, r"mixed_precision='bf61'\): must be one of 'no', 'fp16', 'bf16'", mixed_precision="bf61")
+
+
+def test_a_world_whose_processes_do_not_see_each_other_is_refused() -> None:
+    code = """if True:
+        from torch import nn
+        from torch.optim import SGD
+        from ptacc import LaunchError, Trainer
+        model = nn.Linear(2, 1)
+        trainer = Trainer(model, loss_func=nn.MSELoss(), optimizer=SGD(model.parameters(), lr=0.1))
+        try:
+            trainer.train([], num_epochs=1)
+        except LaunchError as error:
+            print(error)
+    """
+    done = launch([sys.executable, "-c", code], env={"WORLD_SIZE": "2"})
+    assert "WORLD_SIZE=2, and Accelerate sees 1 process" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "needed"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "GradAccumMixin"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeedMixin"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDPMixin"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "CompileMixin"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "no mixin of ptacc"),
+    ],
+)
+def test_a_launch_that_asks_for_what_nothing_provides_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, needed: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    trainer = make()
+    with refused(trainer, LaunchError, rf"The launch set {variable}={value}.*it needs {needed}"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_a_launch_that_asks_for_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert make().train(DATA, num_epochs=1)[-1].step == 2
+
+
+def test_a_launch_and_an_option_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    trainer = make(Full, gradient_accumulation_steps=2)
+    with refused(trainer, LaunchError, r"=4, and Full has gradient_accumulation_steps=2. Give both the same"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_a_second_precision_is_refused_while_the_first_lives() -> None:
+    first, second = make(Full, mixed_precision="bf16"), make()
+    first.train(DATA, num_epochs=1)
+    message = r"Trainer needs an accelerator with default settings, and Full holds.*mixed_precision='bf16'"
+    with refused(second, AcceleratorConflictError, message):
+        second.train(DATA, num_epochs=1)
+    del first
+    gc.collect()
+    assert second.train(DATA, num_epochs=1)[-1].step == 2
+
+
+# ---- a run within a run
+
+
+def test_a_run_within_a_run_is_refused_in_a_callback() -> None:
+    class Again(PtaccCallback[Trainer]):
+        @override
+        def on_run_start(self, trainer: Trainer) -> None:
+            trainer.train(SAMPLES, num_epochs=1)
+
+    trainer = make(callbacks=[Again()])
+    with refused(trainer, NestedRunError, r"Trainer.train\(\) was called within its own run"):
+        trainer.train(DATA, num_epochs=1)
+
+
+@pytest.mark.parametrize("name", ["on_run_start", "on_evaluation_start"])
+def test_a_run_within_a_run_or_an_evaluation_is_refused_in_a_hook(name: str) -> None:
+    def hook(self: Any, *args: object) -> None:
+        getattr(super(Again, self), name)(*args)
+        self.train(DATA, num_epochs=1)
+
+    Again = type("Again", (Trainer,), {name: hook})  # noqa: N806
+    trainer = make(Again)
+    with refused(trainer, NestedRunError, "Again.train"):
+        trainer.train(DATA, num_epochs=1) if name == "on_run_start" else trainer.evaluate(DATA)
+
+
+def test_a_run_within_the_setting_up_of_a_run_is_refused() -> None:
+    class Again(Trainer):
+        @override
+        def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+            self.train(SAMPLES, num_epochs=1)
+            return super().make_train_dataloader(request)
+
+    trainer = make(Again)
+    with refused(trainer, NestedRunError, "Again.train"):
+        trainer.train(DATA, num_epochs=1)
+
+
+def test_a_run_after_a_failed_run_is_taken() -> None:
+    fail = iter([True])
+
+    class Fails(PtaccCallback[TrainerCore]):
+        @override
+        def on_run_start(self, trainer: TrainerCore) -> None:
+            if next(fail, False):
+                raise CompositionError("a failure")
+
+    trainer = make(callbacks=[Fails()])
+    with refused(trainer, CompositionError, "a failure"):
+        trainer.train(DATA, num_epochs=1)
+    assert trainer.train(DATA, num_epochs=1)[-1].step == 2
