@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from ptacc.core.device import release_accelerator
+
 # Tests fork (tests/ranks.py), and a forked child has none of the threads of a pool that its parent started.
 torch.set_num_threads(1)
 
@@ -16,6 +18,12 @@ hypothesis.settings.load_profile("ptacc")
 
 # For the type checkers alone: importing them would run the very mistakes they hold.
 collect_ignore = ["typing"]
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> None:
+    """Start each test without an accelerator: a failed test's traceback holds on to its trainer, and so to that."""
+    release_accelerator()
 
 
 @pytest.fixture(autouse=True)

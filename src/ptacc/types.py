@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Generic, Literal, TypeAlias, TypedDict, overload
+from numbers import Integral
+from typing import Generic, Literal, TypeAlias, TypedDict, get_args, overload
 
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -268,8 +269,7 @@ class Minutes:
     n: float
 
     def __post_init__(self) -> None:
-        if not self.n > 0:
-            raise OptionError(f"Minutes({self.n}): must be more than 0.")
+        check_positive("Minutes", "n", self.n)
 
     def is_due(self, now: Progress, last: Progress) -> bool:
         """Say whether this is due at `now`, when it was last done at `last`."""
@@ -370,6 +370,10 @@ class Monitored:
     name: str
     mode: Mode = "min"
 
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise OptionError(f'Monitored({self.name!r}, mode={self.mode!r}): must be "min" or "max".')
+
     def is_better(self, value: float, than: float) -> bool:
         """Say whether `value` beats `than`. NaN never does; anything beats NaN."""
         if math.isnan(value):
@@ -443,7 +447,23 @@ class TrainOptions(TypedDict, total=False):
     agree_every: int | None
 
 
-def check_at_least(owner: str, name: str, value: float, least: float, advice: str = "") -> None:
-    """Raise `OptionError` unless `value` is a number of at least `least`."""
-    if isinstance(value, bool) or not value >= least:
+def check_at_least(owner: str, name: str, value: object, least: int, advice: str = "") -> None:
+    """Raise `OptionError` unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise OptionError(f"{owner}({name}={value!r}): must be a whole number, at least {least}. {advice}".rstrip())
+    if int(value) < least:
         raise OptionError(f"{owner}({name}={value!r}): must be at least {least}. {advice}".rstrip())
+
+
+def check_sharding(call: str, sharding: object) -> None:
+    """Raise `OptionError` for a way of sharding that there is not."""
+    if sharding not in get_args(Sharding):
+        raise OptionError(
+            f'{call}(sharding={sharding!r}): must be "auto", or "already" where each process has its own data.'
+        )
+
+
+def check_positive(owner: str, name: str, value: object, advice: str = "") -> None:
+    """Raise `OptionError` unless `value` is a finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())

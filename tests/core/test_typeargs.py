@@ -158,7 +158,7 @@ def test_a_mixin_that_is_not_generic_is_told_otherwise() -> None:
 def test_two_mixins_of_different_batches_fit_no_loop() -> None:
     with pytest.raises(CompositionError, match=r"batches are Tokens, and MetricsMixin takes tuple\[Tensor, Tensor\]"):
 
-        class Mine(LooksAtTokens, MetricsMixin[Pair, Tensor], OfTokens): ...  # pyright: ignore
+        class Mine(LooksAtTokens, MetricsMixin[Pair, Tensor], OfTokens): ...  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleMethodOverride]
 
 
 def test_a_mixin_of_wider_batches_is_taken() -> None:

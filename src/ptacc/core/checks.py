@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -113,6 +112,20 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
             )
 
 
+def check_eval_output(owner: str, output: object) -> None:
+    """Raise `LossError` for the output of an evaluation step that cannot be averaged."""
+    if not isinstance(output, StepOutput):
+        raise LossError(
+            f"{owner}.eval_step returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...)."
+        )
+    loss: object = output.loss
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        shape = f"has the shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else "is no tensor"
+        raise LossError(
+            f"{owner}.eval_step: the loss {shape}, and must be a scalar tensor: the mean over the batch's items."
+        )
+
+
 def check_monitor(monitored: Monitored, known: Collection[str], owner: object, option: str = "monitor") -> None:
     """Raise `MonitorError` where nobody reports the value, with the names that exist."""
     if monitored.name in known:
@@ -123,11 +136,3 @@ def check_monitor(monitored: Monitored, known: Collection[str], owner: object, o
         f"{type(owner).__name__}({option}={monitored.name!r}): nobody reports this value. {hint}"
         f"There are: {', '.join(sorted(known))}."
     )
-
-
-def check_positive(owner: str, name: str, value: object, advice: str = "") -> None:
-    """Raise `OptionError` for what is given and is no finite number above 0."""
-    if value is None:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())

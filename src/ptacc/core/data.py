@@ -8,13 +8,14 @@ dataset -> make_..._dataloader() -> DataLoader -> source_of() -> BatchSource -> 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ptacc.core.options import check_keywords
 from ptacc.errors import DataError, OptionError
 from ptacc.types import BatchT, DataLoaderKwargs, check_at_least
 
@@ -81,6 +82,8 @@ class LoaderRequest:
             OptionError: A count below 1, or a batch size beside a batch sampler.
         """
         check_dataset(self.dataset)
+        advice = "The batch size is per_device_batch_size, and collate_fn an argument of its own."
+        check_keywords("The DataLoader", self.kwargs, DataLoaderKwargs.__annotations__, advice)
         kwargs: dict[str, Any] = dict(self.kwargs)
         kwargs.setdefault("generator", torch.Generator())  # or iterators would draw from the global one
         if "batch_sampler" in kwargs:
@@ -103,6 +106,8 @@ def check_dataset(dataset: object) -> None:
         raise DataError("No data was given: got None. Pass a dataset or a DataLoader.")
     if isinstance(dataset, IterableDataset | DataLoader):
         return
+    if isinstance(dataset, Mapping):
+        raise DataError("Got a mapping, and one dataset is needed here. Several sets by name are for evaluation.")
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise DataError(
             f"{type(dataset).__name__} is no dataset: it needs __len__ and __getitem__, or to be an IterableDataset."

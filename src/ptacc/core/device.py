@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
+from torch.distributed import is_initialized
 from typing_extensions import Unpack
 
 from ptacc.core.peers import Peers
@@ -117,9 +118,7 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
     """
     check_launch_environment(builder)
     if _shared and _shared[0].process != os.getpid():
-        # Forked, as notebook launchers do: what the parent had belongs to its own launch.
-        _shared.clear()
-        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+        release_accelerator()  # forked, as notebook launchers do: what the parent had belongs to its own launch
     if _shared and _shared[0].settings != builder.settings:
         gc.collect()  # a trainer that nobody holds any more must not be in the way
         others = [other for other in _shared[0].owners if other is not owner]
@@ -129,15 +128,25 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
                 f"{type(others[0]).__name__} holds this process's one with {_told(_shared[0].settings)}. "
                 "Delete that trainer first, or give both the same options."
             )
-        _shared.clear()
-        AcceleratorState._reset_state()  # noqa: SLF001  # the only way to another precision; process groups stay
+        release_accelerator()
     if not _shared:
         plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
         accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
-        check_accelerator(accelerator)
+        try:
+            check_accelerator(accelerator)
+        except Exception:
+            release_accelerator()  # or the next trainer would inherit what was refused
+            raise
         _shared.append(_Shared(accelerator, Peers.of_this_launch(), builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
     return _shared[0].accelerator, _shared[0].peers
+
+
+def release_accelerator() -> None:
+    """Forget the accelerator of this process, so that the next trainer makes one with settings of its own."""
+    _shared.clear()
+    # The only way to another precision. A process group, where there is one, stays.
+    AcceleratorState._reset_state(reset_partial_state=not is_initialized())  # noqa: SLF001
 
 
 def check_launch_environment(builder: AcceleratorBuilder) -> None:

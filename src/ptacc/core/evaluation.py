@@ -11,17 +11,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import Unpack
 
 from ptacc.core.batches import BatchHooks
-from ptacc.core.checks import check_bare
+from ptacc.core.checks import check_bare, check_eval_output
 from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
+from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
 from ptacc.core.sources import source_of
 from ptacc.core.typeargs import with_defaults
-from ptacc.errors import DataError, LossError, OptionError
+from ptacc.errors import DataError, OptionError
 from ptacc.protocols import SizedDataset
 from ptacc.types import (
     BatchT,
@@ -34,6 +35,8 @@ from ptacc.types import (
     RawT,
     SampleT,
     StepOutput,
+    check_at_least,
+    check_sharding,
 )
 
 EVALUATION_SEED = 0
@@ -93,7 +96,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: No data, an empty dataset, or one that is not what it says.
             OptionError: A count below 1.
         """
-        check_alone("evaluate", dataset, collate_fn, options)
+        check_call("evaluate", dataset, collate_fn, options)
         limit = limit_from_environment(options.get("limit_batches"))
         sources = self._eval_sources(dataset, collate_fn, options, limit)
         with self._prepared():
@@ -161,10 +164,18 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         losses = LossSum(self.device)
         with self._evaluating(), self.around_evaluation():
             events.evaluation_start(name)
+            is_first = True
             for host in source.epoch(0):
+                if is_first:
+                    self.check_batch(host.data)
+                    is_first = False
                 output = self._evaluate_batch(host)
                 if not host.is_phantom:
                     _add(losses, output, self.count_items(host.data))
+            if is_first:
+                raise DataError(
+                    f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
+                )
             total, items = self.peers.sum([float(losses.total), losses.items])
             result = EvalResult(total / items if items else float("nan"), self.compute_metrics())
         events.evaluation_end(name, result)
@@ -173,6 +184,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _evaluate_batch(self, host: HostBatch[BatchT]) -> StepOutput[OutputT]:
         batch = to_device(host.data, self.device)
         output = self.eval_step(batch)
+        check_eval_output(type(self).__name__, output)
         if not host.is_phantom:
             self.on_eval_batch_end(batch, output)
         return output
@@ -181,7 +193,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
         if isinstance(dataset, Mapping):
             raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
-        check_alone("predict", dataset, collate_fn, options)
+        check_call("predict", dataset, collate_fn, options)
         # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
         (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
         events = self._listeners()
@@ -214,6 +226,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     ) -> dict[str, BatchSource]:
         """Return the batches of each evaluation set by name, those of a single set under an empty name."""
         sets = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+        if not sets:
+            raise DataError("No evaluation data was given: the mapping is empty. Leave it out to evaluate nothing.")
         return {
             name: source_of(
                 self._eval_loader(data, collate_fn, options),
@@ -276,9 +290,16 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             remembered.restore_flags()
 
 
-def check_alone(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
-    """Raise `OptionError` for a ready DataLoader beside what only a dataset needs to be told."""
-    if isinstance(data, DataLoader) and (collate_fn or options.keys() & {"per_device_batch_size", "dataloader_kwargs"}):
+def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
+    """Raise for options there are not, and for a ready DataLoader beside what only a dataset needs to be told."""
+    check_keywords(f"{call}()", options, EvalOptions.__annotations__)
+    check_sharding(call, options.get("sharding", "auto"))
+    for name in ("per_device_batch_size", "limit_batches"):
+        if options.get(name) is not None:
+            check_at_least(call, name, options.get(name), 1)
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    of_dataset = collate_fn or options.keys() & {"per_device_batch_size", "dataloader_kwargs"}
+    if of_dataset and any(isinstance(part, DataLoader) for part in sets):
         raise OptionError(
             f"{call}() got a ready DataLoader, and per_device_batch_size, dataloader_kwargs or collate_fn beside it: "
             "the loader has its own. Give the dataset instead, or leave them out."
@@ -286,11 +307,6 @@ def check_alone(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> 
 
 
 def _add(losses: LossSum, output: StepOutput[Any], count: int) -> None:
-    if output.loss.dim() != 0:
-        raise LossError(
-            f"eval_step: the loss has the shape {tuple(output.loss.shape)}, and must be a scalar, the mean over the "
-            "batch's items."
-        )
     if output.is_sum:
         losses.total.add_(output.loss)
         losses.items += count

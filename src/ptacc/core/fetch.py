@@ -57,7 +57,7 @@ class KeyedDataset(Dataset[Any]):
             if hasattr(self.dataset, "__getitems__"):
                 return list(self.dataset.__getitems__(list(key.indices)))
             return [self.dataset[index] for index in key.indices]
-        except IndexError as error:
+        except LookupError as error:
             raise no_such_sample(self.dataset, f"an index up to {max(key.indices)}", error) from error
 
 
@@ -84,13 +84,12 @@ class SharedStream(IterableDataset[Any]):
             return None
         return workers * count_global_batches(-(-samples // workers), self._size, drop_last=self._drop_last)
 
-    def check_length(self, batches: int, workers: int) -> None:
-        """Raise `DataError` if the stream said it would have another length; several workers leave it open."""
-        expected = self.num_batches(workers)
-        if workers == 1 and expected is not None and batches != expected:
+    def check_length(self, batches: int, expected: int, gave: str) -> None:
+        """Raise `DataError` if the stream gave another number of batches than its length promised."""
+        if batches != expected:
             raise DataError(
                 f"{type(self.dataset).__name__} said it has {len(self.dataset)} samples, which are {expected} batches, "
-                f"and it gave {batches}. Correct its __len__, or leave it out and give max_steps."
+                f"and it gave {gave}. Correct its __len__, or leave it out and give max_steps."
             )
 
     @override
@@ -134,13 +133,13 @@ def probe(dataset: Any) -> None:
     try:
         with streams_seeded(0):
             dataset[last]
-    except IndexError as error:
+    except LookupError as error:
         raise no_such_sample(dataset, f"the index {last}", error) from error
 
 
-def no_such_sample(dataset: Any, index: str, error: IndexError) -> DataError:
+def no_such_sample(dataset: Any, index: str, error: LookupError) -> DataError:
     """Make the error of a dataset that says it has a sample and has not."""
     return DataError(
         f"{type(dataset).__name__} says it has {len(dataset)} samples, and asked for {index} it raises "
-        f"IndexError({error}). Correct its __len__ or __getitem__."
+        f"{type(error).__name__}({error}). Correct its __len__ or __getitem__."
     )

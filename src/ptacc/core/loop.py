@@ -21,6 +21,7 @@ from ptacc.core.events import Callback, overrides
 from ptacc.core.explain import Explanation, explain
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.nested import to_device
+from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
 from ptacc.core.setup import RunSetUp
@@ -206,11 +207,12 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
         """
-        if self.is_running:
+        if self._state.bare_model is not None:
             raise NestedRunError(
-                f"{type(self).__name__}.train() was called within its own run. Call it after that has ended, or make "
-                "a second trainer."
+                f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
+                "Call it after that has ended, or make a second trainer."
             )
+        check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
         asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
         with self._borrowed_model():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
@@ -282,8 +284,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
                 batch = to_device(host.data, run.device)
                 output = self.train_step(batch)
-                if number == 1:
-                    check_output(type(self).__name__, output, run.device)
+                check_output(type(self).__name__, output, run.device)
                 loss = window.share(index, output)
                 self.backward(loss)
             step.add(loss.detach(), {name: window.mean_share(index, value) for name, value in output.logged.items()})

@@ -31,6 +31,8 @@ from ptacc.types import (
     RunPlan,
     Sharding,
     check_at_least,
+    check_positive,
+    check_sharding,
 )
 
 T = TypeVar("T")
@@ -75,13 +77,21 @@ class RunOptions:
     agree_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse counts that cannot be right."""
+        """Refuse values that cannot be right."""
         for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "agree_every"):
             value = getattr(self, name)
             if value is not None:
                 check_at_least("train", name, value, 1)
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise OptionError(f"train(max_time={self.max_time!r}): must be more than 0 seconds.")
+        if self.max_time is not None:
+            check_positive("train", "max_time", self.max_seconds, "It is in seconds, or a timedelta.")
+        check_sharding("train", self.sharding)
+        if self.collate_fn is not None and not callable(self.collate_fn):
+            raise OptionError(f"train(collate_fn={self.collate_fn!r}): must be a function of a list of samples.")
+        if not isinstance(self.evaluate_every, Cadence):
+            raise OptionError(
+                f"train(evaluate_every={self.evaluate_every!r}): must be a cadence: Steps(500), Epochs(1) or "
+                "Minutes(10)."
+            )
         if self.num_epochs is None and self.max_steps is None and self.max_time is None:
             raise OptionError(
                 "train() does not know when to end: give num_epochs or max_steps, or max_time, or several of them; "

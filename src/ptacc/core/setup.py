@@ -87,7 +87,8 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         """Work out how long the run is, in steps."""
         if num_batches == 0:
             raise DataError(
-                "The training data gives no batch: drop_last dropped the only one. Give smaller batches, or keep it."
+                "The training data gives no batch: it is empty, or drop_last dropped the only one. Give smaller "
+                "batches, or keep it."
             )
         if num_batches is None and options.max_steps is None and options.max_time is None:
             raise OptionError(
@@ -99,9 +100,15 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
 
     def _values_of(self, set_names: Iterable[str]) -> frozenset[str]:
         """Return the names of all values that will be reported."""
-        names = self.evaluated_values()
-        result = EvalResult(0.0, dict.fromkeys(names, 0.0))
-        return self.reported_values().union(*(result.values(name) for name in set_names))
+        result = EvalResult(0.0, dict.fromkeys(self.evaluated_values(), 0.0))
+        reported = self.reported_values()
+        evaluated = frozenset().union(*(result.values(name) for name in set_names))
+        if twice := reported & evaluated:
+            raise OptionError(
+                f"{type(self).__name__}: two values would be reported as {min(twice)!r}, one of training and one of "
+                "an evaluation. Give the metric, or the evaluation set, another name."
+            )
+        return reported | evaluated
 
     def _context(self, name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
         """Return the context manager hook `name`, or one that costs nothing where nobody overrides it."""

@@ -97,11 +97,16 @@ class StreamBatches:
     def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         self._stream.begin(epoch)
+        promised = self.num_batches if self._workers == 1 else None  # several may each end in a short batch
         batches = 0
-        for data, samples, total in self._loader:
+        loaded = iter(self._loader)
+        for data, samples, total in loaded:
             batches += 1
+            if promised is not None and batches == promised and next(loaded, None) is not None:
+                self._stream.check_length(batches + 1, promised, "more")
             yield HostBatch(given(data), None, samples, total, is_phantom=not samples)
-        self._stream.check_length(batches, self._workers)
+        if promised is not None:
+            self._stream.check_length(batches, promised, str(batches))
 
 
 class ReadyBatches:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from typing_extensions import TypeAliasType, TypeVar, is_typeddict
+from typing_extensions import TypeVar, is_typeddict
 
 from ptacc.core.roles import role_of
 
@@ -60,8 +60,8 @@ def may_take(wide: Any, narrow: Any) -> bool:
 
 def _plain(annotation: Any) -> Any:
     """Return what an alias stands for, and a type without its annotations."""
-    while isinstance(annotation, TypeAliasType) or get_origin(annotation) is Annotated:
-        annotation = annotation.__value__ if isinstance(annotation, TypeAliasType) else annotation.__origin__
+    while hasattr(annotation, "__value__") or get_origin(annotation) is Annotated:
+        annotation = annotation.__value__ if hasattr(annotation, "__value__") else annotation.__origin__
     return annotation
 
 

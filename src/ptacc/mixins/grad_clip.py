@@ -6,9 +6,9 @@ import math
 
 from typing_extensions import override
 
-from ptacc.core.checks import check_positive
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
+from ptacc.types import check_positive
 
 
 class GradClipMixin(Mixin):
@@ -36,9 +36,10 @@ class GradClipMixin(Mixin):
     def check_options(self) -> None:
         """Refuse limits that are NaN, zero or negative."""
         owner, advice = type(self).__name__, "Leave it out to clip nothing."
-        if self.max_grad_norm != math.inf:
+        if self.max_grad_norm is not None and self.max_grad_norm != math.inf:
             check_positive(owner, "max_grad_norm", self.max_grad_norm, advice)
-        check_positive(owner, "max_grad_value", self.max_grad_value, advice)
+        if self.max_grad_value is not None:
+            check_positive(owner, "max_grad_value", self.max_grad_value, advice)
 
     @override
     def on_gradients_ready(self, step: StepResult) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from ptacc.core.checks import check_monitor
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
+from ptacc.core.options import value_text
 from ptacc.core.run import StateKey
 from ptacc.errors import OptionError, SchedulerError
 from ptacc.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
@@ -52,7 +53,14 @@ class LRSchedulerMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse an interval that is none."""
+        """Refuse an interval that is none, and a schedule in place of what makes one."""
+        factory: object = self.create_scheduler
+        is_torchs_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
+        if is_torchs_class or not callable(factory):
+            raise OptionError(
+                f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that makes the "
+                "schedule of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
+            )
         if self.scheduler_interval not in ("step", "epoch"):
             raise OptionError(
                 f'{type(self).__name__}(scheduler_interval={self.scheduler_interval!r}): must be "step" or "epoch".'
@@ -71,7 +79,7 @@ class LRSchedulerMixin(Mixin):
         scheduler = self.create_scheduler(optimizer, self.run.plan)
         check_scheduler(scheduler, optimizer, self.run.plan, self.scheduler_interval)
         if follows_a_value(scheduler):
-            check_monitor(as_monitored(self.scheduler_monitor), self.run.values, self)
+            check_monitor(as_monitored(self.scheduler_monitor), self.run.values, self, "scheduler_monitor")
         self.run[SCHEDULER] = scheduler
 
     @override
@@ -133,6 +141,8 @@ def check_scheduler(
 ) -> None:
     """Raise `SchedulerError` for a schedule of another optimizer, or one that ends before the run does."""
     name = type(scheduler).__name__
+    if not hasattr(scheduler, "step"):
+        raise SchedulerError(f"create_scheduler returned {name}: it must return the schedule. Check its `return`.")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise SchedulerError(
             f"create_scheduler made a {name} for another optimizer than the trainer's. Use the one it is given: "

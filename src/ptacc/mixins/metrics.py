@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ptacc.core.batches import BatchMixin
 from ptacc.core.compose import hook
+from ptacc.core.options import value_text
 from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike
 from ptacc.types import BatchT, OutputT, StepOutput
@@ -49,6 +50,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     def check_options(self) -> None:
         """Refuse names that collide and metrics in two sets."""
         owner = type(self).__name__
+        for option, metrics in (("metrics", self.metrics), ("train_metrics", self.train_metrics)):
+            check_metrics(owner, option, metrics)
         check_names(owner, self.metrics)
         everyone = [*self.metrics.values(), *self.train_metrics.values()]
         if len({id(metric) for metric in everyone}) < len(everyone):
@@ -123,6 +126,21 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     def reported_values(self) -> frozenset[str]:
         """Report the metrics of training."""
         return super().reported_values() | {f"train/{name}" for name in names_of(self.train_metrics)}
+
+
+def check_metrics(owner: str, option: str, metrics: object) -> None:
+    """Raise `OptionError` for what is no mapping of names to metrics."""
+    if not isinstance(metrics, Mapping | nn.ModuleDict):
+        raise OptionError(
+            f"{owner}({option}={value_text(metrics)}): must be a mapping from names to metrics: "
+            f'{option}={{"accuracy": MulticlassAccuracy(10)}}.'
+        )
+    for name, metric in metrics.items():
+        if isinstance(metric, type) or not all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+            raise OptionError(
+                f"{owner}({option}={{{name!r}: {value_text(metric)}}}): must be a metric: an instance, with update, "
+                "compute and reset."
+            )
 
 
 def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:

@@ -41,7 +41,9 @@ class SeedMixin(Mixin):
     @override
     def check_options(self) -> None:
         """Refuse what cannot seed."""
-        if self.seed is not None and self.seed not in range(2**32):
+        seed: object = self.seed
+        is_whole = isinstance(seed, int) and not isinstance(seed, bool)  # a float in a range is searched for one by one
+        if seed is not None and not (is_whole and seed in range(2**32)):
             raise OptionError(f"{type(self).__name__}(seed={self.seed!r}): must be a whole number from 0 to 2**32 - 1.")
 
     @override
