@@ -45,8 +45,9 @@ ROWS = [
         "ptacc.core.roles",
         "ptacc.core.typeargs",
     ],
-    ["ptacc.protocols"],
+    ["ptacc.protocols", "ptacc.keywords"],
     ["ptacc.types"],
+    ["ptacc.validation"],
     ["ptacc.errors"],
     # Run whenever any module of the folder is imported, so it can import none of them.
     ["ptacc.core"],

@@ -34,6 +34,9 @@ from ptacc.errors import NoRunError as NoRunError
 from ptacc.errors import OptionError as OptionError
 from ptacc.errors import PtaccError as PtaccError
 from ptacc.errors import SchedulerError as SchedulerError
+from ptacc.keywords import DataLoaderKwargs as DataLoaderKwargs
+from ptacc.keywords import EvalOptions as EvalOptions
+from ptacc.keywords import TrainOptions as TrainOptions
 from ptacc.mixins.amp import AMPMixin as AMPMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
 from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
@@ -55,10 +58,8 @@ from ptacc.protocols import SupportsMixedPrecision as SupportsMixedPrecision
 from ptacc.protocols import SupportsSeed as SupportsSeed
 from ptacc.trainers.supervised import Trainer as Trainer
 from ptacc.types import Cadence as Cadence
-from ptacc.types import DataLoaderKwargs as DataLoaderKwargs
 from ptacc.types import EpochRecord as EpochRecord
 from ptacc.types import Epochs as Epochs
-from ptacc.types import EvalOptions as EvalOptions
 from ptacc.types import EvalResult as EvalResult
 from ptacc.types import Minutes as Minutes
 from ptacc.types import Monitored as Monitored
@@ -71,7 +72,6 @@ from ptacc.types import RunPlan as RunPlan
 from ptacc.types import StepOutput as StepOutput
 from ptacc.types import StepRecord as StepRecord
 from ptacc.types import Steps as Steps
-from ptacc.types import TrainOptions as TrainOptions
 
 __all__ = [
     "AMPMixin",

@@ -7,17 +7,16 @@ Terms: a *batch* is one item of a loader, a *step* is one optimizer update, an *
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from numbers import Integral
-from typing import Generic, Literal, TypeAlias, TypedDict, get_args, overload
+from typing import Generic, Literal, TypeAlias, get_args, overload
 
 from torch import Tensor
-from torch.utils.data import Sampler
 from typing_extensions import TypeVar, override
 
 from ptacc.errors import OptionError
+from ptacc.validation import check_at_least, check_positive
 
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
@@ -384,86 +383,3 @@ class Monitored:
 def as_monitored(monitor: str | Monitored, mode: Mode = "min") -> Monitored:
     """Return the handle for `monitor`; a name takes `mode` along, a handle knows its own."""
     return monitor if isinstance(monitor, Monitored) else Monitored(monitor, mode)
-
-
-# ---- keywords
-
-
-class DataLoaderKwargs(TypedDict, total=False):
-    """Keywords of `torch.utils.data.DataLoader` that a trainer passes on. The number of workers is 0 if not given."""
-
-    shuffle: bool
-    sampler: Sampler[int]
-    batch_sampler: Sampler[list[int]]
-    drop_last: bool
-    num_workers: int
-    pin_memory: bool
-    prefetch_factor: int
-    persistent_workers: bool
-    timeout: float
-    worker_init_fn: Callable[[int], None]
-    multiprocessing_context: str
-
-
-class EvalOptions(TypedDict, total=False):
-    """Options of `evaluate` and `predict`.
-
-    Keys:
-        per_device_batch_size: Samples a batch and process; 8 if not given.
-        dataloader_kwargs: Keywords for the DataLoader.
-        sharding: `"already"` where the data of each process is its own already.
-        limit_batches: Stop after this many batches a process: a smoke run. The environment variable
-            `PTACC_LIMIT_BATCHES` does the same to `evaluate`; predictions stay whole.
-    """
-
-    per_device_batch_size: int | None
-    dataloader_kwargs: DataLoaderKwargs
-    sharding: Sharding
-    limit_batches: int | None
-
-
-class TrainOptions(TypedDict, total=False):
-    """Options of `train` beside the data and the length of the run.
-
-    Keys:
-        per_device_batch_size: Samples a batch and process; 8 if not given.
-        train_dataloader_kwargs: Keywords for the training DataLoader; it shuffles if not told otherwise.
-        eval_dataloader_kwargs: Keywords for the DataLoaders of the evaluation sets.
-        sharding: `"already"` where the data of each process is its own already.
-        evaluate_every: `Epochs(1)` if not given, and always at the end of the run.
-        evaluate_first: Evaluate before the first step, too.
-        limit_batches: Take this many batches a process of each epoch and evaluation: a smoke run, schedule included.
-            The environment variable `PTACC_LIMIT_BATCHES` does the same for a script that is not to be edited.
-        agree_every: Steps between two agreements of the processes on stopping; 1 where there is one process.
-    """
-
-    per_device_batch_size: int | None
-    train_dataloader_kwargs: DataLoaderKwargs
-    eval_dataloader_kwargs: DataLoaderKwargs
-    sharding: Sharding
-    evaluate_every: Cadence
-    evaluate_first: bool
-    limit_batches: int | None
-    agree_every: int | None
-
-
-def check_at_least(owner: str, name: str, value: object, least: int, advice: str = "") -> None:
-    """Raise `OptionError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise OptionError(f"{owner}({name}={value!r}): must be a whole number, at least {least}. {advice}".rstrip())
-    if int(value) < least:
-        raise OptionError(f"{owner}({name}={value!r}): must be at least {least}. {advice}".rstrip())
-
-
-def check_sharding(call: str, sharding: object) -> None:
-    """Raise `OptionError` for a way of sharding that there is not."""
-    if sharding not in get_args(Sharding):
-        raise OptionError(
-            f'{call}(sharding={sharding!r}): must be "auto", or "already" where each process has its own data.'
-        )
-
-
-def check_positive(owner: str, name: str, value: object, advice: str = "") -> None:
-    """Raise `OptionError` unless `value` is a finite number above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())

@@ -23,8 +23,9 @@ from typing_extensions import override
 from ptacc.core.data import HostBatch, LoaderRequest
 from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
+from ptacc.keywords import DataLoaderKwargs
 from ptacc.testing import epoch_order
-from ptacc.types import DataLoaderKwargs, Sharding
+from ptacc.types import Sharding
 
 
 class Numbers(Dataset[int]):

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ptacc.core.options import check_keywords
 from ptacc.errors import DataError, OptionError
-from ptacc.types import BatchT, DataLoaderKwargs, check_at_least
+from ptacc.keywords import DataLoaderKwargs
+from ptacc.types import BatchT
+from ptacc.validation import check_at_least
 
 DEFAULT_BATCH_SIZE = 8
 LIMIT_VARIABLE = "PTACC_LIMIT_BATCHES"

@@ -23,21 +23,10 @@ from ptacc.core.run import LossSum
 from ptacc.core.sources import source_of
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
+from ptacc.keywords import EvalOptions, check_sharding
 from ptacc.protocols import SizedDataset
-from ptacc.types import (
-    BatchT,
-    EvalOptions,
-    EvalResult,
-    OutputT,
-    Pair,
-    PairSample,
-    Predictions,
-    RawT,
-    SampleT,
-    StepOutput,
-    check_at_least,
-    check_sharding,
-)
+from ptacc.types import BatchT, EvalResult, OutputT, Pair, PairSample, Predictions, RawT, SampleT, StepOutput
+from ptacc.validation import check_at_least
 
 EVALUATION_SEED = 0
 """Loading evaluation data that draws at random gives the same each time."""

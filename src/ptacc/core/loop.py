@@ -27,18 +27,9 @@ from ptacc.core.run import Run, RunOptions
 from ptacc.core.setup import RunSetUp
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
+from ptacc.keywords import TrainOptions
 from ptacc.protocols import SizedDataset
-from ptacc.types import (
-    BatchT,
-    Duration,
-    EpochRecord,
-    EvalResult,
-    OutputT,
-    RawT,
-    SampleT,
-    StepOutput,
-    TrainOptions,
-)
+from ptacc.types import BatchT, Duration, EpochRecord, EvalResult, OutputT, RawT, SampleT, StepOutput
 
 
 class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):

@@ -19,21 +19,9 @@ from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.peers import Peers
 from ptacc.core.window import Window
 from ptacc.errors import NoRunError, OptionError
-from ptacc.types import (
-    Cadence,
-    DataLoaderKwargs,
-    Duration,
-    EpochRecord,
-    Epochs,
-    EvalResult,
-    Minutes,
-    Progress,
-    RunPlan,
-    Sharding,
-    check_at_least,
-    check_positive,
-    check_sharding,
-)
+from ptacc.keywords import DataLoaderKwargs, check_sharding
+from ptacc.types import Cadence, Duration, EpochRecord, Epochs, EvalResult, Minutes, Progress, RunPlan, Sharding
+from ptacc.validation import check_at_least, check_positive
 
 T = TypeVar("T")
 

@@ -21,7 +21,8 @@ from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
 from ptacc.core.sources import source_of
 from ptacc.errors import DataError, OptionError
-from ptacc.types import BatchT, EvalOptions, EvalResult, OutputT, RunPlan, SampleT
+from ptacc.keywords import EvalOptions
+from ptacc.types import BatchT, EvalResult, OutputT, RunPlan, SampleT
 
 AGREE_EVERY = 16
 """Steps between two agreements on stopping, where there are several processes."""

@@ -9,7 +9,7 @@ from typing_extensions import override
 from ptacc.core.device import LAUNCH_FEATURES, AcceleratorBuilder
 from ptacc.core.hooks import Mixin
 from ptacc.errors import LaunchError
-from ptacc.types import check_at_least
+from ptacc.validation import check_at_least
 
 
 class GradAccumMixin(Mixin):

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.types import check_positive
+from ptacc.validation import check_positive
 
 
 class GradClipMixin(Mixin):
