@@ -36,6 +36,7 @@ ROWS = [
         "ptacc.core.window",
     ],
     [
+        "ptacc.core.averages",
         "ptacc.core.compose",
         "ptacc.core.guards",
         "ptacc.core.nested",

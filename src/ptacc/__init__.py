@@ -38,11 +38,14 @@ from ptacc.keywords import DataLoaderKwargs as DataLoaderKwargs
 from ptacc.keywords import EvalOptions as EvalOptions
 from ptacc.keywords import TrainOptions as TrainOptions
 from ptacc.mixins.amp import AMPMixin as AMPMixin
+from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
+from ptacc.mixins.ema import EMAMixin as EMAMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
 from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin as LRSchedulerMixin
 from ptacc.mixins.metrics import MetricsMixin as MetricsMixin
 from ptacc.mixins.seed import SeedMixin as SeedMixin
+from ptacc.mixins.swa import SWAMixin as SWAMixin
 from ptacc.protocols import DeviceRuntime as DeviceRuntime
 from ptacc.protocols import LRSchedulerLike as LRSchedulerLike
 from ptacc.protocols import MetricLike as MetricLike
@@ -84,6 +87,8 @@ __all__ = [
     "DataError",
     "DataLoaderKwargs",
     "DeviceRuntime",
+    "EMAMixin",
+    "EarlyStoppingMixin",
     "Engine",
     "EpochRecord",
     "Epochs",
@@ -121,6 +126,7 @@ __all__ = [
     "Run",
     "RunHistory",
     "RunPlan",
+    "SWAMixin",
     "SchedulerError",
     "SchedulerFactory",
     "SeedMixin",

@@ -1,0 +1,81 @@
+"""Averages of a model's weights, kept beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """A running average of a model's floating tensors, parameters and buffers; other tensors follow the model as is.
+
+    Averages are kept in the dtype of what they average, and moved by a few foreach kernels, not one a tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Start from the present weights of `model`, under its canonical names."""
+        self.updates = 0
+        self._averages = {name: tensor.detach().clone() for name, tensor in tensors_of(model)}
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The averages by name."""
+        return self._averages
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, weight: float) -> None:
+        """Move each average towards the model's present tensor by `weight`, from 0 to 1."""
+        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, tensor in tensors_of(model):
+            if tensor.is_floating_point():
+                floating[0].append(self._averages[name])
+                floating[1].append(tensor.detach())
+            else:
+                self._averages[name].copy_(tensor)
+        for averages, tensors in by_dtype(*floating):
+            torch._foreach_lerp_(averages, tensors, weight)  # torch's own name for it has no public twin
+        self.updates += 1
+
+    @torch.no_grad()
+    def exchange(self, model: nn.Module) -> None:
+        """Exchange the model's tensors and the averages. Twice is nothing."""
+        for name, tensor in tensors_of(model):
+            raw = tensor.detach().clone()
+            tensor.copy_(self._averages[name])
+            self._averages[name].copy_(raw)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Have the averages in the model for the block."""
+        self.exchange(model)
+        try:
+            yield
+        finally:
+            self.exchange(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates and the averages."""
+        return {"updates": self.updates, "averages": dict(self._averages)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of the same model."""
+        self.updates = state_dict["updates"]
+        for name, average in self._averages.items():
+            average.copy_(state_dict["averages"][name])
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the parameters and the buffers of a model, each tensor once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def by_dtype(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Group pairs of tensors by their dtype, as foreach kernels want them."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in left):
+        chosen = [(a, b) for a, b in zip(left, right, strict=True) if a.dtype == dtype]
+        yield [a for a, _ in chosen], [b for _, b in chosen]

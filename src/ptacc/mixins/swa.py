@@ -1,0 +1,112 @@
+"""Stochastic weight averaging."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from ptacc.core.averages import AveragedWeights
+from ptacc.core.batches import BatchMixin
+from ptacc.core.nested import to_device
+from ptacc.core.peers import Peers
+from ptacc.core.randomness import preserved_streams
+from ptacc.core.run import StateKey
+from ptacc.types import BatchT, EpochRecord, OutputT
+from ptacc.validation import check_at_least
+
+SWA_STATE: StateKey[AveragedWeights] = StateKey("swa")
+
+
+class SWAMixin(BatchMixin[BatchT, OutputT]):
+    """Averages the weights of the last epochs, with equal weight, and ends the run with the average.
+
+    The statistics of batch norm belong to other weights then, so they are taken anew in a last pass over the
+    training data, without gradients.
+
+    Options:
+        swa_start: The first epoch, counted from 1, at whose end the weights are taken into the average; None for none.
+        swa_updates_batch_norm: Whether to make that last pass where the model has batch norm.
+
+    Hooks: `on_run_start`, `on_epoch_end`, `on_run_end`.
+
+    Combines with: everything. A schedule that ends high and flat suits it: `torch.optim.swa_utils.SWALR`.
+
+    Source: Izmailov et al., 2018, https://arxiv.org/abs/1803.05407
+
+    Example:
+        >>> from ptacc import SWAMixin, Trainer
+        >>> class MyTrainer(SWAMixin, Trainer):
+        ...     swa_start: int | None = 6
+    """
+
+    swa_start: int | None = None
+    swa_updates_batch_norm: bool = True
+
+    @override
+    def check_options(self) -> None:
+        """Refuse an epoch before the first."""
+        if self.swa_start is not None:
+            check_at_least(type(self).__name__, "swa_start", self.swa_start, 1)
+
+    @override
+    def on_run_start(self) -> None:
+        """Start an average of nothing."""
+        super().on_run_start()
+        self.run[SWA_STATE] = AveragedWeights(self.unwrapped_model)
+
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        """Take the epoch's weights into the average."""
+        super().on_epoch_end(record)
+        if self.swa_start is not None and record.is_complete and record.epoch >= self.swa_start:
+            average = self.run[SWA_STATE]
+            average.update(self.unwrapped_model, weight=1 / (average.updates + 1))
+
+    @override
+    def on_run_end(self) -> None:
+        """Put the average into the model."""
+        if self.run[SWA_STATE].updates:
+            self.run[SWA_STATE].exchange(self.unwrapped_model)
+            if self.swa_updates_batch_norm:
+                self._update_batch_norm()
+        super().on_run_end()
+
+    def _update_batch_norm(self) -> None:
+        norms = [module for module in self.unwrapped_model.modules() if isinstance(module, _BatchNorm)]
+        if not norms:
+            return
+        with torch.no_grad(), preserved_streams(devices=self.device.type != "cpu"), cumulative(norms):
+            for host in self.run.data.epoch(0):
+                if not host.is_phantom:
+                    self.predict_step(to_device(host.data, self.device))
+        average_over(norms, self.peers)
+
+
+@contextlib.contextmanager
+def cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Have batch norms average all batches of the block with equal weight."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def average_over(norms: list[_BatchNorm], peers: Peers) -> None:
+    """Average the statistics of the processes, by the number of batches that each has seen."""
+    if peers.is_alone:
+        return
+    for norm in norms:
+        batches = float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
+        for statistic in (norm.running_mean, norm.running_var):
+            if statistic is not None:
+                *total, seen = peers.sum([*(statistic * batches).tolist(), batches])
+                statistic.copy_(torch.tensor(total) / seen)

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+from torch import Tensor
+from typing_extensions import override
+
+from ptacc import EarlyStoppingMixin, MonitorError, Steps, Trainer
+from ptacc.mixins.early_stopping import Patience
+from ptacc.testing import tiny_data, tiny_parts
+from ptacc.types import Monitored
+
+
+class Scripted(EarlyStoppingMixin, Trainer):
+    """Evaluates to the losses that it was told."""
+
+    losses: tuple[float, ...] = ()
+
+    @override
+    def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum() * 0 + self.losses[min(len(self.history), len(self.losses) - 1)]
+
+
+def epochs_of(losses: tuple[float, ...], patience: int, min_delta: float = 0.0) -> tuple[int, str | None]:
+    trainer = Scripted(
+        **tiny_parts(), losses=losses, early_stopping_patience=patience, early_stopping_min_delta=min_delta
+    )
+    history = trainer.train(tiny_data(), tiny_data(), num_epochs=len(losses))
+    return len(history), history.stop_reason
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "epochs"),
+    [
+        ((5.0, 4.0, 3.0, 2.0), 1, 4),
+        ((5.0, 6.0, 4.0, 3.0), 1, 2),
+        ((5.0, 6.0, 4.0, 4.5, 4.5, 3.0), 2, 5),
+        ((5.0, 5.0, 5.0, 5.0), 3, 4),
+        ((math.nan, math.nan, 1.0), 2, 2),
+        ((math.nan, 1.0, math.nan, 0.5), 2, 4),
+    ],
+)
+def test_it_stops_after_so_many_looks_without_a_better_value(
+    losses: tuple[float, ...], patience: int, epochs: int
+) -> None:
+    assert epochs_of(losses, patience)[0] == epochs
+
+
+def test_a_value_must_be_better_by_min_delta() -> None:
+    assert epochs_of((5.0, 4.95, 4.91), 2, min_delta=0.1)[0] == 3
+    assert epochs_of((5.0, 4.8, 4.6, 4.4), 1, min_delta=0.1)[0] == 4
+
+
+def test_the_reason_names_the_value() -> None:
+    reason = epochs_of((5.0, 6.0, 7.0), 1)[1]
+    assert reason == "eval_loss did not become better than 5 in 1 looks"
+
+
+def test_a_value_of_training_is_looked_at_once_an_epoch() -> None:
+    trainer = Scripted(**tiny_parts(), early_stopping_monitor="train_loss", early_stopping_min_delta=100.0)
+    assert len(trainer.train(tiny_data(), num_epochs=9)) == 4
+
+
+def test_every_evaluation_is_a_look() -> None:
+    trainer = Scripted(**tiny_parts(), losses=(1.0,), early_stopping_patience=3)
+    history = trainer.train(tiny_data(24), tiny_data(8), num_epochs=9, evaluate_every=Steps(1))
+    assert history[-1].step == 4
+
+
+def test_a_misspelt_monitor_is_refused_before_the_run() -> None:
+    with pytest.raises(MonitorError, match="Did you mean `eval_loss`"):
+        Scripted(**tiny_parts(), early_stopping_monitor="evl_loss").train(tiny_data(), tiny_data(), num_epochs=1)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_is_the_best_in_its_mode(mode: str) -> None:
+    patience = Patience(Monitored("x", mode="min" if mode == "min" else "max"))
+    for value in (2.0, 1.0, 3.0):
+        patience.observe(value)
+    assert patience.best == (1.0 if mode == "min" else 3.0)
