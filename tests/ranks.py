@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -57,14 +57,18 @@ class Rank(Generic[ResultT]):
 
 
 def run_ranks(
-    worker: Callable[[*ArgTs], ResultT], world_size: int, *args: *ArgTs, timeout: float = 60.0
+    worker: Callable[[*ArgTs], ResultT],
+    world_size: int,
+    *args: *ArgTs,
+    timeout: float = 60.0,
+    may_die: Collection[int] = (),
 ) -> list[ResultT]:
     """Run `worker(*args)` in `world_size` forked processes and return the results in the order of ranks.
 
     The variables of a launcher are set (`RANK`, `WORLD_SIZE`, `MASTER_PORT`, ...), and `ACCELERATE_USE_CPU`,
     which a worker that starts DeepSpeed or FSDP takes out of `os.environ` first. The worker may be a closure;
     what it returns is pickled. The first failure ends the other ranks, which would only wait for the one that
-    is gone.
+    is gone. Ranks in `may_die` may end without a result, and are left out of the results.
 
     Fork copies no threads: a pool started in this process (by a parallel torch operation, for one) can make a
     child hang. `conftest.py` keeps torch to one thread for that reason.
@@ -78,20 +82,27 @@ def run_ranks(
     port = find_free_port()
     ranks: list[Rank[ResultT]] = []
     results: dict[int, ResultT] = {}
+    dead: set[int] = set()
     try:
         environments = (make_environment(rank, world_size, port) for rank in range(world_size))
         ranks.extend(start_rank(worker, args, environment, timeout) for environment in environments)
-        while len(results) < world_size:
-            waiting = {ranks[rank].pipe: rank for rank in range(world_size) if rank not in results}
+        while len(results) + len(dead) < world_size:
+            waiting = {ranks[rank].pipe: rank for rank in range(world_size) if rank not in results.keys() | dead}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"after {timeout:g} s no result from ranks {sorted(waiting.values())}")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
-                results[waiting[pipe]] = ranks[waiting[pipe]].receive(waiting[pipe])
+                rank = waiting[pipe]
+                try:
+                    results[rank] = ranks[rank].receive(rank)
+                except RankFailed:
+                    if rank not in may_die:
+                        raise
+                    dead.add(rank)
     finally:
         end_ranks(ranks, kill=len(results) < world_size)
-    return [results[rank] for rank in range(world_size)]
+    return [results[rank] for rank in sorted(results)]
 
 
 def make_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

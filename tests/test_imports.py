@@ -37,6 +37,7 @@ ROWS = [
     ],
     [
         "ptacc.core.averages",
+        "ptacc.core.failure",
         "ptacc.core.compose",
         "ptacc.core.guards",
         "ptacc.core.nested",

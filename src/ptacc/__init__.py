@@ -32,6 +32,7 @@ from ptacc.errors import MonitorError as MonitorError
 from ptacc.errors import NestedRunError as NestedRunError
 from ptacc.errors import NoRunError as NoRunError
 from ptacc.errors import OptionError as OptionError
+from ptacc.errors import PeerError as PeerError
 from ptacc.errors import PtaccError as PtaccError
 from ptacc.errors import SchedulerError as SchedulerError
 from ptacc.keywords import DataLoaderKwargs as DataLoaderKwargs
@@ -115,6 +116,7 @@ __all__ = [
     "OptionError",
     "Pair",
     "PairSample",
+    "PeerError",
     "Peers",
     "PlateauSchedulerLike",
     "Precision",

@@ -11,6 +11,7 @@ PtaccError
 ├── LossError (ValueError)            a step returned something that cannot be minimised
 ├── NoRunError (RuntimeError)         the state of a run was asked for before there was a run
 ├── NestedRunError (RuntimeError)     a `train()` within a `train()`
+├── PeerError (RuntimeError)          another process of the launch failed, or was killed
 └── LaunchError (RuntimeError)        the launch and the trainer disagree
     └── AcceleratorConflictError      two trainers of one process want different accelerators
 ```
@@ -55,6 +56,10 @@ class NoRunError(PtaccError, RuntimeError):
 
 class NestedRunError(PtaccError, RuntimeError):
     """`train()` was called within a `train()` of the same trainer."""
+
+
+class PeerError(PtaccError, RuntimeError):
+    """Another process of the launch failed, or was killed; the message says which, where and why."""
 
 
 class LaunchError(PtaccError, RuntimeError):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import is_initialized
 from typing_extensions import Unpack
 
+from ptacc.core.failure import open_connections
 from ptacc.core.peers import Peers
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.protocols import DeviceRuntime
@@ -131,13 +132,15 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         release_accelerator()
     if not _shared:
         plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
+        connected_before = open_connections()
         accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
         try:
             check_accelerator(accelerator)
         except Exception:
             release_accelerator()  # or the next trainer would inherit what was refused
             raise
-        _shared.append(_Shared(accelerator, Peers.of_this_launch(), builder.settings, weakref.WeakSet()))
+        peers = Peers.of_this_launch(connected_before)
+        _shared.append(_Shared(accelerator, peers, builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
     return _shared[0].accelerator, _shared[0].peers
 

@@ -151,7 +151,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
         events = self._listeners()
         losses = LossSum(self.device)
-        with self._evaluating(), self.around_evaluation():
+        with (
+            self.peers.failing_together(f"evaluating {name}".rstrip()),
+            self._evaluating(),
+            self.around_evaluation(),
+        ):
             events.evaluation_start(name)
             is_first = True
             for host in source.epoch(0):
@@ -187,7 +191,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
         events = self._listeners()
         position = 0
-        with self._prepared(), self._evaluating(), self.around_prediction():
+        together = self.peers.failing_together("in a prediction")
+        with self._prepared(), together, self._evaluating(), self.around_prediction():
             events.prediction_start()
             for host in source.epoch(0):
                 outputs = self._predict_batch(host)
@@ -255,6 +260,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _borrowed_model(self) -> Iterator[None]:
         """Let the block wrap and patch the user's model, and give it back as it was."""
         accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
+        self.peers.check()
         bare = self.model
         check_bare(type(self).__name__, bare)
         remembered = ModelState.of(bare)

@@ -197,6 +197,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             ModelError: A model or optimizer that cannot be trained as given.
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
+            PeerError: Another process of the launch failed, or was killed.
         """
         if self._state.bare_model is not None:
             raise NestedRunError(
@@ -210,7 +211,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             try:
                 self._stand_in(run.model)
                 self.model.train()
-                self._loop(run)
+                with run.peers.failing_together(lambda: f"after step {run.progress.steps}"):
+                    self._loop(run)
             except BaseException as error:
                 self._listeners().exception(error)
                 raise

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from typing_extensions import TypeVar
+
+from ptacc.core.failure import FailureBoard, open_connections
 
 T = TypeVar("T")
 
@@ -21,19 +24,39 @@ class Peers:
         rank: Index of this process.
         world_size: Number of processes.
         group: A gloo group of them all; None where there is one process.
+        board: Where they tell each other of failures; None where there is one process.
     """
 
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
+    board: FailureBoard | None = None
 
     @classmethod
-    def of_this_launch(cls) -> Peers:
-        """Return the processes of the initialised process group. A collective: every process makes the same call."""
+    def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> Peers:
+        """Return the processes of the initialised process group. A collective: every process makes the same call.
+
+        Args:
+            connected_before: The connections that this process had before it joined the launch.
+        """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        return cls(dist.get_rank(), dist.get_world_size(), group)
+        board = FailureBoard(group, open_connections() - connected_before)
+        return cls(dist.get_rank(), dist.get_world_size(), group, board)
+
+    def check(self) -> None:
+        """Raise `PeerError` if a process of this launch failed earlier."""
+        if self.board is not None:
+            self.board.check()
+
+    def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+        """Let an exception of the block end all processes, the others by a `PeerError` that names it.
+
+        Args:
+            where: Where this process is, for the others to be told.
+        """
+        return contextlib.nullcontext() if self.board is None else self.board.failing_together(where)
 
     @property
     def is_alone(self) -> bool:

@@ -1,0 +1,172 @@
+"""Failing together: an exception on one process ends the others, under its name, instead of leaving them waiting.
+
+An exception cannot ride a reduction. The process that fails writes who, where and what to the rendezvous store, and
+cuts its connections; whatever collective the others wait in breaks, and they find the reason in the store. A process
+that was killed leaves nothing there: its connections are cut by the kernel, and it is found missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from typing_extensions import override
+
+from ptacc.errors import PeerError
+
+GRACE_SECONDS = 3.0
+"""How long other processes have to answer once a connection broke."""
+BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "process group")
+"""Words of the errors that collectives raise when a peer is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What became of a process: who, where and what."""
+
+    rank: int
+    where: str
+    what: str
+
+    @override
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed {self.where}: {self.what}"
+
+
+class FailureBoard:
+    """Where the processes of a launch tell each other of their failures: keys in the rendezvous store."""
+
+    def __init__(self, group: dist.ProcessGroup, sockets: frozenset[tuple[int, int]]) -> None:
+        """Use the store of `group`.
+
+        Args:
+            group: A group of all processes.
+            sockets: The connections to the other processes: file descriptor and inode.
+        """
+        self._store = group.get_group_store()
+        self._rank, self._world_size, self._sockets = group.rank(), group.size(), sockets
+        self.failure: Failure | None = None
+        self._store.set(f"process/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
+
+    @contextlib.contextmanager
+    def failing_together(self, where: str | Callable[[], str]) -> Iterator[None]:
+        """Let an exception of the block end all processes; blocks may be nested.
+
+        Args:
+            where: Where the process is, for the others to be told.
+
+        Raises:
+            PeerError: Another process failed, or was killed.
+        """
+        self.check()
+        try:
+            yield
+        except GeneratorExit:
+            raise  # a stream of predictions that nobody reads on
+        except BaseException as error:
+            if self.failure is not None:  # told by an inner block
+                raise
+            peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
+            if peers_failure is None:
+                place = where if isinstance(where, str) else where()
+                self._tell(Failure(self._rank, place, f"{type(error).__name__}: {error}"))
+                raise
+            self.failure = peers_failure
+            raise PeerError(str(peers_failure)) from error
+
+    def check(self) -> None:
+        """Raise `PeerError` if a process of this launch failed earlier."""
+        if self.failure is not None:
+            raise PeerError(f"The processes of this launch cannot go on together: {self.failure}. Start them anew.")
+
+    def _tell(self, failure: Failure) -> None:
+        self.failure = failure
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
+            self._store.set(f"failed/{self._rank}", json.dumps([failure.rank, failure.where, failure.what]))
+        self._cut()
+
+    def _cut(self) -> None:
+        """Cut the connections to the other processes, so that what they wait for breaks."""
+        for descriptor, inode in self._sockets:
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:
+                    with socket.socket(fileno=os.dup(descriptor)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    def _failure_of_a_peer(self) -> Failure | None:
+        """Return what another process told, or that one is missing; None if all are there and none failed."""
+        try:
+            self._store.set(f"alive/{self._rank}", "yes")
+            self._cut()  # the others wait for this process, too, and come here by it
+            deadline = time.monotonic() + GRACE_SECONDS
+            while True:
+                found = self._told() or self._gone()
+                silent = [rank for rank in self._others() if not self._store.check([f"alive/{rank}"])]
+                if found is not None or not silent:
+                    return found
+                if time.monotonic() > deadline:
+                    return Failure(silent[0], "at an unknown place", f"lost: no answer in {GRACE_SECONDS:g} s")
+                time.sleep(0.02)
+        except RuntimeError as error:
+            return Failure(0, "at the rendezvous", f"lost rank 0, whose store does not answer ({error})".split("\n")[0])
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._world_size) if rank != self._rank]
+
+    def _told(self) -> Failure | None:
+        for rank in self._others():
+            if self._store.check([f"failed/{rank}"]):
+                return Failure(*json.loads(self._store.get(f"failed/{rank}")))
+        return None
+
+    def _gone(self) -> Failure | None:
+        """Return the failure of a process of this host that does not exist any more."""
+        for rank in self._others():
+            host, process = json.loads(self._store.get(f"process/{rank}"))
+            if host == socket.gethostname() and not is_running(process):
+                return Failure(rank, "at an unknown place", "lost: its process is gone, killed perhaps")
+        return None
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """Say whether an error is what a collective raises when a peer is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN)
+
+
+def is_running(process: int) -> bool:
+    """Say whether a process of this host runs; one that ended and that nobody waited for does not."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:  # no such folder on this system: the signal has answered
+        return not Path("/proc/self").exists()
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return state not in "ZX"
+
+
+def open_connections() -> frozenset[tuple[int, int]]:
+    """Return this process's connections, by file descriptor and inode, but for those to the rendezvous store."""
+    store_port = int(os.environ.get("MASTER_PORT") or 0)
+    found: set[tuple[int, int]] = set()
+    folder = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
+    for entry in list(folder.iterdir()):
+        with contextlib.suppress(OSError):
+            descriptor = int(entry.name)
+            status = os.fstat(descriptor)
+            if stat.S_ISSOCK(status.st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if is_internet and store_port not in (connection.getsockname()[1], connection.getpeername()[1]):
+                        found.add((descriptor, status.st_ino))
+    return frozenset(found)
