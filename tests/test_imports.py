@@ -45,6 +45,7 @@ ROWS = [
         "ptacc.core.order",
         "ptacc.core.randomness",
         "ptacc.core.roles",
+        "ptacc.core.signals",
         "ptacc.core.typeargs",
     ],
     ["ptacc.protocols", "ptacc.keywords"],

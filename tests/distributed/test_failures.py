@@ -21,6 +21,7 @@ class Failing(Trainer):
     rank: int = 0
     place: str = "step"
     dies: bool = False
+    is_asked: bool = False
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -36,6 +37,9 @@ class Failing(Trainer):
 
     def fail(self) -> None:
         if self.peers.rank != self.rank:
+            return
+        if self.is_asked:
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         if self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,6 +77,38 @@ def test_a_killed_rank_is_lost_by_name(world_size: int, rank: int, place: str) -
         assert f"rank {rank}" in message
         assert "lost" in message
         assert seconds < SECONDS
+
+
+def terminate(rank: int, place: str) -> tuple[int, str | None, object, float]:
+    trainer = Failing(**tiny_parts(), rank=rank, place=place, is_asked=True)
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        trainer.train(tiny_data(24), tiny_data(240), num_epochs=300, per_device_batch_size=4)
+    return trainer.progress.steps, trainer.history.stop_reason, caught.value.code, time.monotonic() - started
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
+def test_a_request_to_terminate_ends_every_rank_at_one_step(world_size: int, rank: int, place: str) -> None:
+    results = run_ranks(terminate, world_size, rank, place, timeout=30)
+    assert len({steps for steps, *_ in results}) == 1
+    for steps, reason, code, seconds in results:
+        assert (reason, code) == (f"SIGTERM on rank {rank}", 143)
+        assert steps < 40
+        assert seconds < SECONDS
+
+
+def test_a_handler_of_the_users_own_is_called_and_put_back() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            Failing(**tiny_parts(), is_asked=True).train(tiny_data(24), num_epochs=9)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 def fail_and_try_again() -> str:

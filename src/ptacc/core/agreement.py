@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
 from ptacc.core.peers import Peers
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A wish to stop, or the decision to.
+
+    Args:
+        reason: Why, for people to read.
+        exit_code: What the process exits with after the run, where it was asked to terminate.
+    """
+
+    reason: str
+    exit_code: int | None = None
 
 
 class StopVote:
@@ -18,10 +33,10 @@ class StopVote:
     def __init__(self, peers: Peers, agree_every: int) -> None:
         """Vote among `peers`."""
         self._peers, self._agree_every = peers, agree_every
-        self._ballot: tuple[torch.Tensor, dist.Work, str | None] | None = None
+        self._ballot: tuple[torch.Tensor, dist.Work, Stop | None] | None = None
 
-    def outcome(self, step: int, wish: str | None) -> str | None:
-        """Return the reason that all processes agree to stop for after `step`, None to go on.
+    def outcome(self, step: int, wish: Stop | None) -> Stop | None:
+        """Return what all processes agree to stop for after `step`, None to go on.
 
         Args:
             step: Steps completed.
@@ -29,29 +44,29 @@ class StopVote:
         """
         if self._peers.is_alone:
             return wish
-        reason = self._count()
-        if reason is None and step % self._agree_every == 0:
+        decision = self._count()
+        if decision is None and step % self._agree_every == 0:
             self._cast(wish)
-        return reason
+        return decision
 
-    def at_boundary(self, wish: str | None) -> str | None:
+    def at_boundary(self, wish: Stop | None) -> Stop | None:
         """Vote and count at once, where all processes are at the same place anyway: the end of an epoch."""
         if self._peers.is_alone:
             return wish
-        reason = self._count()
-        if reason is None:
+        decision = self._count()
+        if decision is None:
             self._cast(wish)
-            reason = self._count()
-        return reason
+            decision = self._count()
+        return decision
 
-    def _cast(self, wish: str | None) -> None:
+    def _cast(self, wish: Stop | None) -> None:
         # The rank that wishes to stop, lowest first: the largest number wins.
         number = torch.tensor(self._peers.world_size - self._peers.rank if wish is not None else 0)
         work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._peers.group, async_op=True)
         assert work is not None
         self._ballot = (number, work, wish)
 
-    def _count(self) -> str | None:
+    def _count(self) -> Stop | None:
         if self._ballot is None:
             return None
         number, work, wish = self._ballot

@@ -15,6 +15,7 @@ from ptacc.core.checks import check_bare, check_eval_output
 from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
+from ptacc.core.failure import AgreedExit
 from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
 from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
@@ -150,27 +151,27 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
         events = self._listeners()
-        losses = LossSum(self.device)
         with (
             self.peers.failing_together(f"evaluating {name}".rstrip()),
             self._evaluating(),
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
-            is_first = True
-            for host in source.epoch(0):
-                if is_first:
+            losses = LossSum(self.device)
+            for batches, host in enumerate(source.epoch(0), start=1):
+                if batches == 1:
                     self.check_batch(host.data)
-                    is_first = False
                 output = self._evaluate_batch(host)
                 if not host.is_phantom:
                     _add(losses, output, self.count_items(host.data))
-            if is_first:
+                if self.is_running and self.run.agree_to_terminate(batches):
+                    raise AgreedExit
+            total, items = self.peers.sum([float(losses.total), losses.items])
+            if not items:
                 raise DataError(
                     f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
                 )
-            total, items = self.peers.sum([float(losses.total), losses.items])
-            result = EvalResult(total / items if items else float("nan"), self.compute_metrics())
+            result = EvalResult(total / items, self.compute_metrics())
         events.evaluation_end(name, result)
         return result
 

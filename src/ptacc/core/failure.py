@@ -28,6 +28,10 @@ BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe"
 """Words of the errors that collectives raise when a peer is gone."""
 
 
+class AgreedExit(Exception):  # noqa: N818  # no error
+    """Leaves a block on all processes alike, as they agreed: no failure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """What became of a process: who, where and what."""
@@ -69,8 +73,8 @@ class FailureBoard:
         self.check()
         try:
             yield
-        except GeneratorExit:
-            raise  # a stream of predictions that nobody reads on
+        except (AgreedExit, GeneratorExit):  # the second: a stream of predictions that nobody reads on
+            raise
         except BaseException as error:
             if self.failure is not None:  # told by an inner block
                 raise

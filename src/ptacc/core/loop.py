@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import field
@@ -19,12 +20,14 @@ from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.evaluation import EvalData, EvalSets
 from ptacc.core.events import Callback, overrides
 from ptacc.core.explain import Explanation, explain
+from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.nested import to_device
 from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
 from ptacc.core.setup import RunSetUp
+from ptacc.core.signals import heeding_termination
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
 from ptacc.keywords import TrainOptions
@@ -198,6 +201,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
             PeerError: Another process of the launch failed, or was killed.
+            SystemExit: A process was asked to terminate: all stopped at one step, and exit with 143.
         """
         if self._state.bare_model is not None:
             raise NestedRunError(
@@ -211,13 +215,16 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             try:
                 self._stand_in(run.model)
                 self.model.train()
-                with run.peers.failing_together(lambda: f"after step {run.progress.steps}"):
+                together = run.peers.failing_together(lambda: f"after step {run.progress.steps}")
+                with together, heeding_termination(run.wish_to_terminate):
                     self._loop(run)
             except BaseException as error:
                 self._listeners().exception(error)
                 raise
             finally:
                 run.is_over = True
+        if run.exit_code is not None:
+            raise SystemExit(run.exit_code)
         return run.history
 
     def explain(
@@ -317,7 +324,10 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _evaluate_sets(self, run: Run) -> dict[str, EvalResult]:
         """Evaluate every set."""
-        results = {name: self._evaluate(name, source) for name, source in run.eval_data.items()}
+        results: dict[str, EvalResult] = {}
+        with contextlib.suppress(AgreedExit):
+            for name, source in run.eval_data.items():
+                results[name] = self._evaluate(name, source)
         run.epoch.evaluations |= results
         run.evaluated_at = run.progress
         return results

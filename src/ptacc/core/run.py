@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from ptacc.core.agreement import StopVote
+from ptacc.core.agreement import Stop, StopVote
 from ptacc.core.data import BatchSource
 from ptacc.core.engine import Engine
 from ptacc.core.history import RunHistory, StepResult
@@ -161,7 +161,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
     is_over: bool = False
-    _wish: str | None = None
+    exit_code: int | None = None
+    _wish: Stop | None = None
     _started: float = field(default_factory=time.monotonic)
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
@@ -248,24 +249,45 @@ class Run:
 
     # ---- when it ends
 
-    def wish_to_stop(self, reason: str) -> None:
-        """Ask for the end of the run after this step; all processes will agree on it."""
-        self._wish = self._wish or reason
+    def wish_to_stop(self, reason: str, exit_code: int | None = None) -> None:
+        """Ask for the end of the run after this step; all processes will agree on it.
 
-    def agree_to_stop(self, wish: str | None, *, at_boundary: bool = False) -> None:
+        Args:
+            reason: Why.
+            exit_code: What to exit with, where the process was asked to terminate: that goes before other wishes.
+        """
+        if self._wish is None or (exit_code is not None and self._wish.exit_code is None):
+            self._wish = Stop(reason, exit_code)
+
+    def wish_to_terminate(self, signal: str, exit_code: int) -> None:
+        """Ask for the end of the run as a signal demands it."""
+        self.wish_to_stop(f"{signal} on rank {self.peers.rank}", exit_code)
+
+    def agree_to_stop(self, reason: str | None, *, at_boundary: bool = False) -> None:
         """Tell the other processes what this one wishes, and hear whether all stop.
 
         Args:
-            wish: Why the trainer wants to stop, None if it does not; what was asked for earlier counts as well.
+            reason: Why the trainer wants to stop, None if it does not; what was asked for earlier counts as well.
             at_boundary: Whether all processes are at the same place anyway, and can wait for the answer.
         """
         limit = self.options.max_seconds
         if limit is not None and self.progress.seconds >= limit:
             self.wish_to_stop(self._time_is_up)
-        wish = self._wish or wish
+        if reason is not None:
+            self.wish_to_stop(reason)
         if self.history.stop_reason is None:
-            outcome = self.vote.at_boundary(wish) if at_boundary else self.vote.outcome(self.progress.steps, wish)
-            self.history.stop_reason = outcome
+            steps, wish = self.progress.steps, self._wish
+            self._heed(self.vote.at_boundary(wish) if at_boundary else self.vote.outcome(steps, wish))
+
+    def agree_to_terminate(self, batches: int) -> bool:
+        """Say whether all processes leave an evaluation after so many batches, since one was asked to terminate."""
+        is_urgent = self._wish is not None and self._wish.exit_code is not None
+        self._heed(self.vote.outcome(batches, self._wish if is_urgent else None))
+        return self.history.stop_reason is not None
+
+    def _heed(self, decision: Stop | None) -> None:
+        if decision is not None:
+            self.history.stop_reason, self.exit_code = decision.reason, decision.exit_code
 
     @property
     def _time_is_up(self) -> str:
