@@ -87,12 +87,18 @@ class TorchEngine:
     missing here.
     """
 
-    def __init__(self, accelerator: DeviceRuntime, model: nn.Module, slots: Sequence[Slot]) -> None:
-        """Wrap `model` for the processes and the precision."""
+    def __init__(
+        self,
+        accelerator: DeviceRuntime,
+        model: nn.Module,
+        slots: Sequence[Slot],
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Wrap `model` for the processes and the precision; `scaler` is the accelerator's, if not given."""
         self._accelerator = accelerator
         self._model = accelerator.prepare_model(model)
         self._slots = tuple(slots)
-        self._scaler = accelerator.scaler
+        self._scaler = scaler or accelerator.scaler
 
     @property
     def model(self) -> nn.Module:
