@@ -32,7 +32,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
     @override
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self.data[index] for index in range(len(self.data)))
+        return zip(*self.data.tensors, strict=True)
 
 
 class Measured(MetricsMixin, Trainer): ...
@@ -73,7 +73,8 @@ def check(cases: Sequence[Case], world_size: int) -> None:
     for found in ranks:
         for case, got in zip(cases, found, strict=True):
             loss, accuracy, outputs = reference(case)
-            assert got[:2] == pytest.approx((loss, accuracy), rel=1e-12), case
+            assert got[0] == pytest.approx(loss, rel=1e-12), case
+            assert got[1] == pytest.approx(accuracy, rel=1e-6), case  # torchmetrics divides in float32
             assert got[2] == pytest.approx(outputs, rel=1e-12), case
 
 

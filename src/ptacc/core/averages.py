@@ -37,7 +37,8 @@ class AveragedWeights:
             else:
                 self._averages[name].copy_(tensor)
         for averages, tensors in by_dtype(*floating):
-            torch._foreach_lerp_(averages, tensors, weight)  # torch's own name for it has no public twin
+            # torch's own name for it has no public twin.
+            torch._foreach_lerp_(averages, tensors, weight)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     @torch.no_grad()
