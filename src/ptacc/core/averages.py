@@ -38,7 +38,7 @@ class AveragedWeights:
                 self._averages[name].copy_(tensor)
         for averages, tensors in by_dtype(*floating):
             # torch's own name for it has no public twin.
-            torch._foreach_lerp_(averages, tensors, weight)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(averages, tensors, weight)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     @torch.no_grad()
