@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypeVar
 
-from ptacc.types import Monitored, Precision, RunPlan
+from ptacc.types import Precision, RunPlan
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -240,12 +240,3 @@ class SupportsSeed(Protocol):
 
     seed: int | None
     deterministic: bool
-
-
-@runtime_checkable
-class SupportsMonitoring(Protocol):
-    """Callbacks that watch values by name; the names are checked when a run starts."""
-
-    def monitors(self) -> tuple[Monitored, ...]:
-        """Return the values watched."""
-        ...

@@ -43,6 +43,22 @@ def test_a_loss_that_is_no_number_ends_the_run(value: float) -> None:
     assert (history.stop_reason, history[-1].step) == ("non-finite loss at step 3", 3)
 
 
+def test_an_evaluation_whose_loss_is_no_number_ends_the_run() -> None:
+    class BreakingOutside(Breaking):
+        @override
+        def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return Trainer.compute_train_loss(self, outputs, targets)
+
+        @override
+        def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().compute_eval_loss(outputs, targets) * self.with_value
+
+    trainer = BreakingOutside(**parts(StopOnNonFinite()))
+    history = trainer.train(tiny_data(), {"held-out": tiny_data(8)}, num_epochs=9)
+    assert history.stop_reason == "non-finite loss in the evaluation 'held-out' after step 3"
+    assert math.isnan(trainer.evaluate(tiny_data()).loss)
+
+
 def test_stopping_at_such_a_loss_is_on_by_default_and_leaving_it_out_is_explicit() -> None:
     options = {name: value for name, value in tiny_parts().items() if name != "default_callbacks"}
     assert Breaking(**options).train(tiny_data(), num_epochs=2).stop_reason is not None

@@ -140,6 +140,22 @@ def test_max_time_ends_the_run_and_says_so() -> None:
     assert history.stop_reason == "max_time=0.05 reached"
 
 
+def test_a_run_that_its_limit_ended_is_evaluated_whole() -> None:
+    history = Trainer(**tiny_parts()).train(tiny_data(), tiny_data(), max_time=0.05, evaluate_every=Epochs(10**9))
+    assert history[-1].eval_loss is not None
+
+
+def test_an_evaluation_that_is_due_after_a_wish_to_stop_is_made() -> None:
+    class Enough(Callback[Trainer]):
+        @override
+        def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
+            trainer.stop("enough")
+
+    trainer = Trainer(**tiny_parts(), callbacks=[Enough()])
+    history = trainer.train(tiny_data(), tiny_data(), num_epochs=5, evaluate_every=Steps(1))
+    assert (history.stop_reason, history[-1].step, history[-1].eval_loss is None) == ("enough", 1, False)
+
+
 def test_limit_batches_sizes_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(**tiny_parts())
     assert trainer.train(tiny_data(24), num_epochs=3, limit_batches=2)[-1].step == 6

@@ -10,19 +10,15 @@ from ptacc.core.events import Callback
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.late import LateReader
+from ptacc.types import EpochRecord, EvalResult
 
 
 class StopOnNonFinite(Callback[TrainerCore]):
-    """Stops a run whose loss became NaN or infinite: `history.stop_reason` tells the step.
+    """Stops a run whose loss became NaN or infinite, in training or in an evaluation: `history.stop_reason` tells where.
 
     It looks at the epoch's running sum, which stays non-finite once it is, and reads it without waiting for the
     device: on a GPU the run stops a step late.
     """
-
-    @override
-    def on_run_start(self, trainer: TrainerCore) -> None:
-        """Prepare to read from the run's device."""
-        self._reader = LateReader(trainer.device)
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -34,3 +30,16 @@ class StopOnNonFinite(Callback[TrainerCore]):
         """Look at what has arrived."""
         if not math.isfinite(self._reader.read(trainer.run.epoch.losses.total)):
             trainer.stop(f"non-finite loss at step {step.step}")
+
+    @override
+    def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
+        """Look at the loss of an evaluation within the run."""
+        if trainer.is_running and not math.isfinite(result.loss):
+            which = f"evaluation {name!r}" if name else "evaluation"
+            trainer.stop(f"non-finite loss in the {which} after step {trainer.progress.steps}")
+
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        """Look at the whole epoch, whose last steps had not arrived."""
+        if record.items and not math.isfinite(record.train_loss):
+            trainer.stop(f"non-finite loss in epoch {record.epoch}")

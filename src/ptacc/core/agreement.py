@@ -53,15 +53,14 @@ class StopVote:
         """Vote and count at once, where all processes are at the same place anyway: the end of an epoch."""
         if self._peers.is_alone:
             return wish
-        decision = self._count()
-        if decision is None:
-            self._cast(wish)
-            decision = self._count()
-        return decision
+        self._count()  # a wish outlives the vote it was cast in
+        self._cast(wish)
+        return self._count()
 
     def _cast(self, wish: Stop | None) -> None:
-        # The rank that wishes to stop, lowest first: the largest number wins.
-        number = torch.tensor(self._peers.world_size - self._peers.rank if wish is not None else 0)
+        # The largest number wins: the lowest rank that was asked to terminate, else the lowest that wishes to stop.
+        urgency = 0 if wish is None else 1 if wish.exit_code is None else 2
+        number = torch.tensor(urgency * self._peers.world_size - self._peers.rank if urgency else 0)
         work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._peers.group, async_op=True)
         assert work is not None
         self._ballot = (number, work, wish)
@@ -74,5 +73,5 @@ class StopVote:
         work.wait()
         if not int(number):
             return None
-        source = self._peers.world_size - int(number)
+        source = -int(number) % self._peers.world_size
         return self._peers.broadcast(wish, source=source)

@@ -134,10 +134,9 @@ class RunHistory(Sequence[EpochRecord]):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        names = sorted({name for result in unread for name in result.logged})
         records = [
             StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
-            for result, (loss, logged) in zip(unread, _read(unread, names, peers), strict=True)
+            for result, (loss, logged) in zip(unread, _read(unread, peers), strict=True)
         ]
         self._steps.extend(records)
         self._append([("step", asdict(record)) for record in records])
@@ -184,17 +183,22 @@ class RunHistory(Sequence[EpochRecord]):
                 _write(file, lines)
 
 
-def _read(unread: Sequence[StepResult], names: Sequence[str], peers: Peers) -> list[tuple[float, dict[str, float]]]:
+def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[str, float]]]:
     """Read the losses and the logged values with one copy from the device, and average the processes' parts."""
-    keys = [(i, name) for i, result in enumerate(unread) for name in names if name in result.logged]
-    held = [result.loss for result in unread] + [torch.as_tensor(unread[i].logged[name]) for i, name in keys]
+    names = sorted(set[str]().union(*peers.gather({name for result in unread for name in result.logged})))
+    cells = [(i, name) for i in range(len(unread)) for name in names]
+    held = [result.loss for result in unread] + [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
     device = unread[0].loss.device
     values: list[float] = torch.stack([value.detach().to(device, torch.float64) for value in held]).tolist()
+    # Not every step logs every name, and not on every process.
+    logged_by = [float(name in unread[i].logged) for i, name in cells]
     if not peers.is_alone:
         values = [value / peers.world_size for value in peers.sum(values)]
+        logged_by = peers.sum(logged_by)
     read: list[tuple[float, dict[str, float]]] = [(loss, {}) for loss in values[: len(unread)]]
-    for (i, name), value in zip(keys, values[len(unread) :], strict=True):
-        read[i][1][name] = value
+    for (i, name), value, ranks in zip(cells, values[len(unread) :], logged_by, strict=True):
+        if ranks:
+            read[i][1][name] = value
     return read
 
 

@@ -218,6 +218,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 together = run.peers.failing_together(lambda: f"after step {run.progress.steps}")
                 with together, heeding_termination(run.wish_to_terminate):
                     self._loop(run)
+                    run.heed_late_signal()
             except BaseException as error:
                 self._listeners().exception(error)
                 raise
@@ -281,6 +282,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
         for index, host in enumerate(window.batches):
+            run.is_phantom = host.is_phantom
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
                 batch = to_device(host.data, run.device)
                 output = self.train_step(batch)
@@ -288,7 +290,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 loss = window.share(index, output)
                 self.backward(loss)
             step.add(loss.detach(), {name: window.mean_share(index, value) for name, value in output.logged.items()})
-            self.on_batch_end(batch, output)
+            if not host.is_phantom:
+                self.on_batch_end(batch, output)
             del batch, output, loss  # the next forward pass needs their memory
         run.engine.finish_gradients()
         self.on_gradients_ready(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -88,8 +88,3 @@ def leading_dimension(batch: object) -> int:
 def unbind(outputs: NestedT, count: int) -> list[NestedT]:
     """Split the outputs of a batch of `count` samples into one for each sample."""
     return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
-
-
-def as_sequence(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack scalars into one tensor `(n,)` on their device, detached."""
-    return torch.stack([tensor.detach() for tensor in tensors])

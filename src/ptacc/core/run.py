@@ -143,6 +143,7 @@ class Run:
         vote: How the processes agree to stop.
         batches_per_step: Batches that a process takes for one step.
         values: The names and handles of the values that are reported.
+        is_phantom: Whether the batch that is trained on only keeps this process in step with the others.
     """
 
     options: RunOptions
@@ -160,6 +161,7 @@ class Run:
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
+    is_phantom: bool = False
     is_over: bool = False
     exit_code: int | None = None
     _wish: Stop | None = None
@@ -275,19 +277,34 @@ class Run:
             self.wish_to_stop(self._time_is_up)
         if reason is not None:
             self.wish_to_stop(reason)
-        if self.history.stop_reason is None:
-            steps, wish = self.progress.steps, self._wish
-            self._heed(self.vote.at_boundary(wish) if at_boundary else self.vote.outcome(steps, wish))
+        if at_boundary:
+            self._heed(self.vote.at_boundary(self._wish))
+        else:
+            self._heed(self.vote.outcome(self.progress.steps, self._wish))
 
     def agree_to_terminate(self, batches: int) -> bool:
-        """Say whether all processes leave an evaluation after so many batches, since one was asked to terminate."""
-        is_urgent = self._wish is not None and self._wish.exit_code is not None
-        self._heed(self.vote.outcome(batches, self._wish if is_urgent else None))
-        return self.history.stop_reason is not None
+        """Say whether all processes leave an evaluation after so many batches, since one was asked to terminate.
+
+        Other wishes wait for its end: an evaluation is due because, or although, the run is about to stop.
+        """
+        self._heed(self.vote.outcome(batches, self._wish if self._is_asked_to_terminate else None))
+        return self.exit_code is not None
+
+    @property
+    def _is_asked_to_terminate(self) -> bool:
+        return self._wish is not None and self._wish.exit_code is not None
 
     def _heed(self, decision: Stop | None) -> None:
-        if decision is not None:
+        """Take a decision in: the first, or the first that demands an exit."""
+        if decision is None or self.exit_code is not None:
+            return
+        if self.history.stop_reason is None or decision.exit_code is not None:
             self.history.stop_reason, self.exit_code = decision.reason, decision.exit_code
+
+    def heed_late_signal(self) -> None:
+        """Let a request to terminate that came after the last agreement end this process, at least."""
+        if self._is_asked_to_terminate:
+            self._heed(self._wish)
 
     @property
     def _time_is_up(self) -> str:
