@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # From the roof down: a module imports from the rows below its own. `folder/` is one room for all in it.
 ROWS = [
-    ["ptacc", "ptacc.testing", "ptacc.__main__", "ptacc.cli"],
+    ["ptacc", "ptacc.testing/", "ptacc.__main__", "ptacc.cli"],
     ["ptacc.trainers/"],
     ["ptacc.mixins/"],
     ["ptacc.core.loop"],
@@ -20,6 +20,7 @@ ROWS = [
     # The loop starts with default callbacks, and callbacks need nothing but the hooks.
     ["ptacc.callbacks/", "ptacc.checkpoint/", "ptacc.core.batches", "ptacc.core.explain"],
     ["ptacc.core.hooks"],
+    ["ptacc.core.components"],
     ["ptacc.core.run"],
     [
         "ptacc.core.history",
@@ -40,9 +41,11 @@ ROWS = [
         "ptacc.core.failure",
         "ptacc.core.compose",
         "ptacc.core.guards",
+        "ptacc.core.meetings",
         "ptacc.core.nested",
         "ptacc.core.options",
         "ptacc.core.order",
+        "ptacc.core.patches",
         "ptacc.core.randomness",
         "ptacc.core.roles",
         "ptacc.core.signals",

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 import ptacc
 from ptacc import Mixin, StateKey, StepResult, testing
+from ptacc.testing.laws import same
 
 MIXINS = [
     value
@@ -118,4 +119,4 @@ def test_the_fourth_law_refuses_mixins_whose_order_matters() -> None:
 
 @pytest.mark.parametrize("pair", [(torch.tensor(float("nan")), torch.tensor(float("nan"))), (1.0, True)])
 def test_same_is_strict_about_tensors_and_lenient_about_numbers(pair: tuple[Any, Any]) -> None:
-    assert testing.same(*pair) is (not isinstance(pair[0], Tensor))
+    assert same(*pair) is (not isinstance(pair[0], Tensor))

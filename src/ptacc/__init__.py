@@ -23,6 +23,7 @@ from ptacc.core.peers import Peers as Peers
 from ptacc.core.run import Run as Run
 from ptacc.core.run import StateKey as StateKey
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
+from ptacc.errors import CollectiveError as CollectiveError
 from ptacc.errors import CompositionError as CompositionError
 from ptacc.errors import DataError as DataError
 from ptacc.errors import LaunchError as LaunchError
@@ -42,11 +43,13 @@ from ptacc.mixins.amp import AMPMixin as AMPMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin as EMAMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
+from ptacc.mixins.grad_checkpoint import GradCheckpointMixin as GradCheckpointMixin
 from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin as LRSchedulerMixin
 from ptacc.mixins.metrics import MetricsMixin as MetricsMixin
 from ptacc.mixins.seed import SeedMixin as SeedMixin
 from ptacc.mixins.swa import SWAMixin as SWAMixin
+from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin as SyncBatchNormMixin
 from ptacc.protocols import DeviceRuntime as DeviceRuntime
 from ptacc.protocols import LRSchedulerLike as LRSchedulerLike
 from ptacc.protocols import MetricLike as MetricLike
@@ -84,6 +87,7 @@ __all__ = [
     "BatchMixin",
     "Cadence",
     "Callback",
+    "CollectiveError",
     "CompositionError",
     "DataError",
     "DataLoaderKwargs",
@@ -97,6 +101,7 @@ __all__ = [
     "EvalResult",
     "Explanation",
     "GradAccumMixin",
+    "GradCheckpointMixin",
     "GradClipMixin",
     "KeepBestModel",
     "LRSchedulerLike",
@@ -147,6 +152,7 @@ __all__ = [
     "SupportsMetrics",
     "SupportsMixedPrecision",
     "SupportsSeed",
+    "SyncBatchNormMixin",
     "TrainOptions",
     "Trainer",
     "TrainerCore",

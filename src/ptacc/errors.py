@@ -12,6 +12,7 @@ PtaccError
 ├── NoRunError (RuntimeError)         the state of a run was asked for before there was a run
 ├── NestedRunError (RuntimeError)     a `train()` within a `train()`
 ├── PeerError (RuntimeError)          another process of the launch failed, or was killed
+├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
 └── LaunchError (RuntimeError)        the launch and the trainer disagree
     └── AcceleratorConflictError      two trainers of one process want different accelerators
 ```
@@ -60,6 +61,10 @@ class NestedRunError(PtaccError, RuntimeError):
 
 class PeerError(PtaccError, RuntimeError):
     """Another process of the launch failed, or was killed; the message says which, where and why."""
+
+
+class CollectiveError(PtaccError, RuntimeError):
+    """A call that all processes make together was made on some of them only; the message says where."""
 
 
 class LaunchError(PtaccError, RuntimeError):

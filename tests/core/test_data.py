@@ -93,11 +93,12 @@ def batches(
     shuffle: bool = False,
     sharding: Sharding = "auto",
     limit: int | None = None,
+    start: int = 0,
     **kwargs: Any,  # keywords of DataLoaderKwargs
 ) -> list[HostBatch[Any]]:
     request = LoaderRequest(dataset, batch_size, None, cast(DataLoaderKwargs, kwargs))
     source = source_of(request.build(shuffle=shuffle), peers or Peers(), seed, sharding=sharding, limit=limit)
-    return list(source.epoch(epoch))
+    return list(source.epoch(epoch, start))
 
 
 def numbers(found: list[HostBatch[Any]]) -> list[int]:
@@ -162,6 +163,40 @@ def test_persistent_workers_see_the_epoch_change(workers: int) -> None:
     fresh = source_of(LoaderRequest(Noisy(8), 4, None, {}).build(shuffle=True), Peers(), seed=1)
     assert all(map(torch.equal, second, (batch.data for batch in fresh.epoch(1))))
     assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("start", [1, 3, 5])
+@pytest.mark.parametrize("kind", [Noisy, NoisyStream])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_an_epoch_goes_on_from_a_batch_as_it_would_have(
+    kind: type[Noisy | NoisyStream], start: int, workers: int, limit: int | None
+) -> None:
+    setting: Any = {"shuffle": kind is Noisy, "epoch": 2, "limit": limit}
+    for rank in range(2):
+        whole = batches(kind(37), fake_peers(rank, 2), **setting)
+        rest = batches(
+            kind(37), fake_peers(rank, 2), **setting, start=start, num_workers=workers, timeout=30.0 * workers
+        )
+        assert len(rest) == max(len(whole) - start, 0)
+        for expected, batch in zip(whole[start:], rest, strict=True):
+            assert (batch.indices, batch.samples, batch.total) == (expected.indices, expected.samples, expected.total)
+            assert torch.equal(batch.data, expected.data)
+
+
+def test_an_epoch_that_goes_on_asks_for_no_sample_before() -> None:
+    class Asked(Numbers):
+        asked: list[int]
+
+        @override
+        def __getitem__(self, index: int) -> int:
+            self.asked.append(index)
+            return index
+
+    dataset = Asked(16)
+    dataset.asked = []
+    batches(dataset, start=3)
+    assert set(dataset.asked) == {12, 13, 14, 15}
 
 
 def test_a_stream_is_told_its_epoch() -> None:

@@ -1,101 +1,116 @@
-"""An event on one rank ends every rank, in seconds, for one named reason."""
+"""Failing together, stopping together, and what is left afterwards. The events themselves: `test_events.py`."""
 
 import os
 import signal
-import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import Callback, PeerError, StepOutput, StepResult, Trainer, TrainerCore
+from ptacc import Callback, PeerError, StepOutput, StepResult, Steps, Trainer, TrainerCore
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
-SECONDS = 10.0
-
 
 class Failing(Trainer):
-    """Fails on one rank, in its fourth step or in an evaluation."""
+    """Fails on one rank, in its fourth step."""
 
     rank: int = 0
-    place: str = "step"
-    dies: bool = False
-    is_asked: bool = False
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        if self.place == "step" and self.progress.steps == 3:
-            self.fail()
+        if (self.peers.rank, self.progress.steps) == (self.rank, 3):
+            raise KeyError("on purpose")
         return super().train_step(batch)
 
+
+class Doing(Callback[TrainerCore]):
+    """Does something at the end of a step, and something else at the end of a run."""
+
+    def __init__(
+        self,
+        in_step_2: Callable[[TrainerCore], None] = lambda trainer: None,
+        at_the_end: Callable[[TrainerCore], None] = lambda trainer: None,
+    ) -> None:
+        self.in_step_2, self.at_the_end = in_step_2, at_the_end
+
     @override
-    def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        if self.place == "evaluation" and self.progress.steps >= 3:
-            self.fail()
-        return super().eval_step(batch)
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step == 2:
+            self.in_step_2(trainer)
 
-    def fail(self) -> None:
-        if self.peers.rank != self.rank:
-            return
-        if self.is_asked:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        if self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise KeyError("on purpose")
+    @override
+    def on_run_end(self, trainer: TrainerCore) -> None:
+        self.at_the_end(trainer)
 
 
-def train(rank: int, place: str, dies: bool) -> tuple[str, str, float]:
-    trainer = Failing(**tiny_parts(), rank=rank, place=place, dies=dies)
-    started = time.monotonic()
+def terminate(trainer: TrainerCore) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wish_to_stop(trainer: TrainerCore) -> None:
+    trainer.stop("enough")
+
+
+def on_rank_1(act: Callable[[TrainerCore], None]) -> Callable[[TrainerCore], None]:
+    def act_there(trainer: TrainerCore) -> None:
+        if trainer.peers.rank == 1:
+            act(trainer)
+
+    return act_there
+
+
+def how_it_ended(callback: Doing, **options: Any) -> tuple[object, str | None, int]:
+    trainer = Trainer(**tiny_parts(), callbacks=[callback])
+    code: object = None
     try:
-        trainer.train(tiny_data(24), tiny_data(24), num_epochs=3, per_device_batch_size=4)
-    except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "nothing", "", time.monotonic() - started
+        trainer.train(tiny_data(24), num_epochs=9, **options)
+    except SystemExit as error:
+        code = error.code
+    return code, trainer.history.stop_reason, trainer.progress.steps
 
 
-@pytest.mark.parametrize("place", ["step", "evaluation"])
-@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (3, 1)])
-def test_an_exception_ends_every_rank_under_its_name(world_size: int, rank: int, place: str) -> None:
-    results = run_ranks(train, world_size, rank, place, False, timeout=30)
-    assert results[rank][0] == "KeyError"
-    for number, (kind, message, seconds) in enumerate(results):
-        assert seconds < SECONDS
-        if number != rank:
-            assert kind == "PeerError"
-            assert f"rank {rank} failed" in message
-            assert "KeyError: 'on purpose'" in message
+def test_a_request_to_terminate_goes_before_a_lower_ranks_wish() -> None:
+    def train() -> tuple[object, str | None, int]:
+        def wish(trainer: TrainerCore) -> None:
+            wish_to_stop(trainer)
+            on_rank_1(terminate)(trainer)
+
+        return how_it_ended(Doing(wish), per_device_batch_size=2, agree_every=2)
+
+    assert run_ranks(train, 2, timeout=30) == [(143, "SIGTERM on rank 1", 3)] * 2
 
 
-@pytest.mark.parametrize("place", ["step", "evaluation"])
-@pytest.mark.parametrize(("world_size", "rank"), [(2, 1), (3, 2), (3, 0)])
-def test_a_killed_rank_is_lost_by_name(world_size: int, rank: int, place: str) -> None:
-    for kind, message, seconds in run_ranks(train, world_size, rank, place, True, timeout=30, may_die={rank}):
-        assert kind == "PeerError"
-        assert f"rank {rank}" in message
-        assert "lost" in message
-        assert seconds < SECONDS
+def test_a_request_to_terminate_is_heard_though_the_run_is_stopping() -> None:
+    assert how_it_ended(Doing(wish_to_stop, at_the_end=terminate)) == (143, "SIGTERM on rank 0", 2)
 
 
-def terminate(rank: int, place: str) -> tuple[int, str | None, object, float]:
-    trainer = Failing(**tiny_parts(), rank=rank, place=place, is_asked=True)
-    started = time.monotonic()
-    with pytest.raises(SystemExit) as caught:
-        trainer.train(tiny_data(24), tiny_data(240), num_epochs=300, per_device_batch_size=4)
-    return trainer.progress.steps, trainer.history.stop_reason, caught.value.code, time.monotonic() - started
+def test_a_request_that_comes_last_ends_the_process_that_got_it() -> None:
+    def train() -> tuple[object, str | None, int]:
+        return how_it_ended(Doing(at_the_end=on_rank_1(terminate)))
+
+    assert run_ranks(train, 2, timeout=30) == [(None, None, 18), (143, "SIGTERM on rank 1", 18)]
 
 
-@pytest.mark.parametrize("place", ["step", "evaluation"])
-@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
-def test_a_request_to_terminate_ends_every_rank_at_one_step(world_size: int, rank: int, place: str) -> None:
-    results = run_ranks(terminate, world_size, rank, place, timeout=30)
-    assert len({steps for steps, *_ in results}) == 1
-    for steps, reason, code, seconds in results:
-        assert (reason, code) == (f"SIGTERM on rank {rank}", 143)
-        assert steps < 40
-        assert seconds < SECONDS
+def test_an_evaluation_that_is_due_is_made_though_ranks_wish_to_stop() -> None:
+    def train() -> tuple[str | None, int, list[float | None]]:
+        trainer = Trainer(**tiny_parts(), callbacks=[Doing(on_rank_1(wish_to_stop))])
+        history = trainer.train(
+            tiny_data(24),
+            tiny_data(24),
+            num_epochs=9,
+            per_device_batch_size=2,
+            agree_every=2,
+            evaluate_every=Steps(2),
+        )
+        return history.stop_reason, trainer.progress.steps, [epoch.eval_loss for epoch in history]
+
+    (reason, steps, losses), other = run_ranks(train, 2, timeout=30)
+    assert (reason, steps, losses) == other
+    assert (reason, steps) == ("enough", 3)
+    assert None not in losses
 
 
 def test_a_handler_of_the_users_own_is_called_and_put_back() -> None:
@@ -104,7 +119,7 @@ def test_a_handler_of_the_users_own_is_called_and_put_back() -> None:
     try:
         mine = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit):
-            Failing(**tiny_parts(), is_asked=True).train(tiny_data(24), num_epochs=9)
+            Trainer(**tiny_parts(), callbacks=[Doing(terminate)]).train(tiny_data(24), num_epochs=9)
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -196,3 +196,56 @@ def test_a_stream_is_shared_by_the_processes() -> None:
         return Trainer(**tiny_parts()).train(TinyStream(13), max_steps=4, per_device_batch_size=4)[0].train_loss
 
     assert run_ranks(train_stream, 2) == [pytest.approx(train_alone(), rel=1e-12)] * 2
+
+
+class Seen:
+    """A metric of plain Python: the targets in the order in which they came, as one number."""
+
+    def __init__(self) -> None:
+        self.digits: list[int] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.digits += targets.tolist()
+
+    def compute(self) -> dict[str, float]:
+        return {"count": len(self.digits), "order": float("0." + "".join(map(str, self.digits)))}
+
+    def reset(self) -> None:
+        self.digits.clear()
+
+
+class Measured(SeedMixin, MetricsMixin, Trainer):
+    seed: int | None = 5
+
+
+def measure_by_a_plain_object(per_device_batch_size: int) -> list[float]:
+    trainer = Measured(**tiny_parts(), metrics={"seen": Seen()}, train_metrics={"seen": Seen()})
+    history = trainer.train(tiny_data(13), tiny_data(11), num_epochs=2, per_device_batch_size=per_device_batch_size)
+    return [value for epoch in history for values in (epoch.metrics, epoch.train_metrics) for value in values.values()]
+
+
+def test_a_metric_of_ones_own_sees_what_all_processes_see_in_order() -> None:
+    whole = measure_by_a_plain_object(6)
+    assert whole[0] == 11
+    assert whole[2] == 13
+    for split in (*run_ranks(measure_by_a_plain_object, 2, 3), *run_ranks(measure_by_a_plain_object, 3, 2)):
+        assert split == whole
+
+
+class Logging(Trainer):
+    """Logs a value in some batches, on some ranks."""
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        output = super().train_step(batch)
+        is_logged = self.peers.rank == 0 and self.progress.steps == 1
+        return StepOutput(output.loss, output.outputs, logged={"aux": torch.tensor(3.0)} if is_logged else {})
+
+
+def log_on_one_rank() -> list[dict[str, float]]:
+    history = Logging(**tiny_parts()).train(tiny_data(12), num_epochs=1, per_device_batch_size=2)
+    return [dict(step.logged) for step in history.steps]
+
+
+def test_a_value_may_be_logged_on_some_ranks_and_steps_only() -> None:
+    assert run_ranks(log_on_one_rank, 2) == [[{}, {"aux": 3.0}, {}]] * 2

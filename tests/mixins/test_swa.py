@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
-from ptacc import EpochRecord, SWAMixin, Trainer
+from ptacc import EpochRecord, SWAMixin, SyncBatchNormMixin, Trainer
 from ptacc.testing import tiny_data, tiny_parts
+from tests.ranks import run_ranks
 
 
 class Averaged(SWAMixin, Trainer): ...
@@ -52,3 +53,83 @@ def test_batch_norm_is_taken_anew_as_torch_does_it(updates: bool) -> None:
     assert norms[0].running_mean is not None
     assert norms[1].running_mean is not None
     assert torch.allclose(norms[0].running_mean, norms[1].running_mean, rtol=1e-10) is updates
+
+
+def test_a_norm_that_was_set_to_eval_mode_keeps_its_statistics() -> None:
+    class Frozen(Averaged):
+        @override
+        def on_run_start(self) -> None:
+            super().on_run_start()
+            self.unwrapped_model.get_submodule("0").eval()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2)).double()
+    before = copy.deepcopy(model.state_dict())
+    parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    Frozen(**parts, swa_start=1).train(tiny_data(), num_epochs=1)
+    assert torch.equal(model.state_dict()["0.running_var"], before["0.running_var"])
+    assert not torch.equal(model.state_dict()["2.running_var"], before["2.running_var"])
+
+
+# ---- on two processes, of which one has fewer batches
+
+
+class WatchedOnTwo(Averaged):
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        super().on_epoch_end(record)
+        weights.append(torch.cat([p.detach().flatten() for p in self.unwrapped_model.parameters()]))
+
+
+class SyncedOnTwo(SyncBatchNormMixin, WatchedOnTwo): ...
+
+
+weights: list[Tensor] = []
+
+
+# What each process takes. Of a last global batch of 1 sample, and of a dataset of 1, the first process has none.
+DEALT = {
+    "ragged": [range(4), range(4, 8), range(8, 12), range(12, 16), range(16, 20), range(20, 24), range(24, 25)],
+    "one": [range(1)],
+    "sharded": [range(4), range(4, 8), range(8, 12), range(12, 16), range(16, 20), range(20, 22)],
+}
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3)]
+    layers[1].add_module("never_called", nn.BatchNorm2d(3, affine=False))
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(27, 2)).double()
+
+
+def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Train, and return the state of the model with the mean of its weights at the end of each epoch."""
+    model = make_net()
+    parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    trainer = kind(**parts, swa_start=1)
+    data: TensorDataset | Subset[Any] = tiny_data(DEALT[dealt][-1].stop)
+    if dealt == "sharded":
+        data = Subset(data, range(16) if trainer.peers.rank == 0 else range(16, 22))
+    options: Any = {"per_device_batch_size": 4, "train_dataloader_kwargs": {"shuffle": False}}
+    trainer.train(data, num_epochs=2, sharding="already" if dealt == "sharded" else "auto", **options)
+    return dict(model.state_dict()), torch.stack(weights).mean(dim=0)
+
+
+@pytest.mark.parametrize("dealt", DEALT)
+@pytest.mark.parametrize("kind", [WatchedOnTwo, SyncedOnTwo])
+def test_two_processes_end_with_one_average_and_the_mean_of_all_their_batches(
+    kind: type[WatchedOnTwo], dealt: str
+) -> None:
+    (state, mean), (others_state, _) = run_ranks(train_on_two, 2, kind, dealt, timeout=30)
+    assert [name for name in state if not torch.equal(state[name], others_state[name])] == []
+    model = make_net()
+    model.load_state_dict(state)
+    own = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(own, mean, rtol=1e-12, atol=0)
+
+    inputs = tiny_data(DEALT[dealt][-1].stop).tensors[0]
+    hidden = [model[:2](inputs[list(batch)]).detach().transpose(0, 1).flatten(1) for batch in DEALT[dealt]]
+    expected = {"running_mean": [h.mean(dim=1) for h in hidden], "running_var": [h.var(dim=1) for h in hidden]}
+    for name, values in expected.items():
+        torch.testing.assert_close(state[f"2.{name}"], torch.stack(values).mean(dim=0), rtol=1e-12, atol=0)
+    assert int(state["2.num_batches_tracked"]) == len(hidden)

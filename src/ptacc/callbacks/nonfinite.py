@@ -14,7 +14,7 @@ from ptacc.types import EpochRecord, EvalResult
 
 
 class StopOnNonFinite(Callback[TrainerCore]):
-    """Stops a run whose loss became NaN or infinite, in training or in an evaluation: `history.stop_reason` tells where.
+    """Stops a run whose loss became NaN or infinite, in training or in evaluation; `history.stop_reason` tells where.
 
     It looks at the epoch's running sum, which stays non-finite once it is, and reads it without waiting for the
     device: on a GPU the run stops a step late.

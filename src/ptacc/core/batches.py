@@ -41,7 +41,7 @@ class BatchHooks(TrainerCore, Generic[BatchT, OutputT]):
 
     @hook("event")
     def on_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
-        """A batch was trained on: its gradients are added up. Keep no reference to the output; not called for phantoms."""
+        """A batch was trained on: its gradients are added up. Keep no reference to the output."""
 
     @hook("event")
     def on_eval_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:

@@ -52,8 +52,12 @@ class BatchSource(Protocol):
         """Batches of an epoch, None where the data has no length."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch, counted from 0."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+        """Iterate over the batches of one epoch, counted from 0, from the batch `start` on.
+
+        What comes is what would have come without a break: the same samples, loaded with the same randomness. A
+        dataset with indices is not asked for what comes before; a stream is read from its beginning.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
@@ -16,12 +16,12 @@ from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.failure import AgreedExit
-from ptacc.core.nested import leading_dimension, map_tensors, to_device, unbind
+from ptacc.core.nested import leading_dimension, map_tensors, to_device, to_host, unbind
 from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
-from ptacc.core.sources import source_of
+from ptacc.core.sources import level, source_of
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
@@ -86,10 +86,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: No data, an empty dataset, or one that is not what it says.
             OptionError: A count below 1.
         """
-        check_call("evaluate", dataset, collate_fn, options)
-        limit = limit_from_environment(options.get("limit_batches"))
-        sources = self._eval_sources(dataset, collate_fn, options, limit)
-        with self._prepared():
+        with self.peers.meeting("evaluate()"):
+            check_bare(type(self).__name__, self.unwrapped_model)
+            check_call("evaluate", dataset, collate_fn, options)
+            limit = limit_from_environment(options.get("limit_batches"))
+            sources = self._eval_sources(dataset, collate_fn, options, limit)
+        with self._prepared(sources.values()):
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
         return results if isinstance(dataset, Mapping) else results[""]
 
@@ -159,6 +161,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.evaluation_start(name)
             losses = LossSum(self.device)
             for batches, host in enumerate(source.epoch(0), start=1):
+                self.peers.mark()
                 if batches == 1:
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host)
@@ -185,15 +188,17 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
-        if isinstance(dataset, Mapping):
-            raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
-        check_call("predict", dataset, collate_fn, options)
-        # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
-        (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
+        with self.peers.meeting("predict()"):
+            check_bare(type(self).__name__, self.unwrapped_model)
+            if isinstance(dataset, Mapping):
+                raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
+            check_call("predict", dataset, collate_fn, options)
+            # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
+            (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
         events = self._listeners()
         position = 0
         together = self.peers.failing_together("in a prediction")
-        with self._prepared(), together, self._evaluating(), self.around_prediction():
+        with self._prepared([source]), together, self._evaluating(), self.around_prediction():
             events.prediction_start()
             for host in source.epoch(0):
                 outputs = self._predict_batch(host)
@@ -207,7 +212,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _predict_batch(self, host: HostBatch[BatchT]) -> list[OutputT]:
         outputs = self.predict_step(to_device(host.data, self.device))
-        on_host = map_tensors(lambda tensor: tensor.detach().cpu(), outputs)
+        on_host = map_tensors(to_host, outputs)
         count = leading_dimension(on_host)
         if host.indices is not None and count != len(host.indices):
             raise DataError(
@@ -248,8 +253,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return self.make_eval_dataloader(request)
 
     @contextlib.contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Have the model on the device; a run has it there already."""
+    def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
+        """Have the data levelled and the model on the device; a run has it there already."""
+        with self.peers.failing_together("setting an evaluation up"):
+            level(sources)
         if self.is_running:
             yield
             return
@@ -261,9 +268,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _borrowed_model(self) -> Iterator[None]:
         """Let the block wrap and patch the user's model, and give it back as it was."""
         accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
-        self.peers.check()
         bare = self.model
-        check_bare(type(self).__name__, bare)
         remembered = ModelState.of(bare)
         self._state.bare_model = bare
         try:

@@ -8,6 +8,7 @@ that was killed leaves nothing there: its connections are cut by the kernel, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 from typing_extensions import override
 
-from ptacc.errors import PeerError
+from ptacc.errors import PeerError, PtaccError
 
 GRACE_SECONDS = 3.0
 """How long other processes have to answer once a connection broke."""
@@ -55,10 +56,10 @@ class FailureBoard:
             group: A group of all processes.
             sockets: The connections to the other processes: file descriptor and inode.
         """
-        self._store = group.get_group_store()
-        self._rank, self._world_size, self._sockets = group.rank(), group.size(), sockets
+        self.store = group.get_group_store()
+        self.rank, self.world_size, self._sockets = group.rank(), group.size(), sockets
         self.failure: Failure | None = None
-        self._store.set(f"process/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 
     @contextlib.contextmanager
     def failing_together(self, where: str | Callable[[], str]) -> Iterator[None]:
@@ -81,7 +82,7 @@ class FailureBoard:
             peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
             if peers_failure is None:
                 place = where if isinstance(where, str) else where()
-                self._tell(Failure(self._rank, place, f"{type(error).__name__}: {error}"))
+                self._tell(Failure(self.rank, place, f"{type(error).__name__}: {error}"))
                 raise
             self.failure = peers_failure
             raise PeerError(str(peers_failure)) from error
@@ -94,7 +95,7 @@ class FailureBoard:
     def _tell(self, failure: Failure) -> None:
         self.failure = failure
         with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
-            self._store.set(f"failed/{self._rank}", json.dumps([failure.rank, failure.where, failure.what]))
+            self.store.set(f"failed/{self.rank}", json.dumps([failure.rank, failure.where, failure.what]))
         self._cut()
 
     def _cut(self) -> None:
@@ -108,41 +109,60 @@ class FailureBoard:
     def _failure_of_a_peer(self) -> Failure | None:
         """Return what another process told, or that one is missing; None if all are there and none failed."""
         try:
-            self._store.set(f"alive/{self._rank}", "yes")
+            self.store.set(f"alive/{self.rank}", "yes")
             self._cut()  # the others wait for this process, too, and come here by it
             deadline = time.monotonic() + GRACE_SECONDS
             while True:
-                found = self._told() or self._gone()
-                silent = [rank for rank in self._others() if not self._store.check([f"alive/{rank}"])]
+                found = self.find_failure()
+                silent = [rank for rank in self._others() if not self.store.check([f"alive/{rank}"])]
                 if found is not None or not silent:
                     return found
                 if time.monotonic() > deadline:
                     return Failure(silent[0], "at an unknown place", f"lost: no answer in {GRACE_SECONDS:g} s")
                 time.sleep(0.02)
         except RuntimeError as error:
-            return Failure(0, "at the rendezvous", f"lost rank 0, whose store does not answer ({error})".split("\n")[0])
+            first_line = str(error).partition("\n")[0]
+            return Failure(0, "at an unknown place", f"lost: its rendezvous store does not answer: {first_line}")
+
+    def find_failure(self) -> Failure | None:
+        """Return what another process told of itself, or that one of this host is gone; None if neither."""
+        return self._told() or self._gone()
 
     def _others(self) -> list[int]:
-        return [rank for rank in range(self._world_size) if rank != self._rank]
+        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def _told(self) -> Failure | None:
         for rank in self._others():
-            if self._store.check([f"failed/{rank}"]):
-                return Failure(*json.loads(self._store.get(f"failed/{rank}")))
+            if self.store.check([f"failed/{rank}"]):
+                return Failure(*json.loads(self.store.get(f"failed/{rank}")))
         return None
 
     def _gone(self) -> Failure | None:
         """Return the failure of a process of this host that does not exist any more."""
         for rank in self._others():
-            host, process = json.loads(self._store.get(f"process/{rank}"))
-            if host == socket.gethostname() and not is_running(process):
-                return Failure(rank, "at an unknown place", "lost: its process is gone, killed perhaps")
+            host, process = json.loads(self.store.get(f"process/{rank}"))
+            if host == host_identity() and not is_running(process):
+                return Failure(rank, "at an unknown place", "lost: its process has ended, or was killed")
         return None
 
 
 def is_broken_collective(error: BaseException) -> bool:
     """Say whether an error is what a collective raises when a peer is gone."""
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN)
+    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
+    return is_torchs and any(word in str(error).lower() for word in BROKEN)
+
+
+@functools.cache
+def host_identity() -> str:
+    """Return what processes have in common that see each other's numbers: a name alone can be given twice."""
+    try:
+        boot, space = (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            Path("/proc/self/ns/pid").stat().st_ino,
+        )
+    except OSError:
+        return socket.gethostname()
+    return f"{socket.gethostname()}/{boot}/{space}"
 
 
 def is_running(process: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import CodeType
 
 from ptacc.core.options import check_members_against_options, check_own_options, closest, function_of, own_annotations
-from ptacc.core.roles import is_mixin, loop_of
+from ptacc.core.roles import is_mixin, loop_of, role_of
 from ptacc.core.typeargs import disagreeing_batches
 from ptacc.errors import CompositionError
 
@@ -80,7 +80,8 @@ def check_known_hooks(cls: type, advice: str = "") -> None:
 
 
 def _check_hooks(cls: type) -> None:
-    check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
+    if role_of(cls) != "core":  # `on_main_process` is no hook, for all its name
+        check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
         declaring = next((base for base in cls.__mro__[1:] if shape_of(base.__dict__.get(name))), None)
         if declaring is None:

@@ -38,6 +38,7 @@ class StepResult:
         learning_rate: As used by this step.
         loss: Scalar on the device; its mean over the processes is the step's mean loss.
         logged: Further scalars, floats or tensors on the device; likewise.
+        weights: Of those that not every batch may have logged, the share of items that did.
     """
 
     step: int
@@ -46,12 +47,14 @@ class StepResult:
     learning_rate: float | Tensor
     loss: Tensor = NOT_YET
     logged: dict[str, Tensor | float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
-    def add(self, loss: Tensor, logged: Mapping[str, Tensor]) -> None:
-        """Add the shares of one batch."""
+    def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
+        """Add one batch: its share of the loss, and means over it with their weight in the step's."""
         self.loss = loss if self.loss is NOT_YET else self.loss + loss
         for name, value in logged.items():
-            self.logged[name] = self.logged.get(name, 0.0) + value
+            self.logged[name] = self.logged.get(name, 0.0) + value.detach() * weight
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
 
 class RunHistory(Sequence[EpochRecord]):
@@ -191,14 +194,12 @@ def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[
     device = unread[0].loss.device
     values: list[float] = torch.stack([value.detach().to(device, torch.float64) for value in held]).tolist()
     # Not every step logs every name, and not on every process.
-    logged_by = [float(name in unread[i].logged) for i, name in cells]
-    if not peers.is_alone:
-        values = [value / peers.world_size for value in peers.sum(values)]
-        logged_by = peers.sum(logged_by)
-    read: list[tuple[float, dict[str, float]]] = [(loss, {}) for loss in values[: len(unread)]]
-    for (i, name), value, ranks in zip(cells, values[len(unread) :], logged_by, strict=True):
-        if ranks:
-            read[i][1][name] = value
+    weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
+    sums = peers.sum([*values, *weights])
+    read: list[tuple[float, dict[str, float]]] = [(loss / peers.world_size, {}) for loss in sums[: len(unread)]]
+    for (i, name), value, weight in zip(cells, sums[len(unread) : len(held)], sums[len(held) :], strict=True):
+        if weight:
+            read[i][1][name] = value / weight
     return read
 
 

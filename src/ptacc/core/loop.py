@@ -14,7 +14,7 @@ from typing_extensions import Unpack, override
 
 from ptacc.callbacks import default_callbacks
 from ptacc.core.batches import BatchHooks
-from ptacc.core.checks import check_callbacks, check_output
+from ptacc.core.checks import check_bare, check_callbacks, check_output
 from ptacc.core.compose import hook
 from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.evaluation import EvalData, EvalSets
@@ -203,13 +203,11 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             PeerError: Another process of the launch failed, or was killed.
             SystemExit: A process was asked to terminate: all stopped at one step, and exit with 143.
         """
-        if self._state.bare_model is not None:
-            raise NestedRunError(
-                f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
-                "Call it after that has ended, or make a second trainer."
-            )
-        check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
-        asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
+        with self.peers.meeting("train()"):
+            self._check_not_running()
+            check_bare(type(self).__name__, self.model)
+            check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
+            asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
         with self._borrowed_model():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
             try:
@@ -224,6 +222,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 raise
             finally:
                 run.is_over = True
+                run.peers.mark()
         if run.exit_code is not None:
             raise SystemExit(run.exit_code)
         return run.history
@@ -246,6 +245,13 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """
         samples = None if train_dataset is None else len(train_dataset)
         return explain(self, samples, per_device_batch_size, (num_epochs, max_steps))
+
+    def _check_not_running(self) -> None:
+        if self._state.bare_model is not None:
+            raise NestedRunError(
+                f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
+                "Call it after that has ended, or make a second trainer."
+            )
 
     # ---- the loop
 
@@ -279,6 +285,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _step(self, run: Run, window: Window[BatchT]) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
+        run.peers.mark()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
         for index, host in enumerate(window.batches):
@@ -289,7 +296,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 check_output(type(self).__name__, output, run.device)
                 loss = window.share(index, output)
                 self.backward(loss)
-            step.add(loss.detach(), {name: window.mean_share(index, value) for name, value in output.logged.items()})
+            step.add(loss.detach(), output.logged, window.weight(index))
             if not host.is_phantom:
                 self.on_batch_end(batch, output)
             del batch, output, loss  # the next forward pass needs their memory

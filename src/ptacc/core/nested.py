@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -55,19 +55,34 @@ def to_device(batch: NestedT, device: torch.device) -> NestedT:
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
+def children(structure: object) -> Iterable[tuple[object, Any]]:
+    """Return the parts of a container, each with its key; nothing for what is none."""
+    if isinstance(structure, tuple | list):
+        return enumerate(structure)
+    if isinstance(structure, Mapping):
+        return structure.items()
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        return ((field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure))
+    return ()
+
+
 def tensors_of(structure: object) -> Iterator[Tensor]:
     """Iterate over the tensors in `structure`, in order."""
     if isinstance(structure, Tensor):
         yield structure
-    elif isinstance(structure, tuple | list):
-        for part in structure:
+    else:
+        for _, part in children(structure):
             yield from tensors_of(part)
-    elif isinstance(structure, Mapping):
-        for part in structure.values():
-            yield from tensors_of(part)
-    elif dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        for field in dataclasses.fields(structure):
-            yield from tensors_of(getattr(structure, field.name))
+
+
+def leaves_of(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Iterate over what is no container in `structure`, each with the keys that lead to it."""
+    is_leaf = True
+    for key, part in children(structure):
+        is_leaf = False
+        yield from leaves_of(part, f"{path}[{key!r}]")
+    if is_leaf:
+        yield path, structure
 
 
 def leading_dimension(batch: object) -> int:
@@ -88,3 +103,37 @@ def leading_dimension(batch: object) -> int:
 def unbind(outputs: NestedT, count: int) -> list[NestedT]:
     """Split the outputs of a batch of `count` samples into one for each sample."""
     return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, without its graph."""
+    return tensor.detach().cpu()
+
+
+def concatenate(parts: Sequence[NestedT], device: torch.device) -> NestedT:
+    """Concatenate structures of one form, tensor by tensor along the first dimension; scalars are stacked.
+
+    Raises:
+        DataError: Their forms differ, something in them is no tensor, or tensors differ in more than that dimension.
+    """
+    first, *others = [dict(leaves_of(part)) for part in parts]
+    for rank, other in enumerate(others, start=1):
+        if other.keys() != first.keys():
+            raise DataError(f"gather(): rank 0 gave values at {list(first)}, and rank {rank} at {list(other)}.")
+    columns = ([leaves[path] for leaves in (first, *others)] for path in first)
+    joined = iter([join(column).to(device) for column in columns])
+    return map_tensors(lambda _: next(joined), parts[0])
+
+
+def join(values: Sequence[object]) -> Tensor:
+    """Concatenate the tensors of all processes, given in the order of their ranks."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) < len(values):
+        kind = next(type(value).__name__ for value in values if not isinstance(value, Tensor))
+        raise DataError(
+            f"gather() takes tensors and structures of them: got a {kind}. Take peers.gather(value) for it."
+        )
+    if len({(tensor.dtype, tensor.shape[1:], tensor.dim()) for tensor in tensors}) > 1:
+        forms = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+        raise DataError(f"gather(): tensors may differ in the first dimension only: got {forms}. Pad them before.")
+    return torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from typing_extensions import TypeVar
 
 from ptacc.core.failure import FailureBoard, open_connections
+from ptacc.core.meetings import Meetings
+from ptacc.errors import CollectiveError, PeerError
 
 T = TypeVar("T")
 
@@ -25,12 +27,14 @@ class Peers:
         world_size: Number of processes.
         group: A gloo group of them all; None where there is one process.
         board: Where they tell each other of failures; None where there is one process.
+        meetings: Where they meet for what all of them call; None where there is one process.
     """
 
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
     board: FailureBoard | None = None
+    meetings: Meetings | None = None
 
     @classmethod
     def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> Peers:
@@ -43,7 +47,7 @@ class Peers:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         board = FailureBoard(group, open_connections() - connected_before)
-        return cls(dist.get_rank(), dist.get_world_size(), group, board)
+        return cls(dist.get_rank(), dist.get_world_size(), group, board, Meetings(board))
 
     def check(self) -> None:
         """Raise `PeerError` if a process of this launch failed earlier."""
@@ -57,6 +61,58 @@ class Peers:
             where: Where this process is, for the others to be told.
         """
         return contextlib.nullcontext() if self.board is None else self.board.failing_together(where)
+
+    def mark(self) -> None:
+        """Mark a place that all processes pass alike, for those that wait elsewhere to see."""
+        if self.meetings is not None:
+            self.meetings.trail.mark()
+
+    def meet(self, call: str, ranks: Sequence[int] | None = None) -> None:
+        """Wait until every process makes this call.
+
+        Args:
+            call: What the users called, for those who made another call to be told.
+            ranks: The processes that meet, all of them if not given.
+
+        Raises:
+            CollectiveError: A process made another call, or went past the place without one.
+            PeerError: A process was lost, or brings an error.
+        """
+        if self.meetings is not None:
+            self.meetings.meet(call, range(self.world_size) if ranks is None else ranks)
+
+    @contextlib.contextmanager
+    def meeting(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
+        """Meet after a block without collectives: an error on one process is raised on all, which can go on.
+
+        Args:
+            call: What the users called.
+            ranks: The processes that meet, all of them if not given.
+
+        Raises:
+            PeerError: The block raised on another process.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.meetings is not None:
+                with contextlib.suppress(PeerError, CollectiveError):  # each raises its own
+                    everyone = range(self.world_size) if ranks is None else ranks
+                    self.meetings.meet(call, everyone, error=f"{type(error).__name__}: {error}")
+            raise
+        self.meet(call, ranks)
+
+    @contextlib.contextmanager
+    def main_first(self, *, local: bool) -> Iterator[None]:
+        """Let rank 0 go through the block first, or the first process of each host, and the others after it."""
+        call = f"main_process_first({'local=True' if local else ''})"
+        ranks = self.meetings.ranks_of_this_host() if local and self.meetings else range(self.world_size)
+        if self.rank == ranks[0]:
+            with self.meeting(call, ranks):
+                yield
+        else:
+            self.meet(call, ranks)
+            yield
 
     @property
     def is_alone(self) -> bool:

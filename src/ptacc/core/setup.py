@@ -19,7 +19,7 @@ from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
-from ptacc.core.sources import source_of
+from ptacc.core.sources import level, source_of
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions
 from ptacc.types import BatchT, EvalResult, OutputT, RunPlan, SampleT
@@ -40,36 +40,39 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run is given, and make its state; no weight is touched."""
-        name = type(self).__name__
-        device, peers = self.device, self.peers
-        slots = self.slots()
-        check_trainable(name, self.unwrapped_model, slots)
-        seed = peers.broadcast(self.make_seed())
+        peers, slots = self.peers, self.slots()
+        with peers.failing_together("drawing a seed"):
+            seed = peers.broadcast(self.make_seed())
         limit = limit_from_environment(options.limit_batches)
-        data = source_of(self._train_loader(train_data, options), peers, seed, sharding=options.sharding, limit=limit)
-        plan = self._plan(data.num_batches, options)
         evaluation = EvalOptions(
             per_device_batch_size=options.per_device_batch_size,
             dataloader_kwargs=options.eval_dataloader_kwargs,
         )
-        eval_sets = {} if eval_data is None else self._eval_sources(eval_data, options.collate_fn, evaluation, limit)
-        values = self._values_of(eval_sets)
-        for watcher, monitored in self.watched_values():
-            check_monitor(monitored, values, watcher)
-        return Run(
-            options=options,
-            plan=plan,
-            seed=seed,
-            engine=self.make_engine(),
-            device=device,
-            peers=peers,
-            data=data,
-            eval_data=eval_sets,
-            history=RunHistory(self.history_file if peers.rank == 0 else None),
-            vote=StopVote(peers, options.agree_every or AGREE_EVERY),
-            batches_per_step=self.batches_per_step(),
-            values=values,
-        )
+        with peers.meeting("the set-up of train()"):
+            check_trainable(type(self).__name__, self.unwrapped_model, slots)
+            loader = self._train_loader(train_data, options)
+            data = source_of(loader, peers, seed, sharding=options.sharding, limit=limit)
+            collate_fn = options.collate_fn
+            eval_sets = {} if eval_data is None else self._eval_sources(eval_data, collate_fn, evaluation, limit)
+            values = self._values_of(eval_sets)
+            for watcher, monitored in self.watched_values():
+                check_monitor(monitored, values, watcher)
+        with peers.failing_together("setting a run up"):
+            level([data, *eval_sets.values()])
+            return Run(
+                options=options,
+                plan=self._plan(data.num_batches, options),
+                seed=seed,
+                engine=self.make_engine(),
+                device=self.device,
+                peers=peers,
+                data=data,
+                eval_data=eval_sets,
+                history=RunHistory(self.history_file if peers.rank == 0 else None),
+                vote=StopVote(peers, options.agree_every or AGREE_EVERY),
+                batches_per_step=self.batches_per_step(),
+                values=values,
+            )
 
     def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
         check_dataset(data)

@@ -6,7 +6,7 @@ wherever it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ ResultT = TypeVar("ResultT")
 def source_of(
     loader: DataLoader[Any], peers: Peers, seed: int, *, sharding: Sharding = "auto", limit: int | None = None
 ) -> BatchSource:
-    """Take a loader apart into the batches of this process.
+    """Take a loader apart into the batches of this process, which hears nothing of the others yet: see `level`.
 
     Args:
         loader: The loader, made by a trainer or by the user.
@@ -46,9 +46,16 @@ def source_of(
         source = StreamBatches(loader, dealt_to, seed)
     else:
         source = DealtBatches(loader, dealt_to, seed)
-    if dealt_to is not peers and not peers.is_alone:
-        source = LevelledBatches(source, peers)
-    return source if limit is None else LimitedBatches(source, limit)
+    if limit is not None:
+        source = LimitedBatches(source, limit)
+    return LevelledBatches(source, peers) if dealt_to is not peers and not peers.is_alone else source
+
+
+def level(sources: Iterable[BatchSource]) -> None:
+    """Let processes with data of their own hear of each other's. A collective: every process makes the same call."""
+    for source in sources:
+        if isinstance(source, LevelledBatches):
+            source.level()
 
 
 class DealtBatches:
@@ -72,9 +79,9 @@ class DealtBatches:
         """Batches of an epoch."""
         return len(self._order)
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        keys = self._keys.keys = self._order.keys_of(epoch)
+        keys = self._keys.keys = self._order.keys_of(epoch)[start:]
         for key, data in zip(keys, self._loader, strict=True):
             yield HostBatch(given(data), key.indices, key.samples, key.total, key.is_phantom)
 
@@ -94,7 +101,7 @@ class StreamBatches:
         """Batches of an epoch, None where the stream has no length; with several workers, as many as there can be."""
         return self._stream.num_batches(self._workers)
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         self._stream.begin(epoch)
         promised = self.num_batches if self._workers == 1 else None  # several may each end in a short batch
@@ -104,7 +111,8 @@ class StreamBatches:
             batches += 1
             if promised is not None and batches == promised and next(loaded, None) is not None:
                 self._stream.check_length(batches + 1, promised, "more")
-            yield HostBatch(given(data), None, samples, total, is_phantom=not samples)
+            if batches > start:
+                yield HostBatch(given(data), None, samples, total, is_phantom=not samples)
         if promised is not None:
             self._stream.check_length(batches, promised, str(batches))
 
@@ -124,7 +132,7 @@ class ReadyBatches:
         except TypeError:
             return None
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         set_epoch(self._loader, epoch)
         batches: Iterator[Any] | None = None
@@ -136,7 +144,8 @@ class ReadyBatches:
             if not group:
                 return
             is_phantom = self._peers.rank >= len(group)
-            yield HostBatch(given(group[0 if is_phantom else self._peers.rank]), None, None, None, is_phantom)
+            if index >= start:
+                yield HostBatch(given(group[0 if is_phantom else self._peers.rank]), None, None, None, is_phantom)
             index += 1
 
 
@@ -146,7 +155,11 @@ class LevelledBatches:
     def __init__(self, source: BatchSource, peers: Peers) -> None:
         """Level `source` over the processes."""
         self._source, self._peers = source, peers
-        lengths = peers.gather(source.num_batches)
+        self._num_batches: int | None = None
+
+    def level(self) -> None:
+        """Learn how many batches the process with most of them has."""
+        lengths = self._peers.gather(self._source.num_batches)
         known = [length for length in lengths if length is not None]
         self._num_batches = max(known) if len(known) == len(lengths) else None
 
@@ -155,9 +168,9 @@ class LevelledBatches:
         """Batches of an epoch on the process that has most, None where one of them does not know."""
         return self._num_batches
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        batches = self._source.epoch(epoch)
+        batches = self._source.epoch(epoch, start)
         last: HostBatch[Any] | None = None
         while True:
             mine = next(batches, None)
@@ -185,9 +198,9 @@ class LimitedBatches:
         known = self._source.num_batches
         return None if known is None else min(known, self._limit)
 
-    def epoch(self, epoch: int) -> Iterator[HostBatch[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        for _, batch in zip(range(self._limit), self._source.epoch(epoch), strict=False):
+        for _, batch in zip(range(start, self._limit), self._source.epoch(epoch, start), strict=False):
             yield batch
 
 

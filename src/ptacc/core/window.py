@@ -47,9 +47,9 @@ class Window(Generic[BatchT]):
             )
         return divide(output.loss, count * self.world_size, self.total)
 
-    def mean_share(self, index: int, value: Tensor) -> Tensor:
-        """Scale a logged mean of one batch likewise."""
-        return divide(value.detach(), self.counts[index] * self.world_size, self.total)
+    def weight(self, index: int) -> float:
+        """Return the weight of a mean over one batch in the step's, which is averaged over the processes."""
+        return self.counts[index] * self.world_size / self.total
 
 
 def divide(value: Tensor, weight: float, total: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from typing_extensions import override
 
 from ptacc.core.batches import BatchMixin
 from ptacc.core.compose import hook
+from ptacc.core.nested import map_tensors, to_host
 from ptacc.core.options import value_text
+from ptacc.core.peers import Peers
 from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike
 from ptacc.types import BatchT, OutputT, StepOutput
@@ -25,7 +28,9 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     """Computes metrics over evaluations, and over the training batches of an epoch where asked to.
 
     States live on the device, and torchmetrics puts the processes' states together when it computes; every sample
-    counts once.
+    counts once. An object of one's own knows nothing of other processes: there, each process keeps what its metric
+    was given, on the host, and when the value is computed every process takes in what all were given, batch by batch.
+    For outputs too large for that, derive the metric from `torchmetrics.Metric`.
 
     Options:
         metrics: Metrics of evaluations by name: torchmetrics, collections of them, or objects of one's own with
@@ -45,6 +50,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
 
     metrics: Mapping[str, MetricLike] = field(default_factory=dict)
     train_metrics: Mapping[str, MetricLike] = field(default_factory=dict)
+    _evaluated: Mapping[str, MetricLike] = field(init=False, default_factory=dict)
+    _trained: Mapping[str, MetricLike] = field(init=False, default_factory=dict)
 
     @override
     def check_options(self) -> None:
@@ -85,7 +92,7 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     def on_eval_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
         """Update the evaluation's metrics."""
         super().on_eval_batch_end(batch, output)
-        self.update_metrics(batch, output, self.metrics.values())
+        self.update_metrics(batch, output, self._evaluated.values())
 
     @override
     def on_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
@@ -93,29 +100,29 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
         super().on_batch_end(batch, output)
         if self.train_metrics:
             with torch.no_grad():
-                self.update_metrics(batch, output, self.train_metrics.values())
+                self.update_metrics(batch, output, self._trained.values())
 
     @override
     def on_evaluation_start(self, name: str) -> None:
         """Reset the evaluation's metrics."""
         super().on_evaluation_start(name)
-        reset(self.metrics.values(), self.device)
+        self._evaluated = started(self.metrics, self.device, self.peers)
 
     @override
     def on_epoch_start(self) -> None:
         """Reset the metrics of training."""
         super().on_epoch_start()
-        reset(self.train_metrics.values(), self.device)
+        self._trained = started(self.train_metrics, self.device, self.peers)
 
     @override
     def compute_metrics(self) -> dict[str, float]:
         """Compute the evaluation's metrics over all processes."""
-        return super().compute_metrics() | compute(self.metrics)
+        return super().compute_metrics() | compute(self._evaluated)
 
     @override
     def compute_train_metrics(self) -> dict[str, float]:
         """Compute the metrics of training over all processes."""
-        return super().compute_train_metrics() | compute(self.train_metrics)
+        return super().compute_train_metrics() | compute(self._trained)
 
     @override
     def evaluated_values(self) -> frozenset[str]:
@@ -169,12 +176,53 @@ def names_of(metrics: Mapping[str, MetricLike]) -> frozenset[str]:
     return frozenset(names)
 
 
-def reset(metrics: Iterable[MetricLike], device: torch.device) -> None:
-    """Reset metrics, and have their states on `device`."""
-    for metric in metrics:
+class Recorded:
+    """Stands in for a metric that knows nothing of other processes: it takes in what all of them were given.
+
+    Args:
+        metric: The metric.
+        peers: The processes.
+    """
+
+    def __init__(self, metric: MetricLike, peers: Peers) -> None:
+        """Start with nothing given."""
+        self._metric, self._peers = metric, peers
+        self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Keep what the metric is given, on the host."""
+        self._given.append(map_tensors(to_host, (args, kwargs)))
+
+    def compute(self) -> Any:
+        """Give the metric the batches of all processes, in the order of the data, and compute it."""
+        for batches in zip_longest(*self._peers.gather(self._given)):
+            for args, kwargs in filter(None, batches):
+                self._metric.update(*args, **kwargs)
+        return self._metric.compute()
+
+    def reset(self) -> None:
+        """Forget what was given."""
+        self._given.clear()
+        self._metric.reset()
+
+
+def started(metrics: Mapping[str, MetricLike], device: torch.device, peers: Peers) -> dict[str, MetricLike]:
+    """Reset metrics, have their states on `device`, and let those that need it stand in for all processes."""
+    for metric in metrics.values():
         metric.reset()
         if isinstance(metric, nn.Module):
             metric.to(device)
+    return {
+        name: metric if peers.is_alone or synchronises_itself(metric) else Recorded(metric, peers)
+        for name, metric in metrics.items()
+    }
+
+
+def synchronises_itself(metric: MetricLike) -> bool:
+    """Say whether a metric puts the processes' states together when it computes."""
+    from torchmetrics import Metric, MetricCollection
+
+    return isinstance(metric, Metric | MetricCollection)
 
 
 def compute(metrics: Mapping[str, MetricLike]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
@@ -76,14 +77,26 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         super().on_run_end()
 
     def _update_batch_norm(self) -> None:
-        norms = [module for module in self.unwrapped_model.modules() if isinstance(module, _BatchNorm)]
+        norms = norms_with_statistics(self.unwrapped_model)
         if not norms:
             return
-        with torch.no_grad(), preserved_streams(devices=self.device.type != "cpu"), cumulative(norms):
-            for host in self.run.data.epoch(0):
-                if not host.is_phantom:
-                    self.predict_step(to_device(host.data, self.device))
+        wrapped, streams = self.model, preserved_streams(devices=self.device.type != "cpu")
+        # The wrapped model talks to other processes in its forward, and those that have fewer batches do not call it.
+        self._stand_in(self.unwrapped_model)
+        try:
+            with torch.no_grad(), streams, cumulative(norms):
+                for host in self.run.data.epoch(0):
+                    if not host.is_phantom:
+                        self.predict_step(to_device(host.data, self.device))
+        finally:
+            self._stand_in(wrapped)
         average_over(norms, self.peers)
+
+
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms that track statistics; those that were set to eval mode are to keep theirs."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [norm for norm in norms if norm.training and norm.running_mean is not None]
 
 
 @contextlib.contextmanager
@@ -105,8 +118,12 @@ def average_over(norms: list[_BatchNorm], peers: Peers) -> None:
     if peers.is_alone:
         return
     for norm in norms:
-        batches = float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
-        for statistic in (norm.running_mean, norm.running_var):
-            if statistic is not None:
-                *total, seen = peers.sum([*(statistic * batches).tolist(), batches])
-                statistic.copy_(torch.tensor(total) / seen)
+        mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        assert mean is not None
+        assert variance is not None
+        assert batches is not None
+        for statistic in (mean, variance):
+            *total, seen = peers.sum([*(statistic * batches).tolist(), int(batches)])
+            if seen:  # else no process has called this norm
+                statistic.copy_(torch.tensor(total, dtype=torch.float64) / seen)
+        batches.fill_(peers.sum([int(batches)])[0])

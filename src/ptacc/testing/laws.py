@@ -1,11 +1,4 @@
-"""Tests for people who write mixins and trainers: the laws that every mixin keeps, and a small problem to try.
-
-```python
-@pytest.mark.parametrize("mixin", [MyMixin, MyOtherMixin])
-def test_laws(mixin: type[Mixin]) -> None:
-    check_laws(mixin)
-```
-"""
+"""The laws of composition, which every mixin keeps."""
 
 from __future__ import annotations
 
@@ -16,59 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import Tensor
 
 from ptacc.core.batches import BatchMixin
 from ptacc.core.explain import declared_hooks
 from ptacc.core.guards import COOPERATIVE
 from ptacc.core.hooks import Mixin
-from ptacc.core.randomness import permutation
 from ptacc.protocols import Stateful
+from ptacc.testing.problems import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
-    """Return the order in which a run shuffles `n` samples in an epoch, counted from 0.
-
-    Example:
-        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
-        (True, [0, 1, 2, 3, 4])
-    """
-    return permutation(seed, epoch, n)
-
-
-# ---- a small problem
-
-
-def tiny_data(samples: int = 24) -> TensorDataset:
-    """Return a two-class problem that a linear model solves: inputs `(samples, 4)` in float64, targets `(samples,)`."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
-    return TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
-
-
-def tiny_parts() -> dict[str, Any]:
-    """Return a model, a loss function and an optimizer for `tiny_data`, the same at each call; no default callbacks."""
-    model = nn.Linear(4, 2, dtype=torch.float64)
-    with torch.no_grad():
-        model.weight.copy_(torch.linspace(-0.5, 0.5, 8, dtype=torch.float64).reshape(2, 4))
-        model.bias.zero_()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return {"model": model, "loss_func": nn.CrossEntropyLoss(), "optimizer": optimizer, "default_callbacks": ()}
-
-
-def train_tiny(trainer: Trainer) -> list[float]:
-    """Train two epochs of three steps with evaluations, in the data's order, and return every loss in it."""
-    data = tiny_data()
-    history = trainer.train(
-        data, data, num_epochs=2, per_device_batch_size=8, train_dataloader_kwargs={"shuffle": False}
-    )
-    evaluated = [epoch.eval_loss for epoch in history]
-    return [*(step.loss for step in history.steps), *(loss for loss in evaluated if loss is not None)]
-
-
-# ---- the laws
 
 
 def check_laws(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) -> None:
@@ -135,6 +84,16 @@ def check_order_changes_nothing(
     given = {**first.law_options(), **second.law_options()} if options is None else options
     losses = [train_tiny(compose(*order)(**tiny_parts(), **given)) for order in ((first, second), (second, first))]
     assert losses[0] == losses[1], f"losses depend on whether {first.__name__} or {second.__name__} comes first"
+
+
+def train_tiny(trainer: Trainer) -> list[float]:
+    """Train two epochs of three steps with evaluations, in the data's order, and return every loss in it."""
+    data = tiny_data()
+    history = trainer.train(
+        data, data, num_epochs=2, per_device_batch_size=8, train_dataloader_kwargs={"shuffle": False}
+    )
+    evaluated = [epoch.eval_loss for epoch in history]
+    return [*(step.loss for step in history.steps), *(loss for loss in evaluated if loss is not None)]
 
 
 class Probe(BatchMixin):

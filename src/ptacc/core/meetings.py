@@ -1,0 +1,184 @@
+"""Meetings: what all processes have to call, they call together, or hear by name that they did not.
+
+A process that comes to a collective alone would wait for ever, or take the numbers of another collective for its own.
+So each one that users call begins with a meeting in the rendezvous store: who is here, for which call, and has
+anything gone wrong? Nobody is given up by the clock, as another process may have long work to do first. A process
+that waits looks for proof that one it waits for cannot come any more: it is gone, it failed, or it went past the
+place. For the last, each process marks its way where the others of its host can read it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from ptacc.core.failure import FailureBoard, host_identity
+from ptacc.errors import CollectiveError, PeerError
+
+FIRST_PAUSE = 0.0002
+LONGEST_PAUSE = 0.05
+"""Seconds between two looks at the store; they double."""
+PACKAGE = str(Path(__file__).parent.parent)
+
+
+class Trail:
+    """How often this process passed a place that all processes pass alike: a number that its host can read.
+
+    Marking costs a tenth of a microsecond. Where the system has no such memory, nobody reads it.
+    """
+
+    def __init__(self) -> None:
+        """Start at 0."""
+        self.path: str | None = None
+        self._memory: mmap.mmap | bytearray = bytearray(8)
+        if sys.platform == "linux":
+            descriptor = os.memfd_create("ptacc-trail")
+            os.ftruncate(descriptor, 8)
+            self._memory = mmap.mmap(descriptor, 8)
+            self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self._marks = memoryview(self._memory).cast("Q")
+
+    def mark(self) -> None:
+        """Pass a place."""
+        self._marks[0] += 1
+
+    @property
+    def marks(self) -> int:
+        """How many places were passed."""
+        return self._marks[0]
+
+
+def marks_at(path: str) -> int:
+    """Return the marks of another process of this host, -1 where they cannot be read."""
+    try:
+        return int.from_bytes(Path(path).read_bytes(), sys.byteorder)
+    except OSError:
+        return -1
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a process says at a meeting.
+
+    Args:
+        call: What it called.
+        place: Where in the user's code.
+        error: What went wrong on it before.
+    """
+
+    call: str
+    place: str
+    error: str | None
+
+
+class Meetings:
+    """The meetings of a launch's processes, numbered alike on each."""
+
+    def __init__(self, board: FailureBoard) -> None:
+        """Meet in the store of `board`. A collective: every process makes the same call."""
+        self._board, self._store = board, board.store
+        self._rank, self._held = board.rank, 0
+        self._kept: list[int] = []
+        self.trail = Trail()
+        self._store.set(f"trail/{self._rank}", json.dumps([host_identity(), self.trail.path]))
+
+    def meet(self, call: str, ranks: Sequence[int], error: str | None = None) -> None:
+        """Wait until all of `ranks` make the same call.
+
+        Raises:
+            CollectiveError: A process made another call, or went past the place without one.
+            PeerError: A process was lost, or brings an error with it.
+        """
+        self._board.check()
+        mine = Word(call, users_place(), error)
+        self._announce(mine)
+        try:
+            self._wait(mine, ranks)
+            words = [self._word_of(rank) for rank in ranks]
+        except RuntimeError as failure:
+            if isinstance(failure, PeerError | CollectiveError):
+                raise
+            raise PeerError("lost rank 0: its rendezvous store does not answer") from failure
+        if len(ranks) == self._board.world_size:
+            self._forget_former()
+        for rank, word in zip(ranks, words, strict=True):
+            check_same(self._rank, mine, rank, word)
+            if word.error is not None and rank != self._rank:
+                raise PeerError(f"rank {rank} failed in {word.call} ({word.place}): {word.error}")
+
+    def ranks_of_this_host(self) -> list[int]:
+        """Return the ranks of this host's processes."""
+        return [rank for rank in range(self._board.world_size) if self._trail_of(rank) is not None]
+
+    def _announce(self, word: Word) -> None:
+        self._held += 1
+        self._store.set(f"meeting/{self._held}/{self._rank}", json.dumps(astuple(word)))
+        self._kept.append(self._held)
+
+    def _forget_former(self) -> None:
+        """Take this process's former words out of the store: everyone is here, and so has left those meetings."""
+        for number in self._kept[:-1]:
+            self._store.delete_key(f"meeting/{number}/{self._rank}")
+        del self._kept[:-1]
+
+    def _has_come(self, *ranks: int) -> bool:
+        return self._store.check([f"meeting/{self._held}/{rank}" for rank in ranks])
+
+    def _word_of(self, rank: int) -> Word:
+        return Word(*json.loads(self._store.get(f"meeting/{self._held}/{rank}")))
+
+    def _wait(self, mine: Word, ranks: Sequence[int]) -> None:
+        pause = FIRST_PAUSE
+        while not self._has_come(*ranks):
+            if pause == LONGEST_PAUSE:
+                self._look_for_proof(mine, ranks)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _look_for_proof(self, mine: Word, ranks: Sequence[int]) -> None:
+        """Raise where one of `ranks` cannot come any more."""
+        failure = self._board.find_failure()
+        for rank in ranks:
+            if self._has_come(rank):
+                check_same(self._rank, mine, rank, self._word_of(rank))
+            elif failure is not None:
+                self._board.failure = failure
+                raise PeerError(str(failure))
+            elif (path := self._trail_of(rank)) and marks_at(path) > self.trail.marks:
+                raise CollectiveError(
+                    f"{mine.call} was called on rank {self._rank} ({mine.place}), and rank {rank} went on without it. "
+                    "Call it on every process: not under a condition that only some of them meet."
+                )
+
+    def _trail_of(self, rank: int) -> str | None:
+        """Return where the marks of a process are, None where it is on another host."""
+        host, path = json.loads(self._store.get(f"trail/{rank}"))
+        return (path or "") if host == host_identity() else None
+
+
+def check_same(rank: int, mine: Word, other: int, theirs: Word) -> None:
+    """Raise where two processes came to one meeting for different calls."""
+    if mine.call != theirs.call:
+        raise CollectiveError(
+            f"{mine.call} was called on rank {rank} ({mine.place}), and {theirs.call} on rank {other} "
+            f"({theirs.place}). All processes make these calls in the same order: call each of them on every process."
+        )
+
+
+def users_place() -> str:
+    """Return the file and line of the code that called into this package."""
+    frame = sys._getframe(1)  # noqa: SLF001  # the documented way to a caller, for all its name
+    while frame.f_back is not None and is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def is_ours(file: str) -> bool:
+    """Say whether a file is part of this package, or a context manager that stands between it and its users."""
+    return file.startswith(PACKAGE) or file.endswith("contextlib.py")

@@ -1,0 +1,40 @@
+"""Tests for people who write mixins and trainers: laws, assertions, and small problems to try them on.
+
+```python
+@pytest.mark.parametrize("mixin", [MyMixin, MyOtherMixin])
+def test_laws(mixin: type[Mixin]) -> None:
+    check_laws(mixin)
+
+
+def test_splitting_a_step_changes_nothing() -> None:
+    assert_split_invariant(make_my_trainer, my_data)
+
+
+def test_it_learns() -> None:
+    assert_overfits_one_batch(make_my_trainer(), my_data)
+```
+"""
+
+from ptacc.testing.laws import check_laws as check_laws
+from ptacc.testing.laws import check_order_changes_nothing as check_order_changes_nothing
+from ptacc.testing.order import epoch_order as epoch_order
+from ptacc.testing.overfitting import assert_overfits_one_batch as assert_overfits_one_batch
+from ptacc.testing.problems import iris as iris
+from ptacc.testing.problems import iris_parts as iris_parts
+from ptacc.testing.problems import iris_split as iris_split
+from ptacc.testing.problems import tiny_data as tiny_data
+from ptacc.testing.problems import tiny_parts as tiny_parts
+from ptacc.testing.splitting import assert_split_invariant as assert_split_invariant
+
+__all__ = [
+    "assert_overfits_one_batch",
+    "assert_split_invariant",
+    "check_laws",
+    "check_order_changes_nothing",
+    "epoch_order",
+    "iris",
+    "iris_parts",
+    "iris_split",
+    "tiny_data",
+    "tiny_parts",
+]

@@ -1,0 +1,300 @@
+"""Computing activations anew keeps fewer of them and changes nothing else, not by a bit."""
+
+import copy
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    GradAccumMixin,
+    GradCheckpointMixin,
+    ModelError,
+    OptionError,
+    Pair,
+    SeedMixin,
+    StepOutput,
+    StepResult,
+    SWAMixin,
+    SyncBatchNormMixin,
+    Trainer,
+)
+from ptacc.mixins.grad_checkpoint import chosen_submodules
+from ptacc.testing import tiny_data, tiny_parts
+from tests.ranks import run_ranks
+
+Choices = Sequence[type[nn.Module] | str]
+
+
+class Block(nn.Module):
+    """A residual block with all that a second forward could change: dropout and running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 8))
+
+    @override
+    def forward(self, inputs: Tensor, *, scale: Tensor | float = 1.0) -> Tensor:
+        outputs: Tensor = inputs + scale * self.inner(inputs)
+        return outputs
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        for block in self.blocks:
+            hidden = block(hidden, scale=torch.sigmoid(hidden))
+        outputs: Tensor = self.last(hidden)
+        return outputs
+
+
+class Checkpointed(GradCheckpointMixin, SeedMixin, GradAccumMixin, AMPMixin, Trainer):
+    seed: int | None = 3
+
+
+class SyncFirst(SyncBatchNormMixin, Checkpointed): ...
+
+
+class SyncLast(GradCheckpointMixin, SeedMixin, SyncBatchNormMixin, Trainer):
+    seed: int | None = 3
+
+
+def make_parts(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Network().to(dtype)
+    return {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+
+
+def train(
+    choices: Choices,
+    trainer_class: type[Checkpointed] | type[SyncLast] = Checkpointed,
+    *,
+    samples: int = 28,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Train in batches of 4, and return the loss of each step, the weights and the running statistics."""
+    dtype = torch.float32 if "mixed_precision" in options else torch.float64
+    trainer = trainer_class(**make_parts(dtype), gradient_checkpointing=choices, **options)
+    inputs, targets = tiny_data(samples).tensors
+    data = TensorDataset(inputs.to(dtype), targets)
+    history = trainer.train(data, data, num_epochs=2, per_device_batch_size=4)
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+    losses = [*(step.loss for step in history.steps), history[-1].eval_loss or 0.0]
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **trainer.model.state_dict()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+# ---- the same to the last bit
+
+
+@pytest.mark.parametrize("choices", [[Block], ["blocks.*"], ["blocks.1", nn.Linear], [nn.BatchNorm1d, "*.inner"]])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}])
+def test_losses_weights_and_statistics_are_the_same_to_the_last_bit(choices: Choices, options: dict[str, Any]) -> None:
+    assert_same(train(choices, **options), train((), **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}])
+def test_so_they_are_on_two_processes(options: dict[str, Any]) -> None:
+    for found, wanted in run_ranks(lambda: (train([Block], **options), train((), **options)), 2):
+        assert_same(found, wanted)
+
+
+def train_synced(choices: Choices, samples: int) -> list[dict[str, Tensor]]:
+    plain = train((), SyncLast, samples=samples)
+    return [plain, train(choices, SyncLast, samples=samples), train(choices, SyncFirst, samples=samples)]
+
+
+# On 3 processes the last batch of 26 samples is empty for one of them, which takes part in each sum all the same.
+@pytest.mark.parametrize(("world_size", "samples"), [(2, 28), (3, 26)])
+@pytest.mark.parametrize("choices", [[Block], ["blocks.1", nn.BatchNorm1d]])
+def test_so_they_are_with_batch_norm_over_processes_in_either_order(
+    choices: Choices, world_size: int, samples: int
+) -> None:
+    for plain, *others in run_ranks(train_synced, world_size, choices, samples):
+        for other in others:
+            assert_same(other, plain)
+
+
+def test_so_they_are_with_averaged_weights() -> None:
+    class Averaged(SWAMixin, Checkpointed):
+        swa_start: int | None = 1
+
+    assert_same(train([Block], Averaged), train((), Averaged))
+
+
+# ---- less is kept
+
+
+class Weighed(Checkpointed):
+    """Counts what the forward pass of a step keeps for the backward pass, beside the parameters."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        own = {parameter.data_ptr() for parameter in self.model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in own:
+                kept.append(tensor.numel())
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            return super().train_step(batch)
+
+
+kept: list[int] = []
+
+
+def kept_by(choices: Choices) -> int:
+    kept.clear()
+    train(choices, Weighed)
+    return sum(kept)
+
+
+def test_fewer_activations_are_kept() -> None:
+    every, one, none = kept_by([Block]), kept_by(["blocks.1"]), kept_by(())
+    assert every < one < none
+    # 32 wide inside of the blocks, 8 wide between them.
+    assert every < none / 4
+
+
+class Calls(Checkpointed):
+    """Counts the forward passes of the blocks, those in the backward pass among them."""
+
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        for block in self.unwrapped_model.get_submodule("blocks").children():
+            block.get_submodule("inner").register_forward_pre_hook(lambda module, _: calls.append(module.training))
+
+
+calls: list[bool] = []
+
+
+@pytest.mark.parametrize(("choices", "passes"), [((), 1), ([Block], 2), ([Block, nn.Sequential, "blocks.*"], 2)])
+def test_the_second_pass_is_for_training_alone_and_there_is_no_third(choices: Choices, passes: int) -> None:
+    calls.clear()
+    train(choices, Calls)
+    batches, blocks, epochs = 7, 3, 2
+    assert calls.count(True) == passes * batches * blocks * epochs
+    assert calls.count(False) == batches * blocks * epochs
+
+
+# ---- the choice
+
+
+def names_of(choices: Choices, model: nn.Module) -> list[str]:
+    chosen = chosen_submodules(model, choices, "MyTrainer")
+    return [name for name, module in model.named_modules() if module in chosen]
+
+
+@pytest.mark.parametrize(
+    ("choices", "names"),
+    [
+        ([], []),
+        ([Block], ["blocks.0", "blocks.1", "blocks.2"]),
+        (["blocks*"], ["blocks.0", "blocks.1", "blocks.2"]),
+        (["*"], ["first", "last", "blocks.0", "blocks.1", "blocks.2"]),
+        (["blocks.[02]", "last"], ["last", "blocks.0", "blocks.2"]),
+        (["blocks.0.inner", "blocks.0.inner.*"], ["blocks.0.inner"]),
+        (["blocks.0.inner.*", Block, nn.Linear], ["first", "last", "blocks.0", "blocks.1", "blocks.2"]),
+        ([nn.BatchNorm1d], ["blocks.0.inner.1", "blocks.1.inner.1", "blocks.2.inner.1"]),
+    ],
+)
+def test_the_outermost_submodules_of_those_named_are_chosen(choices: Choices, names: list[str]) -> None:
+    assert names_of(choices, Network()) == names
+
+
+def test_a_module_of_two_names_is_chosen_once_by_either() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert chosen_submodules(model, ["0", "2"], "MyTrainer") == [shared]
+    assert chosen_submodules(model, ["2"], "MyTrainer") == [shared]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            "block.*",
+            r"has the name 'block\.\*'\. Did you mean `blocks\.\d`\? There are: first, last, .*, \.\.\.",
+        ),
+        ("blocks", r"has the name 'blocks'. Did you mean"),
+        (nn.Conv2d, r"Network calls no submodule that is a Conv2d. There are: BatchNorm1d, Block, Dropout, Linear"),
+        (nn.ModuleList, r"is a ModuleList"),
+        (Network, r"is a Network"),
+    ],
+)
+def test_a_choice_that_matches_nothing_is_refused_before_the_first_step(choice: Any, message: str) -> None:
+    trainer = Checkpointed(**make_parts(), gradient_checkpointing=["first", choice])
+    with pytest.raises(ModelError, match=message):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert trainer.progress.steps == 0
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("choices", ["blocks.*", Block, 1, [Block()], [1], [int]])
+def test_what_is_no_list_of_classes_and_names_is_refused(choices: Any) -> None:
+    with pytest.raises(OptionError, match="gradient_checkpointing"):
+        Checkpointed(**make_parts(), gradient_checkpointing=choices)
+
+
+# ---- what it leaves behind
+
+
+class Failing(Checkpointed):
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+        block = self.unwrapped_model.get_submodule("blocks.1")
+        assert "forward" in vars(block)
+        copies.extend([copy.deepcopy(block), pickle.loads(pickle.dumps(block))])
+        raise KeyError
+
+
+copies: list[nn.Module] = []
+
+
+def test_after_an_exception_the_model_is_as_it_was() -> None:
+    trainer = Failing(**make_parts(), gradient_checkpointing=[Block])
+    with pytest.raises(KeyError):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_a_copy_that_is_made_within_a_run_has_weights_of_its_own() -> None:
+    copies.clear()
+    with pytest.raises(KeyError):
+        Failing(**make_parts(), gradient_checkpointing=[Block]).train(tiny_data(), num_epochs=1)
+    for made in copies:
+        made.eval()
+        inputs = torch.ones(2, 8, dtype=torch.float64)
+        before = made(inputs)
+        with torch.no_grad():
+            made.get_parameter("inner.4.bias").add_(1)
+        torch.testing.assert_close(made(inputs), before + 1)
+
+
+def test_a_graph_can_be_gone_through_twice() -> None:
+    class Twice(Checkpointed):
+        @override
+        def backward(self, loss: Tensor) -> None:
+            torch.autograd.grad(loss, self.optimizer.param_groups[0]["params"], retain_graph=True)
+            super().backward(loss)
+
+    assert_same(train([Block], Twice), train(()))
