@@ -38,6 +38,7 @@ ROWS = [
     ],
     [
         "ptacc.core.averages",
+        "ptacc.core.exits",
         "ptacc.core.failure",
         "ptacc.core.compose",
         "ptacc.core.guards",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import TypeVar
 
+from ptacc.core.exits import rest_before_exit
 from ptacc.core.failure import FailureBoard, open_connections
 from ptacc.core.meetings import Meetings
 from ptacc.errors import CollectiveError, PeerError
@@ -46,6 +47,7 @@ class Peers:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        rest_before_exit()
         board = FailureBoard(group, open_connections() - connected_before)
         return cls(dist.get_rank(), dist.get_world_size(), group, board, Meetings(board))
 

@@ -1,0 +1,160 @@
+"""Two hosts, each a network namespace with an address and a name, joined by a cable; `accelerate launch` on both."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from ptacc.testing import epoch_order, tiny_parts
+from tests.distributed.scripts import tiny
+from tests.ranks import launch
+
+SCRIPTS = Path(__file__).parent / "scripts"
+BIN = Path(sys.executable).parent
+SECONDS = 20.0
+SETTINGS = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+
+
+@dataclass(frozen=True)
+class Host:
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"ptacc{os.getpid()}-{self.number}"
+
+    @property
+    def cable(self) -> str:
+        return f"pt{os.getpid()}.{self.number}"  # at most 15 characters
+
+    @property
+    def address(self) -> str:
+        return f"10.77.0.{self.number + 1}"
+
+    def run(self, processes: int, script: str, *arguments: str) -> tuple[CompletedProcess[str], float]:
+        """Launch a script here, for as many processes on each of the two hosts; return it ended, and after how long."""
+        named = ("unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh")
+        machines = ("--num_machines", "2", "--machine_rank", str(self.number), "--num_processes", str(2 * processes))
+        meeting = ("--main_process_ip", HOSTS[0].address, "--main_process_port", "29500")
+        accelerate = (str(BIN / "accelerate"), "launch", "--multi_gpu", *machines, *meeting, *SETTINGS)
+        command = ("ip", "netns", "exec", self.name, *named, *accelerate, str(SCRIPTS / script), *arguments)
+        started = time.monotonic()
+        # Else gloo asks for the address of the host's name, which nobody knows.
+        ended = launch(command, env={"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": self.cable}, timeout=60)
+        return ended, time.monotonic() - started
+
+
+HOSTS = (Host(0), Host(1))
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=10)
+
+
+def build_hosts() -> None:
+    for host in HOSTS:
+        ip("netns", "add", host.name)
+    cable = ("link", "add", HOSTS[0].cable, "netns", HOSTS[0].name, "type", "veth")
+    ip(*cable, "peer", "name", HOSTS[1].cable, "netns", HOSTS[1].name)
+    for host in HOSTS:
+        ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.cable)
+        ip("-n", host.name, "link", "set", "lo", "up")
+        ip("-n", host.name, "link", "set", host.cable, "up")
+    subprocess.run(["unshare", "--uts", "true"], check=True, capture_output=True, text=True, timeout=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts() -> Iterator[None]:
+    missing = [name for name in ("ip", "unshare", "hostname") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"two hosts need {', '.join(missing)}: Debian's iproute2, util-linux and hostname")
+    try:
+        try:
+            build_hosts()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"two hosts need network namespaces, and {error.cmd} failed: {error.stderr.strip()}")
+        yield
+    finally:
+        for host in HOSTS:
+            with suppress(subprocess.CalledProcessError):
+                ip("netns", "delete", host.name)  # and its end of the cable
+
+
+def run_on_both(processes: int, script: str, *arguments: str) -> list[tuple[CompletedProcess[str], float]]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda host: host.run(processes, script, *arguments), HOSTS))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What rank 0 reported."""
+
+    world_size: int
+    values: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.prove)], ids=["1 each", "2 each"])
+def report(request: pytest.FixtureRequest) -> Report:
+    (first, _), (second, _) = run_on_both(request.param, "tiny.py")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == ""
+    return Report(2 * request.param, json.loads(first.stdout))
+
+
+def test_two_hosts_give_the_numbers_of_one_process(report: Report) -> None:
+    alone = tiny.report(tiny.Seeing(**tiny_parts()))
+    assert report.values["world_size"] == report.world_size
+    for key in alone.keys() - {"world_size", "seen"}:
+        assert report.values[key] == pytest.approx(alone[key], rel=1e-12, abs=0), key
+
+
+def check_order(seen: list[list[list[int]]], start: int = 0) -> None:
+    """Check that the ranks' samples of each step, from step `start` on, are together those of the data's order."""
+    size, samples = tiny.GLOBAL_BATCH, len(tiny.DATA)
+    order = epoch_order(tiny.SEED, 0, samples) + epoch_order(tiny.SEED, 1, samples)
+    together = [[place for part in step for place in part] for step in zip(*seen, strict=True)]
+    for step, places in enumerate(together, start):
+        assert sorted(places) == sorted(order[size * step : size * (step + 1)])
+    assert (start + len(together)) * size == len(order)
+
+
+def test_two_hosts_share_each_batch_of_the_datas_order(report: Report) -> None:
+    assert len(report.values["seen"]) == report.world_size
+    check_order(report.values["seen"])
+
+
+@pytest.mark.parametrize("start", [4, pytest.param(2, marks=pytest.mark.prove)])
+def test_the_datas_order_goes_on_from_a_step_within_an_epoch(start: int, report: Report) -> None:
+    (first, _), (second, _) = run_on_both(report.world_size // 2, "tiny.py", str(start))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    rest = json.loads(first.stdout)
+    check_order(rest, start)
+    assert rest == [seen[start:] for seen in report.values["seen"]]
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.prove)])
+def test_an_exception_on_one_host_is_named_on_the_other(rank: int) -> None:
+    ended, seconds = run_on_both(1, "failing.py", "raises", str(rank))[1 - rank]
+    assert ended.returncode != 0
+    assert f"PeerError: rank {rank} failed" in ended.stderr
+    assert "KeyError: 'on purpose'" in ended.stderr
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.prove)])
+def test_a_process_killed_on_one_host_is_lost_by_name_on_the_other(rank: int) -> None:
+    ended, seconds = run_on_both(1, "failing.py", "dies", str(rank))[1 - rank]
+    assert ended.returncode != 0
+    assert f"PeerError: rank {rank} failed at an unknown place: lost: " in ended.stderr
+    assert seconds < SECONDS
