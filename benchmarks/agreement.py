@@ -1,8 +1,9 @@
-"""What it costs that several processes agree on when to stop: training with the vote beside training without one.
+"""What it costs that several processes agree on when to stop: steps with the vote beside steps without one.
 
-The model is tiny (a perceptron 64-128-10, batches of 32), so that a step is short and the cost shows. Both kinds of
-run take turns in the same processes, and each ratio is between two neighbours in time. CPU time counts all threads of
-the process, those of the communication among them; time by the clock is disturbed by whatever else the machine does.
+The model is tiny (a perceptron 64-128-10, batches of 32), so that a step is short and the cost shows. In one run,
+blocks of steps with the vote and blocks without take turns; each ratio is that of two neighbouring blocks. CPU time
+counts all threads of the process, those of the communication among them; time by the clock is disturbed by whatever
+else the machine does.
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/agreement.py
 """
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import Callback, Trainer, TrainerCore
+from ptacc import Callback, StepResult, Trainer, TrainerCore
 from ptacc.core.agreement import Stop, StopVote
 
 
@@ -32,66 +33,70 @@ class NoVote(StopVote):
         return wish
 
 
-class Stopwatch(Callback[TrainerCore]):
-    """Times the steps of a run, without its set-up."""
+class Blocks(Callback[TrainerCore]):
+    """Lets blocks of steps with the vote and without take turns, and times them.
 
-    def __init__(self) -> None:
-        self.votes = True
-        self.seconds: list[float] = []
+    Args:
+        size: Steps of a block.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.timed: list[list[float]] = []
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        if not self.votes:
-            trainer.run.vote = NoVote(trainer.peers, 1)
-        self.started = [time.process_time(), time.perf_counter()]
+        self.votes: tuple[StopVote, StopVote] = (trainer.run.vote, NoVote(trainer.peers, 1))
+        self.timed = []
+        self.started = clocks()
 
     @override
-    def on_run_end(self, trainer: TrainerCore) -> None:
-        now = [time.process_time(), time.perf_counter()]
-        self.seconds = [end - start for start, end in zip(self.started, now, strict=True)]
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step % self.size == 0:
+            now = clocks()
+            self.timed.append([end - start for start, end in zip(self.started, now, strict=True)])
+            trainer.run.vote = self.votes[self.order(len(self.timed))]
+            self.started = clocks()
+
+    @staticmethod
+    def order(block: int) -> int:
+        """Return which kind a block is of: 0 with the vote, 1 without; in pairs that begin with either kind."""
+        return (block + block // 2) % 2
+
+
+def clocks() -> list[float]:
+    return [time.process_time(), time.perf_counter()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40, help="runs of each kind")
-    parser.add_argument("--steps", type=int, default=640, help="steps of a run")
+    parser.add_argument("--pairs", type=int, default=500, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=64, help="steps of a block")
     asked = parser.parse_args()
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    data = TensorDataset(torch.randn(32 * 64, 64), torch.randint(10, (32 * 64,)))
+    data = TensorDataset(torch.randn(32 * 256, 64), torch.randint(10, (32 * 256,)))
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    watch = Stopwatch()
+    blocks = Blocks(asked.steps)
     trainer = Trainer(
-        model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=(), callbacks=[watch]
+        model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=(), callbacks=[blocks]
     )
+    trainer.train(data, max_steps=asked.steps, per_device_batch_size=32)  # warm
+    trainer.train(data, max_steps=2 * asked.pairs * asked.steps, per_device_batch_size=32)
 
-    def seconds_of(*, votes: bool) -> list[float]:
-        watch.votes = votes
-        trainer.train(data, max_steps=asked.steps, per_device_batch_size=32)
-        return watch.seconds
-
-    seconds_of(votes=True)  # warm
-    ratios: list[list[float]] = []
-    without: list[list[float]] = []
-    for pair in range(asked.pairs):
-        first = seconds_of(votes=pair % 2 == 0)
-        second = seconds_of(votes=pair % 2 == 1)
-        voting, mute = (first, second) if pair % 2 == 0 else (second, first)
-        ratios.append([a / b for a, b in zip(voting, mute, strict=True)])
-        without.append(mute)
-
-    trainer.print(
-        f"{trainer.peers.world_size} processes, {asked.pairs} pairs of runs of {asked.steps} steps, on rank 0"
-    )
-    for index, kind in enumerate(("CPU time", "clock")):
-        column = sorted(pair[index] for pair in ratios)
-        low, middle, high = statistics.quantiles(column, n=4)
-        step = statistics.median(seconds[index] for seconds in without) / asked.steps
+    pairs = [sorted((blocks.order(i), *blocks.timed[i]) for i in (2 * p, 2 * p + 1)) for p in range(asked.pairs)]
+    trainer.print(f"{trainer.peers.world_size} processes, {asked.pairs} pairs of blocks of {asked.steps} steps")
+    for index, kind in enumerate(("CPU time", "clock"), start=1):
+        ratios = [with_vote[index] / without[index] for with_vote, without in pairs]
+        middle = statistics.median(ratios)
+        error = 1.2533 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median, for normal noise
+        step = 1e6 * statistics.median(without[index] for _, without in pairs) / asked.steps
+        total = sum(pair[0][index] for pair in pairs) / sum(pair[1][index] for pair in pairs)
         trainer.print(
-            f"{kind:9} {1e6 * step:7.1f} us a step without the vote; with it x {middle:.4f} "
-            f"(quartiles {low:.4f} to {high:.4f})"
+            f"{kind:9} {step:7.1f} us a step without the vote; with it, times {middle:.4f} (median, standard error "
+            f"{error:.4f}); of all blocks together, {total:.4f}"
         )
 
 
