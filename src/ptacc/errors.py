@@ -13,6 +13,8 @@ PtaccError
 ├── NestedRunError (RuntimeError)     a `train()` within a `train()`
 ├── PeerError (RuntimeError)          another process of the launch failed, or was killed
 ├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
+├── CheckpointError                   a checkpoint that cannot be written or read
+│   └── DamagedCheckpointError        files that are not what was written
 └── LaunchError (RuntimeError)        the launch and the trainer disagree
     └── AcceleratorConflictError      two trainers of one process want different accelerators
 ```
@@ -65,6 +67,14 @@ class PeerError(PtaccError, RuntimeError):
 
 class CollectiveError(PtaccError, RuntimeError):
     """A call that all processes make together was made on some of them only; the message says where."""
+
+
+class CheckpointError(PtaccError):
+    """A checkpoint that cannot be written, or not be read."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
 
 
 class LaunchError(PtaccError, RuntimeError):

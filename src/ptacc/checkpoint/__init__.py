@@ -1,0 +1,1 @@
+"""Checkpoints: plain typed objects that know no trainer. `CheckpointMixin` adapts them."""

@@ -1,0 +1,210 @@
+"""The codec: states to JSON and tensors, and back to what they were. Nothing is ever run by reading.
+
+JSON by itself turns a dictionary's whole-number keys into strings, tuples into lists, and knows no infinity. Here what
+JSON cannot tell apart is tagged, and the set of tags is closed: a value of any other kind is refused when it is
+written, and a tag that is unknown when it is read.
+
+```
+state -> encode() -> Encoded(tree: JSON, tensors: by key) -> decode() -> an equal state
+```
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptacc.errors import CheckpointError, DamagedCheckpointError
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+TAG: Final = "~"
+"""The key that marks what is no plain JSON. A dictionary of the user's that has it is tagged itself."""
+DEEPEST: Final = 64
+"""Containers in containers that a state may have."""
+DTYPES: Final = {
+    str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+NUMERIC: Final = "biufc"
+"""Kinds of NumPy dtypes that are numbers."""
+FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+MAPPINGS: Final[Mapping[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
+SEQUENCES: Final[Mapping[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
+CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {
+    name: kind for kind, name in (*MAPPINGS.items(), *SEQUENCES.items())
+}
+
+
+@dataclass
+class Encoded:
+    """An encoded state.
+
+    Args:
+        tree: The state as JSON, tensors by their keys.
+        tensors: The tensors, on the devices they were on; one key for each, however often the state holds it.
+    """
+
+    tree: Json
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def encode(state: object, name: str = "state") -> Encoded:
+    """Encode a state.
+
+    Args:
+        state: Numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
+        name: What errors call it; keys of tensors begin with it.
+
+    Raises:
+        CheckpointError: Something in it cannot be stored; the message says what, and where.
+
+    Example:
+        >>> encode({30: (1, float("inf"))}).tree
+        {'~': 'dict', 'items': [[30, {'~': 'tuple', 'items': [1, {'~': 'float', 'value': 'inf'}]}]]}
+    """
+    encoder = _Encoder(name)
+    tree = encoder.encode(state, name, 0)
+    return Encoded(tree, encoder.tensors)
+
+
+def decode(encoded: Encoded) -> Any:
+    """Decode what `encode` returned, or what was read from a file.
+
+    Raises:
+        DamagedCheckpointError: It is nothing that `encode` returns.
+
+    Example:
+        >>> decode(encode({30: (1, float("inf"))}))
+        {30: (1, inf)}
+    """
+    return _Decoder(encoded.tensors).decode(encoded.tree, 0)
+
+
+# ---- encoding
+
+
+@dataclass
+class _Encoder:
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    _keys: dict[tuple[object, ...], str] = field(default_factory=dict)
+
+    def encode(self, value: object, place: str, depth: int) -> Json:
+        """Encode one value, found at `place`."""
+        if depth > DEEPEST:
+            raise CheckpointError(f"{place}: more than {DEEPEST} containers in each other. Is it in itself?")
+        if isinstance(value, Tensor):
+            return {TAG: "tensor", "key": self._keep(value, place)}
+        kind = type(value)  # exactly: a subclass would come back as what it derives from
+        if value is None or (isinstance(value, bool | str | int) and kind in (bool, str, int)):
+            return cast(Json, value)
+        if isinstance(value, float) and kind is float:
+            return value if math.isfinite(value) else {TAG: "float", "value": repr(value)}
+        if isinstance(value, dict) and kind in MAPPINGS:
+            return self._encode_mapping(value, kind, place, depth)
+        if isinstance(value, list) and kind is list:
+            return [self.encode(part, f"{place}[{i}]", depth + 1) for i, part in enumerate(value)]
+        if isinstance(value, tuple | set | frozenset) and kind in SEQUENCES:
+            parts = list(value) if isinstance(value, tuple) else sorted(value, key=repr)
+            items: Json = [self.encode(part, f"{place}[{i}]", depth + 1) for i, part in enumerate(parts)]
+            return {TAG: SEQUENCES[kind], "items": items}
+        return self._encode_leaf(value, place)
+
+    def _encode_mapping(self, value: Mapping[Any, Any], kind: type, place: str, depth: int) -> Json:
+        parts = [(key, self.encode(part, f"{place}[{key!r}]", depth + 1)) for key, part in value.items()]
+        if kind is dict and TAG not in value and all(type(key) is str for key in value):
+            return dict(parts)
+        return {TAG: MAPPINGS[kind], "items": [[self.encode(key, place, depth + 1), part] for key, part in parts]}
+
+    def _encode_leaf(self, value: object, place: str) -> Json:
+        if isinstance(value, bytes) and type(value) is bytes:
+            return {TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
+        if isinstance(value, complex) and type(value) is complex:
+            return {TAG: "complex", "value": [self.encode(part, place, 0) for part in (value.real, value.imag)]}
+        if isinstance(value, torch.dtype):
+            return {TAG: "dtype", "value": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {TAG: "device", "value": str(value)}
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in NUMERIC:
+            # As bytes of the machine's order, since torch does not have every dtype of NumPy's.
+            array = np.ascontiguousarray(value)
+            key = self._keep(torch.from_numpy(array.reshape(-1).view(np.uint8).copy()), place)
+            tag = "array" if isinstance(value, np.ndarray) else "number"
+            return {TAG: tag, "key": key, "dtype": value.dtype.str, "shape": [*value.shape]}
+        raise CheckpointError(
+            f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored. States are "
+            "made of numbers, strings, bytes, tensors, arrays, dtypes and devices, in lists, tuples, sets and "
+            "dictionaries: return from state_dict() what this can be made from again."
+        )
+
+    def _keep(self, tensor: Tensor, place: str) -> str:
+        """Return the key of a tensor; one that is met again, as tied weights are, has the one it had."""
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(
+                f"{place} is a tensor of the layout {tensor.layout}, or without data: store it dense."
+            )
+        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() == 0 or same not in self._keys:
+            self._keys[same] = f"{self.name}.{len(self.tensors)}"
+            self.tensors[self._keys[same]] = tensor.detach()
+        return self._keys[same]
+
+
+# ---- decoding
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    tensors: Mapping[str, Tensor]
+
+    def decode(self, tree: Json, depth: int) -> Any:
+        """Decode one value."""
+        if depth > 3 * DEEPEST:  # a tagged dictionary is three lists deep
+            raise DamagedCheckpointError("A state has containers in each other that no state has.")
+        if isinstance(tree, list):
+            return [self.decode(part, depth + 1) for part in tree]
+        if not isinstance(tree, dict):
+            return tree
+        if TAG not in tree:
+            return {key: self.decode(part, depth + 1) for key, part in tree.items()}
+        try:
+            return self._tagged(tree, depth)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DamagedCheckpointError(f"A state holds a {tree[TAG]!r} that is none: {error}.") from error
+
+    def _tagged(self, tree: dict[str, Any], depth: int) -> Any:
+        match tree[TAG]:
+            case "tensor":
+                return self.tensors[tree["key"]]
+            case "float":
+                return FLOATS[tree["value"]]
+            case "complex":
+                return complex(*self.decode(tree["value"], depth + 1))
+            case "bytes":
+                return base64.b64decode(tree["value"], validate=True)
+            case "dtype":
+                return DTYPES[tree["value"]]
+            case "device":
+                return torch.device(tree["value"])
+            case "array":
+                return self._array(tree)
+            case "number":
+                return self._array(tree)[()]
+            case str(tag) if tag in CONTAINERS and isinstance(tree["items"], list):
+                items = self.decode(tree["items"], depth + 1)
+                return CONTAINERS[tag](dict(items) if tag in MAPPINGS.values() else items)
+        raise DamagedCheckpointError(f"A state holds a value of the unknown kind {tree[TAG]!r}.")
+
+    def _array(self, tree: dict[str, Any]) -> Any:
+        dtype = np.dtype(tree["dtype"])
+        if dtype.kind not in NUMERIC:
+            raise ValueError(f"{dtype} is no dtype of numbers")
+        return self.tensors[tree["key"]].numpy().view(dtype).reshape(tree["shape"]).copy()

@@ -1,0 +1,126 @@
+"""The manifest: what a checkpoint is, and the hash of each of its files. It is written last, and checked first.
+
+A hash protects from damage, and not from people: whoever can write the files can write their hashes. With a key, the
+manifest is signed (HMAC-SHA256), and one that was not signed with that key is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from ptacc.checkpoint.codec import Encoded, decode, encode
+from ptacc.checkpoint.disk import Written
+from ptacc.errors import CheckpointError, DamagedCheckpointError
+
+FORMAT: Final = 1
+FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
+"""Names that a file of a checkpoint may have: none that leads elsewhere."""
+LARGEST: Final = 1 << 26
+"""Bytes that a manifest may have."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Args:
+        name: The name of its directory.
+        run: The identity of the run.
+        step: Optimizer steps completed.
+        epoch: Epochs completed.
+        batches: Batches of the present epoch that each process trained on.
+        world_size: Number of processes.
+        parts: The version of each part's state, by the part's name.
+        metrics: The values that the last evaluations reported, by name.
+        files: Hash and size of each file, by its name.
+    """
+
+    name: str
+    run: str
+    step: int
+    epoch: int
+    batches: int
+    world_size: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, Written] = field(default_factory=dict)
+
+    def to_bytes(self, key: bytes | None = None) -> bytes:
+        """Return the bytes of the manifest's file: the one way in which this manifest is written.
+
+        Args:
+            key: Signs it.
+        """
+        content = {"format": FORMAT, **asdict(self), "metrics": encode(dict(self.metrics)).tree}
+        text = serialised(content)
+        seal = {"sha256": hashlib.sha256(text).hexdigest()}
+        if key is not None:
+            seal["hmac"] = hmac.new(key, text, hashlib.sha256).hexdigest()
+        return serialised({"manifest": content, **seal})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: bytes | None = None) -> Manifest:
+        """Read a manifest.
+
+        Args:
+            data: The bytes of its file.
+            key: What it has to be signed with, if given.
+
+        Raises:
+            DamagedCheckpointError: These bytes are not, to the last one, what `to_bytes` wrote.
+            CheckpointError: It is of a later format, or not signed with `key`.
+        """
+        try:
+            document = json.loads(data)
+            content = dict(document["manifest"])
+            version = content.pop("format")
+            if type(version) is int and version > FORMAT:
+                raise CheckpointError(
+                    f"The checkpoint is of format {version}, and this ptacc reads {FORMAT}: update it."
+                )
+            manifest = cls(
+                **{
+                    **content,
+                    "metrics": decode(Encoded(content["metrics"])),
+                    "files": {str(name): Written(**file) for name, file in content["files"].items()},
+                }
+            )
+            manifest.check()
+            unknown_key = b"" if "hmac" in document else None
+            written = manifest.to_bytes(unknown_key if key is None else key)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpointError(f"The manifest is none: {type(error).__name__}: {error}.") from error
+        if key is not None and not hmac.compare_digest(written, data):
+            raise CheckpointError(f"{manifest.name} is not signed with the key that was given, or was changed since.")
+        if key is None and "hmac" in document:
+            document["hmac"] = json.loads(written)["hmac"]  # nobody here can say whether it is right
+            data = serialised(document)
+        if written != data:
+            raise DamagedCheckpointError(f"The manifest of {manifest.name} is not what was written: its hash differs.")
+        return manifest
+
+    def check(self) -> None:
+        """Raise `ValueError` for values that no manifest has."""
+        texts = (self.name, self.run, *self.parts, *self.metrics)
+        counts = (self.step, self.epoch, self.batches, self.world_size, *self.parts.values())
+        sizes = [file.size for file in self.files.values()]
+        if not all(type(text) is str for text in texts):
+            raise ValueError("a name is no text")
+        if not all(type(count) is int and 0 <= count < 2**63 for count in (*counts, *sizes)):
+            raise ValueError("a count is no count")
+        if not all(type(value) in (int, float) for value in self.metrics.values()):
+            raise ValueError("a metric is no number")
+        for name in (self.name, *self.files):
+            if not FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name for a file")
+
+
+def serialised(content: Mapping[str, Any]) -> bytes:
+    """Return JSON in one form: the same bytes for equal content."""
+    return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()

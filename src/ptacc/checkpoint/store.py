@@ -1,0 +1,198 @@
+"""The store: a directory of checkpoints, of which each is there whole or not at all.
+
+```
+runs/digits/
+  step-00000500/                 a checkpoint: it has its name only since everything in it is on the disk
+    manifest.json                what it is, and the hash of each other file
+    model.safetensors  ...
+  .partial-step-00001000-7f3a/   one that is being written, or was when the process ended: swept at the next start
+```
+
+A save writes and syncs each file beside the target, the manifest last, syncs that directory, renames it, and syncs
+the parent. Reading checks the manifest, then a file's hash, and parses it only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ptacc.checkpoint.disk import Disk, Written, read_file, remove_tree, sync_directory, write_file
+from ptacc.checkpoint.manifest import FILE_NAME, LARGEST, Manifest
+from ptacc.errors import CheckpointError, DamagedCheckpointError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+REMOVED = ".removed-"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is being written.
+
+    Args:
+        name: What it will be called.
+        path: Where it is meanwhile.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """A directory of checkpoints.
+
+    Args:
+        directory: Where they are; made at the first save.
+        key: Signs them; those that it did not sign are refused.
+        disk: What writes.
+    """
+
+    directory: Path
+    key: bytes | None = field(default=None, repr=False)
+    disk: Disk = field(default_factory=Disk, repr=False)
+
+    # ---- writing
+
+    def begin(self, name: str) -> Draft:
+        """Begin a checkpoint. One process does this, and tells the others where.
+
+        Raises:
+            CheckpointError: There is one of this name already.
+        """
+        if not FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{name!r} is no name for a checkpoint: letters, digits, `-`, `_` and `.` make one.")
+        if (self.directory / name).exists():
+            raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
+        draft = Draft(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
+        self._make_durably(self.directory)
+        self.disk.make_directory(draft.path)
+        return draft
+
+    def write(self, draft: Draft, file: str, parts: Iterable[bytes | memoryview]) -> Written:
+        """Write one file of a checkpoint durably. Any process does this."""
+        if not FILE_NAME.fullmatch(file) or file == MANIFEST:
+            raise CheckpointError(f"{file!r} is no name for a file of a checkpoint.")
+        return write_file(self.disk, draft.path / file, parts)
+
+    def commit(self, draft: Draft, manifest: Manifest) -> Manifest:
+        """Make a checkpoint of what was written: from here on it is there, whatever happens. One process does this.
+
+        Args:
+            draft: What was begun.
+            manifest: What it is, with the hashes of all files that all processes wrote.
+        """
+        manifest = replace(manifest, name=draft.name)
+        write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
+        sync_directory(self.disk, draft.path)
+        self.disk.rename(draft.path, self.directory / draft.name)
+        sync_directory(self.disk, self.directory)
+        return manifest
+
+    def discard(self, draft: Draft) -> None:
+        """Remove what was written of a checkpoint that will not be."""
+        if draft.path.exists():
+            remove_tree(self.disk, draft.path)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint: first its name, so that none is ever there in part."""
+        grave = self.directory / f"{REMOVED}{name}-{secrets.token_hex(4)}"
+        self.disk.rename(self.directory / name, grave)
+        sync_directory(self.disk, self.directory)
+        remove_tree(self.disk, grave)
+
+    def sweep(self) -> list[str]:
+        """Remove what processes left that ended in a save or a removal, and return the names of that."""
+        left = [path for path in self._entries() if path.name.startswith((PARTIAL, REMOVED))]
+        for path in left:
+            remove_tree(self.disk, path)
+        return [path.name for path in left]
+
+    def _make_durably(self, directory: Path) -> None:
+        if not directory.is_dir():
+            self._make_durably(directory.parent)
+            self.disk.make_directory(directory)
+            sync_directory(self.disk, directory.parent)
+
+    # ---- reading
+
+    def names(self) -> list[str]:
+        """Return the names of the checkpoints that seem to be there, the oldest first by name."""
+        return [path.name for path in self._entries() if FILE_NAME.fullmatch(path.name)]
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of a checkpoint, checked by itself.
+
+        Raises:
+            DamagedCheckpointError: It is missing, damaged, or of another checkpoint.
+            CheckpointError: It is of a later format, or not signed with the key.
+        """
+        path = self.directory / name / MANIFEST
+        if not FILE_NAME.fullmatch(name) or path.parent.is_symlink() or not path.is_file():
+            raise DamagedCheckpointError(f"{path.parent} is no checkpoint: it has no manifest of its own.")
+        size = path.lstat().st_size
+        if size > LARGEST:
+            raise DamagedCheckpointError(f"{path} has {size} bytes, more than any manifest.")
+        try:
+            manifest = Manifest.from_bytes(read_file(path, size), self.key)
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{path}: {error}") from error
+        if manifest.name != name:
+            raise DamagedCheckpointError(f"{path} is the manifest of {manifest.name}: its directory was renamed.")
+        return manifest
+
+    def read(self, manifest: Manifest, file: str) -> bytes:
+        """Return the bytes of a file, after their hash was checked.
+
+        Raises:
+            DamagedCheckpointError: It is missing, or not what was written.
+        """
+        written = manifest.files.get(file)
+        path = self.directory / manifest.name / file
+        if written is None:
+            raise DamagedCheckpointError(f"{path} is not in the manifest.")
+        data = read_file(path, written.size)
+        if not hmac.compare_digest(hashlib.sha256(data).hexdigest(), written.sha256):
+            raise DamagedCheckpointError(f"{path} is not what was written: its hash differs.")
+        return data
+
+    def verify(self, name: str) -> Manifest:
+        """Check every file of a checkpoint, and that there is no other; return its manifest.
+
+        Raises:
+            DamagedCheckpointError: A file is missing, is not what was written, or does not belong there.
+        """
+        manifest = self.manifest(name)
+        for file in manifest.files:
+            self.read(manifest, file)
+        there = {path.name for path in (self.directory / name).iterdir()}
+        if odd := there - {*manifest.files, MANIFEST}:
+            raise DamagedCheckpointError(f"{self.directory / name / min(odd)} does not belong to the checkpoint.")
+        return manifest
+
+    def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
+        """Iterate over the checkpoints, the newest first: each with its manifest, or with what is wrong with it."""
+        for name in sorted(self.names(), reverse=True):
+            try:
+                yield name, self.verify(name)
+            except CheckpointError as error:
+                yield name, error
+
+    def newest(self) -> tuple[Manifest | None, Mapping[str, CheckpointError]]:
+        """Return the newest checkpoint that is whole, None if there is none, and what was wrong with newer ones."""
+        passed_over: dict[str, CheckpointError] = {}
+        for name, found in self.verified():
+            if isinstance(found, Manifest):
+                return found, passed_over
+            passed_over[name] = found
+        return None, passed_over
+
+    def _entries(self) -> list[Path]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())

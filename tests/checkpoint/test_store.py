@@ -1,0 +1,315 @@
+"""A checkpoint is there whole or not at all, whatever happens while it is written, and damage is named."""
+
+import errno
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typing_extensions import override
+
+from ptacc.checkpoint.codec import Encoded, decode, encode
+from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.tensors import parse_safetensors, safetensors_parts
+from ptacc.errors import CheckpointError, DamagedCheckpointError
+from tests.checkpoint.disks import CALLS, Interposed, Losing, dying_at, failing_at
+
+WEIGHTS = torch.arange(6.0).reshape(2, 3)
+STEPS = {1: "one", 2: float("inf")}
+
+
+def save(store: CheckpointStore, step: int) -> Manifest:
+    draft = store.begin(f"step-{step:010}")
+    encoded = encode({"weights": WEIGHTS + step, "steps": STEPS, "step": step})
+    files = {
+        "state.json": store.write(draft, "state.json", [json.dumps(encoded.tree).encode()]),
+        "state.safetensors": store.write(draft, "state.safetensors", safetensors_parts(encoded.tensors)),
+    }
+    here = Manifest("", "a run", step=step, epoch=1, batches=2, world_size=1, files=files, metrics={"loss": 0.5})
+    return store.commit(draft, here)
+
+
+def load(store: CheckpointStore, manifest: Manifest) -> int:
+    tree = json.loads(store.read(manifest, "state.json"))
+    tensors = parse_safetensors(store.read(manifest, "state.safetensors"), "state.safetensors")
+    state = decode(Encoded(tree, tensors))
+    assert torch.equal(state["weights"], WEIGHTS + state["step"])
+    assert state["steps"] == STEPS
+    return int(state["step"])
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the step of the newest checkpoint that is whole, having loaded it; 0 for none."""
+    store = CheckpointStore(directory)
+    manifest, _ = store.newest()
+    return 0 if manifest is None else load(store, manifest)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "runs" / "digits")
+    saved = save(store, 500)
+    assert load(store, store.manifest(saved.name)) == 500
+    assert store.verify(saved.name) == saved
+    assert store.names() == ["step-0000000500"]
+
+
+def test_no_checkpoint_is_written_over(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path), 1)
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(CheckpointStore(tmp_path), 1)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up", "a/b", ".hidden", "/root", "a\0b", "new\nline"])
+def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match="is no name"):
+        store.begin(name)
+    draft = store.begin("right")
+    with pytest.raises(CheckpointError, match="is no name"):
+        store.write(draft, name, [b""])
+
+
+# ---- the process ends, the power goes, the disk fails
+
+
+def calls_of(do: Callable[[CheckpointStore], object], directory: Path) -> list[str]:
+    """Return the names of the system calls that something makes."""
+    names: list[str] = []
+    disk = Interposed(lambda number, name, arguments: names.append(name))
+    do(CheckpointStore(directory, disk=disk))
+    return names
+
+
+def calls_of_a_save(directory: Path) -> list[str]:
+    """Return the calls of a save beside another checkpoint."""
+    save(CheckpointStore(directory), 1)
+    return calls_of(lambda store: save(store, 2), directory)
+
+
+def exit_code_of(do: Callable[[], object]) -> int:
+    """Do something in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        do()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_that_ends_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    calls = calls_of_a_save(tmp_path / "count")
+    for number in range(len(calls)):
+        directory = tmp_path / f"{number}"
+        save(CheckpointStore(directory), 1)
+        assert exit_code_of(lambda: save(CheckpointStore(directory, disk=dying_at(number)), 2)) == 9  # noqa: B023
+        renamed = "rename" in calls[:number]
+        assert newest_step(directory) == (2 if renamed else 1)
+        left = CheckpointStore(directory).sweep()
+        assert len(left) == (0 if renamed or number < 1 + calls.index("make_directory") else 1)
+        assert save(CheckpointStore(directory), 3).step == 3
+
+
+def test_a_process_that_ends_in_a_removal_leaves_nothing_in_part(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path / "count"), 1)
+    calls = calls_of(lambda store: store.remove("step-0000000001"), tmp_path / "count")
+    for number in range(len(calls)):
+        directory = tmp_path / f"{number}"
+        save(CheckpointStore(directory), 1)
+        store = CheckpointStore(directory, disk=dying_at(number))
+        assert exit_code_of(lambda: store.remove("step-0000000001")) == 9  # noqa: B023
+        assert newest_step(directory) == (1 if number == 0 else 0)
+        CheckpointStore(directory).sweep()
+        assert [*directory.iterdir()] == ([directory / "step-0000000001"] if number == 0 else [])
+
+
+class Recording(Losing):
+    """Leaves, after each call, what a loss of power would leave."""
+
+    def leave_all(self, target: Path) -> "Recording":
+        self.target, self.number = target, 0
+        target.mkdir()
+        return self
+
+
+def _then_leave(name: str) -> Callable[..., object]:
+    def call(self: Recording, *arguments: object) -> object:
+        result = getattr(super(Recording, self), name)(*arguments)
+        self.leave(self.target / f"{self.number:03}")
+        self.number += 1
+        return result
+
+    return call
+
+
+for _name in CALLS:
+    setattr(Recording, _name, _then_leave(_name))
+
+
+def test_a_loss_of_power_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    save(CheckpointStore(tmp_path / "disk"), 1)
+    disk = Recording(tmp_path / "disk").leave_all(tmp_path / "left")
+    save(CheckpointStore(tmp_path / "disk", disk=disk), 2)
+    left = sorted((tmp_path / "left").iterdir())
+    steps = [newest_step(directory) for directory in left]
+    assert steps == sorted(steps, key=lambda step: step or 0)
+    assert set(steps) == {1, 2}
+    assert steps[-1] == 2
+
+
+def test_the_test_of_power_loss_finds_a_disk_that_does_not_sync(tmp_path: Path) -> None:
+    class Forgetful(Recording):
+        @override
+        def sync(self, descriptor: int) -> None:
+            """Sync directories alone."""
+            if descriptor in self.opened and not hasattr(self.opened[descriptor], "written"):
+                super().sync(descriptor)
+
+    (tmp_path / "disk").mkdir()
+    save(CheckpointStore(tmp_path / "disk", disk=Forgetful(tmp_path / "disk").leave_all(tmp_path / "left")), 1)
+    assert newest_step(tmp_path / "disk") == 1
+    assert newest_step(max((tmp_path / "left").iterdir())) == 0
+
+
+WRITING = frozenset({"open_new", "write", "sync", "rename", "make_directory", "open_directory"})
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_anywhere_leaves_the_old(error: int, tmp_path: Path) -> None:
+    calls = [name for name in calls_of_a_save(tmp_path / "count") if name in WRITING]
+    for number in range(len(calls)):
+        directory = tmp_path / f"{number}"
+        save(CheckpointStore(directory), 1)
+        store = CheckpointStore(directory, disk=failing_at(number, error, WRITING))
+        with pytest.raises(OSError, match=os.strerror(error)):
+            save(store, 2)
+        assert newest_step(directory) == (2 if "rename" in calls[:number] else 1)
+
+
+# ---- damage
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> CheckpointStore:
+    """Return a store of two checkpoints."""
+    store = CheckpointStore(tmp_path / "two")
+    save(store, 1)
+    save(store, 2)
+    return store
+
+
+def files_of(store: CheckpointStore, name: str) -> list[Path]:
+    return sorted((store.directory / name).iterdir())
+
+
+def check_passed_over(store: CheckpointStore) -> None:
+    """Check that the second checkpoint is named as damaged, and the first found instead."""
+    found, passed_over = store.newest()
+    assert found is not None
+    assert load(store, found) == 1
+    assert list(passed_over) == ["step-0000000002"]
+    assert isinstance(passed_over["step-0000000002"], DamagedCheckpointError)
+
+
+def flip_and_check(store: CheckpointStore, chance: random.Random) -> None:
+    path = chance.choice(files_of(store, "step-0000000002"))
+    whole = path.read_bytes()
+    bit = chance.randrange(8 * len(whole))
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    check_passed_over(store)
+    path.write_bytes(whole)
+
+
+def truncate_and_check(store: CheckpointStore, chance: random.Random) -> None:
+    path = chance.choice(files_of(store, "step-0000000002"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: chance.randrange(len(whole))])
+    check_passed_over(store)
+    path.write_bytes(whole)
+
+
+def test_flipped_bits_and_truncations_are_found(two: CheckpointStore) -> None:
+    chance = random.Random(0)
+    for _ in range(60):
+        flip_and_check(two, chance)
+        truncate_and_check(two, chance)
+
+
+@pytest.mark.prove
+def test_a_thousand_flipped_bits_and_two_hundred_truncations_are_found(two: CheckpointStore) -> None:
+    chance = random.Random(1)
+    for _ in range(1000):
+        flip_and_check(two, chance)
+    for _ in range(200):
+        truncate_and_check(two, chance)
+
+
+def test_every_bit_of_a_manifest_counts(two: CheckpointStore) -> None:
+    path = two.directory / "step-0000000002" / "manifest.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CheckpointError):
+            Manifest.from_bytes(bytes(damaged))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_missing_file_is_found(index: int, two: CheckpointStore) -> None:
+    files_of(two, "step-0000000002")[index].unlink()
+    check_passed_over(two)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_file_of_another_checkpoint_is_found(index: int, two: CheckpointStore) -> None:
+    first, second = (files_of(two, f"step-000000000{step}")[index] for step in (1, 2))
+    second.write_bytes(first.read_bytes())
+    check_passed_over(two)
+
+
+def test_a_file_too_many_is_found(two: CheckpointStore) -> None:
+    (two.directory / "step-0000000002" / "extra.pkl").write_bytes(b"cos\nsystem\n")
+    check_passed_over(two)
+
+
+def test_a_link_is_not_followed(two: CheckpointStore, tmp_path: Path) -> None:
+    path = files_of(two, "step-0000000002")[-1]
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    check_passed_over(two)
+
+
+def test_a_renamed_checkpoint_is_found(two: CheckpointStore) -> None:
+    (two.directory / "step-0000000001").rename(two.directory / "step-0000000003")
+    found, passed_over = two.newest()
+    assert found is not None
+    assert found.step == 2
+    assert "its directory was renamed" in str(passed_over["step-0000000003"])
+
+
+# ---- signatures
+
+
+def test_a_signature_tells_who_wrote_it(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path, key=b"ours"), 1)
+    assert CheckpointStore(tmp_path, key=b"ours").verify("step-0000000001").step == 1
+    assert CheckpointStore(tmp_path).verify("step-0000000001").step == 1
+    with pytest.raises(CheckpointError, match="not signed with the key"):
+        CheckpointStore(tmp_path, key=b"theirs").verify("step-0000000001")
+
+
+def test_an_unsigned_checkpoint_is_refused_where_there_is_a_key(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path), 1)
+    with pytest.raises(CheckpointError, match="not signed with the key"):
+        CheckpointStore(tmp_path, key=b"ours").verify("step-0000000001")
+
+
+def test_a_disk_of_ones_own_needs_no_more_than_the_calls() -> None:
+    assert set(CALLS) == {name for name in vars(Disk) if not name.startswith("_")}
