@@ -78,19 +78,15 @@ class Manifest:
         """
         try:
             document = json.loads(data)
-            content = dict(document["manifest"])
+            content: dict[str, Any] = dict(document["manifest"])
             version = content.pop("format")
             if type(version) is int and version > FORMAT:
                 raise CheckpointError(
                     f"The checkpoint is of format {version}, and this ptacc reads {FORMAT}: update it."
                 )
-            manifest = cls(
-                **{
-                    **content,
-                    "metrics": decode(Encoded(content["metrics"])),
-                    "files": {str(name): Written(**file) for name, file in content["files"].items()},
-                }
-            )
+            content["metrics"] = decode(Encoded(content["metrics"]))
+            content["files"] = {str(name): Written(**file) for name, file in content["files"].items()}
+            manifest = cls(**content)
             manifest.check()
             unknown_key = b"" if "hmac" in document else None
             written = manifest.to_bytes(unknown_key if key is None else key)
