@@ -213,6 +213,7 @@ ANY_IS_RIGHT = {
     "MetricLike.compute": "each metric computes values of its own type",
     "MetricLike.update": "each metric takes arguments of its own",
     "Mixin.law_options": "options of every type, handed on as keywords",
+    "Run.batch": "a run knows no batches, whatever they are",
     "Run.count": "counts the batches of a step, whatever they are",
     "Run.states": "the type of each state stands in its key",
     "TrainerCore.all_callbacks": "`Callback[Self]` could not be overridden: a callback is contravariant in `Self`",

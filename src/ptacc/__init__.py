@@ -63,6 +63,8 @@ from ptacc.protocols import SupportsLRScheduler as SupportsLRScheduler
 from ptacc.protocols import SupportsMetrics as SupportsMetrics
 from ptacc.protocols import SupportsMixedPrecision as SupportsMixedPrecision
 from ptacc.protocols import SupportsSeed as SupportsSeed
+from ptacc.protocols import SupportsSWA as SupportsSWA
+from ptacc.protocols import SupportsSyncBatchNorm as SupportsSyncBatchNorm
 from ptacc.trainers.supervised import Trainer as Trainer
 from ptacc.types import Cadence as Cadence
 from ptacc.types import EpochRecord as EpochRecord
@@ -151,7 +153,9 @@ __all__ = [
     "SupportsLRScheduler",
     "SupportsMetrics",
     "SupportsMixedPrecision",
+    "SupportsSWA",
     "SupportsSeed",
+    "SupportsSyncBatchNorm",
     "SyncBatchNormMixin",
     "TrainOptions",
     "Trainer",

@@ -240,3 +240,17 @@ class SupportsSeed(Protocol):
 
     seed: int | None
     deterministic: bool
+
+
+@runtime_checkable
+class SupportsSWA(Protocol):
+    """Trainers that end with an average of weights: `SWAMixin`."""
+
+    swa_start: int | None
+
+
+@runtime_checkable
+class SupportsSyncBatchNorm(Protocol):
+    """Trainers whose batch norm sees the batches of all processes: `SyncBatchNormMixin`."""
+
+    sync_batch_norm: bool

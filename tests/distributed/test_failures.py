@@ -6,10 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from ptacc import Callback, PeerError, StepOutput, StepResult, Steps, Trainer, TrainerCore
+from ptacc import (
+    AMPMixin,
+    Callback,
+    EvalResult,
+    LoaderRequest,
+    PeerError,
+    StepOutput,
+    StepResult,
+    Steps,
+    Trainer,
+    TrainerCore,
+)
+from ptacc.core.engine import Engine, Slot
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -160,3 +174,152 @@ def hear_of_the_failure() -> list[str]:
 
 def test_callbacks_hear_of_their_own_error_or_of_the_peers() -> None:
     assert run_ranks(hear_of_the_failure, 2, timeout=30) == [["PeerError"], ["KeyError"]]
+
+
+def kind_and_message(train: Callable[[], object]) -> tuple[str, str]:
+    try:
+        train()
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+class Evaluating(Callback[Trainer]):
+    """Evaluates at the end of a step, and is asked to terminate meanwhile."""
+
+    @override
+    def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
+        if step.step == 2:
+            terminate(trainer)
+            trainer.evaluate(tiny_data(240), per_device_batch_size=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_request_to_terminate_is_heard_in_an_evaluation_that_a_callback_asked_for(world_size: int) -> None:
+    def train() -> tuple[str, str]:
+        trainer = Trainer(**tiny_parts(), callbacks=[Evaluating()])
+        return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=9, per_device_batch_size=2))
+
+    assert run_ranks(train, world_size, timeout=30) == [("SystemExit", "143")] * world_size
+
+
+class TimingOut(Failing):
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        try:
+            return super().train_step(batch)
+        except KeyError:
+            raise RuntimeError("DataLoader timed out after 2.0 seconds") from None
+
+
+def test_an_error_of_the_users_is_not_taken_for_one_of_the_connections() -> None:
+    def train() -> tuple[str, str]:
+        trainer = TimingOut(**tiny_parts(), rank=1)
+        return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2))
+
+    first, second = run_ranks(train, 2, timeout=30)
+    assert second == ("RuntimeError", "DataLoader timed out after 2.0 seconds")
+    assert first == ("PeerError", "rank 1 failed after step 3: RuntimeError: DataLoader timed out after 2.0 seconds")
+
+
+def test_processes_fail_together_with_a_second_accelerator_as_well() -> None:
+    class Precise(AMPMixin, Failing): ...
+
+    def train() -> tuple[str, str]:
+        Trainer(**tiny_parts()).train(tiny_data(24), num_epochs=1)
+        parts: dict[str, Any] = {**tiny_parts(), "model": nn.Linear(4, 2)}
+        parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=0.1)
+        trainer = Precise(**parts, rank=1, mixed_precision="bf16")
+        inputs, targets = tiny_data(24).tensors
+        data = TensorDataset(inputs.float(), targets)
+        return kind_and_message(lambda: trainer.train(data, num_epochs=1, per_device_batch_size=2))
+
+    assert [kind for kind, _ in run_ranks(train, 2, timeout=30)] == ["PeerError", "KeyError"]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 2, dtype=torch.float64) for _ in range(2)])
+        self.head = 0
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = sum((head(inputs) for head in list(self.heads)[self.head :]), torch.zeros(()))
+        return outputs
+
+
+class LeavingOut(Trainer):
+    """Leaves out a parameter on one rank in one step."""
+
+    step: int = 0
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        is_here = (self.peers.rank, self.progress.steps + 1) == (1, self.step)
+        self.unwrapped_model.head = int(is_here)  # type: ignore[assignment]
+        return super().train_step(batch)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_parameter_that_takes_no_part_on_one_rank_is_found_before_the_update(step: int) -> None:
+    def train() -> tuple[str, str, int]:
+        model = TwoHeads()
+        parts: dict[str, Any] = {**tiny_parts(), "model": model}
+        parts["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = LeavingOut(**parts, step=step)
+        kind, message = kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=4))
+        return kind, message, trainer.progress.steps
+
+    for kind, message, steps in run_ranks(train, 2, timeout=30):
+        assert kind in ("RuntimeError", "PeerError")
+        assert "finished reduction" in message
+        assert steps == step - 1
+
+
+class Unhooked(Trainer):
+    """Fails in a hook on one rank."""
+
+    failing_hook: str
+
+    def fail_in(self, hook: str) -> None:
+        if (hook, self.peers.rank) == (self.failing_hook, 1):
+            raise KeyError("on purpose")
+
+    @override
+    def slots(self) -> tuple[Slot, ...]:
+        self.fail_in("slots")
+        return super().slots()
+
+    @override
+    def make_seed(self) -> int:
+        self.fail_in("make_seed")
+        return super().make_seed()
+
+    @override
+    def make_engine(self) -> Engine:
+        self.fail_in("make_engine")
+        return super().make_engine()
+
+    @override
+    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+        self.fail_in("make_train_dataloader")
+        return super().make_train_dataloader(request)
+
+    @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        self.fail_in("on_evaluation_end")
+
+
+@pytest.mark.parametrize("hook", ["slots", "make_seed", "make_engine", "make_train_dataloader", "on_evaluation_end"])
+def test_a_hook_that_fails_on_one_rank_is_named_on_the_other(hook: str) -> None:
+    def train() -> tuple[str, str]:
+        trainer = Unhooked(**tiny_parts(), failing_hook=hook)
+        return kind_and_message(lambda: trainer.train(tiny_data(24), tiny_data(24), num_epochs=1))
+
+    first, second = run_ranks(train, 2, timeout=30)
+    assert second == ("KeyError", "'on purpose'")
+    assert first[0] == "PeerError"
+    assert "rank 1 failed" in first[1]
+    assert "KeyError: 'on purpose'" in first[1]

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import (
     Callback,
     DataError,
+    EpochRecord,
+    EvalResult,
     ModelError,
     PeerError,
+    StepOutput,
     StepResult,
+    Steps,
     Trainer,
     TrainerCore,
 )
@@ -148,7 +153,7 @@ def test_a_collective_on_one_rank_of_a_run_is_refused_by_name(rank: int) -> None
     assert f"rank {1 - rank} went on without it" in message
     kind, message, _ = results[1 - rank]
     assert kind == "PeerError"
-    assert f"rank {rank} failed after step 2: CollectiveError: gather()" in message
+    assert f"rank {rank} failed in gather(): CollectiveError: gather()" in message
     assert all(seconds < SECONDS for *_, seconds in results)
 
 
@@ -165,8 +170,9 @@ def test_two_calls_at_one_place_are_refused_by_name_and_they_can_go_on() -> None
     for rank, (kind, message, seconds) in enumerate(run_ranks(differ, 2, timeout=30)):
         assert (kind, seconds < SECONDS) == ("CollectiveError", True)
         mine, theirs = ("evaluate()", "predict()") if rank == 0 else ("predict()", "evaluate()")
-        assert message.startswith(f"{mine} was called on rank {rank} (test_meetings.py:")
-        assert f"{theirs} on rank {1 - rank}" in message
+        samples = "with 24 samples in global batches of 16"
+        assert message.startswith(f"{mine} {samples} was called on rank {rank} (test_meetings.py:")
+        assert f"{theirs} {samples} on rank {1 - rank}" in message
 
 
 def leave_alone() -> tuple[str, str, float]:
@@ -237,3 +243,158 @@ def freeze_on_rank_1() -> str:
 
 def test_a_model_that_only_one_rank_cannot_train_is_refused_on_all() -> None:
     assert run_ranks(freeze_on_rank_1, 2, timeout=30) == ["PeerError", "ModelError"]
+
+
+# ---- the same, at every place of a run
+
+
+class AloneAt(Trainer):
+    """Calls a collective on one rank only, at a place of a run."""
+
+    place: str
+    rank: int
+
+    def come_to(self, place: str) -> None:
+        is_here = (place, self.rank) == (self.place, self.peers.rank) and self.is_running
+        if is_here and self.progress.steps >= 1:
+            self.gather(torch.ones(1))
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        self.come_to("train_step")
+        return super().train_step(batch)
+
+    @override
+    def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        self.come_to("eval_step")
+        return super().eval_step(batch)
+
+    @override
+    def on_step_start(self) -> None:
+        super().on_step_start()
+        self.come_to("on_step_start")
+
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        super().on_gradients_ready(step)
+        self.come_to("on_gradients_ready")
+
+    @override
+    def on_evaluation_start(self, name: str) -> None:
+        super().on_evaluation_start(name)
+        self.come_to("on_evaluation_start")
+
+    @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        self.come_to("on_evaluation_end")
+
+    @override
+    def on_epoch_start(self) -> None:
+        super().on_epoch_start()
+        self.come_to("on_epoch_start")
+
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        super().on_epoch_end(record)
+        self.come_to("on_epoch_end")
+
+    @override
+    def on_run_end(self) -> None:
+        super().on_run_end()
+        self.come_to("on_run_end")
+
+
+PLACES = [
+    "train_step",
+    "eval_step",
+    "on_step_start",
+    "on_gradients_ready",
+    "on_evaluation_start",
+    "on_evaluation_end",
+    "on_epoch_start",
+    "on_epoch_end",
+    "on_run_end",
+]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_collective_on_one_rank_is_refused_wherever_it_is(place: str, rank: int) -> None:
+    def train() -> tuple[str, str, float]:
+        trainer = AloneAt(**tiny_parts(), place=place, rank=rank)
+        return error_of(lambda: trainer.train(tiny_data(24), tiny_data(24), num_epochs=3, per_device_batch_size=4))
+
+    results = run_ranks(train, 2, timeout=30)
+    assert results[rank][0] == "CollectiveError"
+    assert "gather() was called on rank" in results[rank][1]
+    assert results[1 - rank][0] == ("nothing" if place == "on_run_end" else "PeerError")
+    assert all(seconds < SECONDS for *_, seconds in results)
+
+
+def refuse_and_go_on() -> list[str]:
+    trainer = Trainer(**tiny_parts())
+    outcomes = [error_of(lambda: trainer.gather(torch.ones(1)))[0]] if trainer.peers.rank == 0 else []
+    if trainer.peers.rank == 1:
+        trainer.peers.mark()  # as every step and batch does
+        time.sleep(1)
+    return [*outcomes, error_of(lambda: trainer.gather(torch.ones(1)))[0]]
+
+
+def test_after_a_call_alone_the_processes_do_not_go_on_with_stale_words() -> None:
+    assert run_ranks(refuse_and_go_on, 2, timeout=30) == [["CollectiveError", "PeerError"], ["PeerError"]]
+
+
+def nest(raises: bool) -> list[str]:
+    trainer = Trainer(**tiny_parts())
+    order: list[str] = []
+
+    def go() -> None:
+        with trainer.main_process_first():
+            with trainer.main_process_first():
+                if trainer.peers.rank == 0 and raises:
+                    raise FileNotFoundError("no such archive")
+            order.append(f"in {time.monotonic()}")
+
+    kind, *_ = error_of(go)
+    return [*order, kind]
+
+
+def test_what_is_within_main_process_first_has_its_order() -> None:
+    (first, _), (second, _) = run_ranks(nest, 2, False, timeout=30)
+    assert float(first.split()[1]) < float(second.split()[1])
+    assert run_ranks(nest, 2, True, timeout=30) == [["FileNotFoundError"], ["PeerError"]]
+
+
+# ---- what has to be the same on all
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "told"),
+    [
+        ((24, 40), ({}, {}), ("train 24 samples", "train 40 samples")),
+        ((24, 24), ({"per_device_batch_size": 4}, {}), ("global batches of 8", "global batches of 16")),
+        ((24, 24), ({"num_epochs": 1}, {"num_epochs": 2}), ("num_epochs=1", "num_epochs=2")),
+        ((24, 24), ({"evaluate_every": Steps(1)}, {}), ("evaluate_every=Steps(n=1)", "evaluate_every=Epochs(n=1)")),
+    ],
+)
+def test_data_and_options_that_differ_are_refused(samples: Any, options: Any, told: tuple[str, str]) -> None:
+    def train() -> tuple[str, str, float]:
+        trainer = Trainer(**tiny_parts())
+        rank = trainer.peers.rank
+        asked: Any = {"num_epochs": 1, **options[rank]}
+        outcome = error_of(lambda: trainer.train(tiny_data(samples[rank]), **asked))
+        trainer.train(tiny_data(), num_epochs=1)
+        return outcome
+
+    for kind, message, _ in run_ranks(train, 2, timeout=30):
+        assert kind == "CollectiveError"
+        assert all(part in message for part in told)
+
+
+def test_evaluation_data_that_differs_is_refused() -> None:
+    def evaluate() -> str:
+        trainer = Trainer(**tiny_parts())
+        return error_of(lambda: trainer.evaluate(tiny_data(8 + 16 * trainer.peers.rank)))[1]
+
+    assert all("8 samples" in message and "24 samples" in message for message in run_ranks(evaluate, 2, timeout=30))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 from typing_extensions import override
 
 from ptacc import (
@@ -249,3 +249,54 @@ def log_on_one_rank() -> list[dict[str, float]]:
 
 def test_a_value_may_be_logged_on_some_ranks_and_steps_only() -> None:
     assert run_ranks(log_on_one_rank, 2) == [[{}, {"aux": 3.0}, {}]] * 2
+
+
+class Curve(MetricsMixin, Trainer): ...
+
+
+def area_under_the_curve(batch_size: int) -> list[float]:
+    curve = MulticlassAUROC(2, thresholds=None)  # keeps a list of all that it saw
+    trainer = Curve(**tiny_parts(), metrics={"auroc": curve, "accuracy": MulticlassAccuracy(2)})
+    inputs, targets = tiny_data(24).tensors
+    one_of_each = [int((targets == target).nonzero()[0]) for target in (0, 1)]
+    data = TensorDataset(inputs[one_of_each], targets[one_of_each])
+    return list(trainer.evaluate(data, per_device_batch_size=batch_size).metrics.values())
+
+
+def test_a_metric_of_lists_is_right_where_a_process_has_no_sample() -> None:
+    alone = area_under_the_curve(3)
+    assert run_ranks(area_under_the_curve, 3, 1, timeout=30) == [pytest.approx(alone)] * 3
+
+
+def log_means_of_tokens(per_device_batch_size: int) -> list[float]:
+    class Sparse(TokenLoop):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            logits, is_token = self.model(batch[0]), batch[1] != -100
+            losses = logits.square().mean(dim=2)[is_token]
+            return StepOutput.from_sum(losses.sum(), outputs=logits, logged={"mean_loss": losses.mean()})
+
+    parts = tiny_parts()
+    del parts["loss_func"]
+    data = [Tokens()[index] for index in (7, 1, 2, 0)]  # the first and the last have no tokens
+    trainer = Sparse(**parts)
+    options: Any = {"train_dataloader_kwargs": {"shuffle": False}, "per_device_batch_size": per_device_batch_size}
+    return [step.logged["mean_loss"] for step in trainer.train(data, num_epochs=1, **options).steps]
+
+
+def test_a_mean_over_a_batch_without_items_is_not_logged() -> None:
+    assert run_ranks(log_means_of_tokens, 2, 1, timeout=30) == [pytest.approx(log_means_of_tokens(2), rel=1e-12)] * 2
+
+
+def train_on_what_a_collate_function_leaves(per_device_batch_size: int) -> list[float]:
+    def drop_some(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        kept = [sample for sample in samples if sample[0][0] > -0.5]
+        return torch.stack([x for x, _ in kept]), torch.stack([y for _, y in kept])
+
+    loader = DataLoader(tiny_data(24), batch_size=per_device_batch_size, collate_fn=drop_some)
+    return [step.loss for step in Trainer(**tiny_parts()).train(loader, num_epochs=1).steps]
+
+
+def test_a_collate_function_may_drop_samples() -> None:
+    whole = train_on_what_a_collate_function_leaves(12)
+    assert run_ranks(train_on_what_a_collate_function_leaves, 2, 6, timeout=30) == [pytest.approx(whole, rel=1e-12)] * 2

@@ -4,7 +4,7 @@ import pytest
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import EarlyStoppingMixin, MonitorError, Steps, Trainer
+from ptacc import Callback, EarlyStoppingMixin, EpochRecord, MonitorError, Steps, Trainer
 from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.types import Monitored
@@ -77,3 +77,13 @@ def test_the_best_is_the_best_in_its_mode(mode: str) -> None:
     for value in (2.0, 1.0, 3.0):
         patience.observe(value)
     assert patience.best == (1.0 if mode == "min" else 3.0)
+
+
+def test_an_evaluation_that_a_callback_asks_for_is_not_looked_at() -> None:
+    class Testing(Callback[Scripted]):
+        @override
+        def on_epoch_end(self, trainer: Scripted, record: EpochRecord) -> None:
+            trainer.evaluate(tiny_data())
+
+    trainer = Scripted(**tiny_parts(), losses=(5.0, 6.0, 6.0, 4.0), early_stopping_patience=3, callbacks=[Testing()])
+    assert len(trainer.train(tiny_data(), tiny_data(), num_epochs=4)) == 4

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import EMAMixin, GradAccumMixin, StepResult, Trainer
+from ptacc import EMAMixin, GradAccumMixin, KeepBestModel, StepResult, Trainer
 from ptacc.core.averages import AveragedWeights
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.testing import tiny_data, tiny_parts
@@ -106,3 +106,25 @@ def test_a_model_of_batch_norm_trains_with_averages() -> None:
     assert first is not None
     assert last is not None
     assert last < first
+
+
+def test_an_evaluation_within_averaged_weights_sees_them_too() -> None:
+    trainer, _ = train(ema_decay=0.9)
+    expected = trainer.evaluate(tiny_data()).loss
+    with trainer.averaged_weights():
+        assert trainer.evaluate(tiny_data()).loss == expected
+        with trainer.averaged_weights():
+            pass
+        assert trainer.evaluate(tiny_data()).loss == expected
+    trainer.ema_evaluates = False
+    assert trainer.evaluate(tiny_data()).loss != expected
+
+
+def test_the_best_model_is_the_one_that_was_evaluated() -> None:
+    trainer = Averaged(**tiny_parts(), ema_decay=0.5, callbacks=[KeepBestModel("eval_loss", mode="max")])
+    history = trainer.train(tiny_data(), tiny_data(), num_epochs=3)
+    best = max(epoch.eval_loss for epoch in history if epoch.eval_loss is not None)
+    assert best == history[0].eval_loss
+    assert trainer.evaluate(tiny_data()).loss == pytest.approx(best, rel=1e-12)
+    trainer.ema_evaluates = False
+    assert trainer.evaluate(tiny_data()).loss == pytest.approx(best, rel=1e-12)

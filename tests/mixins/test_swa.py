@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
-from ptacc import EpochRecord, SWAMixin, SyncBatchNormMixin, Trainer
+from ptacc import EpochRecord, KeepBestModel, OptionError, SWAMixin, SyncBatchNormMixin, Trainer
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -95,6 +96,14 @@ DEALT = {
 }
 
 
+# What they take together.
+TOGETHER: dict[str, list[Sequence[int]]] = {
+    "ragged": [range(8), range(8, 16), range(16, 24), range(24, 25)],
+    "one": [range(1)],
+    "sharded": [(*range(4), *range(16, 20)), (*range(4, 8), *range(20, 22)), range(8, 12), range(12, 16)],
+}
+
+
 def make_net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3)]
@@ -128,8 +137,34 @@ def test_two_processes_end_with_one_average_and_the_mean_of_all_their_batches(
     torch.testing.assert_close(own, mean, rtol=1e-12, atol=0)
 
     inputs = tiny_data(DEALT[dealt][-1].stop).tensors[0]
-    hidden = [model[:2](inputs[list(batch)]).detach().transpose(0, 1).flatten(1) for batch in DEALT[dealt]]
+    batches = TOGETHER[dealt] if kind is SyncedOnTwo else DEALT[dealt]
+    hidden = [model[:2](inputs[list(batch)]).detach().transpose(0, 1).flatten(1) for batch in batches]
     expected = {"running_mean": [h.mean(dim=1) for h in hidden], "running_var": [h.var(dim=1) for h in hidden]}
     for name, values in expected.items():
         torch.testing.assert_close(state[f"2.{name}"], torch.stack(values).mean(dim=0), rtol=1e-12, atol=0)
     assert int(state["2.num_batches_tracked"]) == len(hidden)
+
+
+def test_a_run_cannot_end_with_the_best_weights_and_with_the_average() -> None:
+    trainer = Averaged(**tiny_parts(), swa_start=1, callbacks=[KeepBestModel("train_loss")])
+    with pytest.raises(OptionError, match="cannot end both"):
+        trainer.train(tiny_data(), num_epochs=1)
+    watched = KeepBestModel("train_loss", restore=False)
+    Averaged(**tiny_parts(), swa_start=1, callbacks=[watched]).train(tiny_data(), num_epochs=1)
+    assert watched.best_epoch == 1
+
+
+def synced_to_the_end(per_device_batch_size: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    options: Any = {"per_device_batch_size": per_device_batch_size, "train_dataloader_kwargs": {"shuffle": False}}
+    SyncedOnTwo(**parts, swa_start=1).train(tiny_data(10), num_epochs=2, **options)
+    return dict(model.state_dict())
+
+
+def test_the_last_pass_sees_the_global_batch_where_batch_norm_does() -> None:
+    alone = synced_to_the_end(8)  # of the last global batch of 2, each process has 1
+    for split in run_ranks(synced_to_the_end, 2, 4, timeout=30):
+        for name, value in alone.items():
+            torch.testing.assert_close(split[name], value, rtol=1e-12, atol=1e-15)

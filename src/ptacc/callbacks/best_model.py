@@ -7,13 +7,18 @@ import math
 from torch import Tensor
 from typing_extensions import override
 
+from ptacc.core.averages import AveragedWeights
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
+from ptacc.errors import OptionError
+from ptacc.protocols import SupportsSWA
 from ptacc.types import EpochRecord, Mode, Monitored, as_monitored
 
 
 class KeepBestModel(Callback[TrainerCore]):
     """Keeps a copy of the weights of the best epoch in the host's memory, and ends the run with them.
+
+    They are those that evaluations see: with `EMAMixin`, the averages.
 
     Attributes:
         best_value: The best value so far, NaN before the first.
@@ -46,6 +51,11 @@ class KeepBestModel(Callback[TrainerCore]):
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
         """Forget an earlier run."""
+        if self._restore and isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
+            raise OptionError(
+                f"KeepBestModel({self._monitored.name!r}) and swa_start={trainer.swa_start}: the run cannot end both "
+                "with the best weights and with the average. Give restore=False, or leave out one of them."
+            )
         self.best_value, self.best_epoch, self._weights = math.nan, 0, {}
 
     @override
@@ -54,11 +64,15 @@ class KeepBestModel(Callback[TrainerCore]):
         value = record.values().get(self._monitored.name, math.nan)
         if self._monitored.is_better(value, than=self.best_value):
             self.best_value, self.best_epoch = value, record.epoch
-            weights = trainer.unwrapped_model.state_dict()
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+            with trainer.around_evaluation_weights():
+                weights = trainer.unwrapped_model.state_dict()
+                self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         """Load the best weights."""
         if self._restore and self._weights:
             trainer.unwrapped_model.load_state_dict(self._weights)
+            for _, state in trainer.run.states():
+                if isinstance(state, AveragedWeights):
+                    state.start_from(trainer.unwrapped_model)

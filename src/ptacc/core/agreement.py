@@ -70,6 +70,7 @@ class StopVote:
             return None
         number, work, wish = self._ballot
         self._ballot = None
+        self._peers.mark()
         work.wait()
         if not int(number):
             return None

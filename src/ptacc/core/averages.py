@@ -19,6 +19,7 @@ class AveragedWeights:
     def __init__(self, model: nn.Module) -> None:
         """Start from the present weights of `model`, under its canonical names."""
         self.updates = 0
+        self._is_applied = False
         self._averages = {name: tensor.detach().clone() for name, tensor in tensors_of(model)}
 
     @property
@@ -51,12 +52,23 @@ class AveragedWeights:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Have the averages in the model for the block."""
+        """Have the averages in the model for the block, and for blocks within it."""
+        if self._is_applied:
+            yield
+            return
         self.exchange(model)
+        self._is_applied = True
         try:
             yield
         finally:
+            self._is_applied = False
             self.exchange(model)
+
+    @torch.no_grad()
+    def start_from(self, model: nn.Module) -> None:
+        """Take the model's present tensors for the averages."""
+        for name, tensor in tensors_of(model):
+            self._averages[name].copy_(tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates and the averages."""

@@ -52,6 +52,10 @@ class BatchSource(Protocol):
         """Batches of an epoch, None where the data has no length."""
         ...
 
+    def told(self) -> str:
+        """Tell of the data what has to be the same on all processes; nothing where each has its own."""
+        ...
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch, counted from 0, from the batch `start` on.
 

@@ -103,6 +103,8 @@ class _Shared:
 
 
 _shared: list[_Shared] = []
+_connected_before: dict[int, frozenset[tuple[int, int]]] = {}
+"""By process: a fork has other connections."""
 
 
 def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceRuntime, Peers]:
@@ -132,7 +134,7 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         release_accelerator()
     if not _shared:
         plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
-        connected_before = open_connections()
+        connected_before = connections_before_launch()
         accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
         try:
             check_accelerator(accelerator)
@@ -143,6 +145,13 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         _shared.append(_Shared(accelerator, peers, builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
     return _shared[0].accelerator, _shared[0].peers
+
+
+def connections_before_launch() -> frozenset[tuple[int, int]]:
+    """Return the connections that this process had before it joined the others: those are not theirs."""
+    if not is_initialized():
+        _connected_before[os.getpid()] = open_connections()
+    return _connected_before.get(os.getpid(), frozenset())
 
 
 def release_accelerator() -> None:

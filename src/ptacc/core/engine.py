@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
@@ -121,7 +122,10 @@ class TorchEngine:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def finish_gradients(self) -> None:
-        """Divide the gradients by the scaler's factor."""
+        """See that the processes have averaged the gradients, and divide them by the scaler's factor."""
+        if isinstance(self._model, DistributedDataParallel):
+            # It looks for parameters that took no part at its next forward pass only: after the update.
+            self._model._check_reducer_finalized()  # type: ignore[no-untyped-call]  # noqa: SLF001
         if self._scaler is not None:
             for slot in self._slots:
                 self._scaler.unscale_(slot.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
@@ -21,7 +21,7 @@ from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run import LossSum
-from ptacc.core.sources import level, source_of
+from ptacc.core.sources import level, source_of, tell
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
@@ -86,11 +86,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: No data, an empty dataset, or one that is not what it says.
             OptionError: A count below 1.
         """
-        with self.peers.meeting("evaluate()"):
+        with self.peers.meeting("evaluate()") as told:
             check_bare(type(self).__name__, self.unwrapped_model)
             check_call("evaluate", dataset, collate_fn, options)
             limit = limit_from_environment(options.get("limit_batches"))
             sources = self._eval_sources(dataset, collate_fn, options, limit)
+            told += tell(sources)
         with self._prepared(sources.values()):
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
         return results if isinstance(dataset, Mapping) else results[""]
@@ -175,7 +176,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
                 )
             result = EvalResult(total / items, self.compute_metrics())
-        events.evaluation_end(name, result)
+        with self.peers.failing_together(f"after evaluating {name}".rstrip()):
+            events.evaluation_end(name, result)
         return result
 
     def _evaluate_batch(self, host: HostBatch[BatchT]) -> StepOutput[OutputT]:
@@ -188,13 +190,15 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
-        with self.peers.meeting("predict()"):
+        with self.peers.meeting("predict()") as told:
             check_bare(type(self).__name__, self.unwrapped_model)
             if isinstance(dataset, Mapping):
                 raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
             check_call("predict", dataset, collate_fn, options)
             # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
-            (source,) = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches")).values()
+            sources = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches"))
+            told += tell(sources)
+        (source,) = sources.values()
         events = self._listeners()
         position = 0
         together = self.peers.failing_together("in a prediction")
@@ -202,24 +206,25 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.prediction_start()
             for host in source.epoch(0):
                 outputs = self._predict_batch(host)
-                indices = list(host.indices) if host.indices is not None else [-1] * len(outputs)
-                mine = [] if host.is_phantom else list(zip(indices, outputs, strict=True))
-                for part in self.peers.gather(mine):
-                    for index, output in part:
+                # Batch by batch, and not sample by sample: a view of a batch is sent with the whole of it.
+                for indices, batch in filter(None, self.peers.gather(None if host.is_phantom else outputs)):
+                    for index, output in zip(indices, unbind(batch, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
-        events.prediction_end()
+            events.prediction_end()
 
-    def _predict_batch(self, host: HostBatch[BatchT]) -> list[OutputT]:
-        outputs = self.predict_step(to_device(host.data, self.device))
-        on_host = map_tensors(to_host, outputs)
-        count = leading_dimension(on_host)
-        if host.indices is not None and count != len(host.indices):
+    def _predict_batch(self, host: HostBatch[BatchT]) -> tuple[Sequence[int], OutputT]:
+        """Return the indices of a batch's samples, -1 for those that have none, and their outputs on the host."""
+        outputs = map_tensors(to_host, self.predict_step(to_device(host.data, self.device)))
+        count = leading_dimension(outputs)
+        if host.indices is None:
+            return [-1] * count, outputs
+        if count != len(host.indices):
             raise DataError(
                 f"{type(self).__name__}.predict_step gave {count} outputs for {len(host.indices)} samples. "
                 "Return one for each sample, along the first dimension."
             )
-        return unbind(on_host, count)
+        return host.indices, outputs
 
     def _eval_sources(
         self, dataset: Any, collate_fn: Any, options: EvalOptions, limit: int | None
@@ -283,8 +288,9 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _evaluating(self) -> Iterator[None]:
         """Be in eval mode without gradients, and leave flags and random streams as they were."""
         remembered = ModelState.of(self.model)
+        streams = preserved_streams(devices=self.device.type != "cpu")
         try:
-            with torch.no_grad(), preserved_streams(devices=self.device.type != "cpu"):
+            with torch.no_grad(), streams, self.around_evaluation_weights():
                 self.model.eval()
                 yield
         finally:

@@ -25,12 +25,12 @@ from ptacc.errors import PeerError, PtaccError
 
 GRACE_SECONDS = 3.0
 """How long other processes have to answer once a connection broke."""
-BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "process group")
-"""Words of the errors that collectives raise when a peer is gone."""
+BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "process group")
+"""Words of the errors that collectives raise when a peer is gone, or timed out."""
 
 
-class AgreedExit(Exception):  # noqa: N818  # no error
-    """Leaves a block on all processes alike, as they agreed: no failure."""
+class AgreedExit(BaseException):
+    """Leaves a block on all processes alike, as they agreed: no failure, and nobody's `except Exception` to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ class FailureBoard:
                 raise
             peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
             if peers_failure is None:
-                place = where if isinstance(where, str) else where()
-                self._tell(Failure(self.rank, place, f"{type(error).__name__}: {error}"))
+                self.tell(where if isinstance(where, str) else where(), error)
                 raise
             self.failure = peers_failure
             raise PeerError(str(peers_failure)) from error
@@ -92,8 +91,9 @@ class FailureBoard:
         if self.failure is not None:
             raise PeerError(f"The processes of this launch cannot go on together: {self.failure}. Start them anew.")
 
-    def _tell(self, failure: Failure) -> None:
-        self.failure = failure
+    def tell(self, where: str, error: BaseException) -> None:
+        """Tell the other processes that this one failed, and break what they wait for."""
+        self.failure = failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
             self.store.set(f"failed/{self.rank}", json.dumps([failure.rank, failure.where, failure.what]))
         self._cut()
@@ -142,7 +142,10 @@ class FailureBoard:
         for rank in self._others():
             host, process = json.loads(self.store.get(f"process/{rank}"))
             if host == host_identity() and not is_running(process):
-                return Failure(rank, "at an unknown place", "lost: its process has ended, or was killed")
+                found = Failure(rank, "at an unknown place", "lost: its process has ended, or was killed")
+                # For processes of other hosts, which cannot see that.
+                self.store.set(f"failed/{rank}", json.dumps([found.rank, found.where, found.what]))
+                return found
         return None
 
 

@@ -67,7 +67,7 @@ class SharedStream(IterableDataset[Any]):
     def __init__(self, dataset: Any, collate: Collate, size: int, drop_last: bool, peers: Peers, seed: int) -> None:
         """Cut `dataset` into global batches of `size` samples."""
         self.dataset = dataset
-        self._collate, self._size, self._drop_last, self._seed = collate, size, drop_last, seed
+        self._collate, self.size, self._drop_last, self._seed = collate, size, drop_last, seed
         self._rank, self._world_size = peers.rank, peers.world_size
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
@@ -82,7 +82,7 @@ class SharedStream(IterableDataset[Any]):
             samples = len(self.dataset)
         except TypeError:
             return None
-        return workers * count_global_batches(-(-samples // workers), self._size, drop_last=self._drop_last)
+        return workers * count_global_batches(-(-samples // workers), self.size, drop_last=self._drop_last)
 
     def check_length(self, batches: int, expected: int, gave: str) -> None:
         """Raise `DataError` if the stream gave another number of batches than its length promised."""
@@ -105,8 +105,8 @@ class SharedStream(IterableDataset[Any]):
         while True:
             with seeded_loading(derive_seed(self._seed, epoch, index)):
                 samples = iter(self.dataset) if samples is None else samples
-                chunk = list(islice(samples, self._size))
-                if not chunk or (self._drop_last and len(chunk) < self._size):
+                chunk = list(islice(samples, self.size))
+                if not chunk or (self._drop_last and len(chunk) < self.size):
                     return
                 mine = list(share_of(range(len(chunk)), self._rank, self._world_size))
                 batch = self._collate([chunk[i] for i in mine] or chunk)

@@ -52,7 +52,7 @@ class StepResult:
     def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
         """Add one batch: its share of the loss, and means over it with their weight in the step's."""
         self.loss = loss if self.loss is NOT_YET else self.loss + loss
-        for name, value in logged.items():
+        for name, value in logged.items() if weight else ():  # a mean over nothing is NaN, and counts for nothing
             self.logged[name] = self.logged.get(name, 0.0) + value.detach() * weight
             self.weights[name] = self.weights.get(name, 0.0) + weight
 

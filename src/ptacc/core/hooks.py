@@ -99,6 +99,12 @@ class TrainerCore(Components):
 
     @hook("around")
     @contextlib.contextmanager
+    def around_evaluation_weights(self) -> Iterator[None]:
+        """Have in the model, for the block, the weights that evaluations and predictions are made with."""
+        yield
+
+    @hook("around")
+    @contextlib.contextmanager
     def around_evaluation(self) -> Iterator[None]:
         """Surround the evaluation of a set."""
         yield

@@ -26,7 +26,7 @@ from ptacc.core.nested import to_device
 from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
-from ptacc.core.setup import RunSetUp
+from ptacc.core.setup import RunSetUp, marking_forwards
 from ptacc.core.signals import heeding_termination
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
@@ -214,8 +214,9 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._stand_in(run.model)
                 self.model.train()
                 together = run.peers.failing_together(lambda: f"after step {run.progress.steps}")
-                with together, heeding_termination(run.wish_to_terminate):
-                    self._loop(run)
+                with together, heeding_termination(run.wish_to_terminate), marking_forwards(run):
+                    with contextlib.suppress(AgreedExit):  # from an evaluation that a hook asked for
+                        self._loop(run)
                     run.heed_late_signal()
             except BaseException as error:
                 self._listeners().exception(error)
@@ -289,17 +290,19 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
         for index, host in enumerate(window.batches):
-            run.is_phantom = host.is_phantom
+            run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
                 batch = to_device(host.data, run.device)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss = window.share(index, output)
+                run.peers.mark()
                 self.backward(loss)
             step.add(loss.detach(), output.logged, window.weight(index))
             if not host.is_phantom:
                 self.on_batch_end(batch, output)
             del batch, output, loss  # the next forward pass needs their memory
+        run.batch = None
         run.engine.finish_gradients()
         self.on_gradients_ready(step)
         return step, run.engine.update()
@@ -307,7 +310,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
         """Iterate over the windows of an epoch."""
         batches = run.data.epoch(run.progress.epochs)
-        items_are_samples = not overrides(self, BatchHooks, "count_items") and run.options.collate_fn is None
+        items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = windows_of(
             batches, run.batches_per_step, self.count_items, run.peers, items_are_samples=items_are_samples
         )
@@ -335,9 +338,11 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _evaluate_sets(self, run: Run) -> dict[str, EvalResult]:
         """Evaluate every set."""
         results: dict[str, EvalResult] = {}
+        run.plans_evaluation = True
         with contextlib.suppress(AgreedExit):
             for name, source in run.eval_data.items():
                 results[name] = self._evaluate(name, source)
+        run.plans_evaluation = False
         run.epoch.evaluations |= results
         run.evaluated_at = run.progress
         return results

@@ -9,27 +9,30 @@ place. For the last, each process marks its way where the others of its host can
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from ptacc.core.failure import FailureBoard, host_identity
 from ptacc.errors import CollectiveError, PeerError
 
-FIRST_PAUSE = 0.0002
-LONGEST_PAUSE = 0.05
+FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.01
 """Seconds between two looks at the store; they double."""
+LOOK_EVERY = 0.1
+"""Seconds to wait for the others before it is looked whether they can still come."""
 PACKAGE = str(Path(__file__).parent.parent)
 
 
 class Trail:
     """How often this process passed a place that all processes pass alike: a number that its host can read.
 
+    It is even; odd after a place that some may pass by on their way to the next, which is even again for all.
     Marking costs a tenth of a microsecond. Where the system has no such memory, nobody reads it.
     """
 
@@ -45,12 +48,16 @@ class Trail:
         self._marks = memoryview(self._memory).cast("Q")
 
     def mark(self) -> None:
-        """Pass a place."""
-        self._marks[0] += 1
+        """Pass a place that nobody passes by."""
+        self._marks[0] = (self._marks[0] | 1) + 1
+
+    def touch(self) -> None:
+        """Pass a place on the way to the next."""
+        self._marks[0] |= 1
 
     @property
     def marks(self) -> int:
-        """How many places were passed."""
+        """How far this process is."""
         return self._marks[0]
 
 
@@ -85,6 +92,7 @@ class Meetings:
         self._board, self._store = board, board.store
         self._rank, self._held = board.rank, 0
         self._kept: list[int] = []
+        self.inside = ""
         self.trail = Trail()
         self._store.set(f"trail/{self._rank}", json.dumps([host_identity(), self.trail.path]))
 
@@ -108,9 +116,19 @@ class Meetings:
         if len(ranks) == self._board.world_size:
             self._forget_former()
         for rank, word in zip(ranks, words, strict=True):
-            check_same(self._rank, mine, rank, word)
             if word.error is not None and rank != self._rank:
                 raise PeerError(f"rank {rank} failed in {word.call} ({word.place}): {word.error}")
+        for rank, word in zip(ranks, words, strict=True):
+            check_same(self._rank, mine, rank, word)
+
+    @contextlib.contextmanager
+    def within(self, call: str) -> Iterator[None]:
+        """Say in `inside` that a call is under way."""
+        self.inside = call
+        try:
+            yield
+        finally:
+            self.inside = ""
 
     def ranks_of_this_host(self) -> list[int]:
         """Return the ranks of this host's processes."""
@@ -118,7 +136,7 @@ class Meetings:
 
     def _announce(self, word: Word) -> None:
         self._held += 1
-        self._store.set(f"meeting/{self._held}/{self._rank}", json.dumps(astuple(word)))
+        self._store.set(self._key_of(self._rank), json.dumps(astuple(word)))
         self._kept.append(self._held)
 
     def _forget_former(self) -> None:
@@ -127,34 +145,40 @@ class Meetings:
             self._store.delete_key(f"meeting/{number}/{self._rank}")
         del self._kept[:-1]
 
-    def _has_come(self, *ranks: int) -> bool:
-        return self._store.check([f"meeting/{self._held}/{rank}" for rank in ranks])
+    def _key_of(self, rank: int) -> str:
+        return f"meeting/{self._held}/{rank}"
 
     def _word_of(self, rank: int) -> Word:
-        return Word(*json.loads(self._store.get(f"meeting/{self._held}/{rank}")))
+        return Word(*json.loads(self._store.get(self._key_of(rank))))
 
     def _wait(self, mine: Word, ranks: Sequence[int]) -> None:
-        pause = FIRST_PAUSE
-        while not self._has_come(*ranks):
-            if pause == LONGEST_PAUSE:
+        keys = [self._key_of(rank) for rank in ranks]
+        pause, looked = FIRST_PAUSE, time.monotonic()
+        while not self._store.check(keys):
+            if time.monotonic() - looked > LOOK_EVERY:
                 self._look_for_proof(mine, ranks)
-            time.sleep(pause)
+                looked = time.monotonic()
+            time.sleep(pause)  # the store's own waiting prints a warning each time that it ends without an answer
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _look_for_proof(self, mine: Word, ranks: Sequence[int]) -> None:
         """Raise where one of `ranks` cannot come any more."""
         failure = self._board.find_failure()
         for rank in ranks:
-            if self._has_come(rank):
+            path = self._trail_of(rank)
+            marks = marks_at(path) if path else -1  # before the next line: it may come, and go on, in between
+            if self._store.check([self._key_of(rank)]):
                 check_same(self._rank, mine, rank, self._word_of(rank))
             elif failure is not None:
                 self._board.failure = failure
                 raise PeerError(str(failure))
-            elif (path := self._trail_of(rank)) and marks_at(path) > self.trail.marks:
-                raise CollectiveError(
+            elif marks > self.trail.marks:
+                error = CollectiveError(
                     f"{mine.call} was called on rank {self._rank} ({mine.place}), and rank {rank} went on without it. "
                     "Call it on every process: not under a condition that only some of them meet."
                 )
+                self._board.tell(f"in {mine.call}", error)  # the others wait for this process elsewhere
+                raise error
 
     def _trail_of(self, rank: int) -> str | None:
         """Return where the marks of a process are, None where it is on another host."""
@@ -167,7 +191,8 @@ def check_same(rank: int, mine: Word, other: int, theirs: Word) -> None:
     if mine.call != theirs.call:
         raise CollectiveError(
             f"{mine.call} was called on rank {rank} ({mine.place}), and {theirs.call} on rank {other} "
-            f"({theirs.place}). All processes make these calls in the same order: call each of them on every process."
+            f"({theirs.place}). All processes make these calls alike: in the same order, with the same options, and "
+            "with data of the same size."
         )
 
 

@@ -65,7 +65,7 @@ class Peers:
         return contextlib.nullcontext() if self.board is None else self.board.failing_together(where)
 
     def mark(self) -> None:
-        """Mark a place that all processes pass alike, for those that wait elsewhere to see."""
+        """Mark a place that all processes pass alike before they wait for each other, for one that waits elsewhere."""
         if self.meetings is not None:
             self.meetings.trail.mark()
 
@@ -84,37 +84,48 @@ class Peers:
             self.meetings.meet(call, range(self.world_size) if ranks is None else ranks)
 
     @contextlib.contextmanager
-    def meeting(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
+    def meeting(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[list[str]]:
         """Meet after a block without collectives: an error on one process is raised on all, which can go on.
 
         Args:
             call: What the users called.
             ranks: The processes that meet, all of them if not given.
 
+        Yields:
+            A list for the block to tell what has to be the same on all processes: data, options.
+
         Raises:
             PeerError: The block raised on another process.
+            CollectiveError: Another process made another call, or told something else.
         """
+        told: list[str] = []
         try:
-            yield
-        except Exception as error:
+            yield told
+        except BaseException as error:
             if self.meetings is not None:
                 with contextlib.suppress(PeerError, CollectiveError):  # each raises its own
                     everyone = range(self.world_size) if ranks is None else ranks
                     self.meetings.meet(call, everyone, error=f"{type(error).__name__}: {error}")
             raise
-        self.meet(call, ranks)
+        self.meet(" with ".join([call, *told[:1]]) + "".join(f", {part}" for part in told[1:]), ranks)
 
     @contextlib.contextmanager
     def main_first(self, *, local: bool) -> Iterator[None]:
         """Let rank 0 go through the block first, or the first process of each host, and the others after it."""
         call = f"main_process_first({'local=True' if local else ''})"
-        ranks = self.meetings.ranks_of_this_host() if local and self.meetings else range(self.world_size)
+        if self.meetings is None or self.meetings.inside == call:  # all that is in such a block has its order
+            yield
+            return
+        if self.meetings.inside:
+            raise CollectiveError(f"{call} within {self.meetings.inside}: put one after the other.")
+        ranks = self.meetings.ranks_of_this_host() if local else range(self.world_size)
         if self.rank == ranks[0]:
-            with self.meeting(call, ranks):
+            with self.meeting(call, ranks), self.meetings.within(call):
                 yield
         else:
             self.meet(call, ranks)
-            yield
+            with self.failing_together(f"in {call}"), self.meetings.within(call):
+                yield
 
     @property
     def is_alone(self) -> bool:
@@ -125,6 +136,7 @@ class Peers:
         """Return the sums over all processes, in float64."""
         if self.is_alone:
             return list(values)
+        self.mark()
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return cast(list[float], total.tolist())
@@ -133,6 +145,7 @@ class Peers:
         """Return the largest value over all processes."""
         if self.is_alone:
             return value
+        self.mark()
         largest = torch.tensor(value)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         return int(largest)
@@ -141,6 +154,7 @@ class Peers:
         """Return the value that process `source` gave, on all of them."""
         if self.is_alone:
             return value
+        self.mark()
         box = [value]
         dist.broadcast_object_list(box, src=source, group=self.group)
         return box[0]
@@ -149,6 +163,7 @@ class Peers:
         """Return the values of all processes in the order of their ranks, on all of them."""
         if self.is_alone:
             return [value]
+        self.mark()
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return cast(list[T], values)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from ptacc.core.agreement import Stop, StopVote
-from ptacc.core.data import BatchSource
+from ptacc.core.data import BatchSource, HostBatch
 from ptacc.core.engine import Engine
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.peers import Peers
@@ -86,6 +86,11 @@ class RunOptions:
                 "whichever comes first ends the run."
             )
 
+    def told(self) -> str:
+        """Tell what has to be the same on all processes."""
+        names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "agree_every")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
     @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
@@ -143,7 +148,8 @@ class Run:
         vote: How the processes agree to stop.
         batches_per_step: Batches that a process takes for one step.
         values: The names and handles of the values that are reported.
-        is_phantom: Whether the batch that is trained on only keeps this process in step with the others.
+        batch: What this process trains on at present, while all call the model alike; None between steps.
+        plans_evaluation: Whether the evaluation under way is the run's own, and not one that a hook asked for.
     """
 
     options: RunOptions
@@ -161,7 +167,8 @@ class Run:
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
-    is_phantom: bool = False
+    batch: HostBatch[Any] | None = None
+    plans_evaluation: bool = False
     is_over: bool = False
     exit_code: int | None = None
     _wish: Stop | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from ptacc.core.agreement import StopVote
 from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.core.compose import hook
-from ptacc.core.data import LoaderRequest, check_dataset, limit_from_environment
+from ptacc.core.data import BatchSource, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.evaluation import EvaluationLoop
 from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
 from ptacc.core.run import Run, RunOptions
-from ptacc.core.sources import level, source_of
+from ptacc.core.sources import level, source_of, tell
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions
 from ptacc.types import BatchT, EvalResult, OutputT, RunPlan, SampleT
@@ -40,23 +40,24 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run is given, and make its state; no weight is touched."""
-        peers, slots = self.peers, self.slots()
+        peers = self.peers
         with peers.failing_together("drawing a seed"):
             seed = peers.broadcast(self.make_seed())
-        limit = limit_from_environment(options.limit_batches)
-        evaluation = EvalOptions(
-            per_device_batch_size=options.per_device_batch_size,
-            dataloader_kwargs=options.eval_dataloader_kwargs,
-        )
-        with peers.meeting("the set-up of train()"):
-            check_trainable(type(self).__name__, self.unwrapped_model, slots)
+        with peers.meeting("the set-up of train()") as told:
+            check_trainable(type(self).__name__, self.unwrapped_model, self.slots())
+            limit = limit_from_environment(options.limit_batches)
             loader = self._train_loader(train_data, options)
             data = source_of(loader, peers, seed, sharding=options.sharding, limit=limit)
-            collate_fn = options.collate_fn
-            eval_sets = {} if eval_data is None else self._eval_sources(eval_data, collate_fn, evaluation, limit)
+            eval_sets = self._run_eval_sources(eval_data, options, limit)
             values = self._values_of(eval_sets)
             for watcher, monitored in self.watched_values():
                 check_monitor(monitored, values, watcher)
+            told += [
+                *tell({"train": data}),
+                *tell(eval_sets),
+                options.told(),
+                f"batches_per_step={self.batches_per_step()}",
+            ]
         with peers.failing_together("setting a run up"):
             level([data, *eval_sets.values()])
             return Run(
@@ -73,6 +74,15 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 batches_per_step=self.batches_per_step(),
                 values=values,
             )
+
+    def _run_eval_sources(self, data: Any, options: RunOptions, limit: int | None) -> dict[str, BatchSource]:
+        if data is None:
+            return {}
+        evaluation = EvalOptions(
+            per_device_batch_size=options.per_device_batch_size,
+            dataloader_kwargs=options.eval_dataloader_kwargs,
+        )
+        return self._eval_sources(data, options.collate_fn, evaluation, limit)
 
     def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
         check_dataset(data)
@@ -118,3 +128,22 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         """Return the context manager hook `name`, or one that costs nothing where nobody overrides it."""
         context: Callable[[], contextlib.AbstractContextManager[None]] = getattr(self, name)
         return context if overrides(self, TrainerCore, name) else contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def marking_forwards(run: Run) -> Iterator[None]:
+    """Mark forward passes of training steps, in which wrapped models wait for each other."""
+    if run.peers.meetings is None:
+        yield
+        return
+    trail = run.peers.meetings.trail
+
+    def mark(*_: object) -> None:
+        if run.batch is not None:  # outside of steps, a process may call the model by itself
+            trail.touch()
+
+    handle = run.model.register_forward_pre_hook(mark)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,7 +6,7 @@ wherever it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,11 @@ def source_of(
     return LevelledBatches(source, peers) if dealt_to is not peers and not peers.is_alone else source
 
 
+def tell(sources: Mapping[str, BatchSource]) -> list[str]:
+    """Tell of several sets of data what has to be the same on all processes."""
+    return [f"{name} {told}".strip() for name, source in sources.items() if (told := source.told())]
+
+
 def level(sources: Iterable[BatchSource]) -> None:
     """Let processes with data of their own hear of each other's. A collective: every process makes the same call."""
     for source in sources:
@@ -69,6 +74,7 @@ class DealtBatches:
         self._order = _Order(loader, peers, seed)
         self._keys = _Keys()
         dataset = KeyedDataset(loader.dataset, collate_of(loader))
+        self._keeps_samples = is_torchs_collate(loader)
         probe(loader.dataset)
         self._loader = DataLoader(
             dataset, batch_sampler=cast(Sampler[list[int]], self._keys), **loader_settings(loader)
@@ -79,11 +85,17 @@ class DealtBatches:
         """Batches of an epoch."""
         return len(self._order)
 
+    def told(self) -> str:
+        """Tell the number of samples, and how they are dealt."""
+        return self._order.told()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         keys = self._keys.keys = self._order.keys_of(epoch)[start:]
         for key, data in zip(keys, self._loader, strict=True):
-            yield HostBatch(given(data), key.indices, key.samples, key.total, key.is_phantom)
+            yield HostBatch(
+                given(data), key.indices, key.samples, key.total if self._keeps_samples else None, key.is_phantom
+            )
 
 
 class StreamBatches:
@@ -95,11 +107,16 @@ class StreamBatches:
         self._stream = SharedStream(loader.dataset, collate_of(loader), size, loader.drop_last, peers, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
+        self._keeps_samples = is_torchs_collate(loader)
 
     @property
     def num_batches(self) -> int | None:
         """Batches of an epoch, None where the stream has no length; with several workers, as many as there can be."""
         return self._stream.num_batches(self._workers)
+
+    def told(self) -> str:
+        """Tell how samples are dealt."""
+        return f"a stream in global batches of {self._stream.size}"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
@@ -112,7 +129,9 @@ class StreamBatches:
             if promised is not None and batches == promised and next(loaded, None) is not None:
                 self._stream.check_length(batches + 1, promised, "more")
             if batches > start:
-                yield HostBatch(given(data), None, samples, total, is_phantom=not samples)
+                yield HostBatch(
+                    given(data), None, samples, total if self._keeps_samples else None, is_phantom=not samples
+                )
         if promised is not None:
             self._stream.check_length(batches, promised, str(batches))
 
@@ -131,6 +150,10 @@ class ReadyBatches:
             return count_global_batches(len(self._loader), self._peers.world_size, drop_last=False)
         except TypeError:
             return None
+
+    def told(self) -> str:
+        """Tell nothing: loaders of one's own may have any form."""
+        return ""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
@@ -168,6 +191,10 @@ class LevelledBatches:
         """Batches of an epoch on the process that has most, None where one of them does not know."""
         return self._num_batches
 
+    def told(self) -> str:
+        """Tell nothing: each process has data of its own."""
+        return ""
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         batches = self._source.epoch(epoch, start)
@@ -197,6 +224,10 @@ class LimitedBatches:
         """Batches of an epoch, None where the data has no length."""
         known = self._source.num_batches
         return None if known is None else min(known, self._limit)
+
+    def told(self) -> str:
+        """Tell what the source does, and the limit."""
+        return f"{self._source.told()} up to {self._limit}".strip()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
@@ -234,6 +265,10 @@ class _Order:
             return count_global_batches(self._length_of(self._batch_sampler), self._peers.world_size, drop_last=False)
         samples = self._samples if self._is_torchs_own() else self._length_of(self._sampler)
         return count_global_batches(samples, self._size, drop_last=self._drop_last)
+
+    def told(self) -> str:
+        dealt = "batches of a batch sampler" if self._sampler is None else f"global batches of {self._size}"
+        return f"{self._samples} samples in {dealt}"
 
     def keys_of(self, epoch: int) -> list[BatchKey]:
         rank, world_size = self._peers.rank, self._peers.world_size
@@ -289,8 +324,12 @@ def set_epoch(target: object, epoch: int) -> None:
 
 def collate_of(loader: DataLoader[Any]) -> Callable[[list[Any]], object]:
     """Return the user's collate function, or torch's own with tuples left tuples."""
-    is_torchs = loader.collate_fn is torch.utils.data.default_collate
-    return default_collate if is_torchs else loader.collate_fn
+    return default_collate if is_torchs_collate(loader) else loader.collate_fn
+
+
+def is_torchs_collate(loader: DataLoader[Any]) -> bool:
+    """Say whether a batch has all samples that were loaded for it: a collate function of the user's may drop some."""
+    return loader.collate_fn is torch.utils.data.default_collate
 
 
 def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class EarlyStoppingMixin(Mixin):
         """Look at a value of the evaluation."""
         super().on_evaluation_end(name, result)
         values = result.values(name)
-        if self.is_running and (monitor := self.run[PATIENCE].monitored.name) in values:
+        if self.has_run and self.run.plans_evaluation and (monitor := self.run[PATIENCE].monitored.name) in values:
             self.run[PATIENCE].observe(values[monitor])
 
     @override

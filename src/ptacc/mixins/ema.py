@@ -27,7 +27,7 @@ class EMAMixin(Mixin):
         ema_decay: What is kept of the average at each step, from 0 (the present weights) to less than 1.
         ema_evaluates: Whether evaluations and predictions use the averages.
 
-    Hooks: `on_run_start`, `on_step_end`, `around_evaluation`, `around_prediction`.
+    Hooks: `on_run_start`, `on_step_end`, `around_evaluation_weights`.
 
     Combines with: everything. A step that the gradient scaler skipped moves nothing.
 
@@ -66,21 +66,12 @@ class EMAMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_evaluation(self) -> Iterator[None]:
-        """Evaluate with the averages."""
-        with self._averages_if_any(), super().around_evaluation():
-            yield
-
-    @override
-    @contextlib.contextmanager
-    def around_prediction(self) -> Iterator[None]:
-        """Predict with the averages."""
-        with self._averages_if_any(), super().around_prediction():
-            yield
-
-    def _averages_if_any(self) -> contextlib.AbstractContextManager[None]:
+    def around_evaluation_weights(self) -> Iterator[None]:
+        """Evaluate and predict with the averages, once there are any."""
         has_averages = self.has_run and EMA_STATE in self.run
-        return self.averaged_weights() if self.ema_evaluates and has_averages else contextlib.nullcontext()
+        averages = self.averaged_weights() if self.ema_evaluates and has_averages else contextlib.nullcontext()
+        with averages, super().around_evaluation_weights():
+            yield
 
     @override
     @classmethod

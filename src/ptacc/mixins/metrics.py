@@ -117,12 +117,12 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     @override
     def compute_metrics(self) -> dict[str, float]:
         """Compute the evaluation's metrics over all processes."""
-        return super().compute_metrics() | compute(self._evaluated)
+        return super().compute_metrics() | compute(self._evaluated, self.peers)
 
     @override
     def compute_train_metrics(self) -> dict[str, float]:
         """Compute the metrics of training over all processes."""
-        return super().compute_train_metrics() | compute(self._trained)
+        return super().compute_train_metrics() | compute(self._trained, self.peers)
 
     @override
     def evaluated_values(self) -> frozenset[str]:
@@ -225,8 +225,10 @@ def synchronises_itself(metric: MetricLike) -> bool:
     return isinstance(metric, Metric | MetricCollection)
 
 
-def compute(metrics: Mapping[str, MetricLike]) -> dict[str, float]:
+def compute(metrics: Mapping[str, MetricLike], peers: Peers) -> dict[str, float]:
     """Compute metrics, and read their values from the device."""
+    if not peers.is_alone:
+        fill_empty_lists(metrics, peers)
     values: dict[str, float] = {}
     with warnings.catch_warnings():
         # A process may have had phantoms only; its empty state is right, and torchmetrics would warn of it.
@@ -234,6 +236,29 @@ def compute(metrics: Mapping[str, MetricLike]) -> dict[str, float]:
         for name, metric in metrics.items():
             values |= dict(spell_out(name, metric.compute()))
     return values
+
+
+def fill_empty_lists(metrics: Mapping[str, MetricLike], peers: Peers) -> None:
+    """Put an empty tensor where a process has nothing in a list that others have: torchmetrics would leave it out.
+
+    It would then make fewer collectives than they, each of which takes the numbers of the next.
+    """
+    from torchmetrics import Metric
+
+    modules = [part for metric in metrics.values() if isinstance(metric, nn.Module) for part in metric.modules()]
+    lists = [
+        (metric, name)
+        for metric in modules
+        if isinstance(metric, Metric)
+        for name, default in metric._defaults.items()  # noqa: SLF001  # where torchmetrics says which are lists
+        if isinstance(default, list)
+    ]
+    held: list[list[Tensor]] = [getattr(metric, name) for metric, name in lists]
+    forms = peers.gather([(values[0].dtype, values[0].shape[1:]) if values else None for values in held])
+    for (metric, _), values, known in zip(lists, held, zip(*forms, strict=True), strict=True):
+        form = next(filter(None, known), None)
+        if form is not None and not values:
+            values.append(torch.empty((0, *form[1]), dtype=form[0], device=metric.device))
 
 
 def spell_out(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -16,6 +16,7 @@ from ptacc.core.nested import to_device
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.run import StateKey
+from ptacc.protocols import SupportsSyncBatchNorm
 from ptacc.types import BatchT, EpochRecord, OutputT
 from ptacc.validation import check_at_least
 
@@ -80,17 +81,22 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         norms = norms_with_statistics(self.unwrapped_model)
         if not norms:
             return
-        wrapped, streams = self.model, preserved_streams(devices=self.device.type != "cpu")
-        # The wrapped model talks to other processes in its forward, and those that have fewer batches do not call it.
+        # With synchronised norms all processes call the model alike, phantoms included; else each for itself, and not
+        # the wrapped one, which talks to the others in its forward.
+        is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
+        run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
         self._stand_in(self.unwrapped_model)
         try:
             with torch.no_grad(), streams, cumulative(norms):
-                for host in self.run.data.epoch(0):
-                    if not host.is_phantom:
+                for host in run.data.epoch(0):
+                    run.batch = host if is_synchronised else None
+                    if is_synchronised or not host.is_phantom:
                         self.predict_step(to_device(host.data, self.device))
         finally:
+            run.batch = None
             self._stand_in(wrapped)
-        average_over(norms, self.peers)
+        if not is_synchronised:
+            average_over(norms, self.peers)
 
 
 def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
 from ptacc.core.patches import Forward, patched_forwards
-from ptacc.core.run import Run, StateKey
+from ptacc.core.run import Run
 from ptacc.errors import DataError, ModelError
 
 
@@ -29,10 +29,10 @@ class SyncBatchNormMixin(Mixin):
     Options:
         sync_batch_norm: Whether to do so. With one process there is nothing to do.
 
-    Hooks: `around_run`, `around_step`.
+    Hooks: `around_run`.
 
-    Combines with: everything. Each batch of an accumulated step has statistics of its own. Evaluations and the last
-    pass of `SWAMixin` are not concerned.
+    Combines with: everything. Each batch of an accumulated step has statistics of its own. Evaluations are not
+    concerned.
 
     Source: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167
 
@@ -48,41 +48,13 @@ class SyncBatchNormMixin(Mixin):
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
         """Patch the batch norms of the model."""
-        step = self.run[STEP_STATE] = StepState(self.run)
+        run = self.run
         is_needed = self.sync_batch_norm and not self.peers.is_alone
         norms = batch_norms_of(self.unwrapped_model, type(self).__name__) if is_needed else []
         # Before the other mixins patch: what they put around a norm stays around this one's.
-        patched = patched_forwards(norms, lambda norm, local: forward_over_processes(norm, local, step))
+        patched = patched_forwards(norms, lambda norm, local: forward_over_processes(norm, local, run))
         with patched, super().around_run():
             yield
-
-    @override
-    @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
-        """Normalise by the global batch while a step is under way."""
-        step = self.run[STEP_STATE]
-        step.is_under_way = True
-        try:
-            with super().around_step():
-                yield
-        finally:
-            step.is_under_way = False
-
-
-@dataclass
-class StepState:
-    """What the norms of a run have to know of it.
-
-    Args:
-        run: The run.
-        is_under_way: Whether the model is called within a step, where all processes call it alike.
-    """
-
-    run: Run
-    is_under_way: bool = False
-
-
-STEP_STATE: StateKey[StepState] = StateKey("sync_batch_norm")
 
 
 def batch_norms_of(model: nn.Module, owner: str) -> list[_BatchNorm]:
@@ -102,13 +74,13 @@ def batch_norms_of(model: nn.Module, owner: str) -> list[_BatchNorm]:
     return list(norms.values())
 
 
-def forward_over_processes(norm: _BatchNorm, local: Forward, step: StepState) -> Forward:
-    """Return a forward for `norm` that sees the global batch in training steps, and is `local` elsewhere."""
+def forward_over_processes(norm: _BatchNorm, local: Forward, run: Run) -> Forward:
+    """Return a forward for `norm` that sees the global batch where all processes train, and is `local` elsewhere."""
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002  # torch's name, by which it may be called
-        if step.is_under_way and norm.training:
+        if run.batch is not None and norm.training:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]  # noqa: SLF001  # as torch's forward does
-            return normalise(input, norm, is_phantom=step.run.is_phantom)
+            return normalise(input, norm, is_phantom=run.batch.is_phantom)
         return cast(Tensor, local(input))
 
     return forward
