@@ -56,7 +56,8 @@ class TrainOptions(TypedDict, total=False):
         evaluate_first: Evaluate before the first step, too.
         limit_batches: Take this many batches a process of each epoch and evaluation: a smoke run, schedule included.
             The environment variable `PTACC_LIMIT_BATCHES` does the same for a script that is not to be edited.
-        agree_every: Steps between two agreements of the processes on stopping; 1 where there is one process.
+        agree_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
+            cost below a hundredth, worked out in the first steps: 1 where steps are long. One process needs none.
     """
 
     per_device_batch_size: int | None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,16 +27,74 @@ class Stop:
     exit_code: int | None = None
 
 
+COST = 0.007
+"""What votes may cost, as a part of the time of the steps."""
+BESIDE_A_STEP = 4.0
+"""How much more a vote beside a step costs than one by itself, for it wakes threads that share cores with the step's.
+
+Measured by `benchmarks/agreement.py`, with a vote in each step.
+"""
+MOST_STEPS = 256
+FIRST_STEPS = 24
+"""Steps after which it is known how long one takes; half of them are to get warm."""
+
+
+def steps_between_votes(step_seconds: float, vote_seconds: float) -> int:
+    """Return how often to vote, so that it costs less than a hundredth of the steps.
+
+    Args:
+        step_seconds: What a step takes.
+        vote_seconds: What a vote takes by itself.
+
+    Example:
+        >>> steps_between_votes(step_seconds=0.3, vote_seconds=2e-4), steps_between_votes(0.002, 2e-4)
+        (1, 58)
+    """
+    return min(max(math.ceil(BESIDE_A_STEP * vote_seconds / (COST * step_seconds)), 1), MOST_STEPS)
+
+
+@dataclass
+class Pace:
+    """How long steps take, until so many are through that it is known how often to vote."""
+
+    ends: list[float] = field(default_factory=list)
+
+    def is_known(self) -> bool:
+        """Take in that a step ended, and say whether that was the last to look at."""
+        self.ends.append(time.monotonic())
+        return len(self.ends) == FIRST_STEPS
+
+    def steps_between_votes(self, peers: Peers) -> int:
+        """Return how often to vote. A collective: every process asks at the same step, and hears the same."""
+        warm = self.ends[FIRST_STEPS // 2 :]
+        step_seconds = statistics.median(end - start for start, end in pairwise(warm))
+        votes: list[float] = []
+        for _ in range(5):
+            started = time.monotonic()
+            peers.maximum(0)
+            votes.append(time.monotonic() - started)
+        return peers.maximum(steps_between_votes(max(step_seconds, 1e-6), statistics.median(votes)))
+
+
 class StopVote:
-    """The processes' wishes to stop, exchanged every `agree_every` steps by a collective that runs beside the step.
+    """The processes' wishes to stop, exchanged every few steps by a collective that runs beside the step.
 
     A vote that is cast at one step is counted at the next, so that nobody waits for it. Which steps these are is a
     function of the number of the step, the same on every process.
+
+    Attributes:
+        agree_every: Steps between two votes.
     """
 
-    def __init__(self, peers: Peers, agree_every: int) -> None:
-        """Vote among `peers`."""
-        self._peers, self._agree_every = peers, agree_every
+    def __init__(self, peers: Peers, agree_every: int | None = None) -> None:
+        """Vote among `peers`.
+
+        Args:
+            peers: The processes.
+            agree_every: Steps between two votes; as many as keep their cost small, if not given.
+        """
+        self._peers, self.agree_every = peers, agree_every or FIRST_STEPS
+        self._pace = Pace() if agree_every is None and not peers.is_alone else None
         self._ballot: tuple[torch.Tensor, dist.Work, Stop | None] | None = None
 
     def outcome(self, step: int, wish: Stop | None) -> Stop | None:
@@ -45,7 +107,9 @@ class StopVote:
         if self._peers.is_alone:
             return wish
         decision = self._count()
-        if decision is None and step % self._agree_every == 0:
+        if self._pace is not None and self._pace.is_known():
+            self.agree_every, self._pace = self._pace.steps_between_votes(self._peers), None
+        if decision is None and step % self.agree_every == 0:
             self._cast(wish)
         return decision
 

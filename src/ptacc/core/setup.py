@@ -24,9 +24,6 @@ from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions
 from ptacc.types import BatchT, EvalResult, OutputT, RunPlan, SampleT
 
-AGREE_EVERY = 16
-"""Steps between two agreements on stopping, where there are several processes."""
-
 
 class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
     """From the arguments of `train()` to the state of a run."""
@@ -70,7 +67,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 data=data,
                 eval_data=eval_sets,
                 history=RunHistory(self.history_file if peers.rank == 0 else None),
-                vote=StopVote(peers, options.agree_every or AGREE_EVERY),
+                vote=StopVote(peers, options.agree_every),
                 batches_per_step=self.batches_per_step(),
                 values=values,
             )
