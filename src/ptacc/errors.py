@@ -14,7 +14,8 @@ PtaccError
 ├── PeerError (RuntimeError)          another process of the launch failed, or was killed
 ├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
 ├── CheckpointError                   a checkpoint that cannot be written or read
-│   └── DamagedCheckpointError        files that are not what was written
+│   ├── DamagedCheckpointError        files that are not what was written
+│   └── MissingPartError              a part that a run needs and a checkpoint does not have
 └── LaunchError (RuntimeError)        the launch and the trainer disagree
     └── AcceleratorConflictError      two trainers of one process want different accelerators
 ```
@@ -75,6 +76,10 @@ class CheckpointError(PtaccError):
 
 class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing, or is not what was written."""
+
+
+class MissingPartError(CheckpointError):
+    """A checkpoint does not have a part that the run needs."""
 
 
 class LaunchError(PtaccError, RuntimeError):
