@@ -24,6 +24,7 @@ ROWS = [
     ["ptacc.core.run"],
     [
         "ptacc.core.history",
+        "ptacc.core.dealt",
         "ptacc.core.device",
         "ptacc.core.data",
         "ptacc.core.agreement",
@@ -32,6 +33,7 @@ ROWS = [
         "ptacc.core.events",
         "ptacc.core.fetch",
         "ptacc.core.late",
+        "ptacc.core.loaders",
         "ptacc.core.peers",
         "ptacc.core.sources",
         "ptacc.core.window",
@@ -49,6 +51,7 @@ ROWS = [
         "ptacc.core.patches",
         "ptacc.core.randomness",
         "ptacc.core.roles",
+        "ptacc.core.run_options",
         "ptacc.core.signals",
         "ptacc.core.typeargs",
     ],

@@ -25,7 +25,8 @@ from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.nested import to_device
 from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
-from ptacc.core.run import Run, RunOptions
+from ptacc.core.run import Run
+from ptacc.core.run_options import RunOptions
 from ptacc.core.setup import RunSetUp, marking_forwards
 from ptacc.core.signals import heeding_termination
 from ptacc.core.window import Window, windows_of

@@ -18,7 +18,8 @@ from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
-from ptacc.core.run import Run, RunOptions
+from ptacc.core.run import Run
+from ptacc.core.run_options import RunOptions
 from ptacc.core.sources import level, source_of, tell
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions

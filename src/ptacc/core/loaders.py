@@ -1,0 +1,54 @@
+"""What is taken over of a loader: its collate function, and its settings that have nothing to do with the order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import TypeVar
+
+from ptacc.core.fetch import as_is, default_collate
+from ptacc.errors import DataError
+
+ResultT = TypeVar("ResultT")
+
+
+def set_epoch(target: object, epoch: int) -> None:
+    """Tell a sampler, dataset or loader that wants to know which epoch it is."""
+    setter = getattr(target, "set_epoch", None)
+    if callable(setter):
+        setter(epoch)
+
+
+def collate_of(loader: DataLoader[Any]) -> Callable[[list[Any]], object]:
+    """Return the user's collate function, or torch's own with tuples left tuples."""
+    return default_collate if is_torchs_collate(loader) else loader.collate_fn
+
+
+def is_torchs_collate(loader: DataLoader[Any]) -> bool:
+    """Say whether a batch has all samples that were loaded for it: a collate function of the user's may drop some."""
+    return loader.collate_fn is torch.utils.data.default_collate
+
+
+def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the settings of a loader that have nothing to do with which samples are in which batch."""
+    settings: dict[str, Any] = {
+        "collate_fn": as_is,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "persistent_workers": loader.persistent_workers,
+        "generator": torch.Generator(),
+    }
+    return settings | ({"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {})
+
+
+def given(data: ResultT | None) -> ResultT:
+    """Return a batch, unless the collate function forgot to."""
+    if data is None:
+        raise DataError("A batch is None: the collate function returned nothing. Check that it ends in `return batch`.")
+    return data
