@@ -26,7 +26,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.01
 """Seconds between two looks at the store; they double."""
 LOOK_EVERY = 0.1
 """Seconds to wait for the others before it is looked whether they can still come."""
-PACKAGE = str(Path(__file__).parent.parent)
+PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 
 
 class Trail:
@@ -96,14 +96,16 @@ class Meetings:
         self.trail = Trail()
         self._store.set(f"trail/{self._rank}", json.dumps([host_identity(), self.trail.path]))
 
-    def meet(self, call: str, ranks: Sequence[int], error: str | None = None) -> None:
-        """Wait until all of `ranks` make the same call.
+    def meet(self, call: str, ranks: Sequence[int] | None = None, error: str | None = None) -> None:
+        """Wait until all of `ranks` make the same call: all processes, if not given.
 
         Raises:
             CollectiveError: A process made another call, or went past the place without one.
             PeerError: A process was lost, or brings an error with it.
         """
         self._board.check()
+        everyone = range(self._board.world_size)
+        ranks = everyone if ranks is None else ranks
         mine = Word(call, users_place(), error)
         self._announce(mine)
         try:
@@ -113,7 +115,7 @@ class Meetings:
             if isinstance(failure, PeerError | CollectiveError):
                 raise
             raise PeerError("lost rank 0: its rendezvous store does not answer") from failure
-        if len(ranks) == self._board.world_size:
+        if len(ranks) == len(everyone):
             self._forget_former()
         for rank, word in zip(ranks, words, strict=True):
             if word.error is not None and rank != self._rank:

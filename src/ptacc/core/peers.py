@@ -81,7 +81,7 @@ class Peers:
             PeerError: A process was lost, or brings an error.
         """
         if self.meetings is not None:
-            self.meetings.meet(call, range(self.world_size) if ranks is None else ranks)
+            self.meetings.meet(call, ranks)
 
     @contextlib.contextmanager
     def meeting(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[list[str]]:
@@ -104,10 +104,9 @@ class Peers:
         except BaseException as error:
             if self.meetings is not None:
                 with contextlib.suppress(PeerError, CollectiveError):  # each raises its own
-                    everyone = range(self.world_size) if ranks is None else ranks
-                    self.meetings.meet(call, everyone, error=f"{type(error).__name__}: {error}")
+                    self.meetings.meet(call, ranks, error=f"{type(error).__name__}: {error}")
             raise
-        self.meet(" with ".join([call, *told[:1]]) + "".join(f", {part}" for part in told[1:]), ranks)
+        self.meet(f"{call} with {', '.join(told)}" if told else call, ranks)
 
     @contextlib.contextmanager
     def main_first(self, *, local: bool) -> Iterator[None]:
