@@ -7,8 +7,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import StepOutput, Trainer
-from ptacc.core.history import STEPS_IN_MEMORY
+from ptacc.checkpoint.snapshot import Part
+from ptacc.core.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
+from tests.checkpoint.test_snapshot import through_files
 
 
 class Logging(Trainer):
@@ -72,3 +74,13 @@ def test_a_history_is_a_sequence_of_epochs() -> None:
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert [epoch.epoch for epoch in history[1:]] == [2, 3]
     assert repr(history) == "RunHistory(3 epochs, 9 steps in memory)"
+
+
+def test_a_history_goes_on_from_a_file(tmp_path: Path) -> None:
+    trainer = Logging(**tiny_parts())
+    history = trainer.train(tiny_data(24), {"few": tiny_data(3), "": tiny_data(8)}, num_epochs=2, evaluate_first=True)
+    back = RunHistory()
+    back.load_state_dict(through_files(tmp_path, Part("history", history.state_dict())).take("history"))
+    assert list(back) == list(history)
+    assert (back.steps, back.initial) == (history.steps, history.initial)
+    assert back.state_dict() == history.state_dict()

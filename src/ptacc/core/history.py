@@ -148,6 +148,25 @@ class RunHistory(Sequence[EpochRecord]):
                 total, count = self._logged.get(name, (0.0, 0))
                 self._logged[name] = total + value, count + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was reported, all of it read from the device: the epochs, and the steps in memory."""
+        assert not self._unread, "read_steps() comes first"
+        return {
+            "epochs": [asdict(epoch) for epoch in self._epochs],
+            "steps": [asdict(step) for step in self._steps],
+            "initial": {name: asdict(result) for name, result in self.initial.items()},
+            "logged": dict(self._logged),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what was reported; the file is left alone."""
+        self._epochs = [
+            EpochRecord(**{**epoch, "evaluations": _results(epoch["evaluations"])}) for epoch in state_dict["epochs"]
+        ]
+        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=STEPS_IN_MEMORY)
+        self.initial = _results(state_dict["initial"])
+        self._logged = dict(state_dict["logged"])
+
     def take_logged_means(self) -> dict[str, float]:
         """Return the means over the steps read since this was last asked, of what they logged."""
         logged, self._logged = self._logged, {}
@@ -201,6 +220,10 @@ def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[
         if weight:
             read[i][1][name] = value / weight
     return read
+
+
+def _results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
+    return {name: EvalResult(**state) for name, state in states.items()}
 
 
 def _write(file: IO[str], lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

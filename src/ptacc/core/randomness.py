@@ -8,6 +8,7 @@ import random
 import secrets
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class RandomStreams:
+    """The global generators of this process, as something whose state can be kept: Python's, NumPy's and torch's.
+
+    Args:
+        devices: Whether those of accelerators belong to it; reading their state waits for them.
+    """
+
+    def __init__(self, *, devices: bool = False) -> None:
+        """Look at the generators, and leave them alone."""
+        self._has_devices = devices and torch.cuda.is_available()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the generators are."""
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+            "devices": torch.cuda.get_rng_state_all() if self._has_devices else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the generators where they were. Those of devices are left alone where none were kept."""
+        random.setstate(state_dict["python"])
+        np.random.set_state(state_dict["numpy"])
+        torch.set_rng_state(state_dict["torch"])
+        if state_dict["devices"]:
+            torch.cuda.set_rng_state_all(state_dict["devices"])
+
+
 @contextlib.contextmanager
 def preserved_streams(*, devices: bool = False) -> Iterator[None]:
     """Put the global generators back to where they were, whatever the block draws.
@@ -50,16 +80,12 @@ def preserved_streams(*, devices: bool = False) -> Iterator[None]:
     Args:
         devices: Whether the block may draw on accelerators, too; reading their state waits for them.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_devices = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else []
+    streams = RandomStreams(devices=devices)
+    before = streams.state_dict()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if on_devices:
-            torch.cuda.set_rng_state_all(on_devices)
+        streams.load_state_dict(before)
 
 
 @contextlib.contextmanager

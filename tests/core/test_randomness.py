@@ -1,0 +1,48 @@
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ptacc.checkpoint.snapshot import Part
+from ptacc.core.randomness import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
+from tests.checkpoint.test_snapshot import through_files
+
+
+def draw() -> list[float]:
+    """Draw from each generator, and leave NumPy's with half of a pair of normal numbers."""
+    return [random.random(), random.gauss(), np.random.normal(), float(torch.randn(()))]  # noqa: NPY002
+
+
+def test_the_generators_go_on_from_a_file(tmp_path: Path) -> None:
+    draw()
+    state = through_files(tmp_path, Part("random", RandomStreams().state_dict())).take("random")
+    expected = [draw(), draw()]
+    RandomStreams().load_state_dict(state)
+    assert [draw(), draw()] == expected
+
+
+@pytest.mark.parametrize("context", [preserved_streams, lambda: streams_seeded(3)])
+def test_a_block_leaves_the_generators_where_they_were(context: Callable[[], AbstractContextManager[None]]) -> None:
+    RandomStreams().load_state_dict(before := RandomStreams().state_dict())
+    expected = draw()
+    RandomStreams().load_state_dict(before)
+    with context():
+        draw()
+    assert draw() == expected
+
+
+def test_seeds_of_neighbours_have_nothing_in_common() -> None:
+    seeds = [derive_seed(seed, epoch, batch) for seed in range(4) for epoch in range(4) for batch in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_order_of_samples_is_fixed_for_all_time() -> None:
+    """A run that was saved by an earlier version goes on in the order that it began."""
+    assert permutation(0, 0, 8) == [3, 1, 4, 5, 7, 0, 2, 6]
+    assert permutation(7, 3, 10) == [5, 9, 8, 3, 1, 4, 7, 6, 0, 2]
+    assert derive_seed(0, 1, 2) == 4450782424123420391
