@@ -12,8 +12,8 @@ from ptacc.checkpoint.retention import Retention, best_of
 LOSS, ACCURACY = Monitored("loss"), Monitored("accuracy", mode="max")
 
 
-def at(step: int, metrics: Mapping[str, float] | None = None) -> Manifest:
-    return Manifest(f"step-{step:010}", "run", step, 0, 0, 1, metrics=metrics or {})
+def at(step: int, metrics: Mapping[str, float] | None = None, label: str = "") -> Manifest:
+    return Manifest(f"step-{step:010}", "run", step, 0, 0, 1, sequence=step, label=label, metrics=metrics or {})
 
 
 def steps_left(retention: Retention, manifests: list[Manifest], protected: tuple[str, ...] = ()) -> list[int]:
@@ -41,6 +41,11 @@ def test_any_rule_keeps(retention: Retention, left: list[int]) -> None:
 
 def test_what_is_protected_is_kept() -> None:
     assert steps_left(Retention(last=1), [at(1), at(2), at(3)], ("step-0000000001",)) == [1, 3]
+
+
+def test_the_newest_of_a_label_is_kept() -> None:
+    there = [at(1, label="best"), at(2, label="best"), at(3), at(4, label="mine"), at(5)]
+    assert steps_left(Retention(last=1), there) == [2, 4, 5]
 
 
 def test_of_equals_the_newest_is_best() -> None:

@@ -31,7 +31,7 @@ def save(store: CheckpointStore, step: int) -> Manifest:
         "state.json": store.write(draft, "state.json", [json.dumps(encoded.tree).encode()]),
         "state.safetensors": store.write(draft, "state.safetensors", safetensors_parts(encoded.tensors)),
     }
-    here = Manifest("", "a run", step=step, epoch=1, batches=2, world_size=1, files=files, metrics={"loss": 0.5})
+    here = Manifest("", "a run", step=step, epoch=1, offset=2, world_size=1, files=files, metrics={"loss": 0.5})
     return store.commit(draft, here)
 
 

@@ -34,8 +34,10 @@ class Manifest:
         run: The identity of the run.
         step: Optimizer steps completed.
         epoch: Epochs completed.
-        batches: Batches of the present epoch that each process trained on.
+        offset: What the processes trained on of the present epoch's data, together: samples, or batches of a loader.
         world_size: Number of processes.
+        sequence: Its number among the checkpoints of its directory, in the order in which they were saved.
+        label: What it was saved for, where somebody said so.
         parts: The version of each part's state, by the part's name.
         metrics: The values that the last evaluations reported, by name.
         files: Hash and size of each file, by its name.
@@ -45,8 +47,10 @@ class Manifest:
     run: str
     step: int
     epoch: int
-    batches: int
+    offset: int
     world_size: int
+    sequence: int = 0
+    label: str = ""
     parts: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, Written] = field(default_factory=dict)
@@ -103,8 +107,8 @@ class Manifest:
 
     def check(self) -> None:
         """Raise `ValueError` for values that no manifest has."""
-        texts = (self.name, self.run, *self.parts, *self.metrics)
-        counts = (self.step, self.epoch, self.batches, self.world_size, *self.parts.values())
+        texts = (self.name, self.run, self.label, *self.parts, *self.metrics)
+        counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *self.parts.values())
         sizes = [file.size for file in self.files.values()]
         if not all(type(text) is str for text in texts):
             raise ValueError("a name is no text")

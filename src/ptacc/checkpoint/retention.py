@@ -12,7 +12,7 @@ from ptacc.types import Monitored
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept: those that any of the rules keeps; without a rule, all.
+    """Which checkpoints are kept: those that any of the rules keeps, and the newest of each label; without a rule, all.
 
     Args:
         last: How many of the newest.
@@ -34,15 +34,17 @@ class Retention:
             protected: Names of those to keep besides, such as the one that was resumed from.
 
         Example:
-            >>> there = [Manifest(f"step-{n}", "run", n, 0, 0, 1) for n in (1, 2, 3, 4)]
+            >>> there = [Manifest(f"step-{n}", "run", n, 0, 0, 1, sequence=n) for n in (1, 2, 3, 4)]
             >>> Retention(last=1, every=2).removable(there, protected={"step-1"})
             ['step-3']
         """
         if self.last is None and self.best is None and self.every is None:
             return []
-        by_age = sorted(manifests, key=lambda manifest: (manifest.step, manifest.name))
+        by_age = sorted(manifests, key=lambda manifest: manifest.sequence)
         kept = {*protected, *(manifest.name for manifest in by_age[-max(self.last or 1, 1) :])}
         kept |= {manifest.name for manifest in by_age if self.every is not None and manifest.step % self.every == 0}
+        newest_of_label = {manifest.label: manifest.name for manifest in by_age if manifest.label}
+        kept |= {*newest_of_label.values()}
         if self.best is not None and self.monitored is not None:
             kept |= set(best_of(by_age, self.monitored, self.best))
         return [manifest.name for manifest in by_age if manifest.name not in kept]

@@ -14,6 +14,7 @@ the parent. Reading checks the manifest, then a file's hash, and parses it only 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
@@ -26,6 +27,8 @@ from ptacc.checkpoint.manifest import FILE_NAME, LARGEST, Manifest
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 MANIFEST = "manifest.json"
+PREFIX = "step-"
+"""How the names of a run's checkpoints begin; users may save others under names of their own."""
 PARTIAL = ".partial-"
 REMOVED = ".removed-"
 
@@ -87,7 +90,8 @@ class CheckpointStore:
             draft: What was begun.
             manifest: What it is, with the hashes of all files that all processes wrote.
         """
-        manifest = replace(manifest, name=draft.name)
+        sequence = 1 + max((there.sequence for there in self.manifests()), default=0)
+        manifest = replace(manifest, name=draft.name, sequence=sequence)
         write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
         sync_directory(self.disk, draft.path)
         self.disk.rename(draft.path, self.directory / draft.name)
@@ -122,8 +126,16 @@ class CheckpointStore:
     # ---- reading
 
     def names(self) -> list[str]:
-        """Return the names of the checkpoints that seem to be there, the oldest first by name."""
-        return [path.name for path in self._entries() if FILE_NAME.fullmatch(path.name)]
+        """Return the names of the run's checkpoints that seem to be there, in the order of names."""
+        return [path.name for path in self._entries() if path.name.startswith(PREFIX)]
+
+    def manifests(self) -> list[Manifest]:
+        """Return the manifests that can be read, in the order in which they were saved; no other file is looked at."""
+        found: list[Manifest] = []
+        for name in self.names():
+            with contextlib.suppress(CheckpointError):
+                found.append(self.manifest(name))
+        return sorted(found, key=lambda manifest: manifest.sequence)
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of a checkpoint, checked by itself.
@@ -176,8 +188,13 @@ class CheckpointStore:
         return manifest
 
     def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
-        """Iterate over the checkpoints, the newest first: each with its manifest, or with what is wrong with it."""
-        for name in sorted(self.names(), reverse=True):
+        """Iterate over the checkpoints, the newest first: each with its manifest, or with what is wrong with it.
+
+        Where a manifest cannot be read, nobody knows how new its checkpoint is; those come before all others.
+        """
+        by_age = [manifest.name for manifest in self.manifests()]
+        unknown = [name for name in self.names() if name not in by_age]
+        for name in reversed([*by_age, *unknown]):
             try:
                 yield name, self.verify(name)
             except CheckpointError as error:
