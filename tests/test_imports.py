@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # From the roof down: a module imports from the rows below its own. `folder/` is one room for all in it.
 ROWS = [
-    ["ptacc", "ptacc.testing/", "ptacc.__main__", "ptacc.cli"],
+    ["ptacc.__main__"],
+    ["ptacc", "ptacc.testing/", "ptacc.cli"],
     ["ptacc.trainers/"],
     ["ptacc.mixins/"],
     ["ptacc.core.loop"],
@@ -35,6 +36,7 @@ ROWS = [
         "ptacc.core.late",
         "ptacc.core.loaders",
         "ptacc.core.peers",
+        "ptacc.core.samplers",
         "ptacc.core.sources",
         "ptacc.core.window",
     ],
@@ -50,9 +52,12 @@ ROWS = [
         "ptacc.core.order",
         "ptacc.core.patches",
         "ptacc.core.randomness",
+        "ptacc.core.replay",
         "ptacc.core.roles",
         "ptacc.core.run_options",
+        "ptacc.core.run_state",
         "ptacc.core.signals",
+        "ptacc.core.journal",
         "ptacc.core.typeargs",
     ],
     ["ptacc.protocols", "ptacc.keywords"],

@@ -21,7 +21,7 @@ from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.core.loop import TrainingLoop as TrainingLoop
 from ptacc.core.peers import Peers as Peers
 from ptacc.core.run import Run as Run
-from ptacc.core.run import StateKey as StateKey
+from ptacc.core.run_state import StateKey as StateKey
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CollectiveError as CollectiveError
 from ptacc.errors import CompositionError as CompositionError

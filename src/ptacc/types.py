@@ -161,6 +161,7 @@ class Progress:
         steps: Optimizer updates that happened.
         epochs: Whole passes over the data.
         batches: Batches of the current epoch that were trained on, per process.
+        offset: Where the processes are in the epoch's data: samples that they took together, or batches of a loader.
         items: Items trained on, over all processes.
         seconds: Time since the run started, as this process sees it at the end of the last step.
     """
@@ -168,6 +169,7 @@ class Progress:
     steps: int = 0
     epochs: int = 0
     batches: int = 0
+    offset: int = 0
     items: float = 0
     seconds: float = 0.0
 

@@ -97,6 +97,15 @@ class StopVote:
         self._pace = Pace() if agree_every is None and not peers.is_alone else None
         self._ballot: tuple[torch.Tensor, dist.Work, Stop | None] | None = None
 
+    def state_dict(self) -> dict[str, int | None]:
+        """Return how often to vote, None where that is not known yet."""
+        return {"agree_every": None if self._pace is not None else self.agree_every}
+
+    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
+        """Vote as often as before, unless it was said how often."""
+        if self._pace is not None and (known := state_dict["agree_every"]) is not None:
+            self.agree_every, self._pace = known, None
+
     def outcome(self, step: int, wish: Stop | None) -> Stop | None:
         """Return what all processes agree to stop for after `step`, None to go on.
 

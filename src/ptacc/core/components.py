@@ -41,12 +41,14 @@ class TrainerState:
         bare_model: The user's model, while a wrapped one stands in its place.
         runtime: The accelerator and the processes, once they were needed.
         process: The process that needed them; a fork of it needs its own.
+        runs: How many runs were begun.
     """
 
     run: Run | None = None
     bare_model: nn.Module | None = None
     runtime: tuple[DeviceRuntime, Peers] | None = None
     process: int = 0
+    runs: int = 0
 
 
 class Components(Composable):

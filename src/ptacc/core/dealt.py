@@ -7,13 +7,14 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 
-from ptacc.core.data import HostBatch, check_dataset
+from ptacc.core.data import Dealing, HostBatch, check_dataset
 from ptacc.core.fetch import KeyedDataset, probe
-from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings, set_epoch
+from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings
 from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import derive_seed, permutation, streams_seeded
-from ptacc.errors import DataError
+from ptacc.core.randomness import derive_seed, permutation
+from ptacc.core.samplers import ListedSampler
+from ptacc.protocols import StateDict
 
 
 class DealtBatches:
@@ -33,22 +34,38 @@ class DealtBatches:
             dataset, batch_sampler=cast(Sampler[list[int]], self._keys), **loader_settings(loader)
         )
 
+    def num_batches(self, start: int = 0) -> int:
+        """Return the batches of an epoch from `start` on."""
+        return self._order.num_batches(start)
+
+    def place_after(self, batches: int) -> int:
+        """Return the place in the order."""
+        return self._order.place_after(batches, 0)
+
     @property
-    def num_batches(self) -> int:
-        """Batches of an epoch."""
-        return len(self._order)
+    def dealing(self) -> Dealing:
+        """From the order, which knows nothing of the number of processes, global batches can be cut anywhere."""
+        return Dealing(f"{self._order.samples} samples", self._order.groups, goes_on_anew=True)
 
     def told(self) -> str:
         """Tell the number of samples, and how they are dealt."""
-        return self._order.told()
+        return f"{self._order.samples} samples in {self._order.groups}"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        keys = self._keys.keys = self._order.keys_of(epoch)[start:]
-        for key, data in zip(keys, self._loader, strict=True):
-            yield HostBatch(
-                given(data), key.indices, key.samples, key.total if self._keeps_samples else None, key.is_phantom
-            )
+        keys = self._keys.keys = self._order.keys_of(epoch, start)
+        for index, (key, data) in enumerate(zip(keys, self._loader, strict=True), start=1):
+            total = key.total if self._keeps_samples else None
+            end = self._order.place_after(index, start)
+            yield HostBatch(given(data), key.indices, key.samples, total, key.is_phantom, end)
+
+    def state_dict(self) -> StateDict:
+        """Return the state of a sampler that has one."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a state."""
+        self._order.load_state_dict(state_dict)
 
 
 class _Keys:
@@ -69,63 +86,54 @@ class _Order:
 
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         self._peers, self._seed = peers, seed
-        self._batch_sampler = loader.batch_sampler
+        self.samples = len(loader.dataset)  # type: ignore[arg-type]  # checked: it has a length
         # A loader that was given a batch sampler has no batch size.
-        self._sampler = None if loader.batch_size is None else getattr(loader.batch_sampler, "sampler", None)
-        self._samples = len(loader.dataset)  # type: ignore[arg-type]  # checked: it has a length
-        self._size = (loader.batch_size or 1) * peers.world_size
-        self._drop_last = loader.drop_last
+        self._is_in_batches = loader.batch_size is None
+        sampler = loader.batch_sampler if self._is_in_batches else getattr(loader.batch_sampler, "sampler", None)
+        self._is_shuffled = is_plain_shuffle(sampler, self.samples)
+        is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
+        self._listed = None if is_torchs_own else ListedSampler(sampler, peers, seed)
+        # What all processes take of the order at a time: samples, or batches of a batch sampler.
+        self._size = (1 if loader.batch_size is None else loader.batch_size) * peers.world_size
+        self._drop_last = loader.drop_last and not self._is_in_batches
 
     def __len__(self) -> int:
-        if self._sampler is None:
-            return count_global_batches(self._length_of(self._batch_sampler), self._peers.world_size, drop_last=False)
-        samples = self._samples if self._is_torchs_own() else self._length_of(self._sampler)
-        return count_global_batches(samples, self._size, drop_last=self._drop_last)
+        return self.samples if self._listed is None else len(self._listed)
 
-    def told(self) -> str:
-        dealt = "batches of a batch sampler" if self._sampler is None else f"global batches of {self._size}"
-        return f"{self._samples} samples in {dealt}"
+    def num_batches(self, start: int) -> int:
+        return count_global_batches(max(len(self) - start, 0), self._size, drop_last=self._drop_last)
 
-    def keys_of(self, epoch: int) -> list[BatchKey]:
+    def place_after(self, batches: int, start: int) -> int:
+        """Return the place in the order after so many global batches from `start` on."""
+        return min(start + batches * self._size, len(self))
+
+    @property
+    def groups(self) -> str:
+        """What is taken at a time, in words."""
+        return f"{self._size} batches of a batch sampler" if self._is_in_batches else f"global batches of {self._size}"
+
+    def keys_of(self, epoch: int, start: int) -> list[BatchKey]:
         rank, world_size = self._peers.rank, self._peers.world_size
-        if self._sampler is None:
-            batches = self._order_of_the_users(self._batch_sampler, epoch)
-            groups = [batches[start : start + world_size] for start in range(0, len(batches), world_size)]
-            return [deal_batches(group, rank, self._batch_seed(epoch, i)) for i, group in enumerate(groups)]
-        order: Sequence[int] = range(self._samples)
-        if isinstance(self._sampler, RandomSampler) and self._is_torchs_own():
-            order = permutation(self._seed, epoch, self._samples)
-        elif not self._is_torchs_own():
-            order = self._order_of_the_users(self._sampler, epoch)
-        batches = global_batches(order, self._size, drop_last=self._drop_last)
-        return [deal_samples(batch, rank, world_size, self._batch_seed(epoch, i)) for i, batch in enumerate(batches)]
+        groups = global_batches(self._order_of(epoch)[start:], self._size, drop_last=self._drop_last)
+        seeds = [derive_seed(self._seed, epoch, start // self._size + i, rank) for i in range(len(groups))]
+        if self._is_in_batches:
+            return [deal_batches(group, rank, seed) for group, seed in zip(groups, seeds, strict=True)]
+        return [deal_samples(group, rank, world_size, seed) for group, seed in zip(groups, seeds, strict=True)]
 
-    def _batch_seed(self, epoch: int, index: int) -> int:
-        return derive_seed(self._seed, epoch, index, self._peers.rank)
+    def _order_of(self, epoch: int) -> Sequence[Any]:
+        """Return an epoch's samples, or its batches, in their order."""
+        if self._listed is not None:
+            return cast(Sequence[Any], self._listed.order(epoch))
+        return permutation(self._seed, epoch, self.samples) if self._is_shuffled else range(self.samples)
 
-    def _is_torchs_own(self) -> bool:
-        """Whether the order is `shuffle=True` or `shuffle=False`, and nothing else."""
-        sampler = self._sampler
-        plain_shuffle = (
-            type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == self._samples
-        )
-        return type(sampler) is SequentialSampler or plain_shuffle
+    def state_dict(self) -> StateDict:
+        return {} if self._listed is None else self._listed.state_dict()
 
-    def _order_of_the_users(self, sampler: Any, epoch: int) -> Any:
-        """List a sampler of the user's own on rank 0, reproducibly, and tell the others."""
-        order: Any = None
-        if self._peers.rank == 0:
-            set_epoch(sampler, epoch)
-            with streams_seeded(derive_seed(self._seed, epoch)):
-                order = list(sampler)
-        return self._peers.broadcast(order)
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        if self._listed is not None:
+            self._listed.load_state_dict(state_dict)
 
-    @staticmethod
-    def _length_of(sampler: Any) -> int:
-        try:
-            return len(sampler)
-        except TypeError:
-            raise DataError(
-                f"{type(sampler).__name__} has no length: a run is planned by the batches of an epoch. "
-                "Give the sampler a __len__, or yield the samples from an IterableDataset."
-            ) from None
+
+def is_plain_shuffle(sampler: object, samples: int) -> bool:
+    """Say whether a sampler is `shuffle=True`, and nothing else."""
+    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == samples

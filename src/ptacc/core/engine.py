@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from ptacc.protocols import DeviceRuntime
+from ptacc.protocols import DeviceRuntime, StateDict
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,14 @@ class Engine(Protocol):
 
     def update(self) -> bool:
         """Update the weights and clear the gradients. Return False where the scaler skipped the update."""
+        ...
+
+    def state_dict(self) -> StateDict:
+        """Return the state that is neither the model's nor an optimizer's."""
+        ...
+
+    def load_state_dict(self, state_dict: StateDict, /) -> None:
+        """Take over a state."""
         ...
 
 
@@ -155,3 +163,12 @@ class TorchEngine:
         for slot in self._slots:
             slot.optimizer.zero_grad()
         return happened
+
+    def state_dict(self) -> StateDict:
+        """Return the state of the gradient scaler, where there is one."""
+        return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over the state of a gradient scaler."""
+        if self._scaler is not None and "scaler" in state_dict:
+            self._scaler.load_state_dict(state_dict["scaler"])

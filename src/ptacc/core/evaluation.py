@@ -20,7 +20,7 @@ from ptacc.core.nested import leading_dimension, map_tensors, to_device, to_host
 from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
-from ptacc.core.run import LossSum
+from ptacc.core.run_state import LossSum
 from ptacc.core.sources import level, source_of, tell
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
@@ -177,6 +177,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 )
             result = EvalResult(total / items, self.compute_metrics())
         with self.peers.failing_together(f"after evaluating {name}".rstrip()):
+            if self.is_running:
+                self.run.is_whole = False
             events.evaluation_end(name, result)
         return result
 

@@ -164,7 +164,7 @@ def state_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
     rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.slots()]
     rows += [("progress, history, random states, position in the data", "of each run")]
     if trainer.has_run:
-        rows += [(name, type(state).__name__) for name, state in trainer.run.states() if isinstance(state, Stateful)]
+        rows += [(key.name, type(state).__name__) for key, state in trainer.run.states() if isinstance(state, Stateful)]
     rows += [(type(c).__name__, "callback") for c in trainer.all_callbacks() if isinstance(c, Stateful)]
     return tuple(rows)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ptacc.core.journal import Journal
 from ptacc.core.peers import Peers
 from ptacc.types import EpochRecord, EvalResult, RunPlan, StepRecord
 
@@ -85,7 +86,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
         self._logged: dict[str, tuple[float, int]] = {}
-        self._file = None if file is None else Path(file)
+        self._journal = None if file is None else Journal(Path(file))
 
     @overload
     def __getitem__(self, index: int) -> EpochRecord: ...
@@ -156,10 +157,17 @@ class RunHistory(Sequence[EpochRecord]):
             "steps": [asdict(step) for step in self._steps],
             "initial": {name: asdict(result) for name, result in self.initial.items()},
             "logged": dict(self._logged),
+            "file": None if self._journal is None else self._journal.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was reported; the file is left alone."""
+        """Go on from what was reported, and in the file from there.
+
+        Raises:
+            DamagedCheckpointError: The file is not what was written.
+        """
+        if self._journal is not None and state_dict["file"] is not None:
+            self._journal.load_state_dict(state_dict["file"])
         self._epochs = [
             EpochRecord(**{**epoch, "evaluations": _results(epoch["evaluations"])}) for epoch in state_dict["epochs"]
         ]
@@ -199,10 +207,8 @@ class RunHistory(Sequence[EpochRecord]):
         return f"RunHistory({len(self)} epochs, {len(self._steps)} steps in memory)"
 
     def _append(self, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as file:
-                _write(file, lines)
+        if self._journal is not None:
+            self._journal.append(lines)
 
 
 def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[str, float]]]:

@@ -6,6 +6,7 @@ Trainers and callbacks share one vocabulary of events. A trainer's own hooks hea
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from ptacc.core.events import Callback, Events
 from ptacc.core.history import StepResult
 from ptacc.core.randomness import fresh_seed
 from ptacc.core.roles import Role
+from ptacc.core.run_state import SavedRun
 from ptacc.types import EpochRecord, EvalResult, Monitored
 
 
@@ -61,6 +63,26 @@ class TrainerCore(Components):
     def make_seed(self) -> int:
         """Choose the seed of a run. All processes get rank 0's."""
         return fresh_seed()
+
+    @hook("factory")
+    def find_saved_run(self) -> SavedRun | None:
+        """Find the saved run that `train()` goes on with; None to begin a run. All processes call it."""
+        return None
+
+    @hook("fold")
+    def heeded_signals(self) -> frozenset[signal.Signals]:
+        """Return the signals at which a run ends after the present step, those of `super()` included."""
+        return frozenset({signal.SIGTERM})
+
+    @hook("fold")
+    def conditions(self) -> dict[str, str]:
+        """Return what has to be the same when a run goes on from a checkpoint, by name, that of `super()` included."""
+        kinds = [f"{type(slot.optimizer).__module__}.{type(slot.optimizer).__qualname__}" for slot in self.slots()]
+        return {
+            "optimizer": ", ".join(kinds),
+            "precision": self.accelerator.mixed_precision,
+            "batches_per_step": str(self.batches_per_step()),
+        }
 
     @hook("default")
     def batches_per_step(self) -> int:
@@ -172,6 +194,24 @@ class TrainerCore(Components):
     @hook("event")
     def on_load(self, path: Path) -> None:
         """A checkpoint was loaded from `path`."""
+
+    # ---- how a run is saved: for mixins that do that; callbacks hear of `on_save` and `on_load`
+
+    @hook("event")
+    def save_run(self) -> None:
+        """Save the run, if it is time to: all processes are between two steps or two epochs, their state whole."""
+
+    @hook("event")
+    def restore_run(self) -> None:
+        """Put back what was saved of `run.saved`.
+
+        This is called after `on_run_start`, and again after `on_epoch_start` where the run goes on within an epoch,
+        since hooks begin an epoch anew.
+        """
+
+    @hook("event")
+    def rescue_run(self, error: BaseException) -> None:
+        """Save the run, which ends by `error` between two steps, with its state whole. One process alone calls it."""
 
     # ---- any-of
 

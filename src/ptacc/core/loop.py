@@ -28,12 +28,12 @@ from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
 from ptacc.core.setup import RunSetUp, marking_forwards
-from ptacc.core.signals import heeding_termination
+from ptacc.core.signals import heeding
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
 from ptacc.keywords import TrainOptions
 from ptacc.protocols import SizedDataset
-from ptacc.types import BatchT, Duration, EpochRecord, EvalResult, OutputT, RawT, SampleT, StepOutput
+from ptacc.types import BatchT, Duration, EpochRecord, OutputT, RawT, SampleT, StepOutput
 
 
 class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
@@ -202,7 +202,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
             PeerError: Another process of the launch failed, or was killed.
-            SystemExit: A process was asked to terminate: all stopped at one step, and exit with 143.
+            SystemExit: A process was asked to terminate: all stopped at one step, and exit with 128 and the signal's
+                number, 143 for SIGTERM.
         """
         with self.peers.meeting("train()"):
             self._check_not_running()
@@ -215,7 +216,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._stand_in(run.model)
                 self.model.train()
                 together = run.peers.failing_together(lambda: f"after step {run.progress.steps}")
-                with together, heeding_termination(run.wish_to_terminate), marking_forwards(run):
+                heeded = heeding(self.heeded_signals(), run.wish_to_terminate)
+                with together, heeded, marking_forwards(run):
                     with contextlib.suppress(AgreedExit):  # from an evaluation that a hook asked for
                         self._loop(run)
                     run.heed_late_signal()
@@ -260,30 +262,45 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _loop(self, run: Run) -> None:
         """Go through a run, as the pseudocode has it."""
         tell, around_step = self._listeners(), self._context("around_step")
-        with self.around_run():
+        with self.around_run(), self._rescuing(run):
             tell.run_start()
-            if run.options.evaluate_first:
-                run.history.initial |= self._evaluate_sets(run)
-            while not run.is_done():
+            self._enter(run)
+            while run.is_within_epoch or not run.is_done():
                 run.begin_epoch()
                 with self.around_epoch():
                     tell.epoch_start()
+                    if run.is_within_epoch:  # it goes on from a checkpoint
+                        self.restore_run()
+                        self._between_steps(run)
                     for window in self._windows(run):
+                        run.is_whole = False
                         tell.step_start()
                         with around_step():
                             step, happened = self._step(run, window)
                         run.count(window, step, happened=happened)
                         if happened:
                             tell.step_end(step)
-                        if run.is_due(run.options.evaluate_every, run.evaluated_at):
-                            self._evaluate_sets(run)
-                        run.agree_to_stop(self.should_stop())
-                        if run.is_done():
-                            break
+                        self._between_steps(run)
                     record = self._end_epoch(run)
                 tell.epoch_end(record)
-                run.agree_to_stop(self.should_stop(), at_boundary=True)
+                self._between_epochs(run)
+                if run.is_within_epoch:  # the end came there
+                    break
             tell.run_end()
+
+    def _enter(self, run: Run) -> None:
+        """Come to the first step, or to where a saved run goes on."""
+        if run.saved is not None:
+            self.restore_run()
+            run.is_whole = True
+            if not run.is_within_epoch:
+                run.agree_to_stop(self.should_stop(), at_boundary=True)
+        is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
+        if run.options.evaluate_first and is_new:
+            run.is_whole = True
+            if self._evaluate_sets(run):
+                run.history.initial.update(run.epoch.evaluations)
+            self.save_run()
 
     def _step(self, run: Run, window: Window[BatchT]) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
@@ -310,40 +327,76 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
         """Iterate over the windows of an epoch."""
-        batches = run.data.epoch(run.progress.epochs)
+        batches = run.data.epoch(run.progress.epochs, run.progress.offset)
         items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = windows_of(
             batches, run.batches_per_step, self.count_items, run.peers, items_are_samples=items_are_samples
         )
-        for window in windows:
+        while not run.is_done():
+            if (window := next(windows, None)) is None:
+                run.epoch.is_exhausted = True
+                return
             if run.progress.steps == 0:
                 self.check_batch(window.batches[0].data)
             yield window
-        run.epoch.is_exhausted = True
+
+    def _between_steps(self, run: Run) -> None:
+        """Evaluate where it is time to, agree on the end, and let the run be saved: with the epoch's end at its end."""
+        run.is_whole = True
+        if run.is_due(run.options.evaluate_every, run.evaluated_at):
+            self._evaluate_sets(run)
+        run.agree_to_stop(self.should_stop())
+        if not run.is_epoch_complete:
+            if run.lacks_last_evaluation:
+                self._evaluate_sets(run)
+            self.save_run()
 
     def _end_epoch(self, run: Run) -> EpochRecord:
         """Count the epoch, evaluate where it is time to, and put its record together."""
-        number = run.progress.epochs + 1
+        number, within = run.progress.epochs + 1, run.progress
         if run.is_epoch_complete:
-            if not run.progress.batches:
+            if not run.is_within_epoch:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-        is_last = run.is_done() and run.ends_as_planned and run.evaluated_at.steps < run.progress.steps
-        if is_last or run.is_due(run.options.evaluate_every, run.evaluated_at):
-            self._evaluate_sets(run)
+            is_due = run.lacks_last_evaluation or run.is_due(run.options.evaluate_every, run.evaluated_at)
+            if is_due and not self._evaluate_sets(run):
+                run.uncount_epoch(within)
+                self.save_run()
+        run.is_whole = False
         run.history.read_steps(run.peers)
         record = run.epoch_record(number, self.compute_train_metrics())
         run.history.add_epoch(record)
         return record
 
-    def _evaluate_sets(self, run: Run) -> dict[str, EvalResult]:
-        """Evaluate every set."""
-        results: dict[str, EvalResult] = {}
+    def _between_epochs(self, run: Run) -> None:
+        """Agree on the end, and let the run be saved."""
+        run.agree_to_stop(self.should_stop(), at_boundary=True)
+        if run.epoch.is_counted:
+            run.is_whole = True
+            self.save_run()
+
+    def _evaluate_sets(self, run: Run) -> bool:
+        """Evaluate every set. Return False where that was broken off, to end the run: nothing of it is kept then."""
         run.plans_evaluation = True
-        with contextlib.suppress(AgreedExit):
+        try:
             for name, source in run.eval_data.items():
-                results[name] = self._evaluate(name, source)
-        run.plans_evaluation = False
-        run.epoch.evaluations |= results
-        run.evaluated_at = run.progress
-        return results
+                if name not in run.underway:
+                    run.underway[name] = self._evaluate(name, source)
+                    run.is_whole = True
+        except AgreedExit:
+            return False
+        finally:
+            run.plans_evaluation = False
+        run.epoch.evaluations |= run.underway
+        run.evaluated_at, run.underway = run.progress, {}
+        return True
+
+    @contextlib.contextmanager
+    def _rescuing(self, run: Run) -> Iterator[None]:
+        """Let a run be saved that ends by an exception between two steps: other processes would be elsewhere."""
+        try:
+            yield
+        except BaseException as error:
+            if run.is_whole and run.peers.is_alone and not isinstance(error, AgreedExit):
+                self.rescue_run(error)
+            raise

@@ -10,6 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import TypeVar
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
@@ -43,8 +47,8 @@ def share_of(samples: Sequence[int], rank: int, world_size: int) -> Sequence[int
     return samples[len(samples) * rank // world_size : len(samples) * (rank + 1) // world_size]
 
 
-def global_batches(order: Sequence[int], size: int, *, drop_last: bool) -> list[Sequence[int]]:
-    """Cut an epoch's order into global batches of `size` samples; the last may be shorter, or is dropped."""
+def global_batches(order: Sequence[T], size: int, *, drop_last: bool) -> list[Sequence[T]]:
+    """Cut an epoch's order into global batches of `size` of its parts; the last may be shorter, or is dropped."""
     end = len(order) - len(order) % size if drop_last else len(order)
     return [order[start : start + size] for start in range(0, end, size)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, cast
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import TypeVar
 
 from ptacc.core.agreement import Stop, StopVote
@@ -17,59 +17,13 @@ from ptacc.core.engine import Engine
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.peers import Peers
 from ptacc.core.run_options import RunOptions
+from ptacc.core.run_state import EpochState, LossSum, SavedRun, StateKey
 from ptacc.core.window import Window
 from ptacc.errors import NoRunError
+from ptacc.protocols import StateDict
 from ptacc.types import Cadence, EpochRecord, EvalResult, Minutes, Progress, RunPlan
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class StateKey(Generic[T]):
-    """The typed key to a mixin's part of the run state: `self.run[EMA_STATE]` is an `EMAState`.
-
-    Args:
-        name: What a checkpoint calls it.
-
-    Example:
-        >>> COUNTS: StateKey[list[int]] = StateKey("counts")
-    """
-
-    name: str
-
-
-class LossSum:
-    """The sum of an epoch's losses, kept on the device in the widest type it has, and the number of its items."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Start from nothing."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.total: Tensor = torch.zeros((), dtype=dtype, device=device)
-        self.items: float = 0.0
-
-    def add(self, mean: Tensor, items: float) -> None:
-        """Add a mean over `items` items."""
-        self.total.add_(mean, alpha=items)
-        self.items += items
-
-
-@dataclass
-class EpochState:
-    """What is gathered while an epoch runs.
-
-    Args:
-        losses: The training loss so far.
-        started: When it began, on the monotonic clock.
-        learning_rate: As used by the last step.
-        evaluations: What was evaluated in it, by the name of the set.
-        is_exhausted: Whether its data has come to an end.
-    """
-
-    losses: LossSum
-    started: float = field(default_factory=time.monotonic)
-    learning_rate: float | Tensor = 0.0
-    evaluations: dict[str, EvalResult] = field(default_factory=dict)
-    is_exhausted: bool = False
 
 
 @dataclass
@@ -89,7 +43,11 @@ class Run:
         vote: How the processes agree to stop.
         batches_per_step: Batches that a process takes for one step.
         values: The names and handles of the values that are reported.
+        conditions: What has to be the same when the run goes on from a checkpoint, by name.
+        saved: What the run goes on from, None where it begins.
         batch: What this process trains on at present, while all call the model alike; None between steps.
+        underway: What was evaluated in the evaluation of all sets that is under way, or was broken off.
+        is_whole: Whether all that belongs to a step is done, and nothing of the next: the run could be saved here.
         plans_evaluation: Whether the evaluation under way is the run's own, and not one that a hook asked for.
     """
 
@@ -105,20 +63,28 @@ class Run:
     vote: StopVote
     batches_per_step: int
     values: frozenset[str]
+    conditions: Mapping[str, str]
+    saved: SavedRun | None = None
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
     batch: HostBatch[Any] | None = None
+    underway: dict[str, EvalResult] = field(default_factory=dict)
+    is_whole: bool = False
     plans_evaluation: bool = False
     is_over: bool = False
     exit_code: int | None = None
     _wish: Stop | None = None
+    _termination: Stop | None = None
     _started: float = field(default_factory=time.monotonic)
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.epoch = EpochState(LossSum(self.device))
-        self.history.begin(self.seed, self.plan)
+        self.begin_epoch()
+        if self.saved is None:
+            self.history.begin(self.seed, self.plan)
+        else:
+            self._go_on(self.saved)
 
     @property
     def model(self) -> nn.Module:
@@ -145,26 +111,26 @@ class Run:
         """Say whether there is a state under `key`."""
         return key in self._states
 
-    def states(self) -> Iterator[tuple[str, Any]]:
-        """Iterate over the parts of the state, by name."""
-        return ((key.name, state) for key, state in self._states.items())
+    def states(self) -> Iterator[tuple[StateKey[Any], Any]]:
+        """Iterate over the parts of the state, each with its key."""
+        yield from self._states.items()
 
     # ---- how far it is
 
     def begin_epoch(self) -> None:
-        """Start to gather anew."""
-        self.epoch = EpochState(LossSum(self.device))
-        self.progress = replace(self.progress, batches=0)
+        """Start to gather anew, unless the run goes on within an epoch."""
+        if not self.is_within_epoch:
+            self.epoch = EpochState(LossSum(self.device), self.data.num_batches())
 
     def count(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window that was gone through, and its step if that happened."""
         now = self.progress
         seconds = time.monotonic() - self._started
         batches = now.batches + len(window.batches)
+        self.progress = replace(now, batches=batches, offset=window.batches[-1].end, seconds=seconds)
         if not happened:
-            self.progress = Progress(now.steps, now.epochs, batches, now.items, seconds)
             return
-        self.progress = Progress(step.step, now.epochs, batches, now.items + step.items, seconds)
+        self.progress = replace(self.progress, steps=step.step, items=now.items + step.items)
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
         self.history.add_step(step)
@@ -173,12 +139,23 @@ class Run:
 
     def complete_epoch(self) -> None:
         """Count an epoch whose data was gone through."""
-        self.progress = replace(self.progress, epochs=self.progress.epochs + 1)
+        self.progress = replace(self.progress, epochs=self.progress.epochs + 1, batches=0, offset=0)
+        self.epoch.is_counted = True
+
+    def uncount_epoch(self, within: Progress) -> None:
+        """Be within the epoch again, at `within`, since what comes at its end was broken off."""
+        self.progress, self.epoch.is_counted = within, False
+
+    @property
+    def is_within_epoch(self) -> bool:
+        """Whether an epoch was begun that is not counted yet."""
+        return self.progress.batches > 0
 
     @property
     def is_epoch_complete(self) -> bool:
         """Whether the epoch's data was gone through."""
-        return self.epoch.is_exhausted or self.progress.batches == self.data.num_batches
+        epoch = self.epoch
+        return epoch.is_counted or epoch.is_exhausted or self.progress.batches == epoch.num_batches
 
     def epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
         """Put the record of the epoch together. A collective: every process makes the same call."""
@@ -191,11 +168,62 @@ class Run:
             items=losses.items,
             seconds=time.monotonic() - self.epoch.started,
             learning_rate=float(self.epoch.learning_rate),
-            is_complete=self.is_epoch_complete,
+            is_complete=self.epoch.is_counted,
             evaluations=dict(self.epoch.evaluations),
             logged=self.history.take_logged_means(),
             train_metrics=metrics,
         )
+
+    # ---- how it is saved, and goes on
+
+    def state_dict(self) -> StateDict:
+        """Return what all processes have in common, as rank 0 has it; the history is read from the device by then."""
+        epoch = self.epoch
+        return {
+            "seed": self.seed,
+            "conditions": dict(self.conditions),
+            "progress": asdict(self.progress),
+            "evaluated_at": asdict(self.evaluated_at),
+            "underway": {name: asdict(result) for name, result in self.underway.items()},
+            "vote": self.vote.state_dict(),
+            "history": self.history.state_dict(),
+            "epoch": {
+                "num_batches": epoch.num_batches,
+                "items": epoch.losses.items,
+                "seconds": time.monotonic() - epoch.started,
+                "learning_rate": epoch.learning_rate,
+                "evaluations": {name: asdict(result) for name, result in epoch.evaluations.items()},
+            },
+        }
+
+    def own_state_dict(self) -> StateDict:
+        """Return what is this process's own."""
+        was_heeded = self.history.stop_reason is not None and self.exit_code is None
+        return {
+            "losses": self.epoch.losses.total,
+            "wish": None if self._wish is None or was_heeded else self._wish.reason,
+            "data": self.data.state_dict(),
+        }
+
+    def _go_on(self, saved: SavedRun) -> None:
+        """Be where a saved run was."""
+        state, epoch = saved.shared, saved.shared["epoch"]
+        self.progress, self.evaluated_at = saved.progress, Progress(**state["evaluated_at"])
+        self.underway = {name: EvalResult(**result) for name, result in state["underway"].items()}
+        self.vote.load_state_dict(state["vote"])
+        self.history.load_state_dict(state["history"])
+        self._started -= self.progress.seconds
+        self.epoch.started -= epoch["seconds"]
+        self.epoch.learning_rate = epoch["learning_rate"]
+        self.epoch.evaluations = {name: EvalResult(**result) for name, result in epoch["evaluations"].items()}
+        self.epoch.losses.items = epoch["items"]
+        self.epoch.losses.total.copy_(saved.own["losses"])
+        if self.is_within_epoch:
+            left = self.data.num_batches(self.progress.offset)
+            self.epoch.num_batches = None if left is None else self.progress.batches + left
+        if (reason := saved.own["wish"]) is not None:
+            self.wish_to_stop(reason)
+        self.data.load_state_dict(saved.own["data"])
 
     # ---- when it ends
 
@@ -206,8 +234,10 @@ class Run:
             reason: Why.
             exit_code: What to exit with, where the process was asked to terminate: that goes before other wishes.
         """
-        if self._wish is None or (exit_code is not None and self._wish.exit_code is None):
-            self._wish = Stop(reason, exit_code)
+        if exit_code is None:
+            self._wish = self._wish or Stop(reason)
+        else:
+            self._termination = self._termination or Stop(reason, exit_code)
 
     def wish_to_terminate(self, signal: str, exit_code: int) -> None:
         """Ask for the end of the run as a signal demands it."""
@@ -226,21 +256,17 @@ class Run:
         if reason is not None:
             self.wish_to_stop(reason)
         if at_boundary:
-            self._heed(self.vote.at_boundary(self._wish))
+            self._heed(self.vote.at_boundary(self._termination or self._wish))
         else:
-            self._heed(self.vote.outcome(self.progress.steps, self._wish))
+            self._heed(self.vote.outcome(self.progress.steps, self._termination or self._wish))
 
     def agree_to_terminate(self, batches: int) -> bool:
         """Say whether all processes leave an evaluation after so many batches, since one was asked to terminate.
 
         Other wishes wait for its end: an evaluation is due because, or although, the run is about to stop.
         """
-        self._heed(self.vote.outcome(batches, self._wish if self._is_asked_to_terminate else None))
+        self._heed(self.vote.outcome(batches, self._termination))
         return self.exit_code is not None
-
-    @property
-    def _is_asked_to_terminate(self) -> bool:
-        return self._wish is not None and self._wish.exit_code is not None
 
     def _heed(self, decision: Stop | None) -> None:
         """Take a decision in: the first, or the first that demands an exit."""
@@ -251,8 +277,7 @@ class Run:
 
     def heed_late_signal(self) -> None:
         """Let a request to terminate that came after the last agreement end this process, at least."""
-        if self._is_asked_to_terminate:
-            self._heed(self._wish)
+        self._heed(self._termination)
 
     @property
     def _time_is_up(self) -> str:
@@ -262,6 +287,11 @@ class Run:
     def ends_as_planned(self) -> bool:
         """Whether nothing but its limits has ended the run."""
         return self.history.stop_reason in (None, self._time_is_up)
+
+    @property
+    def lacks_last_evaluation(self) -> bool:
+        """Whether the run is at its end as planned, and the weights it ends with were not evaluated."""
+        return self.is_done() and self.ends_as_planned and self.evaluated_at.steps < self.progress.steps
 
     def is_done(self) -> bool:
         """Say whether the run is at its end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
@@ -20,10 +21,11 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
+from ptacc.core.run_state import SavedRun
 from ptacc.core.sources import level, source_of, tell
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions
-from ptacc.types import BatchT, EvalResult, OutputT, RunPlan, SampleT
+from ptacc.types import BatchT, EvalResult, OutputT, Progress, RunPlan, SampleT
 
 
 class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
@@ -39,8 +41,10 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run is given, and make its state; no weight is touched."""
         peers = self.peers
+        self._state.runs += 1
         with peers.failing_together("drawing a seed"):
-            seed = peers.broadcast(self.make_seed())
+            saved = self.find_saved_run()
+            seed = peers.broadcast(self.make_seed()) if saved is None else saved.seed
         with peers.meeting("the set-up of train()") as told:
             check_trainable(type(self).__name__, self.unwrapped_model, self.slots())
             limit = limit_from_environment(options.limit_batches)
@@ -60,7 +64,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             level([data, *eval_sets.values()])
             return Run(
                 options=options,
-                plan=self._plan(data.num_batches, options),
+                plan=self._plan(data, options, saved),
                 seed=seed,
                 engine=self.make_engine(),
                 device=self.device,
@@ -71,6 +75,8 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 vote=StopVote(peers, options.agree_every),
                 batches_per_step=self.batches_per_step(),
                 values=values,
+                conditions={**self.conditions(), "data": data.dealing.of, "batch_size": data.dealing.how},
+                saved=saved,
             )
 
     def _run_eval_sources(self, data: Any, options: RunOptions, limit: int | None) -> dict[str, BatchSource]:
@@ -95,8 +101,9 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             )
         return data
 
-    def _plan(self, num_batches: int | None, options: RunOptions) -> RunPlan:
+    def _plan(self, data: BatchSource, options: RunOptions, saved: SavedRun | None) -> RunPlan:
         """Work out how long the run is, in steps."""
+        num_batches = data.num_batches()
         if num_batches == 0:
             raise DataError(
                 "The training data gives no batch: it is empty, or drop_last dropped the only one. Give smaller "
@@ -108,7 +115,18 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 "is. Give max_steps or max_time, or give the dataset a __len__."
             )
         steps = None if num_batches is None else math.ceil(num_batches / self.batches_per_step())
-        return RunPlan.of(options.num_epochs, steps, options.max_steps)
+        plan = RunPlan.of(options.num_epochs, steps, options.max_steps)
+        is_dealt_anew = saved is not None and saved.conditions["batch_size"] != data.dealing.how
+        return self._plan_dealt_anew(plan, data, saved.progress, options) if saved and is_dealt_anew else plan
+
+    def _plan_dealt_anew(self, plan: RunPlan, data: BatchSource, now: Progress, options: RunOptions) -> RunPlan:
+        """Count the steps behind, which took other batches than those ahead."""
+        if plan.known_steps_per_epoch is None or options.num_epochs is None:
+            return plan
+        left = math.ceil((data.num_batches(now.offset) or 0) / self.batches_per_step()) if now.batches else 0
+        whole_epochs = options.num_epochs - now.epochs - (now.batches > 0)
+        total = now.steps + left + whole_epochs * plan.known_steps_per_epoch
+        return replace(plan, known_epochs=options.num_epochs, known_total_steps=min(total, options.max_steps or total))
 
     def _values_of(self, set_names: Iterable[str]) -> frozenset[str]:
         """Return the names of all values that will be reported."""

@@ -7,17 +7,21 @@ wherever it is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from ptacc.core.data import BatchSource, HostBatch
+from ptacc.core.data import BatchSource, Dealing, HostBatch
 from ptacc.core.dealt import DealtBatches
 from ptacc.core.fetch import SharedStream
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings, set_epoch
 from ptacc.core.order import count_global_batches
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import derive_seed, streams_seeded
+from ptacc.core.replay import Replayed
+from ptacc.protocols import StateDict
 from ptacc.types import Sharding
 
 
@@ -60,21 +64,31 @@ def level(sources: Iterable[BatchSource]) -> None:
             source.level()
 
 
-class StreamBatches:
+class StreamBatches(Replayed):
     """An `IterableDataset`: every process reads the same stream and takes its share of each global batch."""
 
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         """Take over the loader's dataset, batch size and settings."""
+        super().__init__(loader.dataset)
         size = (loader.batch_size or 1) * peers.world_size
         self._stream = SharedStream(loader.dataset, collate_of(loader), size, loader.drop_last, peers, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
         self._keeps_samples = is_torchs_collate(loader)
 
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the batches of an epoch from `start` on; with several workers, as many as there can be."""
+        known = self._stream.num_batches(self._workers)
+        return None if known is None else max(known - start, 0)
+
+    def place_after(self, batches: int) -> int:
+        """Return the number of batches: that is how places in a stream are told."""
+        return batches
+
     @property
-    def num_batches(self) -> int | None:
-        """Batches of an epoch, None where the stream has no length; with several workers, as many as there can be."""
-        return self._stream.num_batches(self._workers)
+    def dealing(self) -> Dealing:
+        """Whatever a stream draws from while it is read depends on where its batches end."""
+        return Dealing("a stream", f"global batches of {self._stream.size}, {self._workers} at a time", False)
 
     def told(self) -> str:
         """Tell how samples are dealt."""
@@ -83,7 +97,8 @@ class StreamBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         self._stream.begin(epoch)
-        promised = self.num_batches if self._workers == 1 else None  # several may each end in a short batch
+        expected = self._begin(start)
+        promised = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
         batches = 0
         loaded = iter(self._loader)
         for data, samples, total in loaded:
@@ -91,27 +106,38 @@ class StreamBatches:
             if promised is not None and batches == promised and next(loaded, None) is not None:
                 self._stream.check_length(batches + 1, promised, "more")
             if batches > start:
-                yield HostBatch(
-                    given(data), None, samples, total if self._keeps_samples else None, is_phantom=not samples
-                )
+                total = total if self._keeps_samples else None
+                mine = self._give(given(data))
+                yield HostBatch(mine, None, samples, total, is_phantom=not samples, end=batches)
+            elif batches == start:
+                self._check(data, expected)
         if promised is not None:
             self._stream.check_length(batches, promised, str(batches))
 
 
-class ReadyBatches:
+class ReadyBatches(Replayed):
     """A loader that cannot be taken apart: its batches are dealt whole, one to each process in turn."""
 
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         """Keep the loader."""
+        super().__init__(loader)
         self._loader, self._peers, self._seed = loader, peers, seed
 
-    @property
-    def num_batches(self) -> int | None:
-        """Batches of an epoch, None where the loader has no length."""
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the batches of an epoch from `start` on, None where the loader has no length."""
         try:
-            return count_global_batches(len(self._loader), self._peers.world_size, drop_last=False)
+            return count_global_batches(max(len(self._loader) - start, 0), self._peers.world_size, drop_last=False)
         except TypeError:
             return None
+
+    def place_after(self, batches: int) -> int:
+        """Return the number of the loader's batches."""
+        return batches * self._peers.world_size
+
+    @property
+    def dealing(self) -> Dealing:
+        """Batches are whole, and can be dealt to any number of processes."""
+        return Dealing(f"batches of {type(self._loader).__name__}", f"{self._peers.world_size} at a time", True)
 
     def told(self) -> str:
         """Tell nothing: loaders of one's own may have any form."""
@@ -120,18 +146,23 @@ class ReadyBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         set_epoch(self._loader, epoch)
+        expected = self._begin(start)
         batches: Iterator[Any] | None = None
-        index = 0
+        end = 0
         while True:
-            with streams_seeded(derive_seed(self._seed, epoch, index)):
+            size = min(self._peers.world_size, start - end) if end < start else self._peers.world_size
+            with streams_seeded(derive_seed(self._seed, epoch, end // self._peers.world_size)):
                 batches = iter(self._loader) if batches is None else batches
-                group = [batch for _, batch in zip(range(self._peers.world_size), batches, strict=False)]
+                group = [batch for _, batch in zip(range(size), batches, strict=False)]
             if not group:
                 return
+            end += len(group)
             is_phantom = self._peers.rank >= len(group)
-            if index >= start:
-                yield HostBatch(given(group[0 if is_phantom else self._peers.rank]), None, None, None, is_phantom)
-            index += 1
+            mine = given(group[0 if is_phantom else self._peers.rank])
+            if end > start:
+                yield HostBatch(self._give(mine), None, None, None, is_phantom, end)
+            elif end == start:
+                self._check(mine, expected)
 
 
 class LevelledBatches:
@@ -144,14 +175,23 @@ class LevelledBatches:
 
     def level(self) -> None:
         """Learn how many batches the process with most of them has."""
-        lengths = self._peers.gather(self._source.num_batches)
+        lengths = self._peers.gather(self._source.num_batches())
         known = [length for length in lengths if length is not None]
         self._num_batches = max(known) if len(known) == len(lengths) else None
 
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the batches from `start` on of the process that has most, None where one of them does not know."""
+        return None if self._num_batches is None else max(self._num_batches - start, 0)
+
+    def place_after(self, batches: int) -> int:
+        """Return the number of batches."""
+        return batches
+
     @property
-    def num_batches(self) -> int | None:
-        """Batches of an epoch on the process that has most, None where one of them does not know."""
-        return self._num_batches
+    def dealing(self) -> Dealing:
+        """What each process has is its own."""
+        dealing = self._source.dealing
+        return Dealing(dealing.of, f"{dealing.how}, on each of {self._peers.world_size} processes", False)
 
     def told(self) -> str:
         """Tell nothing: each process has data of its own."""
@@ -159,9 +199,13 @@ class LevelledBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        batches = self._source.epoch(epoch, start)
+        known = self._source.num_batches()
+        first = 0 if known is None else min(start, max(known - 1, 0))  # the last one may be needed as a phantom
+        batches = self._source.epoch(epoch, self._source.place_after(first))
         last: HostBatch[Any] | None = None
-        while True:
+        for _ in range(first, start):
+            last = next(batches, last)
+        for end in count(start + 1):
             mine = next(batches, None)
             holder = self._peers.maximum(self._peers.rank if mine is not None else -1)
             if holder < 0:
@@ -171,7 +215,15 @@ class LevelledBatches:
                 spare = self._peers.broadcast(last, source=holder)
                 last = last or spare
             assert last is not None
-            yield HostBatch(last.data, None, None, None, is_phantom=mine is None)
+            yield HostBatch(last.data, None, None, None, is_phantom=mine is None, end=end)
+
+    def state_dict(self) -> StateDict:
+        """Return the state of this process's data."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a state."""
+        self._source.load_state_dict(state_dict)
 
 
 class LimitedBatches:
@@ -181,11 +233,19 @@ class LimitedBatches:
         """Take `limit` batches of each epoch of `source`."""
         self._source, self._limit = source, limit
 
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the batches of an epoch from `start` on, None where the data has no length."""
+        known = self._source.num_batches()
+        return None if known is None else max(min(known, self._limit) - start, 0)
+
+    def place_after(self, batches: int) -> int:
+        """Return the number of batches."""
+        return batches
+
     @property
-    def num_batches(self) -> int | None:
-        """Batches of an epoch, None where the data has no length."""
-        known = self._source.num_batches
-        return None if known is None else min(known, self._limit)
+    def dealing(self) -> Dealing:
+        """The limit is in batches."""
+        return replace(self._source.dealing, how=f"{self._source.dealing.how} up to {self._limit}", goes_on_anew=False)
 
     def told(self) -> str:
         """Tell what the source does, and the limit."""
@@ -193,5 +253,14 @@ class LimitedBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
-        for _, batch in zip(range(start, self._limit), self._source.epoch(epoch, start), strict=False):
-            yield batch
+        batches = self._source.epoch(epoch, self._source.place_after(start))
+        for end, batch in zip(range(start + 1, self._limit + 1), batches, strict=False):
+            yield replace(batch, end=end)
+
+    def state_dict(self) -> StateDict:
+        """Return the state of the data."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a state."""
+        self._source.load_state_dict(state_dict)

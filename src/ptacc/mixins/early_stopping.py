@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.core.run import StateKey
+from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError
 from ptacc.types import EpochRecord, EvalResult, Mode, Monitored, as_monitored
 from ptacc.validation import check_at_least

@@ -11,7 +11,7 @@ from typing_extensions import override
 from ptacc.core.averages import AveragedWeights
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.core.run import StateKey
+from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError
 
 EMA_STATE: StateKey[AveragedWeights] = StateKey("ema")

@@ -15,7 +15,7 @@ from ptacc.core.batches import BatchMixin
 from ptacc.core.nested import to_device
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import preserved_streams
-from ptacc.core.run import StateKey
+from ptacc.core.run_state import StateKey
 from ptacc.protocols import SupportsSyncBatchNorm
 from ptacc.types import BatchT, EpochRecord, OutputT
 from ptacc.validation import check_at_least

@@ -69,12 +69,14 @@ def check_state_survives(mixin: type[Mixin], options: Mapping[str, Any]) -> None
     trained, fresh = (compose(mixin)(**tiny_parts(), **options) for _ in range(2))
     train_tiny(trained)
     fresh.train(tiny_data(), tiny_data(), num_epochs=1)
-    blank = dict(fresh.run.states())
-    for name, state in trained.run.states():
+    blank = {key.name: state for key, state in fresh.run.states()}
+    for key, state in trained.run.states():
         if isinstance(state, Stateful):
             saved = state.state_dict()
-            blank[name].load_state_dict(saved)
-            assert same(blank[name].state_dict(), saved), f"{mixin.__name__}: {name} is not the same after loading"
+            blank[key.name].load_state_dict(saved)
+            assert same(blank[key.name].state_dict(), saved), (
+                f"{mixin.__name__}: {key.name} is not the same after loading"
+            )
 
 
 def check_order_changes_nothing(

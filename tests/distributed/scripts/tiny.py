@@ -57,7 +57,10 @@ def order_from(step: int, trainer: Seeing) -> list[list[list[int]]]:
     loader = LoaderRequest(DATA, GLOBAL_BATCH // peers.world_size, None, {}).build(shuffle=True)
     source = source_of(loader, peers, SEED)
     epoch, batch = divmod(step, steps_per_epoch)
-    batches = [*source.epoch(epoch, batch), *(later for e in range(epoch + 1, 2) for later in source.epoch(e))]
+    batches = [
+        *source.epoch(epoch, batch * GLOBAL_BATCH),
+        *(later for e in range(epoch + 1, 2) for later in source.epoch(e)),
+    ]
     return peers.gather([list(batch.indices or ()) for batch in batches])
 
 

@@ -1,0 +1,72 @@
+"""A journal: an append-only file of JSON lines, of which it is known how much a checkpoint has seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptacc.errors import DamagedCheckpointError
+from ptacc.protocols import StateDict
+
+
+class Journal:
+    """A file that a run appends lines to; what others wrote before it stays.
+
+    Its state is how much of the file is the run's, with a hash. A run that goes on checks that, and cuts off what was
+    written after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Append to `path`, which is made with its directory at the first line."""
+        self._path = path
+        self._start: int | None = None
+        self._length = 0
+        self._digest = hashlib.sha256()
+
+    def append(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Append records, each with its kind."""
+        text = "".join(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records).encode()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            if self._start is None:
+                self._start = file.tell()
+            file.write(text)
+        self._digest.update(text)
+        self._length += len(text)
+
+    def state_dict(self) -> StateDict:
+        """Return where the run's lines are in the file and what they hash to, once they are on the disk."""
+        if self._start is not None:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+        return {"start": self._start, "length": self._length, "sha256": self._digest.hexdigest()}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on after the lines of a state, and cut off what comes after them.
+
+        Raises:
+            DamagedCheckpointError: The file is gone, or these lines are not what was written.
+        """
+        self._start, self._length = state_dict["start"], state_dict["length"]
+        if self._start is None:
+            return
+        try:
+            with self._path.open("r+b") as file:
+                file.seek(self._start)
+                lines = file.read(self._length)
+                self._digest = hashlib.sha256(lines)
+                if self._digest.hexdigest() != state_dict["sha256"]:
+                    raise DamagedCheckpointError(
+                        f"{self._path} is not the history that was saved: its {self._length} bytes from {self._start} "
+                        "on differ. Put it back, or waive it: resume_despite={'history'} starts a new one."
+                    )
+                file.truncate(self._start + self._length)
+        except FileNotFoundError:
+            raise DamagedCheckpointError(
+                f"{self._path} is gone, and the run that goes on has written {self._length} bytes to it. Put it back, "
+                "or waive it: resume_despite={'history'} starts a new one."
+            ) from None
