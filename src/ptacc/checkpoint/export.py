@@ -1,0 +1,130 @@
+"""Exporting: a model's weights out of a snapshot, in one safetensors file that is read without ptacc.
+
+```
+Snapshot -> exported_weights() -> {name: tensor} -> write_weights() -> model.load_state_dict(load_file(path))
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ptacc.checkpoint.disk import Disk, Written, sync_directory, write_file
+from ptacc.checkpoint.snapshot import Snapshot
+from ptacc.checkpoint.store import MANIFEST, PARTIAL
+from ptacc.checkpoint.tensors import safetensors_parts
+from ptacc.errors import CheckpointError, MissingPartError
+
+MODEL = "model"
+"""The name of the part that holds the model's weights."""
+AVERAGES = ("ema", "swa")
+"""The names of the parts that hold averages of them."""
+RESERVED = "__metadata__"
+"""What the header of a safetensors file calls something that is no tensor."""
+
+
+def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
+    """Return what `model.load_state_dict()` takes: a tensor for each name that its `state_dict()` has.
+
+    Args:
+        snapshot: The shared parts of a checkpoint.
+        averages: The part whose averages stand in for the weights, such as `"ema"`. A name that has none keeps the
+            model's own tensor, unless it is tied to one that has: then both have the average.
+
+    Raises:
+        MissingPartError: The snapshot has no such part.
+        CheckpointError: What the part holds is no weights, or averages of nothing yet.
+    """
+    weights = tensors_of(part_of(snapshot, MODEL), MODEL)
+    if averages is None:
+        return weights
+    state = part_of(snapshot, averages)
+    if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
+        raise CheckpointError(f"The part {averages!r} holds no averages of weights.")
+    if not state["updates"]:
+        raise CheckpointError(
+            f"The part {averages!r} averages nothing yet: nothing was taken into it before the checkpoint was saved. "
+            "Export the model's own weights, or a later checkpoint."
+        )
+    return averaged(weights, tensors_of(state["averages"], averages))
+
+
+def averaged(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with averages for those that have one; of a tied weight, one name has it for all."""
+    by_place = {place_of(weights[name]): average for name, average in averages.items() if name in weights}
+    # An average whose name is not among the weights is one of a buffer that is not persistent.
+    return {name: averages.get(name, by_place.get(place_of(weight), weight)) for name, weight in weights.items()}
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two names have in common whose tensor is one."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def part_of(snapshot: Snapshot, name: str) -> object:
+    """Return the state of a part to export."""
+    if name not in snapshot.states:
+        there = ", ".join(sorted(snapshot.states)) or "no part at all"
+        raise MissingPartError(f"The checkpoint has no part {name!r} to export. It has: {there}.")
+    state: object = snapshot.states[name]
+    return state
+
+
+def tensors_of(state: object, part: str) -> dict[str, Tensor]:
+    """Return a state that is tensors by name, and refuse any other."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"The part {part!r} is a {type(state).__name__}, not tensors by name: no weights.")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or name == RESERVED:
+            raise CheckpointError(
+                f"{part}[{name!r}] is a {type(value).__name__}, which a safetensors file has no place for under that "
+                "name. Where it is a module's extra state, let its get_extra_state() return a tensor."
+            )
+    return dict(state)
+
+
+def write_weights(disk: Disk, path: Path, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Written:
+    """Write tensors to a safetensors file: durably, and beside the target, so that it is there whole or not at all.
+
+    Args:
+        disk: What writes.
+        path: Where to.
+        tensors: By their names; each name has its data, also where two are one tensor.
+        overwrite: Whether a file that is there is replaced.
+
+    Raises:
+        CheckpointError: The path is taken or cannot be written to, or a tensor is of a dtype that the format lacks.
+    """
+    check_target(path, overwrite=overwrite)
+    beside = path.parent / f"{PARTIAL}{secrets.token_hex(8)}"
+    try:
+        written = write_file(disk, beside, safetensors_parts(tensors))
+        check_target(path, overwrite=overwrite)  # writing takes long, and others write too
+        disk.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.remove_file(beside)
+        raise
+    sync_directory(disk, path.parent)
+    return written
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` for a path that no weights are written to."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"There is no directory {path.parent} to write {path.name} to: make it first.")
+    if (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"{path} is in a checkpoint, which another file would damage: write to somewhere else.")
+    if not path.is_symlink() and not path.exists():
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path} is there already and is no file, so nothing is written over it.")
+    if not overwrite:
+        raise CheckpointError(
+            f"{path} exists already: choose another name, or have it replaced with overwrite=True (--force)."
+        )

@@ -1,0 +1,378 @@
+"""The command line lists checkpoints, says which are whole, and exports weights that a model loads."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.export import write_weights
+from ptacc.checkpoint.found import found_at
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.snapshot import SHARED, Part, write_parts
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.cli import main
+from ptacc.core.averages import AveragedWeights
+from ptacc.errors import CheckpointError
+from tests.checkpoint.disks import CALLS, Interposed, Losing, failing_at
+
+LIMIT = 60
+"""Seconds that a process may take; importing torch takes most of them where the machine is busy."""
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a buffer of whole numbers, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+
+
+def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
+    """Save a checkpoint: of a model, if no parts are given."""
+    store = CheckpointStore(directory, key)
+    draft = store.begin(values.pop("name", f"step-{step:04}"))
+    files = write_parts(store, draft, SHARED, parts or [Part("model", Tied().state_dict())])
+    store.commit(draft, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
+    return directory / draft.name
+
+
+def damage(checkpoint: Path) -> None:
+    file = checkpoint / "shared.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def column(output: str, number: int) -> list[str]:
+    return [line.split()[number] for line in output.splitlines()[1:]]
+
+
+# ---- ptacc checkpoints
+
+
+def test_checkpoints_are_listed_oldest_first_and_those_of_later_runs_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for directory in ("run-10", "run-2", "."):
+        save(tmp_path / directory, 30, label="best", metrics={"loss": 0.25})
+        save(tmp_path / directory, 20)
+    save(tmp_path, 21, name="mine")
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    first = ["step-0030", "step-0020", "mine"]
+    later = [f"run-{n}/step-00{step}" for n in (2, 10) for step in (30, 20)]
+    assert column(table, 0) == first + later
+    assert column(table, 1)[:3] == ["30", "20", "21"]
+    assert column(table, 3)[:3] == ["0.25", "-", "-"]
+
+
+def test_a_table_is_aligned_and_says_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1, Part("model", {"w": torch.zeros(300)}), metrics={"loss": 1.5}, label="best")
+    main(["checkpoints", str(tmp_path)])
+    main(["checkpoints", "--verify", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "name       step  epoch  loss     size  label  state",
+        "step-0001     1      1   1.5  1.3 KiB  best   manifest whole, files not read",
+        "name       step  epoch  loss     size  label  state",
+        "step-0001     1      1   1.5  1.3 KiB  best   whole",
+    ]
+
+
+def test_damage_in_a_file_is_seen_by_reading_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(save(tmp_path, 1))
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    assert "files not read" in capsys.readouterr().out
+    assert main(["checkpoints", str(tmp_path), "--verify"]) == 1
+    assert "damaged: " in (table := capsys.readouterr().out)
+    assert "its hash differs" in table
+    assert column(table, 1) == ["1"]
+
+
+def test_damage_in_a_manifest_is_seen_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = save(tmp_path, 1) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"step": 1', b'"step": 2'))
+    save(tmp_path, 2)
+    assert main(["checkpoints", str(tmp_path)]) == 1
+    table = capsys.readouterr().out
+    assert column(table, 0) == ["step-0002", "step-0001"]
+    assert "damaged: " in table.splitlines()[2]
+
+
+def test_a_listing_as_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1, metrics={"loss": float("nan"), "accuracy": 0.5})
+    save(tmp_path / "run-2", 2)
+    (tmp_path / "run-2" / "step-0002" / "manifest.json").unlink()
+    assert main(["checkpoints", str(tmp_path), "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert first["metrics"] == {"loss": "nan", "accuracy": 0.5}
+    assert (first["name"], first["checked"], first["problem"]) == ("step-0001", "manifest", None)
+    assert (second["name"], "no manifest" in second["problem"]) == ("run-2/step-0002", True)
+
+
+@pytest.mark.parametrize("command", ["checkpoints", "verify"])
+@pytest.mark.parametrize("name", [".", "missing"])
+def test_no_checkpoints_is_said(command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    CheckpointStore(tmp_path).begin("step-0001")
+    assert main([command, str(tmp_path / name)]) == 1
+    assert "ptacc: no checkpoints in" in capsys.readouterr().err
+
+
+def test_a_label_keeps_to_its_line_and_tells_the_terminal_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, label="a\nb\x1b[31m")
+    main(["checkpoints", str(tmp_path)])
+    assert r"'a\nb\x1b[31m'" in capsys.readouterr().out
+
+
+def test_what_a_run_removes_meanwhile_is_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (found,) = found_at(tmp_path, None)
+    found.store.remove("step-0001")
+    assert found.verified().is_gone
+    assert not found.is_gone
+
+
+# ---- ptacc verify
+
+
+def test_each_checkpoint_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(save(tmp_path, 1))
+    save(tmp_path / "run-2", 2)
+    assert main(["verify", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step-0001        damaged: ")
+    assert second == "run-2/step-0002  whole"
+    assert main(["verify", str(tmp_path / "run-2")]) == 0
+
+
+def test_one_checkpoint_is_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, bare = save(tmp_path, 1), save(tmp_path, 2)
+    monkeypatch.chdir(whole)
+    assert main(["verify", "."]) == 0
+    assert capsys.readouterr().out == ".  whole\n"
+    (bare / "manifest.json").unlink()
+    assert main(["verify", str(bare)]) == 1
+    assert "no manifest" in capsys.readouterr().out
+
+
+def test_a_directory_of_checkpoints_may_be_named_as_one_is(tmp_path: Path) -> None:
+    save(tmp_path / "step-size-3", 1)
+    assert main(["verify", str(tmp_path / "step-size-3")]) == 0
+
+
+def test_a_key_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "runs", 1, key=b"secret")
+    right, wrong, empty = (tmp_path / name for name in ("right", "wrong", "empty"))
+    right.write_bytes(b"secret \r\n")
+    wrong.write_bytes(b"guess\n")
+    empty.write_bytes(b"\n")
+    codes = [main(["verify", str(tmp_path / "runs"), "--key-file", str(file)]) for file in (right, wrong, empty)]
+    assert codes == [0, 1, 2]
+    said = capsys.readouterr()
+    assert "refused: step-0001 is not signed with the key" in said.out
+    assert said.err == f"ptacc: {empty} holds no key: it is empty.\n"
+
+
+# ---- ptacc export
+
+
+def loaded(path: Path) -> Tied:
+    """Return a new model with the weights of a file, having loaded it strictly, and checked that all names agree."""
+    torch.manual_seed(1)
+    model = Tied()
+    weights = load_file(path)
+    model.load_state_dict(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    return model
+
+
+def test_weights_are_exported_tied_ones_whole(tmp_path: Path) -> None:
+    model = Tied()
+    checkpoint = save(tmp_path, 1, Part("model", model.state_dict()))
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out").keys() == model.state_dict().keys()
+    assert torch.equal(loaded(tmp_path / "out").embed.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_are_exported_under_all_names_of_a_tied_weight(kind: str, tmp_path: Path) -> None:
+    model = Tied()
+    averages = AveragedWeights(model)
+    with torch.no_grad():
+        model.embed.weight += 2
+    averages.update(model, weight=0.5)
+    checkpoint = save(tmp_path, 1, Part("model", model.state_dict()), Part(kind, averages.state_dict()))
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--averages", kind]) == 0
+    there = loaded(tmp_path / "out")
+    assert torch.equal(there.embed.weight, averages.tensors["embed.weight"])
+    assert not torch.equal(there.embed.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "no part 'model' to export. It has: other"),
+        ({"model": {"w": torch.ones(1)}}, "no part 'ema' to export. It has: model, other"),
+        ({"model": {"w": torch.ones(1)}, "ema": {"updates": 0, "averages": {}}}, "averages nothing yet"),
+        ({"model": {"w": torch.ones(1)}, "ema": 3}, "holds no averages"),
+        ({"model": [1]}, "is a list, not tensors by name"),
+        ({"model": {"a._extra_state": {}}}, "'a._extra_state'] is a dict"),
+        ({"model": {"__metadata__": torch.ones(1)}}, "no place for under that name"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    parts: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, Part("other", 1), *(Part(name, state) for name, state in parts.items()))
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--averages", "ema"]) == 2
+    assert message in (said := capsys.readouterr().err)
+    assert said.startswith("ptacc: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_directory_the_newest_whole_one_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Tied()
+    save(tmp_path, 9)
+    save(tmp_path / "run-2", 1, Part("model", model.state_dict()))
+    damage(save(tmp_path / "run-2", 2))
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "the weights of run-2/step-0001, 8 tensors" in said.out
+    assert "ptacc: run-2/step-0002 is passed over: damaged" in said.err
+    assert torch.equal(loaded(tmp_path / "out").embed.weight, model.embed.weight)
+
+
+def test_of_one_checkpoint_no_other_file_need_be_whole(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 1)
+    (checkpoint / "stray").touch()
+    assert main(["export", str(checkpoint), str(tmp_path / "one")]) == 0
+    assert main(["export", str(tmp_path), str(tmp_path / "newest")]) == 2
+    damage(checkpoint)
+    assert main(["export", str(checkpoint), str(tmp_path / "two")]) == 2
+
+
+def test_nothing_is_written_over_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, out = save(tmp_path / "runs", 1), tmp_path / "out"
+    out.write_text("mine")
+    assert main(["export", str(checkpoint), str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert main(["export", str(checkpoint), str(out), "--force"]) == 0
+    loaded(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+@pytest.mark.parametrize(
+    "out", ["runs", "no/such/directory", "runs/step-0001/shared.safetensors", "runs/step-0001/new"]
+)
+def test_some_paths_are_never_written_to(out: str, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "runs", 1)
+    assert main(["export", str(checkpoint), str(tmp_path / out), "--force"]) == 2
+    assert main(["verify", str(checkpoint)]) == 0
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    weights, others = Tied().state_dict(), Tied().state_dict()
+    calls: list[str] = []
+    write_weights(Interposed(lambda number, name, _: calls.append(name)), tmp_path / "out", weights)
+    before = (tmp_path / "out").read_bytes()
+    for number in range(calls.index("rename") + 1):
+        with pytest.raises(OSError, match="No space"):
+            write_weights(failing_at(number, 28, frozenset(CALLS)), tmp_path / "out", others, overwrite=True)
+        assert (tmp_path / "out").read_bytes() == before
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_dtype_without_a_name_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot store"):
+        write_weights(Disk(), tmp_path / "out", {"w": torch.zeros(1, dtype=torch.complex128)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_written_outlasts_a_loss_of_power(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    disk = Losing(tmp_path / "here")
+    write_weights(disk, tmp_path / "here" / "out", Tied().state_dict())
+    disk.leave(tmp_path / "left")
+    loaded(tmp_path / "left" / "out")
+
+
+# ---- the program
+
+
+def start(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ptacc", *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen(command, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, **streams)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, Sequence[str | None]]:
+    """Return the exit code of a process and what it wrote, within the limit."""
+    with process:
+        try:
+            written = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+    return process.returncode, written
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    save(tmp_path, 1, label="größer")
+    code, (out, err) = finish(start("checkpoints", tmp_path))
+    assert (code, err) == (0, "")
+    assert r"gr\xf6\xdfer" in str(out)
+
+
+def test_nobody_reads_on(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    reads, writes = os.pipe()
+    os.close(reads)
+    process = start("checkpoints", tmp_path, stdout=writes)
+    os.close(writes)
+    assert finish(process) == (128 + signal.SIGPIPE, (None, ""))
+
+
+def test_an_interrupt_ends_it_quietly(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    process = start("verify", tmp_path, "--key-file", tmp_path / "key")
+    with (tmp_path / "key").open("wb"):  # which waits until it is read from
+        process.send_signal(signal.SIGINT)
+        assert finish(process) == (128 + signal.SIGINT, ("", ""))
+
+
+def test_a_missing_file_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path), "--key-file", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("ptacc: [Errno 2] No such file")
+
+
+@pytest.mark.parametrize(("argument", "expected"), [("--version", "ptacc 0.1.0"), ("--help", "checkpoints")])
+def test_it_says_what_it_is(argument: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([argument])
+    assert expected in capsys.readouterr().out
+
+
+def test_the_project_installs_it() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    module, _, name = project["project"]["scripts"]["ptacc"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
