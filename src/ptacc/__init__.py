@@ -5,6 +5,7 @@ from ptacc.callbacks.defaults import default_callbacks as default_callbacks
 from ptacc.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
 from ptacc.callbacks.print_metrics import PrintMetrics as PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar as ProgressBar
+from ptacc.callbacks.save_best import SaveBest as SaveBest
 from ptacc.core.batches import BatchMixin as BatchMixin
 from ptacc.core.compose import hook as hook
 from ptacc.core.compose import replaces as replaces
@@ -23,11 +24,14 @@ from ptacc.core.peers import Peers as Peers
 from ptacc.core.run import Run as Run
 from ptacc.core.run_state import StateKey as StateKey
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
+from ptacc.errors import CheckpointError as CheckpointError
 from ptacc.errors import CollectiveError as CollectiveError
 from ptacc.errors import CompositionError as CompositionError
+from ptacc.errors import DamagedCheckpointError as DamagedCheckpointError
 from ptacc.errors import DataError as DataError
 from ptacc.errors import LaunchError as LaunchError
 from ptacc.errors import LossError as LossError
+from ptacc.errors import MissingPartError as MissingPartError
 from ptacc.errors import ModelError as ModelError
 from ptacc.errors import MonitorError as MonitorError
 from ptacc.errors import NestedRunError as NestedRunError
@@ -40,6 +44,7 @@ from ptacc.keywords import DataLoaderKwargs as DataLoaderKwargs
 from ptacc.keywords import EvalOptions as EvalOptions
 from ptacc.keywords import TrainOptions as TrainOptions
 from ptacc.mixins.amp import AMPMixin as AMPMixin
+from ptacc.mixins.checkpoint import CheckpointMixin as CheckpointMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin as EMAMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
@@ -57,6 +62,7 @@ from ptacc.protocols import PlateauSchedulerLike as PlateauSchedulerLike
 from ptacc.protocols import SchedulerFactory as SchedulerFactory
 from ptacc.protocols import SizedDataset as SizedDataset
 from ptacc.protocols import Stateful as Stateful
+from ptacc.protocols import SupportsCheckpoint as SupportsCheckpoint
 from ptacc.protocols import SupportsGradAccum as SupportsGradAccum
 from ptacc.protocols import SupportsGradClip as SupportsGradClip
 from ptacc.protocols import SupportsLRScheduler as SupportsLRScheduler
@@ -66,6 +72,7 @@ from ptacc.protocols import SupportsSeed as SupportsSeed
 from ptacc.protocols import SupportsSWA as SupportsSWA
 from ptacc.protocols import SupportsSyncBatchNorm as SupportsSyncBatchNorm
 from ptacc.trainers.supervised import Trainer as Trainer
+from ptacc.types import Best as Best
 from ptacc.types import Cadence as Cadence
 from ptacc.types import EpochRecord as EpochRecord
 from ptacc.types import Epochs as Epochs
@@ -87,10 +94,14 @@ __all__ = [
     "AcceleratorBuilder",
     "AcceleratorConflictError",
     "BatchMixin",
+    "Best",
     "Cadence",
     "Callback",
+    "CheckpointError",
+    "CheckpointMixin",
     "CollectiveError",
     "CompositionError",
+    "DamagedCheckpointError",
     "DataError",
     "DataLoaderKwargs",
     "DeviceRuntime",
@@ -114,6 +125,7 @@ __all__ = [
     "MetricLike",
     "MetricsMixin",
     "Minutes",
+    "MissingPartError",
     "Mixin",
     "ModelError",
     "MonitorError",
@@ -136,6 +148,7 @@ __all__ = [
     "RunHistory",
     "RunPlan",
     "SWAMixin",
+    "SaveBest",
     "SchedulerError",
     "SchedulerFactory",
     "SeedMixin",
@@ -148,6 +161,7 @@ __all__ = [
     "StepResult",
     "Steps",
     "StopOnNonFinite",
+    "SupportsCheckpoint",
     "SupportsGradAccum",
     "SupportsGradClip",
     "SupportsLRScheduler",

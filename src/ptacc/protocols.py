@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -231,6 +232,19 @@ class SupportsMetrics(Protocol):
     @property
     def metrics(self) -> Mapping[str, MetricLike]:
         """The metrics of evaluations, by name."""
+        ...
+
+
+@runtime_checkable
+class SupportsCheckpoint(Protocol):
+    """Trainers that save their runs: `CheckpointMixin`."""
+
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+        """Have the run saved as soon as the present step is done."""
+        ...
+
+    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+        """Load weights and the optimizer's state."""
         ...
 
 

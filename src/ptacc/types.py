@@ -385,3 +385,27 @@ class Monitored:
 def as_monitored(monitor: str | Monitored, mode: Mode = "min") -> Monitored:
     """Return the handle for `monitor`; a name takes `mode` along, a handle knows its own."""
     return monitor if isinstance(monitor, Monitored) else Monitored(monitor, mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best by a value that is reported: what `keep_best` keeps.
+
+    Args:
+        monitor: The value, by its name or handle.
+        mode: Whether less or more is better; a handle knows that itself.
+        count: How many, at least 1.
+    """
+
+    monitor: str | Monitored
+    mode: Mode = "min"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least("Best", "count", self.count, 1)
+        as_monitored(self.monitor, self.mode)
+
+    @property
+    def monitored(self) -> Monitored:
+        """The handle of the value."""
+        return as_monitored(self.monitor, self.mode)

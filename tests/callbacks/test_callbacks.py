@@ -133,7 +133,7 @@ def test_the_best_model_is_kept_and_restored(restore: bool) -> None:
     trainer = Worsening(**parts(best))
     history = trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     assert (best.best_epoch, best.best_value) == (1, history[0].eval_loss)
-    is_best = torch.equal(trainer.model.state_dict()["weight"], best.state_dict["weight"])
+    is_best = torch.equal(trainer.model.state_dict()["weight"], best.best_weights["weight"])
     assert is_best is restore
 
 

@@ -11,7 +11,7 @@ from ptacc.core.averages import AveragedWeights
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
-from ptacc.protocols import SupportsSWA
+from ptacc.protocols import StateDict, SupportsSWA
 from ptacc.types import EpochRecord, Mode, Monitored, as_monitored
 
 
@@ -39,9 +39,18 @@ class KeepBestModel(Callback[TrainerCore]):
         self._weights: dict[str, Tensor] = {}
 
     @property
-    def state_dict(self) -> dict[str, Tensor]:
+    def best_weights(self) -> dict[str, Tensor]:
         """The weights of the best epoch, on the host; empty before the first."""
         return self._weights
+
+    def state_dict(self) -> StateDict:
+        """Return the best value, its epoch, and the weights."""
+        return {"best_value": self.best_value, "best_epoch": self.best_epoch, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a best epoch."""
+        self.best_value, self.best_epoch = state_dict["best_value"], state_dict["best_epoch"]
+        self._weights = dict(state_dict["weights"])
 
     @override
     def monitors(self) -> tuple[Monitored, ...]:

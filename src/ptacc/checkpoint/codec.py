@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import base64
 import math
+import re
+import reprlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
+_ValueT = TypeVar("_ValueT")
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 TAG: Final = "~"
@@ -35,6 +38,10 @@ DTYPES: Final = {
 }
 NUMERIC: Final = "biufc"
 """Kinds of NumPy dtypes that are numbers."""
+ARRAY_DTYPE: Final = re.compile(rf"[<>|=][{NUMERIC}][0-9]{{1,2}}")
+"""What NumPy calls a dtype of numbers; given other texts, it imports, parses Python, or warns."""
+COLLISIONS: Final = 256
+"""Keys of one hash that a dictionary or set may have: n of them are made one by comparing n² / 2 times."""
 FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 MAPPINGS: Final[Mapping[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 SEQUENCES: Final[Mapping[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
@@ -85,7 +92,15 @@ def decode(encoded: Encoded) -> Any:
         >>> decode(encode({30: (1, float("inf"))}))
         {30: (1, inf)}
     """
-    return _Decoder(encoded.tensors).decode(encoded.tree, 0)
+    try:
+        return _Decoder(encoded.tensors).decode(encoded.tree, 0)
+    except RecursionError as error:
+        raise DamagedCheckpointError("A state has more containers in each other than can be read.") from error
+
+
+def brief(error: Exception) -> str:
+    """Return what an error says, in a line: of hostile content some say much, and some what cannot be printed."""
+    return ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
 
 
 # ---- encoding
@@ -177,8 +192,11 @@ class _Decoder:
             return {key: self.decode(part, depth + 1) for key, part in tree.items()}
         try:
             return self._tagged(tree, depth)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DamagedCheckpointError(f"A state holds a {tree[TAG]!r} that is none: {error}.") from error
+        except (DamagedCheckpointError, RecursionError, MemoryError):
+            raise
+        except Exception as error:  # NumPy and torch have many for what is none
+            kind = reprlib.repr(tree[TAG])
+            raise DamagedCheckpointError(f"A state holds a {kind} that is none: {brief(error)}.") from error
 
     def _tagged(self, tree: dict[str, Any], depth: int) -> Any:
         match tree[TAG]:
@@ -187,24 +205,56 @@ class _Decoder:
             case "float":
                 return FLOATS[tree["value"]]
             case "complex":
-                return complex(*self.decode(tree["value"], depth + 1))
+                real, imag = (self.decode(part, depth + 1) for part in tree["value"])
+                return complex(_of(float, real), _of(float, imag))
             case "bytes":
-                return base64.b64decode(tree["value"], validate=True)
+                return base64.b64decode(_of(str, tree["value"]), validate=True)
             case "dtype":
                 return DTYPES[tree["value"]]
             case "device":
-                return torch.device(tree["value"])
+                return torch.device(_of(str, tree["value"]))
             case "array":
                 return self._array(tree)
             case "number":
                 return self._array(tree)[()]
             case str(tag) if tag in CONTAINERS and isinstance(tree["items"], list):
                 items = self.decode(tree["items"], depth + 1)
-                return CONTAINERS[tag](dict(items) if tag in MAPPINGS.values() else items)
-        raise DamagedCheckpointError(f"A state holds a value of the unknown kind {tree[TAG]!r}.")
+                return _container(tag, items)
+        raise DamagedCheckpointError(f"A state holds a value of the unknown kind {reprlib.repr(tree[TAG])}.")
 
     def _array(self, tree: dict[str, Any]) -> Any:
-        dtype = np.dtype(tree["dtype"])
-        if dtype.kind not in NUMERIC:
-            raise ValueError(f"{dtype} is no dtype of numbers")
-        return self.tensors[tree["key"]].numpy().view(dtype).reshape(tree["shape"]).copy()
+        """Return an array on the memory of its tensor: a copy for each tag would make of a small file what it likes."""
+        if not ARRAY_DTYPE.fullmatch(tree["dtype"]):
+            raise ValueError("its dtype is none of numbers")
+        return self.tensors[tree["key"]].numpy().view(tree["dtype"]).reshape(_sizes(tree["shape"]))
+
+
+def _of(kind: type[_ValueT], value: object) -> _ValueT:
+    if type(value) is not kind:
+        raise TypeError(f"it is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _container(tag: str, items: list[Any]) -> object:
+    if tag in MAPPINGS.values():
+        _check_hashes([key for key, _ in items])
+        return CONTAINERS[tag](dict(items))
+    if tag == SEQUENCES[torch.Size]:
+        return torch.Size(_sizes(items))
+    if tag != SEQUENCES[tuple]:
+        _check_hashes(items)
+    return CONTAINERS[tag](items)
+
+
+def _sizes(values: object) -> list[int]:
+    """Return what are the sizes of dimensions."""
+    sizes = [_of(int, value) for value in _of(list, values)]
+    if not all(0 <= size < 2**63 for size in sizes):
+        raise ValueError("a size is none")
+    return sizes
+
+
+def _check_hashes(keys: Collection[object]) -> None:
+    """Raise `ValueError` for keys that somebody chose for their hash."""
+    if max(Counter(map(hash, keys)).values(), default=0) > COLLISIONS:
+        raise ValueError(f"more than {COLLISIONS} of its keys have one hash")

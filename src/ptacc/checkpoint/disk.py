@@ -6,6 +6,7 @@ the sync of its directory. Tests put a disk in the place of this one that fails,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -13,8 +14,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from ptacc.errors import DamagedCheckpointError
+from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 CHUNK = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
@@ -100,33 +102,88 @@ def sync_directory(disk: Disk, path: Path) -> None:
 
 
 def remove_tree(disk: Disk, path: Path) -> None:
-    """Remove a directory and the files in it; links in it are removed, not followed."""
-    for entry in sorted(path.iterdir()):
+    """Remove a directory and what is in it, however deep; links are removed, not followed."""
+    directories, waiting = [], [path]
+    while waiting:
+        entry = waiting.pop()
         if entry.is_dir() and not entry.is_symlink():
-            remove_tree(disk, entry)
+            directories.append(entry)
+            waiting += sorted(entry.iterdir(), reverse=True)
         else:
             disk.remove_file(entry)
-    disk.remove_directory(path)
+    for directory in reversed(directories):
+        disk.remove_directory(directory)
 
 
 def read_file(path: Path, size: int) -> bytes:
-    """Read a file of a known size, which is no link.
+    """Read a file of a known size; neither it nor its directory may be a link.
 
     Raises:
-        DamagedCheckpointError: It is missing, a link, no file at all, or of another size.
+        DamagedCheckpointError: It is missing, a link, no file at all, of another size, or cannot be read.
+        CheckpointError: This machine does not have the memory for it.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        what = "is a link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
-        raise DamagedCheckpointError(f"{path} {what}.") from error
-    with open(descriptor, "rb") as file:  # noqa: PTH123  # a path may be another file by now
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedCheckpointError(f"{path} is no file.")
-        if status.st_size != size:
-            raise DamagedCheckpointError(f"{path} has {status.st_size} bytes, and was written with {size}.")
+    with opened(path, size) as file:
         return file.read(size)
+
+
+def hash_file(path: Path, size: int) -> str:
+    """Return the SHA-256 of a file of a known size, as `read_file` would read it, without keeping it in memory."""
+    digest = hashlib.sha256()
+    with opened(path, size) as file:
+        for start in range(0, size, CHUNK):
+            digest.update(file.read(min(CHUNK, size - start)))
+    return digest.hexdigest()
+
+
+def read_at_most(path: Path, size: int) -> bytes:
+    """Read a file of an unknown size that is not above `size`."""
+    with opened(path) as file:
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise DamagedCheckpointError(f"{path} has more than the {size} bytes that such a file may have.")
+    return data
+
+
+@contextlib.contextmanager
+def opened(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file to be read; whatever is wrong with it, or with the disk, is damage."""
+    try:
+        with open(open_descriptor(path), "rb") as file:  # a path may be another file by now
+            if size is not None:
+                check_size(path, os.fstat(file.fileno()).st_size, size)
+            yield file
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} needs more memory than there is.") from error
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a file in a directory, both of which are what they seem to be, and return its descriptor."""
+    try:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # A pipe that nobody writes to would be waited for.
+            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        what = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
+        raise DamagedCheckpointError(f"{path} {what}: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedCheckpointError(f"{path} is no file.")
+    return descriptor
+
+
+def check_size(path: Path, size: int, written: int) -> None:
+    """Raise an error for a file of another size than was written, and for one that is too large to be read."""
+    if size != written:
+        raise DamagedCheckpointError(f"{path} has {size} bytes, and was written with {written}.")
+    # Next to nothing of it need be on the disk: what says that it is a terabyte would be read for an hour.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise CheckpointError(f"{path} has {size} bytes, and this machine has a memory of {memory}.")
 
 
 def chunks_of(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

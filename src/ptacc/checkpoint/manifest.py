@@ -10,19 +10,23 @@ import hashlib
 import hmac
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ptacc.checkpoint.codec import Encoded, decode, encode
+from ptacc.checkpoint.codec import Encoded, brief, decode, encode
 from ptacc.checkpoint.disk import Written
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT: Final = 1
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 """Names that a file of a checkpoint may have: none that leads elsewhere."""
-LARGEST: Final = 1 << 26
-"""Bytes that a manifest may have."""
+LARGEST: Final = 1 << 24
+"""Bytes that a manifest may have: those of fifty thousand processes."""
+DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+"""A SHA-256, or an HMAC made with it."""
+LARGEST_COUNT: Final = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,12 @@ class Manifest:
         Args:
             key: Signs it.
         """
-        content = {"format": FORMAT, **asdict(self), "metrics": encode(dict(self.metrics)).tree}
-        text = serialised(content)
-        seal = {"sha256": hashlib.sha256(text).hexdigest()}
-        if key is not None:
-            seal["hmac"] = hmac.new(key, text, hashlib.sha256).hexdigest()
-        return serialised({"manifest": content, **seal})
+        content = self.content()
+        return sealed(content, None if key is None else hmac.new(key, serialised(content), hashlib.sha256).hexdigest())
+
+    def content(self) -> dict[str, Any]:
+        """Return what is hashed and signed."""
+        return {"format": FORMAT, **asdict(self), "metrics": encode(dict(self.metrics)).tree}
 
     @classmethod
     def from_bytes(cls, data: bytes, key: bytes | None = None) -> Manifest:
@@ -86,21 +90,18 @@ class Manifest:
             version = content.pop("format")
             if type(version) is int and version > FORMAT:
                 raise CheckpointError(
-                    f"The checkpoint is of format {version}, and this ptacc reads {FORMAT}: update it."
+                    f"The checkpoint is of format {reprlib.repr(version)}, and this ptacc reads {FORMAT}: update it."
                 )
             content["metrics"] = decode(Encoded(content["metrics"]))
             content["files"] = {str(name): Written(**file) for name, file in content["files"].items()}
             manifest = cls(**content)
             manifest.check()
-            unknown_key = b"" if "hmac" in document else None
-            written = manifest.to_bytes(unknown_key if key is None else key)
+            # Without a key, nobody here can say whether a signature is right.
+            written = sealed(manifest.content(), document.get("hmac")) if key is None else manifest.to_bytes(key)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"The manifest is none: {type(error).__name__}: {error}.") from error
+            raise DamagedCheckpointError(f"The manifest is none: {brief(error)}.") from error
         if key is not None and not hmac.compare_digest(written, data):
             raise CheckpointError(f"{manifest.name} is not signed with the key that was given, or was changed since.")
-        if key is None and "hmac" in document:
-            document["hmac"] = json.loads(written)["hmac"]  # nobody here can say whether it is right
-            data = serialised(document)
         if written != data:
             raise DamagedCheckpointError(f"The manifest of {manifest.name} is not what was written: its hash differs.")
         return manifest
@@ -112,13 +113,28 @@ class Manifest:
         sizes = [file.size for file in self.files.values()]
         if not all(type(text) is str for text in texts):
             raise ValueError("a name is no text")
-        if not all(type(count) is int and 0 <= count < 2**63 for count in (*counts, *sizes)):
+        if not all(is_count(count) for count in (*counts, *sizes)):
             raise ValueError("a count is no count")
-        if not all(type(value) in (int, float) for value in self.metrics.values()):
+        if not all(
+            type(value) is float or (type(value) is int and is_count(abs(value))) for value in self.metrics.values()
+        ):
             raise ValueError("a metric is no number")
+        if not all(DIGEST.fullmatch(file.sha256) for file in self.files.values()):
+            raise ValueError("a hash is no hash")
         for name in (self.name, *self.files):
             if not FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name for a file")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is one that things are counted with, and is no absurd one."""
+    return type(value) is int and 0 <= value <= LARGEST_COUNT
+
+
+def sealed(content: Mapping[str, Any], signature: str | None) -> bytes:
+    """Return the bytes of a manifest's file."""
+    seal = {"sha256": hashlib.sha256(serialised(content)).hexdigest()}
+    return serialised({"manifest": content, **seal, **({} if signature is None else {"hmac": signature})})
 
 
 def serialised(content: Mapping[str, Any]) -> bytes:

@@ -12,19 +12,23 @@ state can tell an earlier one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptacc.checkpoint.codec import Encoded, Json, decode, encode
+from torch import Tensor
+
+from ptacc.checkpoint.codec import Encoded, Json, brief, decode, encode
 from ptacc.checkpoint.disk import Written
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.store import CheckpointStore, Draft
-from ptacc.checkpoint.tensors import parse_safetensors, safetensors_parts
-from ptacc.errors import DamagedCheckpointError, MissingPartError
+from ptacc.checkpoint.tensors import parse_safetensors, safetensors_header, safetensors_parts
+from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 
 SHARED = "shared"
 """The name of the files that all processes read."""
+LARGEST_TREE = 1 << 28
+"""Bytes of JSON that a file of parts may have: in memory they take up to thirty times that. Tensors are not in it."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +71,55 @@ def own(rank: int) -> str:
     return f"rank-{rank}"
 
 
+@dataclass(frozen=True)
+class EncodedParts:
+    """Parts as they are written: trees by the parts' names, and the tensors in them by their keys."""
+
+    trees: Mapping[str, Json]
+    tensors: Mapping[str, Tensor]
+
+
+def encode_parts(parts: Iterable[Part]) -> EncodedParts:
+    """Encode parts, their tensors by reference.
+
+    Raises:
+        CheckpointError: A state cannot be stored; the message says which, and where.
+    """
+    encoded = {part.name: encode(part.state, part.name) for part in parts}
+    tensors = {key: tensor for one in encoded.values() for key, tensor in one.tensors.items()}
+    return EncodedParts({name: one.tree for name, one in encoded.items()}, tensors)
+
+
 def check_storable(parts: Iterable[Part]) -> None:
-    """Raise `CheckpointError` for a state that cannot be stored, or does not come back: at the start, not at a save."""
+    """Raise `CheckpointError` for a state that cannot be stored, or does not come back: at the start, not at a save.
+
+    No tensor is copied for it.
+    """
     for part in parts:
         encoded = encode(part.state, part.name)
-        json.dumps(encoded.tree, allow_nan=False)
-        for _ in safetensors_parts(encoded.tensors):
-            pass
+        safetensors_header(encoded.tensors)
+        tree = json.loads(json.dumps(encoded.tree, allow_nan=False))
+        again = encode(decode(Encoded(tree, encoded.tensors)), part.name)
+        if again.tree != encoded.tree:
+            raise CheckpointError(f"{part.name} does not come back from a file as it was.")
 
 
-def write_parts(store: CheckpointStore, draft: Draft, name: str, parts: Sequence[Part]) -> dict[str, Written]:
+def write_parts(store: CheckpointStore, draft: Draft, name: str, parts: Iterable[Part]) -> dict[str, Written]:
     """Write parts to two files of a checkpoint, and return them as they were written."""
-    trees: dict[str, Json] = {}
-    tensors: dict[str, Any] = {}
-    for part in parts:
-        encoded = encode(part.state, part.name)
-        trees[part.name] = encoded.tree
-        tensors |= encoded.tensors
-    text = json.dumps(trees, allow_nan=False).encode()
+    return write_encoded(store, draft, name, encode_parts(parts))
+
+
+def write_encoded(store: CheckpointStore, draft: Draft, name: str, parts: EncodedParts) -> dict[str, Written]:
+    """Write parts that are encoded already."""
+    text = json.dumps(parts.trees, allow_nan=False).encode()
+    if len(text) > LARGEST_TREE:
+        raise CheckpointError(
+            f"The states of {', '.join(parts.trees)} take {len(text)} bytes beside their tensors, and the most is "
+            f"{LARGEST_TREE}: keep what is long in them, such as a list of numbers, as a tensor."
+        )
     files = {f"{name}.json": store.write(draft, f"{name}.json", [text])}
-    if tensors:
-        files[f"{name}.safetensors"] = store.write(draft, f"{name}.safetensors", safetensors_parts(tensors))
+    if parts.tensors:
+        files[f"{name}.safetensors"] = store.write(draft, f"{name}.safetensors", safetensors_parts(parts.tensors))
     return files
 
 
@@ -96,11 +128,22 @@ def read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapsho
 
     Raises:
         DamagedCheckpointError: A file is missing, or is not what was written.
+        CheckpointError: A file is larger than any may be, or than there is memory.
     """
+    try:
+        return _read_parts(store, manifest, name)
+    except MemoryError as error:
+        raise CheckpointError(f"{manifest.name}/{name} needs more memory than there is.") from error
+
+
+def _read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapshot:
+    written = manifest.files.get(f"{name}.json")
+    if written is not None and written.size > LARGEST_TREE:
+        raise CheckpointError(f"{manifest.name}/{name}.json has {written.size} bytes, and {LARGEST_TREE} are the most.")
     try:
         trees = json.loads(store.read(manifest, f"{name}.json"))
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{manifest.name}/{name}.json is no JSON: {error}.") from error
+        raise DamagedCheckpointError(f"{manifest.name}/{name}.json is no JSON: {brief(error)}.") from error
     if not isinstance(trees, dict):
         raise DamagedCheckpointError(f"{manifest.name}/{name}.json holds no parts.")
     file = f"{name}.safetensors"

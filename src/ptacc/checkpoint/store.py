@@ -16,15 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ptacc.checkpoint.disk import Disk, Written, read_file, remove_tree, sync_directory, write_file
-from ptacc.checkpoint.manifest import FILE_NAME, LARGEST, Manifest
-from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.checkpoint.disk import (
+    Disk,
+    Written,
+    hash_file,
+    read_at_most,
+    read_file,
+    remove_tree,
+    sync_directory,
+    write_file,
+)
+from ptacc.checkpoint.manifest import FILE_NAME, LARGEST, Manifest, is_count
+from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -60,7 +69,24 @@ class CheckpointStore:
     key: bytes | None = field(default=None, repr=False)
     disk: Disk = field(default_factory=Disk, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.key == b"":
+            raise OptionError(
+                "CheckpointStore(key=b''): what everybody has signs nothing, so it needs a key of at least one byte. "
+                "Is what it is read from empty?"
+            )
+
     # ---- writing
+
+    def free_name(self, step: int) -> str:
+        """Return a name for a checkpoint at a step that no other has: there is more than one where a run went back."""
+        name = f"{PREFIX}{step:08}"
+        again = (f"{name}.{number:02}" for number in range(1, 10_000))
+        return next(free for free in (name, *again) if not (self.directory / free).exists())
+
+    def prepare(self) -> None:
+        """Make the directory, durably, if there is none."""
+        self._make_durably(self.directory)
 
     def begin(self, name: str) -> Draft:
         """Begin a checkpoint. One process does this, and tells the others where.
@@ -68,9 +94,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is one of this name already.
         """
-        if not FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{name!r} is no name for a checkpoint: letters, digits, `-`, `_` and `.` make one.")
-        if (self.directory / name).exists():
+        check_name(name)
+        if os.path.lexists(self.directory / name):
             raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
         draft = Draft(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
         self._make_durably(self.directory)
@@ -91,6 +116,11 @@ class CheckpointStore:
             manifest: What it is, with the hashes of all files that all processes wrote.
         """
         sequence = 1 + max((there.sequence for there in self.manifests()), default=0)
+        if not is_count(sequence):
+            last = max(self.manifests(), key=lambda there: there.sequence).name
+            raise CheckpointError(
+                f"{self.directory / last} has the highest number there is, so none can come after it."
+            )
         manifest = replace(manifest, name=draft.name, sequence=sequence)
         write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
         sync_directory(self.disk, draft.path)
@@ -104,7 +134,12 @@ class CheckpointStore:
             remove_tree(self.disk, draft.path)
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint: first its name, so that none is ever there in part."""
+        """Remove a checkpoint: first its name, so that none is ever there in part.
+
+        Raises:
+            CheckpointError: It is no name that a checkpoint may have.
+        """
+        check_name(name)
         grave = self.directory / f"{REMOVED}{name}-{secrets.token_hex(4)}"
         self.disk.rename(self.directory / name, grave)
         sync_directory(self.disk, self.directory)
@@ -145,13 +180,10 @@ class CheckpointStore:
             CheckpointError: It is of a later format, or not signed with the key.
         """
         path = self.directory / name / MANIFEST
-        if not FILE_NAME.fullmatch(name) or path.parent.is_symlink() or not path.is_file():
-            raise DamagedCheckpointError(f"{path.parent} is no checkpoint: it has no manifest of its own.")
-        size = path.lstat().st_size
-        if size > LARGEST:
-            raise DamagedCheckpointError(f"{path} has {size} bytes, more than any manifest.")
+        if not FILE_NAME.fullmatch(name) or not os.path.lexists(path):
+            raise DamagedCheckpointError(f"{name!r} in {self.directory} is no checkpoint: it has no manifest.")
         try:
-            manifest = Manifest.from_bytes(read_file(path, size), self.key)
+            manifest = Manifest.from_bytes(read_at_most(path, LARGEST), self.key)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{path}: {error}") from error
         if manifest.name != name:
@@ -164,13 +196,11 @@ class CheckpointStore:
         Raises:
             DamagedCheckpointError: It is missing, or not what was written.
         """
-        written = manifest.files.get(file)
         path = self.directory / manifest.name / file
-        if written is None:
+        if file not in manifest.files:
             raise DamagedCheckpointError(f"{path} is not in the manifest.")
-        data = read_file(path, written.size)
-        if not hmac.compare_digest(hashlib.sha256(data).hexdigest(), written.sha256):
-            raise DamagedCheckpointError(f"{path} is not what was written: its hash differs.")
+        data = read_file(path, manifest.files[file].size)
+        check_hash(path, hashlib.sha256(data).hexdigest(), manifest.files[file])
         return data
 
     def verify(self, name: str) -> Manifest:
@@ -180,11 +210,12 @@ class CheckpointStore:
             DamagedCheckpointError: A file is missing, is not what was written, or does not belong there.
         """
         manifest = self.manifest(name)
-        for file in manifest.files:
-            self.read(manifest, file)
+        for file, written in manifest.files.items():
+            path = self.directory / name / file
+            check_hash(path, hash_file(path, written.size), written)
         there = {path.name for path in (self.directory / name).iterdir()}
         if odd := there - {*manifest.files, MANIFEST}:
-            raise DamagedCheckpointError(f"{self.directory / name / min(odd)} does not belong to the checkpoint.")
+            raise DamagedCheckpointError(f"{min(odd)!r} in {self.directory / name} does not belong to the checkpoint.")
         return manifest
 
     def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
@@ -213,3 +244,15 @@ class CheckpointStore:
         if not self.directory.is_dir():
             return []
         return sorted(path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def check_name(name: str) -> None:
+    """Raise `CheckpointError` for a name that no checkpoint may have."""
+    if not FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} is no name for a checkpoint: letters, digits, `-`, `_` and `.` make one.")
+
+
+def check_hash(path: Path, sha256: str, written: Written) -> None:
+    """Raise `DamagedCheckpointError` for a file that is not what was written."""
+    if sha256 != written.sha256:
+        raise DamagedCheckpointError(f"{path} is not what was written: its hash differs.")

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ptacc.checkpoint.codec import brief
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 NAMES: Mapping[torch.dtype, str] = {
@@ -43,10 +43,22 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryv
     Raises:
         CheckpointError: A tensor of a dtype that the format does not have.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    text = safetensors_header(tensors)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in in_order(tensors):
+        yield bytes_of(tensors[name])
+
+
+def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the header of a safetensors file, which says of each tensor what and where it is.
+
+    Raises:
+        CheckpointError: A tensor of a dtype that the format does not have.
+    """
     header: dict[str, object] = {}
     offset = 0
-    for name in order:
+    for name in in_order(tensors):
         tensor = tensors[name]
         if tensor.dtype not in NAMES:
             raise CheckpointError(f"{name} is a tensor of {tensor.dtype}, which safetensors cannot store: convert it.")
@@ -54,11 +66,12 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryv
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in order:
-        yield bytes_of(tensors[name])
+    return text + b" " * (-len(text) % ALIGNMENT)
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order in which their tensors are written: each is aligned then."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -75,5 +88,7 @@ def parse_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
     """
     try:
         return load(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise DamagedCheckpointError(f"{name} is no safetensors file: {error}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors checks much of a header, and leaves torch to refuse the rest
+        raise DamagedCheckpointError(f"{name} is no safetensors file: {brief(error)}.") from error

@@ -25,7 +25,7 @@ from ptacc.core.sources import level, source_of, tell
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
-from ptacc.protocols import SizedDataset
+from ptacc.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.types import BatchT, EvalResult, OutputT, Pair, PairSample, Predictions, RawT, SampleT, StepOutput
 from ptacc.validation import check_at_least
 
@@ -168,7 +168,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 output = self._evaluate_batch(host)
                 if not host.is_phantom:
                     _add(losses, output, self.count_items(host.data))
-                if self.is_running and self.run.agree_to_terminate(batches):
+                if self._may_break_off() and self.run.agree_to_terminate(batches):
                     raise AgreedExit
             total, items = self.peers.sum([float(losses.total), losses.items])
             if not items:
@@ -181,6 +181,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 self.run.is_whole = False
             events.evaluation_end(name, result)
         return result
+
+    def _may_break_off(self) -> bool:
+        """Say whether the run may end within this evaluation: not within a hook's, where it is to be saved after."""
+        return self.is_running and (self.run.plans_evaluation or not isinstance(self, SupportsCheckpoint))
 
     def _evaluate_batch(self, host: HostBatch[BatchT]) -> StepOutput[OutputT]:
         batch = to_device(host.data, self.device)

@@ -225,6 +225,16 @@ class Run:
             self.wish_to_stop(reason)
         self.data.load_state_dict(saved.own["data"])
 
+    def fresh_values(self) -> dict[str, float]:
+        """Return the values that were reported of the present weights, by name."""
+        values: dict[str, float] = {}
+        if self.evaluated_at.steps == self.progress.steps:
+            for name, result in self.epoch.evaluations.items():
+                values |= result.values(name)
+        if self.epoch.is_counted:
+            values |= replace(self.history[-1], evaluations={}).values()
+        return values
+
     # ---- when it ends
 
     def wish_to_stop(self, reason: str, exit_code: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.core.batches import BatchMixin
 from ptacc.core.compose import hook
 from ptacc.core.nested import map_tensors, to_host
 from ptacc.core.options import value_text
 from ptacc.core.peers import Peers
+from ptacc.core.run_state import StateKey
 from ptacc.errors import DataError, OptionError
-from ptacc.protocols import MetricLike
+from ptacc.protocols import MetricLike, StateDict
 from ptacc.types import BatchT, OutputT, StepOutput
 
+TRAIN_METRICS: StateKey[MetricStates] = StateKey("train_metrics", each_rank=True)
 RESERVED = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
 
 
@@ -113,6 +116,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
         """Reset the metrics of training."""
         super().on_epoch_start()
         self._trained = started(self.train_metrics, self.device, self.peers)
+        if self._trained:
+            self.run[TRAIN_METRICS] = MetricStates(self._trained)
 
     @override
     def compute_metrics(self) -> dict[str, float]:
@@ -204,6 +209,34 @@ class Recorded:
         """Forget what was given."""
         self._given.clear()
         self._metric.reset()
+
+    def state_dict(self) -> StateDict:
+        """Return what this process's metric was given."""
+        return {"given": list(self._given)}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from what it was given."""
+        self._given = list(state_dict["given"])
+
+
+@dataclass(frozen=True)
+class MetricStates:
+    """The states of metrics that are under way, as a checkpoint holds them.
+
+    Args:
+        metrics: The metrics by name.
+    """
+
+    metrics: Mapping[str, MetricLike]
+
+    def state_dict(self) -> StateDict:
+        """Return what each metric has taken in."""
+        return {name: metric_state(metric) for name, metric in self.metrics.items()}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from that."""
+        for name, metric in self.metrics.items():
+            load_metric_state(metric, state_dict[name])
 
 
 def started(metrics: Mapping[str, MetricLike], device: torch.device, peers: Peers) -> dict[str, MetricLike]:

@@ -25,7 +25,7 @@ class SeedMixin(Mixin):
     The model is made before the trainer, so its initial weights need `torch.manual_seed` before that. While a run is
     seeded, each process draws from a stream of its own; afterwards the global generators are where they were.
 
-    Hooks: `make_seed`, `around_run`.
+    Hooks: `make_seed`, `conditions`, `around_run`.
 
     Combines with: everything.
 
@@ -50,6 +50,11 @@ class SeedMixin(Mixin):
     def make_seed(self) -> int:
         """Return the seed that was given."""
         return super().make_seed() if self.seed is None else self.seed
+
+    @override
+    def conditions(self) -> dict[str, str]:
+        """Have a run go on with the seed it began with."""
+        return super().conditions() | {"seed": str(self.seed)}
 
     @override
     @contextlib.contextmanager

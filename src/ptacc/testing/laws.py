@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ptacc.core.hooks import Mixin
 from ptacc.protocols import Stateful
 from ptacc.testing.problems import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer
+
+Options: TypeAlias = Callable[[], Mapping[str, Any]]
+"""Makes the options of one trainer: a second trainer may need others, such as a directory of its own."""
 
 
 def check_laws(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) -> None:
@@ -35,21 +38,23 @@ def check_laws(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) 
     Raises:
         AssertionError: A law is broken; the message says which, and where.
     """
-    given = mixin.law_options() if options is None else options
+    given = mixin.law_options if options is None else lambda: options
     check_overrides_reach_behind(mixin, given)
     check_default_options_change_nothing(mixin, given)
     check_state_survives(mixin, given)
-    check_order_changes_nothing(mixin, Probe, given)
+    check_order_changes_nothing(mixin, Probe, options)
 
 
-def check_overrides_reach_behind(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
+def check_overrides_reach_behind(mixin: type[Mixin], options: Options) -> None:
     """Check the first law, with a probe put behind the mixin that hears every cooperative hook."""
-    trainer = compose(mixin, Probe)(**tiny_parts(), **options)
+    trainer = compose(mixin, Probe)(**tiny_parts(), **options())
     assert isinstance(trainer, Probe)
     train_tiny(trainer)
     trainer.on_exception(RuntimeError("a probe"))
     trainer.on_save(Path("probe"))
     trainer.on_load(Path("probe"))
+    trainer.restore_run()
+    trainer.rescue_run(RuntimeError("a probe"))
     for _ in trainer.stream_predictions(tiny_data()):
         break
     shapes = declared_hooks(mixin)
@@ -58,15 +63,15 @@ def check_overrides_reach_behind(mixin: type[Mixin], options: Mapping[str, Any])
         assert name in trainer.heard, f"{mixin.__name__}.{name} does not reach the class behind it: call super()"
 
 
-def check_default_options_change_nothing(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
+def check_default_options_change_nothing(mixin: type[Mixin], options: Options) -> None:
     """Check the second law."""
-    bare, mixed = train_tiny(Trainer(**tiny_parts())), train_tiny(compose(mixin)(**tiny_parts(), **options))
+    bare, mixed = train_tiny(Trainer(**tiny_parts())), train_tiny(compose(mixin)(**tiny_parts(), **options()))
     assert bare == mixed, f"{mixin.__name__} with default options changes losses: {bare} became {mixed}"
 
 
-def check_state_survives(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
+def check_state_survives(mixin: type[Mixin], options: Options) -> None:
     """Check the third law, for all that the mixin keeps in the run's state."""
-    trained, fresh = (compose(mixin)(**tiny_parts(), **options) for _ in range(2))
+    trained, fresh = (compose(mixin)(**tiny_parts(), **options()) for _ in range(2))
     train_tiny(trained)
     fresh.train(tiny_data(), tiny_data(), num_epochs=1)
     blank = {key.name: state for key, state in fresh.run.states()}
@@ -83,8 +88,11 @@ def check_order_changes_nothing(
     first: type[Mixin], second: type[Mixin], options: Mapping[str, Any] | None = None
 ) -> None:
     """Check the fourth law, for two mixins of one's own."""
-    given = {**first.law_options(), **second.law_options()} if options is None else options
-    losses = [train_tiny(compose(*order)(**tiny_parts(), **given)) for order in ((first, second), (second, first))]
+
+    def given() -> Mapping[str, Any]:
+        return {**first.law_options(), **second.law_options()} if options is None else options
+
+    losses = [train_tiny(compose(*order)(**tiny_parts(), **given())) for order in ((first, second), (second, first))]
     assert losses[0] == losses[1], f"losses depend on whether {first.__name__} or {second.__name__} comes first"
 
 

@@ -1,0 +1,238 @@
+"""A line of checkpoints: those of one run, saved and kept by all its processes together."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from typing_extensions import TypeVar
+
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.resuming import Resumption
+from ptacc.checkpoint.retention import Retention
+from ptacc.checkpoint.saving import HostCopies, Save, Writer
+from ptacc.checkpoint.snapshot import SHARED, Part, encode_parts, own
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.core.peers import Peers
+from ptacc.errors import CheckpointError
+from ptacc.protocols import StateDict
+from ptacc.types import Progress
+
+T = TypeVar("T")
+OnError: TypeAlias = Literal["raise", "warn"]
+
+SEEN_WITHIN_SECONDS = 10.0
+"""How long another host may take to see a file of a directory that they share."""
+UNWATCHED_SECONDS = 10.0
+"""How long other processes may take to write their files when a run ends by an error."""
+
+
+@dataclass
+class CheckpointLine:
+    """The checkpoints of one run.
+
+    Args:
+        store: Where they are.
+        peers: The processes.
+        retention: Which are kept.
+        on_error: What to do when one cannot be saved.
+        in_background: Whether they are written beside the steps.
+        identity: Of the run, the same on all processes and after each going on.
+        resumed_from: The name of the checkpoint that the run went on from, which is never removed.
+        saved_at: How far the run was when it was saved last.
+    """
+
+    store: CheckpointStore
+    peers: Peers
+    retention: Retention
+    on_error: OnError = "raise"
+    in_background: bool = False
+    identity: str = field(default_factory=lambda: secrets.token_hex(8))
+    resumed_from: str | None = None
+    saved_at: Progress = field(default_factory=Progress)
+    _save: Save | None = None
+    _copies: HostCopies = field(default_factory=HostCopies)
+
+    # ---- what a checkpoint holds of it
+
+    def state_dict(self) -> StateDict:
+        """Return whose line it is, when the run was saved last, and with which versions."""
+        at = self.saved_at
+        return {
+            "identity": self.identity,
+            "saved_at": {"steps": at.steps, "epochs": at.epochs, "batches": at.batches, "seconds": at.seconds},
+            "versions": versions(),
+        }
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Be the line of the run that goes on."""
+        self.identity = state_dict["identity"]
+        self.saved_at = Progress(**state_dict["saved_at"])
+        before, now = state_dict["versions"], versions()
+        if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            warnings.warn(
+                f"The run goes on with other versions ({', '.join(changed)}): what comes may differ in the last bits "
+                "from what would have come.",
+                stacklevel=2,
+            )
+
+    # ---- opening
+
+    def open(self, origin: Resumption | None = None) -> None:
+        """Make the directory, sweep it, and see that all processes share it. A collective.
+
+        Args:
+            origin: The checkpoint that the run goes on from.
+
+        Raises:
+            CheckpointError: It cannot be written, is another run's, or another host has another of this name.
+        """
+        self.identity = self.peers.broadcast(self.identity) if origin is None else origin.manifest.run
+        if origin is not None and origin.path.parent == self.store.directory:
+            self.resumed_from = origin.manifest.name
+        token = self._on_rank_0(self._leave_token)
+        path = self.store.directory / token
+        deadline = time.monotonic() + SEEN_WITHIN_SECONDS
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        blind = [rank for rank, sees in enumerate(self.peers.gather(path.exists())) if not sees]
+        self._on_rank_0(path.unlink)
+        if blind:
+            raise CheckpointError(
+                f"{self.store.directory} is not one directory for all processes: what rank 0 wrote there, rank "
+                f"{blind[0]} does not see. Give a directory that all hosts share."
+            )
+
+    def _leave_token(self) -> str:
+        if others := [there.name for there in self.store.manifests() if there.run != self.identity]:
+            raise CheckpointError(f"{others[-1]} is of another run. Give this one a directory of its own.")
+        self.store.prepare()
+        self.store.sweep()
+        token = f".token-{secrets.token_hex(4)}"
+        (self.store.directory / token).touch(exist_ok=False)
+        return token
+
+    def _on_rank_0(self, act: Callable[[], T]) -> T:
+        """Let rank 0 act, and return on all processes what it returns, or raise what it raises."""
+        value, error = None, None
+        if self.peers.rank == 0:
+            try:
+                value = act()
+            except (OSError, CheckpointError) as caught:
+                error = f"{self.store.directory}: {caught}"
+        value, error = self.peers.broadcast((value, error))
+        if error is not None:
+            raise CheckpointError(error)
+        return value  # type: ignore[return-value]  # rank 0 acted
+
+    # ---- saving
+
+    def begin(
+        self, at: Progress, manifest: Manifest, shared: Sequence[Part], mine: Sequence[Part], path: Path | None = None
+    ) -> Path | None:
+        """Begin a checkpoint, and make it, unless that is left to the background. A collective.
+
+        Args:
+            at: How far the run is.
+            manifest: What it is, but for its name and its files.
+            shared: The parts that all processes have in common; rank 0 writes its own.
+            mine: The parts that are this process's own.
+            path: Where to save it; in the line's own directory, named by its step, if not given.
+
+        Returns:
+            Where it is, None where it is not there yet, or could not be saved.
+
+        Raises:
+            CheckpointError: It could not be saved, and errors are to be raised.
+        """
+        self.finish()
+        store = self.store if path is None else CheckpointStore(path.parent, self.store.key, self.store.disk)
+        try:
+            draft = self._on_rank_0(lambda: store.begin(path.name if path else store.free_name(at.steps)))
+        except CheckpointError as error:
+            self._report(error)
+            return None
+        encoded = {own(self.peers.rank): encode_parts(mine)}
+        if self.peers.rank == 0:
+            encoded[SHARED] = encode_parts(shared)
+        if self.in_background:
+            encoded = {name: self._copies.of(parts, name) for name, parts in encoded.items()}
+        writer = Writer(store, draft, manifest, encoded, self.peers.rank, self.peers.world_size)
+        after = self._rotate if store is self.store else _nothing
+        self._save = Save(writer, after, in_background=self.in_background)
+        return None if self.in_background else self.finish()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._save is not None
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint in the background, as soon as it is known."""
+        if self._save is not None and self._save.error is not None and self.on_error == "raise":
+            raise self._save.error
+
+    def finish(self) -> Path | None:
+        """Wait for a checkpoint that is under way, and return where it is. A collective.
+
+        Raises:
+            CheckpointError: It could not be saved, and errors are to be raised.
+        """
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        save.join()
+        errors = self.peers.gather(None if save.error is None else str(save.error))
+        if any(errors):
+            error = CheckpointError(next(filter(None, errors)))
+            error.__cause__ = save.error
+            self._report(error)
+            return None
+        return save.writer.store.directory / save.writer.draft.name
+
+    def abandon(self) -> None:
+        """Let a checkpoint that is under way end, where the other processes may be gone. No collective."""
+        if self._save is not None:
+            self._save.join(UNWATCHED_SECONDS)
+            self._save = None
+
+    def _rotate(self, newest: str) -> None:
+        """Remove what no rule keeps, once the newest is verified."""
+        protected = {newest, *filter(None, [self.resumed_from])}
+        removable = self.retention.removable(self.store.manifests(), protected)
+        try:
+            if removable:
+                self.store.verify(newest)
+            for name in removable:
+                self.store.remove(name)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(f"{self.store.directory}: old checkpoints were not removed: {error}", stacklevel=2)
+
+    def _report(self, error: CheckpointError) -> None:
+        if self.on_error == "raise":
+            raise error
+        if self.peers.rank == 0:
+            warnings.warn(f"{error} The run goes on without.", stacklevel=2)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which it depends what numbers come out to the last bit."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "accelerate": version("accelerate"),
+    }
+
+
+def _nothing(name: str) -> None:
+    """Leave other checkpoints alone."""

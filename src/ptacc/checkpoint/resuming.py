@@ -1,0 +1,124 @@
+"""Resuming: which checkpoint a run goes on from, and what of it each process takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptacc.checkpoint.contents import RUN
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.snapshot import SHARED, Snapshot, own, read_parts
+from ptacc.checkpoint.store import MANIFEST, CheckpointStore
+from ptacc.core.run_state import SavedRun
+from ptacc.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from.
+
+    Args:
+        directory: Where it is, and others of its run.
+        name: Its name there.
+    """
+
+    directory: Path
+    name: str
+
+
+def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
+    """Find the checkpoint that a run goes on from, None where it starts afresh.
+
+    Args:
+        store: The run's own.
+        resume: True for the newest that is whole, False for none, or the path of one, or of a directory of them.
+
+    Raises:
+        CheckpointError: There is none at the path; or a fresh run would share a directory with another.
+        DamagedCheckpointError: The one at the path is damaged.
+
+    Warns:
+        UserWarning: A damaged checkpoint was passed over.
+    """
+    if not isinstance(resume, bool):
+        return find_at(Path(resume), store)
+    if resume:
+        return newest_of(store)
+    if there := store.names():
+        raise CheckpointError(
+            f"{store.directory} has checkpoints of another run, the last of them {there[-1]}. Give resume=True to go "
+            "on with that run, or a directory of its own to a new one."
+        )
+    return None
+
+
+def find_at(path: Path, like: CheckpointStore) -> Found:
+    """Find the checkpoint at a path, or the newest in the directory that is there."""
+    if (path / MANIFEST).exists():
+        store = CheckpointStore(path.parent, like.key, like.disk)
+        return Found(path.parent, store.verify(path.name).name)
+    found = newest_of(CheckpointStore(path, like.key, like.disk))
+    if found is None:
+        raise CheckpointError(f"resume={str(path)!r}: there is no checkpoint that is whole.")
+    return found
+
+
+def newest_of(store: CheckpointStore) -> Found | None:
+    """Find the newest checkpoint that is whole."""
+    manifest, passed_over = store.newest()
+    for name, error in passed_over.items():
+        warnings.warn(f"{store.directory / name} is passed over: {error}", stacklevel=2)
+    if manifest is None and passed_over:
+        name, error = next(iter(passed_over.items()))
+        raise CheckpointError(
+            f"{store.directory} has {len(passed_over)} checkpoints, and none of them is whole; of {name}: {error} Move "
+            "them away to start afresh."
+        )
+    return None if manifest is None else Found(store.directory, manifest.name)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint as one process goes on from it.
+
+    Args:
+        path: Where it is.
+        manifest: What it is.
+        shared: The parts that all processes have in common.
+        own: This process's own parts; where their number has changed, what can be made of all of theirs.
+    """
+
+    path: Path
+    manifest: Manifest
+    shared: Snapshot
+    own: Snapshot
+
+    @classmethod
+    def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
+        """Read a checkpoint, each file checked before it is parsed."""
+        manifest = store.manifest(name)
+        shared = read_parts(store, manifest, SHARED)
+        if manifest.world_size == world_size:
+            mine = read_parts(store, manifest, own(rank))
+        else:
+            theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
+            mine = Snapshot({RUN: put_together([one.take(RUN) for one in theirs])})
+        return cls(store.directory / name, manifest, shared, mine)
+
+    def saved_run(self) -> SavedRun:
+        """Return the run, for the core to go on with."""
+        return SavedRun(self.shared.take(RUN), self.own.take(RUN))
+
+
+def put_together(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make of what each of several processes had of the run what each of another number of them goes on with."""
+    wishes = [run["wish"] for run in runs if run["wish"] is not None]
+    return {
+        # Each process's sum is of losses that are averaged over the processes.
+        "losses": sum(run["losses"] for run in runs) / len(runs),
+        "wish": wishes[0] if wishes else None,
+        "data": {name: value for name, value in runs[0]["data"].items() if name != "last"},
+    }

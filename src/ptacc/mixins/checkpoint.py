@@ -1,0 +1,349 @@
+"""Checkpoints."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from typing_extensions import override
+
+from ptacc.checkpoint.contents import check_goes_on, first_non_finite, own_parts, put_back, shared_parts
+from ptacc.checkpoint.line import CheckpointLine, OnError
+from ptacc.checkpoint.loading import export_from, load_into
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.resuming import Found, Resumption, find
+from ptacc.checkpoint.retention import Retention
+from ptacc.checkpoint.snapshot import Part, check_storable
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.core.history import StepResult
+from ptacc.core.hooks import Mixin
+from ptacc.core.run_state import SavedRun, StateKey
+from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.types import Best, Cadence, Epochs, Monitored
+from ptacc.validation import check_at_least
+
+LINE: StateKey[CheckpointLine] = StateKey("checkpoints")
+
+
+class CheckpointMixin(Mixin):
+    """Saves a run so that it can be killed at any moment, and goes on as if it had not been.
+
+    A checkpoint is a directory, there whole or not at all. It holds all that a run is made of: weights, optimizer,
+    schedule, averages, random streams of every process, the place in the data, history, and the state of each mixin
+    and callback that is `Stateful`. Loading one runs no code. A run is saved between steps; what falls on the last
+    step of an epoch is saved with the epoch's evaluation in it.
+
+    Options:
+        checkpoint_dir: A directory for the run, on a disk that all hosts share. Later runs of the same trainer have
+            their own in it: `run-2`, `run-3`.
+        checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None for none but the last. Every run is saved at
+            its end.
+        resume: True to go on from the newest checkpoint that is whole, or to start afresh where there is none; or the
+            path of one, for the first run of the trainer.
+        resume_despite: Names of differences to go on despite of, and of parts that may be missing.
+        keep_last: How many of the newest to keep.
+        keep_best: Which of the best to keep: `Best("accuracy", mode="max")`.
+        keep_every: Keep those whose step is a multiple of this. What any of the three keeps is kept; without one, all.
+        checkpoint_in_background: Write beside the steps, which wait for a copy of the state only.
+        checkpoint_signals: At which signals to save and end, with 128 and the signal's number as the exit code.
+        checkpoint_on_exception: Whether to save a run of one process that an exception ends between two steps.
+        checkpoint_errors: `"raise"`, or `"warn"` to go on where a checkpoint cannot be saved, on a full disk.
+        checkpoint_non_finite: Whether to save weights that hold NaN or infinity.
+        checkpoint_key: Signs checkpoints (HMAC), and refuses those that are not signed with it.
+
+    Hooks: `find_saved_run`, `restore_run`, `save_run`, `rescue_run`, `heeded_signals`, `around_run`, `on_run_start`,
+    `on_step_end`, `on_run_end`, `watched_values`.
+
+    Combines with: everything.
+
+    Example:
+        >>> from ptacc import CheckpointMixin, Steps, Trainer
+        >>> class MyTrainer(CheckpointMixin, Trainer):
+        ...     checkpoint_every = Steps(500)
+        ...     keep_last = 3
+    """
+
+    checkpoint_dir: str | Path
+    checkpoint_every: Cadence | None = field(default_factory=lambda: Epochs(1))
+    resume: bool | str | Path = False
+    resume_despite: Collection[str] = ()
+    keep_last: int | None = None
+    keep_best: Best | None = None
+    keep_every: int | None = None
+    checkpoint_in_background: bool = False
+    checkpoint_signals: Collection[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
+    checkpoint_on_exception: bool = True
+    checkpoint_errors: Literal["raise", "warn"] = "raise"
+    checkpoint_non_finite: bool = False
+    checkpoint_key: bytes | None = field(default=None, repr=False)
+    _resumption: Resumption | None = field(init=False, default=None)
+    _request: tuple[Path | None, str] | None = field(init=False, default=None)
+
+    @override
+    def check_options(self) -> None:
+        """Refuse what is no cadence, a count below 1, and what is none of the choices."""
+        owner = type(self).__name__
+        for name in ("keep_last", "keep_every"):
+            if (count := getattr(self, name)) is not None:
+                check_at_least(owner, name, count, 1)
+        if self.checkpoint_every is not None and not isinstance(self.checkpoint_every, Cadence):
+            raise OptionError(
+                f"{owner}(checkpoint_every={self.checkpoint_every!r}): must be a cadence: Steps(500), Epochs(1) or "
+                "Minutes(10), or None."
+            )
+        if self.keep_best is not None and not isinstance(self.keep_best, Best):
+            raise OptionError(f'{owner}(keep_best={self.keep_best!r}): must be Best("eval_loss"), or None.')
+        if self.checkpoint_errors not in get_args(OnError):
+            raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
+
+    # ---- what to call
+
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+        """Have the run saved as soon as the present step is done, and its evaluation if there is one. All processes.
+
+        Args:
+            path: Where to; among the run's checkpoints, named by its step, if not given.
+            label: What it is saved for: the newest checkpoint of each label is always kept.
+
+        Returns:
+            Where it will be.
+
+        Raises:
+            NestedRunError: No run is under way: a run saves itself at its end.
+            CollectiveError: Another process did not call this.
+        """
+        if not self.is_running:
+            raise NestedRunError(
+                f"{type(self).__name__}.save_checkpoint() is for within a run, from a callback or a hook: a run saves "
+                "itself at its end. export_model() writes the weights alone."
+            )
+        self.peers.meet("save_checkpoint()")
+        store = self.run[LINE].store
+        target = None if path is None else Path(path)
+        self._request = (target, label)
+        return target or store.directory / self.peers.broadcast(store.free_name(self.progress.steps))
+
+    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+        """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
+
+        To go on with the run that was saved, give `resume=path` to the trainer.
+
+        Args:
+            path: A checkpoint, or a directory of them for the newest.
+            weights_only: Whether to leave the optimizer as it is.
+
+        Raises:
+            CheckpointError: There is none, or it is of another model; the message has each difference.
+            DamagedCheckpointError: It is not what was written.
+            NestedRunError: A run is under way.
+        """
+        if self.is_running:
+            raise NestedRunError(f"{type(self).__name__}.load_checkpoint() within a run. Load before it.")
+        with self.peers.meeting("load_checkpoint()"):
+            loaded = load_into(self, Path(path), self.checkpoint_key, weights_only=weights_only)
+        self._listeners().load(loaded)
+
+    def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
+        """Write the weights to a safetensors file that `model.load_state_dict` takes, each tensor under its name.
+
+        Args:
+            path: Where to.
+            averages: `"ema"` or `"swa"` for the averages of the last run in their place.
+            overwrite: Whether to replace a file that is there.
+
+        Raises:
+            CheckpointError: There is a file already, or no such averages.
+        """
+        with self.peers.meeting("export_model()"):
+            if self.peers.rank == 0:
+                export_from(self, Path(path), averages, overwrite=overwrite)
+
+    # ---- going on
+
+    @override
+    def find_saved_run(self) -> SavedRun | None:
+        """Find the checkpoint to go on from, on rank 0 for all, and read this process's part of it."""
+        found = self.peers.broadcast(self._find() if self.peers.rank == 0 else None)
+        self._resumption = None
+        if found is None:
+            return super().find_saved_run()
+        store = CheckpointStore(found.directory, self.checkpoint_key)
+        self._resumption = Resumption.read(store, found.name, self.peers.rank, self.peers.world_size)
+        return self._resumption.saved_run()
+
+    def _find(self) -> Found | None:
+        is_first = self._state.runs == 1
+        return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
+
+    def _store(self) -> CheckpointStore:
+        directory = Path(self.checkpoint_dir)
+        number = self._state.runs
+        return CheckpointStore(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
+
+    @override
+    def on_run_start(self) -> None:
+        """Open the run's line of checkpoints."""
+        super().on_run_start()
+        best = self.keep_best
+        of_best = (None, None) if best is None else (best.count, best.monitored)
+        retention = Retention(self.keep_last, of_best[0], self.keep_every, of_best[1])
+        line = CheckpointLine(
+            self._store(), self.peers, retention, self.checkpoint_errors, in_background=self.checkpoint_in_background
+        )
+        line.open(self._resumption)
+        self.run[LINE] = line
+
+    @override
+    def restore_run(self) -> None:
+        """Put everything back, after it was compared with what is here."""
+        super().restore_run()
+        saved = self._resumption
+        if saved is None:
+            return
+        check_goes_on(self, saved.shared, saved.own, self.resume_despite)
+        put_back(self, saved.shared, saved.own, self.resume_despite)
+        if self.run.is_whole or not self.run.is_within_epoch:  # for the last time
+            self._resumption = None
+            self._listeners().load(saved.path)
+
+    # ---- saving
+
+    @override
+    def save_run(self) -> None:
+        """Save the run, if that is due."""
+        super().save_run()
+        run, line = self.run, self.run[LINE]
+        line.check()
+        if not self._is_due():
+            return
+        if run.exit_code is None and run.is_within_epoch:
+            run.agree_to_stop(self.should_stop(), at_boundary=True)
+        run.history.read_steps(run.peers)
+        if self._is_fit_to_save():
+            self._begin()
+
+    def _is_due(self) -> bool:
+        run, last = self.run, self.run[LINE].saved_at
+        now = run.progress
+        is_new = (now.steps, now.epochs, now.batches) != (last.steps, last.epochs, last.batches)
+        if self._request is not None:
+            return True
+        if run.exit_code is not None and not self._is_exit_of_mine(run.exit_code):
+            return False
+        is_time = self.checkpoint_every is not None and run.is_due(self.checkpoint_every, last)
+        return is_new and (is_time or run.is_done())
+
+    def _is_exit_of_mine(self, code: int) -> bool:
+        return code - 128 in self.checkpoint_signals
+
+    def _is_fit_to_save(self) -> bool:
+        """Say whether the weights are numbers, on all processes."""
+        if self.checkpoint_non_finite:
+            return True
+        odd = first_non_finite(self.unwrapped_model)
+        odds = self.peers.gather(odd)
+        if any(odds):
+            warnings.warn(
+                f"The run was not saved after step {self.progress.steps}: {next(filter(None, odds))} holds NaN or "
+                "infinity.",
+                stacklevel=2,
+            )
+        return not any(odds)
+
+    def _begin(self) -> None:
+        run, line = self.run, self.run[LINE]
+        self._tell_of(line.finish())
+        path, label = self._request or (None, "")
+        self._request = None
+        before, line.saved_at = line.saved_at, run.progress
+        now = run.progress
+        shared = shared_parts(self)
+        manifest = Manifest(
+            name="",
+            run=line.identity,
+            step=now.steps,
+            epoch=now.epochs,
+            offset=now.offset,
+            world_size=self.peers.world_size,
+            label=label,
+            parts={part.name: part.version for part in shared},
+            metrics=run.fresh_values(),
+        )
+        saved = line.begin(now, manifest, shared, own_parts(self), path)
+        if saved is None and not line.is_saving:
+            line.saved_at = before
+        self._tell_of(saved)
+
+    def _tell_of(self, saved: Path | None) -> None:
+        if saved is not None:
+            self._listeners().save(saved)
+
+    @override
+    def rescue_run(self, error: BaseException) -> None:
+        """Save the run before it ends by an exception."""
+        super().rescue_run(error)
+        if not self.checkpoint_on_exception or LINE not in self.run or isinstance(error, CheckpointError):
+            return
+        try:
+            self.run.history.read_steps(self.run.peers)
+            if self._is_fit_to_save():
+                self._begin()
+        except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
+            warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
+
+    @override
+    def on_epoch_start(self) -> None:
+        """Check that everything can be saved, before it has to be."""
+        super().on_epoch_start()
+        if not self.progress.steps:
+            check_storable([*shared_parts(self), *own_parts(self)])
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        """Check what the optimizer keeps from its first step on."""
+        super().on_step_end(step)
+        if step.step == 1:
+            check_storable(Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots)
+
+    @override
+    def on_run_end(self) -> None:
+        """Wait for the last checkpoint."""
+        self._tell_of(self.run[LINE].finish())
+        super().on_run_end()
+
+    @override
+    @contextlib.contextmanager
+    def around_run(self) -> Iterator[None]:
+        """Let a checkpoint that is under way end, also after an exception."""
+        with super().around_run():
+            try:
+                yield
+            finally:
+                if LINE in self.run:
+                    self.run[LINE].abandon()
+
+    @override
+    def heeded_signals(self) -> frozenset[signal.Signals]:
+        """Heed the signals at which to save."""
+        return super().heeded_signals() | frozenset(self.checkpoint_signals)
+
+    @override
+    def watched_values(self) -> tuple[tuple[object, Monitored], ...]:
+        """Watch the value by which some are best."""
+        mine = () if self.keep_best is None else ((self, self.keep_best.monitored),)
+        return (*super().watched_values(), *mine)
+
+    @override
+    @classmethod
+    def law_options(cls) -> Mapping[str, Any]:
+        """Return a directory that is removed when the process ends."""
+        directory = tempfile.TemporaryDirectory(prefix="ptacc-")
+        atexit.register(directory.cleanup)
+        return {"checkpoint_dir": directory.name}
