@@ -159,3 +159,8 @@ def test_an_optimizer_goes_on(kind: type[optim.Optimizer], tmp_path: Path) -> No
 def test_a_state_as_plain_json_would_not_come_back() -> None:
     milestones = lr_scheduler.MultiStepLR(optim.SGD([torch.zeros(1)], lr=0.1), [2]).state_dict()["milestones"]
     assert json.loads(json.dumps(milestones)) != milestones
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6.0).reshape(2, 3).T, torch.arange(4.0)[::2][:1], torch.ones(())])
+def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: torch.Tensor, tmp_path: Path) -> None:
+    assert torch.equal(through_files(tmp_path, Part("odd", tensor)).take("odd"), tensor)

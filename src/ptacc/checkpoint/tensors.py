@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ptacc.checkpoint.codec import brief
+from ptacc.core.nested import bytes_of
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 NAMES: Mapping[torch.dtype, str] = {
@@ -72,12 +73,6 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
 def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names in the order in which their tensors are written: each is aligned then."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, in its order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def parse_safetensors(data: bytes, name: str) -> dict[str, Tensor]:

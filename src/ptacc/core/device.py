@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.distributed import is_initialized
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ptacc.core.failure import open_connections
@@ -192,6 +193,7 @@ class ModelState:
 
     training: tuple[tuple[nn.Module, bool], ...]
     patched: Mapping[str, object]
+    syncing: tuple[DistributedDataParallel, bool] | None = None
 
     PATCHES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -199,12 +201,18 @@ class ModelState:
     def of(cls, model: nn.Module) -> ModelState:
         """Remember the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        return cls(tuple((module, module.training) for module in model.modules()), patched)
+        syncing = (model, model.require_forward_param_sync) if isinstance(model, DistributedDataParallel) else None
+        return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
 
     def restore_flags(self) -> None:
-        """Put each module's train flag back."""
+        """Put each module's train flag back, and whether the next forward pass gives all processes rank 0's buffers.
+
+        A forward pass without gradients takes that away from the one after it.
+        """
         for module, training in self.training:
             module.training = training
+        if self.syncing is not None:
+            self.syncing[0].require_forward_param_sync = self.syncing[1]
 
     def restore(self, model: nn.Module) -> None:
         """Put everything back."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +79,10 @@ class Engine(Protocol):
 
     def update(self) -> bool:
         """Update the weights and clear the gradients. Return False where the scaler skipped the update."""
+        ...
+
+    def finish_run(self) -> None:
+        """Have the same model on every process, buffers included. A collective: every process makes the same call."""
         ...
 
     def state_dict(self) -> StateDict:
@@ -163,6 +168,12 @@ class TorchEngine:
         for slot in self._slots:
             slot.optimizer.zero_grad()
         return happened
+
+    def finish_run(self) -> None:
+        """Give all processes rank 0's buffers: each forward pass of a step does, and the last step changed them."""
+        if isinstance(self._model, DistributedDataParallel):
+            for buffer in self._model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def state_dict(self) -> StateDict:
         """Return the state of the gradient scaler, where there is one."""

@@ -286,6 +286,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._between_epochs(run)
                 if run.is_within_epoch:  # the end came there
                     break
+            run.engine.finish_run()
             tell.run_end()
 
     def _enter(self, run: Run) -> None:

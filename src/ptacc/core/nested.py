@@ -137,3 +137,12 @@ def join(values: Sequence[object]) -> Tensor:
         forms = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
         raise DataError(f"gather(): tensors may differ in the first dimension only: got {forms}. Pad them before.")
     return torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in its order: without a copy, where it lies so on the host already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    # A tensor of one number passes for contiguous with any stride.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data

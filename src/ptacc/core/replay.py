@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptacc.core.nested import tensors_of
+from ptacc.core.nested import bytes_of, tensors_of
 from ptacc.errors import DataError
 from ptacc.protocols import StateDict
 
@@ -79,7 +79,6 @@ def digest_of(batch: object) -> str:
     """Return a digest of the tensors in a batch."""
     digest = hashlib.sha256()
     for tensor in tensors_of(batch):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

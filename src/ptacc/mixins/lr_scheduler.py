@@ -104,13 +104,15 @@ class LRSchedulerMixin(Mixin):
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
         """Put the scheduled values back to what they were, so that a second run starts like the first."""
-        groups = self.optimizer.param_groups
-        remembered = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        remembered = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
         try:
             with super().around_run():
                 yield
         finally:
-            for group, values in zip(groups, remembered, strict=True):
+            # Not the groups of before: a run that goes on from a checkpoint has loaded others.
+            for group, values in zip(self.optimizer.param_groups, remembered, strict=True):
                 for name in group.keys() - values.keys() - {"params"}:
                     del group[name]  # such as `initial_lr`, from which the next schedule would start
                 group.update(values)

@@ -8,6 +8,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,6 +140,8 @@ def same(left: Any, right: Any) -> bool:
     """Say whether two states are equal: tensors to the last bit, NaN equal to NaN."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right)
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, Sequence) and not isinstance(left, str) and isinstance(right, Sequence):
