@@ -116,9 +116,9 @@ class Full(
 ):
     """Much that has a state."""
 
-    seed = 5
+    seed: int | None = 5
     ema_decay: float = 0.8
-    max_grad_norm = 1.0
+    max_grad_norm: float | None = 1.0
     early_stopping_patience = 100
     create_scheduler: SchedulerFactory = cosine
     seen: dict[int, list[list[int]]] = field(init=False, default_factory=dict)
@@ -182,7 +182,7 @@ def make(directory: Path, **options: Any) -> tuple[Full, Watching]:
 
 def run(directory: Path, workers: int = 0, batch_size: int = 4, **options: Any) -> End:
     """Train three epochs, or what is left of them."""
-    of_train = {"num_epochs": 3, "evaluate_every": Steps(2)} | {
+    of_train: Any = {"num_epochs": 3, "evaluate_every": Steps(2)} | {
         name: options.pop(name) for name in ("num_epochs", "evaluate_every", "max_steps") if name in options
     }
     kwargs: Any = {"num_workers": workers, **({"persistent_workers": True, "timeout": 30.0} if workers else {})}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ptacc.checkpoint.snapshot import Part, Snapshot
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.randomness import RandomStreams
+from ptacc.core.randomness import RandomStreams, derive_seed, seed_everything
 from ptacc.errors import CheckpointError, MissingPartError
 from ptacc.protocols import StateDict, Stateful
 
@@ -178,6 +178,8 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
                 raise MissingPartError(f"The checkpoint has no part {name!r}.")
     if RANDOM in own.states:
         streams_of(trainer).load_state_dict(own.take(RANDOM))
+    else:  # another number of processes: each draws anew
+        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.peers.rank))
 
 
 def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ class Journal:
         self._start: int | None = None
         self._length = 0
         self._digest = hashlib.sha256()
+        self._unsynced: list[Path] = []
 
     def append(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Append records, each with its kind."""
         text = "".join(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records).encode()
+        if self._start is None:
+            self._unsynced = [*directories_to_sync(self._path)]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             if self._start is None:
@@ -41,8 +44,9 @@ class Journal:
     def state_dict(self) -> StateDict:
         """Return where the run's lines are in the file and what they hash to, once they are on the disk."""
         if self._start is not None:
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
+            for path in (self._path, *self._unsynced):
+                sync(path)
+            self._unsynced = []
         return {"start": self._start, "length": self._length, "sha256": self._digest.hexdigest()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -70,3 +74,19 @@ class Journal:
                 f"{self._path} is gone, and the run that goes on has written {self._length} bytes to it. Put it back, "
                 "or waive it: resume_despite={'history'} starts a new one."
             ) from None
+
+
+def directories_to_sync(path: Path) -> Iterator[Path]:
+    """Iterate over the directories in which there is a new name once a file and its directories are made."""
+    yield path.parent
+    if not path.parent.exists():
+        yield from directories_to_sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

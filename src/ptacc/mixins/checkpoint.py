@@ -211,6 +211,12 @@ class CheckpointMixin(Mixin):
         put_back(self, saved.shared, saved.own, self.resume_despite)
         if self.run.is_whole or not self.run.is_within_epoch:  # for the last time
             self._resumption = None
+            if saved.manifest.world_size != self.peers.world_size:
+                warnings.warn(
+                    f"The run goes on with {self.peers.world_size} processes, and was saved with "
+                    f"{saved.manifest.world_size}: sums come out equal but for rounding, and random draws differ.",
+                    stacklevel=2,
+                )
             self._listeners().load(saved.path)
 
     # ---- saving
