@@ -228,6 +228,8 @@ def first_non_finite(model: nn.Module) -> str | None:
     floating = [(name, p.detach()) for name, p in model.named_parameters() if p.is_floating_point() and p.numel()]
     if not floating:
         return None
-    largest = torch.stack([torch.linalg.vector_norm(p, float("inf")).float() for _, p in floating])
-    is_finite: list[bool] = torch.isfinite(largest).tolist()
+    # NaN is both the least and the greatest there. A norm would be one call, and takes ten times as long on the CPU.
+    is_finite: list[bool] = torch.stack(
+        [torch.isfinite(torch.stack((p.amin(), p.amax()))).all() for _, p in floating]
+    ).tolist()
     return next((name for (name, _), good in zip(floating, is_finite, strict=True) if not good), None)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,8 @@ from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 CHUNK = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
+LONG = 1 << 20
+"""Bytes that take longer to hash than it takes to hand them to another thread."""
 
 
 class Disk:
@@ -76,29 +79,51 @@ class Written:
 
 
 def write_file(disk: Disk, path: Path, parts: Iterable[bytes | memoryview]) -> Written:
-    """Write a new file durably, and hash it on the way. Its name is durable once its directory is synced."""
+    """Write a new file durably, and hash it meanwhile. Its name is durable once its directory is synced."""
     digest, size = hashlib.sha256(), 0
-    descriptor = disk.open_new(path)
-    try:
-        for chunk in chunks_of(parts):
-            digest.update(chunk)
-            size += len(chunk)
-            rest = chunk
-            while rest:
-                rest = rest[disk.write(descriptor, rest) :]
-        disk.sync(descriptor)
-    finally:
-        disk.close(descriptor)
+    with naming(path), ThreadPoolExecutor(1, "hashing") as beside:
+        descriptor = disk.open_new(path)
+        try:
+            for chunk in chunks_of(parts):
+                size += len(chunk)
+                if len(chunk) < LONG:
+                    digest.update(chunk)
+                    write_chunk(disk, descriptor, chunk)
+                else:
+                    hashing = beside.submit(digest.update, chunk)
+                    write_chunk(disk, descriptor, chunk)
+                    hashing.result()
+            disk.sync(descriptor)
+        finally:
+            disk.close(descriptor)
     return Written(digest.hexdigest(), size)
+
+
+def write_chunk(disk: Disk, descriptor: int, chunk: memoryview) -> None:
+    """Write all of a chunk: a system call may write a part of what it is given."""
+    while chunk:
+        chunk = chunk[disk.write(descriptor, chunk) :]
 
 
 def sync_directory(disk: Disk, path: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = disk.open_directory(path)
+    with naming(path):
+        descriptor = disk.open_directory(path)
+        try:
+            disk.sync(descriptor)
+        finally:
+            disk.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk say what it is of: that of a descriptor has no name."""
     try:
-        disk.sync(descriptor)
-    finally:
-        disk.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def remove_tree(disk: Disk, path: Path) -> None:

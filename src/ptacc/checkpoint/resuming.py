@@ -108,9 +108,15 @@ class Resumption:
             mine = Snapshot({RUN: put_together([one.take(RUN) for one in theirs])})
         return cls(store.directory / name, manifest, shared, mine)
 
-    def saved_run(self) -> SavedRun:
-        """Return the run, for the core to go on with."""
-        return SavedRun(self.shared.take(RUN), self.own.take(RUN))
+    def saved_run(self, *, with_file: bool) -> SavedRun:
+        """Return the run, for the core to go on with.
+
+        Args:
+            with_file: Whether the history goes on in the file that it was written to.
+        """
+        run = self.shared.take(RUN)
+        history = run["history"] if with_file else {**run["history"], "file": None}
+        return SavedRun({**run, "history": history}, self.own.take(RUN))
 
 
 def put_together(runs: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             if self._start is None:
+                if is_within_a_line(self._path):  # a run was killed there
+                    file.write(b"\n")
                 self._start = file.tell()
             file.write(text)
         self._digest.update(text)
@@ -81,6 +83,13 @@ def directories_to_sync(path: Path) -> Iterator[Path]:
     yield path.parent
     if not path.parent.exists():
         yield from directories_to_sync(path.parent)
+
+
+def is_within_a_line(path: Path) -> bool:
+    """Say whether the last line of a file has no end."""
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        return file.read() not in (b"", b"\n")
 
 
 def sync(path: Path) -> None:

@@ -116,8 +116,10 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             )
         steps = None if num_batches is None else math.ceil(num_batches / self.batches_per_step())
         plan = RunPlan.of(options.num_epochs, steps, options.max_steps)
-        is_dealt_anew = saved is not None and saved.conditions["batch_size"] != data.dealing.how
-        return self._plan_dealt_anew(plan, data, saved.progress, options) if saved and is_dealt_anew else plan
+        now = (data.dealing.of, data.dealing.how, str(self.batches_per_step()))
+        if saved is None or now == tuple(saved.conditions[name] for name in ("data", "batch_size", "batches_per_step")):
+            return plan
+        return self._plan_dealt_anew(plan, data, saved.progress, options)
 
     def _plan_dealt_anew(self, plan: RunPlan, data: BatchSource, now: Progress, options: RunOptions) -> RunPlan:
         """Count the steps behind, which took other batches than those ahead."""

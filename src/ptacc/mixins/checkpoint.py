@@ -10,26 +10,38 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from ptacc.checkpoint.contents import check_goes_on, first_non_finite, own_parts, put_back, shared_parts
+from ptacc.checkpoint.contents import check_goes_on, own_parts, put_back, shared_parts
 from ptacc.checkpoint.line import CheckpointLine, OnError
 from ptacc.checkpoint.loading import export_from, load_into
-from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.resuming import Found, Resumption, find
 from ptacc.checkpoint.retention import Retention
+from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.snapshot import Part, check_storable
 from ptacc.checkpoint.store import CheckpointStore
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
 from ptacc.core.run_state import SavedRun, StateKey
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
-from ptacc.types import Best, Cadence, Epochs, Monitored
+from ptacc.types import Best, Cadence, Epochs, Minutes, Monitored, Steps
 from ptacc.validation import check_at_least
 
-LINE: StateKey[CheckpointLine] = StateKey("checkpoints")
+SAVER: StateKey[RunSaver] = StateKey("checkpoints")
+KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "checkpoint_dir": ((str, Path), "a path"),
+    "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
+    "resume": ((bool, str, Path), "True, False, or the path of a checkpoint"),
+    "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
+    "checkpoint_key": ((bytes, NoneType), "bytes"),
+}
+COLLECTIONS: Mapping[str, tuple[type, str]] = {
+    "resume_despite": (str, "names: {'batch_size'}"),
+    "checkpoint_signals": (signal.Signals, "signals: (signal.SIGTERM,)"),
+}
 
 
 class CheckpointMixin(Mixin):
@@ -84,7 +96,6 @@ class CheckpointMixin(Mixin):
     checkpoint_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
-    _request: tuple[Path | None, str] | None = field(init=False, default=None)
 
     @override
     def check_options(self) -> None:
@@ -93,13 +104,13 @@ class CheckpointMixin(Mixin):
         for name in ("keep_last", "keep_every"):
             if (count := getattr(self, name)) is not None:
                 check_at_least(owner, name, count, 1)
-        if self.checkpoint_every is not None and not isinstance(self.checkpoint_every, Cadence):
-            raise OptionError(
-                f"{owner}(checkpoint_every={self.checkpoint_every!r}): must be a cadence: Steps(500), Epochs(1) or "
-                "Minutes(10), or None."
-            )
-        if self.keep_best is not None and not isinstance(self.keep_best, Best):
-            raise OptionError(f'{owner}(keep_best={self.keep_best!r}): must be Best("eval_loss"), or None.')
+        for name, (kinds, advice) in KINDS.items():
+            if not isinstance(value := getattr(self, name), kinds):
+                raise OptionError(f"{owner}({name}={value!r}): must be {advice}.")
+        for name, (kind, advice) in COLLECTIONS.items():
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(part, kind) for part in value):
+                raise OptionError(f"{owner}({name}={value!r}): must be {advice}.")
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
 
@@ -125,10 +136,7 @@ class CheckpointMixin(Mixin):
                 "itself at its end. export_model() writes the weights alone."
             )
         self.peers.meet("save_checkpoint()")
-        store = self.run[LINE].store
-        target = None if path is None else Path(path)
-        self._request = (target, label)
-        return target or store.directory / self.peers.broadcast(store.free_name(self.progress.steps))
+        return self.run[SAVER].ask(None if path is None else Path(path), label)
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
@@ -176,7 +184,7 @@ class CheckpointMixin(Mixin):
             return super().find_saved_run()
         store = CheckpointStore(found.directory, self.checkpoint_key)
         self._resumption = Resumption.read(store, found.name, self.peers.rank, self.peers.world_size)
-        return self._resumption.saved_run()
+        return self._resumption.saved_run(with_file="history" not in self.resume_despite)
 
     def _find(self) -> Found | None:
         is_first = self._state.runs == 1
@@ -194,11 +202,12 @@ class CheckpointMixin(Mixin):
         best = self.keep_best
         of_best = (None, None) if best is None else (best.count, best.monitored)
         retention = Retention(self.keep_last, of_best[0], self.keep_every, of_best[1])
-        line = CheckpointLine(
-            self._store(), self.peers, retention, self.checkpoint_errors, in_background=self.checkpoint_in_background
-        )
+        in_background = self.checkpoint_in_background
+        line = CheckpointLine(self._store(), self.peers, retention, self.checkpoint_errors, in_background=in_background)
         line.open(self._resumption)
-        self.run[LINE] = line
+        tell = self._listeners().save
+        signals, non_finite = self.checkpoint_signals, self.checkpoint_non_finite
+        self.run[SAVER] = RunSaver(self, line, self.checkpoint_every, signals, non_finite, tell)
 
     @override
     def restore_run(self) -> None:
@@ -225,84 +234,17 @@ class CheckpointMixin(Mixin):
     def save_run(self) -> None:
         """Save the run, if that is due."""
         super().save_run()
-        run, line = self.run, self.run[LINE]
-        line.check()
-        if not self._is_due():
-            return
-        if run.exit_code is None and run.is_within_epoch:
-            run.agree_to_stop(self.should_stop(), at_boundary=True)
-        run.history.read_steps(run.peers)
-        if self._is_fit_to_save():
-            self._begin()
-
-    def _is_due(self) -> bool:
-        run, last = self.run, self.run[LINE].saved_at
-        now = run.progress
-        is_new = (now.steps, now.epochs, now.batches) != (last.steps, last.epochs, last.batches)
-        if self._request is not None:
-            return True
-        if run.exit_code is not None and not self._is_exit_of_mine(run.exit_code):
-            return False
-        is_time = self.checkpoint_every is not None and run.is_due(self.checkpoint_every, last)
-        return is_new and (is_time or run.is_done())
-
-    def _is_exit_of_mine(self, code: int) -> bool:
-        return code - 128 in self.checkpoint_signals
-
-    def _is_fit_to_save(self) -> bool:
-        """Say whether the weights are numbers, on all processes."""
-        if self.checkpoint_non_finite:
-            return True
-        odd = first_non_finite(self.unwrapped_model)
-        odds = self.peers.gather(odd)
-        if any(odds):
-            warnings.warn(
-                f"The run was not saved after step {self.progress.steps}: {next(filter(None, odds))} holds NaN or "
-                "infinity.",
-                stacklevel=2,
-            )
-        return not any(odds)
-
-    def _begin(self) -> None:
-        run, line = self.run, self.run[LINE]
-        self._tell_of(line.finish())
-        path, label = self._request or (None, "")
-        self._request = None
-        before, line.saved_at = line.saved_at, run.progress
-        now = run.progress
-        shared = shared_parts(self)
-        manifest = Manifest(
-            name="",
-            run=line.identity,
-            step=now.steps,
-            epoch=now.epochs,
-            offset=now.offset,
-            world_size=self.peers.world_size,
-            label=label,
-            parts={part.name: part.version for part in shared},
-            metrics=run.fresh_values(),
-        )
-        saved = line.begin(now, manifest, shared, own_parts(self), path)
-        if saved is None and not line.is_saving:
-            line.saved_at = before
-        self._tell_of(saved)
-
-    def _tell_of(self, saved: Path | None) -> None:
-        if saved is not None:
-            self._listeners().save(saved)
+        self.run[SAVER].save_if_due()
 
     @override
     def rescue_run(self, error: BaseException) -> None:
         """Save the run before it ends by an exception."""
         super().rescue_run(error)
-        if not self.checkpoint_on_exception or LINE not in self.run or isinstance(error, CheckpointError):
-            return
-        try:
-            self.run.history.read_steps(self.run.peers)
-            if self._is_fit_to_save():
-                self._begin()
-        except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
-            warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
+        if self.checkpoint_on_exception and SAVER in self.run and not isinstance(error, CheckpointError):
+            try:
+                self.run[SAVER].save()
+            except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
+                warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
 
     @override
     def on_epoch_start(self) -> None:
@@ -321,7 +263,7 @@ class CheckpointMixin(Mixin):
     @override
     def on_run_end(self) -> None:
         """Wait for the last checkpoint."""
-        self._tell_of(self.run[LINE].finish())
+        self.run[SAVER].finish()
         super().on_run_end()
 
     @override
@@ -332,8 +274,8 @@ class CheckpointMixin(Mixin):
             try:
                 yield
             finally:
-                if LINE in self.run:
-                    self.run[LINE].abandon()
+                if SAVER in self.run:
+                    self.run[SAVER].line.abandon()
 
     @override
     def heeded_signals(self) -> frozenset[signal.Signals]:

@@ -1,0 +1,122 @@
+"""Saving a run: when it is due, whether it is fit to be saved, and what is told of it."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ptacc.checkpoint.contents import first_non_finite, own_parts, shared_parts
+from ptacc.checkpoint.line import CheckpointLine
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.core.hooks import TrainerCore
+from ptacc.protocols import StateDict
+from ptacc.types import Cadence
+
+
+@dataclass
+class RunSaver:
+    """Saves a trainer's run to a line of checkpoints.
+
+    Args:
+        trainer: Within its run.
+        line: Where to.
+        every: How often, None for the end alone.
+        signals: At which to save and end.
+        saves_non_finite: Whether weights that are no numbers are saved.
+        tell: Called with the path of each checkpoint that was made.
+    """
+
+    trainer: TrainerCore
+    line: CheckpointLine
+    every: Cadence | None
+    signals: Collection[signal.Signals]
+    saves_non_finite: bool
+    tell: Callable[[Path], None]
+    _asked: list[tuple[Path | None, str]] = field(default_factory=list)
+
+    def ask(self, path: Path | None, label: str) -> Path:
+        """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
+        self._asked.append((path, label))
+        store, peers, steps = self.line.store, self.trainer.peers, self.trainer.progress.steps
+        return path or store.directory / peers.broadcast(store.free_name(steps) if peers.rank == 0 else "")
+
+    def save_if_due(self) -> None:
+        """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
+        self.line.check()
+        run = self.trainer.run
+        if not (self._asked or self._is_due()):
+            return
+        if run.exit_code is None and run.is_within_epoch:
+            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # a vote of before may be under way
+        self.save()
+
+    def save(self) -> None:
+        """Save the run, unless it is not fit to be."""
+        asked, self._asked = self._asked or [(None, "")], []
+        run = self.trainer.run
+        run.history.read_steps(run.peers)
+        if self._is_fit():
+            for path, label in asked:
+                self._save(path, label)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is under way, and tell of it. A collective."""
+        if (path := self.line.finish()) is not None:
+            self.tell(path)
+
+    def _is_due(self) -> bool:
+        run, last = self.trainer.run, self.line.saved_at
+        now = run.progress
+        if (now.steps, now.epochs, now.batches) == (last.steps, last.epochs, last.batches):
+            return False
+        if run.exit_code is not None:
+            return run.exit_code - 128 in self.signals
+        return run.is_done() or (self.every is not None and run.is_due(self.every, last))
+
+    def _is_fit(self) -> bool:
+        """Say whether the weights are numbers, on all processes."""
+        if self.saves_non_finite:
+            return True
+        odd = [*filter(None, self.trainer.peers.gather(first_non_finite(self.trainer.unwrapped_model)))]
+        if odd:
+            warnings.warn(
+                f"The run was not saved after step {self.trainer.progress.steps}: {odd[0]} holds NaN or infinity.",
+                stacklevel=2,
+            )
+        return not odd
+
+    def _save(self, path: Path | None, label: str) -> None:
+        self.finish()
+        now, before = self.trainer.progress, self.line.saved_at
+        if path is None:
+            self.line.saved_at = now  # as the checkpoint itself has it
+        shared = shared_parts(self.trainer)
+        manifest = Manifest(
+            name="",
+            run=self.line.identity,
+            step=now.steps,
+            epoch=now.epochs,
+            offset=now.offset,
+            world_size=self.trainer.peers.world_size,
+            label=label,
+            parts={part.name: part.version for part in shared},
+            metrics=self.trainer.run.fresh_values(),
+        )
+        saved = self.line.begin(now, manifest, shared, own_parts(self.trainer), path)
+        if saved is not None:
+            self.tell(saved)
+        elif not self.line.is_saving:
+            self.line.saved_at = before
+
+    # ---- what a checkpoint holds of it
+
+    def state_dict(self) -> StateDict:
+        """Return the state of the line."""
+        return self.line.state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on with the line of a saved run."""
+        self.line.load_state_dict(state_dict)

@@ -1,0 +1,500 @@
+"""When a run is saved, which checkpoints are kept, where a run goes on from, and what is refused."""
+
+import math
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import IterableDataset
+from typing_extensions import override
+
+from ptacc import (
+    Best,
+    Callback,
+    CheckpointError,
+    CheckpointMixin,
+    DamagedCheckpointError,
+    EarlyStoppingMixin,
+    EMAMixin,
+    Epochs,
+    GradAccumMixin,
+    KeepBestModel,
+    Minutes,
+    Mixin,
+    MonitorError,
+    NestedRunError,
+    OptionError,
+    SaveBest,
+    SeedMixin,
+    StateKey,
+    StepOutput,
+    StepResult,
+    Steps,
+    Trainer,
+    TrainerCore,
+)
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.testing import tiny_data, tiny_parts
+
+
+class Saving(CheckpointMixin, SeedMixin, Trainer):
+    seed: int | None = 5
+
+
+class Noting(Callback[TrainerCore]):
+    """Notes what was saved and loaded, and when."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, str]] = []
+        self.loaded: list[str] = []
+
+    @override
+    def on_save(self, trainer: TrainerCore, path: Path) -> None:
+        self.saved.append((trainer.progress.steps, path.name))
+
+    @override
+    def on_load(self, trainer: TrainerCore, path: Path) -> None:
+        self.loaded.append(path.name)
+
+
+class At(Callback[CheckpointMixin]):
+    """Does something at the end of a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    @override
+    def on_step_end(self, trainer: CheckpointMixin, step: StepResult) -> None:
+        if step.step == self.step:
+            self.act(trainer)
+
+
+def names(directory: Path) -> list[int]:
+    """Return the steps of the checkpoints in a directory, each whole."""
+    store = CheckpointStore(directory)
+    return [store.verify(name).step for name in store.names()]
+
+
+def train(directory: Path, kind: type[Saving] = Saving, /, *, data: Any = None, **options: Any) -> Saving:
+    """Train two epochs of three steps."""
+    parts: dict[str, Any] = {**tiny_parts(), "checkpoint_dir": directory, **options}
+    how: Any = {name: parts.pop(name) for name in ("num_epochs", "max_steps", "evaluate_every") if name in parts}
+    trainer = kind(**parts)
+    how = {"num_epochs": 2} | how
+    trainer.train(data or tiny_data(), tiny_data(8), per_device_batch_size=8, **how)
+    return trainer
+
+
+def weights(trainer: TrainerCore) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in trainer.unwrapped_model.state_dict().values()])
+
+
+# ---- when
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(None, [6]), (Epochs(1), [3, 6]), (Steps(2), [2, 4, 6]), (Steps(4), [4, 6]), (Minutes(1e-9), [1, 2, 3, 4, 5, 6])],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_is_saved_when_it_is_time_to_and_at_its_end(
+    tmp_path: Path, every: Any, steps: list[int], background: bool
+) -> None:
+    noting = Noting()
+    train(tmp_path, checkpoint_every=every, checkpoint_in_background=background, callbacks=[noting])
+    assert names(tmp_path) == steps
+    assert [name for _, name in noting.saved] == [f"step-{step:08}" for step in steps]
+
+
+def test_what_falls_on_an_epochs_last_step_has_its_evaluation_in_it(tmp_path: Path) -> None:
+    trainer = train(tmp_path, checkpoint_every=Steps(3))
+    manifests = CheckpointStore(tmp_path).manifests()
+    assert [manifest.metrics["eval_loss"] for manifest in manifests] == [epoch.eval_loss for epoch in trainer.history]
+    assert [(manifest.epoch, manifest.offset) for manifest in manifests] == [(1, 0), (2, 0)]
+
+
+def test_a_value_belongs_to_the_weights_it_was_reported_of(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint_every=Steps(1), evaluate_every=Steps(2))
+    evaluated = [manifest.step for manifest in CheckpointStore(tmp_path).manifests() if "eval_loss" in manifest.metrics]
+    assert evaluated == [2, 4, 6]
+
+
+def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
+    asked: list[Path] = []
+    elsewhere = tmp_path / "mine" / "good"
+    callbacks = [
+        At(2, lambda trainer: asked.append(trainer.save_checkpoint(label="mine"))),
+        At(4, lambda trainer: asked.append(trainer.save_checkpoint(elsewhere))),
+    ]
+    train(tmp_path / "run", checkpoint_every=None, callbacks=callbacks, keep_last=1)
+    assert asked == [tmp_path / "run" / "step-00000002", elsewhere]
+    assert names(tmp_path / "run") == [2, 6]
+    assert CheckpointStore(elsewhere.parent).verify("good").step == 4
+    again = train(tmp_path / "again", resume=elsewhere)
+    assert torch.equal(weights(again), weights(train(tmp_path / "whole")))
+
+
+def test_outside_of_a_run_there_is_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(NestedRunError, match=r"save_checkpoint\(\) is for within a run.* export_model"):
+        train(tmp_path).save_checkpoint()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_that_an_exception_ends_between_steps_is_saved(tmp_path: Path, background: bool) -> None:
+    class Broken(IterableDataset[Any]):
+        @override
+        def __iter__(self) -> Iterator[Any]:
+            for index in range(24):
+                if index == 16 and self.breaks:
+                    raise RuntimeError("a bad sample")
+                yield tiny_data()[index]
+
+        breaks = True
+
+    data = Broken()
+    options: dict[str, Any] = {"checkpoint_every": None, "checkpoint_in_background": background}
+    with pytest.raises(RuntimeError, match="a bad sample"):
+        train(tmp_path / "run", data=data, max_steps=6, num_epochs=None, **options)
+    assert names(tmp_path / "run") == [2]
+    data.breaks = False
+    again = train(tmp_path / "run", data=data, max_steps=6, num_epochs=None, resume=True)
+    whole = train(tmp_path / "whole", data=data, max_steps=6, num_epochs=None)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_run_that_an_exception_ends_within_a_step_is_not_saved(tmp_path: Path) -> None:
+    class Raising(Saving):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            if self.progress.steps == 2:
+                raise RuntimeError("in a step")
+            return super().train_step(batch)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("in a callback")
+
+    with pytest.raises(RuntimeError, match="in a step"):
+        train(tmp_path, Raising, checkpoint_every=None)
+    with pytest.raises(RuntimeError, match="in a callback"):
+        train(tmp_path, checkpoint_every=None, callbacks=[At(2, fail)])
+    with pytest.raises(RuntimeError, match="in a step"):
+        train(tmp_path, Raising, checkpoint_every=Steps(1), checkpoint_on_exception=False)
+    assert names(tmp_path) == [1, 2]
+
+
+class Poisoned(Saving):
+    """Has a weight that becomes no number."""
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+        if step.step == 2:
+            with torch.no_grad():
+                self.unwrapped_model.get_parameter("bias")[0] = math.nan
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"not saved after step \d: \w+ holds NaN"):
+        train(tmp_path / "run", Poisoned, checkpoint_every=Steps(1))
+    assert names(tmp_path / "run") == [1]
+    train(tmp_path / "asked", Poisoned, checkpoint_every=Steps(1), checkpoint_non_finite=True)
+    assert names(tmp_path / "asked") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, callbacks=[At(2, lambda _: signal.raise_signal(number))], checkpoint_every=None)
+    assert ended.value.code == 128 + number
+    assert names(tmp_path) == [2]
+    assert signal.getsignal(number) is before
+    assert torch.equal(weights(train(tmp_path, resume=True)), weights(train(tmp_path / "whole")))
+
+
+def test_a_second_ctrl_c_interrupts(tmp_path: Path) -> None:
+    def twice(_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[At(2, twice)], checkpoint_every=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tmp_path / "without",
+            callbacks=[At(2, lambda _: signal.raise_signal(signal.SIGINT))],
+            checkpoint_signals=(),
+            checkpoint_every=None,
+        )
+    assert names(tmp_path) == []
+
+
+# ---- which are kept
+
+
+def test_rules_of_keeping_go_together(tmp_path: Path) -> None:
+    best = Best("eval_loss", mode="max", count=1)
+    rules: dict[str, Any] = {"keep_last": 1, "keep_every": 4, "keep_best": best}
+    train(tmp_path, checkpoint_every=Steps(1), evaluate_every=Steps(1), **rules)
+    assert names(tmp_path) == [1, 4, 6]
+
+
+def test_the_checkpoint_that_was_resumed_from_is_kept(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint_every=Steps(1), num_epochs=1)
+    train(tmp_path, checkpoint_every=Steps(1), resume=tmp_path / "step-00000002", keep_last=1)
+    assert names(tmp_path) == [2, 6]
+
+
+def test_the_best_are_saved_whatever_the_cadence(tmp_path: Path) -> None:
+    callbacks = [SaveBest("eval_loss")]
+    train(tmp_path, checkpoint_every=None, keep_last=1, callbacks=callbacks, evaluate_every=Steps(2))
+    manifests = CheckpointStore(tmp_path).manifests()
+    assert [(manifest.step, manifest.label) for manifest in manifests] == [(6, "eval_loss")]
+    with pytest.raises(MonitorError, match="eval_los"):
+        train(tmp_path / "typo", callbacks=[SaveBest("eval_los")])
+
+
+# ---- where a run goes on from
+
+
+def test_resuming_goes_on_where_there_is_something_and_starts_afresh_where_not(tmp_path: Path) -> None:
+    noting = Noting()
+    whole = train(tmp_path / "whole")
+    first = train(tmp_path / "run", num_epochs=1, resume=True)
+    assert first.progress.steps == 3
+    second = train(tmp_path / "run", resume=True, callbacks=[noting])
+    assert (noting.loaded, second.progress.steps) == (["step-00000003"], 6)
+    assert torch.equal(weights(second), weights(whole))
+    assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in whole.history]
+    third = train(tmp_path / "run", resume=True)
+    assert torch.equal(weights(third), weights(whole))
+    assert names(tmp_path / "run") == [3, 6]
+
+
+def test_a_new_run_in_the_directory_of_another_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"of another run, the last of them step-00000006.*resume=True"):
+        train(tmp_path / "run")
+    train(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="is of another run"):
+        train(tmp_path / "run", resume=tmp_path / "other" / "step-00000003")
+
+
+def test_each_run_of_a_trainer_has_a_line_of_its_own(tmp_path: Path) -> None:
+    def script(epochs: int) -> Saving:
+        trainer = Saving(**tiny_parts(), checkpoint_dir=tmp_path / "run", resume=True)
+        for _ in range(2):
+            trainer.train(tiny_data(), num_epochs=epochs, per_device_batch_size=8)
+        return trainer
+
+    whole = script(2)
+    assert (names(tmp_path / "run"), names(tmp_path / "run" / "run-2")) == ([3, 6], [3, 6])
+    again = script(2)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
+    whole = train(tmp_path, checkpoint_every=Steps(1))
+    file = tmp_path / "step-00000006" / "shared.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-3] ^= 1
+    file.write_bytes(damaged)
+    with pytest.warns(UserWarning, match="step-00000006 is passed over: .*hash differs"):
+        again = train(tmp_path, resume=True)
+    assert torch.equal(weights(again), weights(whole))
+    assert (tmp_path / "step-00000006.01").is_dir()
+    with pytest.raises(DamagedCheckpointError, match="hash differs"):
+        train(tmp_path / "other", resume=tmp_path / "step-00000006")
+
+
+def test_where_no_checkpoint_is_whole_a_run_does_not_start_afresh_in_silence(tmp_path: Path) -> None:
+    train(tmp_path, num_epochs=1)
+    (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="none of them is whole"):
+        train(tmp_path, resume=True)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    stopped = train(tmp_path / "run", callbacks=[At(2, lambda trainer: trainer.stop("enough"))])
+    assert stopped.history.stop_reason == "enough"
+    again = train(tmp_path / "run", resume=True)
+    assert (again.history.stop_reason, again.progress.steps) == (None, 6)
+    assert torch.equal(weights(again), weights(train(tmp_path / "whole")))
+
+
+def test_a_run_that_stopped_early_stops_again(tmp_path: Path) -> None:
+    class Stopping(EarlyStoppingMixin, Saving):
+        early_stopping_patience = 1
+        early_stopping_min_delta = 100.0
+
+    first, again = (train(tmp_path, Stopping, resume=True, num_epochs=9) for _ in range(2))
+    assert first.progress.steps == again.progress.steps == 6
+    assert first.history.stop_reason == again.history.stop_reason is not None
+    assert list(first.history)[-1].train_loss == list(again.history)[-1].train_loss
+    assert train(tmp_path, Stopping, resume=True, num_epochs=4, early_stopping_patience=5).progress.steps == 12
+
+
+# ---- what does not fit
+
+
+def test_everything_that_differs_is_told_at_once(tmp_path: Path) -> None:
+    class Averaging(EMAMixin, GradAccumMixin, Saving):
+        ema_decay: float = 0.5
+
+    train(tmp_path / "run", num_epochs=1)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    other: dict[str, Any] = {"model": model, "optimizer": AdamW(model.parameters())}
+    with pytest.raises(CheckpointError) as refused:
+        train(tmp_path / "run", Averaging, resume=True, data=tiny_data(16), gradient_accumulation_steps=2, **other)
+    for told in (
+        "optimizer was 'torch.optim.sgd.SGD' and is 'torch.optim.adamw.AdamW'",
+        "batches_per_step was '1' and is '2'",
+        "data was '24 samples' and is '16 samples'",
+        "the checkpoint has no part 'ema'",
+        "the model's weight is float64 (3, 4), and the checkpoint's float64 (2, 4)",
+    ):
+        assert told in str(refused.value)
+
+
+def test_what_differs_can_be_waived_by_its_name(tmp_path: Path) -> None:
+    class Averaging(EMAMixin, Saving):
+        ema_decay: float = 0.5
+
+    train(tmp_path / "run", num_epochs=1)
+    again = train(tmp_path / "run", Averaging, resume=True, resume_despite={"ema", "data"}, data=tiny_data(16))
+    assert again.progress.steps == 5
+    with pytest.raises(CheckpointError, match="nothing here takes the part 'ema'"):
+        train(tmp_path / "run", resume=True, data=tiny_data(16))
+
+
+class Lambda:
+    """Has a state that no file can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"function": lambda: None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+ODD: StateKey[Lambda] = StateKey("odd")
+
+
+def test_what_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Odd(Mixin):
+        @override
+        def on_run_start(self) -> None:
+            super().on_run_start()
+            self.run[ODD] = Lambda()
+
+    class OddSaving(Odd, Saving): ...
+
+    before = weights(Saving(**tiny_parts(), checkpoint_dir=tmp_path)).clone()
+    trainer = OddSaving(**tiny_parts(), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"odd\['function'\] is a builtins.function, which cannot be stored"):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert torch.equal(weights(trainer), before)
+
+
+def test_the_history_file_goes_on_where_the_checkpoint_left_it(tmp_path: Path) -> None:
+    file, expected = tmp_path / "history.jsonl", tmp_path / "expected.jsonl"
+    train(tmp_path / "whole", history_file=expected)
+    train(tmp_path / "run", history_file=file, num_epochs=1)
+    with file.open("a") as lines:
+        lines.write("of steps that came to nothing\n")
+    train(tmp_path / "run", history_file=file, resume=True)
+    untimed = [[line.split('"seconds"')[0] for line in path.read_text().splitlines()[1:]] for path in (file, expected)]
+    assert untimed[0] == untimed[1]
+    file.write_text(file.read_text().replace("0", "1"))
+    with pytest.raises(DamagedCheckpointError, match=r"not the history that was saved.*resume_despite={'history'}"):
+        train(tmp_path / "run", history_file=file, resume=True)
+    file.unlink()
+    with pytest.raises(DamagedCheckpointError, match="is gone"):
+        train(tmp_path / "run", history_file=file, resume=True)
+    train(tmp_path / "run", history_file=file, resume=True, resume_despite={"history"}, num_epochs=3)
+
+
+# ---- loading, exporting, signing
+
+
+def test_weights_are_loaded_into_another_trainer(tmp_path: Path) -> None:
+    noting = Noting()
+    source = train(tmp_path / "run")
+    other = Saving(**tiny_parts(), checkpoint_dir=tmp_path / "other", callbacks=[noting])
+    other.load_checkpoint(tmp_path / "run", weights_only=True)
+    assert torch.equal(weights(other), weights(source))
+    assert not other.optimizer.state_dict()["state"]
+    other.load_checkpoint(tmp_path / "run" / "step-00000006")
+    assert other.optimizer.state_dict()["state"]
+    assert noting.loaded == ["step-00000006", "step-00000006"]
+    wide = nn.Linear(5, 2, dtype=torch.float64)
+    parts: dict[str, Any] = {**tiny_parts(), "model": wide, "optimizer": SGD(wide.parameters())}
+    with pytest.raises(CheckpointError, match=r"weight is float64 \(2, 5\), and the checkpoint's float64 \(2, 4\)"):
+        Saving(**parts, checkpoint_dir=tmp_path / "other").load_checkpoint(tmp_path / "run")
+
+
+def test_an_export_is_what_a_model_loads(tmp_path: Path) -> None:
+    class Averaging(EMAMixin, Saving):
+        ema_decay: float = 0.5
+
+    trainer = train(tmp_path / "run", Averaging)
+    raw, averaged = tmp_path / "raw.safetensors", tmp_path / "averaged.safetensors"
+    trainer.export_model(raw)
+    trainer.export_model(averaged, averages="ema")
+    model = nn.Linear(4, 2, dtype=torch.float64)
+    model.load_state_dict(safetensors.torch.load_file(raw))
+    assert torch.equal(model.weight, trainer.unwrapped_model.get_parameter("weight"))
+    with trainer.around_evaluation_weights():
+        model.load_state_dict(safetensors.torch.load_file(averaged))
+        assert torch.equal(model.weight, trainer.unwrapped_model.get_parameter("weight"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        trainer.export_model(raw)
+
+
+def test_a_key_signs_checkpoints(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint_key=b"secret", num_epochs=1)
+    train(tmp_path, checkpoint_key=b"secret", resume=True)
+    with pytest.warns(UserWarning, match="not signed with the key"), pytest.raises(CheckpointError):
+        train(tmp_path, checkpoint_key=b"another", resume=True)
+
+
+def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
+    def best() -> KeepBestModel:
+        return KeepBestModel("eval_loss", mode="max", restore=False)
+
+    train(tmp_path, num_epochs=1, callbacks=[first := best()])
+    train(tmp_path, callbacks=[again := best()], resume=True)
+    assert (again.best_value, again.best_epoch) == (first.best_value, 1)
+    assert torch.equal(again.best_weights["weight"], first.best_weights["weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"checkpoint_every": 5}, "must be a cadence"),
+        ({"keep_last": 0}, "keep_last=0"),
+        ({"keep_best": "accuracy"}, "must be Best"),
+        ({"checkpoint_errors": "ignore"}, '"raise" or "warn"'),
+        ({"resume": 3}, "resume=3"),
+        ({"checkpoint_dir": 3}, "checkpoint_dir=3"),
+        ({"checkpoint_key": "text"}, "checkpoint_key"),
+        ({"checkpoint_signals": (15,)}, "checkpoint_signals"),
+        ({"resume_despite": "ema"}, "resume_despite='ema'"),
+    ],
+)
+def test_options_that_cannot_be_right_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        Saving(**{**tiny_parts(), "checkpoint_dir": tmp_path, **options})
+
+
+def test_nothing_is_warned_of_in_a_healthy_run(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tmp_path, num_epochs=1)
+        train(tmp_path, resume=True)
