@@ -22,6 +22,7 @@ from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.core.loop import TrainingLoop as TrainingLoop
 from ptacc.core.peers import Peers as Peers
 from ptacc.core.run import Run as Run
+from ptacc.core.run_state import SavedRun as SavedRun
 from ptacc.core.run_state import StateKey as StateKey
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CheckpointError as CheckpointError
@@ -149,6 +150,7 @@ __all__ = [
     "RunPlan",
     "SWAMixin",
     "SaveBest",
+    "SavedRun",
     "SchedulerError",
     "SchedulerFactory",
     "SeedMixin",

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
-
 from typing_extensions import override
 
 from ptacc.core.events import Callback
-from ptacc.core.run import Run
+from ptacc.core.hooks import TrainerCore
 from ptacc.protocols import StateDict, SupportsCheckpoint
 from ptacc.types import EvalResult, Mode, Monitored, as_monitored
 
 
-class Saving(SupportsCheckpoint, Protocol):
-    """What `SaveBest` needs of a trainer."""
-
-    @property
-    def run(self) -> Run:
-        """The state of the run."""
-        ...
-
-
-class SaveBest(Callback[Saving]):
+class SaveBest(Callback[SupportsCheckpoint]):
     """Has the run saved after each evaluation of the run's own that is the best so far, whatever the cadence.
 
     The newest such checkpoint is always kept: it is labelled with the value's name.
@@ -47,15 +36,16 @@ class SaveBest(Callback[Saving]):
         return (self._monitored,)
 
     @override
-    def on_run_start(self, trainer: Saving) -> None:
+    def on_run_start(self, trainer: SupportsCheckpoint) -> None:
         """Forget an earlier run."""
         self.best_value = math.nan
 
     @override
-    def on_evaluation_end(self, trainer: Saving, name: str, result: EvalResult) -> None:
+    def on_evaluation_end(self, trainer: SupportsCheckpoint, name: str, result: EvalResult) -> None:
         """Ask for a checkpoint if this is the best."""
         value = result.values(name).get(self._monitored.name, math.nan)
-        if trainer.run.plans_evaluation and self._monitored.is_better(value, than=self.best_value):
+        is_the_runs_own = isinstance(trainer, TrainerCore) and trainer.is_running and trainer.run.plans_evaluation
+        if is_the_runs_own and self._monitored.is_better(value, than=self.best_value):
             self.best_value = value
             trainer.save_checkpoint(label=self._monitored.name)
 

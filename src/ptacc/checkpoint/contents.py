@@ -139,9 +139,9 @@ def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterat
 def differing_weights(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
     """Iterate over the differences between a model's own tensors and those that are to be loaded."""
     mine = weights_of(model)
-    yield from (f"the model's {name} is not in the checkpoint" for name in mine.keys() - weights.keys())
-    yield from (f"the checkpoint's {name} is not in the model" for name in weights.keys() - mine.keys())
-    for name in mine.keys() & weights.keys():
+    yield from (f"the model's {name} is not in the checkpoint" for name in mine if name not in weights)
+    yield from (f"the checkpoint's {name} is not in the model" for name in weights if name not in mine)
+    for name in filter(weights.__contains__, mine):
         here, there = form_of(mine[name]), form_of(weights[name])
         if here != there:
             yield f"the model's {name} is {here}, and the checkpoint's {there}"
