@@ -30,8 +30,10 @@ from ptacc import (
     AcceleratorBuilder,
     AMPMixin,
     BatchMixin,
+    Best,
     Cadence,
     Callback,
+    CheckpointMixin,
     DataLoaderKwargs,
     DeviceRuntime,
     EpochRecord,
@@ -58,6 +60,7 @@ from ptacc import (
     Run,
     RunHistory,
     RunPlan,
+    SaveBest,
     SchedulerFactory,
     SeedMixin,
     SizedDataset,
@@ -68,6 +71,7 @@ from ptacc import (
     StepResult,
     Steps,
     StopOnNonFinite,
+    SupportsCheckpoint,
     SupportsGradAccum,
     SupportsGradClip,
     SupportsLRScheduler,
@@ -905,3 +909,19 @@ def with_a_mixin_or_without(trainer: TrainerCore) -> None:
     """A protocol can be asked for while the program runs."""
     if isinstance(trainer, SupportsSeed):
         assert_type(trainer.seed, int | None)
+
+
+class Saved(CheckpointMixin, MetricsMixin, Trainer):
+    checkpoint_every = Steps(500)
+    keep_best = Best("accuracy", mode="max")
+
+
+def saves(trainer: Saved) -> None:
+    checkpoints: SupportsCheckpoint = trainer
+    assert_type(checkpoints.save_checkpoint(), Path)
+    assert_type(trainer.save_checkpoint("runs/digits/best", label="best"), Path)
+    trainer.load_checkpoint(Path("runs/digits"), weights_only=True)
+    trainer.export_model("weights.safetensors", averages="ema")
+
+
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="x", resume=True, callbacks=[SaveBest("accuracy", "max")])

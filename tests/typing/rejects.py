@@ -24,7 +24,9 @@ from ptacc import (
     AcceleratorBuilder,
     AMPMixin,
     BatchMixin,
+    Best,
     Callback,
+    CheckpointMixin,
     EpochRecord,
     Epochs,
     EvalResult,
@@ -38,6 +40,7 @@ from ptacc import (
     Monitored,
     Pair,
     RunPlan,
+    SaveBest,
     SeedMixin,
     StateKey,
     StepOutput,
@@ -810,3 +813,39 @@ def what_a_trainer_has() -> None:
     # 90 an attribute that a mixin would have brought
     show(Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: Warmup()).scheduler)
     show(trainer.scheduler)  # type: ignore[attr-defined]
+
+
+# ==== checkpoints
+
+
+class Saved(CheckpointMixin, Trainer): ...
+
+
+saved = Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", callbacks=[SaveBest("eval_loss")])
+
+# 91 a callback that saves, in a trainer that cannot
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel("eval_loss")])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[SaveBest("eval_loss")])  # type: ignore[list-item]
+
+# 92 a step's number in place of a checkpoint's path
+saved.load_checkpoint("runs/digits/step-00000003")
+saved.load_checkpoint(3)  # type: ignore[arg-type]
+
+# 93 no place to save to
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits")
+Saved(net, loss_func=loss, optimizer=opt)  # type: ignore[call-arg]
+
+
+# ==== when to save, and what to keep
+
+# 94 a number that does not say of what
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", checkpoint_every=Steps(500))
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", checkpoint_every=500)  # type: ignore[arg-type]
+
+# 95 the name of a value in place of a rule
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_best=Best("accuracy", mode="max"))
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_best="accuracy")  # type: ignore[arg-type]
+
+# 96 a mode that there is not
+Best("accuracy", mode="max")
+Best("accuracy", mode="maximum")  # type: ignore[arg-type]
