@@ -353,3 +353,31 @@ def test_data_that_comes_in_another_order_is_refused() -> None:
     again.load_state_dict(left.state_dict())
     with pytest.raises(DataError, match=r"Shifting was read anew .* another batch came there"):
         next(again.epoch(0, 1))
+
+
+def test_a_stream_that_says_where_it_is_is_not_read_anew() -> None:
+    class Placed(NoisyStream):
+        place, read = 0, 0
+
+        @override
+        def __iter__(self) -> Iterator[Any]:
+            for index in range(self.place, self.n):
+                self.place, self.read = index + 1, self.read + 1
+                yield torch.tensor([index, random.random()])
+            self.place = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"place": self.place}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.place = state_dict["place"]
+
+    whole = batches(Placed(14))
+    left, dataset = source_of(DataLoader(Placed(14), batch_size=4), Peers(), 7), Placed(14)
+    for _ in zip(range(2), left.epoch(0), strict=False):
+        pass
+    rest = source_of(DataLoader(dataset, batch_size=4), Peers(), 7)
+    rest.load_state_dict(copy.deepcopy(left.state_dict()))
+    found = list(rest.epoch(0, 2))
+    assert [batch.data.tolist() for batch in found] == [batch.data.tolist() for batch in whole[2:]]
+    assert dataset.read == 6

@@ -30,6 +30,7 @@ from ptacc.types import Progress
 T = TypeVar("T")
 OnError: TypeAlias = Literal["raise", "warn"]
 
+TOKEN = ".token-"
 SEEN_WITHIN_SECONDS = 10.0
 """How long another host may take to see a file of a directory that they share."""
 UNWATCHED_SECONDS = 10.0
@@ -117,7 +118,9 @@ class CheckpointLine:
             raise CheckpointError(f"{others[-1]} is of another run. Give this one a directory of its own.")
         self.store.prepare()
         self.store.sweep()
-        token = f".token-{secrets.token_hex(4)}"
+        for left in self.store.directory.glob(f"{TOKEN}*"):  # by a process that ended right after this place
+            left.unlink()
+        token = f"{TOKEN}{secrets.token_hex(4)}"
         (self.store.directory / token).touch(exist_ok=False)
         return token
 
@@ -166,7 +169,7 @@ class CheckpointLine:
             encoded[SHARED] = encode_parts(shared)
         if self.in_background:
             encoded = {name: self._copies.of(parts, name) for name, parts in encoded.items()}
-        writer = Writer(store, draft, manifest, encoded, self.peers.rank, self.peers.world_size)
+        writer = Writer(store, draft, manifest, encoded, self.peers)
         after = self._rotate if store is self.store else _nothing
         self._save = Save(writer, after, in_background=self.in_background)
         return None if self.in_background else self.finish()
@@ -178,8 +181,10 @@ class CheckpointLine:
 
     def check(self) -> None:
         """Raise the error of a checkpoint in the background, as soon as it is known."""
-        if self._save is not None and self._save.error is not None and self.on_error == "raise":
-            raise self._save.error
+        save = self._save
+        if save is not None and save.error is not None and self.on_error == "raise":
+            self._save = None
+            raise save.error
 
     def finish(self) -> Path | None:
         """Wait for a checkpoint that is under way, and return where it is. A collective.
@@ -190,26 +195,44 @@ class CheckpointLine:
         if self._save is None:
             return None
         save, self._save = self._save, None
-        save.join()
-        errors = self.peers.gather(None if save.error is None else str(save.error))
-        if any(errors):
-            error = CheckpointError(next(filter(None, errors)))
+        message = self._outcome(save)
+        if message is not None:
+            error = CheckpointError(message)
             error.__cause__ = save.error
             self._report(error)
             return None
         return save.writer.store.directory / save.writer.draft.name
 
+    def _outcome(self, save: Save) -> str | None:
+        """Wait for all processes, and return on all of them what rank 0 says: the error, or None. A collective."""
+        is_first = self.peers.rank == 0
+        if not is_first:
+            save.join()
+        # Rank 0 may be waiting for files that will not come, of a process whose disk was too full to leave word.
+        errors = self.peers.gather(None if is_first or save.error is None else str(save.error))
+        if is_first:
+            if lost := next(filter(None, errors), None):
+                save.give_up(lost)
+            save.join()
+        return self.peers.broadcast(None if save.error is None else str(save.error))
+
     def abandon(self) -> None:
         """Let a checkpoint that is under way end, where the other processes may be gone. No collective."""
-        if self._save is not None:
-            self._save.join(UNWATCHED_SECONDS)
-            self._save = None
+        save, self._save = self._save, None
+        if save is None:
+            return
+        if not save.join(UNWATCHED_SECONDS):
+            name = save.writer.draft.name
+            save.give_up(f"{name} was not saved: the run had ended, and a process had not written its files.")
+            save.join()
+        if save.error is not None:
+            warnings.warn(str(save.error), stacklevel=2)
 
     def _rotate(self, newest: str) -> None:
         """Remove what no rule keeps, once the newest is verified."""
         protected = {newest, *filter(None, [self.resumed_from])}
-        removable = self.retention.removable(self.store.manifests(), protected)
         try:
+            removable = self.retention.removable(self.store.manifests(), protected)
             if removable:
                 self.store.verify(newest)
             for name in removable:

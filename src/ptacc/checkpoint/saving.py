@@ -6,7 +6,7 @@ writers   each writes and syncs its files, and leaves word of them in the draft;
 loop      all hear of the outcome: the checkpoint, or one error
 ```
 
-Writers make no collective: the loop's own may be under way.
+Writers make no collective: the loop's own may be under way. That a disk is too full even for a word, the loop tells.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -25,12 +26,20 @@ from ptacc.checkpoint.disk import Written, read_file, write_file
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.snapshot import EncodedParts, write_encoded
 from ptacc.checkpoint.store import CheckpointStore, Draft
+from ptacc.core.failure import Failure
+from ptacc.core.peers import Peers
 from ptacc.errors import CheckpointError
 
 WORD = ".word-{rank}.json"
 WORDS_WITHIN_SECONDS = 1800.0
 """How long rank 0 waits for the other processes' files."""
+LOOK_EVERY = 0.5
+"""Seconds to wait for them before it is looked whether those processes can still write."""
 LARGEST_WORD = 1 << 24
+
+
+class FailedElsewhereError(CheckpointError):
+    """Another process failed; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,16 @@ class Writer:
         draft: What rank 0 began.
         manifest: What it is, but for its files.
         files: The parts that this process writes, by the names of their files.
-        rank: Index of this process.
-        world_size: Number of processes.
-        gave_up: Set when nobody waits for the checkpoint any more.
+        peers: The processes.
+        lost: Has the reason, once it is known that another process's files will not come.
     """
 
     store: CheckpointStore
     draft: Draft
     manifest: Manifest
     files: Mapping[str, EncodedParts]
-    rank: int
-    world_size: int
-    gave_up: threading.Event = field(default_factory=threading.Event)
+    peers: Peers
+    lost: Future[str] = field(default_factory=Future)
 
     def write(self) -> Manifest | None:
         """Write this process's files; on rank 0, make a checkpoint of all processes' and return what it is.
@@ -65,27 +72,30 @@ class Writer:
             written: dict[str, Written] = {}
             for name, parts in self.files.items():
                 written |= write_encoded(self.store, self.draft, name, parts)
-            if self.rank:
+            if self.peers.rank:
                 self._leave_word({"files": {name: asdict(file) for name, file in written.items()}})
                 return None
-            for rank in range(1, self.world_size):
+            for rank in range(1, self.peers.world_size):
                 written |= self._await_word(rank)
             return self.store.commit(self.draft, replace(self.manifest, files=written))
-        except (OSError, CheckpointError) as error:
-            raise self._failure(error) from error
+        except FailedElsewhereError as error:
+            raise self._failure(str(error)) from error
+        except Exception as error:  # whatever it is, rank 0 waits to be told
+            what = str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"
+            raise self._failure(f"{self.draft.name} was not saved: rank {self.peers.rank}: {what}") from error
 
-    def _failure(self, error: Exception) -> CheckpointError:
-        """Clear up, tell rank 0, and return the error that names the checkpoint and the process."""
+    def _failure(self, message: str) -> CheckpointError:
+        """Clear up, tell rank 0, and return the error."""
         with contextlib.suppress(OSError):
-            if self.rank:
-                self._leave_word({"error": str(error)})
+            if self.peers.rank:
+                self._leave_word({"error": message})
             else:
                 self.store.discard(self.draft)
-        return CheckpointError(f"{self.draft.name} was not saved: rank {self.rank}: {error}")
+        return CheckpointError(message)
 
     def _leave_word(self, word: Mapping[str, object]) -> None:
         """Leave word for rank 0, whole or not at all."""
-        target = self.draft.path / WORD.format(rank=self.rank)
+        target = self.draft.path / WORD.format(rank=self.peers.rank)
         unfinished = target.with_suffix(".unfinished")
         write_file(self.store.disk, unfinished, [json.dumps(word).encode()])
         self.store.disk.rename(unfinished, target)
@@ -93,20 +103,29 @@ class Writer:
     def _await_word(self, rank: int) -> dict[str, Written]:
         """Wait until another process has written its files, and take its word away."""
         path = self.draft.path / WORD.format(rank=rank)
-        deadline = time.monotonic() + WORDS_WITHIN_SECONDS
+        deadline, look = time.monotonic() + WORDS_WITHIN_SECONDS, time.monotonic() + LOOK_EVERY
+        failure: Failure | None = None
         while not path.exists():
-            if self.gave_up.is_set() or time.monotonic() > deadline:
-                raise CheckpointError(f"rank {rank} has not written its files.")
+            if self.lost.done():
+                raise FailedElsewhereError(self.lost.result())
+            if failure is not None or time.monotonic() > deadline:
+                because = "." if failure is None else f": {failure}"
+                raise CheckpointError(f"rank {rank} has not written its files{because}")
+            if time.monotonic() > look:
+                failure, look = self.peers.find_failure(), time.monotonic() + LOOK_EVERY
             time.sleep(0.002)
         word = json.loads(read_file(path, min(path.stat().st_size, LARGEST_WORD)))
         if "error" in word:
-            raise CheckpointError(f"rank {rank}: {word['error']}")
+            raise FailedElsewhereError(word["error"])
         self.store.disk.remove_file(path)
         return {name: Written(**file) for name, file in word["files"].items()}
 
 
 class Save:
-    """A writer at work: at once, or in a thread of its own."""
+    """A writer at work: at once, or in a thread of its own where something else goes on meanwhile.
+
+    That is the steps; and with several processes what the loop has to tell a writer that waits for the others.
+    """
 
     def __init__(self, writer: Writer, after: Callable[[str], None], *, in_background: bool) -> None:
         """Set `writer` to work, and on rank 0 call `after` with the name of the checkpoint that was made."""
@@ -114,7 +133,7 @@ class Save:
         self.manifest: Manifest | None = None
         self.error: CheckpointError | None = None
         self._thread = threading.Thread(target=self._work, name=f"saving {writer.draft.name}")
-        if in_background:
+        if in_background or not writer.peers.is_alone:
             self._thread.start()
         else:
             self._work()
@@ -130,12 +149,15 @@ class Save:
             self.error = CheckpointError(f"{self.writer.draft.name} was not saved: {type(error).__name__}: {error}")
             self.error.__cause__ = error
 
-    def join(self, seconds: float | None = None) -> None:
-        """Wait for the end, after `seconds` no longer for other processes."""
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait for the end, or for so long, and say whether it came."""
         if self._thread.is_alive():
             self._thread.join(seconds)
-            self.writer.gave_up.set()
-            self._thread.join()
+        return not self._thread.is_alive()
+
+    def give_up(self, reason: str) -> None:
+        """Wait no longer for the files of other processes: they will not come."""
+        self.writer.lost.set_result(reason)
 
 
 class HostCopies:

@@ -16,6 +16,7 @@ from ptacc.core.order import BatchKey, count_global_batches, share_of
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import derive_seed, seed_everything, streams_seeded
 from ptacc.errors import DataError
+from ptacc.protocols import StateDict
 
 Collate = Callable[[list[Any]], object]
 
@@ -71,10 +72,15 @@ class SharedStream(IterableDataset[Any]):
         self._rank, self._world_size = peers.rank, peers.world_size
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
+        self._from: tuple[int, StateDict] | None = None
 
     def begin(self, epoch: int) -> None:
         """Say which epoch is read next."""
         self._epoch.fill_(epoch)
+
+    def begin_from(self, batch: int, state: StateDict) -> None:
+        """Have the next reading, in this process, begin with a batch of the epoch, where the dataset was at `state`."""
+        self._from = (batch, state)
 
     def num_batches(self, workers: int) -> int | None:
         """Return the batches of an epoch where the stream has a length; workers may each end in a short one."""
@@ -100,7 +106,11 @@ class SharedStream(IterableDataset[Any]):
         if callable(setter):
             setter(epoch)
         worker = get_worker_info()
+        first, self._from = self._from, None
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        if first is not None:
+            index = first[0]
+            self.dataset.load_state_dict(first[1])
         samples: Iterator[Any] | None = None
         while True:
             with seeded_loading(derive_seed(self._seed, epoch, index)):

@@ -327,7 +327,9 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return step, run.engine.update()
 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
-        """Iterate over the windows of an epoch."""
+        """Iterate over the windows that are left of an epoch."""
+        if run.is_within_epoch and run.is_epoch_complete:
+            return
         batches = run.data.epoch(run.progress.epochs, run.progress.offset)
         items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = windows_of(

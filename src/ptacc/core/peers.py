@@ -12,7 +12,7 @@ import torch.distributed as dist
 from typing_extensions import TypeVar
 
 from ptacc.core.exits import rest_before_exit
-from ptacc.core.failure import FailureBoard, open_connections
+from ptacc.core.failure import Failure, FailureBoard, open_connections
 from ptacc.core.meetings import Meetings
 from ptacc.errors import CollectiveError, PeerError
 
@@ -55,6 +55,10 @@ class Peers:
         """Raise `PeerError` if a process of this launch failed earlier."""
         if self.board is not None:
             self.board.check()
+
+    def find_failure(self) -> Failure | None:
+        """Return what became of another process: it told that it failed, or is gone. No collective."""
+        return None if self.board is None else self.board.find_failure()
 
     def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Let an exception of the block end all processes, the others by a `PeerError` that names it.

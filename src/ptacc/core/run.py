@@ -192,6 +192,7 @@ class Run:
                 "items": epoch.losses.items,
                 "seconds": time.monotonic() - epoch.started,
                 "learning_rate": epoch.learning_rate,
+                "is_exhausted": epoch.is_exhausted,
                 "evaluations": {name: asdict(result) for name, result in epoch.evaluations.items()},
             },
         }
@@ -214,7 +215,7 @@ class Run:
         self.history.load_state_dict(state["history"])
         self._started -= self.progress.seconds
         self.epoch.started -= epoch["seconds"]
-        self.epoch.learning_rate = epoch["learning_rate"]
+        self.epoch.learning_rate, self.epoch.is_exhausted = epoch["learning_rate"], epoch["is_exhausted"]
         self.epoch.evaluations = {name: EvalResult(**result) for name, result in epoch["evaluations"].items()}
         self.epoch.losses.items = epoch["items"]
         self.epoch.losses.total.copy_(saved.own["losses"])

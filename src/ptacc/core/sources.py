@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from typing_extensions import override
 
 from ptacc.core.data import BatchSource, Dealing, HostBatch
 from ptacc.core.dealt import DealtBatches
@@ -21,7 +22,7 @@ from ptacc.core.order import count_global_batches
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import derive_seed, streams_seeded
 from ptacc.core.replay import Replayed
-from ptacc.protocols import StateDict
+from ptacc.protocols import StateDict, Stateful
 from ptacc.types import Sharding
 
 
@@ -65,7 +66,10 @@ def level(sources: Iterable[BatchSource]) -> None:
 
 
 class StreamBatches(Replayed):
-    """An `IterableDataset`: every process reads the same stream and takes its share of each global batch."""
+    """An `IterableDataset`: every process reads the same stream and takes its share of each global batch.
+
+    One that is `Stateful`, and read without workers, says where it is, and is not read anew where a run goes on.
+    """
 
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         """Take over the loader's dataset, batch size and settings."""
@@ -74,6 +78,8 @@ class StreamBatches(Replayed):
         self._stream = SharedStream(loader.dataset, collate_of(loader), size, loader.drop_last, peers, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
+        self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None
+        self._place: StateDict | None = None
         self._keeps_samples = is_torchs_collate(loader)
 
     def num_batches(self, start: int = 0) -> int | None:
@@ -100,6 +106,10 @@ class StreamBatches(Replayed):
         expected = self._begin(start)
         promised = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
         batches = 0
+        place, self._place = self._place, None
+        if start and place is not None:
+            self._stream.begin_from(start, place)
+            batches = start
         loaded = iter(self._loader)
         for data, samples, total in loaded:
             batches += 1
@@ -113,6 +123,18 @@ class StreamBatches(Replayed):
                 self._check(data, expected)
         if promised is not None:
             self._stream.check_length(batches, promised, str(batches))
+
+    @override
+    def state_dict(self) -> StateDict:
+        """Return where a stream is that can say it, beside what a replay needs."""
+        place = {} if self._stateful is None else {"place": self._stateful.state_dict()}
+        return super().state_dict() | place
+
+    @override
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state_dict)
+        self._place = None if self._stateful is None else state_dict.get("place")
 
 
 class ReadyBatches(Replayed):

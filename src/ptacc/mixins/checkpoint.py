@@ -243,6 +243,7 @@ class CheckpointMixin(Mixin):
         if self.checkpoint_on_exception and SAVER in self.run and not isinstance(error, CheckpointError):
             try:
                 self.run[SAVER].save()
+                self.run[SAVER].finish()
             except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
                 warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
 
