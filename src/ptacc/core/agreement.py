@@ -36,7 +36,7 @@ Measured by `benchmarks/agreement.py`, with a vote in each step.
 """
 MOST_STEPS = 256
 FIRST_STEPS = 24
-"""Steps after which it is known how long one takes; half of them are to get warm."""
+"""Steps after which it is known how long one takes; half of them are to get warm. There is a vote in each of them."""
 
 
 def steps_between_votes(step_seconds: float, vote_seconds: float) -> int:
@@ -67,13 +67,15 @@ class Pace:
     def steps_between_votes(self, peers: Peers) -> int:
         """Return how often to vote. A collective: every process asks at the same step, and hears the same."""
         warm = self.ends[FIRST_STEPS // 2 :]
-        step_seconds = statistics.median(end - start for start, end in pairwise(warm))
         votes: list[float] = []
         for _ in range(5):
             started = time.monotonic()
             peers.maximum(0)
             votes.append(time.monotonic() - started)
-        return peers.maximum(steps_between_votes(max(step_seconds, 1e-6), statistics.median(votes)))
+        vote_seconds = statistics.median(votes)
+        with_votes = statistics.median(end - start for start, end in pairwise(warm))
+        step_seconds = max(with_votes - BESIDE_A_STEP * vote_seconds, 1e-6)
+        return peers.maximum(steps_between_votes(step_seconds, vote_seconds))
 
 
 class StopVote:
@@ -91,9 +93,10 @@ class StopVote:
 
         Args:
             peers: The processes.
-            agree_every: Steps between two votes; as many as keep their cost small, if not given.
+            agree_every: Steps between two votes; if not given, as many as keep their cost small, and 1 until it is
+                known how many that is: the first steps may take minutes.
         """
-        self._peers, self.agree_every = peers, agree_every or FIRST_STEPS
+        self._peers, self.agree_every = peers, agree_every or 1
         self._pace = Pace() if agree_every is None and not peers.is_alone else None
         self._ballot: tuple[torch.Tensor, dist.Work, Stop | None] | None = None
 

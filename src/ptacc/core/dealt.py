@@ -45,11 +45,11 @@ class DealtBatches:
     @property
     def dealing(self) -> Dealing:
         """From the order, which knows nothing of the number of processes, global batches can be cut anywhere."""
-        return Dealing(f"{self._order.samples} samples", self._order.groups, goes_on_anew=True)
+        return Dealing(self._order.parts, self._order.groups, goes_on_anew=True)
 
     def told(self) -> str:
         """Tell the number of samples, and how they are dealt."""
-        return f"{self._order.samples} samples in {self._order.groups}"
+        return f"{self._order.parts} in {self._order.groups}"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
@@ -106,6 +106,13 @@ class _Order:
     def place_after(self, batches: int, start: int) -> int:
         """Return the place in the order after so many global batches from `start` on."""
         return min(start + batches * self._size, len(self))
+
+    @property
+    def parts(self) -> str:
+        """What the order is of, in words."""
+        if self._listed is None:
+            return f"{self.samples} samples"
+        return f"{len(self)} {'batches' if self._is_in_batches else 'draws'} of {self.samples} samples"
 
     @property
     def groups(self) -> str:

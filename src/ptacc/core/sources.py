@@ -80,6 +80,7 @@ class StreamBatches(Replayed):
         self._workers = max(loader.num_workers, 1)
         self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None
         self._place: StateDict | None = None
+        self._is_at_end = False  # where a stream may be at its beginning again
         self._keeps_samples = is_torchs_collate(loader)
 
     def num_batches(self, start: int = 0) -> int | None:
@@ -108,6 +109,8 @@ class StreamBatches(Replayed):
         batches = 0
         place, self._place = self._place, None
         if start and place is not None:
+            if self._is_at_end:
+                return
             self._stream.begin_from(start, place)
             batches = start
         loaded = iter(self._loader)
@@ -116,6 +119,7 @@ class StreamBatches(Replayed):
             if promised is not None and batches == promised and next(loaded, None) is not None:
                 self._stream.check_length(batches + 1, promised, "more")
             if batches > start:
+                self._is_at_end = total < self._stream.size
                 total = total if self._keeps_samples else None
                 mine = self._give(given(data))
                 yield HostBatch(mine, None, samples, total, is_phantom=not samples, end=batches)
@@ -127,14 +131,16 @@ class StreamBatches(Replayed):
     @override
     def state_dict(self) -> StateDict:
         """Return where a stream is that can say it, beside what a replay needs."""
-        place = {} if self._stateful is None else {"place": self._stateful.state_dict()}
-        return super().state_dict() | place
+        if self._stateful is None:
+            return super().state_dict()
+        return super().state_dict() | {"place": self._stateful.state_dict(), "is_at_end": self._is_at_end}
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict)
-        self._place = None if self._stateful is None else state_dict.get("place")
+        if self._stateful is not None and "place" in state_dict:
+            self._place, self._is_at_end = state_dict["place"], state_dict["is_at_end"]
 
 
 class ReadyBatches(Replayed):
@@ -194,9 +200,11 @@ class LevelledBatches:
         """Level `source` over the processes."""
         self._source, self._peers = source, peers
         self._num_batches: int | None = None
+        self._of = ""
 
     def level(self) -> None:
-        """Learn how many batches the process with most of them has."""
+        """Learn what the others have, and how many batches the process with most of them has."""
+        self._of = ", ".join(self._peers.gather(self._source.dealing.of))
         lengths = self._peers.gather(self._source.num_batches())
         known = [length for length in lengths if length is not None]
         self._num_batches = max(known) if len(known) == len(lengths) else None
@@ -212,8 +220,7 @@ class LevelledBatches:
     @property
     def dealing(self) -> Dealing:
         """What each process has is its own."""
-        dealing = self._source.dealing
-        return Dealing(dealing.of, f"{dealing.how}, on each of {self._peers.world_size} processes", False)
+        return Dealing(self._of, f"{self._source.dealing.how} on each of {self._peers.world_size} processes", False)
 
     def told(self) -> str:
         """Tell nothing: each process has data of its own."""
