@@ -123,7 +123,11 @@ def option_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
     """Return each option with its value and where that came from: an argument, or the class that set the default."""
     given = trainer.given_options()
     return tuple(
-        (option.name, shown(getattr(trainer, option.name)), origin(type(trainer), option.name, option.name in given))
+        (
+            option.name,
+            shown(getattr(trainer, option.name)) if option.repr else "not shown",
+            origin(type(trainer), option.name, option.name in given),
+        )
         for option in dataclasses.fields(trainer)
         if option.init
     )
