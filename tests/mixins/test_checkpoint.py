@@ -1,6 +1,7 @@
 """When a run is saved, which checkpoints are kept, where a run goes on from, and what is refused."""
 
 import math
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ptacc import (
     Callback,
     CheckpointError,
     CheckpointMixin,
+    CollectiveError,
     DamagedCheckpointError,
     EarlyStoppingMixin,
     EMAMixin,
@@ -31,6 +33,7 @@ from ptacc import (
     MonitorError,
     NestedRunError,
     OptionError,
+    PeerError,
     SaveBest,
     SeedMixin,
     StateKey,
@@ -40,8 +43,10 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
+from ptacc.checkpoint import line
 from ptacc.checkpoint.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
+from tests.ranks import run_ranks
 
 
 class Saving(CheckpointMixin, SeedMixin, Trainer):
@@ -462,6 +467,39 @@ def test_a_key_signs_checkpoints(tmp_path: Path) -> None:
     train(tmp_path, checkpoint_key=b"secret", resume=True)
     with pytest.warns(UserWarning, match="not signed with the key"), pytest.raises(CheckpointError):
         train(tmp_path, checkpoint_key=b"another", resume=True)
+
+
+def test_a_key_is_shown_nowhere(tmp_path: Path) -> None:
+    trainer = Saving(**tiny_parts(), checkpoint_dir=tmp_path, checkpoint_key=b"secret")
+    assert "secret" not in f"{trainer!r} {trainer.explain()}"
+
+
+def test_hosts_that_do_not_share_the_directory_are_found_out(tmp_path: Path) -> None:
+    def worker() -> str:
+        line.SEEN_WITHIN_SECONDS = 0.5
+        here = tmp_path / os.environ["RANK"]
+        here.mkdir()
+        os.chdir(here)
+        with pytest.raises((CheckpointError, PeerError)) as refused:
+            train(Path("run"))
+        return str(refused.value)
+
+    refused = run_ranks(worker, 2)
+    assert all("is not one directory for all processes" in told for told in refused)
+    assert "rank 1 does not see" in refused[0]
+
+
+def test_a_checkpoint_that_one_process_asks_for_is_refused(tmp_path: Path) -> None:
+    def ask(trainer: Any) -> None:
+        if trainer.peers.rank == 0:
+            trainer.save_checkpoint()
+
+    def worker() -> str:
+        with pytest.raises((CollectiveError, PeerError)) as refused:
+            train(tmp_path, callbacks=[At(2, ask)], checkpoint_every=None)
+        return str(refused.value)
+
+    assert any("save_checkpoint()" in told for told in run_ranks(worker, 2))
 
 
 def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:

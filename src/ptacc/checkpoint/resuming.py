@@ -44,7 +44,7 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
         UserWarning: A damaged checkpoint was passed over.
     """
     if not isinstance(resume, bool):
-        return find_at(Path(resume), store)
+        return find_at(Path(resume).absolute(), store)
     if resume:
         return newest_of(store)
     if there := store.names():

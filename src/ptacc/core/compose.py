@@ -91,8 +91,9 @@ class Composable(ABC):
 
     @override
     def __repr__(self) -> str:
-        """Show the options that were given, each in a few characters."""
-        given = vars(self).get("_given_options", frozenset())
+        """Show the options that were given, each in a few characters, but those that are no one's business."""
+        hidden = {option.name for option in dataclasses.fields(self) if not option.repr}
+        given = vars(self).get("_given_options", frozenset()) - hidden
         shown = (f"{name}={value_text(value)}" for name, value in vars(self).items() if name in given)
         return f"{type(self).__name__}({', '.join(shown)})"
 

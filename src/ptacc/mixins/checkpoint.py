@@ -191,7 +191,7 @@ class CheckpointMixin(Mixin):
         return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
-        directory = Path(self.checkpoint_dir)
+        directory = Path(self.checkpoint_dir).absolute()
         number = self._state.runs
         return CheckpointStore(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
 
