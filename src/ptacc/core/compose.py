@@ -92,7 +92,7 @@ class Composable(ABC):
     @override
     def __repr__(self) -> str:
         """Show the options that were given, each in a few characters, but those that are no one's business."""
-        hidden = {option.name for option in dataclasses.fields(self) if not option.repr}
+        hidden = {option.name for option in _fields(self) if not option.repr}
         given = vars(self).get("_given_options", frozenset()) - hidden
         shown = (f"{name}={value_text(value)}" for name, value in vars(self).items() if name in given)
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -113,8 +113,11 @@ class Composable(ABC):
 
 def _private(composed: Composable) -> list[dataclasses.Field[Any]]:
     """Return the fields that are no options: `_name: ... = field(init=False)`."""
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(composed)  # type: ignore[arg-type]
-    return [field for field in fields if field.name.startswith("_") and not field.init]
+    return [field for field in _fields(composed) if field.name.startswith("_") and not field.init]
+
+
+def _fields(composed: Composable) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(composed)  # type: ignore[arg-type]  # it is decorated when its class statement is run
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
