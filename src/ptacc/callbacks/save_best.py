@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 from typing_extensions import override
 
 from ptacc.core.events import Callback

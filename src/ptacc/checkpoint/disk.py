@@ -179,8 +179,6 @@ def opened(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except MemoryError as error:
-        raise CheckpointError(f"{path} needs more memory than there is.") from error
 
 
 def open_descriptor(path: Path) -> int:

@@ -180,9 +180,12 @@ class CheckpointLine:
         return self._save is not None
 
     def check(self) -> None:
-        """Raise the error of a checkpoint in the background, as soon as it is known."""
+        """Raise the error of a checkpoint in the background, as soon as rank 0 knows it.
+
+        What other processes know may be what came of rank 0's own error: it removes the files that they write.
+        """
         save = self._save
-        if save is not None and save.error is not None and self.on_error == "raise":
+        if save is not None and save.error is not None and self.on_error == "raise" and self.peers.rank == 0:
             self._save = None
             raise save.error
 
@@ -225,7 +228,7 @@ class CheckpointLine:
             name = save.writer.draft.name
             save.give_up(f"{name} was not saved: the run had ended, and a process had not written its files.")
             save.join()
-        if save.error is not None:
+        if save.error is not None and self.peers.rank == 0:
             warnings.warn(str(save.error), stacklevel=2)
 
     def _rotate(self, newest: str) -> None:

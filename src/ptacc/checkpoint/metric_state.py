@@ -1,7 +1,6 @@
 """The state of metrics: what they have taken in, so that a resumed run goes on with them as if nothing had been.
 
-torchmetrics' own `state_dict()` leaves out nearly all of it: states are not persistent by default, counts never are.
-
+torchmetrics' own `state_dict()` has nearly none of it: states are not persistent by default, counts never are.
 ```
 {"type": "BootStrapper", "states": {}, "values": {"_update_count": 3, ...}, "arguments": {"num_bootstraps": 2, ...},
  "parts": {"metrics.0": {"type": "MeanSquaredError", "states": {"sum_squared_error": ...}, ...}, "metrics.1": ...}}
@@ -23,7 +22,6 @@ import dis
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Any, Final
@@ -66,11 +64,10 @@ def metric_state(metric: object) -> dict[str, Any]:
     kind = type(metric).__qualname__
     if not (isinstance(metric, nn.Module) and is_metric(metric)):
         return {"type": kind, "own": stateful(metric).state_dict()}
+    share_in_groups(metric)
     held = look_at(metric)
-    parts = {name: metric_state(part) for name, part in held.parts.items()}
-    extra = {"extra": metric.get_extra_state()} if has_extra_state(metric) else {}
-    named = {"states": held.states, "values": held.values, "arguments": held.arguments, "parts": parts}
-    return {"type": kind} | named | extra
+    held["parts"] = {name: metric_state(part) for name, part in held["parts"].items()}
+    return {"type": kind, **held} | ({"extra": metric.get_extra_state()} if has_extra_state(metric) else {})
 
 
 def load_metric_state(metric: object, state: dict[str, Any]) -> None:
@@ -84,14 +81,14 @@ def load_metric_state(metric: object, state: dict[str, Any]) -> None:
         CheckpointError: It is the state of another metric, or of one that was made in another way.
     """
     if not (isinstance(metric, nn.Module) and is_metric(metric)):
-        check_form(type(metric).__qualname__, state, ())
+        check_form(type(metric).__qualname__, state, ("own",))
         stateful(metric).load_state_dict(copied(state["own"], None))
         return
     check_form(type(metric).__qualname__, state, PARTS)
     follow_steps(metric, state["parts"])
     held = look_at(metric)
     check_made_alike(metric, held, state)
-    for name, part in held.parts.items():
+    for name, part in held["parts"].items():
         load_metric_state(part, state["parts"][name])
     device = device_of(metric)
     for name, value in state["values"].items():
@@ -102,6 +99,7 @@ def load_metric_state(metric: object, state: dict[str, Any]) -> None:
         setattr(metric, name, copied(value, torch.device("cpu") if is_on_host else device))
     if has_extra_state(metric):
         metric.set_extra_state(copied(state["extra"], device))
+    share_in_groups(metric)
 
 
 def is_metric(value: object) -> bool:
@@ -114,9 +112,8 @@ def stateful(metric: object) -> Stateful:
     """Return an object that has a state of its own, or raise `CheckpointError` where it has none."""
     if not isinstance(metric, Stateful):
         raise CheckpointError(
-            f"A {type(metric).__qualname__} has no state that a checkpoint could hold. Give it state_dict(self), which "
-            "returns what it has taken in, and load_state_dict(self, state_dict), or derive it from "
-            "torchmetrics.Metric."
+            f"A {type(metric).__qualname__} has no state that a checkpoint could hold. Give it state_dict(self) and "
+            "load_state_dict(self, state_dict), for what it has taken in, or derive it from torchmetrics.Metric."
         )
     return metric
 
@@ -128,41 +125,29 @@ def copied(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([copied(part, device) for part in value])
     if isinstance(value, dict):
-        copy = value.copy()  # keeps the class: OrderedDict, Counter
-        for key, part in value.items():
-            copy[key] = copied(part, device)
-        return copy
+        return type(value)({key: copied(part, device) for key, part in value.items()})
     return value.copy() if isinstance(value, set | np.ndarray) else value
 
 
-# ---- what a metric holds
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a metric holds, sorted as its state is."""
-
-    states: dict[str, Any]
-    values: dict[str, Any]
-    arguments: dict[str, Any]
-    parts: dict[str, object]
-
-
-def look_at(metric: nn.Module) -> Held:
+def look_at(metric: nn.Module) -> dict[str, dict[str, Any]]:
     """Sort what a metric holds, or raise `CheckpointError` where it collects what cannot be stored."""
-    held = Held({}, {}, {}, dict(modules_of(metric)))
+    held: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    buffers: dict[str, Tensor | None] = {}
+    for prefix, module in without_metrics(metric):
+        buffers |= {f"{prefix}{name}": value for name, value in module._buffers.items()}  # noqa: SLF001
+        held["parts"] |= {f"{prefix}{name}": part for name, part in module._modules.items() if is_metric(part)}  # noqa: SLF001
     declared = getattr(metric, "_defaults", {})
     arguments = arguments_of(type(metric))  # type: ignore[arg-type]  # mypy takes modules' classes for unhashable
-    for name, value in chain(attributes_of(metric), buffers_of(metric)):
+    for name, value in chain(attributes_of(metric), buffers.items()):
         if name in declared:
-            held.states[name] = value
+            held["states"][name] = value
         elif is_storable(value):
             is_argument = name.lstrip("_") in arguments and not isinstance(value, FILLED)
-            (held.arguments if is_argument else held.values)[name] = value
+            held["arguments" if is_argument else "values"][name] = value
         elif name in CACHES:
-            held.values[name] = None
+            held["values"][name] = None
         elif found := dict(metrics_in(value, name)):
-            held.parts.update(found)
+            held["parts"].update(found)
         elif not has_extra_state(metric):
             check_stays(f"{type(metric).__qualname__}.{name}", value)
     return held
@@ -176,28 +161,18 @@ def attributes_of(metric: nn.Module) -> Iterator[tuple[str, Any]]:
     if isinstance(metric, Metric) and metric._is_synced:  # noqa: SLF001  # then its states are of all processes,
         own = own | (metric._cache or {})  # noqa: SLF001  # and its own in its cache
     not_its = settings_of_every_metric() if isinstance(metric, Metric) else vars(nn.Module()).keys()
-    kept = {"_update_count", *CACHES}
     for name, value in own.items():
-        if name in kept or not (name in not_its or isinstance(value, torch.device)):
+        if name in ("_update_count", *CACHES) or not (name in not_its or isinstance(value, torch.device)):
             yield name, value
 
 
-# The next two do without `named_modules()`: it hashes metrics, by their states, and those need not be hashable.
-
-
-def modules_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over the metrics among a metric's modules, and in those of its modules that are no metrics."""
-    for name, child in module._modules.items():  # noqa: SLF001  # see above
-        if child is not None:
-            yield from [(f"{prefix}{name}", child)] if is_metric(child) else modules_of(child, f"{prefix}{name}.")
-
-
-def buffers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
-    """Iterate over the buffers of a metric, and of those of its modules that are no metrics."""
-    yield from ((f"{prefix}{name}", value) for name, value in module._buffers.items())  # noqa: SLF001
+def without_metrics(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over a metric and those of its modules that are no metrics, each with what names in it begin with."""
+    yield prefix, module
+    # Unlike `named_modules()`, which hashes metrics by their states: those need not be hashable.
     for name, child in module._modules.items():  # noqa: SLF001
         if child is not None and not is_metric(child):
-            yield from buffers_of(child, f"{prefix}{name}.")
+            yield from without_metrics(child, f"{prefix}{name}.")
 
 
 def metrics_in(value: object, path: str) -> Iterator[tuple[str, object]]:
@@ -218,8 +193,18 @@ def device_of(metric: nn.Module) -> torch.device:
     """Return the device of a metric; the host for one without tensors."""
     from torchmetrics import Metric
 
+    if isinstance(metric, Metric):
+        return metric.device
     tensor = next(chain(metric.buffers(), metric.parameters()), None)
-    return metric.device if isinstance(metric, Metric) else torch.device("cpu") if tensor is None else tensor.device
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def share_in_groups(metric: nn.Module) -> None:
+    """Have the metrics of each group in a `MetricCollection` share one state, as large as it may be."""
+    from torchmetrics import MetricCollection
+
+    if isinstance(metric, MetricCollection):
+        metric.values(copy_state=False)
 
 
 def follow_steps(metric: nn.Module, parts: Mapping[str, object]) -> None:
@@ -232,9 +217,6 @@ def follow_steps(metric: nn.Module, parts: Mapping[str, object]) -> None:
             metric.increment()
         for step in range(metric.n_steps, steps, -1):
             delattr(metric, str(step))
-
-
-# ---- what is an argument, and what cannot be stored
 
 
 @cache
@@ -276,34 +258,38 @@ def check_stays(name: str, value: object) -> None:
         )
 
 
-def check_form(kind: str, state: Mapping[str, Any], parts: Iterable[str]) -> None:
+def check_form(kind: str, state: object, parts: Iterable[str]) -> None:
     """Raise `CheckpointError` for the state of another kind of metric, or for what `metric_state` does not return."""
-    if state.get("type") != kind:
+    given = state if isinstance(state, dict) else {}
+    if given.get("type") != kind:
         raise CheckpointError(
-            f"The metric is a {kind}, and the state is that of a {state.get('type')}. Give the run the metrics that it "
+            f"The metric is a {kind}, and the state is that of a {given.get('type')}. Give the run the metrics that it "
             "was saved with, under the same names."
         )
-    if not all(isinstance(state.get(part), dict) and set(map(type, state[part])) <= {str} for part in parts):
-        raise CheckpointError(f"The state of the {kind} is damaged: it needs {', '.join(parts)}, each a dict of names.")
+    forms = [given.get(part) for part in parts]
+    if not all(isinstance(form, dict) and (parts != PARTS or set(map(type, form)) <= {str}) for form in forms):
+        raise CheckpointError(f"The state of the {kind} is damaged: it needs {', '.join(parts)}, each a dictionary.")
 
 
-def check_made_alike(metric: nn.Module, held: Held, state: Mapping[str, Any]) -> None:
+def check_made_alike(metric: nn.Module, held: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for the state of a metric that was made in another way."""
     kind = type(metric).__qualname__
-    for name in sorted(held.arguments.keys() & state["arguments"].keys()):
-        now, then = held.arguments[name], state["arguments"][name]
+    for name in sorted(held["arguments"].keys() & state["arguments"].keys()):
+        now, then = held["arguments"][name], state["arguments"][name]
         if not is_same(now, then):
             raise CheckpointError(
                 f"{kind}: the state is that of one with {name}={value_text(then)}, and this one has "
                 f"{name}={value_text(now)}. {AS_IT_WAS}"
             )
-    for what, mine, its in (("states", held.states, state["states"]), ("metrics", held.parts, state["parts"])):
-        if mine.keys() != its.keys():
+    extra = (["extra"] if has_extra_state(metric) else [], ["extra"] if "extra" in state else [])
+    same = {"states": (held["states"], state["states"]), "metrics": (held["parts"], state["parts"]), "rest": extra}
+    for what, (mine, its) in same.items():
+        if set(mine) != set(its):
             raise CheckpointError(f"{kind}: the state has the {what} {[*its]}, and this one {[*mine]}. {AS_IT_WAS}")
-    for name in state["values"].keys() - held.values.keys():
+    for name in state["values"].keys() - held["values"].keys():
         # What only updates set is new to this one; what it has already, and as something else, is not replaced.
         if "." in name or name in vars(metric) or not is_storable(getattr(metric, name, None)):
-            raise CheckpointError(f"{kind}: the state has a value for {name}, and this one cannot. {AS_IT_WAS}")
+            raise CheckpointError(f"{kind}: the state has a value for {name}, which is none in this one. {AS_IT_WAS}")
 
 
 def is_same(one: object, other: object) -> bool:

@@ -20,6 +20,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from ptacc.checkpoint.disk import (
@@ -82,7 +83,7 @@ class CheckpointStore:
         """Return a name for a checkpoint at a step that no other has: there is more than one where a run went back."""
         name = f"{PREFIX}{step:08}"
         again = (f"{name}.{number:02}" for number in range(1, 10_000))
-        return next(free for free in (name, *again) if not (self.directory / free).exists())
+        return next(free for free in chain([name], again) if not (self.directory / free).exists())
 
     def prepare(self) -> None:
         """Make the directory, durably, if there is none."""

@@ -40,7 +40,8 @@ class Run:
         data: The training batches of this process.
         eval_data: The batches of each evaluation set, by name.
         history: What the run reported.
-        vote: How the processes agree to stop.
+        vote: How the processes agree to stop between steps.
+        eval_vote: How they agree to within evaluations, whose batches may take longer, or less.
         batches_per_step: Batches that a process takes for one step.
         values: The names and handles of the values that are reported.
         conditions: What has to be the same when the run goes on from a checkpoint, by name.
@@ -61,6 +62,7 @@ class Run:
     eval_data: Mapping[str, BatchSource]
     history: RunHistory
     vote: StopVote
+    eval_vote: StopVote
     batches_per_step: int
     values: frozenset[str]
     conditions: Mapping[str, str]
@@ -186,6 +188,7 @@ class Run:
             "evaluated_at": asdict(self.evaluated_at),
             "underway": {name: asdict(result) for name, result in self.underway.items()},
             "vote": self.vote.state_dict(),
+            "eval_vote": self.eval_vote.state_dict(),
             "history": self.history.state_dict(),
             "epoch": {
                 "num_batches": epoch.num_batches,
@@ -212,6 +215,7 @@ class Run:
         self.progress, self.evaluated_at = saved.progress, Progress(**state["evaluated_at"])
         self.underway = {name: EvalResult(**result) for name, result in state["underway"].items()}
         self.vote.load_state_dict(state["vote"])
+        self.eval_vote.load_state_dict(state["eval_vote"])
         self.history.load_state_dict(state["history"])
         self._started -= self.progress.seconds
         self.epoch.started -= epoch["seconds"]
@@ -276,7 +280,7 @@ class Run:
 
         Other wishes wait for its end: an evaluation is due because, or although, the run is about to stop.
         """
-        self._heed(self.vote.outcome(batches, self._termination))
+        self._heed(self.eval_vote.outcome(batches, self._termination))
         return self.exit_code is not None
 
     def _heed(self, decision: Stop | None) -> None:

@@ -73,6 +73,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 eval_data=eval_sets,
                 history=RunHistory(self.history_file if peers.rank == 0 else None),
                 vote=StopVote(peers, options.agree_every),
+                eval_vote=StopVote(peers, options.agree_every),
                 batches_per_step=self.batches_per_step(),
                 values=values,
                 conditions={**self.conditions(), "data": data.dealing.of, "batch_size": data.dealing.how},

@@ -1,0 +1,239 @@
+"""A run to be killed: what it tells on its way, and what it ends with."""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from typing_extensions import override
+
+from ptacc import (
+    Callback,
+    CheckpointMixin,
+    EarlyStoppingMixin,
+    EMAMixin,
+    EpochRecord,
+    EvalResult,
+    LRSchedulerMixin,
+    RunHistory,
+    RunPlan,
+    SchedulerFactory,
+    SeedMixin,
+    StepOutput,
+    StepResult,
+    Steps,
+    Trainer,
+)
+from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.core.randomness import RandomStreams
+from ptacc.protocols import Stateful
+from ptacc.testing import tiny_data
+from ptacc.testing.laws import same
+
+SAMPLES = 12
+STEPS = 6
+"""Steps of four samples in two epochs."""
+
+
+def cosine(optimizer: Optimizer, plan: RunPlan) -> CosineAnnealingLR:
+    return CosineAnnealingLR(optimizer, plan.total_steps)
+
+
+class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, SeedMixin, Trainer):
+    """Draws in its steps, keeps much beside its weights, and tells where it is."""
+
+    seed: int | None = 5
+    ema_decay: float = 0.8
+    early_stopping_patience = 100
+    create_scheduler: SchedulerFactory = cosine
+    disk: Disk = field(default_factory=Disk)
+    trail: Path | None = None
+    step_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    streams: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def tell(self, what: str, **more: object) -> None:
+        """Write to the trail that something happens."""
+        if self.trail is not None:
+            line = {"what": what, "at": time.monotonic(), "step": self.progress.steps, **more}
+            descriptor = os.open(f"{self.trail}.{self.peers.rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(descriptor, f"{json.dumps(line)}\n".encode())
+            os.close(descriptor)
+
+    @override
+    def _store(self) -> CheckpointStore:
+        return dataclasses.replace(super()._store(), disk=self.disk)
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        time.sleep(self.step_seconds)
+        return super().train_step(batch)
+
+    @override
+    def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        self.tell("evaluating")
+        time.sleep(self.evaluation_seconds)
+        return super().eval_step(batch)
+
+    @override
+    def save_run(self) -> None:
+        self.tell("may save")
+        super().save_run()
+        self.tell("may have saved")
+
+
+class Telling(Callback[Mortal]):
+    """Tells of events, and notes the random states at the end."""
+
+    @override
+    def on_run_start(self, trainer: Mortal) -> None:
+        trainer.tell("run start")
+
+    @override
+    def on_step_start(self, trainer: Mortal) -> None:
+        trainer.tell("step start")
+
+    @override
+    def on_step_end(self, trainer: Mortal, step: StepResult) -> None:
+        trainer.tell("step end")
+
+    @override
+    def on_evaluation_start(self, trainer: Mortal, name: str) -> None:
+        trainer.tell("evaluation start")
+
+    @override
+    def on_evaluation_end(self, trainer: Mortal, name: str, result: EvalResult) -> None:
+        trainer.tell("evaluation end")
+
+    @override
+    def on_epoch_end(self, trainer: Mortal, record: EpochRecord) -> None:
+        trainer.tell("epoch end")
+
+    @override
+    def on_save(self, trainer: Mortal, path: Path) -> None:
+        trainer.tell("saved", path=str(path))
+
+    @override
+    def on_run_end(self, trainer: Mortal) -> None:
+        trainer.tell("run end")
+        trainer.streams = RandomStreams().state_dict()
+
+
+@dataclass
+class End:
+    """What a run ended with: everything, the clock aside."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    states: dict[str, Any]
+    random: dict[str, Any]
+    reason: str | None
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    file: list[dict[str, Any]]
+
+    def differences(self, other: "End") -> list[str]:
+        """Return the names of what is not the same to the last bit."""
+        return [name for name, mine in vars(self).items() if not same(mine, vars(other)[name])]
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def history_file(directory: Path) -> Path:
+    """Return where a run in a directory writes its history: in a directory that is not there yet."""
+    return directory / "logs" / "history.jsonl"
+
+
+def in_memory() -> Path | None:
+    """Return a directory in memory, where what is synced waits for no disk; None where there is none."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else None
+
+
+def store_of(directory: Path) -> CheckpointStore:
+    return CheckpointStore(directory / "checkpoints")
+
+
+def make(directory: Path, **options: Any) -> Mortal:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2)).double()
+    given: dict[str, Any] = {
+        "optimizer": torch.optim.Adam(net.parameters(), lr=0.02),
+        "checkpoint_dir": directory / "checkpoints",
+        "history_file": history_file(directory),
+        **options,
+    }
+    return Mortal(net, loss_func=nn.CrossEntropyLoss(), default_callbacks=(), callbacks=[Telling()], **given)
+
+
+def train(trainer: Mortal, samples: int = SAMPLES, **options: Any) -> End:
+    """Train two epochs of steps of four samples, or what is left of them."""
+    batch = 4 // trainer.peers.world_size
+    given: dict[str, Any] = {"num_epochs": 2, "per_device_batch_size": batch, **options}
+    return end_of(trainer, trainer.train(tiny_data(samples), tiny_data(12), **given))
+
+
+def end_of(trainer: Mortal, history: RunHistory) -> End:
+    states = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
+    return End(
+        weights=trainer.model.state_dict(),
+        optimizer=trainer.optimizer.state_dict(),
+        states={name: state.state_dict() for name, state in states.items() if name != "checkpoints"},
+        random=trainer.streams,
+        reason=history.stop_reason,
+        epochs=[timeless(asdict(epoch)) for epoch in history],
+        steps=[timeless(asdict(step)) for step in history.steps],
+        file=last_run_in(Path(str(trainer.history_file))) if trainer.peers.rank == 0 else [],
+    )
+
+
+def last_run_in(file: Path) -> list[dict[str, Any]]:
+    """Return the records of the last run in a history file, in the order in which they were written."""
+    lines = file.read_text().splitlines()
+    last = max(number for number, line in enumerate(lines) if '"kind": "run"' in line)
+    return [timeless(json.loads(line)) for line in lines[last:]]
+
+
+def save_each_step(directory: Path, **options: Any) -> End:
+    trainer = make(directory, checkpoint_every=Steps(1), keep_last=2, **options)
+    return train(trainer)
+
+
+# ---- what a kill leaves
+
+
+def whole_ones(directory: Path) -> list[Manifest]:
+    """Return the checkpoints of a run, the newest first, and fail if one that has a name is torn."""
+    manifests: list[Manifest] = []
+    for name, found in store_of(directory).verified():
+        assert isinstance(found, Manifest), f"{name}: {found}"
+        manifests.append(found)
+    return manifests
+
+
+def check_swept(directory: Path) -> None:
+    """Fail if a run that went on to its end has left something beside its checkpoints."""
+    store = store_of(directory)
+    assert sorted(path.name for path in store.directory.iterdir()) == store.names()
+
+
+def check_goes_on(directory: Path, whole: End, least: int, most: int, **options: Any) -> None:
+    """Check what a kill has left, when between `least` and `most` saves were complete, and go on from it."""
+    left = whole_ones(directory)
+    newest = left[0].sequence if left else 0
+    assert least <= newest <= most
+    assert [manifest.step for manifest in left][:1] == ([newest] if newest else [])
+    end = save_each_step(directory, resume=True, **options)
+    assert end.differences(whole) == []
+    check_swept(directory)

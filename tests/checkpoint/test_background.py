@@ -1,0 +1,156 @@
+"""A run that is saved beside its steps: what is on the disk, and when, and what is told, is as in the foreground."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from ptacc import Callback, CheckpointError, StepResult
+from ptacc.checkpoint.store import CheckpointStore
+from ptacc.testing.laws import same
+from tests.checkpoint.disks import Interposed
+from tests.checkpoint.failing import Failing, Saving, calls_of_a_run, make, train, writers
+from tests.ranks import run_ranks
+
+PATIENCE = 30.0
+
+
+class AtStep(Callback[Saving]):
+    """Does something at the start of a step, after the run was saved before it."""
+
+    def __init__(self, number: int, act: Any) -> None:
+        self.number, self.act = number, act
+
+    @override
+    def on_step_start(self, trainer: Saving) -> None:
+        if trainer.progress.steps + 1 == self.number:
+            self.act()
+
+    @override
+    def on_step_end(self, trainer: Saving, step: StepResult) -> None: ...
+
+
+def background(directory: Path, **options: Any) -> Saving:
+    return make(directory, checkpoint_in_background=True, **options)
+
+
+def slow() -> Interposed:
+    """Return a disk that takes its time to sync."""
+    return Interposed(lambda number, name, arguments: time.sleep(0.03 * (name == "sync")))
+
+
+def held(until: threading.Event) -> Interposed:
+    """Return a disk that syncs none of a checkpoint's files before an event."""
+
+    def before(number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "sync" and threading.current_thread() in writers():
+            assert until.wait(PATIENCE)
+
+    return Interposed(before)
+
+
+def await_writers() -> None:
+    for thread in writers():
+        thread.join(PATIENCE)
+
+
+def interrupt() -> None:
+    assert len(writers()) == 1
+    raise KeyError("of the user")
+
+
+def test_the_calls_come_in_the_order_of_the_foreground(tmp_path: Path) -> None:
+    beside = calls_of_a_run(tmp_path / "background", checkpoint_in_background=True)
+    assert beside == calls_of_a_run(tmp_path / "foreground")
+
+
+def test_steps_go_on_meanwhile_and_what_is_saved_is_what_was(tmp_path: Path) -> None:
+    train(make(tmp_path / "foreground", keep_last=None))
+    go_on = threading.Event()
+    train(background(tmp_path / "background", keep_last=None, disk=held(go_on), callbacks=[AtStep(4, go_on.set)]))
+    beside, before = (CheckpointStore(tmp_path / way) for way in ("background", "foreground"))
+    for name in ("step-00000002", "step-00000004", "step-00000006"):
+        files = [store.verify(name).files for store in (beside, before)]
+        tensors = [{file: written for file, written in some.items() if file.endswith("safetensors")} for some in files]
+        assert len(tensors[0]) == 2
+        assert same(*tensors)
+
+
+def test_an_error_is_raised_after_the_next_step(tmp_path: Path) -> None:
+    trainer = background(tmp_path / "run", disk=Failing(12, errno.EIO), callbacks=[AtStep(3, await_writers)])
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
+        train(trainer)
+    assert trainer.progress.steps == 3
+    assert [*(tmp_path / "run").iterdir()] == []
+
+
+def test_an_error_that_comes_late_is_raised_at_the_next_save(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    trainer = background(tmp_path / "run", disk=Late(go_on), callbacks=[AtStep(4, go_on.set)])
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
+        train(trainer)
+    assert trainer.progress.steps == 4
+
+
+class Late(Interposed):
+    """A disk of which the first sync of a checkpoint fails, after an event and a while."""
+
+    def __init__(self, until: threading.Event) -> None:
+        super().__init__(self._fail)
+        self.until = until
+
+    def _fail(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "sync" and threading.current_thread() in writers():
+            assert self.until.wait(PATIENCE)
+            time.sleep(0.2)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_the_last_save_has_ended_when_the_run_has(tmp_path: Path) -> None:
+    train(background(tmp_path, disk=slow()))
+    assert writers() == []
+    assert CheckpointStore(tmp_path).verify("step-00000006").step == 6
+
+
+def test_the_error_of_the_last_save_is_raised_by_the_run(tmp_path: Path) -> None:
+    calls = calls_of_a_run(tmp_path / "count")
+    last = next(i for i, call in enumerate(calls) if (call.save, call.name) == (3, "rename"))
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EROFS)):
+        train(background(tmp_path / "run", disk=Failing(last - 3, errno.EROFS)))
+    assert CheckpointStore(tmp_path / "run").names() == ["step-00000004"]
+
+
+def test_a_run_that_ends_by_an_exception_completes_the_save_under_way(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="of the user"):
+        train(background(tmp_path, disk=slow(), callbacks=[AtStep(3, interrupt)]))
+    assert writers() == []
+    assert CheckpointStore(tmp_path).verify("step-00000002").step == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_what_becomes_of_it_is_told_beside_the_exception(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def end() -> None:
+        go_on.set()
+        interrupt()
+
+    with pytest.raises(KeyError, match="of the user"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
+        train(background(tmp_path, disk=Late(go_on), callbacks=[AtStep(3, end)]))
+
+
+def saves_of_a_rank_that_fails(directory: Path) -> list[str]:
+    callbacks = [AtStep(3, interrupt)] if os.environ["RANK"] == "1" else []
+    with pytest.raises(Exception, match="of the user"):
+        train(background(directory, disk=slow(), callbacks=callbacks))
+    return [thread.name for thread in writers()]
+
+
+def test_so_do_two_processes(tmp_path: Path) -> None:
+    assert run_ranks(saves_of_a_rank_that_fails, 2, tmp_path) == [[], []]
+    assert CheckpointStore(tmp_path).verify("step-00000002").step == 2

@@ -1,0 +1,258 @@
+"""A run that is killed anywhere goes on and ends as if it had not been: to the last bit."""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptacc.checkpoint.disk import Disk
+from tests.checkpoint.disks import CALLS, Interposed, dying_at
+from tests.checkpoint.launches import Launch
+from tests.checkpoint.runs import STEPS, End, check_goes_on, check_swept, in_memory, save_each_step, whole_ones
+from tests.ranks import run_ranks
+
+KILLED = 9
+TOLD = 40
+"""What a process of two tells at least before its last save."""
+
+
+# ---- the process ends before a system call
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call of a run's saves.
+
+    Args:
+        what: Its name, and what it is about: `"rename draft"`.
+        committed: Checkpoints that were there before it.
+    """
+
+    what: str
+    committed: int
+
+
+def about(name: str, arguments: tuple[Any, ...]) -> str:
+    """Return what a call is about: a file, a draft, what is being removed, or the directory of one."""
+    first = arguments[0]
+    path = Path(f"/proc/self/fd/{first}").readlink() if isinstance(first, int) else Path(first)
+    kinds = {".partial-": "draft", ".removed-": "grave", "step-": "checkpoint"}
+    where = [kind for part in path.parts for prefix, kind in kinds.items() if part.startswith(prefix)]
+    is_file = name in ("open_new", "write", "remove_file") or path.is_file()
+    file = "manifest of " if path.name == "manifest.json" else "file of " if is_file else ""
+    return f"{name} {file}{where[0] if where else 'directory'}"
+
+
+class Watched:
+    """The calls of a run, in their order."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._committed = 0
+
+    def hear(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        what = about(name, arguments)
+        self.calls.append(Call(what, self._committed))
+        self._committed += what == "rename draft"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Return a directory in memory: what is synced there waits for no disk."""
+    with tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as path:
+        yield Path(path)
+
+
+@dataclass(frozen=True)
+class Uninterrupted:
+    end: End
+    calls: list[Call]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["foreground", "background"])
+def in_background(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    watched = Watched()
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    end = save_each_step(directory, disk=Interposed(watched.hear), checkpoint_in_background=in_background)
+    assert [manifest.step for manifest in whole_ones(directory)] == [STEPS, STEPS - 1]
+    return Uninterrupted(end, watched.calls)
+
+
+def exit_code_of(do: Callable[[], object]) -> int:
+    """Do something in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            do()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_and_go_on(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
+    killed = exit_code_of(lambda: save_each_step(directory, disk=dying_at(number), **options))
+    assert killed == KILLED
+    committed = whole.calls[number].committed
+    check_goes_on(directory, whole.end, committed, committed, **options)
+    shutil.rmtree(directory)
+
+
+def kill_at_each(numbers: Iterable[int], whole: Uninterrupted, directory: Path, **options: Any) -> set[str]:
+    """Kill a run at each of some calls, and return what kinds of calls these were."""
+    kinds: set[str] = set()
+    for number in numbers:
+        kill_and_go_on(directory / f"{number}", number, whole, **options)
+        kinds.add(whole.calls[number].what)
+    return kinds
+
+
+def one_of_each_kind(calls: list[Call]) -> Iterator[int]:
+    """Iterate over the numbers of calls, one of each kind, from all parts of the run."""
+    for place, what in enumerate(sorted({call.what for call in calls})):
+        there = [number for number, call in enumerate(calls) if call.what == what]
+        yield there[place * 7 % len(there)]
+
+
+def test_the_calls_of_a_run_are_of_all_kinds(uninterrupted: Uninterrupted) -> None:
+    kinds = {call.what for call in uninterrupted.calls}
+    assert {what.split()[0] for what in kinds} == {*CALLS}
+    assert kinds >= {"make_directory draft", "sync manifest of draft", "rename draft", "rename checkpoint"}
+    assert kinds >= {"sync directory", "remove_file file of grave", "remove_directory grave"}
+
+
+def test_a_run_killed_before_a_call_of_every_other_kind_goes_on(
+    uninterrupted: Uninterrupted, in_background: bool, directory: Path
+) -> None:
+    numbers = list(one_of_each_kind(uninterrupted.calls))[in_background::2]
+    kinds = kill_at_each(numbers, uninterrupted, directory, checkpoint_in_background=in_background)
+    assert kinds == {uninterrupted.calls[number].what for number in numbers}
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+def test_a_run_killed_before_any_call_goes_on(
+    uninterrupted: Uninterrupted, in_background: bool, directory: Path
+) -> None:
+    numbers = range(0, len(uninterrupted.calls), 2 if in_background else 1)
+    assert len(numbers) >= 180
+    kinds = kill_at_each(numbers, uninterrupted, directory, checkpoint_in_background=in_background)
+    assert kinds == {call.what for call in uninterrupted.calls}
+
+
+def test_a_run_killed_again_and_again_comes_to_its_end(uninterrupted: Uninterrupted, directory: Path) -> None:
+    chance, kills = random.Random(0), 0
+    disk = dying_at(chance.randrange(50, 150))
+    while exit_code_of(lambda: save_each_step(directory, disk=disk, resume=True)) == KILLED:  # noqa: B023
+        kills += 1
+        disk = dying_at(chance.randrange(50, 150))
+    assert kills >= 3
+    check_goes_on(directory, uninterrupted.end, STEPS, STEPS)
+
+
+def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
+    uninterrupted: Uninterrupted, directory: Path
+) -> None:
+    def die(path: Path) -> None:
+        os._exit(KILLED)
+
+    def start() -> None:
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(Path, "unlink", die)
+            save_each_step(directory)
+
+    assert exit_code_of(start) == KILLED
+    assert [path.name[:7] for path in (directory / "checkpoints").iterdir()] == [".token-"]
+    check_goes_on(directory, uninterrupted.end, 0, 0)
+
+
+# ---- a process of two is killed
+
+
+def save_as_one_of_two(directory: Path, trail: Path | None = None, *, dies: tuple[int, int] | None = None) -> End:
+    """Train as one of two processes, of which one `dies` before a call: its rank, and the number of the call."""
+    rank, number = dies or (-1, 0)
+    disk = dying_at(number) if str(rank) == os.environ["RANK"] else Disk()
+    return save_each_step(directory, trail=trail, resume=True, disk=disk)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[End]:
+    """Return what an uninterrupted run of two processes ends with on each."""
+    return run_ranks(save_as_one_of_two, 2, tmp_path_factory.mktemp("both"))
+
+
+def check_both_go_on(directory: Path, both: list[End], saved: int) -> None:
+    """Check what a kill left of a run that had told of its checkpoint after step `saved`, and go on from it."""
+    left = [manifest.step for manifest in whole_ones(directory)]
+    assert not saved or left[0] in (saved, saved + 1)
+    ends = run_ranks(save_as_one_of_two, 2, directory)
+    assert [end.differences(whole) for end, whole in zip(ends, both, strict=True)] == [[], []]
+    check_swept(directory)
+
+
+def kill_one_of_two(directory: Path, rank: int, told: int, chance: random.Random, both: list[End]) -> None:
+    """Kill a process as soon as it has told so many things, or a little later; the run goes on with two."""
+    trail = directory / "trail"
+    launch = Launch(partial(save_as_one_of_two, directory, trail), 2, trail)
+    assert launch.await_told(rank, told)
+    time.sleep(chance.uniform(0, 0.01))
+    launch.send(rank, signal.SIGKILL)
+    codes = launch.exit_codes(20)
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
+    saved = [line["step"] for line in launch.trails[0].told if line["what"] == "saved"]
+    check_both_go_on(directory, both, max(saved, default=0))
+
+
+def kill_in_turn(times: int, directory: Path, both: list[End]) -> None:
+    """Kill processes in turn, at moments from all over the run."""
+    chance = random.Random(0)
+    for turn in range(times):
+        told = 1 + int(TOLD * (turn + chance.random()) / times)
+        kill_one_of_two(directory / f"{turn}", turn % 2, told, chance, both)
+
+
+def test_two_processes_one_of_which_is_killed_go_on(directory: Path, both: list[End]) -> None:
+    kill_in_turn(2, directory, both)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_two_processes_one_of_which_is_killed_twenty_times_go_on(directory: Path, both: list[End]) -> None:
+    kill_in_turn(20, directory, both)
+
+
+def die_within_a_save(directory: Path, rank: int, number: int, both: list[End]) -> None:
+    trail = directory / "trail"
+    launch = Launch(partial(save_as_one_of_two, directory, trail, dies=(rank, number)), 2, trail)
+    codes = launch.exit_codes(20)
+    assert (codes[rank], codes[1 - rank]) == (KILLED, 1)
+    saved = [line["step"] for line in launch.trails[0].told if line["what"] == "saved"]
+    check_both_go_on(directory, both, max(saved, default=0))
+
+
+def test_nobody_waits_for_a_process_that_was_killed_within_a_save(directory: Path, both: list[End]) -> None:
+    die_within_a_save(directory, 1, 20, both)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_nobody_waits_for_a_process_that_was_killed_anywhere_within_a_save(directory: Path, both: list[End]) -> None:
+    for number in range(1, 50, 3):
+        die_within_a_save(directory / f"{number}", number // 3 % 2, number, both)
