@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,35 @@ def test_a_request_to_terminate_is_heard_in_an_evaluation_that_a_callback_asked_
         return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=9, per_device_batch_size=2))
 
     assert run_ranks(train, world_size, timeout=30) == [("SystemExit", "143")] * world_size
+
+
+class SlowEvaluation(Trainer):
+    """Has steps that are much faster than the batches of its evaluation."""
+
+    asked_at: float = 0.0
+
+    @override
+    def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        time.sleep(0.04)
+        if self.evaluated == 30 and self.peers.rank == 1:
+            self.asked_at = time.monotonic()
+            terminate(self)
+        self.evaluated += 1
+        return super().eval_step(batch)
+
+    evaluated: int = 0
+
+
+def test_a_request_to_terminate_is_heard_soon_where_evaluations_are_slow() -> None:
+    def train() -> float:
+        trainer = SlowEvaluation(**tiny_parts())
+        with pytest.raises(SystemExit):
+            trainer.train(
+                tiny_data(240), tiny_data(400), max_steps=99, per_device_batch_size=1, evaluate_every=Steps(60)
+            )
+        return time.monotonic() - trainer.asked_at
+
+    assert run_ranks(train, 2, timeout=60)[1] < 2.0
 
 
 class TimingOut(Failing):
