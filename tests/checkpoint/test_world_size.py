@@ -31,6 +31,9 @@ NUMBERS = torch.arange(SAMPLES, dtype=torch.float64)
 DATA = TensorDataset(torch.stack([NUMBERS, NUMBERS.sin(), NUMBERS.cos()], dim=1), (NUMBERS % 3 == 0).long())
 
 
+Plan = list[tuple[int, int, int | None]]
+
+
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
     @override
     def __iter__(self) -> Any:
@@ -88,7 +91,7 @@ def leg(
     return trainer.seen, [epoch.train_loss for epoch in history], model.weight.flatten().tolist()
 
 
-def legs(directory: Path, plan: list[tuple[int, int, int | None]], **options: Any) -> tuple[list[int], Any]:
+def legs(directory: Path, plan: Plan, **options: Any) -> tuple[list[int], Any]:
     """Run legs of (processes, batch size, last step), and return all samples in order, and what the last one found."""
     samples: list[int] = []
     found: Any = None
@@ -104,7 +107,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The run goes on with")
 
 
 def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
-    plan = [(1, 8, 2), (2, 4, 4), (4, 2, 9), (2, 4, 11), (1, 8, None)]
+    plan: Plan = [(1, 8, 2), (2, 4, 4), (4, 2, 9), (2, 4, 11), (1, 8, None)]
     samples, (losses, weights) = legs(tmp_path / "legs", plan)
     (_, expected_losses, expected_weights), *_ = run_ranks(leg, 1, tmp_path / "whole", 8, None)
     assert samples == ORDER
@@ -113,7 +116,7 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_no_sample_is_lost_and_none_repeated_when_batches_grow_and_shrink(tmp_path: Path) -> None:
-    plan = [(1, 4, 3), (2, 4, 5), (4, 4, 7), (2, 4, 9), (1, 4, None)]
+    plan: Plan = [(1, 4, 3), (2, 4, 5), (4, 4, 7), (2, 4, 9), (1, 4, None)]
     samples, _ = legs(tmp_path, plan, despite={"batch_size"})
     assert samples == ORDER
 

@@ -527,8 +527,9 @@ def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_be_right_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    given: dict[str, Any] = {**tiny_parts(), "checkpoint_dir": tmp_path, **options}
     with pytest.raises(OptionError, match=told):
-        Saving(**{**tiny_parts(), "checkpoint_dir": tmp_path, **options})
+        Saving(**given)
 
 
 def test_nothing_is_warned_of_in_a_healthy_run(tmp_path: Path) -> None:

@@ -168,9 +168,7 @@ class RunHistory(Sequence[EpochRecord]):
         """
         if self._journal is not None and state_dict["file"] is not None:
             self._journal.load_state_dict(state_dict["file"])
-        self._epochs = [
-            EpochRecord(**{**epoch, "evaluations": _results(epoch["evaluations"])}) for epoch in state_dict["epochs"]
-        ]
+        self._epochs = [_epoch(state) for state in state_dict["epochs"]]
         self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=STEPS_IN_MEMORY)
         self.initial = _results(state_dict["initial"])
         self._logged = dict(state_dict["logged"])
@@ -226,6 +224,11 @@ def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[
         if weight:
             read[i][1][name] = value / weight
     return read
+
+
+def _epoch(state: Mapping[str, Any]) -> EpochRecord:
+    fields: dict[str, Any] = {**state, "evaluations": _results(state["evaluations"])}
+    return EpochRecord(**fields)
 
 
 def _results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:

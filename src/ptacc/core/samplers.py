@@ -21,7 +21,9 @@ class ListedSampler:
 
     def __init__(self, sampler: Any, peers: Peers, seed: int) -> None:
         """List `sampler` for `peers`, with randomness derived from the run's seed."""
-        self._sampler, self._peers, self._seed = sampler, peers, seed
+        self._sampler: Any = sampler
+        self._stateful = sampler if isinstance(sampler, Stateful) else None
+        self._peers, self._seed = peers, seed
         self._listed = 0
         self._before: StateDict = {}
         self._saved: StateDict = {}
@@ -43,26 +45,26 @@ class ListedSampler:
     def _list(self, epoch: int) -> list[Any]:
         saved, self._saved = self._saved, {}
         is_within_epoch = saved.get("epoch") == epoch
-        if isinstance(self._sampler, Stateful):
+        if self._stateful is not None:
             self._listed = epoch
             if saved:
-                self._sampler.load_state_dict(saved["before" if is_within_epoch else "now"])
-            self._before = copy.deepcopy(self._sampler.state_dict())
+                self._stateful.load_state_dict(saved["before" if is_within_epoch else "now"])
+            self._before = copy.deepcopy(self._stateful.state_dict())
         order: list[Any] = []
         for number in range(min(self._listed, epoch), epoch + 1):
             set_epoch(self._sampler, number)
             with streams_seeded(derive_seed(self._seed, number)):
                 order = list(self._sampler)
         self._listed = epoch + 1
-        if isinstance(self._sampler, Stateful) and is_within_epoch:
-            self._sampler.load_state_dict(saved["now"])
+        if self._stateful is not None and is_within_epoch:
+            self._stateful.load_state_dict(saved["now"])
         return order
 
     def state_dict(self) -> StateDict:
         """Return the state of a `Stateful` sampler as it was before the present epoch was listed, and as it is now."""
-        if not isinstance(self._sampler, Stateful):
+        if self._stateful is None:
             return {}
-        return {"epoch": self._listed - 1, "before": self._before, "now": copy.deepcopy(self._sampler.state_dict())}
+        return {"epoch": self._listed - 1, "before": self._before, "now": copy.deepcopy(self._stateful.state_dict())}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on from a state, when an order is asked for next."""
