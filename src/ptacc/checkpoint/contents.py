@@ -230,6 +230,6 @@ def first_non_finite(model: nn.Module) -> str | None:
         return None
     # NaN is both the least and the greatest there. A norm would be one call, and takes ten times as long on the CPU.
     is_finite: list[bool] = torch.stack(
-        [torch.isfinite(torch.stack((p.amin(), p.amax()))).all() for _, p in floating]
+        [torch.isfinite(torch.stack(torch.aminmax(p))).all() for _, p in floating]
     ).tolist()
     return next((name for (name, _), good in zip(floating, is_finite, strict=True) if not good), None)
