@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from ptacc import Callback, CheckpointError, StepResult
 from ptacc.checkpoint.store import CheckpointStore
+from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from tests.checkpoint.disks import Interposed
 from tests.checkpoint.failing import Failing, Saving, calls_of_a_run, make, train, writers
@@ -142,6 +144,31 @@ def test_what_becomes_of_it_is_told_beside_the_exception(tmp_path: Path) -> None
 
     with pytest.raises(KeyError, match="of the user"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
         train(background(tmp_path, disk=Late(go_on), callbacks=[AtStep(3, end)]))
+
+
+class Breaking(Dataset[Any]):
+    """Tiny data of which a sample of the third batch is bad, once the writers are done."""
+
+    def __init__(self) -> None:
+        self.left, self.samples = 2 * 8, tiny_data()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            await_writers()
+            raise RuntimeError("a bad sample")
+        return self.samples[index]
+
+
+def test_a_run_that_an_exception_ends_is_saved_though_the_save_before_failed(tmp_path: Path) -> None:
+    trainer = background(tmp_path, disk=Failing(12, errno.EIO), keep_last=None)
+    with pytest.raises(RuntimeError, match="a bad sample"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
+        trainer.train(Breaking(), num_epochs=2, per_device_batch_size=8)
+    assert [CheckpointStore(tmp_path).verify(name).step for name in CheckpointStore(tmp_path).names()] == [2]
 
 
 def saves_of_a_rank_that_fails(directory: Path) -> list[str]:

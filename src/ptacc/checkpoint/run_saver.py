@@ -67,6 +67,17 @@ class RunSaver:
         if (path := self.line.finish()) is not None:
             self.tell(path)
 
+    def rescue(self) -> None:
+        """Save the run before an exception ends it, whatever has become of the checkpoint before.
+
+        That exception is the one to raise; what goes wrong here is a warning.
+        """
+        for act in (self.finish, self.save, self.finish):
+            try:
+                act()
+            except Exception as failure:  # noqa: BLE001
+                warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
+
     def _is_due(self) -> bool:
         run, last = self.trainer.run, self.line.saved_at
         now = run.progress

@@ -241,11 +241,7 @@ class CheckpointMixin(Mixin):
         """Save the run before it ends by an exception."""
         super().rescue_run(error)
         if self.checkpoint_on_exception and SAVER in self.run and not isinstance(error, CheckpointError):
-            try:
-                self.run[SAVER].save()
-                self.run[SAVER].finish()
-            except Exception as failure:  # noqa: BLE001  # the first error is the one to raise
-                warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
+            self.run[SAVER].rescue()
 
     @override
     def on_epoch_start(self) -> None:
