@@ -147,10 +147,10 @@ def test_what_becomes_of_it_is_told_beside_the_exception(tmp_path: Path) -> None
 
 
 class Breaking(Dataset[Any]):
-    """Tiny data of which a sample of the third batch is bad, once the writers are done."""
+    """Tiny data of which a sample of the fourth batch is bad, once the writers are done."""
 
     def __init__(self) -> None:
-        self.left, self.samples = 2 * 8, tiny_data()
+        self.left, self.samples = 3 * 4, tiny_data()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -167,7 +167,7 @@ class Breaking(Dataset[Any]):
 def test_a_run_that_an_exception_ends_is_saved_though_the_save_before_failed(tmp_path: Path) -> None:
     trainer = background(tmp_path, disk=Failing(12, errno.EIO), keep_last=None)
     with pytest.raises(RuntimeError, match="a bad sample"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
-        trainer.train(Breaking(), num_epochs=2, per_device_batch_size=8)
+        trainer.train(Breaking(), num_epochs=2, per_device_batch_size=4)
     assert [CheckpointStore(tmp_path).verify(name).step for name in CheckpointStore(tmp_path).names()] == [2]
 
 
