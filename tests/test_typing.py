@@ -207,6 +207,7 @@ def revealed(answer: str) -> list[str]:
 
 ANY_IS_RIGHT = {
     "CheckpointMixin.law_options": "as Mixin.law_options",
+    "CompileMixin.law_options": "as for `Mixin.law_options`",
     "EMAMixin.law_options": "as for `Mixin.law_options`",
     "EvaluationLoop.__class_getitem__": "not seen by type checkers",
     "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",

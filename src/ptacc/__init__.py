@@ -46,6 +46,7 @@ from ptacc.keywords import EvalOptions as EvalOptions
 from ptacc.keywords import TrainOptions as TrainOptions
 from ptacc.mixins.amp import AMPMixin as AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin as CheckpointMixin
+from ptacc.mixins.compile import CompileMixin as CompileMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin as EMAMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
@@ -75,6 +76,8 @@ from ptacc.protocols import SupportsSyncBatchNorm as SupportsSyncBatchNorm
 from ptacc.trainers.supervised import Trainer as Trainer
 from ptacc.types import Best as Best
 from ptacc.types import Cadence as Cadence
+from ptacc.types import CompileBackend as CompileBackend
+from ptacc.types import CompileMode as CompileMode
 from ptacc.types import EpochRecord as EpochRecord
 from ptacc.types import Epochs as Epochs
 from ptacc.types import EvalResult as EvalResult
@@ -101,6 +104,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointMixin",
     "CollectiveError",
+    "CompileBackend",
+    "CompileMixin",
+    "CompileMode",
     "CompositionError",
     "DamagedCheckpointError",
     "DataError",

@@ -201,7 +201,8 @@ class ModelState:
     def of(cls, model: nn.Module) -> ModelState:
         """Remember the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        syncing = (model, model.require_forward_param_sync) if isinstance(model, DistributedDataParallel) else None
+        replica = replica_of(model)
+        syncing = None if replica is None else (replica, replica.require_forward_param_sync)
         return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
 
     def restore_flags(self) -> None:
@@ -220,6 +221,12 @@ class ModelState:
             model.__dict__.pop(name, None)
         model.__dict__.update(self.patched)
         self.restore_flags()
+
+
+def replica_of(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper that averages gradients over the processes, be it compiled or not; None without one."""
+    inner = model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def forget_prepared(accelerator: DeviceRuntime) -> None:

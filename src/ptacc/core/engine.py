@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
+from ptacc.core.device import replica_of
 from ptacc.protocols import DeviceRuntime, StateDict
 
 
@@ -111,6 +111,7 @@ class TorchEngine:
         """Wrap `model` for the processes and the precision; `scaler` is the accelerator's, if not given."""
         self._accelerator = accelerator
         self._model = accelerator.prepare_model(model)
+        self._replica = replica_of(self._model)
         self._slots = tuple(slots)
         self._scaler = scaler or accelerator.scaler
 
@@ -136,9 +137,9 @@ class TorchEngine:
 
     def finish_gradients(self) -> None:
         """See that the processes have averaged the gradients, and divide them by the scaler's factor."""
-        if isinstance(self._model, DistributedDataParallel):
+        if self._replica is not None:
             # It looks for parameters that took no part at its next forward pass only: after the update.
-            self._model._check_reducer_finalized()  # type: ignore[no-untyped-call]  # noqa: SLF001
+            self._replica._check_reducer_finalized()  # type: ignore[no-untyped-call]  # noqa: SLF001
         if self._scaler is not None:
             for slot in self._slots:
                 self._scaler.unscale_(slot.optimizer)
@@ -171,8 +172,8 @@ class TorchEngine:
 
     def finish_run(self) -> None:
         """Give all processes rank 0's buffers: each forward pass of a step does, and the last step changed them."""
-        if isinstance(self._model, DistributedDataParallel):
-            for buffer in self._model.buffers():
+        if self._replica is not None:
+            for buffer in self._replica.buffers():
                 dist.broadcast(buffer, src=0)
 
     def state_dict(self) -> StateDict:

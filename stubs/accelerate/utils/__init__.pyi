@@ -1,3 +1,10 @@
+from enum import Enum
+from typing import Any
+
+class DynamoBackend(str, Enum):
+    NO = "NO"
+    INDUCTOR = "INDUCTOR"
+
 class GradientAccumulationPlugin:
     def __init__(
         self,
@@ -5,4 +12,18 @@ class GradientAccumulationPlugin:
         adjust_scheduler: bool = True,
         sync_with_dataloader: bool = True,
         sync_each_batch: bool = False,
+    ) -> None: ...
+
+class TorchDynamoPlugin:
+    backend: DynamoBackend
+    mode: str
+    def __init__(
+        self,
+        backend: str | None = None,
+        mode: str | None = None,
+        fullgraph: bool | None = None,
+        dynamic: bool | None = None,
+        options: Any = None,
+        disable: bool = False,
+        use_regional_compilation: bool | None = None,
     ) -> None: ...

@@ -1,0 +1,216 @@
+"""Compiled models: the same numbers, under the names of the bare model, and only while a run uses them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch._dynamo import graph_break, reset
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+from torch.optim import SGD
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    CheckpointError,
+    CheckpointMixin,
+    CompileMixin,
+    EMAMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    OptionError,
+    SeedMixin,
+    Steps,
+    SyncBatchNormMixin,
+    Trainer,
+)
+from ptacc.checkpoint.store import CheckpointStore
+from tests.ranks import run_ranks
+
+pytestmark = [  # of dynamo and inductor themselves
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.norm(self.linear(inputs)).relu() + inputs
+        return output
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(3)), nn.Linear(16, 4)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        for block in self.blocks:
+            inputs = block(inputs)
+        output: Tensor = self.head(inputs)
+        return output
+
+
+class Bare(GradAccumMixin, GradClipMixin, SeedMixin, Trainer):
+    seed: int | None = 3
+    gradient_accumulation_steps: int = 2
+    max_grad_norm: float | None = 0.5
+
+
+class Compiled(CompileMixin, Bare): ...
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(44, 16, generator=generator), torch.randint(4, (44,), generator=generator))
+
+
+def parts() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return {"model": model, "loss_func": nn.CrossEntropyLoss(), "optimizer": optimizer, "default_callbacks": ()}
+
+
+def trained(kind: type[Trainer], num_epochs: int = 2, **options: Any) -> tuple[list[Tensor], list[float]]:
+    """Train and evaluate; return the weights, and the losses."""
+    trainer = kind(**parts(), **options)
+    history = trainer.train(data(), data(), num_epochs=num_epochs, per_device_batch_size=8 // trainer.peers.world_size)
+    result = trainer.evaluate(data(), per_device_batch_size=8)
+    evaluated = [*(epoch.eval_loss or 0.0 for epoch in history), result.loss]
+    return weights(trainer), [*(record.loss for record in history.steps), *evaluated]
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return [tensor.clone() for tensor in trainer.model.state_dict().values()]
+
+
+def equal(these: list[Tensor], those: list[Tensor]) -> bool:
+    return all(torch.equal(this, that) for this, that in zip(these, those, strict=True))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("extra", [(), (AMPMixin,), (EMAMixin,), (SyncBatchNormMixin,)])
+def test_what_is_traced_only_gives_the_same_bits(extra: tuple[type, ...], regions: bool) -> None:
+    options: dict[str, Any] = {"mixed_precision": "bf16"} if AMPMixin in extra else {}
+    options |= {"ema_decay": 0.9} if EMAMixin in extra else {}
+    compiled = type("Compiled", (*extra, Compiled), {})
+    mine, losses = trained(compiled, compile_backend="eager", compile_regions=regions, **options)
+    theirs, expected = trained(type("Bare", (*extra, Bare), {}), **options)
+    assert losses == expected
+    assert equal(mine, theirs)
+
+
+def test_the_model_is_compiled_while_it_trains_and_bare_after_it() -> None:
+    seen: list[str] = []
+
+    class Looking(Compiled):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+            seen.append(type(self.model).__name__)
+            return super().train_step(batch)
+
+    trainer = Looking(**parts(), compile_backend="eager")
+    reset()
+    before = counters["frames"]["total"]
+    trainer.train(data(), num_epochs=1)
+    assert set(seen) == {"OptimizedModule"}
+    assert counters["frames"]["total"] > before
+    assert type(trainer.model) is Net
+    assert "forward" not in vars(trainer.model)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_of_regions_each_block_is_compiled(precision: str) -> None:
+    seen: set[str] = set()
+
+    class Looking(AMPMixin, Compiled):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+            seen.update(type(module).__name__ for module in self.model.get_submodule("blocks").children())
+            return super().train_step(batch)
+
+    trained(Looking, compile_backend="eager", compile_regions=True, mixed_precision=precision)
+    assert seen == {"OptimizedModule"}
+
+
+def test_inductor_gives_the_same_numbers_but_for_rounding() -> None:
+    compiled, losses = trained(Compiled, num_epochs=1, compile_dynamic=True)
+    bare, expected = trained(Bare, num_epochs=1)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(compiled, bare, rtol=1e-4, atol=1e-5)
+
+
+class Saving(CheckpointMixin, EMAMixin, Compiled):
+    ema_decay: float = 0.9
+    compile_backend: Any = "eager"
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_checkpoints_have_the_names_of_the_bare_model_and_go_on_exactly(tmp_path: Path, regions: bool) -> None:
+    def train(directory: str, steps: int, **options: Any) -> Saving:
+        trainer = Saving(**parts(), checkpoint_dir=tmp_path / directory, compile_regions=regions, **options)
+        trainer.train(data(), num_epochs=2, max_steps=steps, per_device_batch_size=4)
+        return trainer
+
+    whole = train("whole", 11)
+    train("run", 4, checkpoint_every=Steps(1))
+    again = train("run", 11, resume=True)
+    assert equal(weights(again), weights(whole))
+    again.export_model(tmp_path / "ema.safetensors", averages="ema")
+    exported = load_file(tmp_path / "ema.safetensors")
+    assert [*sorted(exported)] == sorted(Net().state_dict())
+    (name, *_) = CheckpointStore(tmp_path / "run").names()
+    del again, whole
+    with pytest.raises(CheckpointError, match=r"compiled was 'eager, default' and is 'aot_eager, default'"):
+        train("run", 11, compile_backend="aot_eager", resume=tmp_path / "run" / name)
+
+
+def losses_of_a_rank(backend: str, regions: bool) -> list[float]:
+    options: dict[str, Any] = {"compile_backend": backend, "compile_regions": regions}
+    return trained(Compiled if backend else Bare, **options if backend else {})[1]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_several_processes_train_as_without_it(regions: bool) -> None:
+    assert run_ranks(losses_of_a_rank, 2, "eager", regions) == run_ranks(losses_of_a_rank, 2, "", regions)
+
+
+def test_a_launch_may_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert Compiled(**parts()).conditions()["compiled"] == "eager, default"
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` has it
+    assert Compiled(**parts()).conditions()["compiled"] == "inductor, default"
+    assert Compiled(**parts(), compile_backend="no").conditions()["compiled"] == "no, default"
+
+
+@pytest.mark.parametrize("name", ["compile_backend", "compile_mode"])
+def test_what_is_no_choice_is_refused(name: str) -> None:
+    options: dict[str, Any] = {name: "fast"}
+    with pytest.raises(OptionError, match=rf"Compiled\({name}='fast'\): must be one of "):
+        Compiled(**parts(), **options)
+
+
+def test_a_graph_that_falls_apart_is_an_error_where_one_is_asked_for() -> None:
+    class Broken(Net):
+        @override
+        def forward(self, inputs: Tensor) -> Tensor:
+            graph_break()
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    model = Broken()
+    usual: dict[str, Any] = {**parts(), "model": model, "optimizer": SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(Unsupported):
+        Compiled(**usual, compile_backend="eager", compile_fullgraph=True).train(data(), num_epochs=1)
