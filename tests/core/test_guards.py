@@ -16,7 +16,7 @@ import pytest
 import torch
 import typing_extensions
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -689,6 +689,58 @@ def test_a_hook_that_may_be_replaced_whole_needs_no_super() -> None:
 
 
 # ---- the order of bases
+
+
+class Fast(Mixin):
+    @override
+    def make_seed(self) -> int:
+        return 1
+
+
+class Slow(Mixin):
+    @override
+    def make_seed(self) -> int:
+        return 2
+
+
+def test_two_mixins_that_answer_what_has_one_answer_are_refused() -> None:
+    with refused(r"Both: Fast and Slow both stand for make_seed\(\), and only one of them can"):
+        type("Both", (Fast, Slow, Trainer), {})
+    with refused("Slow and Fast both stand"):
+        type("Both", (Slow, type("Between", (Mixin,), {}), Fast, Trainer), {})
+
+
+def test_one_that_asks_the_other_or_derives_from_it_or_is_the_users_own_is_taken() -> None:
+    class Asking(Mixin):
+        @override
+        def make_seed(self) -> int:
+            return super().make_seed() + 1
+
+    class Faster(Fast):
+        @override
+        def make_seed(self) -> int:
+            return 3
+
+    class Meant(Mixin):
+        @replaces
+        @override
+        def make_seed(self) -> int:
+            return 4
+
+    class Mine(Fast, Trainer):
+        @override
+        def make_seed(self) -> int:
+            return 5
+
+    model = nn.Linear(1, 1)
+    for bases, seed in (
+        ((Asking, Fast, Trainer), 2),
+        ((Faster, Fast, Trainer), 3),
+        ((Meant, Slow, Trainer), 4),
+        ((Mine,), 5),
+    ):
+        made: Any = type("Made", bases, {})
+        assert made(model, optimizer=SGD(model.parameters()), loss_func=nn.MSELoss()).make_seed() == seed
 
 
 def test_a_mixin_after_the_loop_is_refused() -> None:

@@ -18,6 +18,7 @@ from ptacc.core.typeargs import disagreeing_batches
 from ptacc.errors import CompositionError
 
 COOPERATIVE = frozenset({"event", "around", "fold", "any-of"})
+SINGLE = frozenset({"default", "factory"})
 MARKERS = frozenset({"_role", "_mixins_stand_before_the_loop", "_takes_the_batches_of_the_loop"})
 """Defined in several classes on purpose: type checkers compare them, see `TrainingLoop`."""
 CALLED_ON_EVERY_CLASS = frozenset({"check_options"})
@@ -42,6 +43,7 @@ def check_composition(cls: type, root: type) -> None:
     """Raise `CompositionError` for bases that cannot be combined, `root` being the one that all of ours have."""
     _check_foreign_bases(cls, root)
     _check_names_of_two_owners(cls)
+    _check_single_answers(cls)
     _check_order(cls)
     if complaint := disagreeing_batches(cls):
         raise CompositionError(complaint)
@@ -190,6 +192,22 @@ def _check_names_of_two_owners(cls: type) -> None:
                 raise CompositionError(
                     f"{cls.__name__}: {name} is declared by {first.__name__} and by {second.__name__}, who do not "
                     f"know of each other, and {first.__name__}'s would silently win. {_mended(first, second)}"
+                )
+
+
+def _check_single_answers(cls: type) -> None:
+    """Refuse two mixins that each answer, for all, what has one answer: which engine there is, for one."""
+    mixins = [base for base in cls.__mro__ if is_mixin(base)]
+    for first, second in itertools.combinations(mixins, 2):
+        if second in first.__mro__:
+            continue
+        for name in first.__dict__.keys() & second.__dict__.keys():
+            shape = next(filter(None, (shape_of(base.__dict__.get(name)) for base in second.__mro__)), None)
+            value = first.__dict__[name]
+            if shape in SINGLE and not calls_super(value, name) and not _is_replacement(value):
+                raise CompositionError(
+                    f"{cls.__name__}: {first.__name__} and {second.__name__} both stand for {name}(), and only one of "
+                    "them can. Compose one of them."
                 )
 
 
