@@ -1,14 +1,10 @@
 """Two hosts, each a network namespace with an address and a name, joined by a cable; `accelerate launch` on both."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,6 +13,7 @@ from typing import Any
 import pytest
 
 from ptacc.testing import epoch_order, tiny_parts
+from tests.distributed.hosts import HOSTS, Host, two_hosts
 from tests.distributed.scripts import tiny
 from tests.ranks import launch
 
@@ -26,74 +23,25 @@ SECONDS = 20.0
 SETTINGS = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
 
 
-@dataclass(frozen=True)
-class Host:
-    number: int
-
-    @property
-    def name(self) -> str:
-        return f"ptacc{os.getpid()}-{self.number}"
-
-    @property
-    def cable(self) -> str:
-        return f"pt{os.getpid()}.{self.number}"  # at most 15 characters
-
-    @property
-    def address(self) -> str:
-        return f"10.77.0.{self.number + 1}"
-
-    def run(self, processes: int, script: str, *arguments: str) -> tuple[CompletedProcess[str], float]:
-        """Launch a script here, for as many processes on each of the two hosts; return it ended, and after how long."""
-        named = ("unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh")
-        machines = ("--num_machines", "2", "--machine_rank", str(self.number), "--num_processes", str(2 * processes))
-        meeting = ("--main_process_ip", HOSTS[0].address, "--main_process_port", "29500")
-        accelerate = (str(BIN / "accelerate"), "launch", "--multi_gpu", *machines, *meeting, *SETTINGS)
-        command = ("ip", "netns", "exec", self.name, *named, *accelerate, str(SCRIPTS / script), *arguments)
-        started = time.monotonic()
-        # Else gloo asks for the address of the host's name, which nobody knows.
-        ended = launch(command, env={"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": self.cable}, timeout=60)
-        return ended, time.monotonic() - started
-
-
-HOSTS = (Host(0), Host(1))
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=10)
-
-
-def build_hosts() -> None:
-    for host in HOSTS:
-        ip("netns", "add", host.name)
-    cable = ("link", "add", HOSTS[0].cable, "netns", HOSTS[0].name, "type", "veth")
-    ip(*cable, "peer", "name", HOSTS[1].cable, "netns", HOSTS[1].name)
-    for host in HOSTS:
-        ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.cable)
-        ip("-n", host.name, "link", "set", "lo", "up")
-        ip("-n", host.name, "link", "set", host.cable, "up")
-    subprocess.run(["unshare", "--uts", "true"], check=True, capture_output=True, text=True, timeout=10)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def hosts() -> Iterator[None]:
-    missing = [name for name in ("ip", "unshare", "hostname") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"two hosts need {', '.join(missing)}: Debian's iproute2, util-linux and hostname")
-    try:
-        try:
-            build_hosts()
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"two hosts need network namespaces, and {error.cmd} failed: {error.stderr.strip()}")
+    with two_hosts():
         yield
-    finally:
-        for host in HOSTS:
-            with suppress(subprocess.CalledProcessError):
-                ip("netns", "delete", host.name)  # and its end of the cable
+
+
+def run(host: Host, processes: int, script: str, *arguments: str) -> tuple[CompletedProcess[str], float]:
+    """Launch a script, for as many processes on each of the two hosts; return it ended, and after how long."""
+    machines = ("--num_machines", "2", "--machine_rank", str(host.number), "--num_processes", str(2 * processes))
+    meeting = ("--main_process_ip", HOSTS[0].address, "--main_process_port", "29500")
+    accelerate = (str(BIN / "accelerate"), "launch", "--multi_gpu", *machines, *meeting, *SETTINGS)
+    started = time.monotonic()
+    ended = launch(host.command(*accelerate, str(SCRIPTS / script), *arguments), env=host.environment, timeout=60)
+    return ended, time.monotonic() - started
 
 
 def run_on_both(processes: int, script: str, *arguments: str) -> list[tuple[CompletedProcess[str], float]]:
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda host: host.run(processes, script, *arguments), HOSTS))
+        return list(pool.map(lambda host: run(host, processes, script, *arguments), HOSTS))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         OptionError: fp16 on a device where it would silently be fp32.
     """
     check_launch_environment(builder)
+    check_restarts()
     if _shared and _shared[0].process != os.getpid():
         release_accelerator()  # forked, as notebook launchers do: what the parent had belongs to its own launch
     if _shared and _shared[0].settings != builder.settings:
@@ -171,6 +172,21 @@ def check_launch_environment(builder: AcceleratorBuilder) -> None:
                 f"The launch set {feature.variable}={value}, and this trainer has nothing that would do it: it needs "
                 f"{feature.mixin}. Compose it, or launch without."
             )
+
+
+def check_restarts() -> None:
+    """Raise `LaunchError` where torchrun would restart processes that can never meet.
+
+    They would meet in the agent's own store, in which those before them left their addresses.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712
+    """
+    restarts, shares = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), "TORCHELASTIC_USE_AGENT_STORE"
+    if restarts != "0" and os.environ.get(shares) == "True" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise LaunchError(
+            f"torchrun --max-restarts {restarts}: processes that it restarts would find the addresses of those that "
+            "are gone, and wait for them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
+        )
 
 
 def check_accelerator(accelerator: DeviceRuntime) -> None:

@@ -1,0 +1,57 @@
+"""Trains the tiny problem, saved at each step, and dies on the way: `elastic.py DIRECTORY 3:1 5:0:host`.
+
+Each death comes once: at a step, of a rank, by itself or with the agent that started it. Rank 0 leaves in the directory
+what came of the run.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from typing_extensions import override
+
+from ptacc import CheckpointMixin, SeedMixin, Steps, Trainer
+from ptacc.testing import tiny_data, tiny_parts
+
+DATA = tiny_data(24)
+GLOBAL_BATCH = 8
+
+
+class Mortal(CheckpointMixin, SeedMixin, Trainer):
+    seed: int | None = 5
+    deaths: tuple[str, ...] = ()
+
+    @override
+    def on_step_start(self) -> None:
+        super().on_step_start()
+        for death in self.deaths:
+            step, rank, *what = death.split(":")
+            if (self.progress.steps, self.peers.rank) == (int(step), int(rank)):
+                self._die_once(Path(self.checkpoint_dir).parent / f"died-{step}", with_agent=bool(what))
+
+    def _die_once(self, mark: Path, *, with_agent: bool) -> None:
+        if not mark.exists():
+            mark.touch()
+            if with_agent:
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(directory: Path, *deaths: str) -> None:
+    options = {"checkpoint_dir": directory / "run", "checkpoint_every": Steps(1), "resume": True, "deaths": deaths}
+    trainer = Mortal(**tiny_parts(), **options, history_file=directory / "history.jsonl")
+    trainer.train(DATA, num_epochs=3, per_device_batch_size=GLOBAL_BATCH // trainer.peers.world_size)
+    if trainer.peers.rank == 0:
+        result = {
+            "losses": [step.loss for step in trainer.history.steps],
+            "weights": [tensor.tolist() for tensor in trainer.model.state_dict().values()],
+            "world_size": trainer.peers.world_size,
+            "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        }
+        (directory / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
