@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,7 +19,9 @@ SECONDS = 90
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def start(directory: Path, *deaths: str, restarts: int = 3, **environment: str) -> CompletedProcess[str]:
+def start(
+    directory: Path, *deaths: str, restarts: int = 3, environment: Mapping[str, str] = OWN_STORE
+) -> CompletedProcess[str]:
     directory.mkdir()
     command = (TORCHRUN, "--nproc-per-node", "2", "--max-restarts", str(restarts), str(SCRIPT), str(directory), *deaths)
     return launch(command, env={"ACCELERATE_USE_CPU": "true", **environment}, timeout=SECONDS)
@@ -34,7 +36,7 @@ def result_in(directory: Path) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what comes of a run in which nobody dies."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    ended = start(directory, **OWN_STORE)
+    ended = start(directory)
     assert ended.returncode == 0, ended.stderr
     return result_in(directory)
 
@@ -45,13 +47,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_run_outlives_its_processes_bit_for_bit(
     tmp_path: Path, deaths: tuple[str, ...], whole: dict[str, Any]
 ) -> None:
-    ended = start(tmp_path / "run", *deaths, **OWN_STORE)
+    ended = start(tmp_path / "run", *deaths)
     assert ended.returncode == 0, ended.stderr
     assert result_in(tmp_path / "run") == {**whole, "restarts": len(deaths)}
 
 
 def test_a_launch_whose_restarts_would_fail_is_refused(tmp_path: Path) -> None:
-    ended = start(tmp_path / "run", restarts=1)
+    ended = start(tmp_path / "run", restarts=1, environment={})
     assert ended.returncode != 0
     assert "LaunchError: torchrun --max-restarts 1" in ended.stderr
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in ended.stderr
