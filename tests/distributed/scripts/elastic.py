@@ -8,11 +8,12 @@ import json
 import os
 import signal
 import sys
+from dataclasses import field
 from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, SeedMixin, Steps, Trainer
+from ptacc import Cadence, CheckpointMixin, SeedMixin, Steps, Trainer
 from ptacc.testing import tiny_data, tiny_parts
 
 DATA = tiny_data(24)
@@ -21,6 +22,8 @@ GLOBAL_BATCH = 8
 
 class Mortal(CheckpointMixin, SeedMixin, Trainer):
     seed: int | None = 5
+    checkpoint_every: Cadence | None = field(default_factory=lambda: Steps(1))
+    resume: bool | str | Path = True
     deaths: tuple[str, ...] = ()
 
     @override
@@ -40,8 +43,7 @@ class Mortal(CheckpointMixin, SeedMixin, Trainer):
 
 
 def main(directory: Path, *deaths: str) -> None:
-    options = {"checkpoint_dir": directory / "run", "checkpoint_every": Steps(1), "resume": True, "deaths": deaths}
-    trainer = Mortal(**tiny_parts(), **options, history_file=directory / "history.jsonl")
+    trainer = Mortal(**tiny_parts(), checkpoint_dir=directory / "run", deaths=deaths)
     trainer.train(DATA, num_epochs=3, per_device_batch_size=GLOBAL_BATCH // trainer.peers.world_size)
     if trainer.peers.rank == 0:
         result = {
