@@ -42,6 +42,7 @@ ROWS = [
     ],
     [
         "ptacc.core.averages",
+        "ptacc.core.choices",
         "ptacc.core.exits",
         "ptacc.core.failure",
         "ptacc.core.compose",

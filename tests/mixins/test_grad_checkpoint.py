@@ -26,7 +26,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.mixins.grad_checkpoint import chosen_submodules
+from ptacc.core.choices import chosen_submodules
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

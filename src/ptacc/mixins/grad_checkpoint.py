@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from typing_extensions import override
 
+from ptacc.core.choices import check_choices, chosen_submodules
 from ptacc.core.hooks import Mixin
-from ptacc.core.options import closest, value_text
 from ptacc.core.patches import Forward, patched_forwards
-from ptacc.errors import ModelError, OptionError
-
-Choice: TypeAlias = type[nn.Module] | str
-SHOWN = 10
-"""Names that an error shows at most."""
 
 
 class GradCheckpointMixin(Mixin):
@@ -55,19 +49,7 @@ class GradCheckpointMixin(Mixin):
     @override
     def check_options(self) -> None:
         """Refuse what is no list of classes and names."""
-        owner = type(self).__name__
-        choices: object = self.gradient_checkpointing
-        if isinstance(choices, str | type) or not isinstance(choices, Sequence):
-            raise OptionError(
-                f"{owner}(gradient_checkpointing={value_text(choices)}): must be a list of classes and names. Write "
-                "`gradient_checkpointing=[...]`, also for a single one."
-            )
-        for choice in choices:
-            if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
-                raise OptionError(
-                    f"{owner}(gradient_checkpointing=[...]): {value_text(choice)} is neither a class of modules nor a "
-                    "name. Give the class itself, or the name of a submodule as in model.named_modules()."
-                )
+        check_choices(type(self).__name__, "gradient_checkpointing", self.gradient_checkpointing)
 
     @override
     @contextlib.contextmanager
@@ -75,61 +57,10 @@ class GradCheckpointMixin(Mixin):
         """Patch the chosen submodules."""
         # After the other mixins have patched: what is computed anew is what was computed first.
         with super().around_run():
-            chosen = chosen_submodules(self.unwrapped_model, self.gradient_checkpointing, type(self).__name__)
+            option = f"{type(self).__name__}(gradient_checkpointing=[...])"
+            chosen = chosen_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
             with patched_forwards(chosen, checkpointed):
                 yield
-
-
-def chosen_submodules(model: nn.Module, choices: Sequence[Choice], owner: str) -> list[nn.Module]:
-    """Return the outermost submodules that are chosen.
-
-    Lists of modules are passed over: they are never called, only what is in them.
-
-    Raises:
-        ModelError: A choice that no submodule matches.
-    """
-    submodules = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and type(module).forward is not nn.Module.forward
-    }
-    chosen: set[str] = set()
-    for choice in choices:
-        found = {name for name, module in submodules.items() if is_match(choice, name, module)}
-        if not found:
-            raise ModelError(f"{owner}(gradient_checkpointing=[...]): {unmatched(choice, model, submodules)}")
-        chosen |= found
-    outermost = (name for name in submodules if name in chosen and chosen.isdisjoint(parents_of(name)))
-    return list(dict.fromkeys(submodules[name] for name in outermost))  # one module may have several names
-
-
-def is_match(choice: Choice, name: str, module: nn.Module) -> bool:
-    """Say whether a submodule is meant by a choice."""
-    return fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
-
-
-def parents_of(name: str) -> list[str]:
-    """Return the names of the modules around a submodule.
-
-    Example:
-        >>> parents_of("encoder.layers.0")
-        ['encoder', 'encoder.layers']
-    """
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def unmatched(choice: Choice, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
-    """Say that no submodule matches a choice, and what there is."""
-    by_name = isinstance(choice, str)
-    asked = repr(choice) if isinstance(choice, str) else choice.__name__
-    known = list(submodules) if by_name else sorted({type(module).__name__ for module in submodules.values()})
-    hint = closest(choice if isinstance(choice, str) else choice.__name__, known)
-    shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
-    return (
-        f"{type(model).__name__} calls no submodule that {'has the name' if by_name else 'is a'} {asked}. {hint}"
-        f"There are: {shown or 'none at all'}."
-    )
 
 
 # ---- one module
