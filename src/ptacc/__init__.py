@@ -49,6 +49,7 @@ from ptacc.mixins.checkpoint import CheckpointMixin as CheckpointMixin
 from ptacc.mixins.compile import CompileMixin as CompileMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin as EMAMixin
+from ptacc.mixins.fsdp import FSDPMixin as FSDPMixin
 from ptacc.mixins.grad_accum import GradAccumMixin as GradAccumMixin
 from ptacc.mixins.grad_checkpoint import GradCheckpointMixin as GradCheckpointMixin
 from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
@@ -120,6 +121,7 @@ __all__ = [
     "EvalOptions",
     "EvalResult",
     "Explanation",
+    "FSDPMixin",
     "GradAccumMixin",
     "GradCheckpointMixin",
     "GradClipMixin",

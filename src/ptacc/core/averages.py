@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptacc.core.shards import whole_tensor
+
 
 class AveragedWeights:
     """A running average of a model's floating tensors, parameters and buffers; other tensors follow the model as is.
@@ -37,7 +39,7 @@ class AveragedWeights:
                 floating[1].append(tensor.detach())
             else:
                 self._averages[name].copy_(tensor)
-        for averages, tensors in by_dtype(*floating):
+        for averages, tensors in by_kind(*floating):
             # torch's own name for it has no public twin.
             torch._foreach_lerp_(averages, tensors, weight)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
@@ -70,6 +72,11 @@ class AveragedWeights:
         for name, tensor in tensors_of(model):
             self._averages[name].copy_(tensor)
 
+    @torch.no_grad()
+    def make_whole(self) -> None:
+        """Have no average in shards, as the model is that it is of. A collective where one is."""
+        self._averages = {name: whole_tensor(average) for name, average in self._averages.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates and the averages."""
         return {"updates": self.updates, "averages": dict(self._averages)}
@@ -87,8 +94,11 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def by_dtype(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Group pairs of tensors by their dtype, as foreach kernels want them."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in left):
-        chosen = [(a, b) for a, b in zip(left, right, strict=True) if a.dtype == dtype]
-        yield [a for a, _ in chosen], [b for _, b in chosen]
+def by_kind(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Group pairs of tensors as foreach kernels want them: by their dtype, and the mesh that they are dealt over."""
+    groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for pair in zip(left, right, strict=True):
+        group = groups.setdefault((pair[0].dtype, getattr(pair[0], "device_mesh", None)), ([], []))
+        for tensors, tensor in zip(group, pair, strict=True):
+            tensors.append(tensor)
+    yield from groups.values()

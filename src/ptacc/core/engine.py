@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from ptacc.core.device import replica_of
+from ptacc.core.shards import bare
 from ptacc.protocols import DeviceRuntime, StateDict
 
 
@@ -85,6 +86,17 @@ class Engine(Protocol):
         """Have the same model on every process, buffers included. A collective: every process makes the same call."""
         ...
 
+    def give_back(self) -> None:
+        """Have the user's model and optimizers as they were, but for their values. A collective, after the run's end.
+
+        After an exception this is not called, since other processes may be elsewhere.
+        """
+        ...
+
+    def revive(self, value: Any, /) -> Any:
+        """Return a value of a saved state as it is here: a tensor that was saved in parts, as this engine holds it."""
+        ...
+
     def state_dict(self) -> StateDict:
         """Return the state that is neither the model's nor an optimizer's."""
         ...
@@ -107,10 +119,20 @@ class TorchEngine:
         model: nn.Module,
         slots: Sequence[Slot],
         scaler: torch.amp.GradScaler | None = None,
+        *,
+        in_replicas: bool = True,
     ) -> None:
-        """Wrap `model` for the processes and the precision; `scaler` is the accelerator's, if not given."""
+        """Wrap a model for the processes and the precision.
+
+        Args:
+            accelerator: The device.
+            model: The bare model.
+            slots: The optimizers.
+            scaler: The accelerator's, if not given.
+            in_replicas: Whether each process has a model of its own, so that gradients are to be averaged.
+        """
         self._accelerator = accelerator
-        self._model = accelerator.prepare_model(model)
+        self._model = accelerator.prepare_model(model, evaluation_mode=not in_replicas)
         self._replica = replica_of(self._model)
         self._slots = tuple(slots)
         self._scaler = scaler or accelerator.scaler
@@ -175,6 +197,13 @@ class TorchEngine:
         if self._replica is not None:
             for buffer in self._replica.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def give_back(self) -> None:
+        """Do nothing: a wrapper is taken off with no trace."""
+
+    def revive(self, value: Any) -> Any:
+        """Return a plain tensor."""
+        return bare(value)
 
     def state_dict(self) -> StateDict:
         """Return the state of the gradient scaler, where there is one."""

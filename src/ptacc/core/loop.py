@@ -288,6 +288,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                     break
             run.engine.finish_run()
             tell.run_end()
+            run.engine.give_back()
 
     def _enter(self, run: Run) -> None:
         """Come to the first step, or to where a saved run goes on."""

@@ -16,6 +16,7 @@ from ptacc.core.nested import to_device
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.run_state import StateKey
+from ptacc.core.shards import is_dealt
 from ptacc.protocols import SupportsSyncBatchNorm
 from ptacc.types import BatchT, EpochRecord, OutputT
 from ptacc.validation import check_at_least
@@ -82,8 +83,9 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         if not norms:
             return
         # With synchronised norms all processes call the model alike, phantoms included; else each for itself, and not
-        # the wrapped one, which talks to the others in its forward.
+        # the wrapped one, which talks to the others in its forward. A model in shards does that, too.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
+        is_sharded = any(is_dealt(parameter) for parameter in self.unwrapped_model.parameters())
         run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
         self._stand_in(self.unwrapped_model)
         try:
@@ -92,6 +94,9 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
                     run.batch = host if is_synchronised else None
                     if is_synchronised or not host.is_phantom:
                         self.predict_step(to_device(host.data, self.device))
+                    elif is_sharded:
+                        with kept(norms):
+                            self.predict_step(to_device(host.data, self.device))
         finally:
             run.batch = None
             self._stand_in(wrapped)
@@ -117,6 +122,16 @@ def cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Put the statistics of batch norms back after the block."""
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def average_over(norms: list[_BatchNorm], peers: Peers) -> None:

@@ -1,0 +1,240 @@
+"""Shards: what one process holds of a tensor that is dealt over several, as a plain tensor and its place.
+
+```
+shard_of(dtensor)    -> Shard: the local tensor by reference, and where it lies in the whole
+whole_from(shards)   -> Whole: the tensor put together, by no process in particular
+part_of(whole, ...)  -> what a process holds of it, where others than before share it
+```
+
+Nothing here communicates, and what is stored of a place is numbers and names.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ptacc.errors import CheckpointError
+
+if TYPE_CHECKING:  # importing it takes longer than all of ptacc
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+MAPPINGS = (dict, OrderedDict)
+SEQUENCES = (list, tuple)
+"""Containers that may hold tensors which are dealt."""
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+"""Indices of a dimension, as (start, stop) of each stretch, in the order in which a process holds them."""
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How tensors are dealt over a mesh of processes.
+
+    Args:
+        placements: For each dimension of the mesh, how torch writes it: `"S(0)"`, `"R"`.
+        mesh: Names of the mesh's dimensions.
+    """
+
+    placements: tuple[str, ...]
+    mesh: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> Dealing:
+        """Return how `tensor` is dealt."""
+        return cls(tuple(map(str, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's part of a tensor.
+
+    Args:
+        local: The part.
+        shape: Of the whole.
+        runs: The indices that the part holds, for each dimension.
+        dealing: How the whole is dealt.
+    """
+
+    local: Tensor
+    shape: tuple[int, ...]
+    runs: tuple[Runs, ...]
+    dealing: Dealing
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the part is of the size that its place has, and lies within the whole."""
+        if len(self.runs) != len(self.shape):
+            return False
+        inside = all(
+            0 <= start < stop <= size for runs, size in zip(self.runs, self.shape, strict=True) for start, stop in runs
+        )
+        return inside and tuple(self.local.shape) == tuple(sum(b - a for a, b in runs) for runs in self.runs)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that was put together from shards.
+
+    Args:
+        tensor: All of it.
+        dealing: How it was dealt.
+    """
+
+    tensor: Tensor
+    dealing: Dealing
+
+
+def is_dealt(value: object) -> TypeGuard[DTensor]:
+    """Say whether a value is a tensor of which this process holds a part alone."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor. A collective where it is dealt."""
+    return tensor.full_tensor() if is_dealt(tensor) else tensor
+
+
+def shard_of(tensor: DTensor) -> Shard:
+    """Return this process's part, by reference, and its place."""
+    runs = runs_of(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Shard(tensor.to_local().detach(), tuple(tensor.shape), runs, Dealing.of(tensor))
+
+
+def runs_of(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Runs, ...]:
+    """Return the indices that this process holds of a tensor, for each dimension."""
+    return tuple(_runs(len(shape), dim, size, mesh, tuple(placements)) for dim, size in enumerate(shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs(ndim: int, dim: int, size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Runs:
+    """Return the indices of one dimension: torch itself is asked to deal them, which it does without a message."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    shape = [1] * ndim
+    shape[dim] = size
+    dealt = [placement if getattr(placement, "dim", None) == dim else Replicate() for placement in placements]
+    indices = torch.arange(size, device=mesh.device_type).reshape(shape)
+    held: list[int] = distribute_tensor(indices, mesh, dealt, src_data_rank=None).to_local().flatten().tolist()
+    starts = [i for i, index in enumerate(held) if i == 0 or index != held[i - 1] + 1]
+    return tuple((held[a], held[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(held)]))
+
+
+def dealt_like(like: DTensor, whole: Tensor) -> DTensor:
+    """Return a tensor that every process has whole as one that is dealt as another is. No process communicates."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    local = part_of(whole, runs_of(like.shape, mesh, placements)).to(mesh.device_type)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def beside(parameter: Tensor, value: Any) -> Any:
+    """Return what an optimizer keeps of a parameter: dealt if that is, else whole. A collective where it becomes whole.
+
+    A number, such as that of the steps, is as it is.
+    """
+    if not isinstance(value, Tensor) or is_dealt(parameter) == is_dealt(value):
+        return value
+    if is_dealt(value):
+        return value.full_tensor().to(parameter.device)
+    if not value.dim() or not is_dealt(parameter):
+        return value
+    if value.shape == parameter.shape:
+        return dealt_like(parameter, value)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def whole_from(shards: Sequence[Shard]) -> Whole:
+    """Put a tensor together from all processes' parts; one part may come more than once.
+
+    Raises:
+        CheckpointError: They are of different tensors, overlap, or leave something out.
+    """
+    first = shards[0]
+    parts = {shard.runs: shard for shard in shards}
+    if any(shard.shape != first.shape or shard.local.dtype != first.local.dtype for shard in shards):
+        raise CheckpointError(f"Parts of different tensors, the first of shape {first.shape}, do not make one.")
+    if sum(part.local.numel() for part in parts.values()) != math.prod(first.shape):
+        raise CheckpointError(f"{len(parts)} parts do not make a whole tensor of shape {first.shape}.")
+    whole = torch.empty(first.shape, dtype=first.local.dtype)
+    for runs, part in parts.items():
+        for there, here in _blocks(runs):
+            whole[there] = part.local[here]
+    return Whole(whole, first.dealing)
+
+
+def part_of(whole: Tensor, runs: tuple[Runs, ...]) -> Tensor:
+    """Return what a process holds of a whole tensor: a copy."""
+    part = whole
+    for dim, stretches in enumerate(runs):
+        pieces = [part.narrow(dim, start, stop - start) for start, stop in stretches]
+        part = torch.cat(pieces, dim) if pieces else part.narrow(dim, 0, 0)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _blocks(runs: tuple[Runs, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Iterate over the blocks of a part: where each lies in the whole, and where in the part."""
+    sides: list[list[tuple[slice, slice]]] = []
+    for stretches in runs:
+        ends = itertools.accumulate(stop - start for start, stop in stretches)
+        sides.append([(slice(a, b), slice(end - (b - a), end)) for (a, b), end in zip(stretches, ends, strict=True)])
+    for block in itertools.product(*sides):
+        yield tuple(there for there, _ in block), tuple(here for _, here in block)
+
+
+def mapped(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a state with each value that is no container of tensors changed."""
+    if type(state) in MAPPINGS:
+        return type(state)((key, mapped(part, change)) for key, part in state.items())
+    if type(state) in SEQUENCES:
+        return type(state)(mapped(part, change) for part in state)
+    return change(state)
+
+
+def put_together(states: Sequence[Any]) -> Any:
+    """Return what all processes' states are together: their shards whole, and of all else the first's.
+
+    Raises:
+        CheckpointError: They are not alike, or their shards make no whole.
+    """
+    first = states[0]
+    if isinstance(first, Shard):
+        if not all(isinstance(state, Shard) for state in states):
+            raise CheckpointError("What is a part of a tensor for one process is none for another.")
+        return whole_from(states)
+    if type(first) in MAPPINGS:
+        if any(type(state) is not type(first) or state.keys() != first.keys() for state in states):
+            raise CheckpointError("The states of the processes have different names.")
+        return type(first)((key, put_together([state[key] for state in states])) for key in first)
+    if type(first) in SEQUENCES:
+        if any(type(state) is not type(first) or len(state) != len(first) for state in states):
+            raise CheckpointError("The states of the processes have different lengths.")
+        return type(first)(put_together(parts) for parts in zip(*states, strict=True))
+    return first
+
+
+def bare(value: Any) -> Any:
+    """Return a tensor that was put together as a plain one.
+
+    Raises:
+        CheckpointError: It is a part alone.
+    """
+    if isinstance(value, Shard):
+        raise CheckpointError(
+            f"A tensor of shape {value.shape} was saved in parts, by an engine that shards, and this one does not. Go "
+            "on with that engine, or load the weights alone by load_checkpoint(weights_only=True)."
+        )
+    return value.tensor if isinstance(value, Whole) else value

@@ -1,0 +1,307 @@
+"""A sharded engine: weights, gradients and the optimizer's state are dealt over the processes by torch itself.
+
+```
+begin   rank 0's weights everywhere -> the optimizer lets go -> the model is sharded in place
+        -> the optimizer takes the shards, its state dealt as they are
+step    gradients add up whole; in the step's last batch they are averaged, and each process keeps its part
+end     shards -> whole tensors, in the user's own parameters; the model is what it was before
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# torch has no public way to let it forget that a module was sharded, and refuses to shard it again.
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from ptacc.core.engine import Slot, TorchEngine
+from ptacc.core.shards import Dealing, Shard, Whole, beside, part_of, runs_of, whole_tensor
+from ptacc.errors import CheckpointError
+from ptacc.protocols import DeviceRuntime
+
+Sharding: TypeAlias = Callable[[nn.Module], object]
+HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor")
+"""The packages whose hooks a sharded model carries."""
+
+
+# ---- the optimizer: from whole parameters to shards, and back
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What an optimizer holds, by the names of its parameters instead of the parameters themselves."""
+
+    optimizer: Optimizer
+    names: tuple[tuple[str, ...], ...]
+    state: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def taken_from(cls, optimizer: Optimizer, names: Mapping[Tensor, str]) -> Holding:
+        """Take an optimizer's parameters and state away, so that their memory is free."""
+        groups = tuple(tuple(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups)
+        state = {names[parameter]: dict(entry) for parameter, entry in optimizer.state.items()}
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["params"] = []
+        return cls(optimizer, groups, state)
+
+    def give(self, parameters: Mapping[str, Parameter]) -> None:
+        """Let the optimizer hold the parameters of these names, and what it keeps of each in the form that it has."""
+        for group, names in zip(self.optimizer.param_groups, self.names, strict=True):
+            group["params"] = [parameters[name] for name in names]
+        for name, entry in self.state.items():
+            parameter = parameters[name]
+            self.optimizer.state[parameter] = {key: beside(parameter, value) for key, value in entry.items()}
+
+
+# ---- the model: sharded in place, and given back
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What sharding changes of a module beside its parameters.
+
+    Args:
+        kind: Its class.
+        attributes: The names of its own attributes.
+    """
+
+    kind: type[nn.Module]
+    attributes: frozenset[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Looks:
+        """Remember the looks of `module`."""
+        return cls(type(module), frozenset(vars(module)))
+
+    def restore(self, module: nn.Module, added: frozenset[str]) -> None:
+        """Put them back: take `added` attributes away, and the hooks of torch's distributed packages off."""
+        module.__class__ = self.kind
+        _module_state_mapping.pop(module, None)
+        for name in added:
+            vars(module).pop(name, None)
+        tables = [table for table in vars(module).values() if isinstance(table, dict)]
+        ours = [key for table in tables for key, hook in table.items() if isinstance(key, int) and is_of_torch(hook)]
+        for table in tables:
+            for key in ours:  # a hook that takes keywords, or is always called, stands in a second table
+                table.pop(key, None)
+
+
+def is_of_torch(hook: object) -> bool:
+    """Say whether a hook is one of those by which a model is sharded."""
+    return callable(hook) and (getattr(hook, "__module__", None) or "").startswith(HOOKING)
+
+
+class ShardedModel:
+    """A user's model, sharded in place.
+
+    The user's own parameters wait, empty, for their values to come back: who refers to them finds them again.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, shard: Sharding) -> None:
+        """Have `shard` replace the parameters of `model`. A collective."""
+        share_from_first(model, device)
+        self._model = model
+        self._looks = {module: Looks.of(module) for module in model.modules()}
+        self._places = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        self._devices = {parameter: parameter.device for parameter in model.parameters()}
+        self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
+        shard(model)
+        self._added = {module: frozenset(vars(module)) - looks.attributes for module, looks in self._looks.items()}
+        remaining = {id(parameter) for parameter in model.parameters()}
+        for parameter in self._devices:
+            if id(parameter) not in remaining:
+                parameter.data = parameter.data.new_empty(0)
+        # After a forward pass that no backward pass follows, the root would stay whole.
+        self._resharding = model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
+
+    def reshard(self) -> None:
+        """Have all parameters in shards, and nothing whole."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Have the user's own model again, whole, on the devices it was on. A collective: one tensor at a time."""
+        self.reshard()
+        self._resharding.remove()
+        shards = {original: getattr(module, name) for module, name, original in self._places}
+        for original, shard in shards.items():
+            original.data = whole_tensor(shard.detach()).to(self._devices[original])
+            original.requires_grad_(shard.requires_grad)
+            original.grad = None
+        for module, looks in self._looks.items():
+            looks.restore(module, self._added[module])
+        for module, name, original in self._places:
+            setattr(module, name, original)
+        for name, buffer in self._model.named_buffers():
+            buffer.data = buffer.data.to(self._buffer_devices[name])
+
+
+@torch.no_grad()
+def share_from_first(model: nn.Module, device: torch.device) -> None:
+    """Give all processes rank 0's weights and buffers: else what is put together would be parts of different models."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.detach().to(device)
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)
+
+
+# ---- the engine
+
+
+class ShardedEngine(TorchEngine):
+    """A model in shards, and the user's own optimizer stepped bare on them."""
+
+    def __init__(
+        self,
+        accelerator: DeviceRuntime,
+        model: nn.Module,
+        slots: Sequence[Slot],
+        shard: Sharding,
+        *,
+        gives_back: bool = True,
+    ) -> None:
+        """Shard a model and what the optimizers hold. A collective.
+
+        Args:
+            accelerator: The device.
+            model: The bare model; one that an earlier run left in shards is taken as it is.
+            slots: The optimizers.
+            shard: Shards a model in place.
+            gives_back: Whether the model becomes whole again at the end of the run.
+        """
+        self._bare = model
+        self._optimizers = {slot.name: slot.optimizer for slot in slots}
+        self._sharded: ShardedModel | None = None
+        self._gives_back = gives_back
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            with self._moving_optimizers():
+                self._sharded = ShardedModel(model, accelerator.device, shard)
+        # For the precision, and the compiler. It wraps nothing: DDP is for models that are whole.
+        super().__init__(accelerator, model, self._present_slots(), in_replicas=False)
+        self._forms = {Dealing.of(p): p for p in model.parameters() if isinstance(p, DTensor)}
+
+    def _present_slots(self) -> tuple[Slot, ...]:
+        return tuple(Slot.of(name, optimizer) for name, optimizer in self._optimizers.items())
+
+    @contextlib.contextmanager
+    def _moving_optimizers(self) -> Iterator[None]:
+        """Let the optimizers hold after the block what stands in the model then."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._bare.named_parameters()}
+        held = [Holding.taken_from(optimizer, names) for optimizer in self._optimizers.values()]
+        try:
+            yield
+        finally:
+            parameters = dict(self._bare.named_parameters())
+            for holding in held:
+                holding.give(parameters)
+
+    @property
+    @override
+    def slots(self) -> Sequence[Slot]:
+        """The optimizers."""
+        return self._present_slots()
+
+    @override
+    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Have the gradients averaged in the last batch alone."""
+        if isinstance(self._bare, FSDPModule):
+            self._bare.set_requires_gradient_sync(is_last)
+        return contextlib.nullcontext()
+
+    @override
+    def clip_norm(self, max_norm: float) -> Tensor:
+        """Scale the gradients of each slot, and return the norm of them all: a plain scalar, equal everywhere."""
+        norms = [clip_dealt_norm(slot.parameters, max_norm) for slot in self.slots]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    @override
+    def clip_value(self, max_value: float) -> None:
+        """Clamp each entry of the gradients."""
+        for slot in self.slots:
+            clip_grad_value_(slot.parameters, max_value)
+
+    @override
+    def update(self) -> bool:
+        """Step every optimizer, clear the gradients, and give all processes rank 0's buffers, as DDP does."""
+        happened = super().update()
+        share_buffers(self._bare)
+        return happened
+
+    @override
+    def give_back(self) -> None:
+        """Have the user's model whole again, and what the optimizers keep. A collective."""
+        if self._sharded is not None and self._gives_back:
+            with self._moving_optimizers():
+                self._sharded.give_back()
+            self._sharded = None
+
+    @override
+    def revive(self, value: Any) -> Any:
+        """Return what was saved of a tensor, whole or this process's part of it, as one that is dealt."""
+        if not isinstance(value, Shard | Whole):
+            return value
+        form = self._forms.get(value.dealing)
+        if form is None:
+            known = ", ".join(map(str, self._forms))
+            raise CheckpointError(f"A tensor was saved as {value.dealing}, and this engine deals tensors as {known}.")
+        mesh, placements = form.device_mesh, form.placements
+        shape = value.shape if isinstance(value, Shard) else tuple(value.tensor.shape)
+        runs = runs_of(shape, mesh, placements)
+        if isinstance(value, Shard) and value.runs != runs:
+            raise CheckpointError(f"A part of a tensor of shape {shape} was saved for another place than this one's.")
+        local = value.local if isinstance(value, Shard) else part_of(value.tensor, runs)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local.to(mesh.device_type), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes rank 0's buffers: those of each dtype in one message."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
+    """Scale gradients to a norm of at most `max_norm`, and return the norm they had.
+
+    They may lie on several meshes, which torch's own function refuses.
+    """
+    by_mesh: dict[object, list[Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms = [whole_tensor(get_total_norm([p.grad for p in group if p.grad is not None])) for group in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, norm)
+    return norm

@@ -1,0 +1,247 @@
+"""FSDP2: the numbers of one process, a model that is whole again after it, and what is refused."""
+
+import copy
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    FSDPMixin,
+    GradCheckpointMixin,
+    LaunchError,
+    ModelError,
+    OptionError,
+    StepOutput,
+    SWAMixin,
+    Trainer,
+)
+from ptacc.core.shards import is_dealt
+from tests.engines.nets import Averaging, Block, Net, Numbers, Usual, digits, make, train
+from tests.ranks import run_ranks
+
+
+class Sharded(FSDPMixin, Usual): ...
+
+
+class ShardedAveraging(FSDPMixin, Averaging): ...
+
+
+def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5) -> None:
+    for one in numbers:
+        assert one.losses == pytest.approx(expected.losses, rel=rtol)
+        assert one.norms == pytest.approx(expected.norms, rel=rtol)
+        assert one.evaluations == pytest.approx(expected.evaluations, rel=rtol)
+        torch.testing.assert_close(one.weights, expected.weights, rtol=10 * rtol, atol=rtol)
+        assert one.losses == numbers[0].losses
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "world_size"),
+    [("adamw", 2), pytest.param("adamw", 3, marks=pytest.mark.prove), pytest.param("sgd", 2, marks=pytest.mark.prove)],
+)
+def test_the_numbers_are_those_of_one_process(optimizer: str, world_size: int) -> None:
+    expected = train(Usual, optimizer=optimizer)
+    check_equal(run_ranks(lambda: train(Sharded, optimizer=optimizer), world_size), expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {"fsdp_units": []}, {"fsdp_reshard_after_forward": False}])
+def test_units_and_resharding_change_no_number(extra: dict[str, Any]) -> None:
+    check_equal(run_ranks(lambda: train(Sharded, **extra), 2), train(Usual))
+
+
+def test_averages_and_batch_norm_are_those_of_replicas() -> None:
+    expected = run_ranks(lambda: train(Averaging, has_batch_norm=True), 2)
+    check_equal(run_ranks(lambda: train(ShardedAveraging, has_batch_norm=True), 2), expected[0])
+
+
+def test_a_single_process_trains_as_without_it() -> None:
+    assert train(Sharded).losses == train(Usual).losses
+
+
+# A difference in the last bit of float32 may be one of bfloat16 a step later, and that is 0.4 %.
+@pytest.mark.parametrize(("mixin", "rtol"), [(AMPMixin, 1e-2), (GradCheckpointMixin, 1e-5), (SWAMixin, 1e-5)])
+def test_it_combines(mixin: type[Any], rtol: float) -> None:
+    options: dict[type[Any], dict[str, Any]] = {
+        AMPMixin: {"mixed_precision": "bf16"},
+        GradCheckpointMixin: {"gradient_checkpointing": [Block]},
+        SWAMixin: {"swa_start": 1},
+    }
+    replicas = type("Replicas", (mixin, Usual), {})
+    sharded = type("Sharded", (mixin, FSDPMixin, Usual), {})
+    expected = run_ranks(lambda: train(replicas, has_batch_norm=True, **options[mixin]), 2)
+    check_equal(run_ranks(lambda: train(sharded, has_batch_norm=True, **options[mixin]), 2), expected[0], rtol=rtol)
+
+
+def test_the_last_pass_of_averaged_weights_may_end_unevenly() -> None:
+    options: dict[str, Any] = {"swa_start": 1, "has_batch_norm": True, "samples": 277}
+    sharded, replicas = type("Sharded", (SWAMixin, FSDPMixin, Usual), {}), type("Replicas", (SWAMixin, Usual), {})
+    expected = run_ranks(lambda: train(replicas, **options), 2)
+    check_equal(run_ranks(lambda: train(sharded, **options), 2), expected[0])
+
+
+# ---- the model
+
+
+class Looking(Sharded):
+    """Notes what the model is in a step."""
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        modules = self.unwrapped_model.modules()
+        self.seen = {type(module).__name__ for module in modules if type(module).__name__.startswith("FSDP")}
+        self.held = sum(p.to_local().numel() for p in self.unwrapped_model.parameters() if is_dealt(p))
+        return super().train_step(batch)
+
+    seen: Any = ()
+    held: int = 0
+
+
+def parts(model: nn.Module) -> dict[str, Any]:
+    return {
+        "model": model,
+        "optimizer": SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "loss_func": nn.CrossEntropyLoss(),
+        "default_callbacks": (),
+    }
+
+
+def shares_and_gives_back(units: Any) -> tuple[set[str], float]:
+    model = make()
+    before, named = {id(p) for p in model.parameters()}, dict(model.named_parameters())
+    looks = [(type(module), set(vars(module))) for module in model.modules()]
+    trainer = Looking(**parts(model), fsdp_units=units)
+    trainer.train(digits(), num_epochs=1, max_steps=2)
+    assert {id(p) for p in model.parameters()} == before
+    assert dict(model.named_parameters()).keys() == named.keys()
+    assert [(type(module), set(vars(module))) for module in model.modules()] == looks
+    assert all(p.grad is None for p in model.parameters())
+    state = trainer.optimizer.state[named["enter.weight"]]
+    assert state["momentum_buffer"].shape == (33, 64)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 64)), model(torch.ones(1, 64)))
+    copy.deepcopy(model)(torch.ones(1, 64)).sum().backward()
+    return trainer.seen, trainer.held / sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("units", "seen"),
+    [
+        (None, {"FSDPNet", "FSDPBlock"}),
+        ([], {"FSDPNet"}),
+        ([nn.Linear], {"FSDPNet", "FSDPLinear"}),
+        (["blocks.*"], {"FSDPNet", "FSDPBlock"}),
+    ],
+)
+def test_the_users_own_model_is_sharded_and_whole_again(units: Any, seen: set[str]) -> None:
+    for types, share in run_ranks(shares_and_gives_back, 2, units):
+        assert types == seen
+        assert 0.4 < share < 0.6
+
+
+def keeps_shards() -> tuple[list[str], list[float]]:
+    model = make()
+    trainer = ShardedAveraging(**parts(model), fsdp_gives_back=False)
+    first = trainer.train(digits(), num_epochs=1)
+    kinds = [type(p).__name__ for p in model.parameters()]
+    evaluated = trainer.evaluate(digits(70)).loss
+    again = trainer.train(digits(), num_epochs=1)
+    return kinds, [evaluated, *(step.loss for step in (*first.steps, *again.steps))]
+
+
+def gives_them_back() -> list[float]:
+    trainer = ShardedAveraging(**parts(make()))
+    first = trainer.train(digits(), num_epochs=1)
+    evaluated = trainer.evaluate(digits(70)).loss
+    again = trainer.train(digits(), num_epochs=1)
+    return [evaluated, *(step.loss for step in (*first.steps, *again.steps))]
+
+
+def test_a_model_that_stays_in_shards_evaluates_and_goes_on() -> None:
+    (kinds, numbers), _ = run_ranks(keeps_shards, 2)
+    assert set(kinds) == {"DTensor"}
+    assert numbers == pytest.approx(run_ranks(gives_them_back, 2)[0])
+
+
+def ends_by_an_exception() -> list[str]:
+    class Failing(Sharded):
+        fails: bool = True
+
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            output = super().train_step(batch)
+            if self.fails and self.progress.steps == 3:
+                raise KeyError("on all ranks")
+            return output
+
+    trainer = Failing(**parts(make()))
+    with pytest.raises(Exception, match=r"on all ranks"):
+        trainer.train(digits(), num_epochs=1)
+    return [type(p).__name__ for p in trainer.model.parameters()]
+
+
+def test_after_an_exception_the_model_is_left_in_shards() -> None:
+    for kinds in run_ranks(ends_by_an_exception, 2):
+        assert set(kinds) == {"DTensor"}
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp_units": "blocks.*"}, r"fsdp_units='blocks\.\*'\): must be a list"),
+        ({"fsdp_units": [3]}, "3 is neither a class of modules nor a name"),
+        ({"fsdp_param_dtype": torch.int64}, r"fsdp_param_dtype=torch.int64\): must be a floating dtype"),
+        ({"fsdp_reduce_dtype": "bf16"}, "fsdp_reduce_dtype='bf16'"),
+    ],
+)
+def test_options_that_cannot_be_right_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Sharded(**{**parts(make()), **options})
+
+
+def refusal(options: dict[str, Any]) -> str:
+    with pytest.raises((OptionError, ModelError)) as refused:
+        Sharded(**parts(make()), **options).train(digits(), num_epochs=1)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload=True) on a CPU"),
+        ({"fsdp_units": ["bloks.*"]}, "Did you mean `blocks"),
+    ],
+)
+def test_what_shows_at_the_start_of_a_run_is_refused_on_all_ranks(options: dict[str, Any], message: str) -> None:
+    for said in run_ranks(refusal, 2, options):
+        assert message in said
+
+
+def test_a_launch_of_the_first_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(LaunchError, match="FSDP of version 1, and Sharded shards by version 2"):
+        Sharded(**parts(make())).train(digits(), num_epochs=1)
+
+
+def losses_as_launched() -> list[float]:
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    return train(Sharded).losses
+
+
+def test_a_launch_that_asks_for_it_is_taken_at_its_word() -> None:
+    assert run_ranks(losses_as_launched, 2)[0] == pytest.approx(train(Usual).losses, rel=1e-5)
+
+
+def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LaunchError, match="it needs FSDPMixin"):
+        Trainer(**parts(Net())).train(digits(), num_epochs=1)
