@@ -209,6 +209,7 @@ ANY_IS_RIGHT = {
     "CheckpointMixin.law_options": "as Mixin.law_options",
     "CompileMixin.law_options": "as for `Mixin.law_options`",
     "EMAMixin.law_options": "as for `Mixin.law_options`",
+    "Engine.revive": "a value of a state: tensors become this engine's, all else is as it is",
     "EvaluationLoop.__class_getitem__": "not seen by type checkers",
     "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
     "LoaderRequest.collate_fn": "the dataset and this function know what a sample is, the request does not",
