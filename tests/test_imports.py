@@ -39,6 +39,7 @@ ROWS = [
         "ptacc.core.peers",
         "ptacc.core.samplers",
         "ptacc.core.sources",
+        "ptacc.core.weights",
         "ptacc.core.window",
     ],
     [

@@ -6,6 +6,8 @@ ptacc verify runs/digits                               reads and hashes every fi
 ptacc export runs/digits digits.safetensors            writes the weights of the newest that is whole
 ```
 
+Each place may be a URL: `ptacc verify s3://bucket/runs/digits`.
+
 Exit codes: 0 for all well; 1 where checkpoints are damaged, or there are none; 2 for what cannot be done.
 """
 
@@ -21,11 +23,11 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from ptacc.checkpoint.disk import Disk
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.found import Found, found_at, found_itself
 from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import SHARED, read_parts
+from ptacc.checkpoint.remote import disk_of, path_of
+from ptacc.checkpoint.snapshot import read_whole
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 
 NOT_KNOWN = "-"
@@ -79,24 +81,32 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--key-file", type=Path, metavar="FILE", help="the key that the checkpoints are signed with")
 
     listing = commands.add_parser("checkpoints", parents=[common], help="list the checkpoints, oldest first")
-    listing.add_argument("directory", type=Path, metavar="DIR", help="the trainer's checkpoint_dir")
+    listing.add_argument("directory", type=place, metavar="DIR", help="the trainer's checkpoint_dir")
     listing.add_argument("--verify", action="store_true", help="read and hash every file, not the manifests alone")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=checkpoints)
 
     verifying = commands.add_parser("verify", parents=[common], help="read and hash every file of checkpoints")
-    verifying.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint, or a directory of them")
+    verifying.add_argument("directory", type=place, metavar="DIR", help="a checkpoint, or a directory of them")
     verifying.set_defaults(command=verify)
 
     exporting = commands.add_parser("export", parents=[common], help="write the model's weights to a safetensors file")
     exporting.add_argument(
-        "directory", type=Path, metavar="DIR", help="a checkpoint, or a directory: its newest whole one"
+        "directory", type=place, metavar="DIR", help="a checkpoint, or a directory: its newest whole one"
     )
-    exporting.add_argument("output", type=Path, metavar="OUT", help="the file to write")
+    exporting.add_argument("output", type=place, metavar="OUT", help="the file to write")
     exporting.add_argument("--averages", choices=AVERAGES, help="export these averages in the place of the weights")
     exporting.add_argument("--force", action="store_true", help="replace OUT if it is there")
     exporting.set_defaults(command=export)
     return parser
+
+
+def place(text: str) -> Path:
+    """Return the path of an argument, which may be a URL."""
+    try:
+        return path_of(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def installed_version() -> str:
@@ -144,8 +154,8 @@ def export(options: Options) -> int:
     # Of one that was asked for, no more need be whole than is exported.
     chosen = found_itself(options.directory, key) or newest_of(found_at(options.directory, key), options.directory)
     manifest = chosen.store.manifest(chosen.name)
-    weights = exported_weights(read_parts(chosen.store, manifest, SHARED), options.averages)
-    written = write_weights(Disk(), options.output, weights, overwrite=options.force)
+    weights = exported_weights(read_whole(chosen.store, manifest), options.averages)
+    written = write_weights(disk_of(options.output), options.output, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
     size = human_size(written.size)
     say(f"{options.output}: {what} of {printable(chosen.place)}, {len(weights)} tensors, {size}")

@@ -149,7 +149,7 @@ class Losing(Disk):
     @override
     def open_directory(self, path: Path) -> int:
         descriptor = super().open_directory(path)
-        self.opened[descriptor] = self._at(path)
+        self.opened[descriptor] = self._at(path) if path.is_relative_to(self.root) else Directory()
         return descriptor
 
     @override

@@ -219,6 +219,7 @@ TAGGED: tuple[Mapping[str, object], ...] = (
     *({"~": name, "key": "model.0", "dtype": "|u1", "shape": [8]} for name in ("array", "number")),
     *({"~": name, "items": [[1, 2], [2, 3]]} for name in ("dict", "Counter", "OrderedDict")),
     *({"~": name, "items": [1, 2]} for name in ("tuple", "Size", "set", "frozenset")),
+    {"~": "shard", "key": "model.0", "shape": [4], "runs": [[[0, 2]]], "placements": ["S(0)"], "mesh": ["dp_shard"]},
 )
 """A state of each kind, to put values into."""
 TEXTS = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ptacc.checkpoint import snapshot
-from ptacc.checkpoint.disk import Written, read_at_most
+from ptacc.checkpoint.disk import Disk, Written, read_at_most
 from ptacc.checkpoint.manifest import serialised
 from ptacc.checkpoint.snapshot import LARGEST_TREE, SHARED, read_parts
 from ptacc.checkpoint.store import MANIFEST, CheckpointStore
@@ -188,7 +188,7 @@ def test_no_json_is_written_that_would_not_be_read(monkeypatch: pytest.MonkeyPat
 
 def test_a_disk_that_cannot_read_is_damage() -> None:
     with pytest.raises(DamagedCheckpointError, match="cannot be read: Input/output error"):
-        read_at_most(Path(f"/proc/{os.getpid()}/mem"), 1)
+        read_at_most(Disk(), Path(f"/proc/{os.getpid()}/mem"), 1)
 
 
 # ---- directories

@@ -1,6 +1,7 @@
 """A checkpoint is there whole or not at all, whatever happens while it is written, and damage is named."""
 
 import errno
+import inspect
 import json
 import os
 import random
@@ -162,6 +163,30 @@ def test_a_loss_of_power_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_path: 
     assert steps[-1] == 2
 
 
+def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path: Path) -> None:
+    disk = Losing(tmp_path)
+    disk.make_directory(tmp_path / "runs")
+    CheckpointStore(tmp_path / "runs", disk=disk).prepare()
+    assert [*disk.tree.durable] == ["runs"]
+
+
+def test_a_directory_in_one_that_cannot_be_read_is_taken_as_it_is(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, disk=failing_at(0, errno.EACCES, frozenset({"open_directory"})))
+    store.prepare()
+    save(store, 1)
+    assert newest_step(tmp_path) == 1
+
+
+def test_a_directory_that_cannot_be_listed_is_named(two: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    for look in (two.names, two.sweep, two.others):
+        with pytest.raises(CheckpointError, match=f"{two.directory}: .*Input/output error"):
+            look()
+
+
 def test_the_test_of_power_loss_finds_a_disk_that_does_not_sync(tmp_path: Path) -> None:
     class Forgetful(Recording):
         @override
@@ -312,4 +337,5 @@ def test_an_unsigned_checkpoint_is_refused_where_there_is_a_key(tmp_path: Path) 
 
 
 def test_a_disk_of_ones_own_needs_no_more_than_the_calls() -> None:
-    assert set(CALLS) == {name for name in vars(Disk) if not name.startswith("_")}
+    calls = {name for name, value in vars(Disk).items() if inspect.isfunction(value)}
+    assert calls == {*CALLS, "abandon", "reading", "is_there"}

@@ -205,12 +205,35 @@ class Poisoned(Saving):
                 self.unwrapped_model.get_parameter("bias")[0] = math.nan
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"not saved after step \d: \w+ holds NaN"):
-        train(tmp_path / "run", Poisoned, checkpoint_every=Steps(1))
+@pytest.mark.parametrize("background", [False, True])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, background: bool) -> None:
+    with pytest.warns(UserWarning, match=r"not saved after step \d: \w+ holds NaN") as warned:
+        train(tmp_path / "run", Poisoned, checkpoint_every=Steps(1), checkpoint_in_background=background)
+    assert len(warned) == 5
     assert names(tmp_path / "run") == [1]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000001"]
     train(tmp_path / "asked", Poisoned, checkpoint_every=Steps(1), checkpoint_non_finite=True)
     assert names(tmp_path / "asked") == [1, 2, 3, 4, 5, 6]
+
+
+def saved_of_a_poisoned_rank(directory: Path, background: bool) -> list[int]:
+    class PoisonedHere(Poisoned):
+        @override
+        def on_step_end(self, step: StepResult) -> None:
+            super().on_step_end(step)
+            if self.peers.rank == 0:
+                self.unwrapped_model.get_parameter("bias")[0].detach().fill_(0.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(directory, PoisonedHere, checkpoint_every=Steps(1), checkpoint_in_background=background)
+    return names(directory)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_weights_that_are_no_numbers_on_another_rank_are_not_saved(tmp_path: Path, background: bool) -> None:
+    for steps in run_ranks(saved_of_a_poisoned_rank, 2, tmp_path, background):
+        assert steps == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptacc.core.shards import Dealing, Shard, is_dealt, shard_of
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 _ValueT = TypeVar("_ValueT")
@@ -116,6 +117,10 @@ class _Encoder:
         """Encode one value, found at `place`."""
         if depth > DEEPEST:
             raise CheckpointError(f"{place}: more than {DEEPEST} containers in each other. Is it in itself?")
+        if is_dealt(value):
+            return self._encode_shard(shard_of(value), place)
+        if isinstance(value, Shard):
+            return self._encode_shard(value, place)
         if isinstance(value, Tensor):
             return {TAG: "tensor", "key": self._keep(value, place)}
         kind = type(value)  # exactly: a subclass would come back as what it derives from
@@ -132,6 +137,13 @@ class _Encoder:
             items: Json = [self.encode(part, f"{place}[{i}]", depth + 1) for i, part in enumerate(parts)]
             return {TAG: SEQUENCES[kind], "items": items}
         return self._encode_leaf(value, place)
+
+    def _encode_shard(self, shard: Shard, place: str) -> Json:
+        """Encode a part of a tensor with its place in the whole."""
+        runs: Json = [[list(run) for run in of_dimension] for of_dimension in shard.runs]
+        dealing: dict[str, Json] = {"placements": [*shard.dealing.placements], "mesh": [*shard.dealing.mesh]}
+        key = self._keep(shard.local, place)
+        return {TAG: "shard", "key": key, "shape": [*shard.shape], "runs": runs, **dealing}
 
     def _encode_mapping(self, value: Mapping[Any, Any], kind: type, place: str, depth: int) -> Json:
         parts = [(key, self.encode(part, f"{place}[{key!r}]", depth + 1)) for key, part in value.items()]
@@ -202,17 +214,8 @@ class _Decoder:
         match tree[TAG]:
             case "tensor":
                 return self.tensors[tree["key"]]
-            case "float":
-                return FLOATS[tree["value"]]
-            case "complex":
-                real, imag = (self.decode(part, depth + 1) for part in tree["value"])
-                return complex(_of(float, real), _of(float, imag))
-            case "bytes":
-                return base64.b64decode(_of(str, tree["value"]), validate=True)
-            case "dtype":
-                return DTYPES[tree["value"]]
-            case "device":
-                return torch.device(_of(str, tree["value"]))
+            case "shard":
+                return self._shard(tree)
             case "array":
                 return self._array(tree)
             case "number":
@@ -220,7 +223,19 @@ class _Decoder:
             case str(tag) if tag in CONTAINERS and isinstance(tree["items"], list):
                 items = self.decode(tree["items"], depth + 1)
                 return _container(tag, items)
+            case str(tag) if tag in LEAVES:
+                return LEAVES[tag](tree["value"])
         raise DamagedCheckpointError(f"A state holds a value of the unknown kind {reprlib.repr(tree[TAG])}.")
+
+    def _shard(self, tree: dict[str, Any]) -> Shard:
+        shape = tuple(_sizes(tree["shape"]))
+        pairs = [[_sizes(run) for run in _of(list, of_dimension)] for of_dimension in _of(list, tree["runs"])]
+        runs = tuple(tuple((start, stop) for start, stop in of_dimension) for of_dimension in pairs)
+        names = [tuple(_of(str, name) for name in _of(list, tree[part])) for part in ("placements", "mesh")]
+        shard = Shard(self.tensors[tree["key"]], shape, runs, Dealing(*names))
+        if not shard.is_consistent:
+            raise ValueError("its part is of another size than its place")
+        return shard
 
     def _array(self, tree: dict[str, Any]) -> Any:
         """Return an array on the memory of its tensor: a copy for each tag would make of a small file what it likes."""
@@ -233,6 +248,21 @@ def _of(kind: type[_ValueT], value: object) -> _ValueT:
     if type(value) is not kind:
         raise TypeError(f"it is a {type(value).__name__}, not a {kind.__name__}")
     return value
+
+
+def _complex(parts: object) -> complex:
+    real, imag = (_Decoder({}).decode(part, 0) for part in _of(list, parts))
+    return complex(_of(float, real), _of(float, imag))
+
+
+LEAVES: Final[Mapping[str, Callable[[Any], object]]] = {
+    "float": FLOATS.__getitem__,
+    "complex": _complex,
+    "bytes": lambda value: base64.b64decode(_of(str, value), validate=True),
+    "dtype": DTYPES.__getitem__,
+    "device": lambda value: torch.device(_of(str, value)),
+}
+"""What makes the values of these tags, which are none of tensors and hold no others."""
 
 
 def _container(tag: str, items: list[Any]) -> object:

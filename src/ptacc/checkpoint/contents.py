@@ -9,20 +9,17 @@ run, random, train_metrics, ...                                           what e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from ptacc.checkpoint.snapshot import Part, Snapshot
+from ptacc.checkpoint.snapshot import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.randomness import RandomStreams, derive_seed, seed_everything
+from ptacc.core.shards import is_dealt
+from ptacc.core.weights import canonical, differing_weights
 from ptacc.errors import CheckpointError, MissingPartError
 from ptacc.protocols import StateDict, Stateful
 
-COMPILED = "_orig_mod."
-"""What `torch.compile` puts into the names of a module's tensors."""
 RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
 
 
@@ -34,10 +31,10 @@ def shared_parts(trainer: TrainerCore) -> list[Part]:
     run, model = trainer.run, trainer.unwrapped_model
     return [
         Part(RUN, run.state_dict()),
-        Part(MODEL, weights_of(model)),
+        Part(MODEL, run.engine.weights()),
         Part(FLAGS, flags_of(model)),
         Part(ENGINE, run.engine.state_dict()),
-        *(Part(slot.name, slot.optimizer.state_dict()) for slot in run.engine.slots),
+        *(Part(name, state) for name, state in run.engine.optimizer_states().items()),
         *(Part(name, state.state_dict(), version_of(state)) for name, state in stateful(trainer, each_rank=False)),
     ]
 
@@ -46,9 +43,33 @@ def own_parts(trainer: TrainerCore) -> list[Part]:
     """Return the parts that are this process's own."""
     return [
         Part(RUN, trainer.run.own_state_dict()),
+        Part(ENGINE, trainer.run.engine.own_state_dict()),
         Part(RANDOM, streams_of(trainer).state_dict()),
         *(Part(name, state.state_dict(), version_of(state)) for name, state in stateful(trainer, each_rank=True)),
     ]
+
+
+def parts_to_save(trainer: TrainerCore) -> tuple[list[Part], list[Part], dict[str, int]]:
+    """Return the parts that are in common, those that are this process's own, and the version of each in common.
+
+    A part in common that holds tensors in shards is saved by each process: it has its own of it.
+    """
+    shared, mine = shared_parts(trainer), own_parts(trainer)
+    versions = {part.name: part.version for part in shared}
+    dealt = {part.name: part.state for part in shared if holds_shards(part.state)}
+    if dealt:
+        shared = [part for part in shared if part.name not in dealt]
+        mine = [*mine, Part(SHARDS, dealt)]
+    return shared, mine, versions
+
+
+def holds_shards(state: object) -> bool:
+    """Say whether a state has a tensor in it of which this process holds a part."""
+    if isinstance(state, Mapping):
+        return any(map(holds_shards, state.values()))
+    if isinstance(state, list | tuple):
+        return any(map(holds_shards, state))
+    return is_dealt(state)
 
 
 def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
@@ -75,21 +96,11 @@ def streams_of(trainer: TrainerCore) -> RandomStreams:
     return RandomStreams(devices=trainer.device.type != "cpu")
 
 
-def names_of(model: nn.Module) -> dict[str, str]:
-    """Return the names in a model's `state_dict()`, by their canonical names: those of the bare, uncompiled model."""
-    return {name.replace(COMPILED, ""): name for name in model.state_dict()}
-
-
-def weights_of(model: nn.Module) -> StateDict:
-    """Return a model's `state_dict()` under canonical names."""
-    return {name.replace(COMPILED, ""): value for name, value in model.state_dict().items()}
-
-
 def flags_of(model: nn.Module) -> StateDict:
     """Return which modules are in eval mode, and which parameters are frozen."""
     return {
-        "eval": [name.replace(COMPILED, "") for name, module in model.named_modules() if not module.training],
-        "frozen": [name.replace(COMPILED, "") for name, p in model.named_parameters() if not p.requires_grad],
+        "eval": [canonical(name) for name, module in model.named_modules() if not module.training],
+        "frozen": [canonical(name) for name, p in model.named_parameters() if not p.requires_grad],
     }
 
 
@@ -133,25 +144,7 @@ def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterat
     for name, _ in stateful(trainer, each_rank=True):
         if name not in own.states and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this process"
-    yield from ((MODEL, what) for what in differing_weights(trainer.unwrapped_model, shared.states.get(MODEL, {})))
-
-
-def differing_weights(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
-    """Iterate over the differences between a model's own tensors and those that are to be loaded."""
-    mine = weights_of(model)
-    yield from (f"the model's {name} is not in the checkpoint" for name in mine if name not in weights)
-    yield from (f"the checkpoint's {name} is not in the model" for name in weights if name not in mine)
-    for name in filter(weights.__contains__, mine):
-        here, there = form_of(mine[name]), form_of(weights[name])
-        if here != there:
-            yield f"the model's {name} is {here}, and the checkpoint's {there}"
-
-
-def form_of(value: object) -> str:
-    """Tell the dtype and the shape of a tensor, the type of anything else."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    yield from ((MODEL, what) for what in differing_weights(run.engine.weights(), shared.states.get(MODEL, {})))
 
 
 def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str] = ()) -> None:
@@ -164,12 +157,14 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
         waived: Names of parts that may be missing.
     """
     run, model = trainer.run, trainer.unwrapped_model
-    load_weights(model, shared.take(MODEL), strict=MODEL not in waived)
+    run.engine.load_weights(shared.take(MODEL), strict=MODEL not in waived)
     load_flags(model, shared.take(FLAGS))
     run.engine.load_state_dict(shared.take(ENGINE))
-    for slot in run.engine.slots:
-        if slot.name in shared.states or slot.name not in waived:
-            load_optimizer(slot.optimizer, shared.take(slot.name))
+    for name in run.engine.optimizer_states():
+        if name in shared.states or name not in waived:
+            run.engine.load_optimizer_state(name, shared.take(name))
+    if ENGINE in own.states:
+        run.engine.load_own_state_dict(own.take(ENGINE))
     for snapshot, each_rank in ((shared, False), (own, True)):
         for name, state in stateful(trainer, each_rank=each_rank):
             if name in snapshot.states:
@@ -182,54 +177,11 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
         seed_everything(derive_seed(run.seed, run.progress.steps, trainer.peers.rank))
 
 
-def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -> None:
-    """Load tensors by their canonical names.
-
-    Raises:
-        CheckpointError: They are not the model's; the message has each difference.
-    """
-    if strict and (different := sorted(differing_weights(model, weights))):
-        raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-    names = names_of(model)
-    model.load_state_dict({names.get(name, name): value for name, value in weights.items()}, strict=strict)
-
-
 def load_flags(model: nn.Module, flags: StateDict) -> None:
     """Put each module's train flag back, and which parameters are frozen."""
     in_eval, frozen = set(flags["eval"]), set(flags["frozen"])
     for name, module in model.named_modules():
-        module.training = name.replace(COMPILED, "") not in in_eval
+        module.training = canonical(name) not in in_eval
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (name.replace(COMPILED, "") in frozen):
-            parameter.requires_grad_(name.replace(COMPILED, "") not in frozen)
-
-
-def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
-    """Load an optimizer's state, each tensor in the dtype it was saved in: torch's own way casts it to the parameter's.
-
-    Raises:
-        CheckpointError: It is the state of other parameters.
-    """
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise CheckpointError(f"The state of {type(optimizer).__name__} is of other parameters: {error}.") from error
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for name, saved in state["state"].get(number, {}).items():
-            loaded = optimizer.state[parameter].get(name)
-            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and saved.dtype != loaded.dtype:
-                optimizer.state[parameter][name] = saved.to(loaded.device, copy=True)
-
-
-def first_non_finite(model: nn.Module) -> str | None:
-    """Return the name of a parameter that holds a number which is none, None if there is none. Reads the device."""
-    floating = [(name, p.detach()) for name, p in model.named_parameters() if p.is_floating_point() and p.numel()]
-    if not floating:
-        return None
-    # NaN is both the least and the greatest there. A norm would be one call, and takes ten times as long on the CPU.
-    is_finite: list[bool] = torch.stack(
-        [torch.isfinite(torch.stack(torch.aminmax(p))).all() for _, p in floating]
-    ).tolist()
-    return next((name for (name, _), good in zip(floating, is_finite, strict=True) if not good), None)
+        if parameter.requires_grad == (canonical(name) in frozen):
+            parameter.requires_grad_(canonical(name) not in frozen)

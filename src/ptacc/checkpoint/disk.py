@@ -1,7 +1,8 @@
 """The disk: one method for each system call that a checkpoint makes, and the durable operations made of them.
 
 What is written reaches the disk in the order in which it is synced: a file's bytes by the sync of the file, its name by
-the sync of its directory. Tests put a disk in the place of this one that fails, or ends the process, at any call.
+the sync of its directory. Tests put a disk in the place of this one that fails, or ends the process, at any call; and
+`remote.py` has one that is not on this machine.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
@@ -23,10 +25,19 @@ CHUNK = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
 LONG = 1 << 20
 """Bytes that take longer to hash than it takes to hand them to another thread."""
+PARTIAL = ".partial-"
+"""How the names of what is being written begin."""
 
 
 class Disk:
     """The system calls, each under its own name."""
+
+    damage: ClassVar[type[OSError]] = OSError
+    """Which errors in reading a file are damage to it: those of a disk of this machine all are."""
+    shows_whole_files: ClassVar[bool] = False
+    """Whether a new file appears when it is closed, whole, in the place of one that was there."""
+    span: ClassVar[int] = CHUNK
+    """Bytes to read at a time of a file that is not kept in memory."""
 
     def open_new(self, path: Path) -> int:
         """Open a file that does not exist yet."""
@@ -43,6 +54,20 @@ class Disk:
     def close(self, descriptor: int) -> None:
         """Close a file or a directory."""
         os.close(descriptor)
+
+    def abandon(self, descriptor: int) -> None:
+        """Close a file that was not written to its end."""
+        self.close(descriptor)
+
+    def is_there(self, path: Path) -> bool:
+        """Whether there is anything at a path, be it a link that leads nowhere."""
+        return os.path.lexists(path)
+
+    @contextlib.contextmanager
+    def reading(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a file that is there, to be read."""
+        with open(open_descriptor(path), "rb") as file:  # a path may be another file by now
+            yield file
 
     def open_directory(self, path: Path) -> int:
         """Open a directory to sync it."""
@@ -94,9 +119,38 @@ def write_file(disk: Disk, path: Path, parts: Iterable[bytes | memoryview]) -> W
                     write_chunk(disk, descriptor, chunk)
                     hashing.result()
             disk.sync(descriptor)
-        finally:
-            disk.close(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to raise
+                disk.abandon(descriptor)
+            raise
+        disk.close(descriptor)
     return Written(digest.hexdigest(), size)
+
+
+def write_whole(
+    disk: Disk, path: Path, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
+) -> Written:
+    """Write a file that others may look for meanwhile: it is there whole or not at all.
+
+    Args:
+        disk: What writes.
+        path: Where to; a file that is there is replaced.
+        parts: What to write.
+        check: Called before the file gets its name; raises an error where it must not.
+    """
+    if disk.shows_whole_files:
+        check()
+        return write_file(disk, path, parts)
+    beside = path.parent / f"{PARTIAL}{secrets.token_hex(8)}"
+    try:
+        written = write_file(disk, beside, parts)
+        check()
+        disk.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.remove_file(beside)
+        raise
+    return written
 
 
 def write_chunk(disk: Disk, descriptor: int, chunk: memoryview) -> None:
@@ -126,6 +180,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def as_checkpoint_error(path: Path) -> Iterator[None]:
+    """Let an error of the disk be one of the checkpoints at a path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def remove_tree(disk: Disk, path: Path) -> None:
     """Remove a directory and what is in it, however deep; links are removed, not followed."""
     directories, waiting = [], [path]
@@ -140,29 +203,30 @@ def remove_tree(disk: Disk, path: Path) -> None:
         disk.remove_directory(directory)
 
 
-def read_file(path: Path, size: int) -> bytes:
+def read_file(disk: Disk, path: Path, size: int) -> bytes:
     """Read a file of a known size; neither it nor its directory may be a link.
 
     Raises:
         DamagedCheckpointError: It is missing, a link, no file at all, of another size, or cannot be read.
         CheckpointError: This machine does not have the memory for it.
+        OSError: What holds it cannot be reached: that is no damage.
     """
-    with opened(path, size) as file:
+    with opened(disk, path, size) as file:
         return file.read(size)
 
 
-def hash_file(path: Path, size: int) -> str:
+def hash_file(disk: Disk, path: Path, size: int) -> str:
     """Return the SHA-256 of a file of a known size, as `read_file` would read it, without keeping it in memory."""
     digest = hashlib.sha256()
-    with opened(path, size) as file:
-        for start in range(0, size, CHUNK):
-            digest.update(file.read(min(CHUNK, size - start)))
+    with opened(disk, path, size) as file:
+        for start in range(0, size, disk.span):
+            digest.update(file.read(min(disk.span, size - start)))
     return digest.hexdigest()
 
 
-def read_at_most(path: Path, size: int) -> bytes:
+def read_at_most(disk: Disk, path: Path, size: int) -> bytes:
     """Read a file of an unknown size that is not above `size`."""
-    with opened(path) as file:
+    with opened(disk, path) as file:
         data = file.read(size + 1)
     if len(data) > size:
         raise DamagedCheckpointError(f"{path} has more than the {size} bytes that such a file may have.")
@@ -170,14 +234,15 @@ def read_at_most(path: Path, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file to be read; whatever is wrong with it, or with the disk, is damage."""
+def opened(disk: Disk, path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file to be read; whatever is wrong with it, or with a disk of this machine, is damage."""
     try:
-        with open(open_descriptor(path), "rb") as file:  # a path may be another file by now
+        with disk.reading(path) as file:
             if size is not None:
-                check_size(path, os.fstat(file.fileno()).st_size, size)
+                check_size(path, file.seek(0, os.SEEK_END), size)
+                file.seek(0)
             yield file
-    except OSError as error:
+    except disk.damage as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 

@@ -7,16 +7,16 @@ Snapshot -> exported_weights() -> {name: tensor} -> write_weights() -> model.loa
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from ptacc.checkpoint.disk import Disk, Written, sync_directory, write_file
+from ptacc.checkpoint.disk import Disk, Written, sync_directory, write_whole
+from ptacc.checkpoint.remote import RemotePath
 from ptacc.checkpoint.snapshot import Snapshot
-from ptacc.checkpoint.store import MANIFEST, PARTIAL
+from ptacc.checkpoint.store import MANIFEST
 from ptacc.checkpoint.tensors import safetensors_parts
 from ptacc.errors import CheckpointError, MissingPartError
 
@@ -89,7 +89,7 @@ def tensors_of(state: object, part: str) -> dict[str, Tensor]:
 
 
 def write_weights(disk: Disk, path: Path, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Written:
-    """Write tensors to a safetensors file: durably, and beside the target, so that it is there whole or not at all.
+    """Write tensors to a safetensors file: durably, and so that it is there whole or not at all.
 
     Args:
         disk: What writes.
@@ -100,23 +100,16 @@ def write_weights(disk: Disk, path: Path, tensors: Mapping[str, Tensor], *, over
     Raises:
         CheckpointError: The path is taken or cannot be written to, or a tensor is of a dtype that the format lacks.
     """
-    check_target(path, overwrite=overwrite)
-    beside = path.parent / f"{PARTIAL}{secrets.token_hex(8)}"
-    try:
-        written = write_file(disk, beside, safetensors_parts(tensors))
-        check_target(path, overwrite=overwrite)  # writing takes long, and others write too
-        disk.rename(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            disk.remove_file(beside)
-        raise
+    check = partial(check_target, path, overwrite=overwrite)
+    check()
+    written = write_whole(disk, path, safetensors_parts(tensors), check)  # writing takes long, and others write too
     sync_directory(disk, path.parent)
     return written
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` for a path that no weights are written to."""
-    if not path.parent.is_dir():
+    if not isinstance(path, RemotePath) and not path.parent.is_dir():
         raise CheckpointError(f"There is no directory {path.parent} to write {path.name} to: make it first.")
     if (path.parent / MANIFEST).exists():
         raise CheckpointError(f"{path} is in a checkpoint, which another file would damage: write to somewhere else.")

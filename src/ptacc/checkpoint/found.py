@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.remote_store import store_at
 from ptacc.checkpoint.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
@@ -77,11 +78,11 @@ def found_at(directory: Path, key: bytes | None) -> list[Found]:
         return [itself]
     if not directory.is_dir():
         return []
-    matches = [(LATER_RUN.fullmatch(entry.name), entry) for entry in directory.iterdir() if entry.is_dir()]
-    later = sorted((int(match[1]), entry) for match, entry in matches if match)
-    found = found_in(CheckpointStore(directory, key), "")
+    matches = [(LATER_RUN.fullmatch(entry.name), entry) for entry in directory.iterdir()]
+    later = sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir())
+    found = found_in(store_at(directory, key), "")
     for _, entry in later:
-        found += found_in(CheckpointStore(entry, key), f"{entry.name}/")
+        found += found_in(store_at(entry, key), f"{entry.name}/")
     return found
 
 
@@ -90,15 +91,14 @@ def found_itself(directory: Path, key: bytes | None) -> Found | None:
     path = directory.resolve()
     is_named_so = path.name.startswith(PREFIX) and path.is_dir() and not any(entry.is_dir() for entry in path.iterdir())
     if (path / MANIFEST).exists() or is_named_so:
-        return Found(CheckpointStore(path.parent, key), path.name, str(directory)).looked_at()
+        return Found(store_at(path.parent, key), path.name, str(directory)).looked_at()
     return None
 
 
 def found_in(store: CheckpointStore, prefix: str) -> list[Found]:
     """Return the checkpoints of one run, the oldest first; last those of which nobody knows the age."""
-    entries = [entry for entry in store.directory.iterdir() if (entry / MANIFEST).exists()]
-    others = [entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_symlink()]
-    found = [Found(store, name, f"{prefix}{name}").looked_at() for name in sorted({*store.names(), *others})]
+    names = sorted([*store.names(), *store.others()])
+    found = [Found(store, name, f"{prefix}{name}").looked_at() for name in names]
     return sorted((one for one in found if not one.is_gone), key=age_of)
 
 

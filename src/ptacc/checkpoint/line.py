@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import secrets
 import time
@@ -14,14 +15,17 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from typing_extensions import TypeVar
 
+from ptacc.checkpoint.disk import as_checkpoint_error
 from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.remote_store import store_beside
 from ptacc.checkpoint.resuming import Resumption
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.saving import HostCopies, Save, Writer
+from ptacc.checkpoint.saving import HostCopies, Save, UnfitError, Writer
 from ptacc.checkpoint.snapshot import SHARED, Part, encode_parts, own
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.core.peers import Peers
 from ptacc.errors import CheckpointError
 from ptacc.protocols import StateDict
@@ -71,7 +75,7 @@ class CheckpointLine:
         return {
             "identity": self.identity,
             "saved_at": {"steps": at.steps, "epochs": at.epochs, "batches": at.batches, "seconds": at.seconds},
-            "versions": versions(),
+            "versions": dict(versions()),
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -100,12 +104,12 @@ class CheckpointLine:
         self.identity = self.peers.broadcast(self.identity) if origin is None else origin.manifest.run
         if origin is not None and origin.path.parent == self.store.directory:
             self.resumed_from = origin.manifest.name
-        token = self._on_rank_0(self._leave_token)
-        path = self.store.directory / token
+        path = self.store.directory / self._on_rank_0(self._leave_token)
         deadline = time.monotonic() + SEEN_WITHIN_SECONDS
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        blind = [rank for rank, sees in enumerate(self.peers.gather(path.exists())) if not sees]
+        with as_checkpoint_error(self.store.directory):
+            while not (sees := path.exists()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        blind = [rank for rank, sees in enumerate(self.peers.gather(sees)) if not sees]
         self._on_rank_0(path.unlink)
         if blind:
             raise CheckpointError(
@@ -118,8 +122,9 @@ class CheckpointLine:
             raise CheckpointError(f"{others[-1]} is of another run. Give this one a directory of its own.")
         self.store.prepare()
         self.store.sweep()
-        for left in self.store.directory.glob(f"{TOKEN}*"):  # by a process that ended right after this place
-            left.unlink()
+        for left in self.store.directory.iterdir() if self.store.directory.is_dir() else ():
+            if left.name.startswith(TOKEN):  # by a process that ended right after this place
+                left.unlink()
         token = f"{TOKEN}{secrets.token_hex(4)}"
         (self.store.directory / token).touch(exist_ok=False)
         return token
@@ -140,7 +145,13 @@ class CheckpointLine:
     # ---- saving
 
     def begin(
-        self, at: Progress, manifest: Manifest, shared: Sequence[Part], mine: Sequence[Part], path: Path | None = None
+        self,
+        at: Progress,
+        manifest: Manifest,
+        shared: Sequence[Part],
+        mine: Sequence[Part],
+        path: Path | None = None,
+        weights: Sequence[tuple[str, Tensor]] = (),
     ) -> Path | None:
         """Begin a checkpoint, and make it, unless that is left to the background. A collective.
 
@@ -150,6 +161,7 @@ class CheckpointLine:
             shared: The parts that all processes have in common; rank 0 writes its own.
             mine: The parts that are this process's own.
             path: Where to save it; in the line's own directory, named by its step, if not given.
+            weights: What this process holds of the weights, by name, where only numbers are to be saved.
 
         Returns:
             Where it is, None where it is not there yet, or could not be saved.
@@ -158,9 +170,9 @@ class CheckpointLine:
             CheckpointError: It could not be saved, and errors are to be raised.
         """
         self.finish()
-        store = self.store if path is None else CheckpointStore(path.parent, self.store.key, self.store.disk)
+        store = self.store if path is None else store_beside(self.store, path.parent)
         try:
-            draft = self._on_rank_0(lambda: store.begin(path.name if path else store.free_name(at.steps)))
+            draft = self._on_rank_0(lambda: self._begin(at, store, path))
         except CheckpointError as error:
             self._report(error)
             return None
@@ -168,11 +180,18 @@ class CheckpointLine:
         if self.peers.rank == 0:
             encoded[SHARED] = encode_parts(shared)
         if self.in_background:
-            encoded = {name: self._copies.of(parts, name) for name, parts in encoded.items()}
-        writer = Writer(store, draft, manifest, encoded, self.peers)
+            encoded = self._copies.of(encoded)
+            weights = [(name, self._copies.copy_of(tensor)) for name, tensor in weights]
+        writer = Writer(store, draft, manifest, encoded, self.peers, weights)
         after = self._rotate if store is self.store else _nothing
         self._save = Save(writer, after, in_background=self.in_background)
         return None if self.in_background else self.finish()
+
+    def _begin(self, at: Progress, store: CheckpointStore, path: Path | None) -> Draft:
+        if path is None:
+            return store.begin(store.free_name(at.steps))
+        store.prepare()
+        return store.begin(path.name)
 
     @property
     def is_saving(self) -> bool:
@@ -184,10 +203,12 @@ class CheckpointLine:
 
         What other processes know may be what came of rank 0's own error: it removes the files that they write.
         """
-        save = self._save
-        if save is not None and save.error is not None and self.on_error == "raise" and self.peers.rank == 0:
+        error = None if self._save is None else self._save.error
+        if error is None or isinstance(error, UnfitError):
+            return
+        if self.on_error == "raise" and self.peers.rank == 0:
             self._save = None
-            raise save.error
+            raise error
 
     def finish(self) -> Path | None:
         """Wait for a checkpoint that is under way, and return where it is. A collective.
@@ -198,15 +219,14 @@ class CheckpointLine:
         if self._save is None:
             return None
         save, self._save = self._save, None
-        message = self._outcome(save)
-        if message is not None:
-            error = CheckpointError(message)
+        error = self._outcome(save)
+        if error is not None:
             error.__cause__ = save.error
             self._report(error)
             return None
         return save.writer.store.directory / save.writer.draft.name
 
-    def _outcome(self, save: Save) -> str | None:
+    def _outcome(self, save: Save) -> CheckpointError | None:
         """Wait for all processes, and return on all of them what rank 0 says: the error, or None. A collective."""
         is_first = self.peers.rank == 0
         if not is_first:
@@ -217,7 +237,8 @@ class CheckpointLine:
             if lost := next(filter(None, errors), None):
                 save.give_up(lost)
             save.join()
-        return self.peers.broadcast(None if save.error is None else str(save.error))
+        message, is_unfit = self.peers.broadcast((str(save.error or ""), isinstance(save.error, UnfitError)))
+        return (UnfitError if is_unfit else CheckpointError)(message) if message else None
 
     def abandon(self) -> None:
         """Let a checkpoint that is under way end, where the other processes may be gone. No collective."""
@@ -244,12 +265,14 @@ class CheckpointLine:
             warnings.warn(f"{self.store.directory}: old checkpoints were not removed: {error}", stacklevel=2)
 
     def _report(self, error: CheckpointError) -> None:
-        if self.on_error == "raise":
+        is_unfit = isinstance(error, UnfitError)
+        if self.on_error == "raise" and not is_unfit:
             raise error
         if self.peers.rank == 0:
-            warnings.warn(f"{error} The run goes on without.", stacklevel=2)
+            warnings.warn(str(error) if is_unfit else f"{error} The run goes on without.", stacklevel=2)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions on which it depends what numbers come out to the last bit."""
     return {

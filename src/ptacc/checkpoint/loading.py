@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ptacc.checkpoint.contents import MODEL, load_optimizer, load_weights, weights_of
-from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.contents import MODEL
+from ptacc.checkpoint.disk import as_checkpoint_error
 from ptacc.checkpoint.export import check_target, exported_weights, write_weights
+from ptacc.checkpoint.remote import disk_of
+from ptacc.checkpoint.remote_store import store_at
 from ptacc.checkpoint.resuming import find_at
-from ptacc.checkpoint.snapshot import SHARED, Snapshot, read_parts
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.snapshot import Snapshot, read_whole
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.shards import is_dealt, mapped, whole_tensor
+from ptacc.core.weights import load_optimizer, load_weights, weights_of
 from ptacc.errors import CheckpointError
 from ptacc.protocols import Stateful
 
@@ -21,9 +26,10 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
     Raises:
         CheckpointError: There is none at the path, or it is of another model.
     """
-    found = find_at(path, CheckpointStore(path, key))
-    store = CheckpointStore(found.directory, key)
-    shared = read_parts(store, store.manifest(found.name), SHARED)
+    found = find_at(path, store_at(path, key))
+    store = store_at(found.directory, key)
+    with as_checkpoint_error(path):
+        shared = read_whole(store, store.manifest(found.name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.slots():
@@ -31,18 +37,43 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
     return found.directory / found.name
 
 
-def export_from(trainer: TrainerCore, path: Path, averages: str | None, *, overwrite: bool) -> None:
-    """Write a trainer's weights, or the averages of its last run, to a safetensors file.
+def check_export(path: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` for a path that no weights are written to."""
+    with as_checkpoint_error(path):
+        check_target(path, overwrite=overwrite)
+
+
+def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, Any]:
+    """Return a trainer's weights, and the averages of its last run, whole. All processes call it; rank 0 has them.
+
+    Args:
+        trainer: Within a run, or outside of one.
+        averages: The part whose averages are wanted, too.
+    """
+    weights = trainer.run.engine.weights() if trainer.is_running else weights_of(trainer.unwrapped_model)
+    states: dict[str, Any] = {MODEL: weights}
+    if averages is not None and trainer.has_run:
+        kept = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
+        states |= {averages: kept[averages].state_dict()} if averages in kept else {}
+    is_first = trainer.peers.rank == 0
+
+    def for_first(value: Any) -> Any:
+        if not is_dealt(value):
+            return value
+        whole = whole_tensor(value)
+        return whole.cpu() if is_first else None
+
+    whole_states: dict[str, Any] = mapped(states, for_first)
+    return whole_states
+
+
+def export_to(path: Path, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
+    """Write weights, or averages in their place, to a safetensors file.
 
     Raises:
         CheckpointError: There is a file already, or no such averages; or it cannot be written.
     """
-    states = {MODEL: weights_of(trainer.unwrapped_model)}
-    if averages is not None and trainer.has_run:
-        kept = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
-        states |= {averages: kept[averages].state_dict()} if averages in kept else {}
-    check_target(path, overwrite=overwrite)
     try:
-        write_weights(Disk(), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)
+        write_weights(disk_of(path), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)
     except OSError as error:
         raise CheckpointError(f"{path} was not written: {error}.") from error

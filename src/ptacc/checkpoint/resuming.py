@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ptacc.checkpoint.contents import RUN
+from ptacc.checkpoint.disk import as_checkpoint_error
 from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import SHARED, Snapshot, own, read_parts
+from ptacc.checkpoint.remote import path_of
+from ptacc.checkpoint.remote_store import store_beside
+from ptacc.checkpoint.snapshot import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
 from ptacc.checkpoint.store import MANIFEST, CheckpointStore
+from ptacc.core.engine import Engine
 from ptacc.core.run_state import SavedRun
 from ptacc.errors import CheckpointError
 
@@ -44,7 +48,7 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
         UserWarning: A damaged checkpoint was passed over.
     """
     if not isinstance(resume, bool):
-        return find_at(Path(resume).absolute(), store)
+        return find_at(path_of(resume).absolute(), store)
     if resume:
         return newest_of(store)
     if there := store.names():
@@ -57,10 +61,10 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
 
 def find_at(path: Path, like: CheckpointStore) -> Found:
     """Find the checkpoint at a path, or the newest in the directory that is there."""
-    if (path / MANIFEST).exists():
-        store = CheckpointStore(path.parent, like.key, like.disk)
-        return Found(path.parent, store.verify(path.name).name)
-    found = newest_of(CheckpointStore(path, like.key, like.disk))
+    with as_checkpoint_error(path):
+        if (path / MANIFEST).exists():
+            return Found(path.parent, store_beside(like, path.parent).verify(path.name).name)
+    found = newest_of(store_beside(like, path))
     if found is None:
         raise CheckpointError(f"resume={str(path)!r}: there is no checkpoint that is whole.")
     return found
@@ -68,7 +72,8 @@ def find_at(path: Path, like: CheckpointStore) -> Found:
 
 def newest_of(store: CheckpointStore) -> Found | None:
     """Find the newest checkpoint that is whole."""
-    manifest, passed_over = store.newest()
+    with as_checkpoint_error(store.directory):  # what cannot be reached is not passed over
+        manifest, passed_over = store.newest()
     for name, error in passed_over.items():
         warnings.warn(f"{store.directory / name} is passed over: {error}", stacklevel=2)
     if manifest is None and passed_over:
@@ -99,14 +104,21 @@ class Resumption:
     @classmethod
     def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
         """Read a checkpoint, each file checked before it is parsed."""
-        manifest = store.manifest(name)
-        shared = read_parts(store, manifest, SHARED)
-        if manifest.world_size == world_size:
-            mine = read_parts(store, manifest, own(rank))
-        else:
-            theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
-            mine = Snapshot({RUN: put_together([one.take(RUN) for one in theirs])})
-        return cls(store.directory / name, manifest, shared, mine)
+        with as_checkpoint_error(store.directory / name):
+            manifest = store.manifest(name)
+            shared = read_parts(store, manifest, SHARED)
+            if manifest.world_size == world_size:
+                mine = read_parts(store, manifest, own(rank))
+                shards = mine.states.get(SHARDS, {})
+            else:
+                theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
+                mine = Snapshot({RUN: put_together([one.take(RUN) for one in theirs])})
+                shards = shards_together(theirs)
+        return cls(store.directory / name, manifest, shared.joined(shards), mine)
+
+    def revived(self, engine: Engine) -> Resumption:
+        """Return it with the tensors that were saved in shards as an engine holds them."""
+        return replace(self, shared=self.shared.mapped(engine.revive))
 
     def saved_run(self, *, with_file: bool) -> SavedRun:
         """Return the run, for the core to go on with.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptacc.checkpoint.contents import first_non_finite, own_parts, shared_parts
+from ptacc.checkpoint.contents import parts_to_save
 from ptacc.checkpoint.line import CheckpointLine
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.core.hooks import TrainerCore
@@ -54,13 +54,12 @@ class RunSaver:
         self.save()
 
     def save(self) -> None:
-        """Save the run, unless it is not fit to be."""
+        """Save the run, unless its weights are no numbers."""
         asked, self._asked = self._asked or [(None, "")], []
         run = self.trainer.run
         run.history.read_steps(run.peers)
-        if self._is_fit():
-            for path, label in asked:
-                self._save(path, label)
+        for path, label in asked:
+            self._save(path, label)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is under way, and tell of it. A collective."""
@@ -87,24 +86,12 @@ class RunSaver:
             return run.exit_code - 128 in self.signals
         return run.is_done() or (self.every is not None and run.is_due(self.every, last))
 
-    def _is_fit(self) -> bool:
-        """Say whether the weights are numbers, on all processes."""
-        if self.saves_non_finite:
-            return True
-        odd = [*filter(None, self.trainer.peers.gather(first_non_finite(self.trainer.unwrapped_model)))]
-        if odd:
-            warnings.warn(
-                f"The run was not saved after step {self.trainer.progress.steps}: {odd[0]} holds NaN or infinity.",
-                stacklevel=2,
-            )
-        return not odd
-
     def _save(self, path: Path | None, label: str) -> None:
         self.finish()
         now, before = self.trainer.progress, self.line.saved_at
         if path is None:
             self.line.saved_at = now  # as the checkpoint itself has it
-        shared = shared_parts(self.trainer)
+        shared, mine, versions = parts_to_save(self.trainer)
         manifest = Manifest(
             name="",
             run=self.line.identity,
@@ -113,10 +100,11 @@ class RunSaver:
             offset=now.offset,
             world_size=self.trainer.peers.world_size,
             label=label,
-            parts={part.name: part.version for part in shared},
+            parts=versions,
             metrics=self.trainer.run.fresh_values(),
         )
-        saved = self.line.begin(now, manifest, shared, own_parts(self.trainer), path)
+        weights = () if self.saves_non_finite else tuple(self.trainer.run.engine.held_parameters())
+        saved = self.line.begin(now, manifest, shared, mine, path, weights)
         if saved is not None:
             self.tell(saved)
         elif not self.line.is_saving:

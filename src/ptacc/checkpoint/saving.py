@@ -15,19 +15,20 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ptacc.checkpoint.disk import Written, read_file, write_file
+from ptacc.checkpoint.disk import Written, read_at_most, write_whole
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.snapshot import EncodedParts, write_encoded
 from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.core.failure import Failure
 from ptacc.core.peers import Peers
+from ptacc.core.weights import first_non_finite
 from ptacc.errors import CheckpointError
 
 WORD = ".word-{rank}.json"
@@ -42,6 +43,10 @@ class FailedElsewhereError(CheckpointError):
     """Another process failed; the message is its own."""
 
 
+class UnfitError(CheckpointError):
+    """Nothing failed: the weights hold NaN or infinity, and are not to be saved so."""
+
+
 @dataclass(frozen=True)
 class Writer:
     """One process's part in making a checkpoint.
@@ -52,6 +57,7 @@ class Writer:
         manifest: What it is, but for its files.
         files: The parts that this process writes, by the names of their files.
         peers: The processes.
+        weights: What this process holds of the weights, by name, where only numbers are to be saved.
         lost: Has the reason, once it is known that another process's files will not come.
     """
 
@@ -60,15 +66,18 @@ class Writer:
     manifest: Manifest
     files: Mapping[str, EncodedParts]
     peers: Peers
+    weights: Sequence[tuple[str, Tensor]] = ()
     lost: Future[str] = field(default_factory=Future)
 
     def write(self) -> Manifest | None:
         """Write this process's files; on rank 0, make a checkpoint of all processes' and return what it is.
 
         Raises:
-            CheckpointError: Something could not be written, here or elsewhere; nothing of it is left then.
+            UnfitError: The weights are no numbers, here or elsewhere; nothing of it is left then.
+            CheckpointError: Something could not be written, here or elsewhere; nor is anything left then.
         """
         try:
+            self._check_fit()
             written: dict[str, Written] = {}
             for name, parts in self.files.items():
                 written |= write_encoded(self.store, self.draft, name, parts)
@@ -78,32 +87,37 @@ class Writer:
             for rank in range(1, self.peers.world_size):
                 written |= self._await_word(rank)
             return self.store.commit(self.draft, replace(self.manifest, files=written))
-        except FailedElsewhereError as error:
-            raise self._failure(str(error)) from error
+        except (UnfitError, FailedElsewhereError) as error:
+            self._end_by(error)
+            raise
         except Exception as error:  # whatever it is, rank 0 waits to be told
             what = str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"
-            raise self._failure(f"{self.draft.name} was not saved: rank {self.peers.rank}: {what}") from error
+            failure = CheckpointError(f"{self.draft.name} was not saved: rank {self.peers.rank}: {what}")
+            self._end_by(failure)
+            raise failure from error
 
-    def _failure(self, message: str) -> CheckpointError:
-        """Clear up, tell rank 0, and return the error."""
+    def _check_fit(self) -> None:
+        if odd := first_non_finite(self.weights):
+            raise UnfitError(f"The run was not saved after step {self.manifest.step}: {odd} holds NaN or infinity.")
+
+    def _end_by(self, error: CheckpointError) -> None:
+        """Clear up, and tell rank 0."""
         with contextlib.suppress(OSError):
             if self.peers.rank:
-                self._leave_word({"error": message})
+                self._leave_word({"error": str(error), "is_unfit": isinstance(error, UnfitError)})
             else:
                 self.store.discard(self.draft)
-        return CheckpointError(message)
 
     def _leave_word(self, word: Mapping[str, object]) -> None:
         """Leave word for rank 0, whole or not at all."""
-        target = self.draft.path / WORD.format(rank=self.peers.rank)
-        unfinished = target.with_suffix(".unfinished")
-        write_file(self.store.disk, unfinished, [json.dumps(word).encode()])
-        self.store.disk.rename(unfinished, target)
+        path = self.draft.path / WORD.format(rank=self.peers.rank)
+        write_whole(self.store.disk, path, [json.dumps(word).encode()])
 
     def _await_word(self, rank: int) -> dict[str, Written]:
         """Wait until another process has written its files, and take its word away."""
         path = self.draft.path / WORD.format(rank=rank)
-        deadline, look = time.monotonic() + WORDS_WITHIN_SECONDS, time.monotonic() + LOOK_EVERY
+        start = time.monotonic()
+        deadline, look = start + WORDS_WITHIN_SECONDS, start + LOOK_EVERY
         failure: Failure | None = None
         while not path.exists():
             if self.lost.done():
@@ -113,10 +127,11 @@ class Writer:
                 raise CheckpointError(f"rank {rank} has not written its files{because}")
             if time.monotonic() > look:
                 failure, look = self.peers.find_failure(), time.monotonic() + LOOK_EVERY
-            time.sleep(0.002)
-        word = json.loads(read_file(path, min(path.stat().st_size, LARGEST_WORD)))
+            # Where the directory is not on this machine, each look at it is a request.
+            time.sleep(min(LOOK_EVERY, 0.002 + (time.monotonic() - start) / 20))
+        word = json.loads(read_at_most(self.store.disk, path, LARGEST_WORD))
         if "error" in word:
-            raise FailedElsewhereError(word["error"])
+            raise (UnfitError if word["is_unfit"] else FailedElsewhereError)(word["error"])
         self.store.disk.remove_file(path)
         return {name: Written(**file) for name, file in word["files"].items()}
 
@@ -166,17 +181,32 @@ class HostCopies:
     def __init__(self) -> None:
         """Start with none."""
         self._kept: dict[str, Tensor] = {}
+        self._latest: dict[tuple[object, ...], Tensor] = {}
 
-    def of(self, parts: EncodedParts, name: str) -> EncodedParts:
-        """Copy the tensors in `parts`, those under `name` of the time before being no longer needed."""
-        copies = {key: self._copy(f"{name}/{key}", tensor) for key, tensor in parts.tensors.items()}
-        if any(tensor.is_cuda for tensor in parts.tensors.values()):
+    def of(self, files: Mapping[str, EncodedParts]) -> dict[str, EncodedParts]:
+        """Copy the tensors of each file, those of the time before being no longer needed."""
+        self._latest = {}
+        copies = {
+            name: replace(parts, tensors={key: self._copy(f"{name}/{key}", t) for key, t in parts.tensors.items()})
+            for name, parts in files.items()
+        }
+        if any(tensor.is_cuda for parts in files.values() for tensor in parts.tensors.values()):
             torch.cuda.synchronize()
-        return replace(parts, tensors=copies)
+        return copies
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Return the copy that was made of a tensor, or a new one of a tensor that was in no file."""
+        copy = self._latest.get(_place_of(tensor))
+        return tensor.detach().clone() if copy is None else copy
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         kept = self._kept.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._kept[key] = kept
+        self._latest[_place_of(tensor)] = kept
         return kept.copy_(tensor, non_blocking=True)
+
+
+def _place_of(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device

@@ -12,7 +12,7 @@ state can tell an earlier one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,13 @@ from ptacc.checkpoint.disk import Written
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.checkpoint.tensors import parse_safetensors, safetensors_header, safetensors_parts
+from ptacc.core.shards import bare, mapped, put_together
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 
 SHARED = "shared"
 """The name of the files that all processes read."""
+SHARDS = "shards"
+"""A process's own part, in which it has its shards of those parts in common that are dealt over the processes."""
 LARGEST_TREE = 1 << 28
 """Bytes of JSON that a file of parts may have: in memory they take up to thirty times that. Tensors are not in it."""
 
@@ -64,6 +67,14 @@ class Snapshot:
                 f"{', '.join(sorted(self.states))}. To go on without it, waive it by its name."
             )
         return self.states[name]
+
+    def joined(self, parts: Mapping[str, Any]) -> Snapshot:
+        """Return the snapshot with further parts."""
+        return Snapshot({**self.states, **parts})
+
+    def mapped(self, change: Callable[[Any], Any]) -> Snapshot:
+        """Return the snapshot with each value in it changed."""
+        return Snapshot(mapped(dict(self.states), change))
 
 
 def own(rank: int) -> str:
@@ -134,6 +145,21 @@ def read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapsho
         return _read_parts(store, manifest, name)
     except MemoryError as error:
         raise CheckpointError(f"{manifest.name}/{name} needs more memory than there is.") from error
+
+
+def read_whole(store: CheckpointStore, manifest: Manifest) -> Snapshot:
+    """Read the parts in common, those that are dealt over the processes put together."""
+    shared = read_parts(store, manifest, SHARED)
+    if manifest.parts.keys() <= shared.states.keys():
+        return shared
+    theirs = [read_parts(store, manifest, own(rank)) for rank in range(manifest.world_size)]
+    return shared.joined(shards_together(theirs)).mapped(bare)
+
+
+def shards_together(theirs: Sequence[Snapshot]) -> dict[str, Any]:
+    """Put the parts that are dealt over processes together of what all of these have of their own."""
+    parts: dict[str, Any] = put_together([one.states.get(SHARDS, {}) for one in theirs])
+    return parts
 
 
 def _read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapshot:

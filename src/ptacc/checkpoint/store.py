@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,10 @@ from itertools import chain
 from pathlib import Path
 
 from ptacc.checkpoint.disk import (
+    PARTIAL,
     Disk,
     Written,
+    as_checkpoint_error,
     hash_file,
     read_at_most,
     read_file,
@@ -39,7 +40,6 @@ from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 """How the names of a run's checkpoints begin; users may save others under names of their own."""
-PARTIAL = ".partial-"
 REMOVED = ".removed-"
 
 
@@ -83,10 +83,11 @@ class CheckpointStore:
         """Return a name for a checkpoint at a step that no other has: there is more than one where a run went back."""
         name = f"{PREFIX}{step:08}"
         again = (f"{name}.{number:02}" for number in range(1, 10_000))
-        return next(free for free in chain([name], again) if not (self.directory / free).exists())
+        with as_checkpoint_error(self.directory):
+            return next(free for free in chain([name], again) if not (self.directory / free).exists())
 
     def prepare(self) -> None:
-        """Make the directory, durably, if there is none."""
+        """Make the directory, if there is none, and its name durable."""
         self._make_durably(self.directory)
 
     def begin(self, name: str) -> Draft:
@@ -96,10 +97,10 @@ class CheckpointStore:
             CheckpointError: There is one of this name already.
         """
         check_name(name)
-        if os.path.lexists(self.directory / name):
-            raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
+        self._check_free(name)
         draft = Draft(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
-        self._make_durably(self.directory)
+        if not self.directory.is_dir():
+            self.prepare()
         self.disk.make_directory(draft.path)
         return draft
 
@@ -116,13 +117,7 @@ class CheckpointStore:
             draft: What was begun.
             manifest: What it is, with the hashes of all files that all processes wrote.
         """
-        sequence = 1 + max((there.sequence for there in self.manifests()), default=0)
-        if not is_count(sequence):
-            last = max(self.manifests(), key=lambda there: there.sequence).name
-            raise CheckpointError(
-                f"{self.directory / last} has the highest number there is, so none can come after it."
-            )
-        manifest = replace(manifest, name=draft.name, sequence=sequence)
+        manifest = self._numbered(draft, manifest)
         write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
         sync_directory(self.disk, draft.path)
         self.disk.rename(draft.path, self.directory / draft.name)
@@ -148,22 +143,46 @@ class CheckpointStore:
 
     def sweep(self) -> list[str]:
         """Remove what processes left that ended in a save or a removal, and return the names of that."""
-        left = [path for path in self._entries() if path.name.startswith((PARTIAL, REMOVED))]
-        for path in left:
-            remove_tree(self.disk, path)
-        return [path.name for path in left]
+        left = [name for name in self._directories() if name.startswith((PARTIAL, REMOVED))]
+        with as_checkpoint_error(self.directory):
+            for name in left:
+                remove_tree(self.disk, self.directory / name)
+        return left
+
+    def _check_free(self, name: str) -> None:
+        if self.disk.is_there(self.directory / name):
+            raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
+
+    def _numbered(self, draft: Draft, manifest: Manifest) -> Manifest:
+        """Return a manifest with its name, and the number after those that are there."""
+        there = self.manifests()
+        sequence = 1 + (there[-1].sequence if there else 0)
+        if not is_count(sequence):
+            last = self.directory / there[-1].name
+            raise CheckpointError(f"{last} has the highest number there is, so none can come after it.")
+        return replace(manifest, name=draft.name, sequence=sequence)
 
     def _make_durably(self, directory: Path) -> None:
         if not directory.is_dir():
             self._make_durably(directory.parent)
             self.disk.make_directory(directory)
             sync_directory(self.disk, directory.parent)
+            return
+        # A process that was killed may have made it, and not synced it. Where its parent cannot be read, it was given.
+        with contextlib.suppress(PermissionError):
+            sync_directory(self.disk, directory.parent)
 
     # ---- reading
 
     def names(self) -> list[str]:
         """Return the names of the run's checkpoints that seem to be there, in the order of names."""
-        return [path.name for path in self._entries() if path.name.startswith(PREFIX)]
+        return [name for name in self._directories() if name.startswith(PREFIX)]
+
+    def others(self) -> list[str]:
+        """Return the names of the checkpoints that were saved under names of their own, in the order of names."""
+        others = [name for name in self._directories() if not name.startswith((".", PREFIX))]
+        with as_checkpoint_error(self.directory):
+            return [name for name in others if (self.directory / name / MANIFEST).exists()]
 
     def manifests(self) -> list[Manifest]:
         """Return the manifests that can be read, in the order in which they were saved; no other file is looked at."""
@@ -181,10 +200,10 @@ class CheckpointStore:
             CheckpointError: It is of a later format, or not signed with the key.
         """
         path = self.directory / name / MANIFEST
-        if not FILE_NAME.fullmatch(name) or not os.path.lexists(path):
+        if not FILE_NAME.fullmatch(name) or not self.disk.is_there(path):
             raise DamagedCheckpointError(f"{name!r} in {self.directory} is no checkpoint: it has no manifest.")
         try:
-            manifest = Manifest.from_bytes(read_at_most(path, LARGEST), self.key)
+            manifest = Manifest.from_bytes(read_at_most(self.disk, path, LARGEST), self.key)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{path}: {error}") from error
         if manifest.name != name:
@@ -200,7 +219,7 @@ class CheckpointStore:
         path = self.directory / manifest.name / file
         if file not in manifest.files:
             raise DamagedCheckpointError(f"{path} is not in the manifest.")
-        data = read_file(path, manifest.files[file].size)
+        data = read_file(self.disk, path, manifest.files[file].size)
         check_hash(path, hashlib.sha256(data).hexdigest(), manifest.files[file])
         return data
 
@@ -213,7 +232,7 @@ class CheckpointStore:
         manifest = self.manifest(name)
         for file, written in manifest.files.items():
             path = self.directory / name / file
-            check_hash(path, hash_file(path, written.size), written)
+            check_hash(path, hash_file(self.disk, path, written.size), written)
         there = {path.name for path in (self.directory / name).iterdir()}
         if odd := there - {*manifest.files, MANIFEST}:
             raise DamagedCheckpointError(f"{min(odd)!r} in {self.directory / name} does not belong to the checkpoint.")
@@ -241,10 +260,12 @@ class CheckpointStore:
             passed_over[name] = found
         return None, passed_over
 
-    def _entries(self) -> list[Path]:
-        if not self.directory.is_dir():
-            return []
-        return sorted(path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
+    def _directories(self) -> list[str]:
+        """Return the names of the directories that are there, in their order."""
+        with as_checkpoint_error(self.directory):
+            if not self.directory.is_dir():
+                return []
+            return sorted(path.name for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 def check_name(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.core.shards import whole_tensor
+from ptacc.core.shards import beside, whole_tensor
 
 
 class AveragedWeights:
@@ -85,7 +85,7 @@ class AveragedWeights:
         """Take over a state of the same model."""
         self.updates = state_dict["updates"]
         for name, average in self._averages.items():
-            average.copy_(state_dict["averages"][name])
+            average.copy_(beside(average, state_dict["averages"][name]))
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ptacc.core.device import replica_of
 from ptacc.core.shards import bare
+from ptacc.core.weights import held_parameters, load_optimizer, load_weights, weights_of
 from ptacc.protocols import DeviceRuntime, StateDict
 
 
@@ -97,6 +98,37 @@ class Engine(Protocol):
         """Return a value of a saved state as it is here: a tensor that was saved in parts, as this engine holds it."""
         ...
 
+    def weights(self) -> StateDict:
+        """Return the model's tensors by their canonical names, whole or dealt. All processes call it.
+
+        Where they are put together for this, rank 0 alone may have them.
+        """
+        ...
+
+    def load_weights(self, weights: StateDict, /, *, strict: bool = True) -> None:
+        """Put such tensors back."""
+        ...
+
+    def held_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Iterate over what this process holds of each parameter, with its name."""
+        ...
+
+    def optimizer_states(self) -> Mapping[str, StateDict]:
+        """Return the states of the optimizers by their slots' names, but for those that `own_state_dict` has."""
+        ...
+
+    def load_optimizer_state(self, name: str, state: StateDict, /) -> None:
+        """Put such a state back."""
+        ...
+
+    def own_state_dict(self) -> StateDict:
+        """Return what this process alone has of the weights' and the optimizers' state, and the others do not."""
+        ...
+
+    def load_own_state_dict(self, state_dict: StateDict, /) -> None:
+        """Put such a state back, after the weights."""
+        ...
+
     def state_dict(self) -> StateDict:
         """Return the state that is neither the model's nor an optimizer's."""
         ...
@@ -131,7 +163,7 @@ class TorchEngine:
             scaler: The accelerator's, if not given.
             in_replicas: Whether each process has a model of its own, so that gradients are to be averaged.
         """
-        self._accelerator = accelerator
+        self._accelerator, self._bare_model = accelerator, model
         self._model = accelerator.prepare_model(model, evaluation_mode=not in_replicas)
         self._replica = replica_of(self._model)
         self._slots = tuple(slots)
@@ -204,6 +236,33 @@ class TorchEngine:
     def revive(self, value: Any) -> Any:
         """Return a plain tensor."""
         return bare(value)
+
+    def weights(self) -> StateDict:
+        """Return the model's tensors themselves."""
+        return weights_of(self._bare_model)
+
+    def load_weights(self, weights: StateDict, *, strict: bool = True) -> None:
+        """Copy tensors into the model's."""
+        load_weights(self._bare_model, weights, strict=strict)
+
+    def held_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Iterate over the parameters, or the parts of them that this process holds."""
+        return held_parameters(self._bare_model)
+
+    def optimizer_states(self) -> Mapping[str, StateDict]:
+        """Return the states of the user's own optimizers."""
+        return {slot.name: slot.optimizer.state_dict() for slot in self.slots}
+
+    def load_optimizer_state(self, name: str, state: StateDict) -> None:
+        """Let an optimizer of the user's take over a state."""
+        load_optimizer(next(slot.optimizer for slot in self.slots if slot.name == name), state)
+
+    def own_state_dict(self) -> StateDict:
+        """Return nothing: all processes have the same, or parts of it that know their place."""
+        return {}
+
+    def load_own_state_dict(self, state_dict: StateDict) -> None:
+        """Do nothing."""
 
     def state_dict(self) -> StateDict:
         """Return the state of the gradient scaler, where there is one."""

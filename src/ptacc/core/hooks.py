@@ -79,6 +79,7 @@ class TrainerCore(Components):
         """Return what has to be the same when a run goes on from a checkpoint, by name, that of `super()` included."""
         kinds = [f"{type(slot.optimizer).__module__}.{type(slot.optimizer).__qualname__}" for slot in self.slots()]
         return {
+            "engine": "torch",
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
             "batches_per_step": str(self.batches_per_step()),

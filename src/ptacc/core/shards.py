@@ -139,9 +139,9 @@ def dealt_like(like: DTensor, whole: Tensor) -> DTensor:
 
 
 def beside(parameter: Tensor, value: Any) -> Any:
-    """Return what an optimizer keeps of a parameter: dealt if that is, else whole. A collective where it becomes whole.
+    """Return a value as it belongs beside a parameter: dealt if that is, else whole, for which all processes call it.
 
-    A number, such as that of the steps, is as it is.
+    A number, such as that of an optimizer's steps, is as it is.
     """
     if not isinstance(value, Tensor) or is_dealt(parameter) == is_dealt(value):
         return value
@@ -170,9 +170,13 @@ def whole_from(shards: Sequence[Shard]) -> Whole:
     if sum(part.local.numel() for part in parts.values()) != math.prod(first.shape):
         raise CheckpointError(f"{len(parts)} parts do not make a whole tensor of shape {first.shape}.")
     whole = torch.empty(first.shape, dtype=first.local.dtype)
+    is_there = torch.zeros(first.shape, dtype=torch.bool)
     for runs, part in parts.items():
         for there, here in _blocks(runs):
             whole[there] = part.local[here]
+            is_there[there] = True
+    if not is_there.all():
+        raise CheckpointError(f"{len(parts)} parts of a tensor of shape {first.shape} overlap.")
     return Whole(whole, first.dealing)
 
 

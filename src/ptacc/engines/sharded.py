@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from ptacc.core.engine import Slot, TorchEngine
 from ptacc.core.shards import Dealing, Shard, Whole, beside, part_of, runs_of, whole_tensor
+from ptacc.engines.buffers import share_buffers
 from ptacc.errors import CheckpointError
 from ptacc.protocols import DeviceRuntime
 
@@ -190,7 +191,7 @@ class ShardedEngine(TorchEngine):
             shard: Shards a model in place.
             gives_back: Whether the model becomes whole again at the end of the run.
         """
-        self._bare = model
+        self._bare_model = model
         self._optimizers = {slot.name: slot.optimizer for slot in slots}
         self._sharded: ShardedModel | None = None
         self._gives_back = gives_back
@@ -207,12 +208,12 @@ class ShardedEngine(TorchEngine):
     @contextlib.contextmanager
     def _moving_optimizers(self) -> Iterator[None]:
         """Let the optimizers hold after the block what stands in the model then."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._bare.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._bare_model.named_parameters()}
         held = [Holding.taken_from(optimizer, names) for optimizer in self._optimizers.values()]
         try:
             yield
         finally:
-            parameters = dict(self._bare.named_parameters())
+            parameters = dict(self._bare_model.named_parameters())
             for holding in held:
                 holding.give(parameters)
 
@@ -225,8 +226,8 @@ class ShardedEngine(TorchEngine):
     @override
     def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Have the gradients averaged in the last batch alone."""
-        if isinstance(self._bare, FSDPModule):
-            self._bare.set_requires_gradient_sync(is_last)
+        if isinstance(self._bare_model, FSDPModule):
+            self._bare_model.set_requires_gradient_sync(is_last)
         return contextlib.nullcontext()
 
     @override
@@ -245,7 +246,7 @@ class ShardedEngine(TorchEngine):
     def update(self) -> bool:
         """Step every optimizer, clear the gradients, and give all processes rank 0's buffers, as DDP does."""
         happened = super().update()
-        share_buffers(self._bare)
+        share_buffers(self._bare_model)
         return happened
 
     @override
@@ -275,20 +276,6 @@ class ShardedEngine(TorchEngine):
         return DTensor.from_local(
             local.to(mesh.device_type), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
-
-
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Give all processes rank 0's buffers: those of each dtype in one message."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in model.buffers():
-        by_dtype.setdefault(buffer.dtype, []).append(buffer)
-    for buffers in by_dtype.values():
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        dist.broadcast(flat, src=0)
-        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
 
 
 def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:

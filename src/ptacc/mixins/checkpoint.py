@@ -17,7 +17,9 @@ from typing_extensions import override
 
 from ptacc.checkpoint.contents import check_goes_on, own_parts, put_back, shared_parts
 from ptacc.checkpoint.line import CheckpointLine, OnError
-from ptacc.checkpoint.loading import export_from, load_into
+from ptacc.checkpoint.loading import check_export, export_to, load_into, states_to_export
+from ptacc.checkpoint.remote import path_of
+from ptacc.checkpoint.remote_store import store_at
 from ptacc.checkpoint.resuming import Found, Resumption, find
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
@@ -53,12 +55,12 @@ class CheckpointMixin(Mixin):
     step of an epoch is saved with the epoch's evaluation in it.
 
     Options:
-        checkpoint_dir: A directory for the run, on a disk that all hosts share. Later runs of the same trainer have
-            their own in it: `run-2`, `run-3`.
+        checkpoint_dir: A directory for the run, on a disk that all hosts share, or its URL for fsspec:
+            `"s3://bucket/runs/x"`. Later runs of the same trainer have their own in it: `run-2`, `run-3`.
         checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None for none but the last. Every run is saved at
             its end.
         resume: True to go on from the newest checkpoint that is whole, or to start afresh where there is none; or the
-            path of one, for the first run of the trainer.
+            path or URL of one, for the first run of the trainer.
         resume_despite: Names of differences to go on despite of, and of parts that may be missing.
         keep_last: How many of the newest to keep.
         keep_best: Which of the best to keep: `Best("accuracy", mode="max")`.
@@ -107,6 +109,8 @@ class CheckpointMixin(Mixin):
         for name, (kinds, advice) in KINDS.items():
             if not isinstance(value := getattr(self, name), kinds):
                 raise OptionError(f"{owner}({name}={value!r}): must be {advice}.")
+            if isinstance(value, str | Path):
+                check_place(owner, name, value)
         for name, (kind, advice) in COLLECTIONS.items():
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(part, kind) for part in value):
@@ -120,7 +124,7 @@ class CheckpointMixin(Mixin):
         """Have the run saved as soon as the present step is done, and its evaluation if there is one. All processes.
 
         Args:
-            path: Where to; among the run's checkpoints, named by its step, if not given.
+            path: Where to, or its URL; among the run's checkpoints, named by its step, if not given.
             label: What it is saved for: the newest checkpoint of each label is always kept.
 
         Returns:
@@ -136,7 +140,7 @@ class CheckpointMixin(Mixin):
                 "itself at its end. export_model() writes the weights alone."
             )
         self.peers.meet("save_checkpoint()")
-        return self.run[SAVER].ask(None if path is None else Path(path), label)
+        return self.run[SAVER].ask(None if path is None else path_of(path), label)
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
@@ -144,7 +148,7 @@ class CheckpointMixin(Mixin):
         To go on with the run that was saved, give `resume=path` to the trainer.
 
         Args:
-            path: A checkpoint, or a directory of them for the newest.
+            path: A checkpoint, or a directory of them for the newest; or the URL of one.
             weights_only: Whether to leave the optimizer as it is.
 
         Raises:
@@ -155,23 +159,28 @@ class CheckpointMixin(Mixin):
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() within a run. Load before it.")
         with self.peers.meeting("load_checkpoint()"):
-            loaded = load_into(self, Path(path), self.checkpoint_key, weights_only=weights_only)
+            loaded = load_into(self, path_of(path), self.checkpoint_key, weights_only=weights_only)
         self._listeners().load(loaded)
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
         """Write the weights to a safetensors file that `model.load_state_dict` takes, each tensor under its name.
 
         Args:
-            path: Where to.
+            path: Where to, or its URL.
             averages: `"ema"` or `"swa"` for the averages of the last run in their place.
             overwrite: Whether to replace a file that is there.
 
         Raises:
             CheckpointError: There is a file already, or no such averages.
         """
+        target = path_of(path)
         with self.peers.meeting("export_model()"):
             if self.peers.rank == 0:
-                export_from(self, Path(path), averages, overwrite=overwrite)
+                check_export(target, overwrite=overwrite)
+        states = states_to_export(self, averages)
+        with self.peers.meeting("the writing of export_model()"):
+            if self.peers.rank == 0:
+                export_to(target, states, averages, overwrite=overwrite)
 
     # ---- going on
 
@@ -182,7 +191,7 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_saved_run()
-        store = CheckpointStore(found.directory, self.checkpoint_key)
+        store = store_at(found.directory, self.checkpoint_key)
         self._resumption = Resumption.read(store, found.name, self.peers.rank, self.peers.world_size)
         return self._resumption.saved_run(with_file="history" not in self.resume_despite)
 
@@ -191,9 +200,9 @@ class CheckpointMixin(Mixin):
         return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
-        directory = Path(self.checkpoint_dir).absolute()
+        directory = path_of(self.checkpoint_dir).absolute()
         number = self._state.runs
-        return CheckpointStore(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
+        return store_at(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
 
     @override
     def on_run_start(self) -> None:
@@ -213,10 +222,10 @@ class CheckpointMixin(Mixin):
     def restore_run(self) -> None:
         """Put everything back, after it was compared with what is here."""
         super().restore_run()
-        saved = self._resumption
-        if saved is None:
+        if self._resumption is None:
             return
-        check_goes_on(self, saved.shared, saved.own, self.resume_despite)
+        check_goes_on(self, self._resumption.shared, self._resumption.own, self.resume_despite)
+        saved = self._resumption = self._resumption.revived(self.run.engine)
         put_back(self, saved.shared, saved.own, self.resume_despite)
         if self.run.is_whole or not self.run.is_within_epoch:  # for the last time
             self._resumption = None
@@ -292,3 +301,11 @@ class CheckpointMixin(Mixin):
         directory = tempfile.TemporaryDirectory(prefix="ptacc-")
         atexit.register(directory.cleanup)
         return {"checkpoint_dir": directory.name}
+
+
+def check_place(owner: str, name: str, value: str | Path) -> None:
+    """Raise `OptionError` for an option that is a URL of no file system, or of one that is not installed."""
+    try:
+        path_of(value)
+    except OptionError as error:
+        raise OptionError(f"{owner}({name}={value!r}): {error}") from error

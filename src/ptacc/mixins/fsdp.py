@@ -110,8 +110,8 @@ class FSDPMixin(Mixin):
 
     @override
     def conditions(self) -> dict[str, str]:
-        """Go on under the same engine: what each process holds of the state is its own."""
-        return super().conditions() | {"engine": "fsdp" if not self.peers.is_alone else "torch"}
+        """Go on under the same engine, by however many processes."""
+        return super().conditions() | {"engine": "fsdp"}
 
     @override
     @contextlib.contextmanager
