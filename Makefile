@@ -5,7 +5,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-STUBBED := accelerate
+STUBBED := accelerate fsspec
 
 define REPORT_TORCH
 import os, torch

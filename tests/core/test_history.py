@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import StepOutput, Trainer
+from ptacc import OptionError, StepOutput, Trainer
 from ptacc.checkpoint.snapshot import Part
 from ptacc.core.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
+from ptacc.testing.laws import same
 from tests.checkpoint.test_snapshot import through_files
 
 
@@ -83,4 +84,9 @@ def test_a_history_goes_on_from_a_file(tmp_path: Path) -> None:
     back.load_state_dict(through_files(tmp_path, Part("history", history.state_dict())).take("history"))
     assert list(back) == list(history)
     assert (back.steps, back.initial) == (history.steps, history.initial)
-    assert back.state_dict() == history.state_dict()
+    assert same(back.state_dict(), history.state_dict())
+
+
+def test_a_file_on_a_remote_store_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): lines are appended to it"):
+        Trainer(**tiny_parts(), history_file="s3://bucket/history.jsonl")

@@ -117,11 +117,9 @@ class _Encoder:
         """Encode one value, found at `place`."""
         if depth > DEEPEST:
             raise CheckpointError(f"{place}: more than {DEEPEST} containers in each other. Is it in itself?")
-        if is_dealt(value):
-            return self._encode_shard(shard_of(value), place)
-        if isinstance(value, Shard):
-            return self._encode_shard(value, place)
         if isinstance(value, Tensor):
+            if is_dealt(value):
+                return self._encode_shard(shard_of(value), place)
             return {TAG: "tensor", "key": self._keep(value, place)}
         kind = type(value)  # exactly: a subclass would come back as what it derives from
         if value is None or (isinstance(value, bool | str | int) and kind in (bool, str, int)):
@@ -152,6 +150,8 @@ class _Encoder:
         return {TAG: MAPPINGS[kind], "items": [[self.encode(key, place, depth + 1), part] for key, part in parts]}
 
     def _encode_leaf(self, value: object, place: str) -> Json:
+        if isinstance(value, Shard):
+            return self._encode_shard(value, place)
         if isinstance(value, bytes) and type(value) is bytes:
             return {TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
         if isinstance(value, complex) and type(value) is complex:

@@ -56,8 +56,8 @@ def parts_to_save(trainer: TrainerCore) -> tuple[list[Part], list[Part], dict[st
     """
     shared, mine = shared_parts(trainer), own_parts(trainer)
     versions = {part.name: part.version for part in shared}
-    dealt = {part.name: part.state for part in shared if holds_shards(part.state)}
-    if dealt:
+    if any(map(is_dealt, trainer.unwrapped_model.parameters())):
+        dealt = {part.name: part.state for part in shared if holds_shards(part.state)}
         shared = [part for part in shared if part.name not in dealt]
         mine = [*mine, Part(SHARDS, dealt)]
     return shared, mine, versions

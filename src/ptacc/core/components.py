@@ -80,6 +80,11 @@ class Components(Composable):
                 f"{owner}(optimizer={self.optimizer!r}): must be an instance, such as SGD(model.parameters(), lr=0.1)."
             )
         check_callbacks(owner, self.callbacks, Callback)
+        if "://" in str(self.history_file):
+            raise OptionError(
+                f"{owner}(history_file={str(self.history_file)!r}): lines are appended to it, which no remote store "
+                "can do. Give a local path."
+            )
 
     # ---- the model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
@@ -139,7 +139,7 @@ class RunHistory(Sequence[EpochRecord]):
         if not unread:
             return
         records = [
-            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
+            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), float(result.items), logged)
             for result, (loss, logged) in zip(unread, _read(unread, peers), strict=True)
         ]
         self._steps.extend(records)
@@ -154,7 +154,7 @@ class RunHistory(Sequence[EpochRecord]):
         assert not self._unread, "read_steps() comes first"
         return {
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "steps": [asdict(step) for step in self._steps],
+            "steps": _columns(self._steps),
             "initial": {name: asdict(result) for name, result in self.initial.items()},
             "logged": dict(self._logged),
             "file": None if self._journal is None else self._journal.state_dict(),
@@ -169,7 +169,7 @@ class RunHistory(Sequence[EpochRecord]):
         if self._journal is not None and state_dict["file"] is not None:
             self._journal.load_state_dict(state_dict["file"])
         self._epochs = [_epoch(state) for state in state_dict["epochs"]]
-        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=STEPS_IN_MEMORY)
+        self._steps = deque(_records(state_dict["steps"]), maxlen=STEPS_IN_MEMORY)
         self.initial = _results(state_dict["initial"])
         self._logged = dict(state_dict["logged"])
 
@@ -237,3 +237,36 @@ def _results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
 
 def _write(file: IO[str], lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in lines)
+
+
+NUMBERS = ("step", "epoch", "items", "loss", "learning_rate")
+"""The fields of a step's record that each have one number."""
+
+
+def _columns(records: Collection[StepRecord]) -> dict[str, Any]:
+    """Return records as tensors, one for each field: a thousand records are saved as often as the run is."""
+    numbers = {
+        name: torch.tensor([getattr(record, name) for record in records], dtype=torch.float64) for name in NUMBERS
+    }
+    logged: dict[str, tuple[list[int], list[float]]] = {}
+    for index, record in enumerate(records):
+        for name, value in record.logged.items():
+            places, values = logged.setdefault(name, ([], []))
+            places.append(index)
+            values.append(value)
+    columns = {
+        name: (torch.tensor(places), torch.tensor(values, dtype=torch.float64))
+        for name, (places, values) in logged.items()
+    }
+    return {**numbers, "logged": columns}
+
+
+def _records(columns: Mapping[str, Any]) -> Iterator[StepRecord]:
+    """Yield the records that `_columns` was given."""
+    logged: dict[int, dict[str, float]] = {}
+    for name, (places, values) in columns["logged"].items():
+        for index, value in zip(places.tolist(), values.tolist(), strict=True):
+            logged.setdefault(index, {})[name] = value
+    rows = zip(*(columns[name].tolist() for name in NUMBERS), strict=True)
+    for index, (step, epoch, items, loss, learning_rate) in enumerate(rows):
+        yield StepRecord(int(step), int(epoch), loss, learning_rate, items, logged.get(index, {}))
