@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import deque
@@ -139,7 +140,7 @@ class RunHistory(Sequence[EpochRecord]):
         if not unread:
             return
         records = [
-            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), float(result.items), logged)
+            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
             for result, (loss, logged) in zip(unread, _read(unread, peers), strict=True)
         ]
         self._steps.extend(records)
@@ -239,26 +240,27 @@ def _write(file: IO[str], lines: Sequence[tuple[str, Mapping[str, Any]]]) -> Non
     file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in lines)
 
 
-NUMBERS = ("step", "epoch", "items", "loss", "learning_rate")
+COUNTS = ("step", "epoch", "items")
+VALUES = ("loss", "learning_rate")
 """The fields of a step's record that each have one number."""
 
 
 def _columns(records: Collection[StepRecord]) -> dict[str, Any]:
     """Return records as tensors, one for each field: a thousand records are saved as often as the run is."""
-    numbers = {
-        name: torch.tensor([getattr(record, name) for record in records], dtype=torch.float64) for name in NUMBERS
-    }
+    double = functools.partial(torch.tensor, dtype=torch.float64)
+    counts = {name: [getattr(record, name) for record in records] for name in COUNTS}
+    are_whole = {name: all(type(count) is int for count in column) for name, column in counts.items()}
     logged: dict[str, tuple[list[int], list[float]]] = {}
     for index, record in enumerate(records):
         for name, value in record.logged.items():
             places, values = logged.setdefault(name, ([], []))
             places.append(index)
             values.append(value)
-    columns = {
-        name: (torch.tensor(places), torch.tensor(values, dtype=torch.float64))
-        for name, (places, values) in logged.items()
+    return {
+        **{name: torch.tensor(column) if are_whole[name] else double(column) for name, column in counts.items()},
+        **{name: double([getattr(record, name) for record in records]) for name in VALUES},
+        "logged": {name: (torch.tensor(places), double(values)) for name, (places, values) in logged.items()},
     }
-    return {**numbers, "logged": columns}
 
 
 def _records(columns: Mapping[str, Any]) -> Iterator[StepRecord]:
@@ -267,6 +269,6 @@ def _records(columns: Mapping[str, Any]) -> Iterator[StepRecord]:
     for name, (places, values) in columns["logged"].items():
         for index, value in zip(places.tolist(), values.tolist(), strict=True):
             logged.setdefault(index, {})[name] = value
-    rows = zip(*(columns[name].tolist() for name in NUMBERS), strict=True)
+    rows = zip(*(columns[name].tolist() for name in (*COUNTS, *VALUES)), strict=True)
     for index, (step, epoch, items, loss, learning_rate) in enumerate(rows):
-        yield StepRecord(int(step), int(epoch), loss, learning_rate, items, logged.get(index, {}))
+        yield StepRecord(step, epoch, loss, learning_rate, items, logged.get(index, {}))
