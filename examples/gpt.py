@@ -1,0 +1,193 @@
+"""Train a small GPT-2 on the English text that every Python carries: its own documentation, byte by byte.
+
+The engine is an option: replicas on every process (DDP), or one model dealt out over them (FSDP2). The numbers are the
+same but for rounding, and so is what a run leaves: checkpoints to go on from, and weights that transformers reads.
+
+    python examples/gpt.py
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/gpt.py --engine fsdp --per-device-batch-size 8
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import GPT2Config, GPT2LMHeadModel
+from typing_extensions import override
+
+from ptacc import (
+    CheckpointMixin,
+    FSDPMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    RunPlan,
+    SeedMixin,
+    StepOutput,
+    TrainingLoop,
+)
+
+LENGTH = 96
+"""Bytes of a sample at most; the loss of each is predicted from those before it."""
+END = 0
+"""A byte that the text does not have."""
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Samples of different lengths, filled up.
+
+    Args:
+        tokens: What the model reads, (samples, length).
+        targets: What comes next, (samples, length); `IGNORED` where nothing does.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+
+def collate(samples: list[bytes]) -> TokenBatch:
+    length = max(map(len, samples))
+    tokens = torch.full((len(samples), length), END)
+    targets = torch.full((len(samples), length), IGNORED)
+    for row, sample in enumerate(samples):
+        values = torch.tensor(list(sample))
+        tokens[row, 1 : len(sample)] = values[:-1]
+        targets[row, : len(sample)] = values
+    return TokenBatch(tokens, targets)
+
+
+def load_text() -> tuple[list[bytes], list[bytes]]:
+    """Return paragraphs to train on and to evaluate with, cut where they are too long."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = [" ".join(part.split()).encode("ascii", "ignore") for part in text.split("\n\n")]
+    samples = [part[start : start + LENGTH] for part in paragraphs for start in range(0, len(part), LENGTH)]
+    samples = [sample for sample in samples if len(sample) > 8]
+    return samples[: len(samples) * 9 // 10], samples[len(samples) * 9 // 10 :]
+
+
+class GPTTrainer(
+    SeedMixin, LRSchedulerMixin, GradAccumMixin, GradClipMixin, CheckpointMixin, TrainingLoop[TokenBatch, Tensor]
+):
+    """The loss is a mean over tokens, however they are split into batches and processes.
+
+    Options:
+        stop_at: A step at which to end the run before its time.
+    """
+
+    stop_at: int | None = None
+
+    @override
+    def should_stop(self) -> str | None:
+        is_there = self.stop_at is not None and self.progress.steps >= self.stop_at
+        return super().should_stop() or (f"stop_at={self.stop_at}" if is_there else None)
+
+    @override
+    def count_items(self, batch: TokenBatch) -> int:
+        return int((batch.targets != IGNORED).sum())
+
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        logits: Tensor = self.model(batch.tokens).logits
+        loss = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return StepOutput.from_sum(loss, outputs=logits)
+
+
+class ShardedGPTTrainer(FSDPMixin, GPTTrainer): ...
+
+
+ENGINES: dict[str, type[GPTTrainer]] = {"torch": GPTTrainer, "fsdp": ShardedGPTTrainer}
+
+
+def make_model() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=128,
+        n_positions=LENGTH,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=END,
+        eos_token_id=END,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
+    return OneCycleLR(optimizer, max_lr=3e-3, total_steps=plan.total_steps)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="torch")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--stop-at", type=int, help="end the run at this step, to go on with it later")
+    parser.add_argument("--per-device-batch-size", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpt"), help="where checkpoints go; a run there goes on")
+    parser.add_argument("--prompt", default="The ", help="what the model is to continue")
+    return parser.parse_args(arguments)
+
+
+def train(asked: argparse.Namespace) -> GPTTrainer:
+    torch.manual_seed(0)
+    model = make_model()
+    samples, held_out = load_text()
+    trainer = ENGINES[asked.engine](
+        model,
+        optimizer=AdamW(model.parameters(), lr=3e-3, weight_decay=0.01),
+        create_scheduler=one_cycle,
+        seed=0,
+        checkpoint_dir=asked.runs / asked.engine,
+        resume=True,
+        keep_last=2,
+        stop_at=asked.stop_at,
+        gradient_accumulation_steps=asked.accumulate,
+        max_grad_norm=1.0,
+    )
+    trainer.train(
+        samples,
+        held_out[:200],
+        collate_fn=collate,
+        max_steps=asked.steps,
+        per_device_batch_size=asked.per_device_batch_size,
+    )
+    return trainer
+
+
+def generate(weights: Path, prompt: str) -> str:
+    """Continue a prompt with the weights in a file, as anybody does who has transformers and no ptacc."""
+    model = make_model()
+    model.load_state_dict(load_file(weights))
+    model.train(mode=False)
+    tokens = [END, *prompt.encode()]
+    with torch.no_grad():
+        while len(tokens) < LENGTH:
+            logits: Tensor = model(torch.tensor([tokens])).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return bytes(tokens[1:]).decode("ascii", "replace")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = parse(arguments)
+    trainer = train(asked)
+    last = trainer.history[-1]
+    trainer.print(f"step {last.step}: {last.train_loss:.4f} a byte in training, {last.eval_loss:.4f} in evaluation")
+    weights = asked.runs / f"{asked.engine}.safetensors"
+    trainer.export_model(weights, overwrite=True)
+    if trainer.peers.rank == 0:
+        print(generate(weights, asked.prompt))
+
+
+if __name__ == "__main__":
+    main()
