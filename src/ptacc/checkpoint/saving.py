@@ -87,9 +87,12 @@ class Writer:
             for rank in range(1, self.peers.world_size):
                 written |= self._await_word(rank)
             return self.store.commit(self.draft, replace(self.manifest, files=written))
-        except (UnfitError, FailedElsewhereError) as error:
+        except UnfitError as error:
             self._end_by(error)
             raise
+        except FailedElsewhereError as error:
+            self._end_by(error)
+            raise CheckpointError(str(error)) from error
         except Exception as error:  # whatever it is, rank 0 waits to be told
             what = str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"
             failure = CheckpointError(f"{self.draft.name} was not saved: rank {self.peers.rank}: {what}")
