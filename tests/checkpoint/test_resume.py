@@ -39,6 +39,7 @@ def test_a_run_goes_on_from_every_step(tmp_path: Path, accumulation: int, worker
     assert resume_from_every_step(tmp_path, accumulation, workers, 4) == ({1: 15, 3: 6}[accumulation], [])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.prove), 3])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.prove)])
 def test_so_does_a_run_of_two_processes(tmp_path: Path, accumulation: int, workers: int) -> None:

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
@@ -18,9 +19,14 @@ HERE = {"one_cpu": "torch", "cpus": "torch", "fsdp": "fsdp"}
 ELSEWHERE = {"gpus", "hosts"}
 
 
+def processes_of(config: str) -> int:
+    read: Any = load_config_from_file(str(LAUNCH / f"{config}.yaml"))
+    return int(read.num_processes)
+
+
 def losses_under(config: str, runs: Path) -> tuple[float, float]:
     """Train the small GPT-2 for a few steps; return the losses that it reports."""
-    processes = load_config_from_file(str(LAUNCH / f"{config}.yaml")).num_processes
+    processes = processes_of(config)
     options = ("--engine", HERE[config], "--steps", "6", "--runs", str(runs / config))
     ended = launch(
         (
@@ -51,4 +57,4 @@ def test_accelerate_reads_every_configuration() -> None:
     there = {path.stem for path in LAUNCH.glob("*.yaml")}
     assert there == HERE.keys() | ELSEWHERE
     for name in there:
-        assert load_config_from_file(str(LAUNCH / f"{name}.yaml")).num_processes >= 1
+        assert processes_of(name) >= 1

@@ -1,0 +1,98 @@
+"""Which mixins combine with which engine: the matrix in the docs is what comes out here."""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torchmetrics.classification import MulticlassAccuracy
+
+import ptacc
+from ptacc import CompositionError, FSDPMixin, Mixin, PtaccError, SeedMixin, Trainer
+from tests.engines.nets import Block, digits, make, optimizer_of
+from tests.ranks import run_ranks
+
+pytestmark = [  # of dynamo itself
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+]
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+ENGINES: Mapping[str, type[Mixin]] = {"FSDPMixin": FSDPMixin}
+PARTNERS: Mapping[str, dict[str, Any]] = {
+    "AMPMixin": {"mixed_precision": "bf16"},
+    "CheckpointMixin": {},
+    "CompileMixin": {"compile_backend": "eager"},
+    "EMAMixin": {"ema_decay": 0.8},
+    "EarlyStoppingMixin": {"early_stopping_monitor": "eval_loss", "early_stopping_patience": 1},
+    "GradAccumMixin": {"gradient_accumulation_steps": 2},
+    "GradCheckpointMixin": {"gradient_checkpointing": [Block]},
+    "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1},
+    "LRSchedulerMixin": {"create_scheduler": lambda optimizer, plan: StepLR(optimizer, 2, 0.5)},
+    "MetricsMixin": {"metrics": {"accuracy": MulticlassAccuracy(10)}},
+    "SWAMixin": {"swa_start": 1},
+    "SeedMixin": {"seed": 4},
+    "SyncBatchNormMixin": {},
+}
+"""Every public mixin that is no engine, with options under which it does something."""
+YES, REFUSED = "yes", "refused"
+REFUSALS: Mapping[tuple[str, str], str] = {}
+"""Pairs that are refused, with what is said."""
+
+
+def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> list[float] | str:
+    """Train a little; return the losses, or the words of a refusal."""
+    model = make(has_batch_norm=True)
+    usual: dict[str, Any] = {"optimizer": optimizer_of(model), "loss_func": nn.CrossEntropyLoss()}
+    usual |= {"default_callbacks": ()}
+    place: dict[str, Any] = {"checkpoint_dir": directory} if issubclass(kind, ptacc.CheckpointMixin) else {}
+    try:
+        trainer: Any = kind(model, **usual, **options, **place)
+        history = trainer.train(digits(101), digits(37), num_epochs=3, per_device_batch_size=8)
+    except (PtaccError, CompositionError) as error:
+        return str(error)
+    evaluation = trainer.evaluate(digits(37), per_device_batch_size=8).loss
+    weights = torch.stack([tensor.double().sum() for tensor in model.state_dict().values()]).sum().item()
+    return [*(step.loss for step in history.steps), *(epoch.eval_loss or 0.0 for epoch in history), evaluation, weights]
+
+
+def both(engine: str, partner: str, directory: Path) -> tuple[list[float] | str, list[float] | str]:
+    mixin = getattr(ptacc, partner)
+    bases = (mixin,) if mixin is SeedMixin else (mixin, SeedMixin)
+    options = {"seed": 4, **PARTNERS[partner]}
+    with_engine = type("WithEngine", (*bases, ENGINES[engine], Trainer), {})
+    without = type("Without", (*bases, Trainer), {})
+    return outcome(with_engine, directory / "a", options), outcome(without, directory / "b", options)
+
+
+def test_every_public_mixin_is_in_the_matrix() -> None:
+    public = {name for name, value in vars(ptacc).items() if isinstance(value, type) and issubclass(value, Mixin)}
+    assert public == {*ENGINES, *PARTNERS, "Mixin", "BatchMixin"}
+
+
+@pytest.mark.parametrize("partner", sorted(PARTNERS))
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(engine: str, partner: str, tmp_path: Path) -> None:
+    for mine, theirs in run_ranks(partial(both, engine, partner, tmp_path), 2):
+        if said := REFUSALS.get((engine, partner)):
+            assert isinstance(mine, str)
+            assert said in mine
+        else:
+            # A difference in the last bit of float32 may be one of bfloat16 a step later.
+            assert mine == pytest.approx(theirs, rel=2e-2 if partner == "AMPMixin" else 1e-4)
+
+
+def test_the_docs_show_the_matrix() -> None:
+    rows = {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| `(\w+Mixin)` \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
+    }
+    expected = {
+        partner: [REFUSED if (engine, partner) in REFUSALS else YES for engine in ENGINES] for partner in PARTNERS
+    }
+    assert rows == expected
