@@ -5,7 +5,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-STUBBED := accelerate fsspec
+STUBBED := accelerate deepspeed fsspec
 
 define REPORT_TORCH
 import os, torch

@@ -17,6 +17,11 @@ MIXINS = [
     for value in vars(ptacc).values()
     if isinstance(value, type) and issubclass(value, Mixin) and value.__name__ not in {"Mixin", "BatchMixin"}
 ]
+PAIRS = [
+    pair
+    for pair in itertools.combinations(MIXINS, 2)
+    if not all("make_engine" in vars(mixin) for mixin in pair)  # of engines there is one, whatever the order
+]
 EXEMPT: dict[str, str] = {}
 """The mixins that a law cannot hold for, each with the reason."""
 
@@ -26,7 +31,7 @@ def test_a_mixin_keeps_the_laws(mixin: type[Mixin]) -> None:
     testing.check_laws(mixin)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(MIXINS, 2)))
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_the_order_of_two_mixins_changes_nothing(first: type[Mixin], second: type[Mixin]) -> None:
     testing.check_order_changes_nothing(first, second)
 

@@ -47,6 +47,7 @@ from ptacc.keywords import TrainOptions as TrainOptions
 from ptacc.mixins.amp import AMPMixin as AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin as CheckpointMixin
 from ptacc.mixins.compile import CompileMixin as CompileMixin
+from ptacc.mixins.deepspeed import DeepSpeedMixin as DeepSpeedMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin as EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin as EMAMixin
 from ptacc.mixins.fsdp import FSDPMixin as FSDPMixin
@@ -93,6 +94,7 @@ from ptacc.types import RunPlan as RunPlan
 from ptacc.types import StepOutput as StepOutput
 from ptacc.types import StepRecord as StepRecord
 from ptacc.types import Steps as Steps
+from ptacc.types import ZeroStage as ZeroStage
 
 __all__ = [
     "AMPMixin",
@@ -112,6 +114,7 @@ __all__ = [
     "DamagedCheckpointError",
     "DataError",
     "DataLoaderKwargs",
+    "DeepSpeedMixin",
     "DeviceRuntime",
     "EMAMixin",
     "EarlyStoppingMixin",
@@ -185,6 +188,7 @@ __all__ = [
     "Trainer",
     "TrainerCore",
     "TrainingLoop",
+    "ZeroStage",
     "default_callbacks",
     "hook",
     "replaces",

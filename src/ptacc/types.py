@@ -33,6 +33,7 @@ PairSample: TypeAlias = tuple[Tensor, int] | tuple[Tensor, float] | tuple[Tensor
 """Samples that torch's own collate function turns into a `Pair`."""
 
 Precision: TypeAlias = Literal["no", "fp16", "bf16"]
+ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
 CompileBackend: TypeAlias = Literal["no", "eager", "aot_eager", "inductor", "cudagraphs", "onnxrt", "tensorrt", "tvm"]
 CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune"]
 Sharding: TypeAlias = Literal["auto", "already"]

@@ -1,5 +1,9 @@
 from typing import Any
 
+class PartialState:
+    _shared_state: dict[str, Any]
+    def __init__(self, cpu: bool = False, **kwargs: Any) -> None: ...
+
 class AcceleratorState:
     def __init__(
         self,

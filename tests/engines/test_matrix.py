@@ -13,17 +13,22 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import ptacc
-from ptacc import CompositionError, FSDPMixin, Mixin, PtaccError, SeedMixin, Trainer
+from ptacc import CompositionError, DeepSpeedMixin, FSDPMixin, Mixin, PtaccError, SeedMixin, Trainer
 from tests.engines.nets import Block, digits, make, optimizer_of
 from tests.ranks import run_ranks
 
-pytestmark = [  # of dynamo itself
+pytestmark = [  # of DeepSpeed and dynamo themselves
+    pytest.mark.filterwarnings("ignore:`torch.distributed.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
-ENGINES: Mapping[str, type[Mixin]] = {"FSDPMixin": FSDPMixin}
+ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
+    "FSDPMixin": (FSDPMixin, {}),
+    "ZeRO 2": (DeepSpeedMixin, {"zero_stage": 2}),
+    "ZeRO 3": (DeepSpeedMixin, {"zero_stage": 3}),
+}
 PARTNERS: Mapping[str, dict[str, Any]] = {
     "AMPMixin": {"mixed_precision": "bf16"},
     "CheckpointMixin": {},
@@ -41,7 +46,11 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
 }
 """Every public mixin that is no engine, with options under which it does something."""
 YES, REFUSED = "yes", "refused"
-REFUSALS: Mapping[tuple[str, str], str] = {}
+REFUSALS: Mapping[tuple[str, str], str] = {
+    ("ZeRO 3", "CompileMixin"): "CompileMixin traces whole weights",
+    ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
+    ("ZeRO 3", "SWAMixin"): "swa_start=1 averages or copies the weights",
+}
 """Pairs that are refused, with what is said."""
 
 
@@ -65,18 +74,25 @@ def both(engine: str, partner: str, directory: Path) -> tuple[list[float] | str,
     mixin = getattr(ptacc, partner)
     bases = (mixin,) if mixin is SeedMixin else (mixin, SeedMixin)
     options = {"seed": 4, **PARTNERS[partner]}
-    with_engine = type("WithEngine", (*bases, ENGINES[engine], Trainer), {})
+    its_mixin, its_options = ENGINES[engine]
+    with_engine = type("WithEngine", (*bases, its_mixin, Trainer), {})
     without = type("Without", (*bases, Trainer), {})
-    return outcome(with_engine, directory / "a", options), outcome(without, directory / "b", options)
+    return outcome(with_engine, directory / "a", options | its_options), outcome(without, directory / "b", options)
 
 
 def test_every_public_mixin_is_in_the_matrix() -> None:
     public = {name for name, value in vars(ptacc).items() if isinstance(value, type) and issubclass(value, Mixin)}
-    assert public == {*ENGINES, *PARTNERS, "Mixin", "BatchMixin"}
+    engines = {mixin.__name__ for mixin, _ in ENGINES.values()}
+    assert public == {*engines, *PARTNERS, "Mixin", "BatchMixin"}
+
+
+def test_two_engines_are_refused() -> None:
+    with pytest.raises(CompositionError, match=r"both stand for make_engine\(\)"):
+        type("Both", (FSDPMixin, DeepSpeedMixin, Trainer), {})
 
 
 @pytest.mark.parametrize("partner", sorted(PARTNERS))
-@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("engine", ["FSDPMixin", *(pytest.param(f"ZeRO {n}", marks=pytest.mark.prove) for n in (2, 3))])
 def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(engine: str, partner: str, tmp_path: Path) -> None:
     for mine, theirs in run_ranks(partial(both, engine, partner, tmp_path), 2):
         if said := REFUSALS.get((engine, partner)):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.distributed import is_initialized
@@ -50,6 +51,7 @@ class AcceleratorBuilder:
 
     settings: dict[str, Any] = field(default_factory=dict)
     provided: set[str] = field(default_factory=set)
+    taken_over: set[str] = field(default_factory=set)
     _writers: dict[str, str] = field(default_factory=dict)
 
     def write(self, writer: type, **settings: Unpack[AcceleratorSettings]) -> None:
@@ -70,6 +72,11 @@ class AcceleratorBuilder:
     def provide(self, feature: str) -> None:
         """Say that the trainer knows what to do when the launch asks for `feature` (a key of `LAUNCH_FEATURES`)."""
         self.provided.add(feature)
+
+    def take_over(self, feature: str) -> None:
+        """Say that the trainer does by itself what the launch asks for: Accelerate does not hear of it."""
+        self.provided.add(feature)
+        self.taken_over.add(feature)
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
     if not _shared:
         plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
         connected_before = connections_before_launch()
-        accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
+        with unheard(builder.taken_over):
+            accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
         try:
             check_accelerator(accelerator)
         except Exception:
@@ -172,6 +180,26 @@ def check_launch_environment(builder: AcceleratorBuilder) -> None:
                 f"The launch set {feature.variable}={value}, and this trainer has nothing that would do it: it needs "
                 f"{feature.mixin}. Compose it, or launch without."
             )
+
+
+@contextlib.contextmanager
+def unheard(features: Iterable[str]) -> Iterator[None]:
+    """Keep what the launch asks for from Accelerate for the block.
+
+    Raises:
+        LaunchError: Accelerate has heard of it before.
+    """
+    if "deepspeed" in features and PartialState._shared_state.get("distributed_type") == "DEEPSPEED":  # noqa: SLF001
+        raise LaunchError(
+            "The launch asks for DeepSpeed, and Accelerate has set it up by itself, for an Accelerator or a "
+            "PartialState that was made before the trainer. Make none, or make it after `trainer.accelerator`."
+        )
+    hidden = {LAUNCH_FEATURES[name].variable for name in features} & os.environ.keys()
+    values = {name: os.environ.pop(name) for name in hidden}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
 
 
 def check_restarts() -> None:

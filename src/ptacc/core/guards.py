@@ -19,6 +19,8 @@ from ptacc.errors import CompositionError
 
 COOPERATIVE = frozenset({"event", "around", "fold", "any-of"})
 SINGLE = frozenset({"default", "factory"})
+FALLING_BACK = frozenset({"make_engine"})
+"""Hooks whose overrides call `super()` where they have nothing to do, not to add to it."""
 MARKERS = frozenset({"_role", "_mixins_stand_before_the_loop", "_takes_the_batches_of_the_loop"})
 """Defined in several classes on purpose: type checkers compare them, see `TrainingLoop`."""
 CALLED_ON_EVERY_CLASS = frozenset({"check_options"})
@@ -204,7 +206,8 @@ def _check_single_answers(cls: type) -> None:
         for name in first.__dict__.keys() & second.__dict__.keys():
             shape = next(filter(None, (shape_of(base.__dict__.get(name)) for base in second.__mro__)), None)
             value = first.__dict__[name]
-            if shape in SINGLE and not calls_super(value, name) and not _is_replacement(value):
+            adds = calls_super(value, name) and name not in FALLING_BACK
+            if shape in SINGLE and not adds and not _is_replacement(value):
                 raise CompositionError(
                     f"{cls.__name__}: {first.__name__} and {second.__name__} both stand for {name}(), and only one of "
                     "them can. Compose one of them."

@@ -1,7 +1,8 @@
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
-class DynamoBackend(str, Enum):
+class DynamoBackend(str, Enum):  # noqa: UP042  # as it is written there
+    def __new__(cls, value: object) -> Self: ...
     NO = "NO"
     INDUCTOR = "INDUCTOR"
 
@@ -15,8 +16,9 @@ class GradientAccumulationPlugin:
     ) -> None: ...
 
 class TorchDynamoPlugin:
-    backend: DynamoBackend
-    mode: str
+    # A `DynamoBackend` and a string, once it is made; of the class's own None, stubtest would complain.
+    backend: Any
+    mode: Any
     def __init__(
         self,
         backend: str | None = None,

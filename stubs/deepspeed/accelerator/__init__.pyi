@@ -1,0 +1,2 @@
+from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator as DeepSpeedAccelerator
+from deepspeed.accelerator.real_accelerator import get_accelerator as get_accelerator

@@ -1,0 +1,3 @@
+from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
+
+def get_accelerator() -> DeepSpeedAccelerator: ...
