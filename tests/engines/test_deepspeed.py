@@ -342,8 +342,12 @@ class Tied(nn.Module):
 def trained_tied(kind: type[Any], directory: Path, **options: Any) -> tuple[list[float], dict[str, Tensor], set[str]]:
     model = Tied()
     with_frozen = [model.second.bias, model.frozen.weight]
-    groups = [{"params": [*model.enter.parameters(), *model.first.parameters()]}, {"params": with_frozen}]
-    optimizer = AdamW([*groups, {"params": model.leave.weight, "weight_decay": 0.0}], lr=0.01)
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.enter.parameters(), *model.first.parameters()]},
+        {"params": with_frozen},
+        {"params": model.leave.weight, "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=0.01)
     optimizer.state[model.frozen.weight] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(11, 11)}
     trainer = kind(**{**parts(model), "optimizer": optimizer}, checkpoint_dir=directory, **options)
     histories = [trainer.train(digits(), num_epochs=1, max_steps=6, per_device_batch_size=6) for _ in range(2)]
