@@ -234,7 +234,10 @@ def test_a_launch_of_the_first_version_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def losses_as_launched() -> list[float]:
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    return train(Sharded).losses
+    losses = train(Sharded).losses
+    del os.environ["ACCELERATE_USE_FSDP"]
+    assert train(Usual).losses == pytest.approx(losses, rel=1e-5)  # nothing of it is left in the process
+    return losses
 
 
 def test_a_launch_that_asks_for_it_is_taken_at_its_word() -> None:

@@ -70,9 +70,9 @@ class FSDPMixin(Mixin):
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Know what to do where the launch asks for FSDP."""
+        """Do what the launch asks of FSDP without Accelerate, whose own state would be FSDP's for good."""
         super().configure_accelerator(builder)
-        builder.provide("fsdp")
+        builder.take_over("fsdp")
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"} and os.environ.get("FSDP_VERSION") == "1":
             raise LaunchError(
                 f"The launch asks for FSDP of version 1, and {type(self).__name__} shards by version 2. Set "
