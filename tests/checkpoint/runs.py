@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from ptacc import (
     StepResult,
     Steps,
     Trainer,
+    TrainerCore,
 )
 from ptacc.checkpoint.disk import Disk
 from ptacc.checkpoint.manifest import Manifest
@@ -237,3 +240,28 @@ def check_goes_on(directory: Path, whole: End, least: int, most: int, **options:
     end = save_each_step(directory, resume=True, **options)
     assert end.differences(whole) == []
     check_swept(directory)
+
+
+def exit_code_of(do: Callable[[], object]) -> int:
+    """Do something in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            do()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class StopAt(Callback[TrainerCore]):
+    """Ends a run at a step, None for never."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step == self.step:
+            trainer.stop("enough for now")

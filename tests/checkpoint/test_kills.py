@@ -6,8 +6,7 @@ import shutil
 import signal
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,16 @@ import pytest
 from ptacc.checkpoint.disk import Disk
 from tests.checkpoint.disks import CALLS, Interposed, dying_at
 from tests.checkpoint.launches import Launch
-from tests.checkpoint.runs import STEPS, End, check_goes_on, check_swept, in_memory, save_each_step, whole_ones
+from tests.checkpoint.runs import (
+    STEPS,
+    End,
+    check_goes_on,
+    check_swept,
+    exit_code_of,
+    in_memory,
+    save_each_step,
+    whole_ones,
+)
 from tests.ranks import run_ranks
 
 KILLED = 9
@@ -91,19 +99,6 @@ def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory)
     end = save_each_step(directory, disk=Interposed(watched.hear), checkpoint_in_background=in_background)
     assert [manifest.step for manifest in whole_ones(directory)] == [STEPS, STEPS - 1]
     return Uninterrupted(end, watched.calls)
-
-
-def exit_code_of(do: Callable[[], object]) -> int:
-    """Do something in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            do()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_and_go_on(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:

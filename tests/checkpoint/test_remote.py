@@ -6,7 +6,6 @@ import pickle
 import random
 import shutil
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from ptacc.checkpoint.remote_store import RemoteStore, store_at
 from ptacc.checkpoint.store import CheckpointStore
 from ptacc.cli import main
 from tests.checkpoint.objects import FOLDER, hearing, keys, object_at
-from tests.checkpoint.runs import STEPS, End, Mortal, make, save_each_step, train
+from tests.checkpoint.runs import STEPS, End, Mortal, exit_code_of, make, save_each_step, train
 from tests.ranks import RankFailed, launch, run_ranks
 
 KILLED = 9
@@ -341,19 +340,6 @@ def dying_at(number: int) -> Callable[[str, str], None]:
             os._exit(KILLED)
 
     return hear
-
-
-def exit_code_of(do: Callable[[], object]) -> int:
-    """Do something in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            do()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def save_and_die(directory: Path, number: int, **options: Any) -> None:

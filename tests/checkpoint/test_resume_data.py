@@ -22,19 +22,17 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from ptacc import (
-    Callback,
     CheckpointMixin,
     LRSchedulerMixin,
     SchedulerFactory,
     SeedMixin,
     StepOutput,
-    StepResult,
     Trainer,
-    TrainerCore,
 )
 from ptacc.core.engine import Engine, TorchEngine
 from ptacc.types import Sharding
 from tests.checkpoint.resumed import Augmented
+from tests.checkpoint.runs import StopAt
 from tests.ranks import run_ranks
 
 Sample = tuple[Tensor, Tensor]
@@ -111,16 +109,6 @@ class Plain(CheckpointMixin, SeedMixin, Trainer):
     def eval_step(self, batch: Sample) -> StepOutput[Tensor]:
         weight = next(self.unwrapped_model.parameters())
         return super().eval_step((batch[0].to(weight.dtype), batch[1]))
-
-
-class StopAt(Callback[TrainerCore]):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    @override
-    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if step.step == self.step:
-            trainer.stop("enough for now")
 
 
 def leg(

@@ -13,17 +13,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from ptacc import (
-    Callback,
     CheckpointMixin,
     EMAMixin,
     MetricsMixin,
     SeedMixin,
     StepOutput,
-    StepResult,
     Trainer,
-    TrainerCore,
 )
 from ptacc.testing import epoch_order
+from tests.checkpoint.runs import StopAt
 from tests.ranks import RankFailed, run_ranks
 
 SAMPLES, SEED = 50, 5
@@ -51,16 +49,6 @@ class Elastic(CheckpointMixin, EMAMixin, MetricsMixin, SeedMixin, Trainer):
         assert host is not None
         self.seen.append([] if host.is_phantom else batch[0][:, 0].int().tolist())
         return super().train_step((batch[0][:, 1:], batch[1]))
-
-
-class StopAt(Callback[TrainerCore]):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    @override
-    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if step.step == self.step:
-            trainer.stop("enough for now")
 
 
 def leg(

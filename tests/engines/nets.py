@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -83,6 +84,16 @@ class Numbers:
     norms: list[float]
     evaluations: list[float]
     weights: dict[str, Tensor]
+
+
+def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5) -> None:
+    """Check that all processes have the same numbers, and which; of weights more is let pass, for Adam divides them."""
+    for one in numbers:
+        assert one.losses == pytest.approx(expected.losses, rel=rtol)
+        assert one.norms == pytest.approx(expected.norms, rel=rtol)
+        assert one.evaluations == pytest.approx(expected.evaluations, rel=rtol)
+        torch.testing.assert_close(one.weights, expected.weights, rtol=10 * rtol, atol=10 * rtol)
+        assert one.losses == numbers[0].losses
 
 
 def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:

@@ -1,15 +1,12 @@
 """DeepSpeed: the numbers of one process in every stage, a model plain again after it, exact resume, and refusals."""
 
 import copy
-import importlib
 import json
 import math
 import os
 import pickle
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,35 +40,17 @@ from ptacc import (
     Trainer,
     ZeroStage,
 )
-from tests.engines.nets import Averaging, Block, Net, Numbers, Usual, digits, make, optimizer_of, train
+from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, optimizer_of, train
 from tests.ranks import find_free_port, launch, run_ranks
 
 pytestmark = [
+    pytest.mark.usefixtures("deepspeed_built"),
     # torch's own, in what DeepSpeed calls of it.
     pytest.mark.filterwarnings("ignore:.*torch.distributed.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 prove = pytest.mark.prove
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
-
-
-BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imported() -> Iterator[None]:
-    """Compile and import what takes long before the ranks are forked.
-
-    A rank that is killed while it compiles would leave a lock behind, for which all others wait for good.
-    """
-    built = Path(sys.prefix) / "torch_extensions" / "deepspeed_shm_comm"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(built.parent))
-        if (built / "lock").exists() or not (built / "deepspeed_shm_comm.so").exists():
-            shutil.rmtree(built, ignore_errors=True)
-            subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=100, capture_output=True)
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-        yield
 
 
 class Deep(DeepSpeedMixin, Usual): ...
@@ -81,15 +60,6 @@ class DeepAveraging(DeepSpeedMixin, Averaging): ...
 
 
 class DeepSaving(CheckpointMixin, Deep): ...
-
-
-def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5) -> None:
-    for one in numbers:
-        assert one.losses == pytest.approx(expected.losses, rel=rtol)
-        assert one.norms == pytest.approx(expected.norms, rel=rtol)
-        assert one.evaluations == pytest.approx(expected.evaluations, rel=rtol)
-        torch.testing.assert_close(one.weights, expected.weights, rtol=10 * rtol, atol=10 * rtol)
-        assert one.losses == numbers[0].losses
 
 
 def parts(model: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.core.shards import is_dealt
-from tests.engines.nets import Averaging, Block, Net, Numbers, Usual, digits, make, train
+from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, train
 from tests.ranks import run_ranks
 
 
@@ -31,15 +31,6 @@ class Sharded(FSDPMixin, Usual): ...
 
 
 class ShardedAveraging(FSDPMixin, Averaging): ...
-
-
-def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5) -> None:
-    for one in numbers:
-        assert one.losses == pytest.approx(expected.losses, rel=rtol)
-        assert one.norms == pytest.approx(expected.norms, rel=rtol)
-        assert one.evaluations == pytest.approx(expected.evaluations, rel=rtol)
-        torch.testing.assert_close(one.weights, expected.weights, rtol=10 * rtol, atol=rtol)
-        assert one.losses == numbers[0].losses
 
 
 @pytest.mark.parametrize(
@@ -122,6 +113,7 @@ def shares_and_gives_back(units: Any) -> tuple[set[str], float]:
     assert dict(model.named_parameters()).keys() == named.keys()
     assert [(type(module), set(vars(module))) for module in model.modules()] == looks
     assert all(p.grad is None for p in model.parameters())
+    assert not any(is_dealt(p) for slot in trainer.run.engine.slots for p in slot.parameters)  # nobody keeps the shards
     state = trainer.optimizer.state[named["enter.weight"]]
     assert state["momentum_buffer"].shape == (33, 64)
     assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 64)), model(torch.ones(1, 64)))

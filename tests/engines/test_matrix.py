@@ -93,7 +93,11 @@ def test_two_engines_are_refused() -> None:
 
 @pytest.mark.parametrize("partner", sorted(PARTNERS))
 @pytest.mark.parametrize("engine", ["FSDPMixin", *(pytest.param(f"ZeRO {n}", marks=pytest.mark.prove) for n in (2, 3))])
-def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(engine: str, partner: str, tmp_path: Path) -> None:
+def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(
+    engine: str, partner: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if engine.startswith("ZeRO"):
+        request.getfixturevalue("deepspeed_built")
     for mine, theirs in run_ranks(partial(both, engine, partner, tmp_path), 2):
         if said := REFUSALS.get((engine, partner)):
             assert isinstance(mine, str)

@@ -50,9 +50,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 3) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(Block() for _ in range(3)), nn.Linear(16, 4)
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(blocks)), nn.Linear(16, 4)
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
@@ -143,6 +143,19 @@ def test_of_regions_each_block_is_compiled(precision: str) -> None:
 
     trained(Looking, compile_backend="eager", compile_regions=True, mixed_precision=precision)
     assert seen == {"OptimizedModule"}
+
+
+def graphs_of(blocks: int) -> int:
+    reset()
+    counters.clear()
+    model = Net(blocks)
+    usual: dict[str, Any] = {**parts(), "model": model, "optimizer": SGD(model.parameters(), lr=0.1)}
+    Compiled(**usual, compile_backend="eager", compile_regions=True).train(data(), num_epochs=1)
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_of_regions_more_blocks_have_no_more_graphs() -> None:
+    assert 0 < graphs_of(9) == graphs_of(3)
 
 
 def test_inductor_gives_the_same_numbers_but_for_rounding() -> None:

@@ -2,13 +2,14 @@
 
 ```
 run, model, flags, optimizer, engine, ema, scheduler, callback.Name, ...   what all processes have in common
-run, random, train_metrics, ...                                           what each process has of its own
+run, engine, random, train_metrics, shards, ...                           what each process has of its own
 ```
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -137,14 +138,14 @@ def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterat
         before = shared.states[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"
-    needed = {part.name for part in shared_parts(trainer)}
-    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed - shared.states.keys()))
-    unknown = sorted(shared.states.keys() - needed)
+    needed: dict[str, Any] = {part.name: part.state for part in shared_parts(trainer)}
+    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.states.keys()))
+    unknown = sorted(shared.states.keys() - needed.keys())
     yield from ((name, f"nothing here takes the part {name!r} of the checkpoint") for name in unknown)
     for name, _ in stateful(trainer, each_rank=True):
         if name not in own.states and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this process"
-    yield from ((MODEL, what) for what in differing_weights(run.engine.weights(), shared.states.get(MODEL, {})))
+    yield from ((MODEL, what) for what in differing_weights(needed[MODEL], shared.states.get(MODEL, {})))
 
 
 def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str] = ()) -> None:

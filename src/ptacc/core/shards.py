@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ptacc.errors import CheckpointError
 
@@ -52,6 +53,11 @@ class Dealing:
     def of(cls, tensor: DTensor) -> Dealing:
         """Return how `tensor` is dealt."""
         return cls(tuple(map(str, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+
+    @override
+    def __str__(self) -> str:
+        """Tell it in a line: `S(0) over dp_shard`."""
+        return f"{' '.join(self.placements)} over {' '.join(self.mesh)}"
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,19 @@ def _runs(ndim: int, dim: int, size: int, mesh: DeviceMesh, placements: tuple[Pl
     return tuple((held[a], held[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(held)]))
 
 
-def dealt_like(like: DTensor, whole: Tensor) -> DTensor:
-    """Return a tensor that every process has whole as one that is dealt as another is. No process communicates."""
+def put_on(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], local: Tensor) -> DTensor:
+    """Return the tensor of a shape that is dealt over a mesh, of which this process's part is `local`."""
     from torch.distributed.tensor import DTensor
 
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    local = local.to(mesh.device_type)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def dealt_like(like: DTensor, whole: Tensor) -> DTensor:
+    """Return a tensor that every process has whole as one that is dealt as another is. No process communicates."""
     mesh, placements = like.device_mesh, like.placements
-    local = part_of(whole, runs_of(like.shape, mesh, placements)).to(mesh.device_type)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return put_on(mesh, placements, like.shape, part_of(whole, runs_of(like.shape, mesh, placements)))
 
 
 def beside(parameter: Tensor, value: Any) -> Any:
@@ -147,14 +159,15 @@ def beside(parameter: Tensor, value: Any) -> Any:
         return value
     if is_dealt(value):
         return value.full_tensor().to(parameter.device)
-    if not value.dim() or not is_dealt(parameter):
+    if not value.dim():
         return value
+    assert is_dealt(parameter)
     if value.shape == parameter.shape:
         return dealt_like(parameter, value)
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
     mesh = parameter.device_mesh
-    return DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return put_on(mesh, [Replicate()] * mesh.ndim, value.shape, value)
 
 
 def whole_from(shards: Sequence[Shard]) -> Whole:

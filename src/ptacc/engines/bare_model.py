@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-DEEPSPEED = "deepspeed"
+from ptacc.engines.hooks import remove_hooks
+
+DEEPSPEED = ("deepspeed",)
 """The package whose hooks a model carries meanwhile."""
 LATER = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
 """How names begin of what DeepSpeed notes in a model as late as in its first forward pass."""
@@ -67,7 +69,7 @@ class BareModel:
             table.update(vars(module)["_parameters"])
             self._strip(module)
             vars(module)["_parameters"] = table
-            remove_hooks(module)
+            remove_hooks(module, DEEPSPEED)
         for name, buffer in self.model.named_buffers():
             buffer.data = buffer.data.to(self._buffers[name])
 
@@ -79,17 +81,3 @@ class BareModel:
 
     def _parts(self) -> tuple[object, ...]:
         return (*self.model.modules(), *self.model.parameters())
-
-
-def remove_hooks(module: nn.Module) -> None:
-    """Take DeepSpeed's hooks off a module."""
-    tables = [table for name, table in vars(module).items() if isinstance(table, dict) and "_hooks" in name]
-    theirs = [key for table in tables for key, hook in table.items() if is_deepspeeds(hook)]
-    for table in tables:  # a hook that takes keywords, or is always called, stands in a second table
-        for key in theirs:
-            table.pop(key, None)
-
-
-def is_deepspeeds(hook: object) -> bool:
-    """Say whether a hook is one of DeepSpeed's own."""
-    return callable(hook) and (getattr(hook, "__module__", None) or "").startswith(DEEPSPEED)

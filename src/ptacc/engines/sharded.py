@@ -22,15 +22,15 @@ from torch import Tensor, nn
 # torch has no public way to let it forget that a module was sharded, and refuses to shard it again.
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.core.engine import Slot, TorchEngine
-from ptacc.core.shards import Dealing, Shard, Whole, beside, part_of, runs_of, whole_tensor
+from ptacc.core.shards import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
 from ptacc.engines.buffers import share_buffers
+from ptacc.engines.hooks import remove_hooks
 from ptacc.errors import CheckpointError
 from ptacc.protocols import DeviceRuntime
 
@@ -95,16 +95,7 @@ class Looks:
         _module_state_mapping.pop(module, None)
         for name in added:
             vars(module).pop(name, None)
-        tables = [table for table in vars(module).values() if isinstance(table, dict)]
-        ours = [key for table in tables for key, hook in table.items() if isinstance(key, int) and is_of_torch(hook)]
-        for table in tables:
-            for key in ours:  # a hook that takes keywords, or is always called, stands in a second table
-                table.pop(key, None)
-
-
-def is_of_torch(hook: object) -> bool:
-    """Say whether a hook is one of those by which a model is sharded."""
-    return callable(hook) and (getattr(hook, "__module__", None) or "").startswith(HOOKING)
+        remove_hooks(module, HOOKING)
 
 
 class ShardedModel:
@@ -191,37 +182,14 @@ class ShardedEngine(TorchEngine):
             shard: Shards a model in place.
             gives_back: Whether the model becomes whole again at the end of the run.
         """
-        self._bare_model = model
-        self._optimizers = {slot.name: slot.optimizer for slot in slots}
         self._sharded: ShardedModel | None = None
         self._gives_back = gives_back
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            with self._moving_optimizers():
+        if not any(map(is_dealt, model.parameters())):
+            with moving_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         # For the precision, and the compiler. It wraps nothing: DDP is for models that are whole.
-        super().__init__(accelerator, model, self._present_slots(), in_replicas=False)
-        self._forms = {Dealing.of(p): p for p in model.parameters() if isinstance(p, DTensor)}
-
-    def _present_slots(self) -> tuple[Slot, ...]:
-        return tuple(Slot.of(name, optimizer) for name, optimizer in self._optimizers.items())
-
-    @contextlib.contextmanager
-    def _moving_optimizers(self) -> Iterator[None]:
-        """Let the optimizers hold after the block what stands in the model then."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._bare_model.named_parameters()}
-        held = [Holding.taken_from(optimizer, names) for optimizer in self._optimizers.values()]
-        try:
-            yield
-        finally:
-            parameters = dict(self._bare_model.named_parameters())
-            for holding in held:
-                holding.give(parameters)
-
-    @property
-    @override
-    def slots(self) -> Sequence[Slot]:
-        """The optimizers."""
-        return self._present_slots()
+        super().__init__(accelerator, model, present(slots), in_replicas=False)
+        self._forms = {Dealing.of(p): p for p in model.parameters() if is_dealt(p)}
 
     @override
     def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -233,14 +201,8 @@ class ShardedEngine(TorchEngine):
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
         """Scale the gradients of each slot, and return the norm of them all: a plain scalar, equal everywhere."""
-        norms = [clip_dealt_norm(slot.parameters, max_norm) for slot in self.slots]
+        norms = [clip_dealt_norm(slot.parameters, max_norm) for slot in self._slots]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-    @override
-    def clip_value(self, max_value: float) -> None:
-        """Clamp each entry of the gradients."""
-        for slot in self.slots:
-            clip_grad_value_(slot.parameters, max_value)
 
     @override
     def update(self) -> bool:
@@ -253,9 +215,10 @@ class ShardedEngine(TorchEngine):
     def give_back(self) -> None:
         """Have the user's model whole again, and what the optimizers keep. A collective."""
         if self._sharded is not None and self._gives_back:
-            with self._moving_optimizers():
+            with moving_optimizers(self._bare_model, self._slots):
                 self._sharded.give_back()
-            self._sharded = None
+            # The run outlives this, and the shards need not.
+            self._sharded, self._slots, self._forms = None, present(self._slots), {}
 
     @override
     def revive(self, value: Any) -> Any:
@@ -265,17 +228,32 @@ class ShardedEngine(TorchEngine):
         form = self._forms.get(value.dealing)
         if form is None:
             known = ", ".join(map(str, self._forms))
-            raise CheckpointError(f"A tensor was saved as {value.dealing}, and this engine deals tensors as {known}.")
+            raise CheckpointError(f"A tensor was dealt as {value.dealing}, and this engine deals them as {known}.")
         mesh, placements = form.device_mesh, form.placements
         shape = value.shape if isinstance(value, Shard) else tuple(value.tensor.shape)
         runs = runs_of(shape, mesh, placements)
         if isinstance(value, Shard) and value.runs != runs:
             raise CheckpointError(f"A part of a tensor of shape {shape} was saved for another place than this one's.")
         local = value.local if isinstance(value, Shard) else part_of(value.tensor, runs)
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local.to(mesh.device_type), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return put_on(mesh, placements, shape, local)
+
+
+def present(slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    """Return the slots of the same optimizers with the parameters that these hold now."""
+    return tuple(Slot.of(slot.name, slot.optimizer) for slot in slots)
+
+
+@contextlib.contextmanager
+def moving_optimizers(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
+    """Let the optimizers hold after the block what stands in the model then."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    held = [Holding.taken_from(slot.optimizer, names) for slot in slots]
+    try:
+        yield
+    finally:
+        parameters = dict(model.named_parameters())
+        for holding in held:
+            holding.give(parameters)
 
 
 def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:

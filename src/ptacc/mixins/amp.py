@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
-from ptacc.errors import OptionError
 from ptacc.types import Precision
+from ptacc.validation import check_choice
 
 
 class AMPMixin(Mixin):
@@ -34,11 +34,8 @@ class AMPMixin(Mixin):
     @override
     def check_options(self) -> None:
         """Refuse a precision that is none."""
-        if self.mixed_precision is not None and self.mixed_precision not in get_args(Precision):
-            raise OptionError(
-                f"{type(self).__name__}(mixed_precision={self.mixed_precision!r}): must be one of "
-                f"{', '.join(map(repr, get_args(Precision)))}, or None for what the launch says."
-            )
+        owner, choices = type(self).__name__, get_args(Precision)
+        check_choice(owner, "mixed_precision", self.mixed_precision, choices, "what the launch says")
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
-from ptacc.errors import OptionError
 from ptacc.types import CompileBackend, CompileMode
+from ptacc.validation import check_choice
 
 
 class CompileMixin(Mixin):
@@ -29,7 +29,7 @@ class CompileMixin(Mixin):
             None to do so from the second size on.
         compile_fullgraph: Whether a model that falls into several graphs is an error.
         compile_regions: Whether to compile the repeated blocks of a model (`nn.ModuleList` of one class) one by one,
-            the same code for each: the first batch waits a fraction of the time. None for what the launch says.
+            with the same code for each: there is no more to compile for more of them. None for what the launch says.
 
     Hooks: `configure_accelerator`, `conditions`.
 
@@ -52,13 +52,9 @@ class CompileMixin(Mixin):
     @override
     def check_options(self) -> None:
         """Refuse a backend and a mode that are none."""
-        for name, choices in (("compile_backend", CompileBackend), ("compile_mode", CompileMode)):
-            value = getattr(self, name)
-            if value is not None and value not in get_args(choices):
-                raise OptionError(
-                    f"{type(self).__name__}({name}={value!r}): must be one of "
-                    f"{', '.join(map(repr, get_args(choices)))}, or None for what the launch says."
-                )
+        owner, otherwise = type(self).__name__, "what the launch says"
+        check_choice(owner, "compile_backend", self.compile_backend, get_args(CompileBackend), otherwise)
+        check_choice(owner, "compile_mode", self.compile_mode, get_args(CompileMode), otherwise)
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:

@@ -28,8 +28,8 @@ class FSDPMixin(Mixin):
 
     Options:
         fsdp_units: Classes of submodules, or their names as in `named_modules()`, in which `*` stands for anything:
-            each is put together by itself. None for the blocks that a model of transformers names, or else for those
-            in each `nn.ModuleList`; `[]` for the model as a whole.
+            each is put together by itself, with all that lies in it. None for the blocks that a model of transformers
+            names, or else for those in each `nn.ModuleList`; `[]` for the model as a whole.
         fsdp_reshard_after_forward: Whether a unit is let go between the forward and the backward pass: less memory,
             and one more exchange.
         fsdp_param_dtype: What units compute in, and are put together in; their own if None.
@@ -98,7 +98,7 @@ class FSDPMixin(Mixin):
         return FSDPEngine(self.accelerator, self.unwrapped_model, self.slots(), units, gives_back=self.fsdp_gives_back)
 
     def _units(self) -> list[nn.Module]:
-        """Return the submodules that are units, the inner ones first."""
+        """Return the submodules that are units, beside the model itself."""
         model = self.unwrapped_model
         if self.fsdp_units is not None:
             return chosen_submodules(model, self.fsdp_units, f"{type(self).__name__}(fsdp_units=[...])")
