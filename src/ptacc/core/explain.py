@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ptacc.core.advice import advice_on
 from ptacc.core.events import Callback, overrides
 from ptacc.core.guards import calls_super, shape_of
 from ptacc.core.hooks import TrainerCore
@@ -45,8 +46,16 @@ class Explanation:
     sections: tuple[Section, ...]
 
     def __getitem__(self, title: str) -> tuple[tuple[str, ...], ...]:
-        """Return the rows of a section."""
-        return next(section.rows for section in self.sections if section.title == title)
+        """Return the rows of a section.
+
+        Raises:
+            KeyError: There is none of this title.
+        """
+        return {section.title: section.rows for section in self.sections}[title]
+
+    def __contains__(self, title: object) -> bool:
+        """Say whether there is a section of this title."""
+        return any(section.title == title for section in self.sections)
 
     @override
     def __str__(self) -> str:
@@ -64,16 +73,16 @@ def explain(
         batch_size: Samples of a batch of one process.
         lengths: `num_epochs` and `max_steps`.
     """
-    return Explanation(
-        (
-            Section("classes, in the order in which they are asked", class_rows(type(trainer))),
-            Section("hooks, each calling the next by super()", hook_rows(trainer)),
-            Section("options", option_rows(trainer)),
-            Section("launch", launch_rows(trainer)),
-            Section("batches", batch_rows(trainer, samples, batch_size, lengths)),
-            Section("state", state_rows(trainer)),
-        )
+    sections = (
+        Section("classes, in the order in which they are asked", class_rows(type(trainer))),
+        Section("hooks, each calling the next by super()", hook_rows(trainer)),
+        Section("options", option_rows(trainer)),
+        Section("launch", launch_rows(trainer)),
+        Section("batches", batch_rows(trainer, samples, batch_size, lengths)),
+        Section("state", state_rows(trainer)),
     )
+    advice = advice_rows(trainer)
+    return Explanation((*sections, Section("what would be faster", advice)) if advice else sections)
 
 
 def class_rows(cls: type) -> tuple[tuple[str, ...], ...]:
@@ -148,11 +157,12 @@ def batch_rows(
     trainer: TrainerCore, samples: int | None, batch_size: int, lengths: tuple[int | None, int | None]
 ) -> tuple[tuple[str, ...], ...]:
     """Return the arithmetic from a process's batch to the steps of the run."""
-    processes, batches = trainer.accelerator.num_processes, trainer.batches_per_step()
-    step = batch_size * processes * batches
-    rows = [("samples a step", f"{batch_size} a batch x {processes} processes x {batches} batches a step = {step}")]
+    replicas, batches = trainer.peers.replicas, trainer.batches_per_step()
+    step = batch_size * replicas * batches
+    sharing = "processes" if replicas == trainer.peers.world_size else "replicas"
+    rows = [("samples a step", f"{batch_size} a batch x {replicas} {sharing} x {batches} batches a step = {step}")]
     if samples is not None:
-        per_process = math.ceil(samples / (batch_size * processes))
+        per_process = math.ceil(samples / (batch_size * replicas))
         plan = RunPlan.of(lengths[0], math.ceil(per_process / batches), lengths[1])
         rows.append(("steps an epoch", f"{samples} samples / {step} = {plan.steps_per_epoch}"))
         if plan.known_total_steps is not None:
@@ -171,6 +181,13 @@ def state_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
         rows += [(key.name, type(state).__name__) for key, state in trainer.run.states() if isinstance(state, Stateful)]
     rows += [(type(c).__name__, "callback") for c in trainer.all_callbacks() if isinstance(c, Stateful)]
     return tuple(rows)
+
+
+def advice_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
+    """Return what would be faster, each with what to write."""
+    model, precision = trainer.unwrapped_model, trainer.accelerator.mixed_precision
+    is_sharded = trainer.conditions()["engine"] != "torch"
+    return advice_on(model, trainer.slots(), trainer.device, precision=precision, is_sharded=is_sharded)
 
 
 def origin(cls: type, name: str, is_given: bool) -> str:

@@ -1,0 +1,197 @@
+"""`explain()` tells what would be faster, and what it tells is true; it changes nothing."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from ptacc import GradAccumMixin, Trainer
+from ptacc.core.advice import advice_on_matrices, advice_on_optimizer, has_sparse_gradients
+from ptacc.testing import tiny_data, tiny_parts
+from tests.ranks import run_ranks
+
+TITLE = "what would be faster"
+
+
+def make(make_optimizer: Callable[..., Optimizer], model: nn.Module | None = None, **options: object) -> Trainer:
+    parts: dict[str, Any] = tiny_parts()
+    parts["model"] = model or parts["model"]
+    parts["optimizer"] = make_optimizer(parts["model"].parameters(), lr=0.01, **options)
+    return Trainer(**parts)
+
+
+def advised(trainer: Trainer) -> list[str]:
+    explanation = trainer.explain()
+    return [write for write, _ in explanation[TITLE]] if TITLE in explanation else []
+
+
+# ---- the optimizer
+
+ADVISED: list[tuple[type[Optimizer], dict[str, Any]]] = [
+    (SGD, {"momentum": 0.9}),
+    (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (Adam, {}),
+    (Adam, {"amsgrad": True, "maximize": True}),
+    (AdamW, {"weight_decay": 0.1}),
+    (Adagrad, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), ADVISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_fused_kernel_that_is_advised_is_accepted_and_gives_the_same(
+    kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    ends = []
+    for fused in ({}, {"fused": True}):
+        torch.manual_seed(0)
+        trainer = make(kind, nn.Linear(4, 2, dtype=dtype), **options, **fused)
+        assert advised(trainer) == ([] if fused else [f"{kind.__name__}(..., fused=True)"])
+        for _ in range(3):
+            for parameter in trainer.model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            trainer.optimizer.step()
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0])
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("kind", "options"), ADVISED)
+@pytest.mark.parametrize("width", [8, 1024])
+def test_the_fused_kernel_that_is_advised_is_faster(kind: Any, options: dict[str, Any], width: int) -> None:
+    best = {}
+    for fused in (None, True):
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        optimizer = kind(model.parameters(), lr=0.01, fused=fused, **options)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        best[fused] = min(seconds_of(optimizer) for _ in range(10))
+    assert best[True] < best[None]
+
+
+def seconds_of(optimizer: Optimizer) -> float:
+    started = time.process_time()
+    for _ in range(10):
+        optimizer.step()
+    return time.process_time() - started
+
+
+class OwnAdam(Adam): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SGD, {}),
+        (Adam, {"fused": True}),
+        (Adam, {"fused": False}),
+        (Adam, {"foreach": True}),
+        (Adam, {"differentiable": True}),
+        (RMSprop, {}),
+        (OwnAdam, {}),
+    ],
+)
+def test_nothing_is_advised_where_nothing_is_gained_or_the_user_has_chosen(
+    kind: type[Optimizer], options: dict[str, Any]
+) -> None:
+    trainer = make(kind, **options)
+    explanation = trainer.explain()
+    assert TITLE not in explanation
+    assert TITLE not in str(explanation)
+
+
+def test_a_fused_kernel_that_would_be_refused_is_not_advised() -> None:
+    sparse = nn.Sequential(nn.EmbeddingBag(4, 2, sparse=True))
+    assert has_sparse_gradients(sparse)
+    assert advised(make(Adagrad, sparse)) == []
+    sparse(torch.tensor([[1, 2]])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        Adagrad(sparse.parameters(), fused=True).step()
+
+
+def test_complex_parameters_have_no_fused_kernel() -> None:
+    model = nn.Linear(4, 2, dtype=torch.complex64)
+    assert advised(make(Adam, model)) == []
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match="fused"):
+        Adam(model.parameters(), fused=True).step()
+
+
+def test_a_kernel_that_a_skipped_step_upsets_is_not_advised() -> None:
+    model = nn.Linear(4, 2)
+    with_momentum, adam = SGD(model.parameters(), momentum=0.9), Adam(model.parameters())
+    cpu = torch.device("cpu")
+    assert len(list(advice_on_optimizer(with_momentum, cpu, "bf16"))) == 1
+    assert list(advice_on_optimizer(with_momentum, cpu, "fp16")) == []
+    assert len(list(advice_on_optimizer(adam, cpu, "fp16"))) == 1
+
+
+def test_advice_changes_nothing() -> None:
+    trainer = make(Adam)
+    before = str(trainer.optimizer.state_dict())
+    assert "Adam(..., fused=True)  one kernel" in str(trainer.explain())
+    assert str(trainer.optimizer.state_dict()) == before
+
+
+# ---- matrices
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "capability", "count"),
+    [
+        (torch.float32, "no", (8, 0), 1),
+        (torch.float32, "no", (9, 0), 1),
+        (torch.float32, "no", (7, 5), 0),
+        (torch.float32, "no", None, 0),
+        (torch.float32, "bf16", (9, 0), 0),
+        (torch.bfloat16, "no", (9, 0), 0),
+    ],
+)
+def test_tf32_is_advised_where_a_gpu_has_it_and_float32_is_computed(
+    dtype: torch.dtype, precision: str, capability: tuple[int, int] | None, count: int
+) -> None:
+    assert len(list(advice_on_matrices({dtype}, precision, capability))) == count
+
+
+def test_tf32_is_not_advised_to_who_has_done_it(matmul_precision: None) -> None:
+    (advice,) = advice_on_matrices({torch.float32}, "no", (9, 0))
+    exec(advice.write)  # it is what the user is told to write
+    assert list(advice_on_matrices({torch.float32}, "no", (9, 0))) == []
+
+
+# ---- the other sections
+
+
+class Accumulating(GradAccumMixin, Trainer): ...
+
+
+def batches_on_rank() -> tuple[tuple[str, ...], ...]:
+    trainer = Accumulating(**tiny_parts(), gradient_accumulation_steps=3)
+    return trainer.explain(tiny_data(), num_epochs=2, per_device_batch_size=2)["batches"]
+
+
+def test_the_arithmetic_of_batches_is_that_of_all_processes() -> None:
+    first, second = run_ranks(batches_on_rank, 2)
+    assert first == second
+    assert first == (
+        ("samples a step", "2 a batch x 2 processes x 3 batches a step = 12"),
+        ("steps an epoch", "24 samples / 12 = 2"),
+        ("steps in all", "4, in 2 epochs"),
+    )
+
+
+def test_a_section_that_is_not_there_is_a_key_error() -> None:
+    with pytest.raises(KeyError, match="weather"):
+        make(SGD).explain()["weather"]
