@@ -1,0 +1,427 @@
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.data import Dataset, IterableDataset
+from typing_extensions import override
+
+from ptacc import (
+    Callback,
+    CheckpointMixin,
+    DataLoaderKwargs,
+    Engine,
+    EpochRecord,
+    GradAccumMixin,
+    OptionError,
+    StepOutput,
+    Steps,
+    SWAMixin,
+    Throughput,
+    ThroughputCallback,
+    Trainer,
+    TrainerCore,
+    TrainingLoop,
+)
+from ptacc.callbacks import throughput
+from ptacc.core.engine import TorchEngine
+from ptacc.core.history import STEPS_IN_MEMORY, StepResult
+from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
+from tests.ranks import run_ranks
+
+LOADING, FORWARD, EVALUATING, SAVING, EPOCHS_END, AFTER_A_STEP = 0.25, 2.0, 16.0, 256.0, 4096.0, 0.5
+"""What each of these takes by the clock of these tests: a sample, a batch, a batch, a checkpoint, a callback twice."""
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(throughput, "time", made)
+    return made
+
+
+class Slow(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, clock: Clock, samples: int = 24) -> None:
+        self.clock, self.tensors = clock, tiny_data(samples).tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.clock.now += LOADING
+        return self.tensors[0][index], self.tensors[1][index]
+
+
+class SlowTrainer(CheckpointMixin, GradAccumMixin, SWAMixin, Trainer):
+    clock: Clock
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.clock.now += FORWARD
+        return super().compute_train_loss(outputs, targets)
+
+    @override
+    def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.clock.now += EVALUATING
+        return super().compute_eval_loss(outputs, targets)
+
+
+class SlowCallback(Callback[TrainerCore]):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        self.clock.now += AFTER_A_STEP
+
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        self.clock.now += EPOCHS_END
+
+    def state_dict(self) -> dict[str, Any]:
+        self.clock.now += SAVING
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def train_slowly(clock: Clock, folder: Path, callback: ThroughputCallback, **options: Any) -> SlowTrainer:
+    """Train two epochs of three steps, evaluating after each second step and saving after each, and then average."""
+    trainer = SlowTrainer(
+        **tiny_parts(),
+        clock=clock,
+        callbacks=[SlowCallback(clock), callback],
+        checkpoint_dir=folder,
+        checkpoint_every=Steps(1),
+        swa_start=1,
+        **options,
+    )
+    trainer.train(Slow(clock), Slow(clock), num_epochs=2, evaluate_every=Steps(2))
+    return trainer
+
+
+def train(callback: ThroughputCallback, samples: int = 24, **options: Any) -> Trainer:
+    trainer = Trainer(**tiny_parts(), callbacks=[callback])
+    asked: dict[str, Any] = {"num_epochs": 2, **options}
+    trainer.train(tiny_data(samples), **asked)
+    return trainer
+
+
+# ---- time
+
+
+def test_training_counts_and_evaluations_checkpoints_and_what_is_between_epochs_do_not(
+    clock: Clock, tmp_path: Path
+) -> None:
+    callback = ThroughputCallback(warmup=0)
+    train_slowly(clock, tmp_path, callback)
+    each = 8 * LOADING + FORWARD + AFTER_A_STEP
+    assert [report.seconds for report in callback.reports] == [3 * each, 3 * each]
+    assert callback.summary().seconds == 6 * each
+    assert clock.now > 6 * SAVING + 2 * EPOCHS_END + 9 * EVALUATING
+
+
+def test_waiting_for_data_is_told_from_the_rest(clock: Clock, tmp_path: Path) -> None:
+    callback = ThroughputCallback(warmup=0)
+    train_slowly(clock, tmp_path, callback, gradient_accumulation_steps=3)
+    waiting, working = 24 * LOADING, 3 * FORWARD + AFTER_A_STEP
+    assert [report.data_seconds for report in callback.reports] == [waiting, waiting]
+    assert [report.data_wait for report in callback.reports] == [waiting / (waiting + working)] * 2
+
+
+def test_the_first_steps_are_left_out(clock: Clock, tmp_path: Path) -> None:
+    callback = ThroughputCallback(warmup=2)
+    train_slowly(clock, tmp_path, callback)
+    assert [report.steps for report in callback.reports] == [1, 3]
+    assert callback.summary().steps == 4
+    assert callback.summary().seconds == 4 * (8 * LOADING + FORWARD + AFTER_A_STEP)
+
+
+class Late(Callback[TrainerCore]):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        self.clock.now += 1.0
+
+
+def test_what_callbacks_do_after_this_one_counts_where_nothing_else_comes_between(clock: Clock) -> None:
+    callback = ThroughputCallback(warmup=0, every=2)
+    trainer = Trainer(**tiny_parts(), callbacks=[callback, Late(clock)])
+    trainer.train(tiny_data(48), num_epochs=1)
+    assert [report.seconds for report in callback.reports] == [1.0, 2.0, 2.0]
+
+
+# ---- counts
+
+
+def test_items_samples_and_steps_are_counted_for_each_epoch() -> None:
+    callback = ThroughputCallback(warmup=0)
+    train(callback, per_device_batch_size=10)
+    counts = [(report.step, report.steps, report.items, report.samples) for report in callback.reports]
+    assert counts == [(3, 3, 24, 24), (6, 3, 24, 24)]
+
+
+def test_reports_come_each_so_many_steps_and_at_the_end_of_an_epoch() -> None:
+    callback = ThroughputCallback(warmup=1, every=2)
+    train(callback, per_device_batch_size=5)
+    assert [(report.step, report.steps) for report in callback.reports] == [(3, 2), (5, 2), (7, 2), (9, 2), (10, 1)]
+
+
+def test_a_report_comes_at_the_end_of_a_plan_within_an_epoch() -> None:
+    callback = ThroughputCallback(warmup=0)
+    train(callback, num_epochs=None, max_steps=5)
+    assert [(report.step, report.steps) for report in callback.reports] == [(3, 3), (5, 2)]
+
+
+def test_a_run_that_is_stopped_is_in_the_summary() -> None:
+    class Stopping(Trainer):
+        @override
+        def should_stop(self) -> str | None:
+            return super().should_stop() or ("enough" if self.progress.steps == 5 else None)
+
+    callback = ThroughputCallback(warmup=0)
+    Stopping(**tiny_parts(), callbacks=[callback]).train(tiny_data(), num_epochs=2)
+    assert [report.step for report in callback.reports] == [3]
+    assert (callback.summary().step, callback.summary().steps) == (5, 5)
+
+
+@dataclass
+class Tokens:
+    inputs: Tensor
+    count: int
+
+
+class LanguageModel(TrainingLoop[Tokens, Tensor]):
+    @override
+    def count_items(self, batch: Tokens) -> int:
+        return batch.count
+
+    @override
+    def train_step(self, batch: Tokens) -> StepOutput[Tensor]:
+        outputs: Tensor = self.model(batch.inputs)
+        return StepOutput(loss=outputs.mean(), outputs=outputs)
+
+
+def train_on_tokens(callback: ThroughputCallback, data: Any, **options: Any) -> None:
+    net = nn.Linear(3, 1)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    trainer = LanguageModel(net, optimizer=sgd, default_callbacks=(), callbacks=[callback])
+    trainer.train(data, collate_fn=lambda rows: Tokens(torch.stack(rows), 100 * len(rows)), **options)
+
+
+def test_items_are_what_the_loss_is_a_mean_over_and_samples_are_told_beside_them() -> None:
+    callback = ThroughputCallback(warmup=0)
+    train_on_tokens(callback, list(torch.ones(20, 3)), num_epochs=1)
+    (report,) = callback.reports
+    assert (report.items, report.samples) == (2000, 20)
+    assert report.values()["items_per_second"] == pytest.approx(100 * report.values()["samples_per_second"])
+
+
+class Stream(IterableDataset[Tensor]):
+    @override
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.ones(100, 3)
+
+
+def test_a_stream_reports_at_the_end_of_the_run() -> None:
+    callback = ThroughputCallback(warmup=0)
+    train_on_tokens(callback, Stream(), max_steps=9)
+    assert [(report.steps, report.items, report.samples) for report in callback.reports] == [(9, 7200, 72)]
+
+
+def test_samples_that_nobody_counts_are_unknown() -> None:
+    callback = ThroughputCallback(warmup=0)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    net = nn.Linear(3, 1)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    class Rows(TrainingLoop[Tensor, Tensor]):
+        @override
+        def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+            return StepOutput(loss=self.model(batch).mean(), outputs=batch)
+
+    Rows(net, optimizer=sgd, default_callbacks=(), callbacks=[callback]).train(loader, max_steps=9)
+    assert (callback.summary().items, callback.summary().samples) == (27, None)
+    assert "samples_per_second" not in callback.summary().values()
+
+
+def test_each_run_is_counted_by_itself() -> None:
+    callback = ThroughputCallback(warmup=0)
+    trainer = train(callback)
+    trainer.evaluate(tiny_data())
+    trainer.train(tiny_data(), num_epochs=1)
+    assert [report.steps for report in callback.reports] == [3]
+
+
+def test_processes_count_all_items_and_no_phantoms() -> None:
+    def worker() -> tuple[float, int | None]:
+        callback = ThroughputCallback(warmup=0)
+        train(callback, num_epochs=1, per_device_batch_size=5)
+        return callback.summary().items, callback.summary().samples
+
+    assert run_ranks(worker, 2) == [(24, 24), (24, 24)]
+
+
+# ---- where the values go
+
+
+def test_the_values_are_in_the_history() -> None:
+    callback = ThroughputCallback(warmup=0)
+    history = train(callback).history
+    for epoch, report in zip(history, callback.reports, strict=True):
+        assert epoch.logged == pytest.approx(report.values(), rel=1e-6)  # the history has single precision
+    assert ["data_wait" in step.logged for step in history.steps] == [False, False, True] * 2
+
+
+def test_no_report_is_lost_where_the_history_reads_its_steps() -> None:
+    callback = ThroughputCallback(warmup=0, every=1)
+    history = train(callback, samples=1100, num_epochs=1, per_device_batch_size=1).history
+    assert len(history.steps) == STEPS_IN_MEMORY
+    assert all("data_wait" in step.logged for step in history.steps)
+
+
+def test_rates_are_counts_by_seconds() -> None:
+    measured = Throughput(
+        step=9,
+        steps=8,
+        items=4096,
+        samples=64,
+        seconds=2.0,
+        data_seconds=0.5,
+        flops_per_item=1e6,
+        peak_flops=1e10,
+        host_memory=2**31,
+        device_memory=2**29,
+    )
+    assert (measured.steps_per_second, measured.samples_per_second, measured.flops_per_second) == (4, 32, 2.048e9)
+    assert measured.values() == {
+        "items_per_second": 2048.0,
+        "samples_per_second": 32.0,
+        "data_wait": 0.25,
+        "flops_utilisation": 0.2048,
+        "host_memory_gib": 2.0,
+        "device_memory_gib": 0.5,
+    }
+
+
+def test_there_is_no_rate_before_there_is_a_step() -> None:
+    empty = ThroughputCallback().summary()
+    assert (empty.steps, empty.items_per_second, empty.data_wait) == (0, 0.0, 0.0)
+
+
+# ---- the hardware
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_operations_are_counted_in_the_first_step(accumulation: int) -> None:
+    class Accumulating(GradAccumMixin, Trainer): ...
+
+    callback = ThroughputCallback(measure_flops=True)
+    trainer = Accumulating(**tiny_parts(), callbacks=[callback], gradient_accumulation_steps=accumulation)
+    trainer.train(tiny_data(), num_epochs=2)
+    of_a_product = 2 * 4 * 2  # multiply and add, 4 inputs, 2 outputs: once forward, once for the weights' gradient
+    assert callback.summary().flops_per_item == 2 * of_a_product
+
+
+class Skipping(Trainer):
+    """Has a scaler that skips the first step, whose gradients are not finite."""
+
+    @override
+    def make_engine(self) -> Engine:
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots(), torch.amp.GradScaler("cpu"))
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = super().compute_train_loss(outputs, targets)
+        return loss if self.progress.batches else loss * math.inf
+
+
+def test_a_step_that_was_skipped_counts_in_the_time_alone() -> None:
+    callback = ThroughputCallback(measure_flops=True, warmup=0)
+    trainer = Skipping(**iris_parts(), callbacks=[callback])
+    trainer.train(iris(), num_epochs=1, per_device_batch_size=30)
+    assert trainer.progress.steps == 4
+    assert (callback.summary().items, callback.summary().samples) == (120, 120)
+    products = [4 * 16, 16 * 3, 4 * 16, 16 * 3, 16 * 3]  # forward, by the weights, by the inputs of the second layer
+    assert callback.summary().flops_per_item == 2 * sum(products)
+
+
+def test_counting_operations_changes_no_number() -> None:
+    in_order: DataLoaderKwargs = {"shuffle": False}
+    counting, plain = (
+        train(ThroughputCallback(measure_flops=flag), train_dataloader_kwargs=in_order) for flag in (True, False)
+    )
+    assert [step.loss for step in counting.history.steps] == [step.loss for step in plain.history.steps]
+
+
+def test_utilisation_is_of_all_processes() -> None:
+    def worker() -> tuple[float | None, float | None]:
+        callback = ThroughputCallback(measure_flops=True, peak_flops=1e12)
+        train(callback)
+        return callback.summary().flops_per_item, callback.summary().peak_flops
+
+    assert run_ranks(worker, 2) == [(32, 2e12)] * 2
+
+
+def test_utilisation_is_unknown_where_the_peak_is() -> None:
+    callback = ThroughputCallback(flops_per_item=32)
+    train(callback)
+    summary = callback.summary()
+    assert summary.flops_per_second == 32 * summary.items_per_second
+    assert summary.flops_utilisation is None
+    assert "flops_utilisation" not in summary.values()
+
+
+def test_the_hosts_memory_is_that_of_this_process() -> None:
+    callback = ThroughputCallback()
+    train(callback)
+    before = callback.summary().host_memory
+    held = torch.ones(2**25)
+    after = callback.summary().host_memory
+    assert before is not None
+    assert after is not None
+    assert after >= before >= 2**26
+    assert after >= held.nbytes
+    assert callback.summary().device_memory is None
+
+
+# ---- mistakes
+
+
+def test_an_exception_in_the_step_that_is_counted_leaves_no_counting_behind() -> None:
+    class Failing(Trainer):
+        @override
+        def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            raise KeyError("a mistake in the loss")
+
+    trainer = Failing(**tiny_parts(), callbacks=[ThroughputCallback(measure_flops=True)])
+    with pytest.raises(KeyError):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert _get_current_dispatch_mode() is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("every", 0), ("warmup", -1), ("flops_per_item", 0.0), ("peak_flops", float("inf"))]
+)
+def test_what_cannot_be_right_is_refused(option: str, value: float) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(OptionError, match=rf"ThroughputCallback\({option}="):
+        ThroughputCallback(**options)

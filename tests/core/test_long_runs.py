@@ -1,0 +1,154 @@
+"""A run of 100,000 steps: the last cost what the first did, and memory does not grow."""
+
+import gc
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    Callback,
+    EarlyStoppingMixin,
+    EMAMixin,
+    EpochRecord,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    PrintMetrics,
+    ProfilerMixin,
+    RunPlan,
+    SeedMixin,
+    StopOnNonFinite,
+    ThroughputCallback,
+    Trainer,
+    TrainerCore,
+)
+from ptacc.core.history import StepResult
+
+pytestmark = [pytest.mark.prove, pytest.mark.timeout(1800)]
+
+EPOCHS, STEPS_OF_AN_EPOCH, BATCH = 10, 10_000, 2
+FROM = 2
+"""The epoch at whose end everything has come that comes but once, and what keeps the last 1,000 is full."""
+WINDOW = 100
+EARLY, LATE = 1_200, 99_200
+"""Windows in which the history, which is read each 1,000 steps, is not."""
+BLOCKS_OF_AN_EPOCH = 100
+"""What an epoch may leave in memory, in blocks of Python's allocator: its record stays, a step's does not."""
+BYTES = 8 * 2**20
+"""What the allocators may hold on to in all: less than a hundred bytes for each of the 80,000 steps looked at."""
+
+
+class Growth(Callback[TrainerCore]):
+    """Looks at the memory at each epoch's end."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.resident: list[int] = []
+
+    @override
+    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
+        gc.collect()
+        self.blocks.append(sys.getallocatedblocks())
+        self.resident.append(psutil.Process().memory_info().rss)
+
+
+class Calls(Callback[TrainerCore]):
+    """Counts the calls of functions, Python's and C's, in two windows."""
+
+    def __init__(self) -> None:
+        self.of_a_window: dict[int, Counter[str]] = {EARLY: Counter(), LATE: Counter()}
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step in self.of_a_window:
+            counts = self.of_a_window[step.step]
+
+            def count(frame: FrameType, event: str, called: object) -> None:
+                if event == "call":
+                    counts[frame.f_code.co_qualname] += 1
+                elif event == "c_call":
+                    counts[getattr(called, "__qualname__", "")] += 1
+
+            gc.disable()  # what it finalizes, and when, is no matter of steps
+            sys.setprofile(count)
+        elif step.step - WINDOW in self.of_a_window:
+            sys.setprofile(None)
+            gc.enable()
+
+
+class Composed(
+    AMPMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    EarlyStoppingMixin,
+    SeedMixin,
+    EMAMixin,
+    ProfilerMixin,
+    Trainer,
+): ...
+
+
+def decaying(optimizer: Optimizer, plan: RunPlan) -> StepLR:
+    return StepLR(optimizer, 1_000, gamma=0.99)
+
+
+def options_of(kind: str, folder: Path) -> tuple[type[Trainer], dict[str, Any]]:
+    if kind == "bare":
+        return Trainer, {}
+    if kind == "with a history file":
+        return Trainer, {"history_file": folder / "history.jsonl"}
+    return Composed, {
+        "history_file": folder / "history.jsonl",
+        "mixed_precision": "no",
+        "max_grad_norm": 1.0,
+        "create_scheduler": decaying,
+        "early_stopping_monitor": "train_loss",
+        "early_stopping_patience": 100,
+        "seed": 0,
+        "ema_decay": 0.99,
+        "default_callbacks": [StopOnNonFinite(), PrintMetrics(file=io.StringIO())],
+    }
+
+
+def train(kind: str, folder: Path, *callbacks: Callback[Any]) -> Trainer:
+    make, options = options_of(kind, folder)
+    net = nn.Linear(2, 1)
+    given: dict[str, Any] = {"default_callbacks": (), **options}
+    reporting = [ThroughputCallback(every=20)] if kind == "composed" else []
+    trainer = make(
+        net,
+        loss_func=nn.MSELoss(),
+        optimizer=SGD(net.parameters(), lr=0.01),
+        callbacks=[*callbacks, *reporting],
+        **given,
+    )
+    inputs = torch.randn(STEPS_OF_AN_EPOCH * BATCH, 2)
+    data = TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
+    trainer.train(data, num_epochs=EPOCHS, per_device_batch_size=BATCH)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["bare", "with a history file", "composed"])
+def test_step_100000_costs_what_step_1000_does_and_memory_does_not_grow(kind: str, tmp_path: Path) -> None:
+    growth, calls = Growth(), Calls()
+    trainer = train(kind, tmp_path, growth, calls)
+    assert trainer.progress.steps == EPOCHS * STEPS_OF_AN_EPOCH
+    assert calls.of_a_window[EARLY].total() > 20 * WINDOW
+    assert calls.of_a_window[LATE] == calls.of_a_window[EARLY]
+    epochs = EPOCHS - FROM
+    assert growth.blocks[-1] - growth.blocks[FROM - 1] < BLOCKS_OF_AN_EPOCH * epochs
+    assert growth.resident[-1] - growth.resident[FROM - 1] < BYTES

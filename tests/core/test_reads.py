@@ -1,0 +1,301 @@
+"""Reads from the device: a step makes none beyond those of a plain loop with the same model, data and optimizer.
+
+They are counted where tensors' operations are dispatched. On the CPU, `tolist` and `numpy` read without dispatching
+anything, so that these are counted where Python calls them.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import StepLR
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    CheckpointMixin,
+    EarlyStoppingMixin,
+    EMAMixin,
+    Epochs,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    MetricsMixin,
+    ProfilerMixin,
+    ProgressBar,
+    RunPlan,
+    SeedMixin,
+    ThroughputCallback,
+    Trainer,
+    default_callbacks,
+)
+from ptacc.core.history import STEPS_IN_MEMORY
+from tests.ranks import run_ranks
+
+READING = {
+    "_local_scalar_dense",  # item(), float(), int(), bool()
+    "item",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "nonzero",  # the shape of what these return is in the values of what they are given
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "repeat_interleave",
+}
+UNDISPATCHED = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+MOVING = {"copy_", "_to_copy"}
+"""They wait where the devices of what they are given, or asked for, are two."""
+INDEXING = {"index", "index_put_", "index_put"}
+"""They read an index that is a mask."""
+
+MANY, MORE = 100, 160
+BATCH = 4
+
+
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these unannotated
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = counts
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind = func.overloadpacket.__name__
+        devices = {value.device for value in (*args, result) if isinstance(value, Tensor)}
+        moves = kind in MOVING and len(devices) > 1
+        masks = kind in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if kind in READING or moves or masks:
+            self.counts[kind] += 1
+        return result
+
+
+class Called(TorchFunctionMode):
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in UNDISPATCHED:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter[str]]:
+    counts: Counter[str] = Counter()
+    with Called(counts), Dispatched(counts):
+        yield counts
+
+
+# ---- what is counted sees what it is to see
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Tensor.item,
+        float,
+        int,
+        bool,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.nonzero,
+        torch.unique,
+        lambda tensor: torch.equal(tensor, tensor.clone()),
+        lambda tensor: torch.allclose(tensor, tensor),
+        lambda tensor: torch.ones(1)[tensor.bool().reshape(1)],
+        lambda tensor: tensor.isfinite().all() and tensor,
+        lambda tensor: f"{tensor:.3f}",
+        lambda tensor: torch.empty_like(tensor, device="meta").copy_(tensor),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: clip_grad_norm_(with_gradient(tensor), 1.0, error_if_nonfinite=True),
+    ],
+)
+def test_a_read_is_counted(read: Callable[[Tensor], object]) -> None:
+    with counting() as counts:
+        read(torch.tensor(0.5))
+    assert sum(counts.values()) >= 1
+
+
+def with_gradient(tensor: Tensor) -> Tensor:
+    tensor.grad = tensor.clone()
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda tensor: tensor + 1, Tensor.clone, lambda tensor: tensor.to(torch.float64), Tensor.detach, Tensor.isfinite],
+)
+def test_what_reads_nothing_is_not_counted(compute: Callable[[Tensor], object]) -> None:
+    with counting() as counts:
+        compute(torch.tensor(0.5))
+    assert not counts
+
+
+# ---- the loops
+
+
+def parts(make: Callable[[Any], Optimizer], samples: int = BATCH * 200) -> tuple[nn.Module, Optimizer, TensorDataset]:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = TensorDataset(torch.randn(samples, 4), torch.randint(0, 3, (samples,)))
+    return model, make(model.parameters()), data
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9),
+    "adam": lambda parameters: Adam(parameters, lr=0.1),  # which counts its steps in tensors, and reads these
+    "fused": lambda parameters: Adam(parameters, lr=0.1, fused=True),
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def decaying(optimizer: Optimizer, plan: RunPlan | None = None) -> StepLR:
+    return StepLR(optimizer, 10, gamma=0.9)
+
+
+def train_plainly(steps: int, optimizer: str, *, clips: bool = False) -> None:
+    model, made, data = parts(OPTIMIZERS[optimizer])
+    schedule = decaying(made)
+    loss_func = nn.CrossEntropyLoss()
+    for step, (inputs, targets) in enumerate(DataLoader(data, batch_size=BATCH, shuffle=True), start=1):
+        loss_func(model(inputs), targets).backward()
+        if clips:
+            clip_grad_norm_(model.parameters(), 1.0)
+        made.step()
+        made.zero_grad()
+        if clips:
+            schedule.step()
+        if step == steps:
+            return
+
+
+def train_bare(steps: int, optimizer: str, **options: Any) -> None:
+    model, made, data = parts(OPTIMIZERS[optimizer])
+    asked: dict[str, Any] = {"default_callbacks": (), **options}
+    trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, **asked)
+    trainer.train(data, max_steps=steps, per_device_batch_size=BATCH)
+
+
+class Composed(
+    AMPMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    MetricsMixin,
+    EarlyStoppingMixin,
+    SeedMixin,
+    CheckpointMixin,
+    EMAMixin,
+    ProfilerMixin,
+    Trainer,
+): ...
+
+
+def train_composed(steps: int, optimizer: str, folder: Path) -> None:
+    model, made, data = parts(OPTIMIZERS[optimizer])
+    trainer = Composed(
+        model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=made,
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        max_grad_norm=1.0,
+        create_scheduler=decaying,
+        metrics={"accuracy": MulticlassAccuracy(3)},
+        seed=0,
+        ema_decay=0.99,
+        checkpoint_dir=folder / str(steps),
+        checkpoint_every=Epochs(1),
+        callbacks=[ThroughputCallback()],
+    )
+    trainer.train(data, data, max_steps=steps, per_device_batch_size=BATCH)
+
+
+def reads_of_a_step(train: Callable[[int], None]) -> dict[str, float]:
+    """Return the reads of each kind that a step makes on average, in the middle of an epoch."""
+    totals: list[Counter[str]] = []
+    for steps in (MANY, MORE):
+        with counting() as counts:
+            train(steps)
+        totals.append(counts)
+    kinds = totals[0].keys() | totals[1].keys()
+    return {kind: per for kind in kinds if (per := (totals[1][kind] - totals[0][kind]) / (MORE - MANY))}
+
+
+# ---- they read the same
+
+
+@every_optimizer
+def test_the_bare_trainer_reads_in_a_step_what_the_plain_loop_reads(optimizer: str) -> None:
+    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer))
+    assert reads_of_a_step(lambda steps: train_bare(steps, optimizer)) == plain
+
+
+def test_a_plain_loop_that_reads_its_loss_is_told_from_one_that_does_not() -> None:
+    def train_reading(steps: int) -> None:
+        for _ in range(steps):
+            float(torch.ones(()))
+
+    assert reads_of_a_step(train_reading) == {"_local_scalar_dense": 1.0}
+    assert reads_of_a_step(lambda steps: train_plainly(steps, "sgd")) == {}
+
+
+@every_optimizer
+def test_default_callbacks_read_nothing_more(optimizer: str) -> None:
+    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer))
+
+    def train(steps: int) -> None:
+        train_bare(steps, optimizer, default_callbacks=default_callbacks())
+
+    assert reads_of_a_step(train) == plain
+
+
+@every_optimizer
+def test_ten_mixins_read_nothing_more(optimizer: str, tmp_path: Path) -> None:
+    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer, clips=True))
+    assert reads_of_a_step(lambda steps: train_composed(steps, optimizer, tmp_path)) == plain
+
+
+# ---- what is read every so many steps
+
+
+def test_a_bar_that_is_shown_reads_the_loss_each_ten_steps(tmp_path: Path) -> None:
+    with (tmp_path / "bar").open("w") as file:
+        bar = ProgressBar(every=10, file=file, shown=True)
+        read = reads_of_a_step(lambda steps: train_bare(steps, "sgd", callbacks=[bar]))
+    assert read == {"_local_scalar_dense": 0.1}
+
+
+def test_the_history_is_read_at_once_each_thousand_steps() -> None:
+    def reads(steps: int) -> int:
+        model, made, data = parts(OPTIMIZERS["sgd"], samples=3 * STEPS_IN_MEMORY)
+        trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
+        with counting() as counts:
+            trainer.train(data, max_steps=steps, per_device_batch_size=1)
+        return counts["tolist"]
+
+    few = reads(10)
+    assert [reads(STEPS_IN_MEMORY * times + 1) - few for times in (1, 2)] == [1, 2]
+
+
+def test_agreeing_reads_a_number_on_the_host_for_each_vote() -> None:
+    def train(steps: int) -> None:
+        model, made, data = parts(OPTIMIZERS["sgd"])
+        trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
+        trainer.train(data, max_steps=steps, per_device_batch_size=BATCH // 2, agree_every=10)
+
+    assert run_ranks(lambda: reads_of_a_step(train), 2) == [{"_local_scalar_dense": 0.1}] * 2
