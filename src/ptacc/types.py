@@ -185,6 +185,8 @@ class RunPlan:
         known_epochs: Number of epochs, where it is known.
         known_steps_per_epoch: Steps of one epoch, where it is known.
         known_total_steps: Steps of the whole run, where it is known.
+        epoch_limit: Epochs at most, where the run was given a limit. Steps that a gradient scaler skips count
+            nowhere, so that as many steps may take more epochs than were planned.
 
     A length that nobody can know (a stream has no epochs' ends to plan with) raises when it is asked for, so that a
     schedule never gets a made-up number.
@@ -198,6 +200,7 @@ class RunPlan:
     known_epochs: int | None = None
     known_steps_per_epoch: int | None = None
     known_total_steps: int | None = None
+    epoch_limit: int | None = None
 
     @classmethod
     def of(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
@@ -205,11 +208,11 @@ class RunPlan:
         limits = [max_steps] if max_steps is not None else []
         if num_epochs is not None and steps_per_epoch is not None:
             limits.append(num_epochs * steps_per_epoch)
-        total = min(limits) if limits else None
+        total, epoch_limit = min(limits) if limits else None, num_epochs
         if total is not None and steps_per_epoch:
             epochs_needed = math.ceil(total / steps_per_epoch)
             num_epochs = epochs_needed if num_epochs is None else min(num_epochs, epochs_needed)
-        return cls(num_epochs, steps_per_epoch, total)
+        return cls(num_epochs, steps_per_epoch, total, epoch_limit)
 
     @property
     def num_epochs(self) -> int:

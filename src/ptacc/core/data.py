@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ptacc.core.device import present_device
 from ptacc.core.options import check_keywords
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import DataLoaderKwargs
@@ -112,15 +113,17 @@ class LoaderRequest:
         per_device_batch_size: Samples of a batch of one process; None where nothing was said.
         collate_fn: The user's collate function, None for torch's own.
         kwargs: Further keywords for the DataLoader.
+        device: Where the batches will go: that of this process, if not given.
     """
 
     dataset: Dataset[object]
     per_device_batch_size: int | None
     collate_fn: Callable[[list[Any]], object] | None
     kwargs: DataLoaderKwargs
+    device: torch.device = field(default_factory=present_device)
 
     def build(self, *, shuffle: bool) -> DataLoader[object]:
-        """Make the DataLoader that was asked for.
+        """Make the DataLoader that was asked for. For a GPU it pins its batches, unless the user said otherwise.
 
         Args:
             shuffle: Whether samples are shuffled where the user said nothing of their order.
@@ -134,6 +137,7 @@ class LoaderRequest:
         check_keywords("The DataLoader", self.kwargs, DataLoaderKwargs.__annotations__, advice)
         kwargs: dict[str, Any] = dict(self.kwargs)
         kwargs.setdefault("generator", torch.Generator())  # or iterators would draw from the global one
+        kwargs.setdefault("pin_memory", self.device.type == "cuda")
         if "batch_sampler" in kwargs:
             if self.per_device_batch_size is not None:
                 raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -160,14 +161,14 @@ class TorchEngine:
             accelerator: The device.
             model: The bare model.
             slots: The optimizers.
-            scaler: The accelerator's, if not given.
+            scaler: One that no run has used; as the accelerator's, if not given.
             in_replicas: Whether each process has a model of its own, so that gradients are to be averaged.
         """
         self._accelerator, self._bare_model = accelerator, model
         self._model = accelerator.prepare_model(model, evaluation_mode=not in_replicas)
         self._replica = replica_of(self._model)
         self._slots = tuple(slots)
-        self._scaler = scaler or accelerator.scaler
+        self._scaler = scaler or copy.deepcopy(accelerator.scaler)  # each run begins with the same factor
 
     @property
     def model(self) -> nn.Module:
@@ -210,16 +211,14 @@ class TorchEngine:
 
     def update(self) -> bool:
         """Step every optimizer and clear the gradients."""
-        happened = True
-        for slot in self._slots:
-            if self._scaler is None:
+        if self._scaler is None:
+            happened = True
+            for slot in self._slots:
                 slot.optimizer.step()
-            else:
-                self._scaler.step(slot.optimizer)
-        if self._scaler is not None:
-            scale = self._scaler.get_scale()
+        else:
+            stepped = [step_scaled(self._scaler, slot.optimizer) for slot in self._slots]
             self._scaler.update()
-            happened = self._scaler.get_scale() >= scale
+            happened = all(stepped)
         for slot in self._slots:
             slot.optimizer.zero_grad()
         return happened
@@ -272,3 +271,18 @@ class TorchEngine:
         """Take over the state of a gradient scaler."""
         if self._scaler is not None and "scaler" in state_dict:
             self._scaler.load_state_dict(state_dict["scaler"])
+
+
+def step_scaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Step an optimizer unless its gradients overflowed, and say whether it did.
+
+    The scaler reads from the device whether they did, and nothing more is read here. Fused optimizers alone are stepped
+    in any case, and skip on the device: what they go by is read then.
+    """
+    overflows: list[Tensor | None] = []
+    handle = optimizer.register_step_post_hook(lambda done, *_: overflows.append(getattr(done, "found_inf", None)))
+    try:
+        scaler.step(optimizer)
+    finally:
+        handle.remove()
+    return bool(overflows) and not (overflows[0] is not None and overflows[0].item())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import TypeVar
 
 from ptacc.core.fetch import as_is, default_collate
+from ptacc.core.nested import pinned
 from ptacc.errors import DataError
 
 ResultT = TypeVar("ResultT")
@@ -34,8 +36,9 @@ def is_torchs_collate(loader: DataLoader[Any]) -> bool:
 
 def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the settings of a loader that have nothing to do with which samples are in which batch."""
+    of_batch = pinnable_first if isinstance(loader.dataset, IterableDataset) else Pinnable
     settings: dict[str, Any] = {
-        "collate_fn": as_is,
+        "collate_fn": of_batch if loader.pin_memory else as_is,
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
@@ -47,8 +50,27 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     return settings | ({"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {})
 
 
+@dataclass(frozen=True, slots=True)
+class Pinnable:
+    """A batch on its way to be pinned: torch's loaders look into fewer kinds of structures than batches may have."""
+
+    batch: Any
+
+    def pin_memory(self) -> Pinnable:
+        """Return the batch pinned. Loaders call this, in a thread of their own where they have workers."""
+        return Pinnable(pinned(self.batch))
+
+
+def pinnable_first(part: tuple[object, int, int]) -> tuple[object, int, int]:
+    """Have the batch pinned that a stream gives with its numbers of samples."""
+    batch, mine, total = part
+    return Pinnable(batch), mine, total
+
+
 def given(data: ResultT | None) -> ResultT:
     """Return a batch, unless the collate function forgot to."""
+    if isinstance(data, Pinnable):
+        data = data.batch
     if data is None:
         raise DataError("A batch is None: the collate function returned nothing. Check that it ends in `return batch`.")
     return data

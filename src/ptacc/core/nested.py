@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +14,7 @@ from ptacc.errors import DataError
 
 NestedT = TypeVar("NestedT")
 
-
-@runtime_checkable
-class Movable(Protocol):
-    """Something that moves itself to a device, as the batches of tokenizers do."""
-
-    def to(self, device: torch.device, /) -> object:
-        """Return this, on the device."""
-        ...
+PLAIN_CONTAINERS = (tuple, list, dict)
 
 
 def map_tensors(change: Callable[[Tensor], Any], structure: NestedT) -> NestedT:
@@ -29,30 +22,50 @@ def map_tensors(change: Callable[[Tensor], Any], structure: NestedT) -> NestedT:
     return cast(NestedT, _map(change, structure))
 
 
-def _map(change: Callable[[Tensor], Any], structure: Any) -> Any:
+def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *args: Any) -> Any:
+    """Rebuild a structure; objects whose class has `method` are asked to do it by themselves."""
     if isinstance(structure, Tensor):
         return change(structure)
+    if method and has_own(structure, method):
+        return getattr(structure, method)(*args)
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(_map(change, part) for part in structure))
+        return type(structure)(*(_map(change, part, method, *args) for part in structure))
     if isinstance(structure, tuple | list):
-        return type(structure)(_map(change, part) for part in structure)
+        return type(structure)(_map(change, part, method, *args) for part in structure)
     if isinstance(structure, dict):
         # A shallow copy first keeps the class and its attributes: OrderedDict, defaultdict, model outputs.
         changed = structure.copy() if type(structure) is not dict else {}
         for key, part in structure.items():
-            changed[key] = _map(change, part)
+            changed[key] = _map(change, part, method, *args)
         return changed
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        own = {f.name: _map(change, getattr(structure, f.name)) for f in dataclasses.fields(structure) if f.init}
+        fields = (f.name for f in dataclasses.fields(structure) if f.init)
+        own = {name: _map(change, getattr(structure, name), method, *args) for name in fields}
         return dataclasses.replace(structure, **own)
     return structure
 
 
-def to_device(batch: NestedT, device: torch.device) -> NestedT:
-    """Move a batch to `device`, without waiting where its memory is pinned."""
-    if not isinstance(batch, Tensor | tuple | list | dict) and isinstance(batch, Movable):
-        return cast(NestedT, batch.to(device))
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+def has_own(structure: object, method: str) -> bool:
+    """Say whether an object's class has a method of this name, such as the `to` of packed sequences and of graphs."""
+    kind = type(structure)
+    return kind not in PLAIN_CONTAINERS and callable(getattr(kind, method, None))
+
+
+def to_device(batch: NestedT, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> NestedT:
+    """Move a batch to `device`, without waiting where its memory is pinned.
+
+    Args:
+        batch: A structure of tensors, and of objects that move themselves by a `to(device)` of their own.
+        device: Where to.
+        move: How to move a tensor.
+    """
+    move = move or (lambda tensor: tensor.to(device, non_blocking=True))
+    return cast(NestedT, _map(move, batch, "to", device))
+
+
+def pinned(batch: NestedT) -> NestedT:
+    """Copy a batch to memory from which a device copies by itself; by its own `pin_memory()`, where it has one."""
+    return cast(NestedT, _map(Tensor.pin_memory, batch, "pin_memory"))
 
 
 def children(structure: object) -> Iterable[tuple[object, Any]]:

@@ -19,11 +19,14 @@ from ptacc.core.peers import Peers
 from ptacc.core.run_options import RunOptions
 from ptacc.core.run_state import EpochState, LossSum, SavedRun, StateKey
 from ptacc.core.window import Window
-from ptacc.errors import NoRunError
+from ptacc.errors import LossError, NoRunError
 from ptacc.protocols import StateDict
 from ptacc.types import Cadence, EpochRecord, EvalResult, Minutes, Progress, RunPlan
 
 T = TypeVar("T")
+
+HOPELESS = 200
+"""Steps in a row that a gradient scaler skips at most: halved as often, its factor would be 0."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class Run:
     plans_evaluation: bool = False
     is_over: bool = False
     exit_code: int | None = None
+    _skipped: int = 0
     _wish: Stop | None = None
     _termination: Stop | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -130,14 +134,20 @@ class Run:
         seconds = time.monotonic() - self._started
         batches = now.batches + len(window.batches)
         self.progress = replace(now, batches=batches, offset=window.batches[-1].end, seconds=seconds)
+        self._skipped = 0 if happened else self._skipped + 1
+        if self._skipped == HOPELESS:
+            raise LossError(
+                f"{HOPELESS} steps in a row were skipped: the gradients are infinite, or no numbers, at any scale. "
+                "Look for the first such loss: StopOnNonFinite names its step."
+            )
         if not happened:
             return
         self.progress = replace(self.progress, steps=step.step, items=now.items + step.items)
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
-        self.history.add_step(step)
-        if self.history.is_full:
+        if self.history.is_full:  # before this step is added: hooks may log to it yet
             self.history.read_steps(self.peers)
+        self.history.add_step(step)
 
     def complete_epoch(self) -> None:
         """Count an epoch whose data was gone through."""
@@ -327,4 +337,4 @@ def is_done(progress: Progress, plan: RunPlan) -> bool:
     """
     if plan.known_total_steps is not None and progress.steps >= plan.known_total_steps:
         return True
-    return plan.known_epochs is not None and progress.epochs >= plan.known_epochs
+    return plan.epoch_limit is not None and progress.epochs >= plan.epoch_limit

@@ -1,0 +1,155 @@
+"""How batches come to the device, as far as a host can tell; `tests/gpu` has the rest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import Dataset, IterableDataset
+from typing_extensions import override
+
+from ptacc.core.data import LoaderRequest
+from ptacc.core.loaders import Pinnable, given
+from ptacc.core.nested import pinned, to_device
+from ptacc.core.peers import Peers
+from ptacc.core.sources import source_of
+from ptacc.core.transfer import Transfer, are_alike, transfer_to
+from ptacc.errors import DataError
+from ptacc.keywords import DataLoaderKwargs
+
+NOWHERE = torch.device("meta")
+
+
+@dataclass
+class Tokens:
+    ids: Tensor
+    texts: list[str]
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class Graph:
+    """Moves and pins itself, and shows nobody its tensors."""
+
+    def __init__(self, *path: str) -> None:
+        self.path = path
+
+    def to(self, device: torch.device) -> "Graph":
+        return Graph(*self.path, str(device))
+
+    def pin_memory(self) -> "Graph":
+        return Graph(*self.path, "pinned")
+
+
+class Sentences(Dataset[str]):
+    def __len__(self) -> int:
+        return 5
+
+    @override
+    def __getitem__(self, index: int) -> str:
+        if index >= len(self):
+            raise IndexError(index)
+        return "abcde"[index]
+
+
+class Told(IterableDataset[str]):
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter("abcde")
+
+
+def tokens_of(samples: list[Any]) -> Tokens:
+    return Tokens(torch.tensor([ord(sample) for sample in samples]), samples)
+
+
+# ---- moving
+
+
+def test_on_the_host_a_batch_is_taken_as_it_is() -> None:
+    transfer = transfer_to(torch.device("cpu"))
+    batch = torch.ones(2)
+    assert type(transfer) is Transfer
+    assert transfer.bring(batch) is batch
+
+
+def test_a_batch_moves_with_all_its_parts() -> None:
+    batch = {"tokens": Tokens(torch.ones(2), ["a", "b"]), "pair": Pair(torch.ones(1), torch.ones(3))}
+    moved: Any = to_device(batch, NOWHERE)
+    assert moved["tokens"].ids.device == moved["pair"].right.device == NOWHERE
+    assert moved["tokens"].texts == ["a", "b"]
+    assert type(moved["pair"]) is Pair
+
+
+def test_what_moves_itself_does_so_within_a_batch_too() -> None:
+    graph, rest = to_device((Graph(), [torch.ones(1)]), NOWHERE)
+    assert isinstance(graph, Graph)
+    assert graph.path == ("meta",)
+    assert isinstance(rest, list)
+    assert rest[0].device == NOWHERE
+
+
+def test_packed_sequences_keep_their_sizes_on_the_host() -> None:
+    packed: PackedSequence = pack_sequence([torch.ones(3), torch.ones(2)])
+    moved, _ = to_device((packed, torch.ones(1)), NOWHERE)
+    assert isinstance(moved, PackedSequence)
+    assert moved.data.device == NOWHERE
+    assert moved.batch_sizes.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (torch.ones(4, 6), True),
+        (torch.ones(3, 6), False),
+        (torch.ones(4, 6, dtype=torch.float64), False),
+        (torch.ones(6, 4).T, False),
+    ],
+)
+def test_memory_is_for_a_tensor_of_one_form(other: Tensor, expected: bool) -> None:
+    assert are_alike(torch.zeros(4, 6), other) is expected
+
+
+# ---- pinning
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True), ("mps", False)])
+def test_a_loader_for_a_gpu_pins(device: str, expected: bool) -> None:
+    request = LoaderRequest(Sentences(), 2, None, {}, torch.device(device))
+    assert request.build(shuffle=False).pin_memory is expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("pins", [True, False])
+def test_whether_a_loader_pins_is_the_users_to_say(device: str, pins: bool) -> None:
+    request = LoaderRequest(Sentences(), 2, None, {"pin_memory": pins}, torch.device(device))
+    assert request.build(shuffle=False).pin_memory is pins
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Sentences(), Told()])
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_batches_of_a_pinning_loader_are_what_was_collated(dataset: Any, workers: int) -> None:
+    kwargs: DataLoaderKwargs = {"pin_memory": True, "num_workers": workers}
+    source = source_of(LoaderRequest(dataset, 2, tokens_of, kwargs).build(shuffle=False), Peers(), seed=1)
+    batches = [host.data for host in source.epoch(0)]
+    assert [batch.texts for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
+    assert all(type(batch) is Tokens and batch.ids[0] == ord(batch.texts[0]) for batch in batches)
+
+
+def test_what_pins_itself_is_asked_to() -> None:
+    batch: tuple[Graph, list[Graph]] = pinned((Graph(), [Graph()]))
+    assert [batch[0].path, batch[1][0].path] == [("pinned",), ("pinned",)]
+    graph: Any = given(Pinnable(Graph()).pin_memory())
+    assert graph.path == ("pinned",)
+
+
+def test_no_batch_is_an_error_from_a_pinning_loader_too() -> None:
+    with pytest.raises(DataError, match="A batch is None"):
+        given(Pinnable(None))

@@ -1,0 +1,96 @@
+"""Trains with all that a checkpoint has to hold on a GPU, and prints a digest of what it ends with.
+
+`killed.py DIRECTORY [STEP]` kills its own process after a step, and goes on from its newest checkpoint without one.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from dataclasses import field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    AMPMixin,
+    Cadence,
+    Callback,
+    CheckpointMixin,
+    EMAMixin,
+    GradAccumMixin,
+    Precision,
+    SeedMixin,
+    StepResult,
+    Steps,
+    Trainer,
+    TrainerCore,
+)
+from ptacc.checkpoint.codec import encode
+from ptacc.core.nested import bytes_of
+from ptacc.mixins.ema import EMA_STATE
+
+
+class Resumed(AMPMixin, GradAccumMixin, EMAMixin, SeedMixin, CheckpointMixin, Trainer):
+    mixed_precision: Precision | None = "fp16"
+    gradient_accumulation_steps: int = 2
+    ema_decay: float = 0.9
+    seed: int | None = 7
+    deterministic: bool = True
+    checkpoint_every: Cadence | None = field(default_factory=lambda: Steps(3))
+    resume: bool | str | Path = True
+
+
+class Killed(Callback[TrainerCore]):
+    """Kills the process after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def digest(state: object) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(encode(state).tensors.items()):
+        found.update(name.encode())
+        found.update(bytes_of(tensor))
+    return found.hexdigest()
+
+
+def main(directory: str, killed_after: int | None) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 4))
+    data: tuple[Tensor, Tensor] = torch.randn(200, 16), torch.randint(4, (200,))
+    data[0][45] = 6e4  # it overflows in fp16, and has a step skipped in each epoch
+    trainer = Resumed(
+        net,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=AdamW(net.parameters(), lr=1e-2),
+        checkpoint_dir=directory,
+        callbacks=[] if killed_after is None else [Killed(killed_after)],
+        default_callbacks=(),
+    )
+    history = trainer.train(TensorDataset(*data), num_epochs=3, per_device_batch_size=16)
+    ended = {
+        "device": trainer.device.type,
+        "steps": trainer.progress.steps,
+        "weights": digest(net.state_dict()),
+        "moments": digest(trainer.optimizer.state_dict()),
+        "averages": digest(dict(trainer.run[EMA_STATE].tensors)),
+        "scaler": trainer.run.engine.state_dict(),
+        "losses": [repr(step.loss) for step in history.steps],
+    }
+    print(json.dumps(ended))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,56 @@
+"""One GPU as a launch of one process has it, and an engine for several that has one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from ptacc import AMPMixin, FSDPMixin, Precision, Trainer
+from ptacc.core.engine import TorchEngine
+from tests.gpu.parts import BATCH, make_data, make_net, train
+from tests.ranks import launch
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+
+
+def test_a_launch_of_one_process_trains_as_without_a_launch(device: torch.device) -> None:
+    script = str(Path(__file__).parent / "scripts" / "one_process.py")
+    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    ended = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert "nccl" in report["backend"]
+    assert report["losses"] == pytest.approx([step.loss for step in train("bf16").history.steps], rel=1e-5)
+    assert device.type == "cuda"
+
+
+class Mixed(AMPMixin, Trainer):
+    mixed_precision: Precision | None = "bf16"
+
+
+class Sharded(FSDPMixin, Mixed): ...
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_one_process_shards_nothing(device: torch.device) -> None:
+    def trained(kind: type[Mixed]) -> Mixed:
+        net = make_net()
+        trainer = kind(
+            net, loss_func=nn.CrossEntropyLoss(), optimizer=SGD(net.parameters(), lr=0.1), default_callbacks=()
+        )
+        trainer.train(
+            make_data(), num_epochs=1, per_device_batch_size=BATCH, train_dataloader_kwargs={"shuffle": False}
+        )
+        return trainer
+
+    sharded, plain = trained(Sharded), trained(Mixed)
+    assert type(sharded.run.engine) is TorchEngine
+    for ours, theirs in zip(sharded.model.parameters(), plain.model.parameters(), strict=True):
+        assert ours.device.type == device.type
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,26 @@
+"""Counting how often the host waits for the GPU."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+
+class Waits:
+    """Counts, within its blocks, the calls for which the host waited for the GPU, as far as torch notices them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count in the block."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        self.count += sum("called a synchronizing" in str(warning.message) for warning in caught)
