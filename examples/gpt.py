@@ -1,10 +1,12 @@
 """Train a small GPT-2 on the English text that every Python carries: its own documentation, byte by byte.
 
-The engine is an option: replicas on every process (DDP), or one model dealt out over them (FSDP2). The numbers are the
-same but for rounding, and so is what a run leaves: checkpoints to go on from, and weights that transformers reads.
+The engine is an option: replicas on every process (DDP), or one model dealt out over them, by torch (FSDP2) or by
+DeepSpeed (ZeRO 3). The numbers are the same but for rounding, and so is what a run leaves: checkpoints to go on from,
+and weights that transformers reads.
 
     python examples/gpt.py
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/gpt.py --engine fsdp --per-device-batch-size 8
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/gpt.py --engine deepspeed --per-device-batch-size 8
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing_extensions import override
 
 from ptacc import (
     CheckpointMixin,
+    DeepSpeedMixin,
     FSDPMixin,
     GradAccumMixin,
     GradClipMixin,
@@ -32,6 +35,7 @@ from ptacc import (
     SeedMixin,
     StepOutput,
     TrainingLoop,
+    ZeroStage,
 )
 
 LENGTH = 96
@@ -104,7 +108,11 @@ class GPTTrainer(
 class ShardedGPTTrainer(FSDPMixin, GPTTrainer): ...
 
 
-ENGINES: dict[str, type[GPTTrainer]] = {"torch": GPTTrainer, "fsdp": ShardedGPTTrainer}
+class ZeroGPTTrainer(DeepSpeedMixin, GPTTrainer):
+    zero_stage: ZeroStage | None = 3
+
+
+ENGINES: dict[str, type[GPTTrainer]] = {"torch": GPTTrainer, "fsdp": ShardedGPTTrainer, "deepspeed": ZeroGPTTrainer}
 
 
 def make_model() -> GPT2LMHeadModel:

@@ -1,6 +1,12 @@
-"""What every test shares: one torch thread, seeded generators, and no time limit on a hypothesis example."""
+"""What every test shares: one torch thread, seeded generators, no time limit on a hypothesis example, and DeepSpeed."""
 
+import importlib
 import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -19,6 +25,8 @@ hypothesis.settings.load_profile("ptacc")
 # For the type checkers alone: importing them would run the very mistakes they hold.
 collect_ignore = ["typing"]
 
+BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+
 
 @pytest.fixture(autouse=True)
 def own_accelerator() -> None:
@@ -31,3 +39,19 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - user code draws from the global generator, so tests must fix that one
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def deepspeed_built() -> Iterator[None]:
+    """Compile and import what takes long before the ranks are forked.
+
+    A rank that is killed while it compiles would leave a lock behind, for which all others wait for good.
+    """
+    built = Path(sys.prefix) / "torch_extensions" / "deepspeed_shm_comm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(built.parent))
+        if (built / "lock").exists() or not (built / "deepspeed_shm_comm.so").exists():
+            shutil.rmtree(built, ignore_errors=True)
+            subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=100, capture_output=True)
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        yield

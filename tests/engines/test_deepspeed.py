@@ -34,6 +34,7 @@ from ptacc import (
     OptionError,
     RunPlan,
     StepOutput,
+    StepResult,
     StopOnNonFinite,
     SWAMixin,
     SyncBatchNormMixin,
@@ -41,14 +42,10 @@ from ptacc import (
     ZeroStage,
 )
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, optimizer_of, train
+from tests.marks import DEEPSPEED
 from tests.ranks import find_free_port, launch, run_ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("deepspeed_built"),
-    # torch's own, in what DeepSpeed calls of it.
-    pytest.mark.filterwarnings("ignore:.*torch.distributed.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-]
+pytestmark = DEEPSPEED
 prove = pytest.mark.prove
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
@@ -72,18 +69,6 @@ def parts(model: nn.Module) -> dict[str, Any]:
 
 
 # ---- numbers
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=prove)])
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=prove)])
-def test_the_numbers_are_those_of_one_process(stage: int, optimizer: str, world_size: int) -> None:
-    expected = train(Usual, optimizer=optimizer)
-    check_equal(run_ranks(lambda: train(Deep, optimizer=optimizer, zero_stage=stage), world_size), expected)
-
-
-def zero_optimization(**settings: Any) -> dict[str, Any]:
-    return {"deepspeed_config": {"zero_optimization": settings}}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +168,25 @@ def test_weights_in_bfloat16_are_updated_in_float32(stage: int) -> None:
         assert {tensor.dtype for tensor in one.weights.values()} == {torch.float32}
         assert one.losses == pytest.approx(expected.losses, rel=0.05)
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in one.weights.values())
+
+
+def programs_started_by_steps(stage: ZeroStage) -> list[int]:
+    started, by_step = list[str](), list[int]()
+    sys.addaudithook(lambda event, _: started.append(event) if event == "subprocess.Popen" else None)
+
+    class Watching(Deep):
+        @override
+        def on_step_end(self, step: StepResult) -> None:
+            super().on_step_end(step)
+            by_step.append(len(started))
+
+    Watching(**parts(make()), zero_stage=stage).train(digits(), max_steps=4, per_device_batch_size=6)
+    return [count - by_step[0] for count in by_step]
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=prove) for stage in (0, 1, 2)), 3])
+def test_a_step_starts_no_program(stage: ZeroStage) -> None:
+    assert run_ranks(programs_started_by_steps, 2, stage) == [[0] * 4] * 2
 
 
 def losses_with_a_nan(stage: ZeroStage) -> tuple[str, list[float]]:
@@ -698,7 +702,7 @@ def test_that_it_is_not_installed_is_told_by_name() -> None:
 
 
 def test_another_device_than_the_trainers_is_named() -> None:
-    from ptacc.engines.deepspeed import join
+    from ptacc.engines.zero_checks import join
 
     with pytest.raises(LaunchError, match=r"computes on cpu, and this launch on cuda. Set DS_ACCELERATOR=cuda"):
         join(torch.device("cuda"))

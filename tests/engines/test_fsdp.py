@@ -33,15 +33,6 @@ class Sharded(FSDPMixin, Usual): ...
 class ShardedAveraging(FSDPMixin, Averaging): ...
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "world_size"),
-    [("adamw", 2), pytest.param("adamw", 3, marks=pytest.mark.prove), pytest.param("sgd", 2, marks=pytest.mark.prove)],
-)
-def test_the_numbers_are_those_of_one_process(optimizer: str, world_size: int) -> None:
-    expected = train(Usual, optimizer=optimizer)
-    check_equal(run_ranks(lambda: train(Sharded, optimizer=optimizer), world_size), expected)
-
-
 @pytest.mark.parametrize("extra", [{}, {"fsdp_units": []}, {"fsdp_reshard_after_forward": False}])
 def test_units_and_resharding_change_no_number(extra: dict[str, Any]) -> None:
     check_equal(run_ranks(lambda: train(Sharded, **extra), 2), train(Usual))

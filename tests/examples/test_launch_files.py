@@ -9,12 +9,14 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
 
 from examples import digits_plain
+from tests.marks import DEEPSPEED
 from tests.ranks import find_free_port, launch
 
+pytestmark = DEEPSPEED
 EXAMPLES = Path(digits_plain.__file__).parent
 LAUNCH = EXAMPLES / "launch"
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-HERE = {"one_cpu": "torch", "cpus": "torch", "fsdp": "fsdp"}
+HERE = {"one_cpu": "torch", "cpus": "torch", "fsdp": "fsdp", "deepspeed": "deepspeed"}
 """Those that need no GPU, with the engine that they are for."""
 ELSEWHERE = {"gpus", "hosts"}
 
@@ -35,6 +37,7 @@ def losses_under(config: str, runs: Path) -> tuple[float, float]:
             *(str(EXAMPLES / "gpt.py"), "--per-device-batch-size", str(16 // processes), *options),
         ),
         env={"HF_HUB_OFFLINE": "1", **({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {})},
+        timeout=100,
     )
     assert ended.returncode == 0, ended.stderr
     (found,) = re.findall(r"step 6: ([\d.]+) a byte in training, ([\d.]+) in evaluation", ended.stdout)

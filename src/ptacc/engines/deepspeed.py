@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.core.engine import Slot, TorchEngine
@@ -31,15 +28,12 @@ from ptacc.core.weights import canonical, differing_weights, load_optimizer, loa
 from ptacc.engines.bare_model import BareModel
 from ptacc.engines.buffers import share_buffers
 from ptacc.engines.zero import STAGES
-from ptacc.engines.zero_config import ZeroConfig, value_at
-from ptacc.errors import CheckpointError, LaunchError, ModelError
+from ptacc.engines.zero_checks import check_model, check_optimizer, join
+from ptacc.engines.zero_config import ZeroConfig
+from ptacc.errors import CheckpointError, ModelError
 from ptacc.protocols import DeviceRuntime, StateDict
 
-ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Rprop", "ASGD", "Adadelta")
-"""torch's optimizers that treat each entry by itself: parts are cut across the borders of parameters."""
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-FAILED_TO_BUILD = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
-"""What is raised where DeepSpeed cannot compile what it needs."""
 
 
 class DeepSpeedEngine(TorchEngine):
@@ -257,56 +251,8 @@ class DeepSpeedEngine(TorchEngine):
         del self._engine, self._zero  # and with them the parts, which take as much memory as the whole
 
 
-def join(device: torch.device) -> None:
-    """Let DeepSpeed use the launch's own process group.
-
-    Raises:
-        LaunchError: It computes on another device, or cannot compile what it needs.
-    """
-    theirs = get_accelerator().device_name(None)
-    if theirs != device.type:
-        raise LaunchError(
-            f"DeepSpeed computes on {theirs}, and this launch on {device.type}. Set DS_ACCELERATOR={device.type} in "
-            "the environment."
-        )
-    try:
-        deepspeed.init_distributed(auto_mpi_discovery=False)
-    except FAILED_TO_BUILD as error:
-        raise LaunchError(
-            f"DeepSpeed does not start: {str(error).strip().splitlines()[0]} On a CPU it first compiles a part of "
-            "itself: install ninja (`pip install ninja`) and a C++ compiler."
-        ) from error
-
-
 def for_first(tensor: Tensor) -> Tensor:
     """Return a tensor on the host of rank 0, and elsewhere one of its form that takes no memory."""
     if dist.get_rank() == 0:
         return tensor.to("cpu")
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-
-
-def check_model(model: nn.Module, config: ZeroConfig) -> None:
-    """Raise `ModelError` for weights that DeepSpeed would make others of, or has already."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise ModelError(
-                f"{config.owner}: {name} is in parts already: from deepspeed.zero.Init(), or left so by a run that an "
-                "exception ended. Make the model anew, and whole: it is dealt out at the start of the run."
-            )
-        if parameter.dtype != torch.float32:
-            raise ModelError(
-                f"{config.owner}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and DeepSpeed updates "
-                'weights in float32. Call model.float(); mixed_precision="bf16" computes in less.'
-            )
-
-
-def check_optimizer(optimizer: Optimizer, config: ZeroConfig) -> None:
-    """Raise `ModelError` for an optimizer that would compute something else on parts of parameters, in silence."""
-    kind = type(optimizer)
-    is_known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
-    if config.stage > 0 and not is_known and value_at(config.given, "zero_allow_untested_optimizer") is not True:
-        raise ModelError(
-            f"{config.owner}: {kind.__name__} under ZeRO {config.stage} may look at whole parameters, and would get "
-            f"flat parts of them. Take one that treats each entry by itself ({', '.join(ELEMENTWISE)}), or "
-            "zero_stage=0. If yours does, say zero_allow_untested_optimizer in deepspeed_config."
-        )
