@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
     # What is not public, type parameters among it, stands in signatures and has no page.
-    (r"py:.*", r"ptacc\.(core|protocols|testing\.\w+|types)\..*"),
+    (r"py:.*", r"ptacc\.(core|engines|protocols|testing\.\w+|tuning|types)\..*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?"),
 ]
 

@@ -170,7 +170,7 @@ def test_a_split_over_processes_is_tested_in_a_launch() -> None:
 
     first, second = run_ranks(check, 2)
     assert first == second
-    assert "in 2 batches of 3 on each of 2 processes, and" in first
+    assert "in 2 batches of 3 on each of 2 replicas, and" in first
 
 
 # ---- splitting: what is refused

@@ -216,6 +216,8 @@ ANY_IS_RIGHT = {
     "MetricLike.compute": "each metric computes values of its own type",
     "MetricLike.update": "each metric takes arguments of its own",
     "Mixin.law_options": "options of every type, handed on as keywords",
+    "ProfilerMixin.law_options": "as for `Mixin.law_options`",
+    "TensorParallelMixin.law_options": "as for `Mixin.law_options`",
     "Run.batch": "a run knows no batches, whatever they are",
     "Run.count": "counts the batches of a step, whatever they are",
     "Run.states": "the type of each state stands in its key",

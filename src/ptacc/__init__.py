@@ -6,6 +6,7 @@ from ptacc.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
 from ptacc.callbacks.print_metrics import PrintMetrics as PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar as ProgressBar
 from ptacc.callbacks.save_best import SaveBest as SaveBest
+from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
 from ptacc.core.batches import BatchMixin as BatchMixin
 from ptacc.core.compose import hook as hook
 from ptacc.core.compose import replaces as replaces
@@ -21,9 +22,11 @@ from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.core.loop import TrainingLoop as TrainingLoop
 from ptacc.core.peers import Peers as Peers
+from ptacc.core.profiling import Profile as Profile
 from ptacc.core.run import Run as Run
 from ptacc.core.run_state import SavedRun as SavedRun
 from ptacc.core.run_state import StateKey as StateKey
+from ptacc.core.tally import Throughput as Throughput
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CheckpointError as CheckpointError
 from ptacc.errors import CollectiveError as CollectiveError
@@ -56,9 +59,11 @@ from ptacc.mixins.grad_checkpoint import GradCheckpointMixin as GradCheckpointMi
 from ptacc.mixins.grad_clip import GradClipMixin as GradClipMixin
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin as LRSchedulerMixin
 from ptacc.mixins.metrics import MetricsMixin as MetricsMixin
+from ptacc.mixins.profiler import ProfilerMixin as ProfilerMixin
 from ptacc.mixins.seed import SeedMixin as SeedMixin
 from ptacc.mixins.swa import SWAMixin as SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin as SyncBatchNormMixin
+from ptacc.mixins.tensor_parallel import TensorParallelMixin as TensorParallelMixin
 from ptacc.protocols import DeviceRuntime as DeviceRuntime
 from ptacc.protocols import LRSchedulerLike as LRSchedulerLike
 from ptacc.protocols import MetricLike as MetricLike
@@ -76,6 +81,10 @@ from ptacc.protocols import SupportsSeed as SupportsSeed
 from ptacc.protocols import SupportsSWA as SupportsSWA
 from ptacc.protocols import SupportsSyncBatchNorm as SupportsSyncBatchNorm
 from ptacc.trainers.supervised import Trainer as Trainer
+from ptacc.tuning.batch_size import BatchSizeSearch as BatchSizeSearch
+from ptacc.tuning.batch_size import find_batch_size as find_batch_size
+from ptacc.tuning.learning_rate import LearningRateSearch as LearningRateSearch
+from ptacc.tuning.learning_rate import find_learning_rate as find_learning_rate
 from ptacc.types import Best as Best
 from ptacc.types import Cadence as Cadence
 from ptacc.types import CompileBackend as CompileBackend
@@ -101,6 +110,7 @@ __all__ = [
     "AcceleratorBuilder",
     "AcceleratorConflictError",
     "BatchMixin",
+    "BatchSizeSearch",
     "Best",
     "Cadence",
     "Callback",
@@ -132,6 +142,7 @@ __all__ = [
     "LRSchedulerLike",
     "LRSchedulerMixin",
     "LaunchError",
+    "LearningRateSearch",
     "LoaderRequest",
     "LossError",
     "MetricLike",
@@ -153,6 +164,8 @@ __all__ = [
     "Precision",
     "Predictions",
     "PrintMetrics",
+    "Profile",
+    "ProfilerMixin",
     "Progress",
     "ProgressBar",
     "PtaccError",
@@ -184,12 +197,17 @@ __all__ = [
     "SupportsSeed",
     "SupportsSyncBatchNorm",
     "SyncBatchNormMixin",
+    "TensorParallelMixin",
+    "Throughput",
+    "ThroughputCallback",
     "TrainOptions",
     "Trainer",
     "TrainerCore",
     "TrainingLoop",
     "ZeroStage",
     "default_callbacks",
+    "find_batch_size",
+    "find_learning_rate",
     "hook",
     "replaces",
 ]

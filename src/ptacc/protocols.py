@@ -87,6 +87,12 @@ class PlateauSchedulerLike(Protocol):
 SchedulerFactory: TypeAlias = Callable[[Optimizer, RunPlan], LRSchedulerLike | PlateauSchedulerLike]
 
 
+class ParallelStyleLike(Protocol):
+    """A `ParallelStyle` of torch: how a layer is split over processes."""
+
+    src_data_rank: int | None
+
+
 # ---- what Accelerate gives us
 
 

@@ -1,5 +1,6 @@
 """What engines are tested with: a net of blocks on scanned digits, trained in ragged windows, clipped."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import EMAMixin, GradAccumMixin, GradClipMixin, SeedMixin, Trainer
+from ptacc.engines.tensor_parallel import SplitName
 
 GLOBAL_BATCH = 24
 """Samples of a step; the last step of an epoch has 17, of which two processes have 9 and 8."""
@@ -45,6 +47,46 @@ class Net(nn.Module):
         images = hidden.unflatten(1, (3, 11))  # so that a batch of one has a variance
         outputs: Tensor = self.leave(self.norm(images).flatten(1))
         return outputs
+
+
+class Pair(nn.Module):
+    """Two layers that are split against each other, with a norm before them that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(33), nn.Linear(33, 48), nn.Linear(48, 33)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = inputs + self.down(torch.tanh(self.up(self.norm(inputs))))
+        return outputs
+
+
+SPLIT: Mapping[str, SplitName] = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+"""How processes share a net of pairs."""
+
+
+class PairNet(nn.Module):
+    def __init__(self, *, has_batch_norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.enter = nn.Linear(64, 33)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Pair() for _ in range(2))
+        self.norm = nn.BatchNorm1d(3) if has_batch_norm else nn.Identity()
+        self.leave = nn.Linear(33, 10)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.dropout(self.enter(inputs))
+        for block in self.blocks:
+            hidden = block(hidden)
+        outputs: Tensor = self.leave(self.norm(hidden.unflatten(1, (3, 11))).flatten(1))
+        return outputs
+
+
+def make_pairs(*, has_batch_norm: bool = False) -> PairNet:
+    torch.manual_seed(0)
+    return PairNet(has_batch_norm=has_batch_norm)
 
 
 def make(*, has_batch_norm: bool = False) -> Net:
@@ -103,10 +145,16 @@ def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer
 
 
 def train(
-    kind: type[Usual], *, optimizer: str = "adamw", has_batch_norm: bool = False, samples: int = 281, **options: Any
+    kind: type[Usual],
+    *,
+    make_model: Callable[..., nn.Module] = make,
+    optimizer: str = "adamw",
+    has_batch_norm: bool = False,
+    samples: int = 281,
+    **options: Any,
 ) -> Numbers:
-    """Train 20 steps on digits; each process has its share of the global batch."""
-    model = make(has_batch_norm=has_batch_norm)
+    """Train 20 steps on digits; each replica has its share of the global batch."""
+    model = make_model(has_batch_norm=has_batch_norm)
     trainer = kind(
         model,
         loss_func=nn.CrossEntropyLoss(),
@@ -114,7 +162,7 @@ def train(
         default_callbacks=(),
         **options,
     )
-    size = GLOBAL_BATCH // trainer.gradient_accumulation_steps // trainer.peers.world_size
+    size = GLOBAL_BATCH // trainer.gradient_accumulation_steps // trainer.peers.replicas
     history = trainer.train(digits(samples), digits(70), num_epochs=2, max_steps=STEPS, per_device_batch_size=size)
     after = trainer.evaluate(digits(70), per_device_batch_size=size)
     evaluations = [*(epoch.eval_loss or 0.0 for epoch in history), after.loss]

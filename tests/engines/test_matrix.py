@@ -13,7 +13,16 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import ptacc
-from ptacc import CompositionError, DeepSpeedMixin, FSDPMixin, Mixin, PtaccError, SeedMixin, Trainer
+from ptacc import (
+    CompositionError,
+    DeepSpeedMixin,
+    FSDPMixin,
+    Mixin,
+    PtaccError,
+    SeedMixin,
+    TensorParallelMixin,
+    Trainer,
+)
 from tests.engines.nets import Block, digits, make, optimizer_of
 from tests.ranks import run_ranks
 
@@ -26,6 +35,7 @@ pytestmark = [  # of DeepSpeed and dynamo themselves
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
     "FSDPMixin": (FSDPMixin, {}),
+    "TensorParallelMixin": (TensorParallelMixin, {"tensor_parallel_plan": {"leave": "colwise_gather_output"}}),
     "ZeRO 2": (DeepSpeedMixin, {"zero_stage": 2}),
     "ZeRO 3": (DeepSpeedMixin, {"zero_stage": 3}),
 }
@@ -40,6 +50,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1},
     "LRSchedulerMixin": {"create_scheduler": lambda optimizer, plan: StepLR(optimizer, 2, 0.5)},
     "MetricsMixin": {"metrics": {"accuracy": MulticlassAccuracy(10)}},
+    "ProfilerMixin": {"profile_wait": 1, "profile_warmup": 1},
     "SWAMixin": {"swa_start": 1},
     "SeedMixin": {"seed": 4},
     "SyncBatchNormMixin": {},
@@ -62,22 +73,29 @@ def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> li
     place: dict[str, Any] = {"checkpoint_dir": directory} if issubclass(kind, ptacc.CheckpointMixin) else {}
     try:
         trainer: Any = kind(model, **usual, **options, **place)
-        history = trainer.train(digits(101), digits(37), num_epochs=3, per_device_batch_size=8)
+        size = 16 // trainer.peers.replicas
+        history = trainer.train(digits(101), digits(37), num_epochs=3, per_device_batch_size=size)
     except (PtaccError, CompositionError) as error:
         return str(error)
-    evaluation = trainer.evaluate(digits(37), per_device_batch_size=8).loss
+    evaluation = trainer.evaluate(digits(37), per_device_batch_size=size).loss
     weights = torch.stack([tensor.double().sum() for tensor in model.state_dict().values()]).sum().item()
     return [*(step.loss for step in history.steps), *(epoch.eval_loss or 0.0 for epoch in history), evaluation, weights]
 
 
-def both(engine: str, partner: str, directory: Path) -> tuple[list[float] | str, list[float] | str]:
-    mixin = getattr(ptacc, partner)
-    bases = (mixin,) if mixin is SeedMixin else (mixin, SeedMixin)
-    options = {"seed": 4, **PARTNERS[partner]}
+def with_engine(engine: str, partner: str, directory: Path) -> list[float] | str:
     its_mixin, its_options = ENGINES[engine]
-    with_engine = type("WithEngine", (*bases, its_mixin, Trainer), {})
-    without = type("Without", (*bases, Trainer), {})
-    return outcome(with_engine, directory / "a", options | its_options), outcome(without, directory / "b", options)
+    bases, options = parts_of(partner)
+    return outcome(type("WithEngine", (*bases, its_mixin, Trainer), {}), directory / "with", options | its_options)
+
+
+def without(partner: str, directory: Path) -> list[float] | str:
+    bases, options = parts_of(partner)
+    return outcome(type("Without", (*bases, Trainer), {}), directory / "without", options)
+
+
+def parts_of(partner: str) -> tuple[tuple[type[Mixin], ...], dict[str, Any]]:
+    mixin = getattr(ptacc, partner)
+    return (mixin,) if mixin is SeedMixin else (mixin, SeedMixin), {"seed": 4, **PARTNERS[partner]}
 
 
 def test_every_public_mixin_is_in_the_matrix() -> None:
@@ -87,18 +105,23 @@ def test_every_public_mixin_is_in_the_matrix() -> None:
 
 
 def test_two_engines_are_refused() -> None:
-    with pytest.raises(CompositionError, match=r"both stand for make_engine\(\)"):
-        type("Both", (FSDPMixin, DeepSpeedMixin, Trainer), {})
+    for engine in (FSDPMixin, TensorParallelMixin):
+        with pytest.raises(CompositionError, match=rf"{engine.__name__} and DeepSpeedMixin both stand for make_engine"):
+            type("Both", (engine, DeepSpeedMixin, Trainer), {})
 
 
 @pytest.mark.parametrize("partner", sorted(PARTNERS))
-@pytest.mark.parametrize("engine", ["FSDPMixin", *(pytest.param(f"ZeRO {n}", marks=pytest.mark.prove) for n in (2, 3))])
+@pytest.mark.parametrize(
+    "engine",
+    [name if name == "FSDPMixin" else pytest.param(name, marks=pytest.mark.prove) for name in ENGINES],
+)
 def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(
     engine: str, partner: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if engine.startswith("ZeRO"):
         request.getfixturevalue("deepspeed_built")
-    for mine, theirs in run_ranks(partial(both, engine, partner, tmp_path), 2):
+    theirs, *_ = run_ranks(partial(without, partner, tmp_path), 1 if engine == "TensorParallelMixin" else 2)
+    for mine in run_ranks(partial(with_engine, engine, partner, tmp_path), 2):
         if said := REFUSALS.get((engine, partner)):
             assert isinstance(mine, str)
             assert said in mine

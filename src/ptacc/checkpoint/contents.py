@@ -175,7 +175,7 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
     if RANDOM in own.states:
         streams_of(trainer).load_state_dict(own.take(RANDOM))
     else:  # another number of processes: each draws anew
-        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.peers.rank))
+        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.peers.replica))
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

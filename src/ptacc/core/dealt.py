@@ -93,8 +93,8 @@ class _Order:
         self._is_shuffled = is_plain_shuffle(sampler, self.samples)
         is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
         self._listed = None if is_torchs_own else ListedSampler(sampler, peers, seed)
-        # What all processes take of the order at a time: samples, or batches of a batch sampler.
-        self._size = (1 if loader.batch_size is None else loader.batch_size) * peers.world_size
+        # What all replicas take of the order at a time: samples, or batches of a batch sampler.
+        self._size = (1 if loader.batch_size is None else loader.batch_size) * peers.replicas
         self._drop_last = loader.drop_last and not self._is_in_batches
 
     def __len__(self) -> int:
@@ -120,12 +120,12 @@ class _Order:
         return f"{self._size} batches of a batch sampler" if self._is_in_batches else f"global batches of {self._size}"
 
     def keys_of(self, epoch: int, start: int) -> list[BatchKey]:
-        rank, world_size = self._peers.rank, self._peers.world_size
+        replica, replicas = self._peers.replica, self._peers.replicas
         groups = global_batches(self._order_of(epoch)[start:], self._size, drop_last=self._drop_last)
-        seeds = [derive_seed(self._seed, epoch, start // self._size + i, rank) for i in range(len(groups))]
+        seeds = [derive_seed(self._seed, epoch, start // self._size + i, replica) for i in range(len(groups))]
         if self._is_in_batches:
-            return [deal_batches(group, rank, seed) for group, seed in zip(groups, seeds, strict=True)]
-        return [deal_samples(group, rank, world_size, seed) for group, seed in zip(groups, seeds, strict=True)]
+            return [deal_batches(group, replica, seed) for group, seed in zip(groups, seeds, strict=True)]
+        return [deal_samples(group, replica, replicas, seed) for group, seed in zip(groups, seeds, strict=True)]
 
     def _order_of(self, epoch: int) -> Sequence[Any]:
         """Return an epoch's samples, or its batches, in their order."""

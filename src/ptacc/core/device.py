@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
@@ -41,6 +42,8 @@ class AcceleratorSettings(TypedDict, total=False):
 class AcceleratorBuilder:
     """The settings of an accelerator, each written once: two mixins that write one of them are an error.
 
+    `replica_size` is the number of processes that share one replica of the model, None for all of them.
+
     Example:
         >>> from ptacc import AMPMixin
         >>> builder = AcceleratorBuilder()
@@ -52,6 +55,7 @@ class AcceleratorBuilder:
     settings: dict[str, Any] = field(default_factory=dict)
     provided: set[str] = field(default_factory=set)
     taken_over: set[str] = field(default_factory=set)
+    replica_size: int | None = 1
     _writers: dict[str, str] = field(default_factory=dict)
 
     def write(self, writer: type, **settings: Unpack[AcceleratorSettings]) -> None:
@@ -154,7 +158,13 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         peers = Peers.of_this_launch(connected_before)
         _shared.append(_Shared(accelerator, peers, builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
-    return _shared[0].accelerator, _shared[0].peers
+    peers = _shared[0].peers
+    return _shared[0].accelerator, peers.in_replicas_of(builder.replica_size or peers.world_size)
+
+
+def present_device() -> torch.device:
+    """Return the device of this process's accelerator; the host, as long as nobody has needed one."""
+    return _shared[0].accelerator.device if _shared else torch.device("cpu")
 
 
 def connections_before_launch() -> frozenset[tuple[int, int]]:

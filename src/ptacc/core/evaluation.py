@@ -16,12 +16,13 @@ from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.failure import AgreedExit
-from ptacc.core.nested import leading_dimension, map_tensors, to_device, to_host, unbind
+from ptacc.core.nested import leading_dimension, map_tensors, to_host, unbind
 from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.roles import Role
 from ptacc.core.run_state import LossSum
-from ptacc.core.sources import level, source_of, tell
+from ptacc.core.sources import counted_once, level, source_of, tell
+from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
@@ -160,12 +161,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
-            losses = LossSum(self.device)
-            for batches, host in enumerate(source.epoch(0), start=1):
+            losses, transfer = LossSum(self.device), transfer_to(self.device)
+            for batches, host in enumerate(counted_once(source.epoch(0), self.peers), start=1):
                 self.peers.mark()
                 if batches == 1:
                     self.check_batch(host.data)
-                output = self._evaluate_batch(host)
+                output = self._evaluate_batch(host, transfer)
                 if not host.is_phantom:
                     _add(losses, output, self.count_items(host.data))
                 if self._may_break_off() and self.run.agree_to_terminate(batches):
@@ -186,8 +187,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         """Say whether the run may end within this evaluation: not within a hook's, where it is to be saved after."""
         return self.is_running and (self.run.plans_evaluation or not isinstance(self, SupportsCheckpoint))
 
-    def _evaluate_batch(self, host: HostBatch[BatchT]) -> StepOutput[OutputT]:
-        batch = to_device(host.data, self.device)
+    def _evaluate_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> StepOutput[OutputT]:
+        batch = transfer.bring(host.data)
         output = self.eval_step(batch)
         check_eval_output(type(self).__name__, output)
         if not host.is_phantom:
@@ -206,12 +207,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             told += tell(sources)
         (source,) = sources.values()
         events = self._listeners()
-        position = 0
+        position, transfer = 0, transfer_to(self.device)
         together = self.peers.failing_together("in a prediction")
         with self._prepared([source]), together, self._evaluating(), self.around_prediction():
             events.prediction_start()
-            for host in source.epoch(0):
-                outputs = self._predict_batch(host)
+            for host in counted_once(source.epoch(0), self.peers):
+                outputs = self._predict_batch(host, transfer)
                 # Batch by batch, and not sample by sample: a view of a batch is sent with the whole of it.
                 for indices, batch in filter(None, self.peers.gather(None if host.is_phantom else outputs)):
                     for index, output in zip(indices, unbind(batch, len(indices)), strict=True):
@@ -219,9 +220,9 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                         position += 1
             events.prediction_end()
 
-    def _predict_batch(self, host: HostBatch[BatchT]) -> tuple[Sequence[int], OutputT]:
+    def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
         """Return the indices of a batch's samples, -1 for those that have none, and their outputs on the host."""
-        outputs = map_tensors(to_host, self.predict_step(to_device(host.data, self.device)))
+        outputs = map_tensors(to_host, self.predict_step(transfer.bring(host.data)))
         count = leading_dimension(outputs)
         if host.indices is None:
             return [-1] * count, outputs

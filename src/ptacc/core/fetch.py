@@ -69,7 +69,7 @@ class SharedStream(IterableDataset[Any]):
         """Cut `dataset` into global batches of `size` samples."""
         self.dataset = dataset
         self._collate, self.size, self._drop_last, self._seed = collate, size, drop_last, seed
-        self._rank, self._world_size = peers.rank, peers.world_size
+        self._replica, self._replicas = peers.replica, peers.replicas
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
         self._from: tuple[int, StateDict] | None = None
@@ -118,7 +118,7 @@ class SharedStream(IterableDataset[Any]):
                 chunk = list(islice(samples, self.size))
                 if not chunk or (self._drop_last and len(chunk) < self.size):
                     return
-                mine = list(share_of(range(len(chunk)), self._rank, self._world_size))
+                mine = list(share_of(range(len(chunk)), self._replica, self._replicas))
                 batch = self._collate([chunk[i] for i in mine] or chunk)
             yield batch, len(mine), len(chunk)
             index += stride

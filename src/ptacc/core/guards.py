@@ -208,10 +208,15 @@ def _check_single_answers(cls: type) -> None:
             value = first.__dict__[name]
             adds = calls_super(value, name) and name not in FALLING_BACK
             if shape in SINGLE and not adds and not _is_replacement(value):
+                names = " and ".join(_composed_as(cls, mixin) for mixin in (first, second))
                 raise CompositionError(
-                    f"{cls.__name__}: {first.__name__} and {second.__name__} both stand for {name}(), and only one of "
-                    "them can. Compose one of them."
+                    f"{cls.__name__}: {names} both stand for {name}(), and only one of them can. Compose one of them."
                 )
+
+
+def _composed_as(cls: type, mixin: type) -> str:
+    """Return the name by which a mixin, maybe the base of several, was composed into `cls`."""
+    return next(base.__name__ for base in cls.__mro__[1:] if mixin in base.__mro__ and is_mixin(base))
 
 
 def _mended(first: type, second: type) -> str:

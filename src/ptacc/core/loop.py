@@ -22,13 +22,13 @@ from ptacc.core.events import Callback, overrides
 from ptacc.core.explain import Explanation, explain
 from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
-from ptacc.core.nested import to_device
 from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
 from ptacc.core.setup import RunSetUp, marking_forwards
 from ptacc.core.signals import heeding
+from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
 from ptacc.keywords import TrainOptions
@@ -261,7 +261,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _loop(self, run: Run) -> None:
         """Go through a run, as the pseudocode has it."""
-        tell, around_step = self._listeners(), self._context("around_step")
+        tell, around_step, transfer = self._listeners(), self._context("around_step"), transfer_to(run.device)
         with self.around_run(), self._rescuing(run):
             tell.run_start()
             self._enter(run)
@@ -276,7 +276,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         run.is_whole = False
                         tell.step_start()
                         with around_step():
-                            step, happened = self._step(run, window)
+                            step, happened = self._step(run, window, transfer)
                         run.count(window, step, happened=happened)
                         if happened:
                             tell.step_end(step)
@@ -304,7 +304,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 run.history.initial.update(run.epoch.evaluations)
             self.save_run()
 
-    def _step(self, run: Run, window: Window[BatchT]) -> tuple[StepResult, bool]:
+    def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
         run.peers.mark()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
@@ -312,14 +312,14 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
-                batch = to_device(host.data, run.device)
+                batch = transfer.bring(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss = window.share(index, output)
                 run.peers.mark()
                 self.backward(loss)
             step.add(loss.detach(), output.logged, window.weight(index))
-            if not host.is_phantom:
+            if not host.is_phantom and run.peers.leads_replica:
                 self.on_batch_end(batch, output)
             del batch, output, loss  # the next forward pass needs their memory
         run.batch = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from typing_extensions import TypeVar
 from ptacc.core.exits import rest_before_exit
 from ptacc.core.failure import Failure, FailureBoard, open_connections
 from ptacc.core.meetings import Meetings
-from ptacc.errors import CollectiveError, PeerError
+from ptacc.errors import CollectiveError, LaunchError, PeerError
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ class Peers:
     Args:
         rank: Index of this process.
         world_size: Number of processes.
+        replica_size: Number of processes, of neighbouring ranks, that share one replica of the model: they take the
+            same batches and draw alike, and what they take counts once.
         group: A gloo group of them all; None where there is one process.
         board: Where they tell each other of failures; None where there is one process.
         meetings: Where they meet for what all of them call; None where there is one process.
@@ -33,6 +36,7 @@ class Peers:
 
     rank: int = 0
     world_size: int = 1
+    replica_size: int = 1
     group: dist.ProcessGroup | None = None
     board: FailureBoard | None = None
     meetings: Meetings | None = None
@@ -49,7 +53,22 @@ class Peers:
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         rest_before_exit()
         board = FailureBoard(group, open_connections() - connected_before)
-        return cls(dist.get_rank(), dist.get_world_size(), group, board, Meetings(board))
+        return cls(dist.get_rank(), dist.get_world_size(), group=group, board=board, meetings=Meetings(board))
+
+    def in_replicas_of(self, size: int) -> Peers:
+        """Return the same processes, of which each `size` share a replica of the model.
+
+        Raises:
+            LaunchError: Their number cannot be divided so.
+        """
+        if self.is_alone:
+            return self
+        if self.world_size % size:
+            raise LaunchError(
+                f"{size} processes are to share each replica of the model, and {self.world_size} were launched, which "
+                f"is no multiple of it. Launch {size * math.ceil(self.world_size / size)}, or have fewer share one."
+            )
+        return replace(self, replica_size=size)
 
     def check(self) -> None:
         """Raise `PeerError` if a process of this launch failed earlier."""
@@ -134,6 +153,26 @@ class Peers:
     def is_alone(self) -> bool:
         """Whether there is one process only."""
         return self.world_size == 1
+
+    @property
+    def replica(self) -> int:
+        """Index of this process's replica of the model."""
+        return self.rank // self.replica_size
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas, each of which takes batches of its own."""
+        return self.world_size // self.replica_size
+
+    @property
+    def leader(self) -> int:
+        """Rank of the process of this one's replica whose batches count."""
+        return self.replica * self.replica_size
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this process is the one of its replica whose batches count."""
+        return self.rank == self.leader
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all processes, in float64."""

@@ -73,6 +73,27 @@ class RandomStreams:
             torch.cuda.set_rng_state_all(state_dict["devices"])
 
 
+class DeviceStream:
+    """The global generator of an accelerator; there is none for the host's.
+
+    Args:
+        device: The accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Look at the generator, and leave it alone."""
+        self._device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the generator is."""
+        return {"device": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the generator where it, or that of another device, was."""
+        if "device" in state_dict:
+            torch.cuda.set_rng_state(state_dict["device"], self._device)
+
+
 @contextlib.contextmanager
 def preserved_streams(*, devices: bool = False) -> Iterator[None]:
     """Put the global generators back to where they were, whatever the block draws.

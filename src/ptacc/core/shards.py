@@ -42,7 +42,8 @@ class Dealing:
     """How tensors are dealt over a mesh of processes.
 
     Args:
-        placements: For each dimension of the mesh, how torch writes it: `"S(0)"`, `"R"`.
+        placements: For each dimension of the mesh, `"S(0)"` where the first dimension is dealt over it, `"R"` where
+            every process has the same.
         mesh: Names of the mesh's dimensions.
     """
 
@@ -52,7 +53,9 @@ class Dealing:
     @classmethod
     def of(cls, tensor: DTensor) -> Dealing:
         """Return how `tensor` is dealt."""
-        return cls(tuple(map(str, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+        dims = [getattr(placement, "dim", None) for placement in tensor.placements]  # strided shards have one, too
+        placements = tuple("R" if dim is None else f"S({dim})" for dim in dims)
+        return cls(placements, tuple(tensor.device_mesh.mesh_dim_names or ()))
 
     @override
     def __str__(self) -> str:
@@ -106,8 +109,14 @@ def is_dealt(value: object) -> TypeGuard[DTensor]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor. A collective where it is dealt."""
-    return tensor.full_tensor() if is_dealt(tensor) else tensor
+    """Return all of a tensor. A collective where it is dealt: one for each dimension of the mesh."""
+    if not is_dealt(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    for dim in range(tensor.device_mesh.ndim - 1):
+        tensor = tensor.redistribute(placements=[Replicate()] * (dim + 1) + list(tensor.placements[dim + 1 :]))
+    return tensor.full_tensor()
 
 
 def shard_of(tensor: DTensor) -> Shard:
@@ -158,7 +167,7 @@ def beside(parameter: Tensor, value: Any) -> Any:
     if not isinstance(value, Tensor) or is_dealt(parameter) == is_dealt(value):
         return value
     if is_dealt(value):
-        return value.full_tensor().to(parameter.device)
+        return whole_tensor(value).to(parameter.device)
     if not value.dim():
         return value
     assert is_dealt(parameter)

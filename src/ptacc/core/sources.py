@@ -22,6 +22,7 @@ from ptacc.core.order import count_global_batches
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import derive_seed, streams_seeded
 from ptacc.core.replay import Replayed
+from ptacc.errors import DataError
 from ptacc.protocols import StateDict, Stateful
 from ptacc.types import Sharding
 
@@ -37,11 +38,19 @@ def source_of(
         seed: The run's seed, from which orders and loading draw.
         sharding: `"already"` where the loader of each process has its own data already.
         limit: Batches to take of each epoch, all if None.
+
+    Raises:
+        DataError: Processes that share a replica of the model have data of their own.
     """
     dealt_to = Peers() if sharding == "already" else peers
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, DistributedSampler) and not peers.is_alone and sharding == "auto":
         dealt_to = Peers()
+    if dealt_to is not peers and peers.replica_size > 1:
+        raise DataError(
+            f"Each process has data of its own, and {peers.replica_size} share a replica of the model, which takes the "
+            "same batches on all of them. Give every process the whole data, and leave sharding and samplers out."
+        )
     if type(loader) is not DataLoader or loader.batch_sampler is None:
         source: BatchSource = ReadyBatches(loader, dealt_to, seed)
     elif isinstance(loader.dataset, IterableDataset):
@@ -65,6 +74,11 @@ def level(sources: Iterable[BatchSource]) -> None:
             source.level()
 
 
+def counted_once(batches: Iterator[HostBatch[Any]], peers: Peers) -> Iterator[HostBatch[Any]]:
+    """Have batches that several processes of a replica take count for the first of them; for the others, phantoms."""
+    return batches if peers.leads_replica else (replace(batch, is_phantom=True) for batch in batches)
+
+
 class StreamBatches(Replayed):
     """An `IterableDataset`: every process reads the same stream and takes its share of each global batch.
 
@@ -74,7 +88,7 @@ class StreamBatches(Replayed):
     def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
         """Take over the loader's dataset, batch size and settings."""
         super().__init__(loader.dataset)
-        size = (loader.batch_size or 1) * peers.world_size
+        size = (loader.batch_size or 1) * peers.replicas
         self._stream = SharedStream(loader.dataset, collate_of(loader), size, loader.drop_last, peers, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
@@ -154,18 +168,18 @@ class ReadyBatches(Replayed):
     def num_batches(self, start: int = 0) -> int | None:
         """Return the batches of an epoch from `start` on, None where the loader has no length."""
         try:
-            return count_global_batches(max(len(self._loader) - start, 0), self._peers.world_size, drop_last=False)
+            return count_global_batches(max(len(self._loader) - start, 0), self._peers.replicas, drop_last=False)
         except TypeError:
             return None
 
     def place_after(self, batches: int) -> int:
         """Return the number of the loader's batches."""
-        return batches * self._peers.world_size
+        return batches * self._peers.replicas
 
     @property
     def dealing(self) -> Dealing:
         """Batches are whole, and can be dealt to any number of processes."""
-        return Dealing(f"batches of {type(self._loader).__name__}", f"{self._peers.world_size} at a time", True)
+        return Dealing(f"batches of {type(self._loader).__name__}", f"{self._peers.replicas} at a time", True)
 
     def told(self) -> str:
         """Tell nothing: loaders of one's own may have any form."""
@@ -178,15 +192,15 @@ class ReadyBatches(Replayed):
         batches: Iterator[Any] | None = None
         end = 0
         while True:
-            size = min(self._peers.world_size, start - end) if end < start else self._peers.world_size
-            with streams_seeded(derive_seed(self._seed, epoch, end // self._peers.world_size)):
+            size = min(self._peers.replicas, start - end) if end < start else self._peers.replicas
+            with streams_seeded(derive_seed(self._seed, epoch, end // self._peers.replicas)):
                 batches = iter(self._loader) if batches is None else batches
                 group = [batch for _, batch in zip(range(size), batches, strict=False)]
             if not group:
                 return
             end += len(group)
-            is_phantom = self._peers.rank >= len(group)
-            mine = given(group[0 if is_phantom else self._peers.rank])
+            is_phantom = self._peers.replica >= len(group)
+            mine = given(group[0 if is_phantom else self._peers.replica])
             if end > start:
                 yield HostBatch(self._give(mine), None, None, None, is_phantom, end)
             elif end == start:

@@ -23,33 +23,33 @@ class Window(Generic[BatchT]):
         batches: The batches, fewer than asked for at an epoch's end.
         counts: Items of each batch, 0 for phantoms.
         total: Items of the step, over all its batches and all processes.
-        world_size: Number of processes, whose gradients are averaged.
+        replicas: Number of the model's replicas, whose gradients are averaged.
     """
 
     batches: list[HostBatch[BatchT]]
     counts: list[int]
     total: float
-    world_size: int
+    replicas: int
 
     def share(self, index: int, output: StepOutput[Any]) -> Tensor:
-        """Scale the loss of one batch so that the gradients, averaged over the processes, are the step's.
+        """Scale the loss of one batch so that the gradients, averaged over the replicas, are the step's.
 
         Raises:
             LossError: A mean over a batch that has no items: it is NaN.
         """
         count = self.counts[index]
         if output.is_sum:
-            return divide(output.loss, 0 if self.batches[index].is_phantom else self.world_size, self.total)
+            return divide(output.loss, 0 if self.batches[index].is_phantom else self.replicas, self.total)
         if count == 0 and not self.batches[index].is_phantom:
             raise LossError(
                 "A batch has no items, and a mean over nothing is NaN. Return StepOutput.from_sum(loss_sum, ...) from "
                 "train_step, which is right for such a batch too."
             )
-        return divide(output.loss, count * self.world_size, self.total)
+        return divide(output.loss, count * self.replicas, self.total)
 
     def weight(self, index: int) -> float:
-        """Return the weight of a mean over one batch in the step's, which is averaged over the processes."""
-        return self.counts[index] * self.world_size / self.total
+        """Return the weight of a mean over one batch in the step's, which is averaged over the replicas."""
+        return self.counts[index] * self.replicas / self.total
 
 
 def divide(value: Tensor, weight: float, total: float) -> Tensor:
@@ -84,13 +84,13 @@ def windows_of(
             total = sum(batch.total or 0 for batch in window)
             check_counts(window, counts)
         else:
-            (total,) = peers.sum([sum(counts)])
+            (total,) = peers.sum([sum(counts) if peers.leads_replica else 0])
         if not total:
             raise DataError(
                 f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "
                 "process. Leave such batches out of the data."
             )
-        yield Window(window, counts, total, peers.world_size)
+        yield Window(window, counts, total, peers.replicas)
 
 
 def check_counts(window: list[HostBatch[Any]], counts: list[int]) -> None:

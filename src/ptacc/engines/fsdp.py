@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from ptacc.core.engine import Slot
-from ptacc.engines.sharded import ShardedEngine
-from ptacc.protocols import DeviceRuntime
-
-MESH = "dp_shard"
-"""The name of the mesh's dimension over which tensors are dealt."""
+from ptacc.core.nested import map_tensors
 
 
 @dataclass(frozen=True)
@@ -37,33 +33,26 @@ class Units:
     offloads: bool = False
 
 
-class FSDPEngine(ShardedEngine):
-    """A model whose units are dealt over all processes."""
+def deal_units(model: nn.Module, mesh: DeviceMesh, units: Units) -> None:
+    """Deal the tensors of a model out over a mesh of one dimension, unit by unit. A collective."""
+    precision = MixedPrecisionPolicy(param_dtype=units.param_dtype, reduce_dtype=units.reduce_dtype)
+    offload = CPUOffloadPolicy() if units.offloads else OffloadPolicy()
+    chosen = {id(module) for module in units.modules}
+    inner = [module for module in model.modules() if module is not model and id(module) in chosen]
+    for module in (*reversed(inner), model):  # from the inside out
+        module.register_forward_hook(without_views)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=units.reshards, mp_policy=precision, offload_policy=offload
+        )
 
-    def __init__(
-        self,
-        accelerator: DeviceRuntime,
-        model: nn.Module,
-        slots: Sequence[Slot],
-        units: Units,
-        *,
-        gives_back: bool = True,
-    ) -> None:
-        """Shard a model by its units. A collective."""
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,), mesh_dim_names=(MESH,))
-        precision = MixedPrecisionPolicy(param_dtype=units.param_dtype, reduce_dtype=units.reduce_dtype)
-        offload = CPUOffloadPolicy() if units.offloads else OffloadPolicy()
 
-        def shard(model: nn.Module) -> None:
-            chosen = {id(module) for module in units.modules}
-            inner = [module for module in model.modules() if module is not model and id(module) in chosen]
-            for module in (*reversed(inner), model):  # from the inside out
-                fully_shard(
-                    module,
-                    mesh=mesh,
-                    reshard_after_forward=units.reshards,
-                    mp_policy=precision,
-                    offload_policy=offload,
-                )
+def without_views(_: nn.Module, __: object, outputs: Any) -> Any:
+    """Copy what a unit puts out as a view: torch's hook on that is lost once somebody changes it in place."""
+    if not torch.is_grad_enabled():
+        return outputs
+    return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
-        super().__init__(accelerator, model, slots, shard, gives_back=gives_back)
+
+def is_view(tensor: Tensor) -> bool:
+    """Say whether a tensor with a gradient is a view of another."""
+    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # there is no public way to ask

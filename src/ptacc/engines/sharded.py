@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 # torch has no public way to let it forget that a module was sharded, and refuses to shard it again.
 from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -35,8 +37,8 @@ from ptacc.errors import CheckpointError
 from ptacc.protocols import DeviceRuntime
 
 Sharding: TypeAlias = Callable[[nn.Module], object]
-HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor")
-"""The packages whose hooks a sharded model carries."""
+HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
+"""The modules whose hooks a sharded model carries."""
 
 
 # ---- the optimizer: from whole parameters to shards, and back
@@ -161,6 +163,11 @@ def share_from_first(model: nn.Module, device: torch.device) -> None:
 # ---- the engine
 
 
+def mesh_of(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
+    """Make the mesh of all processes, of these sizes by name; the last one is of neighbouring ranks."""
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
 class ShardedEngine(TorchEngine):
     """A model in shards, and the user's own optimizer stepped bare on them."""
 
@@ -205,9 +212,22 @@ class ShardedEngine(TorchEngine):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     @override
+    def finish_gradients(self) -> None:
+        """Divide the gradients by the scaler's factor."""
+        with implicit_replication():
+            super().finish_gradients()
+
+    @override
+    def clip_value(self, max_value: float) -> None:
+        """Clamp each entry of the gradients."""
+        with implicit_replication():
+            super().clip_value(max_value)
+
+    @override
     def update(self) -> bool:
         """Step every optimizer, clear the gradients, and give all processes rank 0's buffers, as DDP does."""
-        happened = super().update()
+        with implicit_replication():  # a plan may leave tensors whole, which optimizers take together with dealt ones
+            happened = super().update()
         share_buffers(self._bare_model)
         return happened
 
@@ -261,12 +281,28 @@ def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
 
     They may lie on several meshes, which torch's own function refuses.
     """
-    by_mesh: dict[object, list[Parameter]] = {}
+    by_place: dict[object, list[Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    norms = [whole_tensor(get_total_norm([p.grad for p in group if p.grad is not None])) for group in by_mesh.values()]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for group in by_mesh.values():
+            by_place.setdefault(place_of(parameter.grad), []).append(parameter)
+    squares = [square_of([p.grad for p in group if p.grad is not None]) for group in by_place.values()]
+    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    for group in by_place.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+def place_of(tensor: Tensor) -> tuple[object, tuple[int, ...]]:
+    """Return the mesh that a tensor lies on, and the dimensions over which it is dealt out."""
+    if not is_dealt(tensor):
+        return None, ()
+    return tensor.device_mesh, tuple(dim for dim, placed in enumerate(tensor.placements) if not placed.is_replicate())
+
+
+def square_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the square of the norm of tensors that lie in one place. A collective where they are dealt out."""
+    square = get_total_norm([tensor.to_local() if is_dealt(tensor) else tensor for tensor in tensors]).square()
+    if is_dealt(first := tensors[0]):
+        for dim in place_of(first)[1]:
+            dist.all_reduce(square, group=first.device_mesh.get_group(dim))
+    return square

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from ptacc.core.averages import AveragedWeights
 from ptacc.core.choices import check_choices, chosen_submodules
 from ptacc.core.device import AcceleratorBuilder
-from ptacc.core.engine import Engine
-from ptacc.core.hooks import Mixin
+from ptacc.engines.sharding import DATA, Dealer, ShardingMixin
 from ptacc.errors import LaunchError, OptionError
 
+if TYPE_CHECKING:  # importing it takes longer than all of ptacc
+    from torch.distributed.device_mesh import DeviceMesh
 
-class FSDPMixin(Mixin):
+
+class FSDPMixin(ShardingMixin):
     """Deals weights, gradients and the optimizer's state out over the processes: FSDP2, torch's `fully_shard`.
 
     Each process holds a part of every tensor. A unit of the model is put together when it is called, and let go after
@@ -38,7 +39,7 @@ class FSDPMixin(Mixin):
         fsdp_gives_back: Whether the model is whole after the run, on every process. False leaves it in shards, where
             it is too large: evaluations, exports and further runs take it so.
 
-    Hooks: `configure_accelerator`, `make_engine`, `around_run`, `conditions`.
+    Hooks: `configure_accelerator`, `dealers`, `gives_model_back`, `make_engine`, `around_run`, `conditions`.
 
     Combines with: everything but another engine. Precision by `AMPMixin`, kept activations by `GradCheckpointMixin`.
 
@@ -80,13 +81,19 @@ class FSDPMixin(Mixin):
             )
 
     @override
-    def make_engine(self) -> Engine:
-        """Shard the model and what the optimizer holds. A collective."""
-        if self.peers.is_alone:
-            return super().make_engine()
+    def dealers(self) -> Mapping[str, Dealer]:
+        """Deal replicas out, unit by unit."""
+        return {**super().dealers(), DATA: self._deal_units}
+
+    @override
+    def gives_model_back(self) -> bool:
+        """Give it back if asked for."""
+        return self.fsdp_gives_back and super().gives_model_back()
+
+    def _deal_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
             raise OptionError(f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: everything is there already.")
-        from ptacc.engines.fsdp import FSDPEngine, Units  # importing it takes longer than all of ptacc
+        from ptacc.engines.fsdp import Units, deal_units  # importing it takes longer than all of ptacc
 
         units = Units(
             self._units(),
@@ -95,7 +102,7 @@ class FSDPMixin(Mixin):
             self.fsdp_reduce_dtype,
             offloads=self.fsdp_cpu_offload,
         )
-        return FSDPEngine(self.accelerator, self.unwrapped_model, self.slots(), units, gives_back=self.fsdp_gives_back)
+        deal_units(model, mesh, units)
 
     def _units(self) -> list[nn.Module]:
         """Return the submodules that are units, beside the model itself."""
@@ -107,19 +114,3 @@ class FSDPMixin(Mixin):
             return [module for module in model.modules() if type(module).__name__ in names]
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         return [block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList | nn.ModuleDict)]
-
-    @override
-    def conditions(self) -> dict[str, str]:
-        """Go on under the same engine, by however many processes."""
-        return super().conditions() | {"engine": "fsdp"}
-
-    @override
-    @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
-        """Have what was averaged in shards whole, as the model is."""
-        with super().around_run():
-            yield
-        if self.fsdp_gives_back:
-            for _, state in self.run.states():
-                if isinstance(state, AveragedWeights):
-                    state.make_whole()

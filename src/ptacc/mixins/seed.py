@@ -63,7 +63,7 @@ class SeedMixin(Mixin):
         with contextlib.ExitStack() as stack:
             if self.seed is not None:
                 stack.enter_context(preserved_streams(devices=True))
-                seed_everything(derive_seed(self.seed, self.peers.rank))
+                seed_everything(derive_seed(self.seed, self.peers.replica))
             if self.deterministic:
                 stack.enter_context(deterministic_kernels())
             stack.enter_context(super().around_run())

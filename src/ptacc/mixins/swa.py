@@ -138,13 +138,14 @@ def average_over(norms: list[_BatchNorm], peers: Peers) -> None:
     """Average the statistics of the processes, by the number of batches that each has seen."""
     if peers.is_alone:
         return
+    share = int(peers.leads_replica)  # the others of a replica have seen the same
     for norm in norms:
         mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         assert mean is not None
         assert variance is not None
         assert batches is not None
         for statistic in (mean, variance):
-            *total, seen = peers.sum([*(statistic * batches).tolist(), int(batches)])
+            *total, seen = peers.sum([*(statistic * batches * share).tolist(), int(batches) * share])
             if seen:  # else no process has called this norm
                 statistic.copy_(torch.tensor(total, dtype=torch.float64) / seen)
-        batches.fill_(peers.sum([int(batches)])[0])
+        batches.fill_(peers.sum([int(batches) * share])[0])

@@ -80,7 +80,7 @@ def forward_over_processes(norm: _BatchNorm, local: Forward, run: Run) -> Forwar
     def forward(input: Tensor) -> Tensor:  # noqa: A002  # torch's name, by which it may be called
         if run.batch is not None and norm.training:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]  # noqa: SLF001  # as torch's forward does
-            return normalise(input, norm, is_phantom=run.batch.is_phantom)
+            return normalise(input, norm, is_phantom=run.batch.is_phantom, copies=run.peers.replica_size)
         return cast(Tensor, local(input))
 
     return forward
@@ -131,13 +131,14 @@ class BatchStatistics:
     variance: Tensor
 
 
-def normalise(inputs: Tensor, norm: _BatchNorm, *, is_phantom: bool = False) -> Tensor:
+def normalise(inputs: Tensor, norm: _BatchNorm, *, is_phantom: bool = False, copies: int = 1) -> Tensor:
     """Normalise inputs by the statistics of the global batch, and have `norm` track these.
 
     Args:
         inputs: `(items, channels, ...)`, this process's part of the batch. Half precision is computed in float32.
         norm: The norm, for its weights, its options and its running statistics.
         is_phantom: Whether the inputs count nowhere, and only keep this process in step.
+        copies: Number of processes that have the same inputs, since they share a replica of the model.
 
     Returns:
         The normalised inputs, in their shape and dtype.
@@ -153,13 +154,13 @@ def normalise(inputs: Tensor, norm: _BatchNorm, *, is_phantom: bool = False) -> 
     own_count = 0 if is_phantom else inputs.numel() // inputs.shape[1]
 
     own_sum = values.sum(others) * weight
-    totals = sum_over_processes(torch.cat([own_sum, own_sum.new_full((1,), own_count)]))
+    totals = sum_over_processes(torch.cat([own_sum, own_sum.new_full((1,), own_count)])) / copies
     count = totals[-1].detach()
     if own_count < 2:  # else there is no need to ask the device
         check_count(int(count), inputs)
     mean = totals[:-1] / count
     centred = values - mean.view(along_channels)
-    variance = sum_over_processes(centred.square().sum(others) * weight) / count
+    variance = sum_over_processes(centred.square().sum(others) * weight) / copies / count
     track(norm, BatchStatistics(count, mean, variance))
 
     scale = (variance + norm.eps).rsqrt()

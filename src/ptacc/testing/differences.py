@@ -46,12 +46,12 @@ class Split:
 
     size: int
     batches: int
-    world_size: int
+    replicas: int
 
     @override
     def __str__(self) -> str:
         kind = f"{self.batches} batches of {self.size}" if self.batches > 1 else f"one batch of {self.size}"
-        return kind if self.world_size == 1 else f"{kind} on each of {self.world_size} processes"
+        return kind if self.replicas == 1 else f"{kind} on each of {self.replicas} replicas"
 
 
 @dataclass(frozen=True)

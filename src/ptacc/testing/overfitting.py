@@ -99,14 +99,14 @@ def assert_overfits_one_batch(
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a part of the first loss.")
     check_map_style(owner, data)
     checked = silent_copy(trainer)
-    world_size = checked.peers.world_size
-    size = max(1, min(batch_size, len(data) // world_size))
-    samples = min(len(data), size * world_size)
+    replicas = checked.peers.replicas
+    size = max(1, min(batch_size, len(data) // replicas))
+    samples = min(len(data), size * replicas)
     call: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
     with preserved_streams(devices=True), weights_put_back(checked):
         before = {name: p.detach().to("cpu", copy=True) for name, p in checked.unwrapped_model.named_parameters()}
         history = checked.train(
-            Excerpt(data, samples, size * world_size * checked.batches_per_step() * steps),
+            Excerpt(data, samples, size * replicas * checked.batches_per_step() * steps),
             eval_dataset,
             max_steps=steps,
             per_device_batch_size=size,

@@ -108,11 +108,11 @@ def compare_splits(
 ) -> None:
     """Train in every split, and raise `AssertionError` at the first that differs from the whole."""
     trainer = make_trainer()
-    world_size = trainer.peers.world_size
-    samples = take_samples(len(data), window * world_size)
+    replicas = trainer.peers.replicas
+    samples = take_samples(len(data), window * replicas)
     call = {"train_dataset": Excerpt(data, samples, samples), **options}
     initial = state_of(trainer)
-    whole, *splits = (Split(size, window // size, world_size) for size in divisors(window))
+    whole, *splits = (Split(size, window // size, replicas) for size in divisors(window))
     expected = train(trainer, whole, call)
     tolerance = tolerance_of(trainer) if rel is None else Tolerance(rel, rel)
     for split in splits:
