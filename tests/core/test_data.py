@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -233,9 +233,25 @@ def test_drop_last_drops_the_global_batch_that_is_not_full() -> None:
     ]
 
 
-def test_tensors_in_memory_are_indexed_at_once_with_the_same_result() -> None:
-    data = TensorDataset(torch.randn(10, 3), torch.arange(10))
-    at_once, one_by_one = batches(data, shuffle=True), batches(Subset(data, range(10)), shuffle=True)
+class OneByOne(TensorDataset):
+    """Notes that it is asked for samples."""
+
+    asked: ClassVar[int] = 0
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        OneByOne.asked += 1
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+@pytest.mark.parametrize("part", [None, [7, 1, 8, 2, 9, 0]])
+def test_tensors_in_memory_are_indexed_at_once_with_the_same_result(part: list[int] | None) -> None:
+    tensors = torch.randn(10, 3), torch.arange(10)
+    data: list[TensorDataset] = [kind(*tensors) for kind in (TensorDataset, OneByOne)]
+    asked = OneByOne.asked
+    parts: list[Any] = data if part is None else [Subset(Subset(whole, part), range(1, 6)) for whole in data]
+    at_once, one_by_one = (batches(dataset, shuffle=True) for dataset in parts)
+    assert OneByOne.asked - asked >= len(parts[1])
     for left, right in zip(at_once, one_by_one, strict=True):
         assert isinstance(left.data, tuple)
         assert isinstance(right.data, tuple)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 from typing_extensions import override
 
@@ -39,13 +39,14 @@ class KeyedDataset(Dataset[Any]):
         """Read from `dataset`."""
         self.dataset: Any = dataset
         self._collate = collate
-        self._indexes_at_once = type(dataset) is TensorDataset and collate is default_collate
+        self._indexes_at_once = collate is default_collate and type(beneath_subsets(dataset, ())[0]) is TensorDataset
 
     def __getitems__(self, key: BatchKey) -> object:
         """Load and collate one batch. torch's loader calls this with whatever its batch sampler gives."""
         if self._indexes_at_once:
-            indices = torch.tensor(key.indices)
-            return tuple(tensor[indices] for tensor in self.dataset.tensors)
+            dataset, indices = beneath_subsets(self.dataset, key.indices)
+            places = torch.tensor(indices)
+            return tuple(tensor[places] for tensor in dataset.tensors)
         with seeded_loading(key.seed):
             return self._collate(self._samples(key))
 
@@ -60,6 +61,14 @@ class KeyedDataset(Dataset[Any]):
             return [self.dataset[index] for index in key.indices]
         except LookupError as error:
             raise no_such_sample(self.dataset, f"an index up to {max(key.indices)}", error) from error
+
+
+def beneath_subsets(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
+    """Return what a dataset is a part of, as `random_split` makes them, and the indices there."""
+    while type(dataset) is Subset:
+        indices = [dataset.indices[index] for index in indices]
+        dataset = dataset.dataset
+    return dataset, indices
 
 
 class SharedStream(IterableDataset[Any]):
