@@ -1,11 +1,12 @@
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.random import mtrand
 
 from ptacc.checkpoint.snapshot import Part
 from ptacc.core.randomness import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
@@ -46,3 +47,47 @@ def test_the_order_of_samples_is_fixed_for_all_time() -> None:
     assert permutation(0, 0, 8) == [3, 1, 4, 5, 7, 0, 2, 6]
     assert permutation(7, 3, 10) == [5, 9, 8, 3, 1, 4, 7, 6, 0, 2]
     assert derive_seed(0, 1, 2) == 4450782424123420391
+
+
+def draws_of_numpy(loads: Sequence[int], normals_in_loading: int) -> list[float]:
+    """Draw normal numbers, with a batch loaded before some of them."""
+    np.random.seed(3)  # noqa: NPY002
+    drawn = []
+    for index in range(9):
+        if index in loads:
+            with streams_seeded(index):
+                np.random.normal(size=normals_in_loading)  # noqa: NPY002
+        drawn.append(float(np.random.normal()))  # noqa: NPY002
+    return drawn
+
+
+@pytest.mark.parametrize("normals_in_loading", [0, 1, 2, 700])
+@pytest.mark.parametrize("loads", [[0], [1], [0, 1], [1, 2, 3], [2, 2, 5, 8], range(9)])
+def test_normal_numbers_that_numpy_keeps_outlast_loading(loads: Sequence[int], normals_in_loading: int) -> None:
+    assert draws_of_numpy(loads, normals_in_loading) == draws_of_numpy([], 0)
+
+
+def test_loading_draws_the_same_whatever_numpy_keeps() -> None:
+    def loaded(before: int) -> tuple[float, int]:
+        np.random.seed(before)  # noqa: NPY002
+        np.random.normal(size=before)  # noqa: NPY002
+        with streams_seeded(5):
+            return float(np.random.normal()), random.randrange(2**32)  # noqa: NPY002
+
+    assert len({loaded(before) for before in range(5)}) == 1
+
+
+def test_a_generator_of_another_kind_is_kept() -> None:
+    own = mtrand.get_bit_generator()
+    try:
+        mtrand.set_bit_generator(np.random.PCG64(1))
+        expected = [float(np.random.normal()) for _ in range(4)]  # noqa: NPY002
+        mtrand.set_bit_generator(np.random.PCG64(1))
+        drawn = []
+        for index in range(4):
+            with streams_seeded(index):
+                np.random.normal()  # noqa: NPY002
+            drawn.append(float(np.random.normal()))  # noqa: NPY002
+        assert drawn == expected
+    finally:
+        mtrand.set_bit_generator(own)

@@ -144,7 +144,8 @@ class RunHistory(Sequence[EpochRecord]):
             for result, (loss, logged) in zip(unread, _read(unread, peers), strict=True)
         ]
         self._steps.extend(records)
-        self._append([("step", asdict(record)) for record in records])
+        if self._journal is not None:
+            self._journal.append([("step", asdict(record)) for record in records])
         for record in records:
             for name, value in record.logged.items():
                 total, count = self._logged.get(name, (0.0, 0))
@@ -214,14 +215,16 @@ def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[
     """Read the losses and the logged values with one copy from the device, and average the processes' parts."""
     names = sorted(set[str]().union(*peers.gather({name for result in unread for name in result.logged})))
     cells = [(i, name) for i in range(len(unread)) for name in names]
-    held = [result.loss for result in unread] + [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
-    device = unread[0].loss.device
-    values: list[float] = torch.stack([value.detach().to(device, torch.float64) for value in held]).tolist()
+    losses = torch.stack([result.loss for result in unread]).to(torch.float64)
+    logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
+    further = [value.detach().to(losses.device, torch.float64).reshape(1) for value in logged]
+    values: list[float] = torch.cat([losses, *further]).tolist()
     # Not every step logs every name, and not on every process.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
     sums = peers.sum([*values, *weights])
     read: list[tuple[float, dict[str, float]]] = [(loss / peers.world_size, {}) for loss in sums[: len(unread)]]
-    for (i, name), value, weight in zip(cells, sums[len(unread) : len(held)], sums[len(held) :], strict=True):
+    first, last = len(unread), len(values)
+    for (i, name), value, weight in zip(cells, sums[first:last], sums[last:], strict=True):
         if weight:
             read[i][1][name] = value / weight
     return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import random
 import secrets
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 
 def fresh_seed() -> int:
@@ -112,8 +114,58 @@ def preserved_streams(*, devices: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def streams_seeded(seed: int) -> Iterator[None]:
     """Seed the host's global generators for the block, and put them back to where they were after it."""
-    with preserved_streams():
+    python, host = random.getstate(), torch.default_generator.get_state()
+    with _numpy.set_aside():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            torch.default_generator.set_state(host)
+
+
+class NumpyStream:
+    """NumPy's global generator, in whose place another can stand: that takes a tenth of the time of a copy.
+
+    NumPy draws normal numbers in pairs, keeps the second, and forgets it where generators change places.
+    """
+
+    WORDS = 625 * 4
+    """Bytes of a Mersenne twister: 624 words, and where it is in them."""
+
+    def __init__(self) -> None:
+        """Leave the generator alone."""
+        self._spare = np.random.MT19937(0)
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Have another generator for the block, to be seeded in it."""
+        own = mtrand.get_bit_generator()
+        copy = self._copy_if_needed(own)
+        mtrand.set_bit_generator(self._spare)
+        try:
+            yield
+        finally:
+            mtrand.set_bit_generator(own)
+            if copy is not None:
+                np.random.set_state(copy)
+
+    def _copy_if_needed(self, own: np.random.BitGenerator) -> dict[str, Any] | None:
+        """Return the whole state where a normal number is kept; else `own` has all there is.
+
+        One that is asked for comes from where it is kept, or it moves the generator, which is put back.
+        """
+        if type(own) is not np.random.MT19937:
+            return dict(np.random.get_state(legacy=False))
+        words: int = own.ctypes.state_address
+        before = ctypes.string_at(words, self.WORDS)
+        number = np.random.standard_normal()
+        if ctypes.string_at(words, self.WORDS) == before:
+            return {**np.random.get_state(legacy=False), "has_gauss": 1, "gauss": number}
+        ctypes.memmove(words, before, self.WORDS)
+        return None
+
+
+_numpy = NumpyStream()

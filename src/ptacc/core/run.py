@@ -130,10 +130,15 @@ class Run:
 
     def count(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window that was gone through, and its step if that happened."""
-        now = self.progress
-        seconds = time.monotonic() - self._started
-        batches = now.batches + len(window.batches)
-        self.progress = replace(now, batches=batches, offset=window.batches[-1].end, seconds=seconds)
+        now, end = self.progress, window.batches[-1].end
+        self.progress = Progress(
+            steps=step.step if happened else now.steps,
+            epochs=now.epochs,
+            batches=now.batches + len(window.batches),
+            offset=end,
+            items=now.items + step.items if happened else now.items,
+            seconds=time.monotonic() - self._started,
+        )
         self._skipped = 0 if happened else self._skipped + 1
         if self._skipped == HOPELESS:
             raise LossError(
@@ -142,7 +147,6 @@ class Run:
             )
         if not happened:
             return
-        self.progress = replace(self.progress, steps=step.step, items=now.items + step.items)
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
         if self.history.is_full:  # before this step is added: hooks may log to it yet

@@ -41,7 +41,7 @@ class Transfer:
 
     def bring(self, batch: BatchT) -> BatchT:
         """Return a batch on the device."""
-        return to_device(batch, self._device)
+        return batch if self._device.type == "cpu" else to_device(batch, self._device)
 
 
 class StreamedTransfer(Transfer):
