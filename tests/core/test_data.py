@@ -258,6 +258,32 @@ def test_tensors_in_memory_are_indexed_at_once_with_the_same_result(part: list[i
         assert all(map(torch.equal, left.data, right.data))
 
 
+def test_batches_that_are_indexed_together_are_apart() -> None:
+    data = TensorDataset(torch.ones(10, 3), torch.arange(10))
+    first, second, _ = (batch.data for batch in batches(data))
+    first[0].zero_()
+    assert second[0]._version == 0  # noqa: SLF001
+    assert torch.equal(second[0], torch.ones(4, 3))
+    assert torch.equal(data.tensors[0], torch.ones(10, 3))
+
+
+def test_what_is_written_to_the_data_meanwhile_is_in_the_next_batch() -> None:
+    data = TensorDataset(torch.zeros(12, 2), torch.arange(12))
+    loader = LoaderRequest(data, 4, None, {}).build(shuffle=False)
+    seen = []
+    for batch in source_of(loader, Peers(), 7).epoch(0):
+        seen.append(float(batch.data[0].sum()))
+        data.tensors[0].add_(1)
+    assert seen == [0, 8, 16]
+
+
+def test_tensors_in_memory_may_be_large_and_indices_below_zero() -> None:
+    data = TensorDataset(torch.randn(6, 70_000), torch.arange(6))
+    (left, right), _ = (batch.data for batch in batches(Subset(data, [-1, 0, -6, 3, 5])))
+    assert torch.equal(left, data.tensors[0][[5, 0, 0, 3]])
+    assert right.tolist() == [5, 0, 0, 3]
+
+
 def test_a_limit_takes_the_first_batches() -> None:
     assert numbers(batches(Numbers(20), limit=2)) == list(range(8))
 

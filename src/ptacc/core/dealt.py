@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
@@ -12,7 +12,7 @@ from ptacc.core.fetch import KeyedDataset, probe
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings
 from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import derive_seed, permutation
+from ptacc.core.randomness import permutation
 from ptacc.core.samplers import ListedSampler
 from ptacc.protocols import StateDict
 
@@ -27,11 +27,11 @@ class DealtBatches:
         self._peers, self._seed = peers, seed
         self._order = _Order(loader, peers, seed)
         self._keys = _Keys()
-        dataset = KeyedDataset(loader.dataset, collate_of(loader))
+        self._dataset = KeyedDataset(loader.dataset, collate_of(loader))
         self._keeps_samples = is_torchs_collate(loader)
         probe(loader.dataset)
         self._loader = DataLoader(
-            dataset, batch_sampler=cast(Sampler[list[int]], self._keys), **loader_settings(loader)
+            self._dataset, batch_sampler=cast(Sampler[list[int]], self._keys), **loader_settings(loader)
         )
 
     def num_batches(self, start: int = 0) -> int:
@@ -54,7 +54,9 @@ class DealtBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""
         keys = self._keys.keys = self._order.keys_of(epoch, start)
-        for index, (key, data) in enumerate(zip(keys, self._loader, strict=True), start=1):
+        is_here = not (self._loader.num_workers or self._loader.pin_memory)
+        loaded: Iterable[Any] = self._dataset.load_all(keys) if is_here else self._loader
+        for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = self._order.place_after(index, start)
             yield HostBatch(given(data), key.indices, key.samples, total, key.is_phantom, end)
@@ -122,10 +124,10 @@ class _Order:
     def keys_of(self, epoch: int, start: int) -> list[BatchKey]:
         replica, replicas = self._peers.replica, self._peers.replicas
         groups = global_batches(self._order_of(epoch)[start:], self._size, drop_last=self._drop_last)
-        seeds = [derive_seed(self._seed, epoch, start // self._size + i, replica) for i in range(len(groups))]
+        origins = [(self._seed, epoch, start // self._size + i, replica) for i in range(len(groups))]
         if self._is_in_batches:
-            return [deal_batches(group, replica, seed) for group, seed in zip(groups, seeds, strict=True)]
-        return [deal_samples(group, replica, replicas, seed) for group, seed in zip(groups, seeds, strict=True)]
+            return [deal_batches(group, replica, origin) for group, origin in zip(groups, origins, strict=True)]
+        return [deal_samples(group, replica, replicas, origin) for group, origin in zip(groups, origins, strict=True)]
 
     def _order_of(self, epoch: int) -> Sequence[Any]:
         """Return an epoch's samples, or its batches, in their order."""

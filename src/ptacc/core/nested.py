@@ -106,7 +106,7 @@ def leading_dimension(batch: object) -> int:
     """
     for tensor in tensors_of(batch):
         if tensor.dim():
-            return len(tensor)
+            return tensor.shape[0]
     raise DataError(
         f"count_items: a batch of type {type(batch).__name__} holds no tensor whose leading dimension could be "
         "counted. Override count_items(self, batch) to say how many items its loss is a mean over."

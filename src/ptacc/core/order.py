@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from typing_extensions import TypeVar
 
+from ptacc.core.randomness import derive_seed
+
 T = TypeVar("T")
 
 
@@ -22,14 +24,19 @@ class BatchKey:
     Args:
         indices: Indices of its samples in the dataset.
         total: Number of samples in the global batch, over all processes.
-        seed: Seeds whatever randomness is in loading this batch.
+        origin: Run seed, epoch, number of the global batch and replica, of which the batch's own seed is derived.
         is_phantom: Whether the samples only keep this process in step with the others, and count nowhere.
     """
 
     indices: Sequence[int]
     total: int
-    seed: int
+    origin: tuple[int, ...]
     is_phantom: bool = False
+
+    @property
+    def seed(self) -> int:
+        """Seed of whatever randomness is in loading this batch."""
+        return derive_seed(*self.origin)
 
     @property
     def samples(self) -> int:
@@ -58,15 +65,15 @@ def count_global_batches(samples: int, size: int, *, drop_last: bool) -> int:
     return samples // size if drop_last else math.ceil(samples / size)
 
 
-def deal_samples(batch: Sequence[int], rank: int, world_size: int, seed: int) -> BatchKey:
+def deal_samples(batch: Sequence[int], rank: int, world_size: int, origin: tuple[int, ...]) -> BatchKey:
     """Deal one global batch to a rank; a rank that gets none repeats the batch as a phantom."""
     mine = share_of(batch, rank, world_size)
-    return BatchKey(mine or batch, len(batch), seed, is_phantom=not mine)
+    return BatchKey(mine or batch, len(batch), origin, is_phantom=not mine)
 
 
-def deal_batches(group: Sequence[Sequence[int]], rank: int, seed: int) -> BatchKey:
+def deal_batches(group: Sequence[Sequence[int]], rank: int, origin: tuple[int, ...]) -> BatchKey:
     """Deal one ready batch of a group to a rank; a rank beyond the group's end repeats the first as a phantom."""
     total = sum(map(len, group))
     if rank < len(group):
-        return BatchKey(group[rank], total, seed)
-    return BatchKey(group[0], total, seed, is_phantom=True)
+        return BatchKey(group[rank], total, origin)
+    return BatchKey(group[0], total, origin, is_phantom=True)

@@ -29,22 +29,33 @@ LEAST_BYTES = 1 << 20
 
 def transfer_to(device: torch.device) -> Transfer:
     """Return how the batches of one loop come to a device."""
-    return StreamedTransfer(device) if device.type == "cuda" else Transfer(device)
+    if device.type == "cpu":
+        return Transfer()
+    return StreamedTransfer(device) if device.type == "cuda" else PlainTransfer(device)
 
 
 class Transfer:
-    """Copies each batch where it is computed on: all there is to do where the device is the host."""
+    """Leaves batches where they are: on the host, which is the device."""
+
+    def bring(self, batch: BatchT) -> BatchT:
+        """Return a batch on the device."""
+        return batch
+
+
+class PlainTransfer(Transfer):
+    """Copies each batch to where it is computed on."""
 
     def __init__(self, device: torch.device) -> None:
         """Bring batches to `device`."""
         self._device = device
 
+    @override
     def bring(self, batch: BatchT) -> BatchT:
         """Return a batch on the device."""
-        return batch if self._device.type == "cpu" else to_device(batch, self._device)
+        return to_device(batch, self._device)
 
 
-class StreamedTransfer(Transfer):
+class StreamedTransfer(PlainTransfer):
     """Copies large tensors from pinned memory on a stream of its own."""
 
     def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
@@ -131,8 +132,14 @@ def constant_rate(optimizer: Optimizer, plan: RunPlan) -> LRSchedulerLike:
 
 def follows_a_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:
     """Say whether the schedule's `step` has to be given a value, as that of `ReduceLROnPlateau`."""
+    return has_to_be_given_a_value(type(scheduler))
+
+
+@functools.cache
+def has_to_be_given_a_value(kind: type[LRSchedulerLike | PlateauSchedulerLike]) -> bool:
+    """Say so of a class of schedules: looking takes longer than a schedule's step."""
     try:
-        inspect.signature(scheduler.step).bind()
+        inspect.signature(kind.step).bind(None)
     except TypeError:
         return True
     return False
