@@ -2,9 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
+# What else to tell the benchmarks: BENCH="--workload step --contender ptacc"
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BENCH_PYTHON := $(BENCH_VENV)/bin/python
+BENCH_PIP := $(BENCH_PYTHON) -m pip --disable-pip-version-check
 STUBBED := accelerate deepspeed fsspec
 
 define REPORT_TORCH
@@ -20,7 +25,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 # The steps share one environment, and their order is the order in which a mistake is cheapest to find.
 .NOTPARALLEL:
-.PHONY: help quickstart test check docs prove format clean
+.PHONY: help quickstart test check docs prove bench format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -44,6 +49,9 @@ docs: $(VENV)/.installed-dev ## build the documentation; a warning is an error
 prove: $(VENV)/.installed-dev ## the long proofs
 	$(BIN)/python -m pytest -m prove
 
+bench: $(BENCH_VENV)/.installed ## measure ptacc beside plain PyTorch and its peers
+	$(BENCH_PYTHON) -m benchmarks.speed $(BENCH)
+
 format: $(VENV)/.installed-dev ## rewrite the code in the house's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -66,4 +74,11 @@ $(VENV)/.installed-examples: $(VENV)/.installed-torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable ".[dev,docs,examples]"
 	@$(BIN)/python -c "$$REPORT_TORCH"
+	@touch $@
+
+$(BENCH_VENV)/.installed: constraints.txt benchmarks/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_PIP) install --quiet --constraint constraints.txt torch
+	$(BENCH_PIP) install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt --editable .
+	$(BENCH_PIP) uninstall --quiet --yes torchvision
 	@touch $@

@@ -1,0 +1,122 @@
+"""A plain PyTorch loop, as short as it can be written: it sums its loss, and does nothing else beside training.
+
+In two processes it is plain DDP.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from benchmarks.speed.jobs import Dealt, Job, Shuffled
+
+
+def train(job: Job) -> float:
+    model, optimizer, loss_func, loader = job.model, job.optimizer, job.loss_func, job.loader
+    loss_sum, items = torch.zeros((), dtype=torch.float64), 0
+    model.train()
+    for _ in range(job.epochs):
+        for inputs, targets in loader:
+            loss = loss_func(model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum.add_(loss.detach(), alpha=len(targets))
+            items += len(targets)
+    return float(loss_sum) / items
+
+
+def train_composed(job: Job) -> float:
+    """Train, move a schedule on, and evaluate each epoch with a metric; stop when the loss becomes no better."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    model, optimizer, loss_func, loader = job.model, job.optimizer, job.loss_func, job.loader
+    schedule = job.make_schedule(optimizer)
+    accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+    loss_sum, items = torch.zeros((), dtype=torch.float64), 0
+    best, waited = float("inf"), 0
+    for _ in range(job.epochs):
+        model.train()
+        for inputs, targets in loader:
+            loss = loss_func(model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            loss_sum.add_(loss.detach(), alpha=len(targets))
+            items += len(targets)
+        accuracy.reset()
+        eval_loss = mean_loss(model, job, job.eval_loader, accuracy)
+        accuracy.compute()
+        best, waited = (eval_loss, 0) if eval_loss < best else (best, waited + 1)
+        if waited == 100:
+            break
+    return float(loss_sum) / items
+
+
+def train_in_processes(job: Job) -> float:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert isinstance(job.loader.sampler, Shuffled)
+    dealt = Dealt(job.loader.sampler, job.batch_size, rank, world_size)
+    loader = DataLoader(job.loader.dataset, batch_size=job.batch_size, sampler=dealt)
+    wrapped = DistributedDataParallel(job.model)
+    return train(Job(wrapped, job.optimizer, job.loss_func, loader, job.eval_loader, job.epochs, job.folder))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, job: Job, loader: DataLoader[tuple[Tensor, Tensor]], metric: nn.Module | None) -> float:
+    loss_sum, items = torch.zeros((), dtype=torch.float64), 0
+    model.eval()
+    for inputs, targets in loader:
+        outputs = model(inputs)
+        loss_sum.add_(job.loss_func(outputs, targets), alpha=len(targets))
+        items += len(targets)
+        if metric is not None:
+            metric.update(outputs, targets)  # type: ignore[operator]
+    return float(loss_sum) / items
+
+
+def evaluate(job: Job) -> float:
+    return mean_loss(job.model, job, job.loader, None)
+
+
+def train_and_save(job: Job) -> float:
+    """Train, and write everything to a file after each epoch: flushed and synced, in place of the one before."""
+    loss_sum, items = torch.zeros((), dtype=torch.float64), 0
+    job.model.train()
+    for epoch in range(job.epochs):
+        for inputs, targets in job.loader:
+            loss = job.loss_func(job.model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            loss_sum.add_(loss.detach(), alpha=len(targets))
+            items += len(targets)
+        state = {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict(), "epoch": epoch}
+        with (job.folder / "new.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (job.folder / "new.pt").replace(job.folder / "last.pt")
+    return float(loss_sum) / items
+
+
+RUNS = {
+    "step": train,
+    "step-samples": train,
+    "step-batches": train,
+    "callbacks": train,
+    "composed": train_composed,
+    "in-memory": train,
+    "convnet": train,
+    "gpt": train,
+    "evaluate": evaluate,
+    "evaluate-samples": evaluate,
+    "two-processes": train_in_processes,
+    "saves": train_and_save,
+}
