@@ -1,5 +1,6 @@
 """What a run tells, in which order, and what it leaves behind."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -255,6 +256,42 @@ def test_nothing_draws_from_the_global_generators() -> None:
     trainer.evaluate(tiny_data())
     trainer.predict(tiny_data())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Released(Trainer):
+    """Notes whether a batch's outputs are still there in its backward pass."""
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        output = super().train_step(batch)
+        self.seen = weakref.ref(output.outputs)
+        return output
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        there.append(self.seen() is not None)
+        super().backward(loss)
+
+    seen: Any = None
+
+
+class Hearing(Released):
+    @override
+    def on_batch_end(self, batch: tuple[Tensor, Tensor], output: StepOutput[Tensor]) -> None:
+        super().on_batch_end(batch, output)
+        there.append(output.outputs is self.seen())
+
+
+there: list[bool] = []
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(Released, {False}), (Hearing, {True})])
+def test_outputs_that_nobody_hears_of_are_gone_before_the_backward_pass(
+    kind: type[Released], expected: set[bool]
+) -> None:
+    there.clear()
+    kind(**tiny_parts()).train(tiny_data(), num_epochs=1)
+    assert set(there) == expected
 
 
 def test_two_callbacks_of_one_class_both_hear() -> None:

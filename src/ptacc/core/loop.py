@@ -309,19 +309,22 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.peers.mark()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
+        is_heard = run.peers.leads_replica and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
                 batch = transfer.bring(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
-                loss = window.share(index, output)
+                loss, logged = window.share(index, output), output.logged
+                heard = output if is_heard and not host.is_phantom else None
+                del output  # where nobody hears of it, the backward pass can have its memory
                 run.peers.mark()
                 self.backward(loss)
-            step.add(loss.detach(), output.logged, window.weight(index))
-            if not host.is_phantom and run.peers.leads_replica:
-                self.on_batch_end(batch, output)
-            del batch, output, loss  # the next forward pass needs their memory
+            step.add(loss.detach(), logged, window.weight(index))
+            if heard is not None:
+                self.on_batch_end(batch, heard)
+            del batch, heard, loss  # the next forward pass needs their memory
         run.batch = None
         run.engine.finish_gradients()
         self.on_gradients_ready(step)
