@@ -185,8 +185,10 @@ def programs_started_by_steps(stage: ZeroStage) -> list[int]:
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=prove) for stage in (0, 1, 2)), 3])
-def test_a_step_starts_no_program(stage: ZeroStage) -> None:
+def test_a_step_starts_no_program_and_leaves_no_shared_memory(stage: ZeroStage) -> None:
+    before = set(Path("/dev/shm").glob("deepspeed*"))
     assert run_ranks(programs_started_by_steps, 2, stage) == [[0] * 4] * 2
+    assert set(Path("/dev/shm").glob("deepspeed*")) == before
 
 
 def losses_with_a_nan(stage: ZeroStage) -> tuple[str, list[float]]:

@@ -32,9 +32,6 @@ def join(device: torch.device) -> None:
             f"DeepSpeed computes on {theirs}, and this launch on {device.type}. Set DS_ACCELERATOR={device.type} in "
             "the environment."
         )
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        # As DeepSpeed's own launcher says it. On a CPU, ZeRO 3 would else start numactl at each step to ask it.
-        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False)
     except FAILED_TO_BUILD as error:
@@ -42,6 +39,11 @@ def join(device: torch.device) -> None:
             f"DeepSpeed does not start: {str(error).strip().splitlines()[0]} On a CPU it first compiles a part of "
             "itself: install ninja (`pip install ninja`) and a C++ compiler."
         ) from error
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        # As DeepSpeed's own launcher says it, or on a CPU ZeRO 3 would start numactl at each step to ask it. Said
+        # before, processes would sum over memory that they share: who waits there for one that is gone waits for good,
+        # and the system keeps that memory after their end.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
 
 
 def check_model(model: nn.Module, config: ZeroConfig) -> None:
