@@ -189,7 +189,8 @@ class Wide(nn.Module):
         return wide.mean(dim=1, keepdim=True).expand(-1, 2)
 
 
-def search_with_memory(megabytes: int, margin: float) -> BatchSizeSearch:
+def search_with_memory(megabytes: int, spare: int) -> BatchSizeSearch:
+    """Search with so many megabytes beside what is held already, of which some are to be left over."""
     torch.set_num_threads(1)
     data = TensorDataset(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))
     model = Wide()
@@ -198,19 +199,20 @@ def search_with_memory(megabytes: int, margin: float) -> BatchSizeSearch:
     trainer.train(data, num_epochs=1, per_device_batch_size=1)  # what is loaded only once
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
         held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))
-    return find_batch_size(trainer, data, global_batch_size=32, steps=2, margin=margin)
+    allowed = held + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, resource.RLIM_INFINITY))
+    return find_batch_size(trainer, data, global_batch_size=32, steps=2, margin=spare * 2**20 / allowed)
 
 
 def test_memory_that_really_runs_out_is_found_out() -> None:
-    (little,), (more,) = (run_ranks(search_with_memory, 1, megabytes, 0.0) for megabytes in (100, 400))
+    (little,), (more,) = (run_ranks(search_with_memory, 1, megabytes, 0) for megabytes in (100, 400))
     assert "can't allocate memory" in little.did_not_fit[32]
     assert 8 * little.per_device_batch_size < 100
     assert little.per_device_batch_size < more.per_device_batch_size
 
 
 def test_a_margin_is_left_over() -> None:
-    (without,), (with_margin,) = (run_ranks(search_with_memory, 1, 400, margin) for margin in (0.0, 0.2))
+    (without,), (with_margin,) = (run_ranks(search_with_memory, 1, 400, spare) for spare in (0, 250))
     assert with_margin.per_device_batch_size < without.per_device_batch_size
 
 
