@@ -277,6 +277,12 @@ def test_what_is_written_to_the_data_meanwhile_is_in_the_next_batch() -> None:
     assert seen == [0, 8, 16]
 
 
+def test_tensors_made_in_inference_mode_are_data_as_others() -> None:
+    with torch.inference_mode():
+        data = TensorDataset(torch.randn(6, 2), torch.arange(6))
+    assert [batch.data[1].tolist() for batch in batches(data)] == [[0, 1, 2, 3], [4, 5]]
+
+
 def test_tensors_in_memory_may_be_large_and_indices_below_zero() -> None:
     data = TensorDataset(torch.randn(6, 70_000), torch.arange(6))
     (left, right), _ = (batch.data for batch in batches(Subset(data, [-1, 0, -6, 3, 5])))

@@ -383,6 +383,9 @@ def test_the_launch_says_how_many_share_a_replica(monkeypatch: pytest.MonkeyPatc
     assert sizes == [2, 2, 2, 2]
     with pytest.raises(LaunchError, match=r"asks for a tensor parallel size of 2, and Split was given .*_size=4"):
         _ = Split(**parts(make_pairs()), tensor_parallel_size=4).peers
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
+    for said in run_ranks(refusal, 4, Both, {"tensor_parallel_size": None}):
+        assert "asks for a dp_shard_size of 4, and 4 processes of which 2 share a replica make 2" in said
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split has nothing"):
         _ = Split(**parts(make_pairs())).peers

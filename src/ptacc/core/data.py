@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ptacc.core.device import present_device
 from ptacc.core.options import check_keywords
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import DataLoaderKwargs
@@ -24,6 +23,7 @@ from ptacc.types import BatchT
 from ptacc.validation import check_at_least
 
 DEFAULT_BATCH_SIZE = 8
+HOST = torch.device("cpu")
 LIMIT_VARIABLE = "PTACC_LIMIT_BATCHES"
 
 
@@ -113,14 +113,14 @@ class LoaderRequest:
         per_device_batch_size: Samples of a batch of one process; None where nothing was said.
         collate_fn: The user's collate function, None for torch's own.
         kwargs: Further keywords for the DataLoader.
-        device: Where the batches will go: that of this process, if not given.
+        device: Where the batches will go, the host if not given.
     """
 
     dataset: Dataset[object]
     per_device_batch_size: int | None
     collate_fn: Callable[[list[Any]], object] | None
     kwargs: DataLoaderKwargs
-    device: torch.device = field(default_factory=present_device)
+    device: torch.device = HOST
 
     def build(self, *, shuffle: bool) -> DataLoader[object]:
         """Make the DataLoader that was asked for. For a GPU it pins its batches, unless the user said otherwise.

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
@@ -160,11 +159,6 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
     _shared[0].owners.add(owner)
     peers = _shared[0].peers
     return _shared[0].accelerator, peers.in_replicas_of(builder.replica_size or peers.world_size)
-
-
-def present_device() -> torch.device:
-    """Return the device of this process's accelerator; the host, as long as nobody has needed one."""
-    return _shared[0].accelerator.device if _shared else torch.device("cpu")
 
 
 def connections_before_launch() -> frozenset[tuple[int, int]]:

@@ -261,7 +261,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 )
             return data
         kwargs = options.get("dataloader_kwargs", {})
-        request = LoaderRequest(data, options.get("per_device_batch_size"), collate_fn, kwargs)
+        request = LoaderRequest(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
         return self.make_eval_dataloader(request)
 
     @contextlib.contextmanager

@@ -46,11 +46,7 @@ class KeyedDataset(Dataset[Any]):
         self._indexes_at_once = collate is default_collate and holds_plain_tensors(beneath_subsets(dataset, ())[0])
 
     def __getitems__(self, key: BatchKey) -> object:
-        """Load one batch. torch's loader calls this with whatever its batch sampler gives."""
-        return self.load(key)
-
-    def load(self, key: BatchKey) -> object:
-        """Load and collate one batch."""
+        """Load and collate one batch. torch's loader calls this with whatever its batch sampler gives."""
         if self._indexes_at_once:
             return next(self._indexed([key]))
         with seeded_loading(key.seed):
@@ -59,7 +55,7 @@ class KeyedDataset(Dataset[Any]):
     def load_all(self, keys: Sequence[BatchKey]) -> Iterator[object]:
         """Load and collate one batch after the other; of tensors in memory, several at a time."""
         if not self._indexes_at_once or not keys:
-            yield from map(self.load, keys)
+            yield from map(self.__getitems__, keys)
             return
         tensors = beneath_subsets(self.dataset, ())[0].tensors
         row = sum(tensor[:1].nbytes for tensor in tensors)
@@ -101,8 +97,8 @@ def holds_plain_tensors(dataset: object) -> bool:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was written to."""
-    return [tensor._version for tensor in tensors]  # noqa: SLF001  # described in torch's notes on autograd
+    """Return how often each tensor was written to; of one made in inference mode nobody counts it."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001  # see torch's notes
 
 
 def rows_of(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, ...]:

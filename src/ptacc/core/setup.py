@@ -93,7 +93,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         check_dataset(data)
         if not isinstance(data, DataLoader):
             kwargs = options.train_dataloader_kwargs
-            request = LoaderRequest(data, options.per_device_batch_size, options.collate_fn, kwargs)
+            request = LoaderRequest(data, options.per_device_batch_size, options.collate_fn, kwargs, self.device)
             return self.make_train_dataloader(request)
         if options.per_device_batch_size is not None or options.train_dataloader_kwargs or options.collate_fn:
             raise OptionError(

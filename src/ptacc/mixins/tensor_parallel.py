@@ -108,8 +108,14 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     def make_engine(self) -> Engine:
-        """Look at the plan first, also where there is one process."""
+        """Look at the plan and at the launch first, also where there is one process."""
         self._layers()
+        shards = launched_sizes().get("DP_SHARD", 1)
+        if shards not in (1, self.peers.replicas):
+            raise LaunchError(
+                f"The launch asks for a dp_shard_size of {shards}, and {self.peers.world_size} processes of which "
+                f"{self.peers.replica_size} share a replica make {self.peers.replicas}. Leave it out, or correct it."
+            )
         return super().make_engine()
 
     @override
@@ -123,10 +129,9 @@ class TensorParallelMixin(ShardingMixin):
     def _layers(self) -> Layers:
         """Return the layers to split."""
         model, owner = self.unwrapped_model, type(self).__name__
-        plan: Any = (
-            getattr(model, "tp_plan", None) or None if self.tensor_parallel_plan is None else self.tensor_parallel_plan
-        )
-        if plan is None:
+        given = self.tensor_parallel_plan
+        plan: Any = getattr(model, "tp_plan", {}) if given is None else given
+        if given is None and not plan:
             raise ModelError(
                 f"{type(model).__name__} brings no plan of its own, and {owner} was given none: say which layers are "
                 'split, tensor_parallel_plan={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}.'
