@@ -96,10 +96,11 @@ WORKLOADS = {
             name="in-memory",
             title="a `TensorDataset`, default settings, against `DataLoader(TensorDataset)`",
             in_ptaccs_order=True,
+            long=9,
             goal=0.75,
         ),
-        Workload("convnet", "a small convolutional net on digits", CONVNET, 1, 3, goal=1.02, goal_is_for="upper end"),
-        Workload("gpt", "a small GPT on text", GPT, 1, 3, goal=1.02, goal_is_for="upper end"),
+        Workload("convnet", "a small convolutional net on digits", CONVNET, 1, 9, goal=1.02, goal_is_for="upper end"),
+        Workload("gpt", "a small GPT on text", GPT, 1, 9, goal=1.02, goal_is_for="upper end"),
         Workload("evaluate", "evaluation of the perceptron", PERCEPTRON, 1, 5, evaluates=True, goal=1.05),
         Workload(
             "evaluate-samples",

@@ -104,6 +104,9 @@ def leading_dimension(batch: object) -> int:
     Raises:
         DataError: No tensor with a dimension is in it.
     """
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(first, Tensor) and first.dim():  # of most batches: this is asked of each
+        return first.shape[0]
     for tensor in tensors_of(batch):
         if tensor.dim():
             return tensor.shape[0]
