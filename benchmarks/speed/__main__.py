@@ -1,8 +1,10 @@
 """Measure contenders beside the plain loop, and write what came out as JSON, as tables and as a chart.
 
-All of it takes twenty to thirty minutes, as the machine is; a part of it is asked for by name:
+All of it takes one to two hours, as the machine is. A part of it is asked for by name, and `--add` has another part
+added to what is in the folder:
 
     python -m benchmarks.speed --workload step convnet --contender ptacc lightning --pairs 20
+    python -m benchmarks.speed --workload gpt --contender ptacc --add
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from benchmarks.speed.chart import draw
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Results, begin_afresh, compare
 from benchmarks.speed.processes import WorkerError
-from benchmarks.speed.report import Circumstances, tables, to_json
+from benchmarks.speed.report import Circumstances, add_to, tables, to_json
 from benchmarks.speed.workloads import WORKLOADS
 
 BEGIN = "begin"
 """The name under which import, first step and memory are asked for."""
+RESULTS = "results.json"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,6 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=20, help="pairs of turns in each workload")
     parser.add_argument("--launches", type=int, default=4, help="fresh processes that share the pairs")
     parser.add_argument("--beginnings", type=int, default=3, help="fresh processes for import, first step and memory")
+    parser.add_argument("--add", action="store_true", help="add to the results that are in the folder")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder for what comes out")
     return parser.parse_args(arguments)
 
@@ -41,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
     circumstances, results = Circumstances.now(), Results()
     asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.add:
+        results = add_to((asked.out / RESULTS).read_text(encoding="utf-8"), circumstances)
     with tempfile.TemporaryDirectory() as folder:
         # Everybody's turn comes several times, far apart: a slow minute of the machine is not one contender's.
         for launch in range(asked.launches):
@@ -60,7 +66,7 @@ def write(circumstances: Circumstances, results: Results, folder: Path) -> str:
     """Write what is known so far, and return the tables."""
     circumstances.look()
     text = tables(circumstances, results)
-    (folder / "results.json").write_text(to_json(circumstances, results), encoding="utf-8")
+    (folder / RESULTS).write_text(to_json(circumstances, results), encoding="utf-8")
     (folder / "tables.txt").write_text(text, encoding="utf-8")
     draw(results, folder)
     return text

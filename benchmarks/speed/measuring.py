@@ -88,12 +88,23 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
+    def note_versions(self, versions: dict[str, str]) -> None:
+        """Note what is compared; figures of several versions of one library cannot be put together.
+
+        Raises:
+            WorkerError: There are figures of another version.
+        """
+        known = self.versions | versions
+        if changed := [name for name, version in self.versions.items() if known[name] != version]:
+            raise WorkerError(f"{', '.join(changed)}: the results so far are of another version")
+        self.versions = known
+
 
 def compare(contender: str, names: Collection[str], pairs: int, folder: Path, results: Results) -> None:
     """Take some pairs of turns in each workload that the contender takes on, in processes started for it."""
     for processes, group in by_processes(names):
         with Worker(PLAIN, folder, processes=processes) as plain, Worker(contender, folder, processes=processes) as one:
-            results.versions |= {PLAIN: plain.version, contender: one.version}
+            results.note_versions({PLAIN: plain.version, contender: one.version})
             for workload in group:
                 if workload.name in one.workloads:
                     measure(plain, one, workload, pairs, folder, results)
@@ -112,6 +123,7 @@ def measure(plain: Worker, one: Worker, workload: Workload, pairs: int, folder: 
     try:
         difference = warm_up(plain, one, workload, folder)
         comparison = results.comparisons.setdefault(key, Comparison(*key, difference))
+        comparison.difference = max(comparison.difference, difference)
         for _ in range(pairs):
             comparison.pairs.append(take_turns(plain, one, workload, plain_first=len(comparison.pairs) % 2 == 0))
     except WorkerError as error:

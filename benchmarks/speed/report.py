@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
-from benchmarks.speed.measuring import Comparison, Results
+from benchmarks.speed.measuring import Beginning, Comparison, Results, Turn
+from benchmarks.speed.processes import Taken
 from benchmarks.speed.ratios import Estimate
 from benchmarks.speed.workloads import WORKLOADS, Workload
 
@@ -33,7 +34,7 @@ class Circumstances:
         python: The version of Python.
         started: When it began, on the monotonic clock.
         loads: How many processes wanted to run, whenever something was written.
-        seconds: How long it took up to then.
+        seconds: How long it took up to then, with the time of earlier runs that this one adds to.
     """
 
     machine: str
@@ -53,6 +54,11 @@ class Circumstances:
         """Look at its load again."""
         self.loads.append(os.getloadavg()[0])
         self.seconds = time.monotonic() - self.started
+
+    def go_on_from(self, seconds: float, loads: Sequence[float]) -> None:
+        """Count an earlier run in."""
+        self.started -= seconds
+        self.loads = [*loads, *self.loads]
 
 
 def processor() -> str:
@@ -80,6 +86,33 @@ def to_json(circumstances: Circumstances, results: Results) -> str:
         "beginnings": [dataclasses.asdict(each) for each in results.beginnings.values()],
     }
     return json.dumps(told, indent=1) + "\n"
+
+
+def add_to(text: str, circumstances: Circumstances) -> Results:
+    """Return the results of an earlier run from its JSON, for pairs to be added; what failed then may be tried again.
+
+    Raises:
+        ValueError: It was made on another machine.
+    """
+    told = json.loads(text)
+    earlier = told["circumstances"]
+    here = [circumstances.machine, circumstances.cores, circumstances.python]
+    if here != (there := [earlier["machine"], earlier["cores"], earlier["python"]]):
+        raise ValueError(f"The results are of {there}, and this is {here}: write to another folder.")
+    circumstances.go_on_from(earlier["seconds"], earlier["loads"])
+    results = Results(versions=told["versions"])
+    for each in told["comparisons"]:
+        pairs = [(turn_of(plain), turn_of(theirs)) for plain, theirs in each["pairs"]]
+        comparison = Comparison(each["workload"], each["contender"], each["difference"], pairs)
+        results.comparisons[comparison.workload, comparison.contender] = comparison
+    results.beginnings = {
+        each["contender"]: Beginning(each["contender"], each["samples"]) for each in told["beginnings"]
+    }
+    return results
+
+
+def turn_of(told: dict[str, dict[str, float]]) -> Turn:
+    return Turn(Taken(**told["short"]), Taken(**told["long"]))
 
 
 def tables(circumstances: Circumstances, results: Results) -> str:

@@ -10,7 +10,7 @@ import torch
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Comparison, Results, Turn
-from benchmarks.speed.processes import Taken
+from benchmarks.speed.processes import Taken, WorkerError
 from benchmarks.speed.ratios import estimate
 from benchmarks.speed.report import goals
 from benchmarks.speed.workloads import WORKLOADS
@@ -52,6 +52,26 @@ def test_one_command_measures_and_writes_all_three(tmp_path: Path) -> None:
     assert "ptacc" in (tmp_path / "tables.txt").read_text()
     assert (tmp_path / "chart.svg").exists()
     assert (tmp_path / "chart.png").exists()
+
+
+def test_pairs_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
+    part = ["--contender", "ptacc", "--workload", "evaluate", "--pairs", "1", "--launches", "1", "--out", str(tmp_path)]
+    main(part)
+    first = json.loads((tmp_path / "results.json").read_text())
+    main([*part, "--add"])
+    both = json.loads((tmp_path / "results.json").read_text())
+    (pairs,), (more,) = ([each["pairs"] for each in told["comparisons"]] for told in (first, both))
+    assert more[: len(pairs)] == pairs
+    assert len(more) == 2
+    assert both["circumstances"]["seconds"] > first["circumstances"]["seconds"]
+
+
+def test_figures_of_two_versions_are_not_put_together() -> None:
+    results = Results()
+    results.note_versions({PLAIN: "1", "ptacc": "1"})
+    results.note_versions({PLAIN: "1", "skorch": "1"})
+    with pytest.raises(WorkerError, match="ptacc: the results so far are of another version"):
+        results.note_versions({PLAIN: "1", "ptacc": "2"})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skorch") is not None, reason="skorch is installed here")
