@@ -100,7 +100,7 @@ WORKLOADS = {
             goal=0.75,
         ),
         Workload("convnet", "a small convolutional net on digits", CONVNET, 1, 9, goal=1.02, goal_is_for="upper end"),
-        Workload("gpt", "a small GPT on text", GPT, 1, 9, goal=1.02, goal_is_for="upper end"),
+        Workload("gpt", "a small GPT on text", GPT, 1, 17, goal=1.02, goal_is_for="upper end"),
         Workload("evaluate", "evaluation of the perceptron", PERCEPTRON, 1, 5, evaluates=True, goal=1.05),
         Workload(
             "evaluate-samples",
