@@ -18,7 +18,7 @@ from benchmarks.speed.chart import draw
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Results, begin_afresh, compare
 from benchmarks.speed.processes import WorkerError
-from benchmarks.speed.report import Circumstances, add_to, tables, to_json
+from benchmarks.speed.report import Circumstances, from_json, tables, to_json
 from benchmarks.speed.workloads import WORKLOADS
 
 BEGIN = "begin"
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     circumstances, results = Circumstances.now(), Results()
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.add:
-        results = add_to((asked.out / RESULTS).read_text(encoding="utf-8"), circumstances)
+        earlier, results = from_json((asked.out / RESULTS).read_text(encoding="utf-8"))
+        circumstances.go_on_from(earlier)
     with tempfile.TemporaryDirectory() as folder:
         # Everybody's turn comes several times, far apart: a slow minute of the machine is not one contender's.
         for launch in range(asked.launches):

@@ -55,10 +55,17 @@ class Circumstances:
         self.loads.append(os.getloadavg()[0])
         self.seconds = time.monotonic() - self.started
 
-    def go_on_from(self, seconds: float, loads: Sequence[float]) -> None:
-        """Count an earlier run in."""
-        self.started -= seconds
-        self.loads = [*loads, *self.loads]
+    def go_on_from(self, earlier: Circumstances) -> None:
+        """Count an earlier run in.
+
+        Raises:
+            ValueError: It was made on another machine.
+        """
+        here, there = ((each.machine, each.cores, each.python) for each in (self, earlier))
+        if here != there:
+            raise ValueError(f"The results are of {there}, and this is {here}: write to another folder.")
+        self.started -= earlier.seconds
+        self.loads = [*earlier.loads, *self.loads]
 
 
 def processor() -> str:
@@ -77,6 +84,7 @@ def to_json(circumstances: Circumstances, results: Results) -> str:
         "comparisons": [
             dataclasses.asdict(each)
             | {
+                "epochs": epochs_of(each.workload),
                 "ratio": {clock: dataclasses.asdict(each.ratio(clock)) for clock in ("cpu", "wall")},
                 "quiet ratio": None if (quiet := each.quiet_ratio()) is None else dataclasses.asdict(quiet),
                 "microseconds": {clock: each.microseconds(clock) for clock in ("cpu", "wall")},
@@ -88,27 +96,29 @@ def to_json(circumstances: Circumstances, results: Results) -> str:
     return json.dumps(told, indent=1) + "\n"
 
 
-def add_to(text: str, circumstances: Circumstances) -> Results:
-    """Return the results of an earlier run from its JSON, for pairs to be added; what failed then may be tried again.
+def from_json(text: str) -> tuple[Circumstances, Results]:
+    """Return what `to_json` was given, but for the failures: what failed may be tried again.
 
     Raises:
-        ValueError: It was made on another machine.
+        ValueError: A workload has another length by now, so that its turns cannot be put together with new ones.
     """
     told = json.loads(text)
-    earlier = told["circumstances"]
-    here = [circumstances.machine, circumstances.cores, circumstances.python]
-    if here != (there := [earlier["machine"], earlier["cores"], earlier["python"]]):
-        raise ValueError(f"The results are of {there}, and this is {here}: write to another folder.")
-    circumstances.go_on_from(earlier["seconds"], earlier["loads"])
     results = Results(versions=told["versions"])
     for each in told["comparisons"]:
+        if each["epochs"] != epochs_of(each["workload"]):
+            raise ValueError(f"The turns of {each['workload']} had other lengths: write to another folder.")
         pairs = [(turn_of(plain), turn_of(theirs)) for plain, theirs in each["pairs"]]
         comparison = Comparison(each["workload"], each["contender"], each["difference"], pairs)
         results.comparisons[comparison.workload, comparison.contender] = comparison
     results.beginnings = {
         each["contender"]: Beginning(each["contender"], each["samples"]) for each in told["beginnings"]
     }
-    return results
+    return Circumstances(**told["circumstances"]), results
+
+
+def epochs_of(workload: str) -> list[int]:
+    """Return the epochs of the two runs of a turn."""
+    return [WORKLOADS[workload].short, WORKLOADS[workload].long]
 
 
 def turn_of(told: dict[str, dict[str, float]]) -> Turn:

@@ -12,7 +12,7 @@ from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Comparison, Results, Turn
 from benchmarks.speed.processes import Taken, WorkerError
 from benchmarks.speed.ratios import estimate
-from benchmarks.speed.report import goals
+from benchmarks.speed.report import from_json, goals
 from benchmarks.speed.workloads import WORKLOADS
 from tests.ranks import run_ranks
 
@@ -64,6 +64,13 @@ def test_pairs_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
     assert more[: len(pairs)] == pairs
     assert len(more) == 2
     assert both["circumstances"]["seconds"] > first["circumstances"]["seconds"]
+    told = {**both, "circumstances": {**both["circumstances"], "machine": "another"}}
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"The results are of \('another'"):
+        main([*part, "--add"])
+    both["comparisons"][0]["epochs"] = [1, 2]
+    with pytest.raises(ValueError, match="The turns of evaluate had other lengths"):
+        from_json(json.dumps(both))
 
 
 def test_figures_of_two_versions_are_not_put_together() -> None:

@@ -53,9 +53,8 @@ ENGINES: Mapping[str, tuple[type[Saving], dict[str, Any]]] = {
     "tensor parallel": (Split, {"tensor_parallel_plan": SPLIT}),
     **{f"zero {stage}": (Deep, {"zero_stage": stage}) for stage in (0, 1, 2, 3)},
 }
-
-
 NORMALLY = ("fsdp", "tensor parallel", "zero 3")
+"""The engines that are killed in every run of the suite."""
 
 
 def train(engine: str, directory: Path, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
@@ -82,10 +81,7 @@ def is_killed(engine: str, directory: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [name if name in ("fsdp", "tensor parallel", "zero 3") else pytest.param(name, marks=prove) for name in ENGINES],
-)
+@pytest.mark.parametrize("engine", [name if name in NORMALLY else pytest.param(name, marks=prove) for name in ENGINES])
 def test_a_run_whose_rank_was_killed_goes_on_to_the_last_bit(engine: str, tmp_path: Path) -> None:
     whole = run_ranks(train, 2, engine, tmp_path / "whole")
     assert run_ranks(is_killed, 2, engine, tmp_path / "run", may_die={1}) == [True]
