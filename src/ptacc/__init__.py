@@ -15,12 +15,10 @@ from ptacc.core.device import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.core.engine import Engine as Engine
 from ptacc.core.engine import Slot as Slot
 from ptacc.core.events import Callback as Callback
-from ptacc.core.explain import Explanation as Explanation
 from ptacc.core.history import RunHistory as RunHistory
 from ptacc.core.history import StepResult as StepResult
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
-from ptacc.core.loop import TrainingLoop as TrainingLoop
 from ptacc.core.peers import Peers as Peers
 from ptacc.core.profiling import Profile as Profile
 from ptacc.core.run import Run as Run
@@ -47,6 +45,8 @@ from ptacc.errors import SchedulerError as SchedulerError
 from ptacc.keywords import DataLoaderKwargs as DataLoaderKwargs
 from ptacc.keywords import EvalOptions as EvalOptions
 from ptacc.keywords import TrainOptions as TrainOptions
+from ptacc.loop.explain import Explanation as Explanation
+from ptacc.loop.loop import TrainingLoop as TrainingLoop
 from ptacc.mixins.amp import AMPMixin as AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin as CheckpointMixin
 from ptacc.mixins.compile import CompileMixin as CompileMixin

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.core.loop import TrainingLoop
+from ptacc.loop.loop import TrainingLoop
 from ptacc.types import StepRecord
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ptacc.core.batches import BatchMixin
-from ptacc.core.explain import declared_hooks
 from ptacc.core.guards import COOPERATIVE
 from ptacc.core.hooks import Mixin
+from ptacc.loop.explain import declared_hooks
 from ptacc.protocols import Stateful
 from ptacc.testing.problems import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer

@@ -11,11 +11,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ptacc.core.evaluation import EvalData, EvalSets
 from ptacc.core.history import STEPS_IN_MEMORY
-from ptacc.core.loop import TrainingLoop
 from ptacc.core.randomness import preserved_streams
 from ptacc.errors import OptionError
+from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import SizedDataset, Stateful
 from ptacc.testing.differences import AnyLoop
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style

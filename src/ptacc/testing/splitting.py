@@ -8,10 +8,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ptacc.core.evaluation import EvalData, EvalSets
-from ptacc.core.loop import TrainingLoop
 from ptacc.core.randomness import preserved_streams
 from ptacc.errors import DataError, OptionError
+from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import SizedDataset, SupportsGradAccum
 from ptacc.testing.differences import AnyLoop, Outcome, Split, Tolerance, causes, differences, tolerance_of
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style

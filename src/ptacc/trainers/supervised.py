@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.loop import TrainingLoop
 from ptacc.errors import DataError, OptionError
+from ptacc.loop.loop import TrainingLoop
 from ptacc.types import Pair, PairSample, StepOutput
 
 

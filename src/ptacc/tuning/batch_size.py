@@ -12,9 +12,9 @@ from typing_extensions import TypeVar
 
 from ptacc.core.data import check_dataset
 from ptacc.core.engine import TorchEngine
-from ptacc.core.loop import TrainingLoop
 from ptacc.errors import DataError, ModelError, OptionError
 from ptacc.keywords import DataLoaderKwargs
+from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import SizedDataset, SupportsGradAccum
 from ptacc.tuning.memory import complaint_of, held_back, memory_of
 from ptacc.tuning.trial import AnyLoop, trial_of

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ptacc.core.loop import TrainingLoop
 from ptacc.core.nested import map_tensors
 from ptacc.core.randomness import preserved_streams
 from ptacc.core.weights import load_optimizer
+from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import Stateful
 
 PutBack = Callable[[], object]

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypeVar, override
 
-from ptacc.core.evaluation import EvalData
 from ptacc.core.history import StepResult
-from ptacc.core.loop import TrainingLoop
 from ptacc.errors import ModelError, OptionError
 from ptacc.keywords import DataLoaderKwargs
+from ptacc.loop.evaluation import EvalData
+from ptacc.loop.loop import TrainingLoop
 from ptacc.tuning.curve import FEWEST, Watch, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
 from ptacc.types import Sharding

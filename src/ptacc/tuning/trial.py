@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from ptacc.core.loop import TrainingLoop
 from ptacc.core.peers import Peers
 from ptacc.core.randomness import derive_seed, seed_everything
 from ptacc.errors import NestedRunError
+from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import StateDict
 from ptacc.tuning.keeping import kept, parts_of
 

@@ -14,7 +14,6 @@ from ptacc.core.agreement import StopVote
 from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, LoaderRequest, check_dataset, limit_from_environment
-from ptacc.core.evaluation import EvaluationLoop
 from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
@@ -25,6 +24,7 @@ from ptacc.core.run_state import SavedRun
 from ptacc.core.sources import level, source_of, tell
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions
+from ptacc.loop.evaluation import EvaluationLoop
 from ptacc.types import BatchT, EvalResult, OutputT, Progress, RunPlan, SampleT
 
 

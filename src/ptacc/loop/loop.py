@@ -17,21 +17,21 @@ from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_callbacks, check_output
 from ptacc.core.compose import hook
 from ptacc.core.data import DEFAULT_BATCH_SIZE
-from ptacc.core.evaluation import EvalData, EvalSets
 from ptacc.core.events import Callback, overrides
-from ptacc.core.explain import Explanation, explain
 from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.options import check_keywords
 from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
-from ptacc.core.setup import RunSetUp, marking_forwards
 from ptacc.core.signals import heeding
 from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
 from ptacc.keywords import TrainOptions
+from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.explain import Explanation, explain
+from ptacc.loop.setup import RunSetUp, marking_forwards
 from ptacc.protocols import SizedDataset
 from ptacc.types import BatchT, Duration, EpochRecord, OutputT, RawT, SampleT, StepOutput
 

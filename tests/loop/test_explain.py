@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from ptacc import GradAccumMixin, Trainer
-from ptacc.core.advice import advice_on_matrices, advice_on_optimizer, has_sparse_gradients
+from ptacc.loop.advice import advice_on_matrices, advice_on_optimizer, has_sparse_gradients
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
