@@ -7,9 +7,9 @@ from ptacc.callbacks.print_metrics import PrintMetrics as PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar as ProgressBar
 from ptacc.callbacks.save_best import SaveBest as SaveBest
 from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
+from ptacc.composition.composable import hook as hook
+from ptacc.composition.composable import replaces as replaces
 from ptacc.core.batches import BatchMixin as BatchMixin
-from ptacc.core.compose import hook as hook
-from ptacc.core.compose import replaces as replaces
 from ptacc.core.data import LoaderRequest as LoaderRequest
 from ptacc.core.device import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.core.engine import Engine as Engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Collection
 from numbers import Integral
@@ -28,3 +30,33 @@ def check_positive(owner: str, name: str, value: object, advice: str = "") -> No
     """Raise `OptionError` unless `value` is a finite number above 0."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())
+
+
+_VALUE_WIDTH = 40
+
+
+def check_keywords(call: str, given: Collection[str], known: Collection[str], advice: str = "") -> None:
+    """Raise `TypeError` for keywords that a call does not have, as Python does, with the one that was meant."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{call} has no keyword {name!r}. {closest(name, known)}{advice}".rstrip())
+
+
+def value_text(value: object) -> str:
+    """Write a value in a few characters.
+
+    Example:
+        >>> value_text("bf16"), value_text(len), value_text(nn.Linear(2, 3, bias=False))
+        ("'bf16'", 'len', 'Linear(...)')
+    """
+    if isinstance(value, type) or inspect.isroutine(value):
+        return value.__name__
+    text = repr(value)
+    is_short = len(text) <= _VALUE_WIDTH and "\n" not in text and not text.startswith("<")
+    return text if is_short else f"{type(value).__name__}(...)"
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """Return "Did you mean ...? " with the known name that is nearest; empty where none is near."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"Did you mean `{found[0]}`? " if found else ""

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from ptacc.checkpoint.codec import encode
 from ptacc.core.nested import children
-from ptacc.core.options import value_text
 from ptacc.errors import CheckpointError
 from ptacc.protocols import Stateful
+from ptacc.validation import value_text
 
 CACHES: Final = ("_computed", "_forward_cache")
 """What a metric has computed: kept, since some draw at random, but where it cannot be stored it is computed again."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Generic
 
-from ptacc.core.compose import hook
+from ptacc.composition.composable import hook
+from ptacc.composition.roles import Role
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.core.nested import leading_dimension
-from ptacc.core.roles import Role
 from ptacc.types import BatchT, OutputT, StepOutput
 
 

@@ -11,9 +11,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS
 
 from ptacc.core.engine import Slot
-from ptacc.core.options import closest, value_text
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.types import Monitored, StepOutput
+from ptacc.validation import closest, value_text
 
 
 def check_bare(owner: str, model: nn.Module) -> None:

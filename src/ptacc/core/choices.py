@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from torch import nn
 
-from ptacc.core.options import closest, value_text
 from ptacc.errors import ModelError, OptionError
+from ptacc.validation import closest, value_text
 
 Choice: TypeAlias = type[nn.Module] | str
 SHOWN = 10

@@ -15,14 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import TypeVar, override
 
+from ptacc.composition.composable import Composable, hook
+from ptacc.composition.roles import Role
 from ptacc.core.checks import check_callbacks
-from ptacc.core.compose import Composable, hook
 from ptacc.core.device import AcceleratorBuilder, accelerator_for
 from ptacc.core.events import Callback
 from ptacc.core.history import RunHistory
 from ptacc.core.nested import NestedT, concatenate, map_tensors, to_host
 from ptacc.core.peers import Peers
-from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.errors import NoRunError, OptionError
 from ptacc.protocols import DeviceRuntime

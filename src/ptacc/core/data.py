@@ -15,12 +15,11 @@ from typing import Any, Generic, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ptacc.core.options import check_keywords
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import DataLoaderKwargs
 from ptacc.protocols import StateDict
 from ptacc.types import BatchT
-from ptacc.validation import check_at_least
+from ptacc.validation import check_at_least, check_keywords
 
 DEFAULT_BATCH_SIZE = 8
 HOST = torch.device("cpu")

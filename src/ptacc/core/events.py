@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec
 
 from typing_extensions import TypeVar, override
 
-from ptacc.core.guards import check_known_hooks
+from ptacc.composition.guards import check_known_hooks
 from ptacc.core.history import StepResult
 from ptacc.types import EpochRecord, EvalResult, Monitored
 

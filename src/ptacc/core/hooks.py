@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ptacc.composition.composable import hook
+from ptacc.composition.roles import Role
 from ptacc.core.components import Components
-from ptacc.core.compose import hook
 from ptacc.core.engine import Engine, Slot, TorchEngine
 from ptacc.core.events import Callback, Events
 from ptacc.core.history import StepResult
 from ptacc.core.randomness import fresh_seed
-from ptacc.core.roles import Role
 from ptacc.core.run_state import SavedRun
 from ptacc.types import EpochRecord, EvalResult, Monitored
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import nn
 from typing_extensions import override
 
+from ptacc.composition.composable import hook
 from ptacc.core.averages import AveragedWeights
-from ptacc.core.compose import hook
 from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin
 from ptacc.errors import LaunchError

@@ -10,25 +10,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import Unpack
 
+from ptacc.composition.composable import hook
+from ptacc.composition.roles import Role
+from ptacc.composition.type_arguments import with_defaults
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_eval_output
-from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.failure import AgreedExit
 from ptacc.core.nested import leading_dimension, map_tensors, to_host, unbind
-from ptacc.core.options import check_keywords
 from ptacc.core.randomness import preserved_streams
-from ptacc.core.roles import Role
 from ptacc.core.run_state import LossSum
 from ptacc.core.sources import counted_once, level, source_of, tell
 from ptacc.core.transfer import Transfer, transfer_to
-from ptacc.core.typeargs import with_defaults
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
 from ptacc.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.types import BatchT, EvalResult, OutputT, Pair, PairSample, Predictions, RawT, SampleT, StepOutput
-from ptacc.validation import check_at_least
+from ptacc.validation import check_at_least, check_keywords
 
 EVALUATION_SEED = 0
 """Loading evaluation data that draws at random gives the same each time."""

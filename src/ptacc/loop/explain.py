@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ptacc.composition.fields import own_annotations
+from ptacc.composition.guards import calls_super, shape_of
 from ptacc.core.events import Callback, overrides
-from ptacc.core.guards import calls_super, shape_of
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.options import own_annotations
 from ptacc.loop.advice import advice_on
 from ptacc.protocols import Stateful
 from ptacc.types import RunPlan

@@ -13,15 +13,14 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks import default_callbacks
+from ptacc.composition.composable import hook
+from ptacc.composition.roles import Role
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_callbacks, check_output
-from ptacc.core.compose import hook
 from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.events import Callback, overrides
 from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
-from ptacc.core.options import check_keywords
-from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
 from ptacc.core.signals import heeding
@@ -34,6 +33,7 @@ from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetUp, marking_forwards
 from ptacc.protocols import SizedDataset
 from ptacc.types import BatchT, Duration, EpochRecord, OutputT, RawT, SampleT, StepOutput
+from ptacc.validation import check_keywords
 
 
 class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):

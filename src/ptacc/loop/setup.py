@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
+from ptacc.composition.composable import hook
+from ptacc.composition.roles import Role
 from ptacc.core.agreement import StopVote
 from ptacc.core.checks import check_monitor, check_trainable
-from ptacc.core.compose import hook
 from ptacc.core.data import BatchSource, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.roles import Role
 from ptacc.core.run import Run
 from ptacc.core.run_options import RunOptions
 from ptacc.core.run_state import SavedRun

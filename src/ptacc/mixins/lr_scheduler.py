@@ -15,11 +15,11 @@ from typing_extensions import override
 from ptacc.core.checks import check_monitor
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.core.options import value_text
 from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError, SchedulerError
 from ptacc.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
 from ptacc.types import EpochRecord, Monitored, RunPlan, as_monitored
+from ptacc.validation import value_text
 
 SCHEDULER: StateKey[LRSchedulerLike | PlateauSchedulerLike] = StateKey("scheduler")
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc.checkpoint.metric_state import load_metric_state, metric_state
+from ptacc.composition.composable import hook
 from ptacc.core.batches import BatchMixin
-from ptacc.core.compose import hook
 from ptacc.core.nested import map_tensors, to_host
-from ptacc.core.options import value_text
 from ptacc.core.peers import Peers
 from ptacc.core.run_state import StateKey
 from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike, StateDict
 from ptacc.types import BatchT, OutputT, StepOutput
+from ptacc.validation import value_text
 
 TRAIN_METRICS: StateKey[MetricStates] = StateKey("train_metrics", each_rank=True)
 RESERVED = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})

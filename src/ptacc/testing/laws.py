@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptacc.composition.guards import COOPERATIVE
 from ptacc.core.batches import BatchMixin
-from ptacc.core.guards import COOPERATIVE
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
 from ptacc.protocols import Stateful

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from typing_extensions import TypeVar, is_typeddict
 
-from ptacc.core.roles import role_of
+from ptacc.composition.roles import role_of
 
 _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (complex,)}
 """What type checkers accept an `int` and a `float` for."""

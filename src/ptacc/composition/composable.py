@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeAlias
 
 from typing_extensions import TypeVar, dataclass_transform, override
 
-from ptacc.core.guards import check_class_statement, check_composition
-from ptacc.core.options import check_keywords, nearest_defaults, own_annotations, prepare_annotations, value_text
-from ptacc.core.roles import is_mixin
+from ptacc.composition.fields import nearest_defaults, own_annotations, prepare_annotations
+from ptacc.composition.guards import check_class_statement, check_composition
+from ptacc.composition.roles import is_mixin
 from ptacc.errors import CompositionError
+from ptacc.validation import check_keywords, value_text
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Shape: TypeAlias = Literal["default", "factory", "fold", "around", "event", "any-of"]

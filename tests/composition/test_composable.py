@@ -36,7 +36,7 @@ from ptacc import (
     Trainer,
     TrainingLoop,
 )
-from ptacc.core.options import own_annotations
+from ptacc.composition.fields import own_annotations
 
 
 class Digits(AMPMixin, GradAccumMixin, Trainer):

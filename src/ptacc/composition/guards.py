@@ -12,10 +12,11 @@ import itertools
 from collections.abc import Iterator
 from types import CodeType
 
-from ptacc.core.options import check_members_against_options, check_own_options, closest, function_of, own_annotations
-from ptacc.core.roles import is_mixin, loop_of, role_of
-from ptacc.core.typeargs import disagreeing_batches
+from ptacc.composition.fields import check_members_against_options, check_own_options, function_of, own_annotations
+from ptacc.composition.roles import is_mixin, loop_of, role_of
+from ptacc.composition.type_arguments import disagreeing_batches
 from ptacc.errors import CompositionError
+from ptacc.validation import closest
 
 COOPERATIVE = frozenset({"event", "around", "fold", "any-of"})
 SINGLE = frozenset({"default", "factory"})

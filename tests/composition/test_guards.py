@@ -44,7 +44,7 @@ from ptacc import (
     hook,
     replaces,
 )
-from ptacc.core.guards import calls_super
+from ptacc.composition.guards import calls_super
 
 
 def refused(message: str) -> contextlib.AbstractContextManager[object]:

@@ -16,7 +16,7 @@ from ptacc import (
     Trainer,
     TrainingLoop,
 )
-from ptacc.core.typeargs import may_take
+from ptacc.composition.type_arguments import may_take
 from ptacc.types import BatchT, OutputT
 
 T = TypeVar("T")

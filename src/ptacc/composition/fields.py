@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, InitVar
 from typing import Any, ClassVar, ForwardRef, get_origin
 
@@ -16,11 +15,11 @@ from torch import nn
 from typing_extensions import Format, get_annotations
 
 from ptacc.errors import CompositionError
+from ptacc.validation import value_text
 
 _CLASS_VARIABLE = re.compile(r"\s*(?:\w+\s*\.\s*)*ClassVar\s*(?:\[(?P<type>.*)\]\s*)?", re.DOTALL)
 _INIT_VARIABLE = re.compile(r"\s*(?:\w+\s*\.\s*)*InitVar\b")
 _METRIC_METHODS = ("update", "compute", "reset")
-_VALUE_WIDTH = 40
 
 
 # ---- reading
@@ -186,13 +185,6 @@ def _check_default(cls: type, name: str, default: object) -> None:
         )
 
 
-def check_keywords(call: str, given: Collection[str], known: Collection[str], advice: str = "") -> None:
-    """Raise `TypeError` for keywords that a call does not have, as Python does, with the one that was meant."""
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{call} has no keyword {name!r}. {closest(name, known)}{advice}".rstrip())
-
-
 # ---- text
 
 
@@ -204,26 +196,6 @@ def type_text(annotation: object) -> str:
     if forward is not None:
         return str(forward)
     return annotation.__name__ if isinstance(annotation, type) and get_origin(annotation) is None else str(annotation)
-
-
-def value_text(value: object) -> str:
-    """Write a value in a few characters.
-
-    Example:
-        >>> value_text("bf16"), value_text(len), value_text(nn.Linear(2, 3, bias=False))
-        ("'bf16'", 'len', 'Linear(...)')
-    """
-    if isinstance(value, type) or inspect.isroutine(value):
-        return value.__name__
-    text = repr(value)
-    is_short = len(text) <= _VALUE_WIDTH and "\n" not in text and not text.startswith("<")
-    return text if is_short else f"{type(value).__name__}(...)"
-
-
-def closest(name: str, known: Collection[str]) -> str:
-    """Return "Did you mean ...? " with the known name that is nearest; empty where none is near."""
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"Did you mean `{found[0]}`? " if found else ""
 
 
 def _is_callable_member(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""How a class statement becomes a trainer: option fields and checks of the class body."""
