@@ -16,8 +16,8 @@ from torch import nn
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.snapshot import SHARED, Part, own, read_parts, write_parts
 from ptacc.checkpoint.store import MANIFEST, CheckpointStore
-from ptacc.core.shards import Shard
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.tensors.dtensor import Shard
 from tests.checkpoint.cells import Trial, run_in_a_cell
 from tests.checkpoint.payloads import reseal
 

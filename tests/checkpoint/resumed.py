@@ -35,7 +35,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.randomness import RandomStreams
+from ptacc.rng import RandomStreams
 from ptacc.testing.laws import same
 
 SAMPLES = 18

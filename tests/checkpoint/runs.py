@@ -37,8 +37,8 @@ from ptacc import (
 from ptacc.checkpoint.disk import Disk
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.store import CheckpointStore
-from ptacc.core.randomness import RandomStreams
 from ptacc.protocols import Stateful
+from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 

@@ -13,12 +13,12 @@ from typing_extensions import override
 
 from ptacc.core.data import LoaderRequest
 from ptacc.core.loaders import Pinnable, given
-from ptacc.core.nested import pinned, to_device
 from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
 from ptacc.core.transfer import Transfer, are_alike, transfer_to
 from ptacc.errors import DataError
 from ptacc.keywords import DataLoaderKwargs
+from ptacc.tensors.structures import pinned, to_device
 
 NOWHERE = torch.device("meta")
 

@@ -22,7 +22,7 @@ from ptacc import (
     SWAMixin,
     Trainer,
 )
-from ptacc.core.shards import is_dealt
+from ptacc.tensors.dtensor import is_dealt
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, train
 from tests.ranks import run_ranks
 

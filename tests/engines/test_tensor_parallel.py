@@ -32,8 +32,8 @@ from ptacc import (
     Steps,
     TensorParallelMixin,
 )
-from ptacc.core.randomness import seed_everything
-from ptacc.core.shards import is_dealt
+from ptacc.rng import seed_everything
+from ptacc.tensors.dtensor import is_dealt
 from tests.engines.nets import SPLIT, Averaging, PairNet, Usual, check_equal, digits, make_pairs, train
 from tests.ranks import run_ranks
 

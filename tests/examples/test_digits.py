@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
 from examples import digits_plain
-from ptacc.core.randomness import permutation
+from ptacc.rng import permutation
 from tests.ranks import find_free_port, launch
 
 EXAMPLES = Path(digits_plain.__file__).parent

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptacc.core.shards import Dealing, Shard, is_dealt, shard_of
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.tensors.dtensor import Dealing, Shard, is_dealt, shard_of
 
 _ValueT = TypeVar("_ValueT")
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None

@@ -14,10 +14,10 @@ from ptacc.checkpoint.remote_store import store_at
 from ptacc.checkpoint.resuming import find_at
 from ptacc.checkpoint.snapshot import Snapshot, read_whole
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.shards import is_dealt, mapped, whole_tensor
 from ptacc.core.weights import load_optimizer, load_weights, weights_of
 from ptacc.errors import CheckpointError
 from ptacc.protocols import Stateful
+from ptacc.tensors.dtensor import is_dealt, mapped, whole_tensor
 
 
 def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_only: bool) -> Path:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from ptacc.checkpoint.codec import encode
-from ptacc.core.nested import children
 from ptacc.errors import CheckpointError
 from ptacc.protocols import Stateful
+from ptacc.tensors.structures import children
 from ptacc.validation import value_text
 
 CACHES: Final = ("_computed", "_forward_cache")

@@ -23,8 +23,8 @@ from ptacc.checkpoint.disk import Written
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.checkpoint.tensors import parse_safetensors, safetensors_header, safetensors_parts
-from ptacc.core.shards import bare, mapped, put_together
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
+from ptacc.tensors.dtensor import bare, mapped, put_together
 
 SHARED = "shared"
 """The name of the files that all processes read."""

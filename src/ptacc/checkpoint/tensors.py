@@ -13,8 +13,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ptacc.checkpoint.codec import brief
-from ptacc.core.nested import bytes_of
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.tensors.structures import bytes_of
 
 NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.core.shards import beside, whole_tensor
+from ptacc.tensors.dtensor import beside, whole_tensor
 
 
 class AveragedWeights:

@@ -7,7 +7,7 @@ from typing import ClassVar, Generic
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.hooks import Mixin, TrainerCore
-from ptacc.core.nested import leading_dimension
+from ptacc.tensors.structures import leading_dimension
 from ptacc.types import BatchT, OutputT, StepOutput
 
 

@@ -21,11 +21,11 @@ from ptacc.core.checks import check_callbacks
 from ptacc.core.device import AcceleratorBuilder, accelerator_for
 from ptacc.core.events import Callback
 from ptacc.core.history import RunHistory
-from ptacc.core.nested import NestedT, concatenate, map_tensors, to_host
 from ptacc.core.peers import Peers
 from ptacc.core.run import Run
 from ptacc.errors import NoRunError, OptionError
 from ptacc.protocols import DeviceRuntime
+from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types import Progress
 
 P = ParamSpec("P")

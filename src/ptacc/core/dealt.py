@@ -12,9 +12,9 @@ from ptacc.core.fetch import KeyedDataset, probe
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings
 from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import permutation
 from ptacc.core.samplers import ListedSampler
 from ptacc.protocols import StateDict
+from ptacc.rng import permutation
 
 
 class DealtBatches:

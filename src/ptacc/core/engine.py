@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from ptacc.core.device import replica_of
-from ptacc.core.shards import bare
 from ptacc.core.weights import held_parameters, load_optimizer, load_weights, weights_of
 from ptacc.protocols import DeviceRuntime, StateDict
+from ptacc.tensors.dtensor import bare
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from ptacc.core.components import Components
 from ptacc.core.engine import Engine, Slot, TorchEngine
 from ptacc.core.events import Callback, Events
 from ptacc.core.history import StepResult
-from ptacc.core.randomness import fresh_seed
 from ptacc.core.run_state import SavedRun
+from ptacc.rng import fresh_seed
 from ptacc.types import EpochRecord, EvalResult, Monitored
 
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import TypeVar
 
 from ptacc.core.fetch import as_is, default_collate
-from ptacc.core.nested import pinned
 from ptacc.errors import DataError
+from ptacc.tensors.structures import pinned
 
 ResultT = TypeVar("ResultT")
 

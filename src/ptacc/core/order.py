@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from typing_extensions import TypeVar
 
-from ptacc.core.randomness import derive_seed
+from ptacc.rng import derive_seed
 
 T = TypeVar("T")
 

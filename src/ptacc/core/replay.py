@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptacc.core.nested import bytes_of, tensors_of
 from ptacc.errors import DataError
 from ptacc.protocols import StateDict
+from ptacc.tensors.structures import bytes_of, tensors_of
 
 
 class Replayed:

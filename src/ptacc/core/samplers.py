@@ -7,9 +7,9 @@ from typing import Any
 
 from ptacc.core.loaders import set_epoch
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import derive_seed, streams_seeded
 from ptacc.errors import DataError
 from ptacc.protocols import StateDict, Stateful
+from ptacc.rng import derive_seed, streams_seeded
 
 
 class ListedSampler:

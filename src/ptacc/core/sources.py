@@ -20,10 +20,10 @@ from ptacc.core.fetch import SharedStream
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings, set_epoch
 from ptacc.core.order import count_global_batches
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import derive_seed, streams_seeded
 from ptacc.core.replay import Replayed
 from ptacc.errors import DataError
 from ptacc.protocols import StateDict, Stateful
+from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types import Sharding
 
 

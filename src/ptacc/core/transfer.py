@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.nested import to_device
+from ptacc.tensors.structures import to_device
 from ptacc.types import BatchT
 
 Event: TypeAlias = torch.cuda.Event | torch.Event

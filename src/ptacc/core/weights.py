@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ptacc.core.shards import Shard, Whole, beside, is_dealt
 from ptacc.errors import CheckpointError
 from ptacc.protocols import StateDict
+from ptacc.tensors.dtensor import Shard, Whole, beside, is_dealt
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module's tensors."""

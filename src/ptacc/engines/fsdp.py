@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from ptacc.core.nested import map_tensors
+from ptacc.tensors.structures import map_tensors
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.core.engine import Slot, TorchEngine
-from ptacc.core.shards import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
 from ptacc.engines.buffers import share_buffers
 from ptacc.engines.hooks import remove_hooks
 from ptacc.errors import CheckpointError
 from ptacc.protocols import DeviceRuntime
+from ptacc.tensors.dtensor import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
 
 Sharding: TypeAlias = Callable[[nn.Module], object]
 HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")

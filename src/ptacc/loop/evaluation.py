@@ -18,14 +18,14 @@ from ptacc.core.checks import check_bare, check_eval_output
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.device import ModelState, forget_prepared
 from ptacc.core.failure import AgreedExit
-from ptacc.core.nested import leading_dimension, map_tensors, to_host, unbind
-from ptacc.core.randomness import preserved_streams
 from ptacc.core.run_state import LossSum
 from ptacc.core.sources import counted_once, level, source_of, tell
 from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.errors import DataError, OptionError
 from ptacc.keywords import EvalOptions, check_sharding
 from ptacc.protocols import SizedDataset, SupportsCheckpoint
+from ptacc.rng import preserved_streams
+from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
 from ptacc.types import BatchT, EvalResult, OutputT, Pair, PairSample, Predictions, RawT, SampleT, StepOutput
 from ptacc.validation import check_at_least, check_keywords
 

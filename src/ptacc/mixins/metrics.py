@@ -15,11 +15,11 @@ from typing_extensions import override
 from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.composition.composable import hook
 from ptacc.core.batches import BatchMixin
-from ptacc.core.nested import map_tensors, to_host
 from ptacc.core.peers import Peers
 from ptacc.core.run_state import StateKey
 from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike, StateDict
+from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types import BatchT, OutputT, StepOutput
 from ptacc.validation import value_text
 

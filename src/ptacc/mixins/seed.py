@@ -9,8 +9,8 @@ import torch
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.core.randomness import derive_seed, preserved_streams, seed_everything
 from ptacc.errors import OptionError
+from ptacc.rng import derive_seed, preserved_streams, seed_everything
 
 
 class SeedMixin(Mixin):

@@ -12,12 +12,12 @@ from typing_extensions import override
 
 from ptacc.core.averages import AveragedWeights
 from ptacc.core.batches import BatchMixin
-from ptacc.core.nested import to_device
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import preserved_streams
 from ptacc.core.run_state import StateKey
-from ptacc.core.shards import is_dealt
 from ptacc.protocols import SupportsSyncBatchNorm
+from ptacc.rng import preserved_streams
+from ptacc.tensors.dtensor import is_dealt
+from ptacc.tensors.structures import to_device
 from ptacc.types import BatchT, EpochRecord, OutputT
 from ptacc.validation import check_at_least
 

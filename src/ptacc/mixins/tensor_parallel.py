@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.engine import Engine
-from ptacc.core.randomness import DeviceStream, RandomStreams
 from ptacc.engines.sharding import TENSOR, Dealer, ShardingMixin
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, layers_of, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
 from ptacc.protocols import ParallelStyleLike
+from ptacc.rng import DeviceStream, RandomStreams
 from ptacc.validation import check_at_least, value_text
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptacc.core.randomness import permutation
+from ptacc.rng import permutation
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> list[int]:

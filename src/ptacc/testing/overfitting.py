@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ptacc.core.history import STEPS_IN_MEMORY
-from ptacc.core.randomness import preserved_streams
 from ptacc.errors import OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import SizedDataset, Stateful
+from ptacc.rng import preserved_streams
 from ptacc.testing.differences import AnyLoop
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
 from ptacc.types import StepRecord

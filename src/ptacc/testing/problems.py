@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ptacc.core.randomness import streams_seeded
+from ptacc.rng import streams_seeded
 
 HELD_OUT_EVERY = 5
 

@@ -8,11 +8,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ptacc.core.randomness import preserved_streams
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import SizedDataset, SupportsGradAccum
+from ptacc.rng import preserved_streams
 from ptacc.testing.differences import AnyLoop, Outcome, Split, Tolerance, causes, differences, tolerance_of
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
 from ptacc.validation import check_at_least, check_positive

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ptacc.core.nested import map_tensors
-from ptacc.core.randomness import preserved_streams
 from ptacc.core.weights import load_optimizer
 from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import Stateful
+from ptacc.rng import preserved_streams
+from ptacc.tensors.structures import map_tensors
 
 PutBack = Callable[[], object]
 

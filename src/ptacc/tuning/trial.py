@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ptacc.core.peers import Peers
-from ptacc.core.randomness import derive_seed, seed_everything
 from ptacc.errors import NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.protocols import StateDict
+from ptacc.rng import derive_seed, seed_everything
 from ptacc.tuning.keeping import kept, parts_of
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]

@@ -32,8 +32,8 @@ from ptacc import (
     TrainerCore,
 )
 from ptacc.checkpoint.codec import encode
-from ptacc.core.nested import bytes_of
 from ptacc.mixins.ema import EMA_STATE
+from ptacc.tensors.structures import bytes_of
 
 
 class Resumed(AMPMixin, GradAccumMixin, EMAMixin, SeedMixin, CheckpointMixin, Trainer):

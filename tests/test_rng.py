@@ -9,7 +9,7 @@ import torch
 from numpy.random import mtrand
 
 from ptacc.checkpoint.snapshot import Part
-from ptacc.core.randomness import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
+from ptacc.rng import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
 from tests.checkpoint.test_snapshot import through_files
 
 
