@@ -70,8 +70,8 @@ ROWS = [
         "ptacc.core.journal",
         "ptacc.composition.type_arguments",
     ],
-    ["ptacc.protocols", "ptacc.keywords"],
-    ["ptacc.types"],
+    ["ptacc.types.protocols", "ptacc.types.arguments"],
+    ["ptacc.types.aliases"],
     ["ptacc.validation"],
     ["ptacc.errors"],
     # Run whenever any module of the folder is imported, so it can import none of them.
@@ -117,7 +117,7 @@ def ours_in(module: str) -> set[str]:
         name
         for name, checking in imports_of(ast.parse(MODULES[module].read_text()))
         # What a hook is given is typed by the core; the core needs the protocols when it runs.
-        if name.split(".")[0] == "ptacc" and not (checking and module == "ptacc.protocols" and ".core." in name)
+        if name.split(".")[0] == "ptacc" and not (checking and module == "ptacc.types.protocols" and ".core." in name)
     }
     return found - {module}
 

@@ -24,7 +24,7 @@ import pytest
 
 import ptacc
 from ptacc import testing
-from ptacc.protocols import StateDict
+from ptacc.types.protocols import StateDict
 
 pytestmark = pytest.mark.timeout(120)
 

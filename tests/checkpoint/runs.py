@@ -37,10 +37,10 @@ from ptacc import (
 from ptacc.checkpoint.disk import Disk
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.store import CheckpointStore
-from ptacc.protocols import Stateful
 from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
+from ptacc.types.protocols import Stateful
 
 SAMPLES = 12
 STEPS = 6

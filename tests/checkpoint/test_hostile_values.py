@@ -16,7 +16,7 @@ from ptacc.checkpoint.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.snapshot import SHARED, read_parts
 from ptacc.checkpoint.store import MANIFEST, CheckpointStore
-from ptacc.types import Monitored
+from ptacc.types.monitor import Monitored
 from tests.checkpoint import payloads
 from tests.checkpoint.arenas import (
     DAMAGED,

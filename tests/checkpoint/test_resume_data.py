@@ -30,7 +30,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.core.engine import Engine, TorchEngine
-from ptacc.types import Sharding
+from ptacc.types.aliases import Sharding
 from tests.checkpoint.resumed import Augmented
 from tests.checkpoint.runs import StopAt
 from tests.ranks import run_ranks

@@ -17,7 +17,7 @@ from ptacc import (
     TrainingLoop,
 )
 from ptacc.composition.type_arguments import may_take
-from ptacc.types import BatchT, OutputT
+from ptacc.types.aliases import BatchT, OutputT
 
 T = TypeVar("T")
 

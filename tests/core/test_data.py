@@ -26,9 +26,9 @@ from ptacc.core.data import BatchSource, HostBatch, LoaderRequest
 from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
 from ptacc.errors import DataError
-from ptacc.keywords import DataLoaderKwargs
 from ptacc.testing import epoch_order
-from ptacc.types import Sharding
+from ptacc.types.aliases import Sharding
+from ptacc.types.arguments import DataLoaderKwargs
 
 
 class Numbers(Dataset[int]):

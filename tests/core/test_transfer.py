@@ -17,8 +17,8 @@ from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
 from ptacc.core.transfer import Transfer, are_alike, transfer_to
 from ptacc.errors import DataError
-from ptacc.keywords import DataLoaderKwargs
 from ptacc.tensors.structures import pinned, to_device
+from ptacc.types.arguments import DataLoaderKwargs
 
 NOWHERE = torch.device("meta")
 

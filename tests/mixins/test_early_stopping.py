@@ -7,7 +7,7 @@ from typing_extensions import override
 from ptacc import Callback, EarlyStoppingMixin, EpochRecord, MonitorError, Steps, Trainer
 from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
-from ptacc.types import Monitored
+from ptacc.types.monitor import Monitored
 
 
 class Scripted(EarlyStoppingMixin, Trainer):

@@ -11,8 +11,10 @@ from ptacc.core.averages import AveragedWeights
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
-from ptacc.protocols import StateDict, SupportsSWA
-from ptacc.types import EpochRecord, Mode, Monitored, as_monitored
+from ptacc.types.aliases import Mode
+from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.outputs import EpochRecord
+from ptacc.types.protocols import StateDict, SupportsSWA
 
 
 class KeepBestModel(Callback[TrainerCore]):

@@ -10,7 +10,7 @@ from ptacc.core.events import Callback
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.late import LateReader
-from ptacc.types import EpochRecord, EvalResult
+from ptacc.types.outputs import EpochRecord, EvalResult
 
 
 class StopOnNonFinite(Callback[TrainerCore]):

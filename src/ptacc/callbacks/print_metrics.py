@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
-from ptacc.types import EpochRecord
+from ptacc.types.outputs import EpochRecord
 
 WIDTH = 10
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from ptacc.core.events import Callback
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
-from ptacc.types import EpochRecord, EvalResult
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 
 

@@ -8,8 +8,10 @@ from typing_extensions import override
 
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
-from ptacc.protocols import StateDict, SupportsCheckpoint
-from ptacc.types import EvalResult, Mode, Monitored, as_monitored
+from ptacc.types.aliases import Mode
+from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.outputs import EvalResult
+from ptacc.types.protocols import StateDict, SupportsCheckpoint
 
 
 class SaveBest(Callback[SupportsCheckpoint]):

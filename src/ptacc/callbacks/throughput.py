@@ -18,7 +18,7 @@ from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.tally import Tally, Throughput
 from ptacc.core.watched import Batches, WatchedSource
-from ptacc.types import EpochRecord
+from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from ptacc.checkpoint.snapshot import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.weights import canonical, differing_weights
 from ptacc.errors import CheckpointError, MissingPartError
-from ptacc.protocols import StateDict, Stateful
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import is_dealt
+from ptacc.types.protocols import StateDict, Stateful
 
 RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
 

@@ -28,8 +28,8 @@ from ptacc.checkpoint.snapshot import SHARED, Part, encode_parts, own
 from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.core.peers import Peers
 from ptacc.errors import CheckpointError
-from ptacc.protocols import StateDict
-from ptacc.types import Progress
+from ptacc.types.progress import Progress
+from ptacc.types.protocols import StateDict
 
 T = TypeVar("T")
 OnError: TypeAlias = Literal["raise", "warn"]

@@ -16,8 +16,8 @@ from ptacc.checkpoint.snapshot import Snapshot, read_whole
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.weights import load_optimizer, load_weights, weights_of
 from ptacc.errors import CheckpointError
-from ptacc.protocols import Stateful
 from ptacc.tensors.dtensor import is_dealt, mapped, whole_tensor
+from ptacc.types.protocols import Stateful
 
 
 def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_only: bool) -> Path:

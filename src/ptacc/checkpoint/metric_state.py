@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from ptacc.checkpoint.codec import encode
 from ptacc.errors import CheckpointError
-from ptacc.protocols import Stateful
 from ptacc.tensors.structures import children
+from ptacc.types.protocols import Stateful
 from ptacc.validation import value_text
 
 CACHES: Final = ("_computed", "_forward_cache")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ptacc.checkpoint.manifest import Manifest
-from ptacc.types import Monitored
+from ptacc.types.monitor import Monitored
 
 
 @dataclass(frozen=True)

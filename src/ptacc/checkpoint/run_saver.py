@@ -12,8 +12,8 @@ from ptacc.checkpoint.contents import parts_to_save
 from ptacc.checkpoint.line import CheckpointLine
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.core.hooks import TrainerCore
-from ptacc.protocols import StateDict
-from ptacc.types import Cadence
+from ptacc.types.progress import Cadence
+from ptacc.types.protocols import StateDict
 
 
 @dataclass

@@ -8,7 +8,8 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.tensors.structures import leading_dimension
-from ptacc.types import BatchT, OutputT, StepOutput
+from ptacc.types.aliases import BatchT, OutputT
+from ptacc.types.outputs import StepOutput
 
 
 class BatchHooks(TrainerCore, Generic[BatchT, OutputT]):

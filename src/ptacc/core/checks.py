@@ -12,7 +12,8 @@ from torch.optim import LBFGS
 
 from ptacc.core.engine import Slot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
-from ptacc.types import Monitored, StepOutput
+from ptacc.types.monitor import Monitored
+from ptacc.types.outputs import StepOutput
 from ptacc.validation import closest, value_text
 
 

@@ -24,9 +24,9 @@ from ptacc.core.history import RunHistory
 from ptacc.core.peers import Peers
 from ptacc.core.run import Run
 from ptacc.errors import NoRunError, OptionError
-from ptacc.protocols import DeviceRuntime
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
-from ptacc.types import Progress
+from ptacc.types.progress import Progress
+from ptacc.types.protocols import DeviceRuntime
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ptacc.errors import DataError, OptionError
-from ptacc.keywords import DataLoaderKwargs
-from ptacc.protocols import StateDict
-from ptacc.types import BatchT
+from ptacc.types.aliases import BatchT
+from ptacc.types.arguments import DataLoaderKwargs
+from ptacc.types.protocols import StateDict
 from ptacc.validation import check_at_least, check_keywords
 
 DEFAULT_BATCH_SIZE = 8

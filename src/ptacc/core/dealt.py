@@ -13,8 +13,8 @@ from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_sett
 from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
 from ptacc.core.peers import Peers
 from ptacc.core.samplers import ListedSampler
-from ptacc.protocols import StateDict
 from ptacc.rng import permutation
+from ptacc.types.protocols import StateDict
 
 
 class DealtBatches:

@@ -21,8 +21,8 @@ from typing_extensions import Unpack
 from ptacc.core.failure import open_connections
 from ptacc.core.peers import Peers
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
-from ptacc.protocols import DeviceRuntime
-from ptacc.types import Precision
+from ptacc.types.aliases import Precision
+from ptacc.types.protocols import DeviceRuntime
 
 
 class AcceleratorSettings(TypedDict, total=False):

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ptacc.core.device import replica_of
 from ptacc.core.weights import held_parameters, load_optimizer, load_weights, weights_of
-from ptacc.protocols import DeviceRuntime, StateDict
 from ptacc.tensors.dtensor import bare
+from ptacc.types.protocols import DeviceRuntime, StateDict
 
 
 @dataclass(frozen=True)

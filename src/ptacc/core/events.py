@@ -12,7 +12,8 @@ from typing_extensions import TypeVar, override
 
 from ptacc.composition.guards import check_known_hooks
 from ptacc.core.history import StepResult
-from ptacc.types import EpochRecord, EvalResult, Monitored
+from ptacc.types.monitor import Monitored
+from ptacc.types.outputs import EpochRecord, EvalResult
 
 P = ParamSpec("P")
 TrainerT_contra = TypeVar("TrainerT_contra", contravariant=True)

@@ -17,8 +17,8 @@ from typing_extensions import override
 from ptacc.core.order import BatchKey, count_global_batches, share_of
 from ptacc.core.peers import Peers
 from ptacc.errors import DataError
-from ptacc.protocols import StateDict
 from ptacc.rng import derive_seed, seed_everything, streams_seeded
+from ptacc.types.protocols import StateDict
 
 Collate = Callable[[list[Any]], object]
 AT_ONCE = 1 << 18

@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from ptacc.core.journal import Journal
 from ptacc.core.peers import Peers
-from ptacc.types import EpochRecord, EvalResult, RunPlan, StepRecord
+from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
+from ptacc.types.progress import RunPlan
 
 if TYPE_CHECKING:
     import pandas as pd

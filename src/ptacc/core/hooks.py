@@ -19,7 +19,8 @@ from ptacc.core.events import Callback, Events
 from ptacc.core.history import StepResult
 from ptacc.core.run_state import SavedRun
 from ptacc.rng import fresh_seed
-from ptacc.types import EpochRecord, EvalResult, Monitored
+from ptacc.types.monitor import Monitored
+from ptacc.types.outputs import EpochRecord, EvalResult
 
 
 class TrainerCore(Components):

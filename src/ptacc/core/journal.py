@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptacc.errors import DamagedCheckpointError
-from ptacc.protocols import StateDict
+from ptacc.types.protocols import StateDict
 
 
 class Journal:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import DataError
-from ptacc.protocols import StateDict
 from ptacc.tensors.structures import bytes_of, tensors_of
+from ptacc.types.protocols import StateDict
 
 
 class Replayed:

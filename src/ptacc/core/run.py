@@ -16,12 +16,13 @@ from ptacc.core.data import BatchSource, HostBatch
 from ptacc.core.engine import Engine
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.peers import Peers
-from ptacc.core.run_options import RunOptions
 from ptacc.core.run_state import EpochState, LossSum, SavedRun, StateKey
 from ptacc.core.window import Window
 from ptacc.errors import LossError, NoRunError
-from ptacc.protocols import StateDict
-from ptacc.types import Cadence, EpochRecord, EvalResult, Minutes, Progress, RunPlan
+from ptacc.types.arguments import RunOptions
+from ptacc.types.outputs import EpochRecord, EvalResult
+from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
+from ptacc.types.protocols import StateDict
 
 T = TypeVar("T")
 

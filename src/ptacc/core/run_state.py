@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ptacc.protocols import StateDict
-from ptacc.types import EvalResult, Progress
+from ptacc.types.outputs import EvalResult
+from ptacc.types.progress import Progress
+from ptacc.types.protocols import StateDict
 
 T = TypeVar("T")
 

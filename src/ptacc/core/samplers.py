@@ -8,8 +8,8 @@ from typing import Any
 from ptacc.core.loaders import set_epoch
 from ptacc.core.peers import Peers
 from ptacc.errors import DataError
-from ptacc.protocols import StateDict, Stateful
 from ptacc.rng import derive_seed, streams_seeded
+from ptacc.types.protocols import StateDict, Stateful
 
 
 class ListedSampler:

@@ -22,9 +22,9 @@ from ptacc.core.order import count_global_batches
 from ptacc.core.peers import Peers
 from ptacc.core.replay import Replayed
 from ptacc.errors import DataError
-from ptacc.protocols import StateDict, Stateful
 from ptacc.rng import derive_seed, streams_seeded
-from ptacc.types import Sharding
+from ptacc.types.aliases import Sharding
+from ptacc.types.protocols import StateDict, Stateful
 
 
 def source_of(

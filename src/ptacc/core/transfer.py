@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.tensors.structures import to_device
-from ptacc.types import BatchT
+from ptacc.types.aliases import BatchT
 
 Event: TypeAlias = torch.cuda.Event | torch.Event
 

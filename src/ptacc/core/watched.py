@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from ptacc.core.data import BatchSource, Dealing, HostBatch
-from ptacc.protocols import StateDict
+from ptacc.types.protocols import StateDict
 
 Batches: TypeAlias = Iterator[HostBatch[Any]]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
-from ptacc.protocols import StateDict
 from ptacc.tensors.dtensor import Shard, Whole, beside, is_dealt
+from ptacc.types.protocols import StateDict
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module's tensors."""

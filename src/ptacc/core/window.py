@@ -12,7 +12,8 @@ from torch import Tensor
 from ptacc.core.data import HostBatch
 from ptacc.core.peers import Peers
 from ptacc.errors import DataError, LossError
-from ptacc.types import BatchT, StepOutput
+from ptacc.types.aliases import BatchT
+from ptacc.types.outputs import StepOutput
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from ptacc.engines.zero import STAGES
 from ptacc.engines.zero_checks import check_model, check_optimizer, join
 from ptacc.engines.zero_config import ZeroConfig
 from ptacc.errors import CheckpointError, ModelError
-from ptacc.protocols import DeviceRuntime, StateDict
+from ptacc.types.protocols import DeviceRuntime, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 

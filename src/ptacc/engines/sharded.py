@@ -33,8 +33,8 @@ from ptacc.core.engine import Slot, TorchEngine
 from ptacc.engines.buffers import share_buffers
 from ptacc.engines.hooks import remove_hooks
 from ptacc.errors import CheckpointError
-from ptacc.protocols import DeviceRuntime
 from ptacc.tensors.dtensor import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
+from ptacc.types.protocols import DeviceRuntime
 
 Sharding: TypeAlias = Callable[[nn.Module], object]
 HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")

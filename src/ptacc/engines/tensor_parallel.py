@@ -19,7 +19,7 @@ from torch import nn
 
 from ptacc.core.choices import is_match, unmatched
 from ptacc.errors import ModelError
-from ptacc.protocols import ParallelStyleLike
+from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ptacc.errors import OptionError
-from ptacc.types import ZeroStage
+from ptacc.types.aliases import ZeroStage
 
 STAGES: Final = get_args(ZeroStage)
 AUTO: Final = "auto"

@@ -22,11 +22,12 @@ from ptacc.core.run_state import LossSum
 from ptacc.core.sources import counted_once, level, source_of, tell
 from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.errors import DataError, OptionError
-from ptacc.keywords import EvalOptions, check_sharding
-from ptacc.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.rng import preserved_streams
 from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
-from ptacc.types import BatchT, EvalResult, OutputT, Pair, PairSample, Predictions, RawT, SampleT, StepOutput
+from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
+from ptacc.types.arguments import EvalOptions, check_sharding
+from ptacc.types.outputs import EvalResult, Predictions, StepOutput
+from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
 EVALUATION_SEED = 0

@@ -17,8 +17,8 @@ from ptacc.composition.guards import calls_super, shape_of
 from ptacc.core.events import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.advice import advice_on
-from ptacc.protocols import Stateful
-from ptacc.types import RunPlan
+from ptacc.types.progress import RunPlan
+from ptacc.types.protocols import Stateful
 
 VALUE_WIDTH = 48
 

@@ -22,17 +22,17 @@ from ptacc.core.events import Callback, overrides
 from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.run import Run
-from ptacc.core.run_options import RunOptions
 from ptacc.core.signals import heeding
 from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.window import Window, windows_of
 from ptacc.errors import DataError, NestedRunError
-from ptacc.keywords import TrainOptions
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetUp, marking_forwards
-from ptacc.protocols import SizedDataset
-from ptacc.types import BatchT, Duration, EpochRecord, OutputT, RawT, SampleT, StepOutput
+from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
+from ptacc.types.arguments import RunOptions, TrainOptions
+from ptacc.types.outputs import EpochRecord, StepOutput
+from ptacc.types.protocols import SizedDataset
 from ptacc.validation import check_keywords
 
 

@@ -19,13 +19,14 @@ from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.run import Run
-from ptacc.core.run_options import RunOptions
 from ptacc.core.run_state import SavedRun
 from ptacc.core.sources import level, source_of, tell
 from ptacc.errors import DataError, OptionError
-from ptacc.keywords import EvalOptions
 from ptacc.loop.evaluation import EvaluationLoop
-from ptacc.types import BatchT, EvalResult, OutputT, Progress, RunPlan, SampleT
+from ptacc.types.aliases import BatchT, OutputT, SampleT
+from ptacc.types.arguments import EvalOptions, RunOptions
+from ptacc.types.outputs import EvalResult
+from ptacc.types.progress import Progress, RunPlan
 
 
 class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
-from ptacc.types import Precision
+from ptacc.types.aliases import Precision
 from ptacc.validation import check_choice
 
 

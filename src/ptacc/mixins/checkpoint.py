@@ -29,7 +29,8 @@ from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
 from ptacc.core.run_state import SavedRun, StateKey
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
-from ptacc.types import Best, Cadence, Epochs, Minutes, Monitored, Steps
+from ptacc.types.monitor import Best, Monitored
+from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
-from ptacc.types import CompileBackend, CompileMode
+from ptacc.types.aliases import CompileBackend, CompileMode
 from ptacc.validation import check_choice
 
 

@@ -17,8 +17,8 @@ from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.engines.zero_config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
-from ptacc.protocols import SupportsGradClip, SupportsSWA
-from ptacc.types import ZeroStage
+from ptacc.types.aliases import ZeroStage
+from ptacc.types.protocols import SupportsGradClip, SupportsSWA
 
 
 class DeepSpeedMixin(Mixin):

@@ -11,7 +11,9 @@ from typing_extensions import override
 from ptacc.core.hooks import Mixin
 from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError
-from ptacc.types import EpochRecord, EvalResult, Mode, Monitored, as_monitored
+from ptacc.types.aliases import Mode
+from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 
 

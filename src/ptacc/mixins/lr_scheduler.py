@@ -17,8 +17,10 @@ from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
 from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError, SchedulerError
-from ptacc.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
-from ptacc.types import EpochRecord, Monitored, RunPlan, as_monitored
+from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.outputs import EpochRecord
+from ptacc.types.progress import RunPlan
+from ptacc.types.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
 from ptacc.validation import value_text
 
 SCHEDULER: StateKey[LRSchedulerLike | PlateauSchedulerLike] = StateKey("scheduler")

@@ -18,9 +18,10 @@ from ptacc.core.batches import BatchMixin
 from ptacc.core.peers import Peers
 from ptacc.core.run_state import StateKey
 from ptacc.errors import DataError, OptionError
-from ptacc.protocols import MetricLike, StateDict
 from ptacc.tensors.structures import map_tensors, to_host
-from ptacc.types import BatchT, OutputT, StepOutput
+from ptacc.types.aliases import BatchT, OutputT
+from ptacc.types.outputs import StepOutput
+from ptacc.types.protocols import MetricLike, StateDict
 from ptacc.validation import value_text
 
 TRAIN_METRICS: StateKey[MetricStates] = StateKey("train_metrics", each_rank=True)

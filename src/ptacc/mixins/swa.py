@@ -14,11 +14,12 @@ from ptacc.core.averages import AveragedWeights
 from ptacc.core.batches import BatchMixin
 from ptacc.core.peers import Peers
 from ptacc.core.run_state import StateKey
-from ptacc.protocols import SupportsSyncBatchNorm
 from ptacc.rng import preserved_streams
 from ptacc.tensors.dtensor import is_dealt
 from ptacc.tensors.structures import to_device
-from ptacc.types import BatchT, EpochRecord, OutputT
+from ptacc.types.aliases import BatchT, OutputT
+from ptacc.types.outputs import EpochRecord
+from ptacc.types.protocols import SupportsSyncBatchNorm
 from ptacc.validation import check_at_least
 
 SWA_STATE: StateKey[AveragedWeights] = StateKey("swa")

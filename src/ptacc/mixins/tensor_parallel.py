@@ -15,8 +15,8 @@ from ptacc.core.engine import Engine
 from ptacc.engines.sharding import TENSOR, Dealer, ShardingMixin
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, layers_of, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
-from ptacc.protocols import ParallelStyleLike
 from ptacc.rng import DeviceStream, RandomStreams
+from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc.loop.loop import TrainingLoop
-from ptacc.types import StepRecord
+from ptacc.types.outputs import StepRecord
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
 

@@ -9,9 +9,9 @@ from typing_extensions import TypeVar
 
 from ptacc.core.data import check_dataset
 from ptacc.errors import DataError
-from ptacc.protocols import SizedDataset
+from ptacc.types.protocols import SizedDataset
 
-# As in `ptacc.types`, without the defaults: of a function's type parameters, those without one have to come first.
+# As in `ptacc.types.aliases`, without the defaults: of a function's type parameters, those without one have to come first.
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")
 SampleT = TypeVar("SampleT")

@@ -16,9 +16,9 @@ from ptacc.composition.guards import COOPERATIVE
 from ptacc.core.batches import BatchMixin
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
-from ptacc.protocols import Stateful
 from ptacc.testing.problems import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer
+from ptacc.types.protocols import Stateful
 
 Options: TypeAlias = Callable[[], Mapping[str, Any]]
 """Makes the options of one trainer: a second trainer may need others, such as a directory of its own."""

@@ -15,11 +15,11 @@ from ptacc.core.history import STEPS_IN_MEMORY
 from ptacc.errors import OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
-from ptacc.protocols import SizedDataset, Stateful
 from ptacc.rng import preserved_streams
 from ptacc.testing.differences import AnyLoop
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
-from ptacc.types import StepRecord
+from ptacc.types.outputs import StepRecord
+from ptacc.types.protocols import SizedDataset, Stateful
 from ptacc.validation import check_at_least
 
 

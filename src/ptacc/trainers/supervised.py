@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.types import Pair, PairSample, StepOutput
+from ptacc.types.aliases import Pair, PairSample
+from ptacc.types.outputs import StepOutput
 
 
 class Trainer(TrainingLoop[Pair, Tensor, PairSample]):

@@ -13,14 +13,14 @@ from typing_extensions import TypeVar
 from ptacc.core.data import check_dataset
 from ptacc.core.engine import TorchEngine
 from ptacc.errors import DataError, ModelError, OptionError
-from ptacc.keywords import DataLoaderKwargs
 from ptacc.loop.loop import TrainingLoop
-from ptacc.protocols import SizedDataset, SupportsGradAccum
 from ptacc.tuning.memory import complaint_of, held_back, memory_of
 from ptacc.tuning.trial import AnyLoop, trial_of
+from ptacc.types.arguments import DataLoaderKwargs
+from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least
 
-# As in `ptacc.types`, without the defaults: of a function's type parameters, those without one have to come first.
+# As in `ptacc.types.aliases`, without the defaults: of a function's type parameters, those without one have to come first.
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")
 SampleT = TypeVar("SampleT")

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from ptacc.core.weights import load_optimizer
 from ptacc.loop.loop import TrainingLoop
-from ptacc.protocols import Stateful
 from ptacc.rng import preserved_streams
 from ptacc.tensors.structures import map_tensors
+from ptacc.types.protocols import Stateful
 
 PutBack = Callable[[], object]
 

@@ -14,15 +14,15 @@ from typing_extensions import TypeVar, override
 
 from ptacc.core.history import StepResult
 from ptacc.errors import ModelError, OptionError
-from ptacc.keywords import DataLoaderKwargs
 from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
 from ptacc.tuning.curve import FEWEST, Watch, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
-from ptacc.types import Sharding
+from ptacc.types.aliases import Sharding
+from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
 
-# As in `ptacc.types`, without the defaults: of a function's type parameters, those without one have to come first.
+# As in `ptacc.types.aliases`, without the defaults: of a function's type parameters, those without one have to come first.
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")
 SampleT = TypeVar("SampleT")

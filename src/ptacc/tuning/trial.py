@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from ptacc.core.peers import Peers
 from ptacc.errors import NestedRunError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.protocols import StateDict
 from ptacc.rng import derive_seed, seed_everything
 from ptacc.tuning.keeping import kept, parts_of
+from ptacc.types.protocols import StateDict
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
 

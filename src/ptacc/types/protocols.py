@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypeVar
 
-from ptacc.types import Precision, RunPlan
+from ptacc.types.aliases import Precision
+from ptacc.types.progress import RunPlan
 
 T_co = TypeVar("T_co", covariant=True)
 

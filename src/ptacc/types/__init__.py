@@ -1,0 +1,1 @@
+"""The values, protocols and arguments that users see."""

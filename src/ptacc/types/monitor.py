@@ -1,0 +1,70 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from ptacc.errors import OptionError
+from ptacc.types.aliases import (
+    Mode,
+)
+from ptacc.validation import check_at_least
+
+
+@dataclass(frozen=True, slots=True)
+class Monitored:
+    """A handle for a value that is reported, declared once by whoever reports it and then passed about, not spelt.
+
+    Args:
+        name: The value's name, as in `EpochRecord.values()`.
+        mode: Whether less or more is better.
+
+    Example:
+        >>> ACCURACY = Monitored("accuracy", mode="max")
+        >>> ACCURACY.is_better(0.9, than=0.8)
+        True
+    """
+
+    name: str
+    mode: Mode = "min"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise OptionError(f'Monitored({self.name!r}, mode={self.mode!r}): must be "min" or "max".')
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Say whether `value` beats `than`. NaN never does; anything beats NaN."""
+        if math.isnan(value):
+            return False
+        return math.isnan(than) or (value < than if self.mode == "min" else value > than)
+
+
+def as_monitored(monitor: str | Monitored, mode: Mode = "min") -> Monitored:
+    """Return the handle for `monitor`; a name takes `mode` along, a handle knows its own."""
+    return monitor if isinstance(monitor, Monitored) else Monitored(monitor, mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best by a value that is reported: what `keep_best` keeps.
+
+    Args:
+        monitor: The value, by its name or handle.
+        mode: Whether less or more is better; a handle knows that itself.
+        count: How many, at least 1.
+    """
+
+    monitor: str | Monitored
+    mode: Mode = "min"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least("Best", "count", self.count, 1)
+        as_monitored(self.monitor, self.mode)
+
+    @property
+    def monitored(self) -> Monitored:
+        """The handle of the value."""
+        return as_monitored(self.monitor, self.mode)
