@@ -24,8 +24,8 @@ from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.snapshot import SHARED, Part, write_parts
 from ptacc.checkpoint.store import CheckpointStore
 from ptacc.cli import main
-from ptacc.core.averages import AveragedWeights
 from ptacc.errors import CheckpointError
+from ptacc.model.averaging import AveragedWeights
 from tests.checkpoint.disks import CALLS, Interposed, Losing, failing_at
 
 LIMIT = 60

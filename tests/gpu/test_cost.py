@@ -27,7 +27,7 @@ from ptacc import (
     StepResult,
     Trainer,
 )
-from ptacc.core.averages import AveragedWeights
+from ptacc.model.averaging import AveragedWeights
 from tests.gpu.parts import BATCH, DTYPES, make_data, make_net
 from tests.gpu.waits import Waits
 

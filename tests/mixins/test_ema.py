@@ -8,8 +8,8 @@ from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import EMAMixin, GradAccumMixin, KeepBestModel, StepResult, Trainer
-from ptacc.core.averages import AveragedWeights
 from ptacc.mixins.ema import EMA_STATE
+from ptacc.model.averaging import AveragedWeights
 from ptacc.testing import tiny_data, tiny_parts
 
 

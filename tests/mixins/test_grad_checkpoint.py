@@ -26,7 +26,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.core.choices import chosen_submodules
+from ptacc.model.selection import chosen_submodules
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.averages import AveragedWeights
 from ptacc.core.events import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
+from ptacc.model.averaging import AveragedWeights
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitored, as_monitored
 from ptacc.types.outputs import EpochRecord

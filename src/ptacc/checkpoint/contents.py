@@ -15,8 +15,8 @@ from torch import nn
 
 from ptacc.checkpoint.snapshot import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.weights import canonical, differing_weights
 from ptacc.errors import CheckpointError, MissingPartError
+from ptacc.model.state_dict import canonical, differing_weights
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import is_dealt
 from ptacc.types.protocols import StateDict, Stateful

@@ -14,8 +14,8 @@ from ptacc.checkpoint.remote_store import store_at
 from ptacc.checkpoint.resuming import find_at
 from ptacc.checkpoint.snapshot import Snapshot, read_whole
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.weights import load_optimizer, load_weights, weights_of
 from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import load_optimizer, load_weights, weights_of
 from ptacc.tensors.dtensor import is_dealt, mapped, whole_tensor
 from ptacc.types.protocols import Stateful
 

@@ -28,8 +28,8 @@ from ptacc.checkpoint.snapshot import EncodedParts, write_encoded
 from ptacc.checkpoint.store import CheckpointStore, Draft
 from ptacc.core.failure import Failure
 from ptacc.core.peers import Peers
-from ptacc.core.weights import first_non_finite
 from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import first_non_finite
 
 WORD = ".word-{rank}.json"
 WORDS_WITHIN_SECONDS = 1800.0

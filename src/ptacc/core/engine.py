@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from ptacc.core.device import replica_of
-from ptacc.core.weights import held_parameters, load_optimizer, load_weights, weights_of
+from ptacc.model.state_dict import held_parameters, load_optimizer, load_weights, weights_of
+from ptacc.model.wrapping import replica_of
 from ptacc.tensors.dtensor import bare
 from ptacc.types.protocols import DeviceRuntime, StateDict
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch.profiler import profile, record_function
 from typing_extensions import TypeVar
 
-from ptacc.core.patches import Patch
 from ptacc.core.watched import Batches
+from ptacc.model.patching import Patch
 
 T = TypeVar("T")
 

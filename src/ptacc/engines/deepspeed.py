@@ -24,13 +24,13 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from ptacc.core.engine import Slot, TorchEngine
-from ptacc.core.weights import canonical, differing_weights, load_optimizer, load_weights
 from ptacc.engines.bare_model import BareModel
 from ptacc.engines.buffers import share_buffers
 from ptacc.engines.zero import STAGES
 from ptacc.engines.zero_checks import check_model, check_optimizer, join
 from ptacc.engines.zero_config import ZeroConfig
 from ptacc.errors import CheckpointError, ModelError
+from ptacc.model.state_dict import canonical, differing_weights, load_optimizer, load_weights
 from ptacc.types.protocols import DeviceRuntime, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")

@@ -10,10 +10,10 @@ from torch import nn
 from typing_extensions import override
 
 from ptacc.composition.composable import hook
-from ptacc.core.averages import AveragedWeights
 from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin
 from ptacc.errors import LaunchError
+from ptacc.model.averaging import AveragedWeights
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 from torch import nn
 
-from ptacc.core.choices import is_match, unmatched
 from ptacc.errors import ModelError
+from ptacc.model.selection import is_match, unmatched
 from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc

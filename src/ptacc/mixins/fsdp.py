@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from ptacc.core.choices import check_choices, chosen_submodules
 from ptacc.core.device import AcceleratorBuilder
 from ptacc.engines.sharding import DATA, Dealer, ShardingMixin
 from ptacc.errors import LaunchError, OptionError
+from ptacc.model.selection import check_choices, chosen_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh

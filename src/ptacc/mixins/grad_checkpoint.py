@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from typing_extensions import override
 
-from ptacc.core.choices import check_choices, chosen_submodules
 from ptacc.core.hooks import Mixin
-from ptacc.core.patches import Forward, patched_forwards
+from ptacc.model.patching import Forward, patched_forwards
+from ptacc.model.selection import check_choices, chosen_submodules
 
 
 class GradCheckpointMixin(Mixin):

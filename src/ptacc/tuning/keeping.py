@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ptacc.core.weights import load_optimizer
 from ptacc.loop.loop import TrainingLoop
+from ptacc.model.state_dict import load_optimizer
 from ptacc.rng import preserved_streams
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import Stateful

@@ -1,0 +1,1 @@
+"""Operations on an `nn.Module`: weights, averages, selection of submodules, patches."""
