@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import Callback, StepResult, Trainer, TrainerCore
-from ptacc.core.agreement import Stop, StopVote
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
+from ptacc.distributed.stop_vote import Stop, StopVote
 
 
 class NoVote(StopVote):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptacc.core.device import release_accelerator
+from ptacc.distributed.accelerator import release_accelerator
 
 # Tests fork (tests/ranks.py), and a forked child has none of the threads of a pool that its parent started.
 torch.set_num_threads(1)

@@ -28,16 +28,16 @@ ROWS = [
         "ptacc.loop.advice",
         "ptacc.core.history",
         "ptacc.core.dealt",
-        "ptacc.core.device",
+        "ptacc.distributed.accelerator",
         "ptacc.core.data",
-        "ptacc.core.agreement",
+        "ptacc.distributed.stop_vote",
         "ptacc.core.checks",
         "ptacc.core.engine",
         "ptacc.core.events",
         "ptacc.core.fetch",
         "ptacc.core.late",
         "ptacc.core.loaders",
-        "ptacc.core.peers",
+        "ptacc.distributed.process_group",
         "ptacc.core.profiling",
         "ptacc.core.samplers",
         "ptacc.core.sources",
@@ -49,12 +49,12 @@ ROWS = [
     [
         "ptacc.model.averaging",
         "ptacc.model.selection",
-        "ptacc.core.exits",
-        "ptacc.core.failure",
+        "ptacc.distributed.shutdown",
+        "ptacc.distributed.failure",
         "ptacc.composition.composable",
         "ptacc.composition.guards",
         "ptacc.core.hardware",
-        "ptacc.core.meetings",
+        "ptacc.distributed.rendezvous",
         "ptacc.tensors.structures",
         "ptacc.composition.fields",
         "ptacc.core.order",
@@ -65,7 +65,7 @@ ROWS = [
         "ptacc.core.run_options",
         "ptacc.core.run_state",
         "ptacc.tensors.dtensor",
-        "ptacc.core.signals",
+        "ptacc.distributed.signals",
         "ptacc.core.tally",
         "ptacc.core.journal",
         "ptacc.composition.type_arguments",
@@ -79,7 +79,7 @@ ROWS = [
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 NEVER_EACH_OTHER = ("ptacc.mixins/", "ptacc.callbacks/")
-MAY_IMPORT_ACCELERATE = {"ptacc.core.device"} | {
+MAY_IMPORT_ACCELERATE = {"ptacc.distributed.accelerator"} | {
     f"ptacc.mixins.{engine}" for engine in ("compile", "deepspeed", "fsdp", "tensor_parallel")
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ptacc.core.failure import is_running
+from ptacc.distributed.failure import is_running
 from tests.ranks import RankFailed, launch, run_ranks
 
 

@@ -11,7 +11,6 @@ from ptacc.composition.composable import hook as hook
 from ptacc.composition.composable import replaces as replaces
 from ptacc.core.batches import BatchMixin as BatchMixin
 from ptacc.core.data import LoaderRequest as LoaderRequest
-from ptacc.core.device import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.core.engine import Engine as Engine
 from ptacc.core.engine import Slot as Slot
 from ptacc.core.events import Callback as Callback
@@ -19,12 +18,13 @@ from ptacc.core.history import RunHistory as RunHistory
 from ptacc.core.history import StepResult as StepResult
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
-from ptacc.core.peers import Peers as Peers
 from ptacc.core.profiling import Profile as Profile
 from ptacc.core.run import Run as Run
 from ptacc.core.run_state import SavedRun as SavedRun
 from ptacc.core.run_state import StateKey as StateKey
 from ptacc.core.tally import Throughput as Throughput
+from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
+from ptacc.distributed.process_group import Peers as Peers
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CheckpointError as CheckpointError
 from ptacc.errors import CollectiveError as CollectiveError

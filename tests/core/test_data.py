@@ -23,8 +23,8 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from ptacc.core.data import BatchSource, HostBatch, LoaderRequest
-from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.testing import epoch_order
 from ptacc.types.aliases import Sharding

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from ptacc.core.data import LoaderRequest
 from ptacc.core.loaders import Pinnable, given
-from ptacc.core.peers import Peers
 from ptacc.core.sources import source_of
 from ptacc.core.transfer import Transfer, are_alike, transfer_to
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.tensors.structures import pinned, to_device
 from ptacc.types.arguments import DataLoaderKwargs

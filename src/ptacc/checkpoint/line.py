@@ -26,7 +26,7 @@ from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.saving import HostCopies, Save, UnfitError, Writer
 from ptacc.checkpoint.snapshot import SHARED, Part, encode_parts, own
 from ptacc.checkpoint.store import CheckpointStore, Draft
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import CheckpointError
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import StateDict

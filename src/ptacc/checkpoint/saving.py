@@ -26,8 +26,8 @@ from ptacc.checkpoint.disk import Written, read_at_most, write_whole
 from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.snapshot import EncodedParts, write_encoded
 from ptacc.checkpoint.store import CheckpointStore, Draft
-from ptacc.core.failure import Failure
-from ptacc.core.peers import Peers
+from ptacc.distributed.failure import Failure
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import first_non_finite
 

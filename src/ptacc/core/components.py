@@ -18,11 +18,11 @@ from typing_extensions import TypeVar, override
 from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.checks import check_callbacks
-from ptacc.core.device import AcceleratorBuilder, accelerator_for
 from ptacc.core.events import Callback
 from ptacc.core.history import RunHistory
-from ptacc.core.peers import Peers
 from ptacc.core.run import Run
+from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import NoRunError, OptionError
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types.progress import Progress

@@ -11,8 +11,8 @@ from ptacc.core.data import Dealing, HostBatch, check_dataset
 from ptacc.core.fetch import KeyedDataset, probe
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings
 from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
-from ptacc.core.peers import Peers
 from ptacc.core.samplers import ListedSampler
+from ptacc.distributed.process_group import Peers
 from ptacc.rng import permutation
 from ptacc.types.protocols import StateDict
 

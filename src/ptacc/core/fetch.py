@@ -15,7 +15,7 @@ from torch.utils.data import default_collate as torch_default_collate
 from typing_extensions import override
 
 from ptacc.core.order import BatchKey, count_global_batches, share_of
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, seed_everything, streams_seeded
 from ptacc.types.protocols import StateDict

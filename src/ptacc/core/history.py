@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.core.journal import Journal
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 

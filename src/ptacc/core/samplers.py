@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from ptacc.core.loaders import set_epoch
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.protocols import StateDict, Stateful

@@ -19,8 +19,8 @@ from ptacc.core.dealt import DealtBatches
 from ptacc.core.fetch import SharedStream
 from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings, set_epoch
 from ptacc.core.order import count_global_batches
-from ptacc.core.peers import Peers
 from ptacc.core.replay import Replayed
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.aliases import Sharding

@@ -10,7 +10,7 @@ from typing import Any, Generic
 from torch import Tensor
 
 from ptacc.core.data import HostBatch
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError, LossError
 from ptacc.types.aliases import BatchT
 from ptacc.types.outputs import StepOutput

@@ -19,12 +19,12 @@ from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_callbacks, check_output
 from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.events import Callback, overrides
-from ptacc.core.failure import AgreedExit
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.run import Run
-from ptacc.core.signals import heeding
 from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.window import Window, windows_of
+from ptacc.distributed.failure import AgreedExit
+from ptacc.distributed.signals import heeding
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.explain import Explanation, explain

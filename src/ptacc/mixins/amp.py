@@ -6,8 +6,8 @@ from typing import get_args
 
 from typing_extensions import override
 
-from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
+from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.types.aliases import Precision
 from ptacc.validation import check_choice
 

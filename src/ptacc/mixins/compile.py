@@ -8,8 +8,8 @@ from typing import Any, get_args
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from typing_extensions import override
 
-from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.hooks import Mixin
+from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.types.aliases import CompileBackend, CompileMode
 from ptacc.validation import check_choice
 

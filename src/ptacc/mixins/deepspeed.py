@@ -12,9 +12,9 @@ from torch.distributed import is_initialized
 from typing_extensions import override
 
 from ptacc.callbacks.best_model import KeepBestModel
-from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin, TrainerCore
+from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.zero_config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
 from ptacc.types.aliases import ZeroStage

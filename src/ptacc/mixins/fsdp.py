@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from ptacc.core.device import AcceleratorBuilder
+from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.sharding import DATA, Dealer, ShardingMixin
 from ptacc.errors import LaunchError, OptionError
 from ptacc.model.selection import check_choices, chosen_submodules

@@ -6,8 +6,8 @@ import os
 
 from typing_extensions import override
 
-from ptacc.core.device import LAUNCH_FEATURES, AcceleratorBuilder
 from ptacc.core.hooks import Mixin
+from ptacc.distributed.accelerator import LAUNCH_FEATURES, AcceleratorBuilder
 from ptacc.errors import LaunchError
 from ptacc.validation import check_at_least
 

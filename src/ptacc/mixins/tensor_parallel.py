@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from typing_extensions import override
 
-from ptacc.core.device import AcceleratorBuilder
 from ptacc.core.engine import Engine
+from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.sharding import TENSOR, Dealer, ShardingMixin
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, layers_of, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError

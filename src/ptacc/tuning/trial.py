@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import derive_seed, seed_everything

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ptacc.core.failure import FailureBoard, host_identity
+from ptacc.distributed.failure import FailureBoard, host_identity
 from ptacc.errors import CollectiveError, PeerError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.01

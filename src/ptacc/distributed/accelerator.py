@@ -18,8 +18,8 @@ from torch.distributed import is_initialized
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
-from ptacc.core.failure import open_connections
-from ptacc.core.peers import Peers
+from ptacc.distributed.failure import open_connections
+from ptacc.distributed.process_group import Peers
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.types.aliases import Precision
 from ptacc.types.protocols import DeviceRuntime

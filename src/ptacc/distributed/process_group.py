@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from typing_extensions import TypeVar
 
-from ptacc.core.exits import rest_before_exit
-from ptacc.core.failure import Failure, FailureBoard, open_connections
-from ptacc.core.meetings import Meetings
+from ptacc.distributed.failure import Failure, FailureBoard, open_connections
+from ptacc.distributed.rendezvous import Meetings
+from ptacc.distributed.shutdown import rest_before_exit
 from ptacc.errors import CollectiveError, LaunchError, PeerError
 
 T = TypeVar("T")

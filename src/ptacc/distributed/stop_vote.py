@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from ptacc.core.peers import Peers
+from ptacc.distributed.process_group import Peers
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Ranks, their failures, agreement between them, and the accelerator."""
