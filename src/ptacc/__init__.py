@@ -10,7 +10,6 @@ from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
 from ptacc.composition.composable import hook as hook
 from ptacc.composition.composable import replaces as replaces
 from ptacc.core.batches import BatchMixin as BatchMixin
-from ptacc.core.data import LoaderRequest as LoaderRequest
 from ptacc.core.engine import Engine as Engine
 from ptacc.core.engine import Slot as Slot
 from ptacc.core.events import Callback as Callback
@@ -23,6 +22,7 @@ from ptacc.core.run import Run as Run
 from ptacc.core.run_state import SavedRun as SavedRun
 from ptacc.core.run_state import StateKey as StateKey
 from ptacc.core.tally import Throughput as Throughput
+from ptacc.data.request import LoaderRequest as LoaderRequest
 from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.distributed.process_group import Peers as Peers
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from typing_extensions import override
 
 from ptacc import Pair, StepOutput, Trainer, TrainingLoop
-from ptacc.core.transfer import LEAST_BYTES, StreamedTransfer
+from ptacc.data.transfer import LEAST_BYTES, StreamedTransfer
 from tests.gpu.parts import make_data, make_net
 
 CYCLES = 5_000_000

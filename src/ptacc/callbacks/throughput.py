@@ -17,7 +17,7 @@ from ptacc.core.hardware import known_peak, peak_host_memory, start_counting
 from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.tally import Tally, Throughput
-from ptacc.core.watched import Batches, WatchedSource
+from ptacc.data.wrappers import Batches, WatchedSource
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
 

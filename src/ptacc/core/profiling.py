@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import profile, record_function
 from typing_extensions import TypeVar
 
-from ptacc.core.watched import Batches
+from ptacc.data.wrappers import Batches
 from ptacc.model.patching import Patch
 
 T = TypeVar("T")

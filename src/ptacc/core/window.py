@@ -9,7 +9,7 @@ from typing import Any, Generic
 
 from torch import Tensor
 
-from ptacc.core.data import HostBatch
+from ptacc.data.batch import HostBatch
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError, LossError
 from ptacc.types.aliases import BatchT

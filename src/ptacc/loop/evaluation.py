@@ -15,10 +15,12 @@ from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import with_defaults
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_eval_output
-from ptacc.core.data import BatchSource, HostBatch, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.run_state import LossSum
-from ptacc.core.sources import counted_once, level, source_of, tell
-from ptacc.core.transfer import Transfer, transfer_to
+from ptacc.data.batch import BatchSource, HostBatch
+from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
+from ptacc.data.sources import source_of, tell
+from ptacc.data.transfer import Transfer, transfer_to
+from ptacc.data.wrappers import counted_once, level
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import AgreedExit
 from ptacc.errors import DataError, OptionError

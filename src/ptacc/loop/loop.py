@@ -17,12 +17,12 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_callbacks, check_output
-from ptacc.core.data import DEFAULT_BATCH_SIZE
 from ptacc.core.events import Callback, overrides
 from ptacc.core.history import RunHistory, StepResult
 from ptacc.core.run import Run
-from ptacc.core.transfer import Transfer, transfer_to
 from ptacc.core.window import Window, windows_of
+from ptacc.data.request import DEFAULT_BATCH_SIZE
+from ptacc.data.transfer import Transfer, transfer_to
 from ptacc.distributed.failure import AgreedExit
 from ptacc.distributed.signals import heeding
 from ptacc.errors import DataError, NestedRunError

@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.checks import check_monitor, check_trainable
-from ptacc.core.data import BatchSource, LoaderRequest, check_dataset, limit_from_environment
 from ptacc.core.events import overrides
 from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.run import Run
 from ptacc.core.run_state import SavedRun
-from ptacc.core.sources import level, source_of, tell
+from ptacc.data.batch import BatchSource
+from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
+from ptacc.data.sources import source_of, tell
+from ptacc.data.wrappers import level
 from ptacc.distributed.stop_vote import StopVote
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop

@@ -17,7 +17,7 @@ from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.core.profiling import Profile, StepProfiler, marked_calls, marked_loading
 from ptacc.core.run_state import StateKey
-from ptacc.core.watched import WatchedSource
+from ptacc.data.wrappers import WatchedSource
 from ptacc.errors import OptionError
 from ptacc.validation import check_at_least
 

@@ -7,7 +7,7 @@ from typing import Generic
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import TypeVar
 
-from ptacc.core.data import check_dataset
+from ptacc.data.request import check_dataset
 from ptacc.errors import DataError
 from ptacc.types.protocols import SizedDataset
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import LoaderRequest, SeedMixin, StepOutput, Trainer
-from ptacc.core.sources import source_of
+from ptacc.data.sources import source_of
 from ptacc.testing import tiny_data, tiny_parts
 
 DATA = tiny_data(24)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ptacc.core.loaders import set_epoch
+from ptacc.data.loading import set_epoch
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded

@@ -1,18 +1,45 @@
-"""What is taken over of a loader: its collate function, and its settings that have nothing to do with the order."""
+"""Loading one batch: the datasets that a dealt loader reads from, in this process or in a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import default_collate as torch_default_collate
 from typing_extensions import TypeVar
 
-from ptacc.core.fetch import as_is, default_collate
 from ptacc.errors import DataError
+from ptacc.rng import seed_everything, streams_seeded
 from ptacc.tensors.structures import pinned
+
+Collate = Callable[[list[Any]], object]
+
+
+def as_is(batch: object) -> object:
+    """Return a batch that is collated already."""
+    return batch
+
+
+def default_collate(samples: list[Any]) -> object:
+    """Collate as torch does, except that tuples give a tuple, not a list."""
+    batch = torch_default_collate(samples)
+    return tuple(batch) if isinstance(batch, list) and isinstance(samples[0], tuple) else batch
+
+
+@contextlib.contextmanager
+def seeded_loading(seed: int) -> Iterator[None]:
+    """Seed the global generators for loading one batch: a worker's are its own, this process's are put back."""
+    if get_worker_info() is not None:
+        seed_everything(seed)
+        yield
+    else:
+        with streams_seeded(seed):
+            yield
+
 
 ResultT = TypeVar("ResultT")
 

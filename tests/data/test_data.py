@@ -22,8 +22,9 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from ptacc.core.data import BatchSource, HostBatch, LoaderRequest
-from ptacc.core.sources import source_of
+from ptacc.data.batch import BatchSource, HostBatch
+from ptacc.data.request import LoaderRequest
+from ptacc.data.sources import source_of
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.testing import epoch_order

@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
-from ptacc.core.data import LoaderRequest
-from ptacc.core.loaders import Pinnable, given
-from ptacc.core.sources import source_of
-from ptacc.core.transfer import Transfer, are_alike, transfer_to
+from ptacc.data.loading import Pinnable, given
+from ptacc.data.request import LoaderRequest
+from ptacc.data.sources import source_of
+from ptacc.data.transfer import Transfer, are_alike, transfer_to
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError
 from ptacc.tensors.structures import pinned, to_device

@@ -5,15 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from typing_extensions import override
 
-from ptacc.core.data import Dealing, HostBatch, check_dataset
-from ptacc.core.fetch import KeyedDataset, probe
-from ptacc.core.loaders import collate_of, given, is_torchs_collate, loader_settings
-from ptacc.core.order import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
-from ptacc.core.samplers import ListedSampler
+from ptacc.data.batch import Dealing, HostBatch
+from ptacc.data.loading import (
+    Collate,
+    collate_of,
+    default_collate,
+    given,
+    is_torchs_collate,
+    loader_settings,
+    seeded_loading,
+)
+from ptacc.data.partition import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
+from ptacc.data.request import check_dataset
+from ptacc.data.sampling import ListedSampler
 from ptacc.distributed.process_group import Peers
-from ptacc.rng import permutation
+from ptacc.errors import DataError
+from ptacc.rng import permutation, streams_seeded
 from ptacc.types.protocols import StateDict
 
 
@@ -146,3 +167,109 @@ class _Order:
 def is_plain_shuffle(sampler: object, samples: int) -> bool:
     """Say whether a sampler is `shuffle=True`, and nothing else."""
     return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == samples
+
+
+AT_ONCE = 1 << 18
+"""Bytes of tensors in memory that are indexed at a time, at least a batch."""
+
+
+class KeyedDataset(Dataset[Any]):
+    """A dataset asked for whole batches by their keys: loads and collates each with generators seeded for it."""
+
+    def __init__(self, dataset: Any, collate: Collate) -> None:
+        """Read from `dataset`."""
+        self.dataset: Any = dataset
+        self._collate = collate
+        self._indexes_at_once = collate is default_collate and holds_plain_tensors(beneath_subsets(dataset, ())[0])
+
+    def __getitems__(self, key: BatchKey) -> object:
+        """Load and collate one batch. torch's loader calls this with whatever its batch sampler gives."""
+        if self._indexes_at_once:
+            return next(self._indexed([key]))
+        with seeded_loading(key.seed):
+            return self._collate(self._samples(key))
+
+    def load_all(self, keys: Sequence[BatchKey]) -> Iterator[object]:
+        """Load and collate one batch after the other; of tensors in memory, several at a time."""
+        if not self._indexes_at_once or not keys:
+            yield from map(self.__getitems__, keys)
+            return
+        tensors = beneath_subsets(self.dataset, ())[0].tensors
+        row = sum(tensor[:1].nbytes for tensor in tensors)
+        at_a_time = max(AT_ONCE // max(row * len(keys[0].indices), 1), 1)
+        done = 0
+        while done < len(keys):
+            versions = versions_of(tensors)
+            for batch in self._indexed(keys[done : done + at_a_time]):
+                yield batch
+                done += 1
+                if versions_of(tensors) != versions:  # a step wrote to the data: what was read ahead is old
+                    break
+
+    def _indexed(self, keys: Sequence[BatchKey]) -> Iterator[tuple[Tensor, ...]]:
+        """Iterate over batches of tensors in memory, indexed together."""
+        dataset, indices = beneath_subsets(self.dataset, [index for key in keys for index in key.indices])
+        sizes = [len(key.indices) for key in keys]
+        # Plain views would have a version in common, by which autograd sees changes in place.
+        return zip(
+            *(torch.unsafe_split_with_sizes(rows, sizes) for rows in rows_of(dataset.tensors, indices)), strict=True
+        )
+
+    @override
+    def __getitem__(self, index: object) -> object:
+        raise AssertionError("a keyed dataset is asked for batches, not for samples")
+
+    def _samples(self, key: BatchKey) -> list[Any]:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return list(self.dataset.__getitems__(list(key.indices)))
+            return [self.dataset[index] for index in key.indices]
+        except LookupError as error:
+            raise no_such_sample(self.dataset, f"an index up to {max(key.indices)}", error) from error
+
+
+def holds_plain_tensors(dataset: object) -> bool:
+    """Say whether a dataset is tensors in memory, and nothing else."""
+    return type(dataset) is TensorDataset and all(tensor.layout is torch.strided for tensor in dataset.tensors)
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how often each tensor was written to; of one made in inference mode nobody counts it."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001  # see torch's notes
+
+
+def rows_of(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return rows of each tensor, which may be counted from the end by numbers below zero."""
+    rows = torch.from_numpy(np.array(indices))  # a fifth of the time of `torch.tensor`
+    try:
+        return tuple([tensor.index_select(0, rows) for tensor in tensors])
+    except (IndexError, RuntimeError):  # below zero, or the tensors lie on a device
+        return tuple(tensor[rows] for tensor in tensors)
+
+
+def beneath_subsets(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
+    """Return what a dataset is a part of, as `random_split` makes them, and the indices there."""
+    while type(dataset) is Subset:
+        indices = [dataset.indices[index] for index in indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def probe(dataset: Any) -> None:
+    """Raise `DataError` where a dataset's `__len__` promises a last sample that is not there."""
+    if isinstance(dataset, TensorDataset):
+        return
+    last = len(dataset) - 1
+    try:
+        with streams_seeded(0):
+            dataset[last]
+    except LookupError as error:
+        raise no_such_sample(dataset, f"the index {last}", error) from error
+
+
+def no_such_sample(dataset: Any, index: str, error: LookupError) -> DataError:
+    """Make the error of a dataset that says it has a sample and has not."""
+    return DataError(
+        f"{type(dataset).__name__} says it has {len(dataset)} samples, and asked for {index} it raises "
+        f"{type(error).__name__}({error}). Correct its __len__ or __getitem__."
+    )
