@@ -32,7 +32,7 @@ ROWS = [
         "ptacc.data.batch",
         "ptacc.distributed.stop_vote",
         "ptacc.core.checks",
-        "ptacc.core.engine",
+        "ptacc.engines.base",
         "ptacc.core.events",
         "ptacc.data.loading",
         "ptacc.core.late",

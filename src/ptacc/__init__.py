@@ -10,8 +10,6 @@ from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
 from ptacc.composition.composable import hook as hook
 from ptacc.composition.composable import replaces as replaces
 from ptacc.core.batches import BatchMixin as BatchMixin
-from ptacc.core.engine import Engine as Engine
-from ptacc.core.engine import Slot as Slot
 from ptacc.core.events import Callback as Callback
 from ptacc.core.history import RunHistory as RunHistory
 from ptacc.core.history import StepResult as StepResult
@@ -25,6 +23,8 @@ from ptacc.core.tally import Throughput as Throughput
 from ptacc.data.request import LoaderRequest as LoaderRequest
 from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.distributed.process_group import Peers as Peers
+from ptacc.engines.base import Engine as Engine
+from ptacc.engines.base import Slot as Slot
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CheckpointError as CheckpointError
 from ptacc.errors import CollectiveError as CollectiveError

@@ -29,7 +29,8 @@ from ptacc import (
     StepOutput,
     Trainer,
 )
-from ptacc.core.engine import Engine, TorchEngine
+from ptacc.engines.base import Engine
+from ptacc.engines.ddp import TorchEngine
 from ptacc.types.aliases import Sharding
 from tests.checkpoint.resumed import Augmented
 from tests.checkpoint.runs import StopAt

@@ -24,7 +24,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.core.engine import Engine, Slot
+from ptacc.engines.base import Engine, Slot
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -44,7 +44,7 @@ from ptacc import (
     TrainerCore,
     find_learning_rate,
 )
-from ptacc.core.engine import TorchEngine
+from ptacc.engines.ddp import TorchEngine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS
 
-from ptacc.core.engine import Slot
+from ptacc.engines.base import Slot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.types.monitor import Monitored
 from ptacc.types.outputs import StepOutput

@@ -1,1 +1,1 @@
-"""Engines: what runs and updates a model that plain torch does not hold whole. Mixins choose them."""
+"""Engines: wrap the model and step the optimizers."""

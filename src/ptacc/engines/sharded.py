@@ -29,9 +29,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.core.engine import Slot, TorchEngine
-from ptacc.engines.buffers import share_buffers
-from ptacc.engines.hooks import remove_hooks
+from ptacc.engines.base import Slot
+from ptacc.engines.common import remove_hooks, share_buffers
+from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import CheckpointError
 from ptacc.tensors.dtensor import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
 from ptacc.types.protocols import DeviceRuntime

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from ptacc.core.engine import Slot
+from ptacc.engines.base import Slot
 
 FUSED_ON: Mapping[type[Optimizer], tuple[str, ...]] = {
     SGD: ("cpu", "cuda"),

@@ -12,10 +12,10 @@ from torch.distributed import is_initialized
 from typing_extensions import override
 
 from ptacc.callbacks.best_model import KeepBestModel
-from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.engines.zero_config import ZeroConfig
+from ptacc.engines.base import Engine
+from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
 from ptacc.types.aliases import ZeroStage
 from ptacc.types.protocols import SupportsGradClip, SupportsSWA
@@ -98,7 +98,7 @@ class DeepSpeedMixin(Mixin):
             raise LaunchError(
                 f"{type(self).__name__} runs on DeepSpeed, which is not installed: pip install 'ptacc[deepspeed]'."
             )
-        from ptacc.engines.deepspeed import DeepSpeedEngine  # importing it takes longer than all of ptacc
+        from ptacc.engines.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(accelerator, self.unwrapped_model, self.slots(), config, self._place())
 

@@ -11,8 +11,8 @@ from torch import nn
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.engines.sharding import DATA, Dealer, ShardingMixin
 from ptacc.errors import LaunchError, OptionError
+from ptacc.mixins.model_sharding import DATA, Dealer, ShardingMixin
 from ptacc.model.selection import check_choices, chosen_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc

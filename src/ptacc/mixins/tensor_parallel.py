@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from typing_extensions import override
 
-from ptacc.core.engine import Engine
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.engines.sharding import TENSOR, Dealer, ShardingMixin
+from ptacc.engines.base import Engine
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, layers_of, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
+from ptacc.mixins.model_sharding import TENSOR, Dealer, ShardingMixin
 from ptacc.rng import DeviceStream, RandomStreams
 from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text

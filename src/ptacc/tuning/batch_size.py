@@ -10,8 +10,8 @@ from torch.distributed import is_initialized
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from typing_extensions import TypeVar
 
-from ptacc.core.engine import TorchEngine
 from ptacc.data.request import check_dataset
+from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import DataError, ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.tuning.memory import complaint_of, held_back, memory_of

@@ -10,8 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from ptacc.composition.composable import hook
-from ptacc.core.engine import Engine
 from ptacc.core.hooks import Mixin
+from ptacc.engines.base import Engine
 from ptacc.errors import LaunchError
 from ptacc.model.averaging import AveragedWeights
 

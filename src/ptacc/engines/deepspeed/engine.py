@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.core.engine import Slot, TorchEngine
-from ptacc.engines.bare_model import BareModel
-from ptacc.engines.buffers import share_buffers
-from ptacc.engines.zero import STAGES
-from ptacc.engines.zero_checks import check_model, check_optimizer, join
-from ptacc.engines.zero_config import ZeroConfig
+from ptacc.engines.base import Slot
+from ptacc.engines.common import share_buffers
+from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.deepspeed.checks import check_model, check_optimizer, join
+from ptacc.engines.deepspeed.config import ZeroConfig
+from ptacc.engines.deepspeed.original_model import BareModel
+from ptacc.engines.deepspeed.stages import STAGES
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical, differing_weights, load_optimizer, load_weights
 from ptacc.types.protocols import DeviceRuntime, StateDict

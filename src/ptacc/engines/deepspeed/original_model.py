@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ptacc.engines.hooks import remove_hooks
+from ptacc.engines.common import remove_hooks
 
 DEEPSPEED = ("deepspeed",)
 """The package whose hooks a model carries meanwhile."""

@@ -24,7 +24,8 @@ from ptacc import (
     StepResult,
     Trainer,
 )
-from ptacc.core.engine import Slot, TorchEngine, step_scaled
+from ptacc.engines.base import Slot
+from ptacc.engines.ddp import TorchEngine, step_scaled
 from ptacc.mixins.ema import EMA_STATE
 
 TOO_LARGE = 2.0**30

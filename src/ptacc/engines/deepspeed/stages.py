@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.core.engine import Slot
+from ptacc.engines.base import Slot
 
 State = dict[str, Any]
 """What an optimizer keeps of one parameter."""

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from ptacc.engines.zero_config import ZeroConfig, value_at
+from ptacc.engines.deepspeed.config import ZeroConfig, value_at
 from ptacc.errors import LaunchError, ModelError
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Rprop", "ASGD", "Adadelta")

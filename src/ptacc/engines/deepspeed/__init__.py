@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO, driven as an engine."""
