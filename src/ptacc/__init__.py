@@ -11,14 +11,9 @@ from ptacc.composition.composable import hook as hook
 from ptacc.composition.composable import replaces as replaces
 from ptacc.core.batches import BatchMixin as BatchMixin
 from ptacc.core.events import Callback as Callback
-from ptacc.core.history import RunHistory as RunHistory
-from ptacc.core.history import StepResult as StepResult
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.core.profiling import Profile as Profile
-from ptacc.core.run import Run as Run
-from ptacc.core.run_state import SavedRun as SavedRun
-from ptacc.core.run_state import StateKey as StateKey
 from ptacc.core.tally import Throughput as Throughput
 from ptacc.data.request import LoaderRequest as LoaderRequest
 from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
@@ -61,6 +56,11 @@ from ptacc.mixins.seed import SeedMixin as SeedMixin
 from ptacc.mixins.swa import SWAMixin as SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin as SyncBatchNormMixin
 from ptacc.mixins.tensor_parallel import TensorParallelMixin as TensorParallelMixin
+from ptacc.run.history import RunHistory as RunHistory
+from ptacc.run.history import StepResult as StepResult
+from ptacc.run.run import Run as Run
+from ptacc.run.state import SavedRun as SavedRun
+from ptacc.run.state import StateKey as StateKey
 from ptacc.trainers.supervised import Trainer as Trainer
 from ptacc.tuning.batch_size import BatchSizeSearch as BatchSizeSearch
 from ptacc.tuning.batch_size import find_batch_size as find_batch_size

@@ -29,8 +29,8 @@ from ptacc import (
     TrainingLoop,
 )
 from ptacc.callbacks import throughput
-from ptacc.core.history import STEPS_IN_MEMORY, StepResult
 from ptacc.engines.ddp import TorchEngine
+from ptacc.run.history import STEPS_IN_MEMORY, StepResult
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

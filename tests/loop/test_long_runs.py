@@ -35,7 +35,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.core.history import StepResult
+from ptacc.run.history import StepResult
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(1800)]
 

@@ -40,7 +40,7 @@ from ptacc import (
     Trainer,
     default_callbacks,
 )
-from ptacc.core.history import STEPS_IN_MEMORY
+from ptacc.run.history import STEPS_IN_MEMORY
 from tests.ranks import run_ranks
 
 READING = {

@@ -22,7 +22,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.core.history import StepResult
+from ptacc.run.history import StepResult
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -7,9 +7,9 @@ import math
 from typing_extensions import override
 
 from ptacc.core.events import Callback
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.late import LateReader
+from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from ptacc.core.events import Callback
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import TrainerCore
+from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 

@@ -15,9 +15,9 @@ from ptacc.checkpoint.remote import path_of
 from ptacc.checkpoint.remote_store import store_beside
 from ptacc.checkpoint.snapshot import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
 from ptacc.checkpoint.store import MANIFEST, CheckpointStore
-from ptacc.core.run_state import SavedRun
 from ptacc.engines.base import Engine
 from ptacc.errors import CheckpointError
+from ptacc.run.state import SavedRun
 
 
 @dataclass(frozen=True)

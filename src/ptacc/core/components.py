@@ -19,11 +19,11 @@ from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.checks import check_callbacks
 from ptacc.core.events import Callback
-from ptacc.core.history import RunHistory
-from ptacc.core.run import Run
 from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import NoRunError, OptionError
+from ptacc.run.history import RunHistory
+from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import DeviceRuntime

@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec
 from typing_extensions import TypeVar, override
 
 from ptacc.composition.guards import check_known_hooks
-from ptacc.core.history import StepResult
+from ptacc.run.history import StepResult
 from ptacc.types.monitor import Monitored
 from ptacc.types.outputs import EpochRecord, EvalResult
 

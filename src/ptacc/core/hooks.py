@@ -15,11 +15,11 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.components import Components
 from ptacc.core.events import Callback, Events
-from ptacc.core.history import StepResult
-from ptacc.core.run_state import SavedRun
 from ptacc.engines.base import Engine, Slot
 from ptacc.engines.ddp import TorchEngine
 from ptacc.rng import fresh_seed
+from ptacc.run.history import StepResult
+from ptacc.run.state import SavedRun
 from ptacc.types.monitor import Monitored
 from ptacc.types.outputs import EpochRecord, EvalResult
 

@@ -15,7 +15,6 @@ from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import with_defaults
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_eval_output
-from ptacc.core.run_state import LossSum
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
 from ptacc.data.sources import source_of, tell
@@ -26,6 +25,7 @@ from ptacc.distributed.failure import AgreedExit
 from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
+from ptacc.run.state import LossSum
 from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_sharding

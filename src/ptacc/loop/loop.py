@@ -18,9 +18,6 @@ from ptacc.composition.roles import Role
 from ptacc.core.batches import BatchHooks
 from ptacc.core.checks import check_bare, check_callbacks, check_output
 from ptacc.core.events import Callback, overrides
-from ptacc.core.history import RunHistory, StepResult
-from ptacc.core.run import Run
-from ptacc.core.window import Window, windows_of
 from ptacc.data.request import DEFAULT_BATCH_SIZE
 from ptacc.data.transfer import Transfer, transfer_to
 from ptacc.distributed.failure import AgreedExit
@@ -29,6 +26,9 @@ from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetUp, marking_forwards
+from ptacc.run.history import RunHistory, StepResult
+from ptacc.run.run import Run
+from ptacc.run.window import Window, windows_of
 from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
 from ptacc.types.arguments import RunOptions, TrainOptions
 from ptacc.types.outputs import EpochRecord, StepOutput

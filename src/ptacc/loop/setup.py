@@ -14,10 +14,7 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.core.events import overrides
-from ptacc.core.history import RunHistory
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.run import Run
-from ptacc.core.run_state import SavedRun
 from ptacc.data.batch import BatchSource
 from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
 from ptacc.data.sources import source_of, tell
@@ -25,6 +22,9 @@ from ptacc.data.wrappers import level
 from ptacc.distributed.stop_vote import StopVote
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
+from ptacc.run.history import RunHistory
+from ptacc.run.run import Run
+from ptacc.run.state import SavedRun
 from ptacc.types.aliases import BatchT, OutputT, SampleT
 from ptacc.types.arguments import EvalOptions, RunOptions
 from ptacc.types.outputs import EvalResult

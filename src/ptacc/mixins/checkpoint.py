@@ -25,10 +25,10 @@ from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.snapshot import Part, check_storable
 from ptacc.checkpoint.store import CheckpointStore
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.core.run_state import SavedRun, StateKey
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.run.history import StepResult
+from ptacc.run.state import SavedRun, StateKey
 from ptacc.types.monitor import Best, Monitored
 from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least

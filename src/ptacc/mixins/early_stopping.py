@@ -9,8 +9,8 @@ from typing import Any
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError
+from ptacc.run.state import StateKey
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitored, as_monitored
 from ptacc.types.outputs import EpochRecord, EvalResult

@@ -8,11 +8,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError
 from ptacc.model.averaging import AveragedWeights
+from ptacc.run.history import StepResult
+from ptacc.run.state import StateKey
 
 EMA_STATE: StateKey[AveragedWeights] = StateKey("ema")
 

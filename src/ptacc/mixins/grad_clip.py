@@ -6,8 +6,8 @@ import math
 
 from typing_extensions import override
 
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
+from ptacc.run.history import StepResult
 from ptacc.validation import check_positive
 
 

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
 from ptacc.core.checks import check_monitor
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin
-from ptacc.core.run_state import StateKey
 from ptacc.errors import OptionError, SchedulerError
+from ptacc.run.history import StepResult
+from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitored, as_monitored
 from ptacc.types.outputs import EpochRecord
 from ptacc.types.progress import RunPlan

@@ -15,9 +15,9 @@ from typing_extensions import override
 from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.composition.composable import hook
 from ptacc.core.batches import BatchMixin
-from ptacc.core.run_state import StateKey
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError, OptionError
+from ptacc.run.state import StateKey
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import StepOutput

@@ -13,12 +13,12 @@ from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
 
 from ptacc.core.events import overrides
-from ptacc.core.history import StepResult
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.core.profiling import Profile, StepProfiler, marked_calls, marked_loading
-from ptacc.core.run_state import StateKey
 from ptacc.data.wrappers import WatchedSource
 from ptacc.errors import OptionError
+from ptacc.run.history import StepResult
+from ptacc.run.state import StateKey
 from ptacc.validation import check_at_least
 
 DATA, EVALUATION = "ptacc/data", "ptacc/evaluation"

@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ptacc.core.batches import BatchMixin
-from ptacc.core.run_state import StateKey
 from ptacc.distributed.process_group import Peers
 from ptacc.model.averaging import AveragedWeights
 from ptacc.rng import preserved_streams
+from ptacc.run.state import StateKey
 from ptacc.tensors.dtensor import is_dealt
 from ptacc.tensors.structures import to_device
 from ptacc.types.aliases import BatchT, OutputT

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.core.run import Run
 from ptacc.errors import DataError, ModelError
 from ptacc.model.patching import Forward, patched_forwards
+from ptacc.run.run import Run
 
 
 class SyncBatchNormMixin(Mixin):

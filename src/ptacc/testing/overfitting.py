@@ -11,11 +11,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ptacc.core.history import STEPS_IN_MEMORY
 from ptacc.errors import OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
+from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.differences import AnyLoop
 from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
 from ptacc.types.outputs import StepRecord

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypeVar, override
 
-from ptacc.core.history import StepResult
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
+from ptacc.run.history import StepResult
 from ptacc.tuning.curve import FEWEST, Watch, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
 from ptacc.types.aliases import Sharding

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from typing_extensions import TypeVar
 
-from ptacc.core.history import RunHistory, StepResult
-from ptacc.core.run_state import EpochState, LossSum, SavedRun, StateKey
-from ptacc.core.window import Window
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.distributed.process_group import Peers
 from ptacc.distributed.stop_vote import Stop, StopVote
 from ptacc.engines.base import Engine
 from ptacc.errors import LossError, NoRunError
+from ptacc.run.history import RunHistory, StepResult
+from ptacc.run.state import EpochState, LossSum, SavedRun, StateKey
+from ptacc.run.window import Window
 from ptacc.types.arguments import RunOptions
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan

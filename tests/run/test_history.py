@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from ptacc import OptionError, StepOutput, Trainer
 from ptacc.checkpoint.snapshot import Part
-from ptacc.core.history import STEPS_IN_MEMORY, RunHistory
+from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
 from tests.checkpoint.test_snapshot import through_files

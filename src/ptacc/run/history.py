@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.journal import Journal
 from ptacc.distributed.process_group import Peers
+from ptacc.run.history_file import Journal
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
