@@ -13,8 +13,6 @@ from ptacc.core.batches import BatchMixin as BatchMixin
 from ptacc.core.events import Callback as Callback
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
-from ptacc.core.profiling import Profile as Profile
-from ptacc.core.tally import Throughput as Throughput
 from ptacc.data.request import LoaderRequest as LoaderRequest
 from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
 from ptacc.distributed.process_group import Peers as Peers
@@ -56,6 +54,8 @@ from ptacc.mixins.seed import SeedMixin as SeedMixin
 from ptacc.mixins.swa import SWAMixin as SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin as SyncBatchNormMixin
 from ptacc.mixins.tensor_parallel import TensorParallelMixin as TensorParallelMixin
+from ptacc.profiling.throughput import Throughput as Throughput
+from ptacc.profiling.trace import Profile as Profile
 from ptacc.run.history import RunHistory as RunHistory
 from ptacc.run.history import StepResult as StepResult
 from ptacc.run.run import Run as Run

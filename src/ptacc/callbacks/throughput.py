@@ -13,10 +13,10 @@ import torch
 from typing_extensions import override
 
 from ptacc.core.events import Callback
-from ptacc.core.hardware import known_peak, peak_host_memory, start_counting
 from ptacc.core.hooks import TrainerCore
-from ptacc.core.tally import Tally, Throughput
 from ptacc.data.wrappers import Batches, WatchedSource
+from ptacc.profiling.hardware import known_peak, peak_host_memory, start_counting
+from ptacc.profiling.throughput import Tally, Throughput
 from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from ptacc.core.events import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
-from ptacc.core.profiling import Profile, StepProfiler, marked_calls, marked_loading
 from ptacc.data.wrappers import WatchedSource
 from ptacc.errors import OptionError
+from ptacc.profiling.trace import Profile, StepProfiler, marked_calls, marked_loading
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
 from ptacc.validation import check_at_least

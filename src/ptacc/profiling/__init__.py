@@ -1,0 +1,1 @@
+"""Traces, throughput and what is known of the hardware."""
