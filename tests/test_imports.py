@@ -20,9 +20,9 @@ ROWS = [
     ["ptacc.loop.setup"],
     ["ptacc.loop.evaluation"],
     # The loop starts with default callbacks, and callbacks need nothing but the hooks.
-    ["ptacc.callbacks/", "ptacc.checkpoint/", "ptacc.core.batches", "ptacc.loop.explain"],
+    ["ptacc.callbacks/", "ptacc.checkpoint/", "ptacc.core.batch_hooks", "ptacc.loop.explain"],
     ["ptacc.core.hooks"],
-    ["ptacc.core.components"],
+    ["ptacc.core.base"],
     ["ptacc.run.run"],
     [
         "ptacc.loop.advice",
@@ -33,7 +33,7 @@ ROWS = [
         "ptacc.distributed.stop_vote",
         "ptacc.core.checks",
         "ptacc.engines.base",
-        "ptacc.core.events",
+        "ptacc.core.callback",
         "ptacc.data.loading",
         "ptacc.core.late",
         "ptacc.core.loaders",

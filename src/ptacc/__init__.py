@@ -9,8 +9,8 @@ from ptacc.callbacks.save_best import SaveBest as SaveBest
 from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
 from ptacc.composition.composable import hook as hook
 from ptacc.composition.composable import replaces as replaces
-from ptacc.core.batches import BatchMixin as BatchMixin
-from ptacc.core.events import Callback as Callback
+from ptacc.core.batch_hooks import BatchMixin as BatchMixin
+from ptacc.core.callback import Callback as Callback
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
 from ptacc.data.request import LoaderRequest as LoaderRequest

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
 from ptacc.model.averaging import AveragedWeights

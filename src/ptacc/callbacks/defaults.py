@@ -5,7 +5,7 @@ from __future__ import annotations
 from ptacc.callbacks.nonfinite import StopOnNonFinite
 from ptacc.callbacks.print_metrics import PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 
 

@@ -6,7 +6,7 @@ import math
 
 from typing_extensions import override
 
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.late import LateReader
 from ptacc.run.history import StepResult

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from typing_extensions import override
 
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.types.outputs import EpochRecord
 

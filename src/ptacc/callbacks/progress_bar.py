@@ -8,7 +8,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 from typing_extensions import override
 
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord, EvalResult

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from typing_extensions import override
 
-from ptacc.core.events import Callback
+from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, WatchedSource
 from ptacc.profiling.hardware import known_peak, peak_host_memory, start_counting

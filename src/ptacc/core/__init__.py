@@ -1,1 +1,1 @@
-"""The core: composition, the loop, the state of a run, and the one adapter over Accelerate."""
+"""What a mixin or a callback is written against."""

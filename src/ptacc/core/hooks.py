@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.components import Components
-from ptacc.core.events import Callback, Events
+from ptacc.core.base import Components
+from ptacc.core.callback import Callback, Events
 from ptacc.engines.base import Engine, Slot
 from ptacc.engines.ddp import TorchEngine
 from ptacc.rng import fresh_seed

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import with_defaults
-from ptacc.core.batches import BatchHooks
+from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.checks import check_bare, check_eval_output
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ptacc.composition.fields import own_annotations
 from ptacc.composition.guards import calls_super, shape_of
-from ptacc.core.events import Callback, overrides
+from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.advice import advice_on
 from ptacc.types.progress import RunPlan

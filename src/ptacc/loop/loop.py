@@ -15,9 +15,9 @@ from typing_extensions import Unpack, override
 from ptacc.callbacks import default_callbacks
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.batches import BatchHooks
+from ptacc.core.batch_hooks import BatchHooks
+from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_bare, check_callbacks, check_output
-from ptacc.core.events import Callback, overrides
 from ptacc.data.request import DEFAULT_BATCH_SIZE
 from ptacc.data.transfer import Transfer, transfer_to
 from ptacc.distributed.failure import AgreedExit

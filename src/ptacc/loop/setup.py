@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
+from ptacc.core.callback import overrides
 from ptacc.core.checks import check_monitor, check_trainable
-from ptacc.core.events import overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.batch import BatchSource
 from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment

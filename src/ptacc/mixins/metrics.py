@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.composition.composable import hook
-from ptacc.core.batches import BatchMixin
+from ptacc.core.batch_hooks import BatchMixin
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import DataError, OptionError
 from ptacc.run.state import StateKey

@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
 
-from ptacc.core.events import overrides
+from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import WatchedSource
 from ptacc.errors import OptionError

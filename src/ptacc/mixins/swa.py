@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from ptacc.core.batches import BatchMixin
+from ptacc.core.batch_hooks import BatchMixin
 from ptacc.distributed.process_group import Peers
 from ptacc.model.averaging import AveragedWeights
 from ptacc.rng import preserved_streams

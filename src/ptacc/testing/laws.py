@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptacc.composition.guards import COOPERATIVE
-from ptacc.core.batches import BatchMixin
+from ptacc.core.batch_hooks import BatchMixin
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
 from ptacc.testing.problems import tiny_data, tiny_parts

@@ -17,8 +17,8 @@ from typing_extensions import TypeVar, override
 
 from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
+from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
-from ptacc.core.events import Callback
 from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import NoRunError, OptionError
