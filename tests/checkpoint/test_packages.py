@@ -17,8 +17,8 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from typing_extensions import override
 
-from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.checkpoint.snapshot import Part
+from ptacc.metrics.state import load_metric_state, metric_state
 from tests.checkpoint.test_snapshot import through_files
 
 # torchmetrics warns of memory, of names that will go, and of inputs that say little.

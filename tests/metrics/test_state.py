@@ -13,8 +13,8 @@ from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryPrecision, BinaryROC, MulticlassAccuracy
 from typing_extensions import override
 
-from ptacc.checkpoint.metric_state import load_metric_state, metric_state
 from ptacc.errors import CheckpointError
+from ptacc.metrics.state import load_metric_state, metric_state
 from tests.checkpoint.test_packages import BY_NAME, bits, check_goes_on, computed, data_for, feed, make, rand, through
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,1 @@
+"""Metrics over processes, and their state."""
