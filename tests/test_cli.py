@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.catalog import found_at
 from ptacc.checkpoint.export import write_weights
-from ptacc.checkpoint.found import found_at
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import SHARED, Part, write_parts
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.parts import SHARED, Part, write_parts
+from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError
 from ptacc.model.averaging import AveragedWeights

@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from ptacc.checkpoint.catalog import Found, found_at, found_itself
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
-from ptacc.checkpoint.found import Found, found_at, found_itself
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.remote import disk_of, path_of
-from ptacc.checkpoint.snapshot import read_whole
+from ptacc.checkpoint.parts import read_whole
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.remote_filesystem import disk_of, path_of
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 
 NOT_KNOWN = "-"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import SHARED, Part, own, read_parts, write_parts
-from ptacc.checkpoint.store import MANIFEST, CheckpointStore
+from ptacc.checkpoint.parts import SHARED, Part, own, read_parts, write_parts
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.tensors.dtensor import Shard
 from tests.checkpoint.cells import Trial, run_in_a_cell

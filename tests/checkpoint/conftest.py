@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.store import CheckpointStore
 from tests.checkpoint.arenas import FILES, Arena, save, visit
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.storage.filesystem import Disk
 
 CALLS = (
     "open_new",

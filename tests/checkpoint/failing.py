@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import CheckpointError, CheckpointMixin, SeedMixin, Steps, Trainer
-from ptacc.checkpoint.disk import Disk
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from tests.checkpoint.disks import Interposed
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from ptacc.checkpoint.manifest import serialised
-from ptacc.checkpoint.tensors import safetensors_parts
+from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
+from ptacc.checkpoint.storage.manifest import serialised
 
 DEEP = 100_000
 SPARSE = 1 << 42

@@ -34,9 +34,9 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.disk import Disk
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same

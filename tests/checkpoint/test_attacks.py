@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptacc.checkpoint import snapshot
-from ptacc.checkpoint.disk import Disk, Written, read_at_most
-from ptacc.checkpoint.manifest import serialised
-from ptacc.checkpoint.snapshot import LARGEST_TREE, SHARED, read_parts
-from ptacc.checkpoint.store import MANIFEST, CheckpointStore
-from ptacc.checkpoint.tensors import safetensors_parts
+from ptacc.checkpoint import parts as snapshot
+from ptacc.checkpoint.parts import LARGEST_TREE, SHARED, read_parts
+from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
+from ptacc.checkpoint.storage.filesystem import Disk, Written, read_at_most
+from ptacc.checkpoint.storage.manifest import serialised
+from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from tests.checkpoint import payloads
 from tests.checkpoint.arenas import (

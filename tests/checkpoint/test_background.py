@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from ptacc import Callback, CheckpointError, StepResult
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from tests.checkpoint.disks import Interposed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import DamagedCheckpointError
 from tests.checkpoint.arenas import FILES, save
 

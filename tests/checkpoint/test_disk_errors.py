@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ptacc import CheckpointError, PeerError
-from ptacc.checkpoint.disk import Disk
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_parts
 from tests.checkpoint.failing import (
     OPENING,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from typing_extensions import override
 
-from ptacc.checkpoint.disk import Written
-from ptacc.checkpoint.manifest import FILE_NAME, Manifest
+from ptacc.checkpoint.parts import SHARED, read_parts
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.snapshot import SHARED, read_parts
-from ptacc.checkpoint.store import MANIFEST, CheckpointStore
+from ptacc.checkpoint.storage.filesystem import Written
+from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
+from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.types.monitor import Monitored
 from tests.checkpoint import payloads
 from tests.checkpoint.arenas import (

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptacc import Monitored
-from ptacc.checkpoint.manifest import Manifest
 from ptacc.checkpoint.retention import Retention, best_of
+from ptacc.checkpoint.storage.manifest import Manifest
 
 LOSS, ACCURACY = Monitored("loss"), Monitored("accuracy", mode="max")
 

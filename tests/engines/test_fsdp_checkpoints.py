@@ -19,7 +19,7 @@ from ptacc import (
     StepResult,
     Steps,
 )
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from tests.engines.nets import Averaging, digits, make, optimizer_of
 from tests.ranks import run_ranks

@@ -43,8 +43,8 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint import line
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint import manager as line
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -28,7 +28,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.store import CheckpointStore
 from tests.ranks import run_ranks
 
 pytestmark = [  # of dynamo and inductor themselves

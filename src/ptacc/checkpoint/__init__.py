@@ -1,1 +1,1 @@
-"""Checkpoints: plain typed objects that know no trainer. `CheckpointMixin` adapts them."""
+"""Saving, resuming and exporting a run. These objects know no mixin; `CheckpointMixin` adapts them."""

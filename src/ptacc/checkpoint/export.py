@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptacc.checkpoint.disk import Disk, Written, sync_directory, write_whole
-from ptacc.checkpoint.remote import RemotePath
-from ptacc.checkpoint.snapshot import Snapshot
-from ptacc.checkpoint.store import MANIFEST
-from ptacc.checkpoint.tensors import safetensors_parts
+from ptacc.checkpoint.parts import Snapshot
+from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
+from ptacc.checkpoint.storage.filesystem import Disk, Written, sync_directory, write_whole
+from ptacc.checkpoint.storage.remote_filesystem import RemotePath
+from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.errors import CheckpointError, MissingPartError
 
 MODEL = "model"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.types.monitor import Monitored
 
 

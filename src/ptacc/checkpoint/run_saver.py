@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptacc.checkpoint.contents import parts_to_save
-from ptacc.checkpoint.line import CheckpointLine
-from ptacc.checkpoint.manifest import Manifest
+from ptacc.checkpoint.manager import CheckpointLine
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.trainer_state import parts_to_save
 from ptacc.core.hooks import TrainerCore
 from ptacc.types.progress import Cadence
 from ptacc.types.protocols import StateDict

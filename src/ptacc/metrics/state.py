@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptacc.checkpoint.codec import encode
+from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.errors import CheckpointError
 from ptacc.tensors.structures import children
 from ptacc.types.protocols import Stateful

@@ -15,16 +15,16 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from ptacc.checkpoint.contents import check_goes_on, own_parts, put_back, shared_parts
-from ptacc.checkpoint.line import CheckpointLine, OnError
-from ptacc.checkpoint.loading import check_export, export_to, load_into, states_to_export
-from ptacc.checkpoint.remote import path_of
-from ptacc.checkpoint.remote_store import store_at
-from ptacc.checkpoint.resuming import Found, Resumption, find
+from ptacc.checkpoint.load import check_export, export_to, load_into, states_to_export
+from ptacc.checkpoint.manager import CheckpointLine, OnError
+from ptacc.checkpoint.parts import Part, check_storable
+from ptacc.checkpoint.resume import Found, Resumption, find
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.snapshot import Part, check_storable
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.storage.remote_filesystem import path_of
+from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.trainer_state import check_goes_on, own_parts, put_back, shared_parts
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult

@@ -31,7 +31,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.codec import encode
+from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.tensors.structures import bytes_of
 

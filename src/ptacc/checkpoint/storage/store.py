@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from ptacc.checkpoint.disk import (
+from ptacc.checkpoint.storage.filesystem import (
     PARTIAL,
     Disk,
     Written,
@@ -34,7 +34,7 @@ from ptacc.checkpoint.disk import (
     sync_directory,
     write_file,
 )
-from ptacc.checkpoint.manifest import FILE_NAME, LARGEST, Manifest, is_count
+from ptacc.checkpoint.storage.manifest import FILE_NAME, LARGEST, Manifest, is_count
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 
 MANIFEST = "manifest.json"

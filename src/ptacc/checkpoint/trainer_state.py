@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.snapshot import SHARDS, Part, Snapshot
+from ptacc.checkpoint.parts import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError, MissingPartError
 from ptacc.model.state_dict import canonical, differing_weights

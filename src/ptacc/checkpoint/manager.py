@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ptacc.checkpoint.disk import as_checkpoint_error
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.remote_store import store_beside
-from ptacc.checkpoint.resuming import Resumption
+from ptacc.checkpoint.parts import SHARED, Part, encode_parts, own
+from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.saving import HostCopies, Save, UnfitError, Writer
-from ptacc.checkpoint.snapshot import SHARED, Part, encode_parts, own
-from ptacc.checkpoint.store import CheckpointStore, Draft
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.remote_store import store_beside
+from ptacc.checkpoint.storage.store import CheckpointStore, Draft
+from ptacc.checkpoint.writer import HostCopies, Save, UnfitError, Writer
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import CheckpointError
 from ptacc.types.progress import Progress

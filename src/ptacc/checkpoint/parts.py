@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ptacc.checkpoint.codec import Encoded, Json, brief, decode, encode
-from ptacc.checkpoint.disk import Written
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.store import CheckpointStore, Draft
-from ptacc.checkpoint.tensors import parse_safetensors, safetensors_header, safetensors_parts
+from ptacc.checkpoint.serialization.json_codec import Encoded, Json, brief, decode, encode
+from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
+from ptacc.checkpoint.storage.filesystem import Written
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore, Draft
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 from ptacc.tensors.dtensor import bare, mapped, put_together
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptacc.checkpoint.codec import DEEPEST, Encoded, decode, encode
+from ptacc.checkpoint.serialization.json_codec import DEEPEST, Encoded, decode, encode
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 scalars = st.one_of(

@@ -12,9 +12,9 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import SHARED, Part, Snapshot, check_storable, own, read_parts, write_parts
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint.parts import SHARED, Part, Snapshot, check_storable, own, read_parts, write_parts
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NoReturn, Self
 
 from typing_extensions import override
 
-from ptacc.checkpoint.disk import Disk
+from ptacc.checkpoint.storage.filesystem import Disk
 from ptacc.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:

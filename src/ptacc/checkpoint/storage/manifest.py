@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ptacc.checkpoint.codec import Encoded, brief, decode, encode
-from ptacc.checkpoint.disk import Written
+from ptacc.checkpoint.serialization.json_codec import Encoded, brief, decode, encode
+from ptacc.checkpoint.storage.filesystem import Written
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT: Final = 1

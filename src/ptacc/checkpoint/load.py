@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.contents import MODEL
-from ptacc.checkpoint.disk import as_checkpoint_error
 from ptacc.checkpoint.export import check_target, exported_weights, write_weights
-from ptacc.checkpoint.remote import disk_of
-from ptacc.checkpoint.remote_store import store_at
-from ptacc.checkpoint.resuming import find_at
-from ptacc.checkpoint.snapshot import Snapshot, read_whole
+from ptacc.checkpoint.parts import Snapshot, read_whole
+from ptacc.checkpoint.resume import find_at
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.remote_filesystem import disk_of
+from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import load_optimizer, load_weights, weights_of

@@ -19,11 +19,11 @@ from safetensors.torch import load
 from typing_extensions import override
 
 from ptacc import Best, Callback, CheckpointError, DamagedCheckpointError, OptionError, StepResult, Steps
-from ptacc.checkpoint import line
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.remote import RemoteDisk, RemotePath, path_of
-from ptacc.checkpoint.remote_store import RemoteStore, store_at
-from ptacc.checkpoint.store import CheckpointStore
+from ptacc.checkpoint import manager as line
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.remote_filesystem import RemoteDisk, RemotePath, path_of
+from ptacc.checkpoint.storage.remote_store import RemoteStore, store_at
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from tests.checkpoint.objects import FOLDER, hearing, keys, object_at
 from tests.checkpoint.runs import STEPS, End, Mortal, exit_code_of, make, save_each_step, train

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.disk import PARTIAL, Disk, as_checkpoint_error, remove_tree, write_file
-from ptacc.checkpoint.manifest import FILE_NAME, Manifest
-from ptacc.checkpoint.remote import RemoteDisk, RemotePath
-from ptacc.checkpoint.store import MANIFEST, REMOVED, CheckpointStore, Draft, check_name
+from ptacc.checkpoint.storage.filesystem import PARTIAL, Disk, as_checkpoint_error, remove_tree, write_file
+from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
+from ptacc.checkpoint.storage.remote_filesystem import RemoteDisk, RemotePath
+from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, Draft, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 SAYS: Mapping[str, str] = {

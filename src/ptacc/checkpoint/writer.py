@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ptacc.checkpoint.disk import Written, read_at_most, write_whole
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.snapshot import EncodedParts, write_encoded
-from ptacc.checkpoint.store import CheckpointStore, Draft
+from ptacc.checkpoint.parts import EncodedParts, write_encoded
+from ptacc.checkpoint.storage.filesystem import Written, read_at_most, write_whole
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore, Draft
 from ptacc.distributed.failure import Failure
 from ptacc.distributed.process_group import Peers
 from ptacc.errors import CheckpointError

@@ -13,11 +13,11 @@ import pytest
 import torch
 from typing_extensions import override
 
-from ptacc.checkpoint.codec import Encoded, decode, encode
-from ptacc.checkpoint.disk import Disk
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.store import CheckpointStore
-from ptacc.checkpoint.tensors import parse_safetensors, safetensors_parts
+from ptacc.checkpoint.serialization.json_codec import Encoded, decode, encode
+from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_parts
+from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.disks import CALLS, Interposed, Losing, dying_at, failing_at
 

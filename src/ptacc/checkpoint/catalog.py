@@ -16,9 +16,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.remote_store import store_at
-from ptacc.checkpoint.store import MANIFEST, PREFIX, CheckpointStore
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 LATER_RUN = re.compile(r"run-([2-9]|[1-9][0-9]+)")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.contents import RUN
-from ptacc.checkpoint.disk import as_checkpoint_error
-from ptacc.checkpoint.manifest import Manifest
-from ptacc.checkpoint.remote import path_of
-from ptacc.checkpoint.remote_store import store_beside
-from ptacc.checkpoint.snapshot import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
-from ptacc.checkpoint.store import MANIFEST, CheckpointStore
+from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.checkpoint.storage.remote_filesystem import path_of
+from ptacc.checkpoint.storage.remote_store import store_beside
+from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
+from ptacc.checkpoint.trainer_state import RUN
 from ptacc.engines.base import Engine
 from ptacc.errors import CheckpointError
 from ptacc.run.state import SavedRun

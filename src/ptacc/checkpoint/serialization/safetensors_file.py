@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ptacc.checkpoint.codec import brief
+from ptacc.checkpoint.serialization.json_codec import brief
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.tensors.structures import bytes_of
 
