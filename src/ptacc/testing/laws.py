@@ -16,7 +16,8 @@ from ptacc.composition.guards import COOPERATIVE
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
-from ptacc.testing.problems import tiny_data, tiny_parts
+from ptacc.rng import permutation
+from ptacc.testing.datasets import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer
 from ptacc.types.protocols import Stateful
 
@@ -148,3 +149,13 @@ def same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(same, left, right))
     both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
     return both_nan or bool(left == right)
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
+    """Return the order in which a run shuffles `n` samples in an epoch, counted from 0.
+
+    Example:
+        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
+        (True, [0, 1, 2, 3, 4])
+    """
+    return permutation(seed, epoch, n)

@@ -16,8 +16,8 @@ from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
 from ptacc.run.history import STEPS_IN_MEMORY
-from ptacc.testing.differences import AnyLoop
-from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
+from ptacc.testing.comparison import AnyLoop
+from ptacc.testing.subset import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset, Stateful
 from ptacc.validation import check_at_least

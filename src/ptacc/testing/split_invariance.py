@@ -12,8 +12,8 @@ from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
-from ptacc.testing.differences import AnyLoop, Outcome, Split, Tolerance, causes, differences, tolerance_of
-from ptacc.testing.excerpt import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
+from ptacc.testing.comparison import AnyLoop, Outcome, Split, Tolerance, causes, differences, tolerance_of
+from ptacc.testing.subset import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive
 
