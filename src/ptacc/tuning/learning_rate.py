@@ -16,7 +16,7 @@ from ptacc.errors import ModelError, OptionError
 from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import StepResult
-from ptacc.tuning.curve import FEWEST, Watch, geometric, smoothed, steepest
+from ptacc.tuning.lr_curve import FEWEST, Watch, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
 from ptacc.types.aliases import Sharding
 from ptacc.types.arguments import DataLoaderKwargs

@@ -12,7 +12,7 @@ from ptacc.distributed.process_group import Peers
 from ptacc.errors import NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import derive_seed, seed_everything
-from ptacc.tuning.keeping import kept, parts_of
+from ptacc.tuning.preserving import kept, parts_of
 from ptacc.types.protocols import StateDict
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
