@@ -26,7 +26,7 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError
 from ptacc.model.averaging import AveragedWeights
-from tests.checkpoint.disks import CALLS, Interposed, Losing, failing_at
+from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, failing_at
 
 LIMIT = 60
 """Seconds that a process may take; importing torch takes most of them where the machine is busy."""

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import mtrand
-from tests.checkpoint.test_snapshot import through_files
 
 from ptacc.checkpoint.parts import Part
 from ptacc.rng import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
+from tests.checkpoint.test_parts import through_files
 
 
 def draw() -> list[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptacc.checkpoint.storage.store import CheckpointStore
-from tests.checkpoint.arenas import FILES, Arena, save, visit
+from tests.checkpoint.faults.arenas import FILES, Arena, save, visit
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from ptacc import Callback, CheckpointError, StepResult
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
-from tests.checkpoint.disks import Interposed
-from tests.checkpoint.failing import Failing, Saving, calls_of_a_run, make, train, writers
+from tests.checkpoint.faults.disks import Interposed
+from tests.checkpoint.faults.failing import Failing, Saving, calls_of_a_run, make, train, writers
 from tests.ranks import run_ranks
 
 PATIENCE = 30.0

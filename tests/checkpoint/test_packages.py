@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
-from tests.checkpoint.test_snapshot import through_files
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection, MetricTracker, SumMetric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
@@ -20,6 +19,7 @@ from typing_extensions import override
 
 from ptacc.checkpoint.parts import Part
 from ptacc.metrics.state import load_metric_state, metric_state
+from tests.checkpoint.test_parts import through_files
 
 # torchmetrics warns of memory, of names that will go, and of inputs that say little.
 pytestmark = pytest.mark.filterwarnings("ignore")

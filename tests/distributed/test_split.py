@@ -24,7 +24,7 @@ from ptacc import (
     TrainingLoop,
 )
 from ptacc.testing import tiny_data, tiny_parts
-from tests.core.test_data import Backwards
+from tests.data.test_data import Backwards
 from tests.ranks import run_ranks
 
 

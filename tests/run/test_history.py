@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.test_snapshot import through_files
 from torch import Tensor
 from typing_extensions import override
 
@@ -12,6 +11,7 @@ from ptacc.checkpoint.parts import Part
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
+from tests.checkpoint.test_parts import through_files
 
 
 class Logging(Trainer):

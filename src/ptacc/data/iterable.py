@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batches of an iterable dataset: a stream, shared by the ranks and their workers."""
 
 from __future__ import annotations
 

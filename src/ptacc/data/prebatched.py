@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batches of a DataLoader whose batches cannot be split: they are assigned whole to the ranks in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is asked of a DataLoader that the trainer builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The engine for one process and for DDP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Metrics over processes: each sample counts once, on any number of ranks."""
 
 from __future__ import annotations
 

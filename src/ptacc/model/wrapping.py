@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is remembered of a model before it is wrapped, and how it is restored."""
 
 from __future__ import annotations
 

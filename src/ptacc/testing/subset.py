@@ -11,7 +11,7 @@ from ptacc.data.request import check_dataset
 from ptacc.errors import DataError
 from ptacc.types.protocols import SizedDataset
 
-# As in `ptacc.types.aliases`, without the defaults: of a function's type parameters, those without one have to come first.
+# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")
 SampleT = TypeVar("SampleT")

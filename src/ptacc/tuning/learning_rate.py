@@ -22,7 +22,7 @@ from ptacc.types.aliases import Sharding
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
 
-# As in `ptacc.types.aliases`, without the defaults: of a function's type parameters, those without one have to come first.
+# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")
 SampleT = TypeVar("SampleT")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which reported value to follow, and what counts as better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a step, an evaluation, a prediction and an epoch return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Progress of a run, its plan, and cadences: how often something is due."""
 
 from __future__ import annotations
 

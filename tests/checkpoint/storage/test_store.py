@@ -19,7 +19,7 @@ from ptacc.checkpoint.storage.filesystem import Disk
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from tests.checkpoint.disks import CALLS, Interposed, Losing, dying_at, failing_at
+from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, dying_at, failing_at
 
 WEIGHTS = torch.arange(6.0).reshape(2, 3)
 STEPS = {1: "one", 2: float("inf")}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ptacc.checkpoint.storage.filesystem import Disk
-from tests.checkpoint.disks import CALLS, Interposed, dying_at
+from tests.checkpoint.faults.disks import CALLS, Interposed, dying_at
 from tests.checkpoint.launches import Launch
 from tests.checkpoint.runs import (
     STEPS,

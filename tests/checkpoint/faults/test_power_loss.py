@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.powerless import Logged, Loss, Powerless
+from tests.checkpoint.faults.powerless import Logged, Loss, Powerless
 from tests.checkpoint.runs import STEPS, End, check_goes_on, history_file, in_memory, save_each_step
 
 

@@ -20,8 +20,9 @@ from ptacc.checkpoint.storage.filesystem import Disk, Written, read_at_most
 from ptacc.checkpoint.storage.manifest import serialised
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
-from tests.checkpoint import payloads
-from tests.checkpoint.arenas import (
+from tests.checkpoint.cells import ROOM, run_in_a_cell
+from tests.checkpoint.faults import payloads
+from tests.checkpoint.faults.arenas import (
     DAMAGED,
     FILES,
     FOUND_OUT,
@@ -38,8 +39,7 @@ from tests.checkpoint.arenas import (
     save,
     visit,
 )
-from tests.checkpoint.cells import ROOM, run_in_a_cell
-from tests.checkpoint.payloads import content_of, reseal, sealed
+from tests.checkpoint.faults.payloads import content_of, reseal, sealed
 
 
 def test_a_checkpoint_that_nobody_attacked_is_read(arena: Arena) -> None:

@@ -17,7 +17,7 @@ from ptacc import CheckpointError, PeerError
 from ptacc.checkpoint.storage.filesystem import Disk
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_parts
-from tests.checkpoint.failing import (
+from tests.checkpoint.faults.failing import (
     OPENING,
     ROTATION,
     Call,

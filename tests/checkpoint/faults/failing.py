@@ -17,7 +17,7 @@ from ptacc import CheckpointError, CheckpointMixin, SeedMixin, Steps, Trainer
 from ptacc.checkpoint.storage.filesystem import Disk
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
-from tests.checkpoint.disks import Interposed
+from tests.checkpoint.faults.disks import Interposed
 
 STEPS = 6
 OPENING, SAVE, ROTATION = "opening", "save", "rotation"

@@ -9,7 +9,7 @@ import pytest
 
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import DamagedCheckpointError
-from tests.checkpoint.arenas import FILES, save
+from tests.checkpoint.faults.arenas import FILES, save
 
 FLIPS, TRUNCATIONS = 1000, 200
 """How many are proved, of all files together."""

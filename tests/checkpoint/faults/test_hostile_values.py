@@ -17,8 +17,8 @@ from ptacc.checkpoint.storage.filesystem import Written
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.types.monitor import Monitored
-from tests.checkpoint import payloads
-from tests.checkpoint.arenas import (
+from tests.checkpoint.faults import payloads
+from tests.checkpoint.faults.arenas import (
     DAMAGED,
     NAMED,
     READ,
@@ -28,7 +28,7 @@ from tests.checkpoint.arenas import (
     outcome_of,
     visit,
 )
-from tests.checkpoint.payloads import content_of, sealed, spoiled
+from tests.checkpoint.faults.payloads import content_of, sealed, spoiled
 
 
 @dataclass(frozen=True)

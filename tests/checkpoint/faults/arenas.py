@@ -19,7 +19,7 @@ from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.tensors.dtensor import Shard
 from tests.checkpoint.cells import Trial, run_in_a_cell
-from tests.checkpoint.payloads import reseal
+from tests.checkpoint.faults.payloads import reseal
 
 KEY = b"of the run"
 FILES = (MANIFEST, "rank-0.json", "rank-0.safetensors", "shared.json", "shared.safetensors")

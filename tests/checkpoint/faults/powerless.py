@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from tests.checkpoint.disks import CALLS, Directory, File, Losing, leave
+from tests.checkpoint.faults.disks import CALLS, Directory, File, Losing, leave
 
 FSYNC = os.fsync
 
