@@ -19,22 +19,22 @@ from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import Callback, StepResult, Trainer, TrainerCore
-from ptacc.distributed.process_group import Peers
-from ptacc.distributed.stop_vote import Stop, StopVote
+from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.distributed.stop_vote import StopConsensus, StopRequest
 
 
-class NoVote(StopVote):
+class NoVote(StopConsensus):
     """Asks nobody."""
 
-    def __init__(self, peers: Peers) -> None:
-        super().__init__(peers, agree_every=1)
+    def __init__(self, peers: DistributedRuntime) -> None:
+        super().__init__(peers, stop_check_every=1)
 
     @override
-    def outcome(self, step: int, wish: Stop | None) -> Stop | None:
+    def poll(self, step: int, wish: StopRequest | None) -> StopRequest | None:
         return wish
 
     @override
-    def at_boundary(self, wish: Stop | None) -> Stop | None:
+    def at_boundary(self, wish: StopRequest | None) -> StopRequest | None:
         return wish
 
 
@@ -51,7 +51,7 @@ class Blocks(Callback[TrainerCore]):
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        self.votes: tuple[StopVote, StopVote] = (trainer.run.vote, NoVote(trainer.peers))
+        self.votes: tuple[StopConsensus, StopConsensus] = (trainer.run.vote, NoVote(trainer.run.distributed))
         self.timed = []
         self.started = clocks()
 
@@ -89,13 +89,13 @@ def main() -> None:
         model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=(), callbacks=[blocks]
     )
     trainer.train(data, max_steps=4 * asked.steps, per_device_batch_size=32)
-    agree_every = trainer.run.vote.agree_every
-    trainer.train(data, max_steps=2 * asked.pairs * asked.steps, per_device_batch_size=32, agree_every=1)
+    stop_check_every = trainer.run.vote.stop_check_every
+    trainer.train(data, max_steps=2 * asked.pairs * asked.steps, per_device_batch_size=32, stop_check_every=1)
 
     pairs = [sorted((blocks.order(i), *blocks.timed[i]) for i in (2 * p, 2 * p + 1)) for p in range(asked.pairs)]
-    world_size = trainer.peers.world_size
+    world_size = trainer.distributed.world_size
     trainer.print(
-        f"{world_size} processes, {asked.pairs} pairs of blocks of {asked.steps} steps; votes every {agree_every}"
+        f"{world_size} processes, {asked.pairs} pairs of blocks of {asked.steps} steps; votes every {stop_check_every}"
     )
     for index, kind in enumerate(("CPU time", "clock"), start=1):
         step = 1e6 * statistics.median(without[index] for _, without in pairs) / asked.steps
@@ -104,7 +104,8 @@ def main() -> None:
         error = 1.2533 * statistics.stdev(extra) / len(extra) ** 0.5  # of a median, for normal noise
         trainer.print(
             f"{kind:9} a step {step:.0f} us, a vote {vote:.3f} of it (standard error {error:.3f}): "
-            f"agreement costs {100 * vote / agree_every:.2f} % (standard error {100 * error / agree_every:.2f})"
+            f"agreement costs {100 * vote / stop_check_every:.2f} % "
+            f"(standard error {100 * error / stop_check_every:.2f})"
         )
 
 

@@ -3,7 +3,7 @@
 A trainer saves its run after each step: in the foreground, in the background, or not at all while `torch.save` writes
 the same weights and optimizer's state to the same file system, flushed and synced. The three take turns, in an order
 that turns as well, and each ratio is of neighbours: the machine's other load is in both. What is timed is all that the
-loop waits for (`save_run`): the check that the weights are numbers, encoding, hashing, writing, syncing, manifest,
+loop waits for (`save_run_state`): the check of the weights for NaN, encoding, hashing, writing, syncing, manifest,
 rename. The write behind a background save is awaited before the next turn, and not counted. Every save keeps its
 files until its turn is over, so that no removal is timed; `--rotate` has the checkpoints rotated instead (each is read
 back and verified before an older one is removed), and the older file of `torch.save` removed.
@@ -40,7 +40,7 @@ class Timed(CheckpointMixin, Trainer):
     turns: list[dict[str, float]] = field(init=False, default_factory=list)
 
     @override
-    def save_run(self) -> None:
+    def save_run_state(self) -> None:
         line, number = self.run[SAVER].line, len(self.turns)
         turn: dict[str, float] = {}
         for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
@@ -49,7 +49,7 @@ class Timed(CheckpointMixin, Trainer):
             if kind == "torch.save":
                 self._torch_save()
             else:
-                super().save_run()
+                super().save_run_state()
             turn[kind] = time.perf_counter() - started
             line.finish()
         self.turns.append(turn)

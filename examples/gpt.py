@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.print(f"step {last.step}: {last.train_loss:.4f} a byte in training, {last.eval_loss:.4f} in evaluation")
     weights = asked.runs / f"{asked.engine}.safetensors"
     trainer.export_model(weights, overwrite=True)
-    if trainer.peers.rank == 0:
+    if trainer.distributed.rank == 0:
         print(generate(weights, asked.prompt))
 
 

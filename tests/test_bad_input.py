@@ -24,23 +24,23 @@ from ptacc import (
     AMPMixin,
     CompositionError,
     DataError,
+    DataLoaderConfig,
     Epochs,
     GradAccumMixin,
     GradClipMixin,
-    KeepBestModel,
     LaunchError,
-    LoaderRequest,
     LossError,
     LRSchedulerMixin,
     MetricsMixin,
     Minutes,
     ModelError,
-    Monitored,
+    Monitor,
     MonitorError,
     NestedRunError,
     OptionError,
     Pair,
     ProgressBar,
+    RestoreBestWeights,
     RunPlan,
     SchedulerError,
     SeedMixin,
@@ -260,15 +260,17 @@ def test_unknown_keywords_of_a_loader_are_refused() -> None:
 
 def test_a_way_of_sharding_that_there_is_not_is_refused() -> None:
     trainer = make()
-    with refused(trainer, OptionError, r"train\(sharding='none'\): must be \"auto\", or \"already\""):
-        trainer.train(DATA, num_epochs=1, sharding="none")
-    with refused(trainer, OptionError, r"evaluate\(sharding='none'\)"):
-        trainer.evaluate(DATA, sharding="none")
+    with refused(
+        trainer, OptionError, r"train\(data_is_sharded='none'\): must be True where each process has its own data"
+    ):
+        trainer.train(DATA, num_epochs=1, data_is_sharded="none")
+    with refused(trainer, OptionError, r"evaluate\(data_is_sharded='none'\)"):
+        trainer.evaluate(DATA, data_is_sharded="none")
 
 
 # ---- counts and times
 
-COUNTS = ["num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "agree_every"]
+COUNTS = ["num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"]
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, math.nan, math.inf, "3"])
@@ -558,20 +560,20 @@ def test_an_evaluation_set_named_like_the_metrics_of_training_is_refused() -> No
 
 
 def test_a_misspelt_monitor_is_refused_with_the_names_there_are() -> None:
-    trainer = make(Full, metrics={"accuracy": MeanMetric()}, callbacks=[KeepBestModel("acuracy")])
+    trainer = make(Full, metrics={"accuracy": MeanMetric()}, callbacks=[RestoreBestWeights("acuracy")])
     with refused(trainer, MonitorError, r"monitor='acuracy'.*Did you mean `accuracy`.*There are: accuracy, eval_loss,"):
         trainer.train(DATA, DATA, num_epochs=1)
 
 
 def test_a_monitor_of_an_evaluation_that_never_is_says_so() -> None:
-    trainer = make(callbacks=[KeepBestModel("eval_loss")])
+    trainer = make(callbacks=[RestoreBestWeights("eval_loss")])
     with refused(trainer, MonitorError, "No eval_dataset was given"):
         trainer.train(DATA, num_epochs=1)
 
 
 def test_a_mode_that_there_is_not_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"Monitored\('accuracy', mode='maximum'\): must be \"min\" or \"max\""):
-        Monitored("accuracy", mode="maximum")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"Monitor\('accuracy', mode='maximum'\): must be \"min\" or \"max\""):
+        Monitor("accuracy", mode="maximum")  # type: ignore[arg-type]
 
 
 # ---- the launch
@@ -680,7 +682,7 @@ def test_a_run_within_a_run_or_an_evaluation_is_refused_in_a_hook(name: str) -> 
 def test_a_run_within_the_setting_up_of_a_run_is_refused() -> None:
     class Again(Trainer):
         @override
-        def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+        def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
             self.train(SAMPLES, num_epochs=1)
             return super().make_train_dataloader(request)
 

@@ -20,7 +20,7 @@ from torch import nn
 from ptacc.checkpoint.catalog import found_at
 from ptacc.checkpoint.export import write_weights
 from ptacc.checkpoint.parts import SHARED, Part, write_parts
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
@@ -305,7 +305,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_a_dtype_without_a_name_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot store"):
-        write_weights(Disk(), tmp_path / "out", {"w": torch.zeros(1, dtype=torch.complex128)})
+        write_weights(FileSystem(), tmp_path / "out", {"w": torch.zeros(1, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,23 +1,23 @@
 """ptacc: trainers for PyTorch, composed from small typed mixins, on Hugging Face Accelerate."""
 
-from ptacc.callbacks.best_model import KeepBestModel as KeepBestModel
 from ptacc.callbacks.defaults import default_callbacks as default_callbacks
 from ptacc.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
 from ptacc.callbacks.print_metrics import PrintMetrics as PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar as ProgressBar
+from ptacc.callbacks.restore_best_weights import RestoreBestWeights as RestoreBestWeights
 from ptacc.callbacks.save_best import SaveBest as SaveBest
-from ptacc.callbacks.throughput import ThroughputCallback as ThroughputCallback
+from ptacc.callbacks.throughput import Throughput as Throughput
 from ptacc.composition.composable import hook as hook
-from ptacc.composition.composable import replaces as replaces
+from ptacc.composition.composable import replaces_super as replaces_super
 from ptacc.core.batch_hooks import BatchMixin as BatchMixin
 from ptacc.core.callback import Callback as Callback
 from ptacc.core.hooks import Mixin as Mixin
 from ptacc.core.hooks import TrainerCore as TrainerCore
-from ptacc.data.request import LoaderRequest as LoaderRequest
+from ptacc.data.dataloader_config import DataLoaderConfig as DataLoaderConfig
 from ptacc.distributed.accelerator import AcceleratorBuilder as AcceleratorBuilder
-from ptacc.distributed.process_group import Peers as Peers
+from ptacc.distributed.process_group import Distributed as Distributed
 from ptacc.engines.base import Engine as Engine
-from ptacc.engines.base import Slot as Slot
+from ptacc.engines.base import OptimizerSlot as OptimizerSlot
 from ptacc.errors import AcceleratorConflictError as AcceleratorConflictError
 from ptacc.errors import CheckpointError as CheckpointError
 from ptacc.errors import CollectiveError as CollectiveError
@@ -32,8 +32,8 @@ from ptacc.errors import MonitorError as MonitorError
 from ptacc.errors import NestedRunError as NestedRunError
 from ptacc.errors import NoRunError as NoRunError
 from ptacc.errors import OptionError as OptionError
-from ptacc.errors import PeerError as PeerError
 from ptacc.errors import PtaccError as PtaccError
+from ptacc.errors import RankFailedError as RankFailedError
 from ptacc.errors import SchedulerError as SchedulerError
 from ptacc.loop.explain import Explanation as Explanation
 from ptacc.loop.loop import TrainingLoop as TrainingLoop
@@ -54,12 +54,12 @@ from ptacc.mixins.seed import SeedMixin as SeedMixin
 from ptacc.mixins.swa import SWAMixin as SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin as SyncBatchNormMixin
 from ptacc.mixins.tensor_parallel import TensorParallelMixin as TensorParallelMixin
-from ptacc.profiling.throughput import Throughput as Throughput
+from ptacc.profiling.throughput import ThroughputRecord as ThroughputRecord
 from ptacc.profiling.trace import Profile as Profile
 from ptacc.run.history import RunHistory as RunHistory
 from ptacc.run.history import StepResult as StepResult
 from ptacc.run.run import Run as Run
-from ptacc.run.state import SavedRun as SavedRun
+from ptacc.run.state import ResumeState as ResumeState
 from ptacc.run.state import StateKey as StateKey
 from ptacc.trainers.supervised import Trainer as Trainer
 from ptacc.tuning.batch_size import BatchSizeSearch as BatchSizeSearch
@@ -76,7 +76,7 @@ from ptacc.types.arguments import DataLoaderKwargs as DataLoaderKwargs
 from ptacc.types.arguments import EvalOptions as EvalOptions
 from ptacc.types.arguments import TrainOptions as TrainOptions
 from ptacc.types.monitor import Best as Best
-from ptacc.types.monitor import Monitored as Monitored
+from ptacc.types.monitor import Monitor as Monitor
 from ptacc.types.outputs import EpochRecord as EpochRecord
 from ptacc.types.outputs import EvalResult as EvalResult
 from ptacc.types.outputs import Predictions as Predictions
@@ -88,7 +88,7 @@ from ptacc.types.progress import Minutes as Minutes
 from ptacc.types.progress import Progress as Progress
 from ptacc.types.progress import RunPlan as RunPlan
 from ptacc.types.progress import Steps as Steps
-from ptacc.types.protocols import DeviceRuntime as DeviceRuntime
+from ptacc.types.protocols import AcceleratorProtocol as AcceleratorProtocol
 from ptacc.types.protocols import LRSchedulerLike as LRSchedulerLike
 from ptacc.types.protocols import MetricLike as MetricLike
 from ptacc.types.protocols import PlateauSchedulerLike as PlateauSchedulerLike
@@ -109,6 +109,7 @@ __all__ = [
     "AMPMixin",
     "AcceleratorBuilder",
     "AcceleratorConflictError",
+    "AcceleratorProtocol",
     "BatchMixin",
     "BatchSizeSearch",
     "Best",
@@ -123,9 +124,10 @@ __all__ = [
     "CompositionError",
     "DamagedCheckpointError",
     "DataError",
+    "DataLoaderConfig",
     "DataLoaderKwargs",
     "DeepSpeedMixin",
-    "DeviceRuntime",
+    "Distributed",
     "EMAMixin",
     "EarlyStoppingMixin",
     "Engine",
@@ -138,12 +140,10 @@ __all__ = [
     "GradAccumMixin",
     "GradCheckpointMixin",
     "GradClipMixin",
-    "KeepBestModel",
     "LRSchedulerLike",
     "LRSchedulerMixin",
     "LaunchError",
     "LearningRateSearch",
-    "LoaderRequest",
     "LossError",
     "MetricLike",
     "MetricsMixin",
@@ -151,15 +151,14 @@ __all__ = [
     "MissingPartError",
     "Mixin",
     "ModelError",
+    "Monitor",
     "MonitorError",
-    "Monitored",
     "NestedRunError",
     "NoRunError",
+    "OptimizerSlot",
     "OptionError",
     "Pair",
     "PairSample",
-    "PeerError",
-    "Peers",
     "PlateauSchedulerLike",
     "Precision",
     "Predictions",
@@ -169,17 +168,18 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "PtaccError",
+    "RankFailedError",
+    "RestoreBestWeights",
+    "ResumeState",
     "Run",
     "RunHistory",
     "RunPlan",
     "SWAMixin",
     "SaveBest",
-    "SavedRun",
     "SchedulerError",
     "SchedulerFactory",
     "SeedMixin",
     "SizedDataset",
-    "Slot",
     "StateKey",
     "Stateful",
     "StepOutput",
@@ -199,7 +199,7 @@ __all__ = [
     "SyncBatchNormMixin",
     "TensorParallelMixin",
     "Throughput",
-    "ThroughputCallback",
+    "ThroughputRecord",
     "TrainOptions",
     "Trainer",
     "TrainerCore",
@@ -209,5 +209,5 @@ __all__ = [
     "find_batch_size",
     "find_learning_rate",
     "hook",
-    "replaces",
+    "replaces_super",
 ]

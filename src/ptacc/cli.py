@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from ptacc.checkpoint.catalog import Found, found_at, found_itself
+from ptacc.checkpoint.catalog import CheckpointEntry, found_at, found_itself
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.parts import read_whole
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import disk_of, path_of
+from ptacc.checkpoint.storage.remote_filesystem import parse_path, select_filesystem
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 
 NOT_KNOWN = "-"
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 def place(text: str) -> Path:
     """Return the path of an argument, which may be a URL."""
     try:
-        return path_of(text)
+        return parse_path(text)
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -128,23 +128,23 @@ def checkpoints(options: Options) -> int:
     if options.json:
         say(json.dumps([as_json(one, is_verified=options.verify) for one in found], indent=2, allow_nan=False))
     elif found:
-        for line in table_of(found, is_verified=options.verify):
+        for line in format_table(found, is_verified=options.verify):
             say(line)
-    return code_of(found, options.directory)
+    return exit_code(found, options.directory)
 
 
 def verify(options: Options) -> int:
     """Check every file of one checkpoint or of all in a directory."""
     found = found_at(options.directory, key_from(options.key_file))
     width = max((len(printable(one.place)) for one in found), default=0)
-    checked: list[Found] = []
+    checked: list[CheckpointEntry] = []
     for one in found:
         one = one.verified()
         if not one.is_gone:
             checked.append(one)
             say(f"{printable(one.place):<{width}}  {printable(one.problem) or 'whole'}")
             sys.stdout.flush()  # the next may take minutes
-    return code_of(checked, options.directory)
+    return exit_code(checked, options.directory)
 
 
 def export(options: Options) -> int:
@@ -152,17 +152,19 @@ def export(options: Options) -> int:
     check_target(options.output, overwrite=options.force)  # before anything large is read
     key = key_from(options.key_file)
     # Of one that was asked for, no more need be whole than is exported.
-    chosen = found_itself(options.directory, key) or newest_of(found_at(options.directory, key), options.directory)
+    chosen = found_itself(options.directory, key) or find_newest_verified(
+        found_at(options.directory, key), options.directory
+    )
     manifest = chosen.store.manifest(chosen.name)
     weights = exported_weights(read_whole(chosen.store, manifest), options.averages)
-    written = write_weights(disk_of(options.output), options.output, weights, overwrite=options.force)
+    written = write_weights(select_filesystem(options.output), options.output, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
     size = human_size(written.size)
     say(f"{options.output}: {what} of {printable(chosen.place)}, {len(weights)} tensors, {size}")
     return 0
 
 
-def newest_of(found: Sequence[Found], directory: Path) -> Found:
+def find_newest_verified(found: Sequence[CheckpointEntry], directory: Path) -> CheckpointEntry:
     """Return the newest checkpoint that is whole, having said which newer ones are not."""
     for one in reversed(found):
         one = one.verified()
@@ -173,7 +175,7 @@ def newest_of(found: Sequence[Found], directory: Path) -> Found:
     raise CheckpointError(f"There is no whole checkpoint in {directory}.")
 
 
-def code_of(found: Sequence[Found], directory: Path) -> int:
+def exit_code(found: Sequence[CheckpointEntry], directory: Path) -> int:
     """Return the exit code, having said so if there are no checkpoints."""
     if not found:
         warn(f"no checkpoints in {directory}" + ("" if directory.is_dir() else ", which is no directory"))
@@ -191,11 +193,11 @@ def key_from(file: Path | None) -> bytes | None:
 # ---- what is printed
 
 
-def table_of(found: Sequence[Found], *, is_verified: bool) -> list[str]:
+def format_table(found: Sequence[CheckpointEntry], *, is_verified: bool) -> list[str]:
     """Return the lines of a table of checkpoints."""
     metrics = sorted({name for one in found if one.manifest for name in one.manifest.metrics})
     head = ["name", "step", "epoch", *metrics, "size", "label", "state"]
-    rows = [head, *(row_of(one, metrics, is_verified=is_verified) for one in found)]
+    rows = [head, *(format_row(one, metrics, is_verified=is_verified) for one in found)]
     columns = [[printable(cell) for cell in column] for column in zip(*rows, strict=True)]
     for title, column in zip(head[:-1], columns, strict=False):  # the last ends where its lines do
         width = max(map(len, column))
@@ -203,29 +205,29 @@ def table_of(found: Sequence[Found], *, is_verified: bool) -> list[str]:
     return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 
-def row_of(found: Found, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
+def format_row(found: CheckpointEntry, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
     """Return the cells of one checkpoint."""
     state = found.problem or ("whole" if is_verified else "manifest whole, files not read")
     here = found.manifest
     if here is None:
         return [found.place, *[NOT_KNOWN] * (4 + len(metrics)), state]
     values = [f"{here.metrics[name]:.6g}" if name in here.metrics else NOT_KNOWN for name in metrics]
-    size = human_size(size_of(here))
+    size = human_size(total_size(here))
     return [found.place, str(here.step), str(here.epoch), *values, size, here.label or NOT_KNOWN, state]
 
 
-def as_json(found: Found, *, is_verified: bool) -> dict[str, object]:
+def as_json(found: CheckpointEntry, *, is_verified: bool) -> dict[str, object]:
     """Return a checkpoint for JSON, which knows no infinity and no NaN: they are texts there."""
     here = found.manifest
     said: dict[str, object] = {"name": found.place, "checked": "files" if is_verified else "manifest"}
     if here is not None:
         metrics = {name: value if math.isfinite(value) else repr(value) for name, value in here.metrics.items()}
-        said |= {"run": here.run, "step": here.step, "epoch": here.epoch, "bytes": size_of(here)}
+        said |= {"run": here.run, "step": here.step, "epoch": here.epoch, "bytes": total_size(here)}
         said |= {"label": here.label, "metrics": metrics}
     return {**said, "problem": found.problem or None}
 
 
-def size_of(manifest: Manifest) -> int:
+def total_size(manifest: Manifest) -> int:
     """Return the number of bytes of a checkpoint's files."""
     return sum(file.size for file in manifest.files.values())
 

@@ -11,7 +11,7 @@ PtaccError
 ├── LossError (ValueError)            a step returned something that cannot be minimised
 ├── NoRunError (RuntimeError)         the state of a run was asked for before there was a run
 ├── NestedRunError (RuntimeError)     a `train()` within a `train()`
-├── PeerError (RuntimeError)          another process of the launch failed, or was killed
+├── RankFailedError (RuntimeError)          another process of the launch failed, or was killed
 ├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
 ├── CheckpointError                   a checkpoint that cannot be written or read
 │   ├── DamagedCheckpointError        files that are not what was written
@@ -62,7 +62,7 @@ class NestedRunError(PtaccError, RuntimeError):
     """`train()` was called within a `train()` of the same trainer."""
 
 
-class PeerError(PtaccError, RuntimeError):
+class RankFailedError(PtaccError, RuntimeError):
     """Another process of the launch failed, or was killed; the message says which, where and why."""
 
 

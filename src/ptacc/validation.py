@@ -46,6 +46,7 @@ def value_text(value: object) -> str:
     """Write a value in a few characters.
 
     Example:
+        >>> from torch import nn
         >>> value_text("bf16"), value_text(len), value_text(nn.Linear(2, 3, bias=False))
         ("'bf16'", 'len', 'Linear(...)')
     """

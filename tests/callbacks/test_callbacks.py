@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from ptacc import (
     Callback,
-    KeepBestModel,
     MetricsMixin,
-    Monitored,
+    Monitor,
     PrintMetrics,
     ProgressBar,
+    RestoreBestWeights,
     StopOnNonFinite,
     Trainer,
     TrainerCore,
@@ -73,9 +73,9 @@ def test_reported_losses_are_never_altered() -> None:
 
 def test_the_default_callbacks_come_first() -> None:
     options = {name: value for name, value in tiny_parts().items() if name != "default_callbacks"}
-    trainer = Trainer(**options, callbacks=[KeepBestModel("train_loss")])
+    trainer = Trainer(**options, callbacks=[RestoreBestWeights("train_loss")])
     names = [type(callback).__name__ for callback in trainer.all_callbacks()]
-    assert names == ["StopOnNonFinite", "ProgressBar", "PrintMetrics", "KeepBestModel"]
+    assert names == ["StopOnNonFinite", "ProgressBar", "PrintMetrics", "RestoreBestWeights"]
 
 
 def test_the_printed_table_has_a_row_for_each_epoch() -> None:
@@ -129,7 +129,7 @@ class Worsening(Trainer):
 
 @pytest.mark.parametrize("restore", [True, False])
 def test_the_best_model_is_kept_and_restored(restore: bool) -> None:
-    best = KeepBestModel("eval_loss", restore=restore)
+    best = RestoreBestWeights("eval_loss", restore=restore)
     trainer = Worsening(**parts(best))
     history = trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     assert (best.best_epoch, best.best_value) == (1, history[0].eval_loss)
@@ -138,9 +138,9 @@ def test_the_best_model_is_kept_and_restored(restore: bool) -> None:
 
 
 def test_nan_is_never_best() -> None:
-    assert not Monitored("loss").is_better(math.nan, than=math.nan)
-    assert not Monitored("loss").is_better(math.nan, than=1.0)
-    assert Monitored("loss").is_better(1.0, than=math.nan)
+    assert not Monitor("loss").is_better(math.nan, than=math.nan)
+    assert not Monitor("loss").is_better(math.nan, than=1.0)
+    assert Monitor("loss").is_better(1.0, than=math.nan)
 
 
 def test_a_handle_knows_its_mode() -> None:
@@ -157,8 +157,8 @@ def test_a_handle_knows_its_mode() -> None:
 
     class Measured(MetricsMixin, Trainer): ...
 
-    rising = Monitored("rising", mode="max")
-    best = KeepBestModel(rising)
+    rising = Monitor("rising", mode="max")
+    best = RestoreBestWeights(rising)
     trainer = Measured(**parts(best), metrics={rising.name: Constant()})
     trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     assert (best.best_epoch, best.best_value) == (3, 3.0)

@@ -23,7 +23,7 @@ from ptacc import (
     Steps,
     SWAMixin,
     Throughput,
-    ThroughputCallback,
+    ThroughputRecord,
     Trainer,
     TrainerCore,
     TrainingLoop,
@@ -101,7 +101,7 @@ class SlowCallback(Callback[TrainerCore]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def train_slowly(clock: Clock, folder: Path, callback: ThroughputCallback, **options: Any) -> SlowTrainer:
+def train_slowly(clock: Clock, folder: Path, callback: Throughput, **options: Any) -> SlowTrainer:
     """Train two epochs of three steps, evaluating after each second step and saving after each, and then average."""
     trainer = SlowTrainer(
         **tiny_parts(),
@@ -116,7 +116,7 @@ def train_slowly(clock: Clock, folder: Path, callback: ThroughputCallback, **opt
     return trainer
 
 
-def train(callback: ThroughputCallback, samples: int = 24, **options: Any) -> Trainer:
+def train(callback: Throughput, samples: int = 24, **options: Any) -> Trainer:
     trainer = Trainer(**tiny_parts(), callbacks=[callback])
     asked: dict[str, Any] = {"num_epochs": 2, **options}
     trainer.train(tiny_data(samples), **asked)
@@ -129,7 +129,7 @@ def train(callback: ThroughputCallback, samples: int = 24, **options: Any) -> Tr
 def test_training_counts_and_evaluations_checkpoints_and_what_is_between_epochs_do_not(
     clock: Clock, tmp_path: Path
 ) -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train_slowly(clock, tmp_path, callback)
     each = 8 * LOADING + FORWARD + AFTER_A_STEP
     assert [report.seconds for report in callback.reports] == [3 * each, 3 * each]
@@ -138,7 +138,7 @@ def test_training_counts_and_evaluations_checkpoints_and_what_is_between_epochs_
 
 
 def test_waiting_for_data_is_told_from_the_rest(clock: Clock, tmp_path: Path) -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train_slowly(clock, tmp_path, callback, gradient_accumulation_steps=3)
     waiting, working = 24 * LOADING, 3 * FORWARD + AFTER_A_STEP
     assert [report.data_seconds for report in callback.reports] == [waiting, waiting]
@@ -146,7 +146,7 @@ def test_waiting_for_data_is_told_from_the_rest(clock: Clock, tmp_path: Path) ->
 
 
 def test_the_first_steps_are_left_out(clock: Clock, tmp_path: Path) -> None:
-    callback = ThroughputCallback(warmup=2)
+    callback = Throughput(warmup=2)
     train_slowly(clock, tmp_path, callback)
     assert [report.steps for report in callback.reports] == [1, 3]
     assert callback.summary().steps == 4
@@ -163,7 +163,7 @@ class Late(Callback[TrainerCore]):
 
 
 def test_what_callbacks_do_after_this_one_counts_where_nothing_else_comes_between(clock: Clock) -> None:
-    callback = ThroughputCallback(warmup=0, every=2)
+    callback = Throughput(warmup=0, every=2)
     trainer = Trainer(**tiny_parts(), callbacks=[callback, Late(clock)])
     trainer.train(tiny_data(48), num_epochs=1)
     assert [report.seconds for report in callback.reports] == [1.0, 2.0, 2.0]
@@ -173,20 +173,20 @@ def test_what_callbacks_do_after_this_one_counts_where_nothing_else_comes_betwee
 
 
 def test_items_samples_and_steps_are_counted_for_each_epoch() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train(callback, per_device_batch_size=10)
     counts = [(report.step, report.steps, report.items, report.samples) for report in callback.reports]
     assert counts == [(3, 3, 24, 24), (6, 3, 24, 24)]
 
 
 def test_reports_come_each_so_many_steps_and_at_the_end_of_an_epoch() -> None:
-    callback = ThroughputCallback(warmup=1, every=2)
+    callback = Throughput(warmup=1, every=2)
     train(callback, per_device_batch_size=5)
     assert [(report.step, report.steps) for report in callback.reports] == [(3, 2), (5, 2), (7, 2), (9, 2), (10, 1)]
 
 
 def test_a_report_comes_at_the_end_of_a_plan_within_an_epoch() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train(callback, num_epochs=None, max_steps=5)
     assert [(report.step, report.steps) for report in callback.reports] == [(3, 3), (5, 2)]
 
@@ -197,7 +197,7 @@ def test_a_run_that_is_stopped_is_in_the_summary() -> None:
         def should_stop(self) -> str | None:
             return super().should_stop() or ("enough" if self.progress.steps == 5 else None)
 
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     Stopping(**tiny_parts(), callbacks=[callback]).train(tiny_data(), num_epochs=2)
     assert [report.step for report in callback.reports] == [3]
     assert (callback.summary().step, callback.summary().steps) == (5, 5)
@@ -220,7 +220,7 @@ class LanguageModel(TrainingLoop[Tokens, Tensor]):
         return StepOutput(loss=outputs.mean(), outputs=outputs)
 
 
-def train_on_tokens(callback: ThroughputCallback, data: Any, **options: Any) -> None:
+def train_on_tokens(callback: Throughput, data: Any, **options: Any) -> None:
     net = nn.Linear(3, 1)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     trainer = LanguageModel(net, optimizer=sgd, default_callbacks=(), callbacks=[callback])
@@ -228,7 +228,7 @@ def train_on_tokens(callback: ThroughputCallback, data: Any, **options: Any) -> 
 
 
 def test_items_are_what_the_loss_is_a_mean_over_and_samples_are_told_beside_them() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train_on_tokens(callback, list(torch.ones(20, 3)), num_epochs=1)
     (report,) = callback.reports
     assert (report.items, report.samples) == (2000, 20)
@@ -242,13 +242,13 @@ class Stream(IterableDataset[Tensor]):
 
 
 def test_a_stream_reports_at_the_end_of_the_run() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     train_on_tokens(callback, Stream(), max_steps=9)
     assert [(report.steps, report.items, report.samples) for report in callback.reports] == [(9, 7200, 72)]
 
 
 def test_samples_that_nobody_counts_are_unknown() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     net = nn.Linear(3, 1)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -264,7 +264,7 @@ def test_samples_that_nobody_counts_are_unknown() -> None:
 
 
 def test_each_run_is_counted_by_itself() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     trainer = train(callback)
     trainer.evaluate(tiny_data())
     trainer.train(tiny_data(), num_epochs=1)
@@ -273,7 +273,7 @@ def test_each_run_is_counted_by_itself() -> None:
 
 def test_processes_count_all_items_and_no_phantoms() -> None:
     def worker() -> tuple[float, int | None]:
-        callback = ThroughputCallback(warmup=0)
+        callback = Throughput(warmup=0)
         train(callback, num_epochs=1, per_device_batch_size=5)
         return callback.summary().items, callback.summary().samples
 
@@ -284,7 +284,7 @@ def test_processes_count_all_items_and_no_phantoms() -> None:
 
 
 def test_the_values_are_in_the_history() -> None:
-    callback = ThroughputCallback(warmup=0)
+    callback = Throughput(warmup=0)
     history = train(callback).history
     for epoch, report in zip(history, callback.reports, strict=True):
         assert epoch.logged == pytest.approx(report.values(), rel=1e-6)  # the history has single precision
@@ -292,14 +292,14 @@ def test_the_values_are_in_the_history() -> None:
 
 
 def test_no_report_is_lost_where_the_history_reads_its_steps() -> None:
-    callback = ThroughputCallback(warmup=0, every=1)
+    callback = Throughput(warmup=0, every=1)
     history = train(callback, samples=1100, num_epochs=1, per_device_batch_size=1).history
     assert len(history.steps) == STEPS_IN_MEMORY
     assert all("data_wait" in step.logged for step in history.steps)
 
 
 def test_rates_are_counts_by_seconds() -> None:
-    measured = Throughput(
+    measured = ThroughputRecord(
         step=9,
         steps=8,
         items=4096,
@@ -323,7 +323,7 @@ def test_rates_are_counts_by_seconds() -> None:
 
 
 def test_there_is_no_rate_before_there_is_a_step() -> None:
-    empty = ThroughputCallback().summary()
+    empty = Throughput().summary()
     assert (empty.steps, empty.items_per_second, empty.data_wait) == (0, 0.0, 0.0)
 
 
@@ -334,7 +334,7 @@ def test_there_is_no_rate_before_there_is_a_step() -> None:
 def test_operations_are_counted_in_the_first_step(accumulation: int) -> None:
     class Accumulating(GradAccumMixin, Trainer): ...
 
-    callback = ThroughputCallback(measure_flops=True)
+    callback = Throughput(measure_flops=True)
     trainer = Accumulating(**tiny_parts(), callbacks=[callback], gradient_accumulation_steps=accumulation)
     trainer.train(tiny_data(), num_epochs=2)
     of_a_product = 2 * 4 * 2  # multiply and add, 4 inputs, 2 outputs: once forward, once for the weights' gradient
@@ -346,7 +346,7 @@ class Skipping(Trainer):
 
     @override
     def make_engine(self) -> Engine:
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots(), torch.amp.GradScaler("cpu"))
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), torch.amp.GradScaler("cpu"))
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ class Skipping(Trainer):
 
 
 def test_a_step_that_was_skipped_counts_in_the_time_alone() -> None:
-    callback = ThroughputCallback(measure_flops=True, warmup=0)
+    callback = Throughput(measure_flops=True, warmup=0)
     trainer = Skipping(**iris_parts(), callbacks=[callback])
     trainer.train(iris(), num_epochs=1, per_device_batch_size=30)
     assert trainer.progress.steps == 4
@@ -367,14 +367,14 @@ def test_a_step_that_was_skipped_counts_in_the_time_alone() -> None:
 def test_counting_operations_changes_no_number() -> None:
     in_order: DataLoaderKwargs = {"shuffle": False}
     counting, plain = (
-        train(ThroughputCallback(measure_flops=flag), train_dataloader_kwargs=in_order) for flag in (True, False)
+        train(Throughput(measure_flops=flag), train_dataloader_kwargs=in_order) for flag in (True, False)
     )
     assert [step.loss for step in counting.history.steps] == [step.loss for step in plain.history.steps]
 
 
 def test_utilisation_is_of_all_processes() -> None:
     def worker() -> tuple[float | None, float | None]:
-        callback = ThroughputCallback(measure_flops=True, peak_flops=1e12)
+        callback = Throughput(measure_flops=True, peak_flops=1e12)
         train(callback)
         return callback.summary().flops_per_item, callback.summary().peak_flops
 
@@ -382,7 +382,7 @@ def test_utilisation_is_of_all_processes() -> None:
 
 
 def test_utilisation_is_unknown_where_the_peak_is() -> None:
-    callback = ThroughputCallback(flops_per_item=32)
+    callback = Throughput(flops_per_item=32)
     train(callback)
     summary = callback.summary()
     assert summary.flops_per_second == 32 * summary.items_per_second
@@ -391,7 +391,7 @@ def test_utilisation_is_unknown_where_the_peak_is() -> None:
 
 
 def test_the_hosts_memory_is_that_of_this_process() -> None:
-    callback = ThroughputCallback()
+    callback = Throughput()
     train(callback)
     before = callback.summary().host_memory
     held = torch.ones(2**25)
@@ -412,7 +412,7 @@ def test_an_exception_in_the_step_that_is_counted_leaves_no_counting_behind() ->
         def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             raise KeyError("a mistake in the loss")
 
-    trainer = Failing(**tiny_parts(), callbacks=[ThroughputCallback(measure_flops=True)])
+    trainer = Failing(**tiny_parts(), callbacks=[Throughput(measure_flops=True)])
     with pytest.raises(KeyError):
         trainer.train(tiny_data(), num_epochs=1)
     assert _get_current_dispatch_mode() is None
@@ -423,5 +423,5 @@ def test_an_exception_in_the_step_that_is_counted_leaves_no_counting_behind() ->
 )
 def test_what_cannot_be_right_is_refused(option: str, value: float) -> None:
     options: dict[str, Any] = {option: value}
-    with pytest.raises(OptionError, match=rf"ThroughputCallback\({option}="):
-        ThroughputCallback(**options)
+    with pytest.raises(OptionError, match=rf"Throughput\({option}="):
+        Throughput(**options)

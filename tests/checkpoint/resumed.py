@@ -195,7 +195,7 @@ def run(directory: Path, workers: int = 0, batch_size: int = 4, **options: Any) 
 
 def end_of(trainer: Full, history: RunHistory, watching: Watching) -> End:
     file = Path(str(trainer.history_file))
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if trainer.peers.rank == 0 else []
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if trainer.distributed.rank == 0 else []
     states = {key.name: state for key, state in trainer.run.states()}
     return End(
         weights=trainer.model.state_dict(),

@@ -34,7 +34,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.rng import RandomStreams
@@ -58,7 +58,7 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
     ema_decay: float = 0.8
     early_stopping_patience = 100
     create_scheduler: SchedulerFactory = cosine
-    disk: Disk = field(default_factory=Disk)
+    disk: FileSystem = field(default_factory=FileSystem)
     trail: Path | None = None
     step_seconds: float = 0.0
     evaluation_seconds: float = 0.0
@@ -68,7 +68,7 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
         """Write to the trail that something happens."""
         if self.trail is not None:
             line = {"what": what, "at": time.monotonic(), "step": self.progress.steps, **more}
-            descriptor = os.open(f"{self.trail}.{self.peers.rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            descriptor = os.open(f"{self.trail}.{self._distributed.rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(descriptor, f"{json.dumps(line)}\n".encode())
             os.close(descriptor)
 
@@ -88,9 +88,9 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
         return super().eval_step(batch)
 
     @override
-    def save_run(self) -> None:
+    def save_run_state(self) -> None:
         self.tell("may save")
-        super().save_run()
+        super().save_run_state()
         self.tell("may have saved")
 
 
@@ -182,7 +182,7 @@ def make(directory: Path, **options: Any) -> Mortal:
 
 def train(trainer: Mortal, samples: int = SAMPLES, **options: Any) -> End:
     """Train two epochs of steps of four samples, or what is left of them."""
-    batch = 4 // trainer.peers.world_size
+    batch = 4 // trainer.distributed.world_size
     given: dict[str, Any] = {"num_epochs": 2, "per_device_batch_size": batch, **options}
     return end_of(trainer, trainer.train(tiny_data(samples), tiny_data(12), **given))
 
@@ -197,7 +197,7 @@ def end_of(trainer: Mortal, history: RunHistory) -> End:
         reason=history.stop_reason,
         epochs=[timeless(asdict(epoch)) for epoch in history],
         steps=[timeless(asdict(step)) for step in history.steps],
-        file=last_run_in(Path(str(trainer.history_file))) if trainer.peers.rank == 0 else [],
+        file=last_run_in(Path(str(trainer.history_file))) if trainer.distributed.rank == 0 else [],
     )
 
 

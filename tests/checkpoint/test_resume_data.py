@@ -31,7 +31,6 @@ from ptacc import (
 )
 from ptacc.engines.base import Engine
 from ptacc.engines.ddp import TorchEngine
-from ptacc.types.aliases import Sharding
 from tests.checkpoint.resumed import Augmented
 from tests.checkpoint.runs import StopAt
 from tests.ranks import run_ranks
@@ -117,7 +116,7 @@ def leg(
     until: int | None,
     loader: DataLoader[Any],
     kind: type[Plain] = Plain,
-    sharding: Sharding = "auto",
+    data_is_sharded: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Any], list[float], float]:
     """Go on with a run up to a step; return its batches, its weights, and the last learning rate."""
@@ -133,7 +132,9 @@ def leg(
         checkpoint_every=None,
         resume=True,
     )
-    history = trainer.train(loader, Augmented(5), num_epochs=3, max_steps=13, agree_every=1, sharding=sharding)
+    history = trainer.train(
+        loader, Augmented(5), num_epochs=3, max_steps=13, stop_check_every=1, data_is_sharded=data_is_sharded
+    )
     weights = [number for tensor in net.state_dict().values() for number in tensor.flatten().tolist()]
     return trainer.seen, weights, history[-1].learning_rate
 
@@ -161,8 +162,8 @@ def test_so_does_a_run_of_two_processes(tmp_path: Path, kind: str) -> None:
 
     def worker(directory: Path, stops: list[int | None]) -> Any:
         rank = int(os.environ["RANK"])
-        sharding: Sharding = "already" if kind == "sharded already" else "auto"
-        return interrupted(directory, stops, lambda: loader(rank), Plain, sharding)
+        data_is_sharded = kind == "sharded already"
+        return interrupted(directory, stops, lambda: loader(rank), Plain, data_is_sharded)
 
     stops: list[list[int | None]] = [[None], [2, 5, None]]
     whole, legs = (run_ranks(worker, 2, tmp_path / f"{len(until)}", until) for until in stops)
@@ -175,7 +176,7 @@ class Scaled(Plain):
     @override
     def make_engine(self) -> Engine:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots(), scaler)
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), scaler)
 
 
 class Plateau(LRSchedulerMixin, Plain):
@@ -184,7 +185,7 @@ class Plateau(LRSchedulerMixin, Plain):
 
 @pytest.mark.parametrize("kind", [Scaled, Plateau])
 def test_a_scaler_and_a_schedule_that_follows_a_value_go_on(tmp_path: Path, kind: type[Plain]) -> None:
-    whole = leg(tmp_path / "whole", None, KINDS["shuffled"](), kind, "auto", torch.float32)
-    of_leg = (kind, "auto", torch.float32)
+    whole = leg(tmp_path / "whole", None, KINDS["shuffled"](), kind, False, torch.float32)
+    of_leg = (kind, False, torch.float32)
     assert interrupted(tmp_path / "legs", [1, 2, 6, 10, None], KINDS["shuffled"], *of_leg) == whole
     assert len(whole[0]) > 13 or kind is Plateau  # steps were skipped

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptacc import Monitored
-from ptacc.checkpoint.retention import Retention, best_of
+from ptacc import Monitor
+from ptacc.checkpoint.retention import Retention, rank_best
 from ptacc.checkpoint.storage.manifest import Manifest
 
-LOSS, ACCURACY = Monitored("loss"), Monitored("accuracy", mode="max")
+LOSS, ACCURACY = Monitor("loss"), Monitor("accuracy", mode="max")
 
 
 def at(step: int, metrics: Mapping[str, float] | None = None, label: str = "") -> Manifest:
@@ -28,7 +28,7 @@ def steps_left(retention: Retention, manifests: list[Manifest], protected: tuple
         (Retention(last=2), [5, 6]),
         (Retention(every=3), [3, 6]),
         (Retention(best=1, monitored=LOSS), [2, 6]),
-        (Retention(best=1, monitored=Monitored("loss", mode="max")), [4, 6]),
+        (Retention(best=1, monitored=Monitor("loss", mode="max")), [4, 6]),
         (Retention(last=1, best=2, every=3, monitored=LOSS), [1, 2, 3, 6]),
         (Retention(best=2, monitored=ACCURACY), [6]),
     ],
@@ -49,12 +49,12 @@ def test_the_newest_of_a_label_is_kept() -> None:
 
 
 def test_of_equals_the_newest_is_best() -> None:
-    assert best_of([at(1, {"loss": 1.0}), at(2, {"loss": 1.0})], LOSS, 1) == ["step-0000000002"]
+    assert rank_best([at(1, {"loss": 1.0}), at(2, {"loss": 1.0})], LOSS, 1) == ["step-0000000002"]
 
 
 def test_infinity_is_worse_than_a_number_and_nan_is_nothing() -> None:
     manifests = [at(1, {"loss": math.inf}), at(2, {"loss": math.nan}), at(3, {"loss": 9.0})]
-    assert best_of(manifests, LOSS, 3) == ["step-0000000003", "step-0000000001"]
+    assert rank_best(manifests, LOSS, 3) == ["step-0000000003", "step-0000000001"]
 
 
 rules = st.none() | st.integers(1, 4)

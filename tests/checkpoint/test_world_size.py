@@ -47,7 +47,7 @@ class Elastic(CheckpointMixin, EMAMixin, MetricsMixin, SeedMixin, Trainer):
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         host = self.run.batch
         assert host is not None
-        self.seen.append([] if host.is_phantom else batch[0][:, 0].int().tolist())
+        self.seen.append([] if host.is_padding else batch[0][:, 0].int().tolist())
         return super().train_step((batch[0][:, 1:], batch[1]))
 
 
@@ -71,11 +71,11 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
-        resume_despite=despite,
+        resume_ignore=despite,
         train_metrics={"accuracy": MulticlassAccuracy(2)} if metrics else {},
     )
     loader = DataLoader(data, batch_size=batch_size, shuffle=data is DATA)
-    history = trainer.train(loader, num_epochs=2, agree_every=1, max_steps=100)
+    history = trainer.train(loader, num_epochs=2, stop_check_every=1, max_steps=100)
     return trainer.seen, [epoch.train_loss for epoch in history], model.weight.flatten().tolist()
 
 
@@ -126,7 +126,7 @@ def test_a_stream_goes_on_in_the_same_batches_only(tmp_path: Path) -> None:
 
 def test_metrics_under_way_are_refused_by_name(tmp_path: Path) -> None:
     legs(tmp_path, [(1, 8, 2)], metrics=True)
-    with pytest.raises(RankFailed, match=r"(?s)no part .train_metrics. for.*resume_despite=\{.train_metrics.\}"):
+    with pytest.raises(RankFailed, match=r"(?s)no part .train_metrics. for.*resume_ignore=\{.train_metrics.\}"):
         legs(tmp_path, [(2, 4, None)], metrics=True)
     samples, _ = legs(tmp_path, [(2, 4, None)], metrics=True, despite={"train_metrics"})
     assert sorted(samples) == sorted(ORDER[16:])

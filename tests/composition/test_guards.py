@@ -42,7 +42,7 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
     hook,
-    replaces,
+    replaces_super,
 )
 from ptacc.composition.guards import calls_super
 
@@ -603,11 +603,11 @@ def test_a_call_of_another_hook_of_super_is_refused() -> None:
 def test_an_override_that_is_marked_as_a_replacement_is_taken() -> None:
     class Mine(Trainer):
         @override
-        @replaces
+        @replaces_super
         def on_step_end(self, step: StepResult) -> None: ...
 
         @override
-        @replaces
+        @replaces_super
         @contextlib.contextmanager
         def around_step(self) -> Iterator[None]:
             yield
@@ -722,7 +722,7 @@ def test_one_that_asks_the_other_or_derives_from_it_or_is_the_users_own_is_taken
             return 3
 
     class Meant(Mixin):
-        @replaces
+        @replaces_super
         @override
         def make_seed(self) -> int:
             return 4

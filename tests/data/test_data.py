@@ -23,12 +23,11 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from ptacc.data.batch import BatchSource, HostBatch
-from ptacc.data.request import LoaderRequest
-from ptacc.data.sources import source_of
-from ptacc.distributed.process_group import Peers
+from ptacc.data.dataloader_config import DataLoaderConfig
+from ptacc.data.sources import make_source
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.testing import epoch_order
-from ptacc.types.aliases import Sharding
 from ptacc.types.arguments import DataLoaderKwargs
 
 
@@ -82,31 +81,37 @@ class Backwards(Sampler[int]):
         return reversed(range(self.n))
 
 
-def fake_peers(rank: int, world_size: int) -> Peers:
+def fake_peers(rank: int, world_size: int) -> DistributedRuntime:
     """Return peers that deal without communicating: nothing here asks them to."""
-    return Peers(rank, world_size)
+    return DistributedRuntime(rank, world_size)
 
 
 def batches(
     dataset: Dataset[Any],
-    peers: Peers | None = None,
+    distributed: DistributedRuntime | None = None,
     *,
     epoch: int = 0,
     seed: int = 7,
     batch_size: int | None = 4,
     shuffle: bool = False,
-    sharding: Sharding = "auto",
+    data_is_sharded: bool = False,
     limit: int | None = None,
     start: int = 0,
     **kwargs: Any,  # keywords of DataLoaderKwargs
 ) -> list[HostBatch[Any]]:
-    request = LoaderRequest(dataset, batch_size, None, cast(DataLoaderKwargs, kwargs))
-    source = source_of(request.build(shuffle=shuffle), peers or Peers(), seed, sharding=sharding, limit=limit)
+    request = DataLoaderConfig(dataset, batch_size, None, cast(DataLoaderKwargs, kwargs))
+    source = make_source(
+        request.build(shuffle=shuffle),
+        distributed or DistributedRuntime(),
+        seed,
+        data_is_sharded=data_is_sharded,
+        limit=limit,
+    )
     return list(source.epoch(epoch, source.place_after(start)))
 
 
 def numbers(found: list[HostBatch[Any]]) -> list[int]:
-    return [int(number) for batch in found if not batch.is_phantom for number in batch.data.flatten()]
+    return [int(number) for batch in found if not batch.is_padding for number in batch.data.flatten()]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -162,9 +167,9 @@ def test_loading_leaves_the_global_generators_alone() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_persistent_workers_see_the_epoch_change(workers: int) -> None:
     kwargs: Any = {"num_workers": workers, "persistent_workers": workers > 0}
-    source = source_of(LoaderRequest(Noisy(8), 4, None, kwargs).build(shuffle=True), Peers(), seed=1)
+    source = make_source(DataLoaderConfig(Noisy(8), 4, None, kwargs).build(shuffle=True), DistributedRuntime(), seed=1)
     first, second = ([batch.data for batch in source.epoch(epoch)] for epoch in (0, 1))
-    fresh = source_of(LoaderRequest(Noisy(8), 4, None, {}).build(shuffle=True), Peers(), seed=1)
+    fresh = make_source(DataLoaderConfig(Noisy(8), 4, None, {}).build(shuffle=True), DistributedRuntime(), seed=1)
     assert all(map(torch.equal, second, (batch.data for batch in fresh.epoch(1))))
     assert not torch.equal(first[0], second[0])
 
@@ -270,9 +275,9 @@ def test_batches_that_are_indexed_together_are_apart() -> None:
 
 def test_what_is_written_to_the_data_meanwhile_is_in_the_next_batch() -> None:
     data = TensorDataset(torch.zeros(12, 2), torch.arange(12))
-    loader = LoaderRequest(data, 4, None, {}).build(shuffle=False)
+    loader = DataLoaderConfig(data, 4, None, {}).build(shuffle=False)
     seen = []
-    for batch in source_of(loader, Peers(), 7).epoch(0):
+    for batch in make_source(loader, DistributedRuntime(), 7).epoch(0):
         seen.append(float(batch.data[0].sum()))
         data.tensors[0].add_(1)
     assert seen == [0, 8, 16]
@@ -300,7 +305,7 @@ def test_a_loader_that_cannot_be_taken_apart_deals_its_batches(world_size: int) 
     class Mine(DataLoader[Any]): ...
 
     loader = Mine(Numbers(10), batch_size=3)
-    dealt = [list(source_of(loader, fake_peers(rank, world_size), 0).epoch(0)) for rank in range(world_size)]
+    dealt = [list(make_source(loader, fake_peers(rank, world_size), 0).epoch(0)) for rank in range(world_size)]
     assert sorted(number for found in dealt for number in numbers(found)) == list(range(10))
     assert len({len(found) for found in dealt}) == 1
 
@@ -308,7 +313,10 @@ def test_a_loader_that_cannot_be_taken_apart_deals_its_batches(world_size: int) 
 def test_a_loader_without_collation_gives_its_batches_as_they_are() -> None:
     ready = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
     loader: DataLoader[Any] = DataLoader(ready, batch_size=None)  # type: ignore[arg-type]  # a list will do
-    assert [batch.data.tolist() for batch in source_of(loader, Peers(), 0).epoch(0)] == [[1.0], [2.0, 3.0]]
+    assert [batch.data.tolist() for batch in make_source(loader, DistributedRuntime(), 0).epoch(0)] == [
+        [1.0],
+        [2.0, 3.0],
+    ]
 
 
 def test_a_ready_loaders_settings_are_kept() -> None:
@@ -316,7 +324,11 @@ def test_a_ready_loaders_settings_are_kept() -> None:
         return torch.tensor(samples) * 10
 
     loader = DataLoader(Numbers(5), batch_size=2, collate_fn=collate)
-    assert [batch.data.tolist() for batch in source_of(loader, Peers(), 0).epoch(0)] == [[0, 10], [20, 30], [40]]
+    assert [batch.data.tolist() for batch in make_source(loader, DistributedRuntime(), 0).epoch(0)] == [
+        [0, 10],
+        [20, 30],
+        [40],
+    ]
 
 
 # ---- places in the data, from which a run goes on
@@ -328,8 +340,8 @@ def test_the_rest_of_an_epoch_is_dealt_to_any_number_of_processes(start: int, si
     batch_size, world_size = sizes
     dealt: list[list[HostBatch[Any]]] = []
     for rank in range(world_size):
-        request = LoaderRequest(Numbers(31), batch_size, None, {})
-        source = source_of(request.build(shuffle=True), fake_peers(rank, world_size), 7)
+        request = DataLoaderConfig(Numbers(31), batch_size, None, {})
+        source = make_source(request.build(shuffle=True), fake_peers(rank, world_size), 7)
         dealt.append(list(source.epoch(2, start)))
         assert len(dealt[-1]) == source.num_batches(start)
         assert dealt[-1][-1].end == 31
@@ -370,7 +382,7 @@ class NoLoader(DataLoader[Any]):
 @pytest.mark.parametrize("start", [0, 8])
 def test_a_users_order_goes_on_in_a_later_epoch(start: int, kind: type[Drawing], loader: type[DataLoader[Any]]) -> None:
     def source() -> BatchSource:
-        return source_of(loader(Numbers(12), batch_size=4, sampler=kind(12)), Peers(), 7)
+        return make_source(loader(Numbers(12), batch_size=4, sampler=kind(12)), DistributedRuntime(), 7)
 
     whole = source()
     place = start if loader is DataLoader else start // 4
@@ -395,7 +407,7 @@ def test_data_that_comes_in_another_order_is_refused() -> None:
             return iter([random.SystemRandom().randrange(10**9) for _ in range(self.n)])
 
     def source() -> BatchSource:
-        return source_of(DataLoader(Shifting(12), batch_size=4), Peers(), 7)
+        return make_source(DataLoader(Shifting(12), batch_size=4), DistributedRuntime(), 7)
 
     left, again = source(), source()
     next(left.epoch(0))
@@ -422,10 +434,10 @@ def test_a_stream_that_says_where_it_is_is_not_read_anew() -> None:
             self.place = state_dict["place"]
 
     whole = batches(Placed(14))
-    left, dataset = source_of(DataLoader(Placed(14), batch_size=4), Peers(), 7), Placed(14)
+    left, dataset = make_source(DataLoader(Placed(14), batch_size=4), DistributedRuntime(), 7), Placed(14)
     for _ in zip(range(2), left.epoch(0), strict=False):
         pass
-    rest = source_of(DataLoader(dataset, batch_size=4), Peers(), 7)
+    rest = make_source(DataLoader(dataset, batch_size=4), DistributedRuntime(), 7)
     rest.load_state_dict(copy.deepcopy(left.state_dict()))
     found = list(rest.epoch(0, 2))
     assert [batch.data.tolist() for batch in found] == [batch.data.tolist() for batch in whole[2:]]

@@ -11,11 +11,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
-from ptacc.data.loading import Pinnable, given
-from ptacc.data.request import LoaderRequest
-from ptacc.data.sources import source_of
+from ptacc.data.dataloader_config import DataLoaderConfig
+from ptacc.data.loading import Pinnable, require_batch
+from ptacc.data.sources import make_source
 from ptacc.data.transfer import Transfer, are_alike, transfer_to
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.tensors.structures import pinned, to_device
 from ptacc.types.arguments import DataLoaderKwargs
@@ -120,14 +120,14 @@ def test_memory_is_for_a_tensor_of_one_form(other: Tensor, expected: bool) -> No
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True), ("mps", False)])
 def test_a_loader_for_a_gpu_pins(device: str, expected: bool) -> None:
-    request = LoaderRequest(Sentences(), 2, None, {}, torch.device(device))
+    request = DataLoaderConfig(Sentences(), 2, None, {}, torch.device(device))
     assert request.build(shuffle=False).pin_memory is expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("pins", [True, False])
 def test_whether_a_loader_pins_is_the_users_to_say(device: str, pins: bool) -> None:
-    request = LoaderRequest(Sentences(), 2, None, {"pin_memory": pins}, torch.device(device))
+    request = DataLoaderConfig(Sentences(), 2, None, {"pin_memory": pins}, torch.device(device))
     assert request.build(shuffle=False).pin_memory is pins
 
 
@@ -137,7 +137,9 @@ def test_whether_a_loader_pins_is_the_users_to_say(device: str, pins: bool) -> N
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_batches_of_a_pinning_loader_are_what_was_collated(dataset: Any, workers: int) -> None:
     kwargs: DataLoaderKwargs = {"pin_memory": True, "num_workers": workers}
-    source = source_of(LoaderRequest(dataset, 2, tokens_of, kwargs).build(shuffle=False), Peers(), seed=1)
+    source = make_source(
+        DataLoaderConfig(dataset, 2, tokens_of, kwargs).build(shuffle=False), DistributedRuntime(), seed=1
+    )
     batches = [host.data for host in source.epoch(0)]
     assert [batch.texts for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
     assert all(type(batch) is Tokens and batch.ids[0] == ord(batch.texts[0]) for batch in batches)
@@ -146,10 +148,10 @@ def test_batches_of_a_pinning_loader_are_what_was_collated(dataset: Any, workers
 def test_what_pins_itself_is_asked_to() -> None:
     batch: tuple[Graph, list[Graph]] = pinned((Graph(), [Graph()]))
     assert [batch[0].path, batch[1][0].path] == [("pinned",), ("pinned",)]
-    graph: Any = given(Pinnable(Graph()).pin_memory())
+    graph: Any = require_batch(Pinnable(Graph()).pin_memory())
     assert graph.path == ("pinned",)
 
 
 def test_no_batch_is_an_error_from_a_pinning_loader_too() -> None:
     with pytest.raises(DataError, match="A batch is None"):
-        given(Pinnable(None))
+        require_batch(Pinnable(None))

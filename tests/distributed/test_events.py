@@ -51,7 +51,7 @@ class Struck(Trainer):
         return self.struck("evaluation", super().eval_step(batch))
 
     def struck(self, place: str, output: StepOutput[Tensor]) -> StepOutput[Tensor]:
-        if (place, self.rank) != (self.place, self.peers.rank) or self.progress.steps < STRIKES_AFTER:
+        if (place, self.rank) != (self.place, self._distributed.rank) or self.progress.steps < STRIKES_AFTER:
             return output
         if self.event == "exception":
             raise KeyError("on purpose")
@@ -75,7 +75,7 @@ class Stopping(Callback[Struck]):
         self.stop(trainer, "evaluation")
 
     def stop(self, trainer: Struck, place: str) -> None:
-        is_struck = (trainer.event, trainer.place, trainer.rank) == ("callback's stop", place, trainer.peers.rank)
+        is_struck = (trainer.event, trainer.place, trainer.rank) == ("callback's stop", place, trainer.distributed.rank)
         if is_struck and trainer.progress.steps >= STRIKES_AFTER:
             trainer.stop(f"a callback on rank {trainer.rank} has")
 
@@ -106,7 +106,9 @@ def end_of_a_run(event: str, place: str, rank: int) -> End:
 
 def check_ends(ends: list[End], event: str, rank: int) -> None:
     """Check that every rank that lives ended alike."""
-    expected = {"SIGTERM": "exit 143", "exception": "PeerError", "SIGKILL": "PeerError"}.get(event, "returned")
+    expected = {"SIGTERM": "exit 143", "exception": "RankFailedError", "SIGKILL": "RankFailedError"}.get(
+        event, "returned"
+    )
     for number, end in enumerate(ends):
         assert end.seconds < SECONDS
         if (event, number) == ("exception", rank):
@@ -114,7 +116,7 @@ def check_ends(ends: list[End], event: str, rank: int) -> None:
         else:
             assert end.how == expected
             assert re.fullmatch(REASONS[event].replace("{rank}", str(rank)), end.reason)
-    if expected != "PeerError":
+    if expected != "RankFailedError":
         assert len({(end.step, end.reason) for end in ends}) == 1
         assert STRIKES_AFTER <= ends[0].step < 60
 

@@ -15,16 +15,16 @@ from typing_extensions import override
 from ptacc import (
     AMPMixin,
     Callback,
+    DataLoaderConfig,
     EvalResult,
-    LoaderRequest,
-    PeerError,
+    RankFailedError,
     StepOutput,
     StepResult,
     Steps,
     Trainer,
     TrainerCore,
 )
-from ptacc.engines.base import Engine, Slot
+from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -36,7 +36,7 @@ class Failing(Trainer):
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        if (self.peers.rank, self.progress.steps) == (self.rank, 3):
+        if (self._distributed.rank, self.progress.steps) == (self.rank, 3):
             raise KeyError("on purpose")
         return super().train_step(batch)
 
@@ -71,7 +71,7 @@ def wish_to_stop(trainer: TrainerCore) -> None:
 
 def on_rank_1(act: Callable[[TrainerCore], None]) -> Callable[[TrainerCore], None]:
     def act_there(trainer: TrainerCore) -> None:
-        if trainer.peers.rank == 1:
+        if trainer.distributed.rank == 1:
             act(trainer)
 
     return act_there
@@ -93,7 +93,7 @@ def test_a_request_to_terminate_goes_before_a_lower_ranks_wish() -> None:
             wish_to_stop(trainer)
             on_rank_1(terminate)(trainer)
 
-        return how_it_ended(Doing(wish), per_device_batch_size=2, agree_every=2)
+        return how_it_ended(Doing(wish), per_device_batch_size=2, stop_check_every=2)
 
     assert run_ranks(train, 2, timeout=30) == [(143, "SIGTERM on rank 1", 3)] * 2
 
@@ -117,7 +117,7 @@ def test_an_evaluation_that_is_due_is_made_though_ranks_wish_to_stop() -> None:
             tiny_data(24),
             num_epochs=9,
             per_device_batch_size=2,
-            agree_every=2,
+            stop_check_every=2,
             evaluate_every=Steps(2),
         )
         return history.stop_reason, trainer.progress.steps, [epoch.eval_loss for epoch in history]
@@ -143,9 +143,9 @@ def test_a_handler_of_the_users_own_is_called_and_put_back() -> None:
 
 def fail_and_try_again() -> str:
     trainer = Failing(**tiny_parts(), rank=1)
-    with pytest.raises((KeyError, PeerError)):
+    with pytest.raises((KeyError, RankFailedError)):
         trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2)
-    with pytest.raises(PeerError, match="cannot go on together"):
+    with pytest.raises(RankFailedError, match="cannot go on together"):
         trainer.train(tiny_data(24), num_epochs=1)
     return "as it should be"
 
@@ -164,17 +164,17 @@ def hear_of_the_failure() -> list[str]:
 
         @override
         def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-            if trainer.peers.rank == 1 and step.step == 2:
+            if trainer.distributed.rank == 1 and step.step == 2:
                 raise KeyError("in a callback")
 
     trainer = Trainer(**tiny_parts(), callbacks=[Hearing()])
-    with pytest.raises((KeyError, PeerError)):
+    with pytest.raises((KeyError, RankFailedError)):
         trainer.train(tiny_data(24), num_epochs=2, per_device_batch_size=4)
     return heard
 
 
 def test_callbacks_hear_of_their_own_error_or_of_the_peers() -> None:
-    assert run_ranks(hear_of_the_failure, 2, timeout=30) == [["PeerError"], ["KeyError"]]
+    assert run_ranks(hear_of_the_failure, 2, timeout=30) == [["RankFailedError"], ["KeyError"]]
 
 
 def kind_and_message(train: Callable[[], object]) -> tuple[str, str]:
@@ -212,7 +212,7 @@ class SlowEvaluation(Trainer):
     @override
     def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         time.sleep(0.04)
-        if self.evaluated == 30 and self.peers.rank == 1:
+        if self.evaluated == 30 and self._distributed.rank == 1:
             self.asked_at = time.monotonic()
             terminate(self)
         self.evaluated += 1
@@ -249,7 +249,10 @@ def test_an_error_of_the_users_is_not_taken_for_one_of_the_connections() -> None
 
     first, second = run_ranks(train, 2, timeout=30)
     assert second == ("RuntimeError", "DataLoader timed out after 2.0 seconds")
-    assert first == ("PeerError", "rank 1 failed after step 3: RuntimeError: DataLoader timed out after 2.0 seconds")
+    assert first == (
+        "RankFailedError",
+        "rank 1 failed after step 3: RuntimeError: DataLoader timed out after 2.0 seconds",
+    )
 
 
 def test_processes_fail_together_with_a_second_accelerator_as_well() -> None:
@@ -264,7 +267,7 @@ def test_processes_fail_together_with_a_second_accelerator_as_well() -> None:
         data = TensorDataset(inputs.float(), targets)
         return kind_and_message(lambda: trainer.train(data, num_epochs=1, per_device_batch_size=2))
 
-    assert [kind for kind, _ in run_ranks(train, 2, timeout=30)] == ["PeerError", "KeyError"]
+    assert [kind for kind, _ in run_ranks(train, 2, timeout=30)] == ["RankFailedError", "KeyError"]
 
 
 class TwoHeads(nn.Module):
@@ -286,7 +289,7 @@ class LeavingOut(Trainer):
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        is_here = (self.peers.rank, self.progress.steps + 1) == (1, self.step)
+        is_here = (self._distributed.rank, self.progress.steps + 1) == (1, self.step)
         self.unwrapped_model.head = int(is_here)  # type: ignore[assignment]
         return super().train_step(batch)
 
@@ -302,7 +305,7 @@ def test_a_parameter_that_takes_no_part_on_one_rank_is_found_before_the_update(s
         return kind, message, trainer.progress.steps
 
     for kind, message, steps in run_ranks(train, 2, timeout=30):
-        assert kind in ("RuntimeError", "PeerError")
+        assert kind in ("RuntimeError", "RankFailedError")
         assert "finished reduction" in message
         assert steps == step - 1
 
@@ -313,13 +316,13 @@ class Unhooked(Trainer):
     failing_hook: str
 
     def fail_in(self, hook: str) -> None:
-        if (hook, self.peers.rank) == (self.failing_hook, 1):
+        if (hook, self._distributed.rank) == (self.failing_hook, 1):
             raise KeyError("on purpose")
 
     @override
-    def slots(self) -> tuple[Slot, ...]:
+    def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
         self.fail_in("slots")
-        return super().slots()
+        return super().optimizer_slots()
 
     @override
     def make_seed(self) -> int:
@@ -332,7 +335,7 @@ class Unhooked(Trainer):
         return super().make_engine()
 
     @override
-    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         self.fail_in("make_train_dataloader")
         return super().make_train_dataloader(request)
 
@@ -350,6 +353,6 @@ def test_a_hook_that_fails_on_one_rank_is_named_on_the_other(hook: str) -> None:
 
     first, second = run_ranks(train, 2, timeout=30)
     assert second == ("KeyError", "'on purpose'")
-    assert first[0] == "PeerError"
+    assert first[0] == "RankFailedError"
     assert "rank 1 failed" in first[1]
     assert "KeyError: 'on purpose'" in first[1]

@@ -95,7 +95,7 @@ def test_the_datas_order_goes_on_from_a_step_within_an_epoch(start: int, report:
 def test_an_exception_on_one_host_is_named_on_the_other(rank: int) -> None:
     ended, seconds = run_on_both(1, "failing.py", "raises", str(rank))[1 - rank]
     assert ended.returncode != 0
-    assert f"PeerError: rank {rank} failed" in ended.stderr
+    assert f"RankFailedError: rank {rank} failed" in ended.stderr
     assert "KeyError: 'on purpose'" in ended.stderr
     assert seconds < SECONDS
 
@@ -104,5 +104,5 @@ def test_an_exception_on_one_host_is_named_on_the_other(rank: int) -> None:
 def test_a_process_killed_on_one_host_is_lost_by_name_on_the_other(rank: int) -> None:
     ended, seconds = run_on_both(1, "failing.py", "dies", str(rank))[1 - rank]
     assert ended.returncode != 0
-    assert f"PeerError: rank {rank} failed at an unknown place: lost: " in ended.stderr
+    assert f"RankFailedError: rank {rank} failed at an unknown place: lost: " in ended.stderr
     assert seconds < SECONDS

@@ -17,7 +17,7 @@ from ptacc import (
     EpochRecord,
     EvalResult,
     ModelError,
-    PeerError,
+    RankFailedError,
     StepOutput,
     StepResult,
     Steps,
@@ -45,7 +45,7 @@ def error_of(call: Callable[[], object]) -> tuple[str, str, float]:
 
 def gather_ragged() -> dict[str, Any]:
     trainer = Trainer(**tiny_parts())
-    rank = trainer.peers.rank
+    rank = trainer.distributed.rank
     rows = torch.arange(2.0 * rank).reshape(rank, 2) + 10 * rank
     values = {"rows": rows, "nested": (torch.tensor(float(rank)), [torch.full((2,), rank, dtype=torch.bool)])}
     return trainer.gather(values)
@@ -76,8 +76,8 @@ def test_gather_refuses_what_it_cannot_put_together(values: Callable[[int], Any]
     def gather() -> str:
         trainer = Trainer(**tiny_parts())
         with pytest.raises(DataError, match=message):
-            trainer.gather(values(trainer.peers.rank))
-        return str(trainer.gather(torch.tensor([trainer.peers.rank])).tolist())
+            trainer.gather(values(trainer.distributed.rank))
+        return str(trainer.gather(torch.tensor([trainer.distributed.rank])).tolist())
 
     assert run_ranks(gather, 2) == ["[0, 1]"] * 2
 
@@ -90,11 +90,11 @@ def go_one_after_the_other() -> tuple[list[float], int | None, str]:
     passed: list[float] = []
     for local in (False, True):
         with trainer.main_process_first(local=local):
-            if trainer.peers.rank == 0:
+            if trainer.distributed.rank == 0:
                 time.sleep(0.3)
             passed.append(time.monotonic())
     name = trainer.on_main_process(len)
-    return passed, name("four"), str(trainer.peers.rank)
+    return passed, name("four"), str(trainer.distributed.rank)
 
 
 def test_the_main_process_goes_first_and_does_some_things_alone() -> None:
@@ -111,7 +111,7 @@ def test_what_fails_on_the_main_process_fails_on_all_and_they_go_on() -> None:
 
         def go() -> None:
             with trainer.main_process_first():
-                if trainer.peers.rank == 0:
+                if trainer.distributed.rank == 0:
                     raise FileNotFoundError("no such archive")
 
         outcome = error_of(go)
@@ -119,7 +119,7 @@ def test_what_fails_on_the_main_process_fails_on_all_and_they_go_on() -> None:
         return outcome
 
     (kind, _, _), (others_kind, message, _) = run_ranks(fail_first, 2)
-    assert (kind, others_kind) == ("FileNotFoundError", "PeerError")
+    assert (kind, others_kind) == ("FileNotFoundError", "RankFailedError")
     assert "rank 0 failed in main_process_first() (test_meetings.py:" in message
     assert "no such archive" in message
 
@@ -135,7 +135,7 @@ class Alone(Callback[TrainerCore]):
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if trainer.peers.rank == self.rank and step.step == 2:
+        if trainer.distributed.rank == self.rank and step.step == 2:
             trainer.gather(torch.ones(1))
 
 
@@ -152,7 +152,7 @@ def test_a_collective_on_one_rank_of_a_run_is_refused_by_name(rank: int) -> None
     assert f"gather() was called on rank {rank} (test_meetings.py:" in message
     assert f"rank {1 - rank} went on without it" in message
     kind, message, _ = results[1 - rank]
-    assert kind == "PeerError"
+    assert kind == "RankFailedError"
     assert f"rank {rank} failed in gather(): CollectiveError: gather()" in message
     assert all(seconds < SECONDS for *_, seconds in results)
 
@@ -160,7 +160,7 @@ def test_a_collective_on_one_rank_of_a_run_is_refused_by_name(rank: int) -> None
 def differ() -> tuple[str, str, float]:
     trainer = Trainer(**tiny_parts())
     outcome = error_of(
-        lambda: trainer.evaluate(tiny_data()) if trainer.peers.rank == 0 else trainer.predict(tiny_data())
+        lambda: trainer.evaluate(tiny_data()) if trainer.distributed.rank == 0 else trainer.predict(tiny_data())
     )
     trainer.evaluate(tiny_data())
     return outcome
@@ -178,20 +178,20 @@ def test_two_calls_at_one_place_are_refused_by_name_and_they_can_go_on() -> None
 def leave_alone() -> tuple[str, str, float]:
     trainer = Trainer(**tiny_parts())
     trainer.train(tiny_data(), num_epochs=1)
-    if trainer.peers.rank == 1:
+    if trainer.distributed.rank == 1:
         os._exit(0)
     return error_of(lambda: trainer.evaluate(tiny_data()))
 
 
 def test_a_collective_that_outlives_its_peers_is_refused_by_name() -> None:
     ((kind, message, seconds),) = run_ranks(leave_alone, 2, timeout=30, may_die={1})
-    assert (kind, seconds < SECONDS) == ("PeerError", True)
+    assert (kind, seconds < SECONDS) == ("RankFailedError", True)
     assert "lost: its process has ended" in message
 
 
 def wait_for_a_slow_peer() -> float:
     trainer = Trainer(**tiny_parts())
-    if trainer.peers.rank == 1:
+    if trainer.distributed.rank == 1:
         time.sleep(2)  # long work of its own is no mistake, however long
     return float(trainer.gather(torch.ones(1)).sum())
 
@@ -219,7 +219,7 @@ def another_loader(rank: int) -> tuple[TensorDataset, int, dict[str, Any]]:
 def test_what_is_refused_on_one_rank_is_refused_on_all_and_they_can_go_on(setting: Callable[[int], Any]) -> None:
     def train() -> tuple[str, str, float]:
         trainer = Trainer(**tiny_parts())
-        data, num_epochs, options = setting(trainer.peers.rank)
+        data, num_epochs, options = setting(trainer.distributed.rank)
         before = [parameter.clone() for parameter in trainer.model.parameters()]
         outcome = error_of(lambda: trainer.train(data, num_epochs=num_epochs, **options))
         assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
@@ -227,22 +227,22 @@ def test_what_is_refused_on_one_rank_is_refused_on_all_and_they_can_go_on(settin
         return outcome
 
     (kind, message, seconds), (own_kind, own_message, _) = run_ranks(train, 2, timeout=30)
-    assert (kind, seconds < SECONDS) == ("PeerError", True)
+    assert (kind, seconds < SECONDS) == ("RankFailedError", True)
     assert own_kind in ("DataError", "OptionError", "ValueError")
     assert f"{own_kind}: {own_message}" in message
 
 
 def freeze_on_rank_1() -> str:
     trainer = Trainer(**tiny_parts())
-    if trainer.peers.rank == 1:
+    if trainer.distributed.rank == 1:
         trainer.model.requires_grad_(False)
-    with pytest.raises((ModelError, PeerError)) as caught:
+    with pytest.raises((ModelError, RankFailedError)) as caught:
         trainer.train(tiny_data(24), num_epochs=1)
     return type(caught.value).__name__
 
 
 def test_a_model_that_only_one_rank_cannot_train_is_refused_on_all() -> None:
-    assert run_ranks(freeze_on_rank_1, 2, timeout=30) == ["PeerError", "ModelError"]
+    assert run_ranks(freeze_on_rank_1, 2, timeout=30) == ["RankFailedError", "ModelError"]
 
 
 # ---- the same, at every place of a run
@@ -255,7 +255,7 @@ class AloneAt(Trainer):
     rank: int
 
     def come_to(self, place: str) -> None:
-        is_here = (place, self.rank) == (self.place, self.peers.rank) and self.is_running
+        is_here = (place, self.rank) == (self.place, self._distributed.rank) and self.is_running
         if is_here and self.progress.steps >= 1:
             self.gather(torch.ones(1))
 
@@ -328,21 +328,21 @@ def test_a_collective_on_one_rank_is_refused_wherever_it_is(place: str, rank: in
     results = run_ranks(train, 2, timeout=30)
     assert results[rank][0] == "CollectiveError"
     assert "gather() was called on rank" in results[rank][1]
-    assert results[1 - rank][0] == ("nothing" if place == "on_run_end" else "PeerError")
+    assert results[1 - rank][0] == ("nothing" if place == "on_run_end" else "RankFailedError")
     assert all(seconds < SECONDS for *_, seconds in results)
 
 
 def refuse_and_go_on() -> list[str]:
     trainer = Trainer(**tiny_parts())
-    outcomes = [error_of(lambda: trainer.gather(torch.ones(1)))[0]] if trainer.peers.rank == 0 else []
-    if trainer.peers.rank == 1:
-        trainer.peers.mark()  # as every step and batch does
+    outcomes = [error_of(lambda: trainer.gather(torch.ones(1)))[0]] if trainer.distributed.rank == 0 else []
+    if trainer.distributed.rank == 1:
+        trainer.run.distributed.count_progress()  # as every step and batch does
         time.sleep(1)
     return [*outcomes, error_of(lambda: trainer.gather(torch.ones(1)))[0]]
 
 
 def test_after_a_call_alone_the_processes_do_not_go_on_with_stale_words() -> None:
-    assert run_ranks(refuse_and_go_on, 2, timeout=30) == [["CollectiveError", "PeerError"], ["PeerError"]]
+    assert run_ranks(refuse_and_go_on, 2, timeout=30) == [["CollectiveError", "RankFailedError"], ["RankFailedError"]]
 
 
 def nest(raises: bool) -> list[str]:
@@ -352,7 +352,7 @@ def nest(raises: bool) -> list[str]:
     def go() -> None:
         with trainer.main_process_first():
             with trainer.main_process_first():
-                if trainer.peers.rank == 0 and raises:
+                if trainer.distributed.rank == 0 and raises:
                     raise FileNotFoundError("no such archive")
             order.append(f"in {time.monotonic()}")
 
@@ -363,7 +363,7 @@ def nest(raises: bool) -> list[str]:
 def test_what_is_within_main_process_first_has_its_order() -> None:
     (first, _), (second, _) = run_ranks(nest, 2, False, timeout=30)
     assert float(first.split()[1]) < float(second.split()[1])
-    assert run_ranks(nest, 2, True, timeout=30) == [["FileNotFoundError"], ["PeerError"]]
+    assert run_ranks(nest, 2, True, timeout=30) == [["FileNotFoundError"], ["RankFailedError"]]
 
 
 # ---- what has to be the same on all
@@ -381,7 +381,7 @@ def test_what_is_within_main_process_first_has_its_order() -> None:
 def test_data_and_options_that_differ_are_refused(samples: Any, options: Any, told: tuple[str, str]) -> None:
     def train() -> tuple[str, str, float]:
         trainer = Trainer(**tiny_parts())
-        rank = trainer.peers.rank
+        rank = trainer.distributed.rank
         asked: Any = {"num_epochs": 1, **options[rank]}
         outcome = error_of(lambda: trainer.train(tiny_data(samples[rank]), **asked))
         trainer.train(tiny_data(), num_epochs=1)
@@ -395,6 +395,6 @@ def test_data_and_options_that_differ_are_refused(samples: Any, options: Any, to
 def test_evaluation_data_that_differs_is_refused() -> None:
     def evaluate() -> str:
         trainer = Trainer(**tiny_parts())
-        return error_of(lambda: trainer.evaluate(tiny_data(8 + 16 * trainer.peers.rank)))[1]
+        return error_of(lambda: trainer.evaluate(tiny_data(8 + 16 * trainer.distributed.rank)))[1]
 
     assert all("8 samples" in message and "24 samples" in message for message in run_ranks(evaluate, 2, timeout=30))

@@ -142,11 +142,11 @@ def stop_on_rank_one() -> tuple[int, str | None]:
     class Enough(Callback[TrainerCore]):
         @override
         def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-            if trainer.peers.rank == 1 and step.step == 5:
+            if trainer.distributed.rank == 1 and step.step == 5:
                 trainer.stop("rank 1 has had enough")
 
     trainer = Trainer(**tiny_parts(), callbacks=[Enough()])
-    history = trainer.train(tiny_data(), num_epochs=50, agree_every=4)
+    history = trainer.train(tiny_data(), num_epochs=50, stop_check_every=4)
     return history[-1].step, history.stop_reason
 
 
@@ -177,8 +177,8 @@ def test_a_users_sampler_is_dealt_in_its_order() -> None:
 
 def train_already_sharded() -> tuple[float, int]:
     trainer = Trainer(**tiny_parts())
-    data = TensorDataset(*(tensor[: 5 if trainer.peers.rank == 0 else 17] for tensor in tiny_data(24).tensors))
-    history = trainer.train(data, num_epochs=1, per_device_batch_size=4, sharding="already")
+    data = TensorDataset(*(tensor[: 5 if trainer.distributed.rank == 0 else 17] for tensor in tiny_data(24).tensors))
+    history = trainer.train(data, num_epochs=1, per_device_batch_size=4, data_is_sharded=True)
     return history[0].train_loss, int(history[0].items)
 
 
@@ -238,7 +238,7 @@ class Logging(Trainer):
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         output = super().train_step(batch)
-        is_logged = self.peers.rank == 0 and self.progress.steps == 1
+        is_logged = self._distributed.rank == 0 and self.progress.steps == 1
         return StepOutput(output.loss, output.outputs, logged={"aux": torch.tensor(3.0)} if is_logged else {})
 
 

@@ -162,7 +162,7 @@ def train(
         default_callbacks=(),
         **options,
     )
-    size = GLOBAL_BATCH // trainer.gradient_accumulation_steps // trainer.peers.replicas
+    size = GLOBAL_BATCH // trainer.gradient_accumulation_steps // trainer.distributed.replicas
     history = trainer.train(digits(samples), digits(70), num_epochs=2, max_steps=STEPS, per_device_batch_size=size)
     after = trainer.evaluate(digits(70), per_device_batch_size=size)
     evaluations = [*(epoch.eval_loss or 0.0 for epoch in history), after.loss]

@@ -28,10 +28,10 @@ from ptacc import (
     EMAMixin,
     FSDPMixin,
     GradCheckpointMixin,
-    KeepBestModel,
     LaunchError,
     LRSchedulerMixin,
     OptionError,
+    RestoreBestWeights,
     RunPlan,
     StepOutput,
     StepResult,
@@ -452,7 +452,7 @@ def test_a_run_goes_on_with_the_same_stage_and_number_of_processes_alone(tmp_pat
     there = "'deepspeed zero 2, 2 processes'"
     for said in run_ranks(refused_resume, 2, tmp_path, {"zero_stage": 1}):
         assert f"engine was {there} and is 'deepspeed zero 1, 2 processes'" in said
-    for said in run_ranks(refused_resume, 2, tmp_path, {"zero_stage": 1, "resume_despite": ["engine"]}):
+    for said in run_ranks(refused_resume, 2, tmp_path, {"zero_stage": 1, "resume_ignore": ["engine"]}):
         assert f"saved under {there}, and this is 'deepspeed zero 1, 2 processes'" in said
     [said] = run_ranks(refused_resume, 1, tmp_path, {"zero_stage": 2})
     assert f"engine was {there} and is 'deepspeed zero 2, 1 processes'" in said
@@ -600,7 +600,7 @@ def test_it_is_one_engine_of_one() -> None:
     [
         (EMAMixin, {"ema_decay": 0.9}, "EMAMixin averages or copies the weights, and under ZeRO 3"),
         (SWAMixin, {"swa_start": 1}, "swa_start=1 averages or copies the weights, and under ZeRO 3"),
-        (Usual, {"callbacks": [KeepBestModel("eval_loss")]}, "KeepBestModel averages or copies"),
+        (Usual, {"callbacks": [RestoreBestWeights("eval_loss")]}, "RestoreBestWeights averages or copies"),
         (CompileMixin, {}, "CompileMixin traces whole weights, and ZeRO 3 has parts of them"),
     ],
 )
@@ -662,7 +662,7 @@ class Choosing(Deep):
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         output = super().train_step(batch)
-        weight = self.unwrapped_model.get_parameter(f"blocks.{self.peers.rank}.linear.weight")
+        weight = self.unwrapped_model.get_parameter(f"blocks.{self._distributed.rank}.linear.weight")
         return StepOutput(weight.sum(), output.outputs)
 
 

@@ -22,7 +22,7 @@ from ptacc import (
     SWAMixin,
     Trainer,
 )
-from ptacc.tensors.dtensor import is_dealt
+from ptacc.tensors.dtensor import is_dtensor
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, train
 from tests.ranks import run_ranks
 
@@ -33,7 +33,7 @@ class Sharded(FSDPMixin, Usual): ...
 class ShardedAveraging(FSDPMixin, Averaging): ...
 
 
-@pytest.mark.parametrize("extra", [{}, {"fsdp_units": []}, {"fsdp_reshard_after_forward": False}])
+@pytest.mark.parametrize("extra", [{}, {"fsdp_wrap": []}, {"fsdp_reshard_after_forward": False}])
 def test_units_and_resharding_change_no_number(extra: dict[str, Any]) -> None:
     check_equal(run_ranks(lambda: train(Sharded, **extra), 2), train(Usual))
 
@@ -78,7 +78,7 @@ class Looking(Sharded):
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         modules = self.unwrapped_model.modules()
         self.seen = {type(module).__name__ for module in modules if type(module).__name__.startswith("FSDP")}
-        self.held = sum(p.to_local().numel() for p in self.unwrapped_model.parameters() if is_dealt(p))
+        self.held = sum(p.to_local().numel() for p in self.unwrapped_model.parameters() if is_dtensor(p))
         return super().train_step(batch)
 
     seen: Any = ()
@@ -98,13 +98,15 @@ def shares_and_gives_back(units: Any) -> tuple[set[str], float]:
     model = make()
     before, named = {id(p) for p in model.parameters()}, dict(model.named_parameters())
     looks = [(type(module), set(vars(module))) for module in model.modules()]
-    trainer = Looking(**parts(model), fsdp_units=units)
+    trainer = Looking(**parts(model), fsdp_wrap=units)
     trainer.train(digits(), num_epochs=1, max_steps=2)
     assert {id(p) for p in model.parameters()} == before
     assert dict(model.named_parameters()).keys() == named.keys()
     assert [(type(module), set(vars(module))) for module in model.modules()] == looks
     assert all(p.grad is None for p in model.parameters())
-    assert not any(is_dealt(p) for slot in trainer.run.engine.slots for p in slot.parameters)  # nobody keeps the shards
+    assert not any(
+        is_dtensor(p) for slot in trainer.run.engine.slots for p in slot.parameters
+    )  # nobody keeps the shards
     state = trainer.optimizer.state[named["enter.weight"]]
     assert state["momentum_buffer"].shape == (33, 64)
     assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 64)), model(torch.ones(1, 64)))
@@ -129,7 +131,7 @@ def test_the_users_own_model_is_sharded_and_whole_again(units: Any, seen: set[st
 
 def keeps_shards() -> tuple[list[str], list[float]]:
     model = make()
-    trainer = ShardedAveraging(**parts(model), fsdp_gives_back=False)
+    trainer = ShardedAveraging(**parts(model), fsdp_unshard_after_run=False)
     first = trainer.train(digits(), num_epochs=1)
     kinds = [type(p).__name__ for p in model.parameters()]
     evaluated = trainer.evaluate(digits(70)).loss
@@ -179,8 +181,8 @@ def test_after_an_exception_the_model_is_left_in_shards() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fsdp_units": "blocks.*"}, r"fsdp_units='blocks\.\*'\): must be a list"),
-        ({"fsdp_units": [3]}, "3 is neither a class of modules nor a name"),
+        ({"fsdp_wrap": "blocks.*"}, r"fsdp_wrap='blocks\.\*'\): must be a list"),
+        ({"fsdp_wrap": [3]}, "3 is neither a class of modules nor a name"),
         ({"fsdp_param_dtype": torch.int64}, r"fsdp_param_dtype=torch.int64\): must be a floating dtype"),
         ({"fsdp_reduce_dtype": "bf16"}, "fsdp_reduce_dtype='bf16'"),
     ],
@@ -200,7 +202,7 @@ def refusal(options: dict[str, Any]) -> str:
     ("options", "message"),
     [
         ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload=True) on a CPU"),
-        ({"fsdp_units": ["bloks.*"]}, "Did you mean `blocks"),
+        ({"fsdp_wrap": ["bloks.*"]}, "Did you mean `blocks"),
     ],
 )
 def test_what_shows_at_the_start_of_a_run_is_refused_on_all_ranks(options: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from ptacc import (
     CheckpointMixin,
     DamagedCheckpointError,
     FSDPMixin,
-    KeepBestModel,
+    RestoreBestWeights,
     StepResult,
     Steps,
 )
@@ -57,7 +57,7 @@ Outcome: TypeAlias = tuple[list[float], dict[str, Tensor]]
 def train(kind: type[Plain], directory: Path, steps: int = LAST, **options: Any) -> Outcome:
     """Train, or go on, to so many steps."""
     trainer = trainer_of(kind, directory, **options)
-    size = 12 // trainer.peers.world_size
+    size = 12 // trainer.distributed.world_size
     history = trainer.train(digits(200), digits(70), num_epochs=2, max_steps=steps, per_device_batch_size=size)
     state = trainer.optimizer.state_dict()["state"]
     tensors = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
@@ -154,7 +154,7 @@ def test_a_model_in_shards_is_exported_whole(tmp_path: Path) -> None:
 
 def test_a_callbacks_best_weights_go_on_too(tmp_path: Path) -> None:
     def best(directory: Path, steps: int, **options: Any) -> dict[str, Tensor]:
-        _, tensors = train(Sharded, directory, steps, callbacks=[KeepBestModel("eval_loss")], **options)
+        _, tensors = train(Sharded, directory, steps, callbacks=[RestoreBestWeights("eval_loss")], **options)
         return tensors
 
     whole, _ = run_ranks(best, 2, tmp_path / "whole", 18)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, DeepSpeedMixin, FSDPMixin, PeerError, StepResult, Steps, TensorParallelMixin
+from ptacc import CheckpointMixin, DeepSpeedMixin, FSDPMixin, RankFailedError, StepResult, Steps, TensorParallelMixin
 from tests.engines.nets import SPLIT, Usual, digits, make_pairs, optimizer_of
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
@@ -34,7 +34,7 @@ class Saving(CheckpointMixin, Usual):
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        if step.step == self.kill_at and self.peers.rank == 1:
+        if step.step == self.kill_at and self._distributed.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -70,13 +70,13 @@ def train(engine: str, directory: Path, **options: Any) -> tuple[list[float], di
         **its_options,
         **options,
     )
-    size = 12 // trainer.gradient_accumulation_steps // trainer.peers.replicas
+    size = 12 // trainer.gradient_accumulation_steps // trainer.distributed.replicas
     history = trainer.train(digits(200), num_epochs=2, max_steps=LAST, per_device_batch_size=size)
     return [step.loss for step in history.steps], {name: t.clone() for name, t in model.state_dict().items()}
 
 
 def is_killed(engine: str, directory: Path) -> bool:
-    with pytest.raises(PeerError):
+    with pytest.raises(RankFailedError):
         train(engine, directory, kill_at=KILLED)
     return True
 

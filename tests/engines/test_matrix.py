@@ -73,7 +73,7 @@ def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> li
     place: dict[str, Any] = {"checkpoint_dir": directory} if issubclass(kind, ptacc.CheckpointMixin) else {}
     try:
         trainer: Any = kind(model, **usual, **options, **place)
-        size = 16 // trainer.peers.replicas
+        size = 16 // trainer.distributed.replicas
         history = trainer.train(digits(101), digits(37), num_epochs=3, per_device_batch_size=size)
     except (PtaccError, CompositionError) as error:
         return str(error)
@@ -84,16 +84,16 @@ def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> li
 
 def with_engine(engine: str, partner: str, directory: Path) -> list[float] | str:
     its_mixin, its_options = ENGINES[engine]
-    bases, options = parts_of(partner)
+    bases, options = find_stateful_parts(partner)
     return outcome(type("WithEngine", (*bases, its_mixin, Trainer), {}), directory / "with", options | its_options)
 
 
 def without(partner: str, directory: Path) -> list[float] | str:
-    bases, options = parts_of(partner)
+    bases, options = find_stateful_parts(partner)
     return outcome(type("Without", (*bases, Trainer), {}), directory / "without", options)
 
 
-def parts_of(partner: str) -> tuple[tuple[type[Mixin], ...], dict[str, Any]]:
+def find_stateful_parts(partner: str) -> tuple[tuple[type[Mixin], ...], dict[str, Any]]:
     mixin = getattr(ptacc, partner)
     return (mixin,) if mixin is SeedMixin else (mixin, SeedMixin), {"seed": 4, **PARTNERS[partner]}
 

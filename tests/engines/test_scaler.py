@@ -24,7 +24,7 @@ from ptacc import (
     StepResult,
     Trainer,
 )
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.ddp import TorchEngine, step_scaled
 from ptacc.mixins.ema import EMA_STATE
 
@@ -39,7 +39,7 @@ class HalfOnTheHost(Mixin):
     @override
     def make_engine(self) -> Engine:
         scaler = torch.amp.GradScaler("cpu", init_scale=TOO_LARGE)
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots(), scaler)
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), scaler)
 
 
 class Scaled(HalfOnTheHost, GradAccumMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, Trainer):
@@ -171,7 +171,9 @@ def reads_of(step: Callable[[torch.amp.GradScaler, torch.optim.Optimizer], objec
 @pytest.mark.parametrize("loss", [1.0, float("inf")])
 def test_whether_a_step_happened_is_known_without_reading_more(loss: float) -> None:
     def step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        engine = TorchEngine(Accelerator(cpu=True), nn.Linear(1, 1), [Slot.of("optimizer", optimizer)], scaler)
+        engine = TorchEngine(
+            Accelerator(cpu=True), nn.Linear(1, 1), [OptimizerSlot.create("optimizer", optimizer)], scaler
+        )
         assert engine.update() is (loss == 1.0)
 
     assert reads_of(step, loss) == reads_of(step_plainly, loss) > 0
@@ -190,7 +192,7 @@ def test_each_run_begins_with_the_same_factor() -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=TOO_LARGE)
     for _ in range(2):
         model, optimizer, _ = make_parts()
-        engine = TorchEngine(accelerator, model, [Slot.of("optimizer", optimizer)])
+        engine = TorchEngine(accelerator, model, [OptimizerSlot.create("optimizer", optimizer)])
         engine.backward(model(torch.full((1, 4), torch.inf)).sum())
         assert not engine.update()
         assert engine.state_dict()["scaler"]["scale"] == TOO_LARGE / 2

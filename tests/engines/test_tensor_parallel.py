@@ -33,7 +33,7 @@ from ptacc import (
     TensorParallelMixin,
 )
 from ptacc.rng import seed_everything
-from ptacc.tensors.dtensor import is_dealt
+from ptacc.tensors.dtensor import is_dtensor
 from tests.engines.nets import SPLIT, Averaging, PairNet, Usual, check_equal, digits, make_pairs, train
 from tests.ranks import run_ranks
 
@@ -125,7 +125,7 @@ def counts(kind: type[Weighing]) -> list[float]:
     trainer = kind(
         **{**parts(make_pairs()), **options}, metrics=metrics, train_metrics={"accuracy": MulticlassAccuracy(10)}
     )
-    size = 8 // trainer.peers.replicas
+    size = 8 // trainer.distributed.replicas
     history = trainer.train(digits(101), digits(37), num_epochs=2, per_device_batch_size=size)
     evaluated = trainer.evaluate(digits(37), per_device_batch_size=size)
     predicted = trainer.predict(digits(37), per_device_batch_size=size)
@@ -168,7 +168,7 @@ def draws_alike(kind: type[Usual]) -> tuple[list[float], dict[str, Tensor]]:
     class Looking(Callback[Usual]):
         @override
         def on_run_end(self, trainer: Usual) -> None:
-            held.update({name: p.detach().clone() for name, p in model.named_parameters() if not is_dealt(p)})
+            held.update({name: p.detach().clone() for name, p in model.named_parameters() if not is_dtensor(p)})
 
     trainer.callbacks = [Looking()]
     history = trainer.train(digits(101), num_epochs=1, per_device_batch_size=8)
@@ -191,7 +191,7 @@ def shares_and_gives_back(kind: type[Usual]) -> tuple[list[str], float]:
         @override
         def on_run_start(self, trainer: Usual) -> None:
             up = model.blocks[0].get_submodule("up").weight
-            held.append(up.to_local().numel() / (33 * 48) if is_dealt(up) else 1.0)
+            held.append(up.to_local().numel() / (33 * 48) if is_dtensor(up) else 1.0)
 
     kind(**parts(model), callbacks=[Looking()]).train(digits(), num_epochs=1, max_steps=2)
     assert [id(p) for p in model.parameters()] == before
@@ -233,7 +233,7 @@ class SavingBoth(FSDPMixin, Saving): ...
 def go(kind: type[Saving], directory: Path, steps: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
     model = make_pairs()
     trainer = kind(**parts(model), checkpoint_dir=directory, checkpoint_every=Steps(2), **options)
-    size = 12 // trainer.peers.replicas
+    size = 12 // trainer.distributed.replicas
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The run goes on with")
         history = trainer.train(digits(200), digits(70), num_epochs=2, max_steps=steps, per_device_batch_size=size)
@@ -298,7 +298,7 @@ def llama(kind: type[Usual]) -> list[float]:
         tie_word_embeddings=False,
     )
     trainer = Llama(**parts(LlamaForCausalLM(config)), seed=1)
-    size = 12 // trainer.peers.replicas
+    size = 12 // trainer.distributed.replicas
     history = trainer.train(digits(60), digits(24), num_epochs=1, per_device_batch_size=size)
     return [*(step.loss for step in history.steps), history[-1].eval_loss or 0.0]
 
@@ -369,23 +369,23 @@ def test_what_cannot_be_shared_is_refused() -> None:
 def test_data_of_their_own_is_refused() -> None:
     def trains() -> str:
         with pytest.raises(DataError) as caught:
-            Split(**parts(make_pairs())).train(digits(64), num_epochs=1, sharding="already")
+            Split(**parts(make_pairs())).train(digits(64), num_epochs=1, data_is_sharded=True)
         return str(caught.value)
 
     for said in run_ranks(trains, 2):
-        assert "2 share a replica of the model, which takes the same batches" in said
+        assert "2 processes share a replica of the model and need the same batches" in said
 
 
 def test_the_launch_says_how_many_share_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    sizes = run_ranks(lambda: Both(**parts(make_pairs()), tensor_parallel_size=None).peers.replica_size, 4)
+    sizes = run_ranks(lambda: Both(**parts(make_pairs()), tensor_parallel_size=None).distributed.replicas, 4)
     assert sizes == [2, 2, 2, 2]
     with pytest.raises(LaunchError, match=r"asks for a tensor parallel size of 2, and Split was given .*_size=4"):
-        _ = Split(**parts(make_pairs()), tensor_parallel_size=4).peers
+        _ = Split(**parts(make_pairs()), tensor_parallel_size=4).distributed
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
     for said in run_ranks(refusal, 4, Both, {"tensor_parallel_size": None}):
-        assert "asks for a dp_shard_size of 4, and 4 processes of which 2 share a replica make 2" in said
+        assert "asks for a dp_shard_size of 4, but 4 processes with 2 per replica give 2" in said
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split has nothing"):
-        _ = Split(**parts(make_pairs())).peers
+        _ = Split(**parts(make_pairs())).distributed

@@ -31,7 +31,7 @@ from ptacc import (
     RunPlan,
     SeedMixin,
     StopOnNonFinite,
-    ThroughputCallback,
+    Throughput,
     Trainer,
     TrainerCore,
 )
@@ -128,7 +128,7 @@ def train(kind: str, folder: Path, *callbacks: Callback[Any]) -> Trainer:
     make, options = options_of(kind, folder)
     net = nn.Linear(2, 1)
     given: dict[str, Any] = {"default_callbacks": (), **options}
-    reporting = [ThroughputCallback(every=20)] if kind == "composed" else []
+    reporting = [Throughput(every=20)] if kind == "composed" else []
     trainer = make(
         net,
         loss_func=nn.MSELoss(),

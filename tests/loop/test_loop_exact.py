@@ -99,7 +99,7 @@ def train_with_ptacc(net: nn.Module, setting: Setting, *, ready_loader: bool = F
     )
 
 
-def weights_of(net: nn.Module) -> Tensor:
+def get_weights(net: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
@@ -109,7 +109,7 @@ def compare(setting: Setting, *, ready_loader: bool = False) -> tuple[list[float
     plain = train_plainly(plain_net, setting)
     torch.manual_seed(3)
     history = train_with_ptacc(net, setting, ready_loader=ready_loader)
-    return plain, [step.loss for step in history.steps], weights_of(plain_net), weights_of(net)
+    return plain, [step.loss for step in history.steps], get_weights(plain_net), get_weights(net)
 
 
 EVEN = [

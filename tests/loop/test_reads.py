@@ -36,7 +36,7 @@ from ptacc import (
     ProgressBar,
     RunPlan,
     SeedMixin,
-    ThroughputCallback,
+    Throughput,
     Trainer,
     default_callbacks,
 )
@@ -220,7 +220,7 @@ def train_composed(steps: int, optimizer: str, folder: Path) -> None:
         ema_decay=0.99,
         checkpoint_dir=folder / str(steps),
         checkpoint_every=Epochs(1),
-        callbacks=[ThroughputCallback()],
+        callbacks=[Throughput()],
     )
     trainer.train(data, data, max_steps=steps, per_device_batch_size=BATCH)
 
@@ -296,6 +296,6 @@ def test_agreeing_reads_a_number_on_the_host_for_each_vote() -> None:
     def train(steps: int) -> None:
         model, made, data = parts(OPTIMIZERS["sgd"])
         trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
-        trainer.train(data, max_steps=steps, per_device_batch_size=BATCH // 2, agree_every=10)
+        trainer.train(data, max_steps=steps, per_device_batch_size=BATCH // 2, stop_check_every=10)
 
     assert run_ranks(lambda: reads_of_a_step(train), 2) == [{"_local_scalar_dense": 0.1}] * 2

@@ -27,13 +27,13 @@ from ptacc import (
     EMAMixin,
     Epochs,
     GradAccumMixin,
-    KeepBestModel,
     Minutes,
     Mixin,
     MonitorError,
     NestedRunError,
     OptionError,
-    PeerError,
+    RankFailedError,
+    RestoreBestWeights,
     SaveBest,
     SeedMixin,
     StateKey,
@@ -212,7 +212,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, background: b
     assert len(warned) == 5
     assert names(tmp_path / "run") == [1]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000001"]
-    train(tmp_path / "asked", Poisoned, checkpoint_every=Steps(1), checkpoint_non_finite=True)
+    train(tmp_path / "asked", Poisoned, checkpoint_every=Steps(1), checkpoint_allows_non_finite=True)
     assert names(tmp_path / "asked") == [1, 2, 3, 4, 5, 6]
 
 
@@ -221,7 +221,7 @@ def saved_of_a_poisoned_rank(directory: Path, background: bool) -> list[int]:
         @override
         def on_step_end(self, step: StepResult) -> None:
             super().on_step_end(step)
-            if self.peers.rank == 0:
+            if self._distributed.rank == 0:
                 self.unwrapped_model.get_parameter("bias")[0].detach().fill_(0.0)
 
     with warnings.catch_warnings():
@@ -383,7 +383,7 @@ def test_everything_that_differs_is_told_at_once(tmp_path: Path) -> None:
         train(tmp_path / "run", Averaging, resume=True, data=tiny_data(16), gradient_accumulation_steps=2, **other)
     for told in (
         "optimizer was 'torch.optim.sgd.SGD' and is 'torch.optim.adamw.AdamW'",
-        "batches_per_step was '1' and is '2'",
+        "accumulation_steps was '1' and is '2'",
         "data was '24 samples' and is '16 samples'",
         "the checkpoint has no part 'ema'",
         "the model's weight is float64 (3, 4), and the checkpoint's float64 (2, 4)",
@@ -396,7 +396,7 @@ def test_what_differs_can_be_waived_by_its_name(tmp_path: Path) -> None:
         ema_decay: float = 0.5
 
     train(tmp_path / "run", num_epochs=1)
-    again = train(tmp_path / "run", Averaging, resume=True, resume_despite={"ema", "data"}, data=tiny_data(16))
+    again = train(tmp_path / "run", Averaging, resume=True, resume_ignore={"ema", "data"}, data=tiny_data(16))
     assert again.progress.steps == 5
     with pytest.raises(CheckpointError, match="nothing here takes the part 'ema'"):
         train(tmp_path / "run", resume=True, data=tiny_data(16))
@@ -440,12 +440,12 @@ def test_the_history_file_goes_on_where_the_checkpoint_left_it(tmp_path: Path) -
     untimed = [[line.split('"seconds"')[0] for line in path.read_text().splitlines()[1:]] for path in (file, expected)]
     assert untimed[0] == untimed[1]
     file.write_text(file.read_text().replace("0", "1"))
-    with pytest.raises(DamagedCheckpointError, match=r"not the history that was saved.*resume_despite={'history'}"):
+    with pytest.raises(DamagedCheckpointError, match=r"not the history that was saved.*resume_ignore={'history'}"):
         train(tmp_path / "run", history_file=file, resume=True)
     file.unlink()
     with pytest.raises(DamagedCheckpointError, match="is gone"):
         train(tmp_path / "run", history_file=file, resume=True)
-    train(tmp_path / "run", history_file=file, resume=True, resume_despite={"history"}, num_epochs=3)
+    train(tmp_path / "run", history_file=file, resume=True, resume_ignore={"history"}, num_epochs=3)
 
 
 # ---- loading, exporting, signing
@@ -503,7 +503,7 @@ def test_hosts_that_do_not_share_the_directory_are_found_out(tmp_path: Path) -> 
         here = tmp_path / os.environ["RANK"]
         here.mkdir()
         os.chdir(here)
-        with pytest.raises((CheckpointError, PeerError)) as refused:
+        with pytest.raises((CheckpointError, RankFailedError)) as refused:
             train(Path("run"))
         return str(refused.value)
 
@@ -514,11 +514,11 @@ def test_hosts_that_do_not_share_the_directory_are_found_out(tmp_path: Path) -> 
 
 def test_a_checkpoint_that_one_process_asks_for_is_refused(tmp_path: Path) -> None:
     def ask(trainer: Any) -> None:
-        if trainer.peers.rank == 0:
+        if trainer.distributed.rank == 0:
             trainer.save_checkpoint()
 
     def worker() -> str:
-        with pytest.raises((CollectiveError, PeerError)) as refused:
+        with pytest.raises((CollectiveError, RankFailedError)) as refused:
             train(tmp_path, callbacks=[At(2, ask)], checkpoint_every=None)
         return str(refused.value)
 
@@ -526,8 +526,8 @@ def test_a_checkpoint_that_one_process_asks_for_is_refused(tmp_path: Path) -> No
 
 
 def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
-    def best() -> KeepBestModel:
-        return KeepBestModel("eval_loss", mode="max", restore=False)
+    def best() -> RestoreBestWeights:
+        return RestoreBestWeights("eval_loss", mode="max", restore=False)
 
     train(tmp_path, num_epochs=1, callbacks=[first := best()])
     train(tmp_path, callbacks=[again := best()], resume=True)
@@ -546,7 +546,7 @@ def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
         ({"checkpoint_dir": 3}, "checkpoint_dir=3"),
         ({"checkpoint_key": "text"}, "checkpoint_key"),
         ({"checkpoint_signals": (15,)}, "checkpoint_signals"),
-        ({"resume_despite": "ema"}, "resume_despite='ema'"),
+        ({"resume_ignore": "ema"}, "resume_ignore='ema'"),
     ],
 )
 def test_options_that_cannot_be_right_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:

@@ -86,7 +86,9 @@ def parts() -> dict[str, Any]:
 def trained(kind: type[Trainer], num_epochs: int = 2, **options: Any) -> tuple[list[Tensor], list[float]]:
     """Train and evaluate; return the weights, and the losses."""
     trainer = kind(**parts(), **options)
-    history = trainer.train(data(), data(), num_epochs=num_epochs, per_device_batch_size=8 // trainer.peers.world_size)
+    history = trainer.train(
+        data(), data(), num_epochs=num_epochs, per_device_batch_size=8 // trainer.distributed.world_size
+    )
     result = trainer.evaluate(data(), per_device_batch_size=8)
     evaluated = [*(epoch.eval_loss or 0.0 for epoch in history), result.loss]
     return weights(trainer), [*(record.loss for record in history.steps), *evaluated]
@@ -202,10 +204,10 @@ def test_several_processes_train_as_without_it(regions: bool) -> None:
 
 def test_a_launch_may_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    assert Compiled(**parts()).conditions()["compiled"] == "eager, default"
+    assert Compiled(**parts()).resume_invariants()["compiled"] == "eager, default"
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` has it
-    assert Compiled(**parts()).conditions()["compiled"] == "inductor, default"
-    assert Compiled(**parts(), compile_backend="no").conditions()["compiled"] == "no, default"
+    assert Compiled(**parts()).resume_invariants()["compiled"] == "inductor, default"
+    assert Compiled(**parts(), compile_backend="no").resume_invariants()["compiled"] == "no, default"
 
 
 @pytest.mark.parametrize("name", ["compile_backend", "compile_mode"])

@@ -7,7 +7,7 @@ from typing_extensions import override
 from ptacc import Callback, EarlyStoppingMixin, EpochRecord, MonitorError, Steps, Trainer
 from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
-from ptacc.types.monitor import Monitored
+from ptacc.types.monitor import Monitor
 
 
 class Scripted(EarlyStoppingMixin, Trainer):
@@ -73,7 +73,7 @@ def test_a_misspelt_monitor_is_refused_before_the_run() -> None:
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_the_best_is_the_best_in_its_mode(mode: str) -> None:
-    patience = Patience(Monitored("x", mode="min" if mode == "min" else "max"))
+    patience = Patience(Monitor("x", mode="min" if mode == "min" else "max"))
     for value in (2.0, 1.0, 3.0):
         patience.observe(value)
     assert patience.best == (1.0 if mode == "min" else 3.0)

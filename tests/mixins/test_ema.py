@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import EMAMixin, GradAccumMixin, KeepBestModel, StepResult, Trainer
+from ptacc import EMAMixin, GradAccumMixin, RestoreBestWeights, StepResult, Trainer
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.model.averaging import AveragedWeights
 from ptacc.testing import tiny_data, tiny_parts
@@ -121,7 +121,7 @@ def test_an_evaluation_within_averaged_weights_sees_them_too() -> None:
 
 
 def test_the_best_model_is_the_one_that_was_evaluated() -> None:
-    trainer = Averaged(**tiny_parts(), ema_decay=0.5, callbacks=[KeepBestModel("eval_loss", mode="max")])
+    trainer = Averaged(**tiny_parts(), ema_decay=0.5, callbacks=[RestoreBestWeights("eval_loss", mode="max")])
     history = trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     best = max(epoch.eval_loss for epoch in history if epoch.eval_loss is not None)
     assert best == history[0].eval_loss

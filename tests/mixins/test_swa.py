@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
-from ptacc import EpochRecord, KeepBestModel, OptionError, SWAMixin, SyncBatchNormMixin, Trainer
+from ptacc import EpochRecord, OptionError, RestoreBestWeights, SWAMixin, SyncBatchNormMixin, Trainer
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -118,9 +118,9 @@ def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor
     trainer = kind(**parts, swa_start=1)
     data: TensorDataset | Subset[Any] = tiny_data(DEALT[dealt][-1].stop)
     if dealt == "sharded":
-        data = Subset(data, range(16) if trainer.peers.rank == 0 else range(16, 22))
+        data = Subset(data, range(16) if trainer.distributed.rank == 0 else range(16, 22))
     options: Any = {"per_device_batch_size": 4, "train_dataloader_kwargs": {"shuffle": False}}
-    trainer.train(data, num_epochs=2, sharding="already" if dealt == "sharded" else "auto", **options)
+    trainer.train(data, num_epochs=2, data_is_sharded=dealt == "sharded", **options)
     return dict(model.state_dict()), torch.stack(weights).mean(dim=0)
 
 
@@ -146,10 +146,10 @@ def test_two_processes_end_with_one_average_and_the_mean_of_all_their_batches(
 
 
 def test_a_run_cannot_end_with_the_best_weights_and_with_the_average() -> None:
-    trainer = Averaged(**tiny_parts(), swa_start=1, callbacks=[KeepBestModel("train_loss")])
+    trainer = Averaged(**tiny_parts(), swa_start=1, callbacks=[RestoreBestWeights("train_loss")])
     with pytest.raises(OptionError, match="cannot end both"):
         trainer.train(tiny_data(), num_epochs=1)
-    watched = KeepBestModel("train_loss", restore=False)
+    watched = RestoreBestWeights("train_loss", restore=False)
     Averaged(**tiny_parts(), swa_start=1, callbacks=[watched]).train(tiny_data(), num_epochs=1)
     assert watched.best_epoch == 1
 

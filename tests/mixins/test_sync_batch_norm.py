@@ -126,8 +126,8 @@ class Shards(IterableDataset[tuple[Tensor, Tensor]]):
 
 def train_shards() -> list[float]:
     trainer = Synced(**make_parts(make_model("1d")))
-    data = DataLoader(Shards(trainer.peers.rank), batch_size=6)
-    return [step.loss for step in trainer.train(data, max_steps=3, sharding="already").steps]
+    data = DataLoader(Shards(trainer.distributed.rank), batch_size=6)
+    return [step.loss for step in trainer.train(data, max_steps=3, data_is_sharded=True).steps]
 
 
 def test_processes_that_have_no_more_data_count_nowhere() -> None:
@@ -187,7 +187,7 @@ def normalise_a_part(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, T
     inputs, gradients = parts_of_a_batch(dtype)[rank]
     inputs.requires_grad_()
     norm = make_norm().to(norm_dtype)
-    outputs = normalise(inputs, norm, is_phantom=rank == PHANTOM)
+    outputs = normalise(inputs, norm, is_padding=rank == PHANTOM)
     # The loop scales a phantom's loss by 0.
     outputs.backward(gradients * (rank != PHANTOM))  # type: ignore[no-untyped-call]
     assert inputs.grad is not None

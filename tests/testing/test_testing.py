@@ -20,15 +20,15 @@ from typing_extensions import override
 from ptacc import (
     AMPMixin,
     Callback,
+    DataLoaderConfig,
     EarlyStoppingMixin,
     GradAccumMixin,
     GradClipMixin,
-    KeepBestModel,
-    LoaderRequest,
     LRSchedulerMixin,
     Mixin,
     OptionError,
     Precision,
+    RestoreBestWeights,
     RunPlan,
     SeedMixin,
     StepOutput,
@@ -233,7 +233,7 @@ class Shifting(Mixin):
     def on_run_end(self) -> None:
         super().on_run_end()
         with torch.no_grad():
-            self.unwrapped_model.get_parameter("bias").add_(1e-6 * self.run.batches_per_step)
+            self.unwrapped_model.get_parameter("bias").add_(1e-6 * self.run.accumulation_steps)
 
 
 class ShiftingTrainer(Shifting, Trainer): ...
@@ -260,7 +260,7 @@ def test_a_training_that_fails_in_one_split_alone_is_refused() -> None:
 
 class DropsLast(Trainer):
     @override
-    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         request.kwargs["drop_last"] = True
         return super().make_train_dataloader(request)
 
@@ -406,7 +406,7 @@ def test_weights_and_optimizer_are_put_back(make_optimizer: Callable[..., torch.
 
 
 def test_nobody_hears_of_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best: Callback[TrainerCore] = KeepBestModel("eval_loss")
+    best: Callback[TrainerCore] = RestoreBestWeights("eval_loss")
     parts = tiny_parts()
     del parts["default_callbacks"]
     trainer = Trainer(**parts, callbacks=[best], history_file=tmp_path / "history.jsonl")

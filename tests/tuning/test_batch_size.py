@@ -16,7 +16,7 @@ from ptacc import (
     GradAccumMixin,
     ModelError,
     OptionError,
-    PeerError,
+    RankFailedError,
     SyncBatchNormMixin,
     Trainer,
     find_batch_size,
@@ -222,7 +222,7 @@ def test_a_margin_is_left_over() -> None:
 def search_on_ranks(*capacities: int) -> BatchSizeSearch:
     model = Small(10**6)
     trainer = make(model)
-    model.capacities = (capacities[trainer.peers.rank],) * 2
+    model.capacities = (capacities[trainer.distributed.rank],) * 2
     found = find_batch_size(trainer, tiny_data(), global_batch_size=24)
     model.capacities = (10**6, 10**6)
     trainer.gradient_accumulation_steps = found.gradient_accumulation_steps
@@ -255,7 +255,7 @@ def search_with_collectives_in_the_forward() -> int:
     model = Normed()
     parts: dict[str, Any] = tiny_parts() | {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     trainer = Synchronised(**parts)
-    model.capacities = ((100, 5)[trainer.peers.rank],) * 2
+    model.capacities = ((100, 5)[trainer.distributed.rank],) * 2
     return find_batch_size(trainer, tiny_data(), global_batch_size=24).per_device_batch_size
 
 
@@ -266,10 +266,10 @@ def test_norms_that_see_the_global_batch_do_not_wait_for_a_rank_that_ran_out() -
 def search_that_fails_on_one_rank() -> str:
     model = Failing(4, RuntimeError("a mistake"))
     trainer = make(model)
-    model.limit = (100, 4)[trainer.peers.rank]
+    model.limit = (100, 4)[trainer.distributed.rank]
     try:
         find_batch_size(trainer, tiny_data(), global_batch_size=12)
-    except (RuntimeError, PeerError) as error:
+    except (RuntimeError, RankFailedError) as error:
         model.limit = 100
         trainer.train(tiny_data(), num_epochs=1)
         return f"{type(error).__name__}: {error}"
@@ -279,7 +279,7 @@ def search_that_fails_on_one_rank() -> str:
 def test_another_error_on_one_rank_is_raised_on_all_which_can_go_on() -> None:
     first, second = run_ranks(search_that_fails_on_one_rank, 2)
     assert second == "RuntimeError: a mistake"
-    assert first.startswith("PeerError: rank 1 failed in a try of find_batch_size()")
+    assert first.startswith("RankFailedError: rank 1 failed in a try of find_batch_size()")
     assert first.endswith("RuntimeError: a mistake")
 
 

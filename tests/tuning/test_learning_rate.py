@@ -130,7 +130,7 @@ def make_everything(folder: Path, make_optimizer: Callable[..., Optimizer]) -> E
     )
 
 
-def state_of(trainer: Trainer) -> list[object]:
+def copy_state(trainer: Trainer) -> list[object]:
     """Return all that a search could have changed, as text with every digit."""
     torch.set_printoptions(precision=17, threshold=10_000)  # type: ignore[no-untyped-call]  # torch leaves it so
     model = trainer.model
@@ -160,7 +160,7 @@ def test_a_run_after_a_search_is_the_one_without_it_to_the_last_bit(
         if searches:
             find_learning_rate(trainer, iris(), steps=30, per_device_batch_size=16)
         history = trainer.train(iris(), iris(), num_epochs=3, per_device_batch_size=16)
-        ends.append((state_of(trainer), history.steps, [epoch.eval_loss for epoch in history]))
+        ends.append((copy_state(trainer), history.steps, [epoch.eval_loss for epoch in history]))
     assert ends[0] == ends[1]
 
 
@@ -169,9 +169,9 @@ def test_nothing_has_changed_after_a_search_between_two_runs(tmp_path: Path) -> 
     trainer.train(iris(), iris(), num_epochs=1)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    before, files, run = state_of(trainer), sorted(tmp_path.rglob("*")), trainer.run
+    before, files, run = copy_state(trainer), sorted(tmp_path.rglob("*")), trainer.run
     find_learning_rate(trainer, iris(), steps=20)
-    assert (state_of(trainer), sorted(tmp_path.rglob("*")), trainer.run) == (before, files, run)
+    assert (copy_state(trainer), sorted(tmp_path.rglob("*")), trainer.run) == (before, files, run)
 
 
 def test_a_search_that_fails_leaves_no_trace_either() -> None:
@@ -186,10 +186,10 @@ def test_a_search_that_fails_leaves_no_trace_either() -> None:
 
     parts["loss_func"] = fails_later
     trainer = Trainer(**parts)
-    before = state_of(trainer)
+    before = copy_state(trainer)
     with pytest.raises(ZeroDivisionError):
         find_learning_rate(trainer, iris())
-    assert state_of(trainer) == before
+    assert copy_state(trainer) == before
     assert not trainer.has_run
 
 
@@ -201,10 +201,10 @@ def test_with_any_mixin_a_search_leaves_no_trace(
     kind: Any = type("Composed", (mixin, Trainer), {})
     options = mixin.law_options()
     trainer: Trainer = kind(**tiny_parts(), **options)
-    before = state_of(trainer)
+    before = copy_state(trainer)
     search = find_learning_rate(trainer, tiny_data(), steps=20)
     assert search.suggestion is not None
-    assert state_of(trainer) == before
+    assert copy_state(trainer) == before
     assert (list(tmp_path.iterdir()), *capsys.readouterr()) == ([], "", "")
     if "checkpoint_dir" in options:
         assert list(Path(options["checkpoint_dir"]).iterdir()) == []
@@ -364,7 +364,7 @@ class Scaling(Trainer):
     @override
     def make_engine(self) -> Engine:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots(), scaler)
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), scaler)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -413,10 +413,10 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
 
 def search_on_rank(folder: Path) -> tuple[LearningRateSearch, bool]:
     trainer = make_everything(folder, torch.optim.SGD)
-    before = state_of(trainer)
+    before = copy_state(trainer)
     search_options: dict[str, Any] = {"steps": 20, "min_lr": 1e-3, "max_lr": 1.0, "per_device_batch_size": 8}
     search = find_learning_rate(trainer, iris(), **search_options)
-    is_as_before = state_of(trainer) == before
+    is_as_before = copy_state(trainer) == before
     trainer.train(iris(), iris(), num_epochs=1)
     return search, is_as_before
 
@@ -459,9 +459,9 @@ def search_in_parts(kind: Any, options: dict[str, Any]) -> tuple[LearningRateSea
     parts["optimizer"] = torch.optim.Adam(parts["model"].parameters())
     trainer: Trainer = kind(**parts, **options)
     trainer.train(iris(), num_epochs=1, per_device_batch_size=8)
-    before = state_of(trainer)
+    before = copy_state(trainer)
     search = find_learning_rate(trainer, iris(), steps=15, max_lr=0.1, per_device_batch_size=8)
-    return search, state_of(trainer) == before
+    return search, copy_state(trainer) == before
 
 
 def check_parts(kind: type[Trainer], options: dict[str, Any]) -> None:

@@ -28,35 +28,35 @@ from typing_extensions import TypeVar, override
 
 from ptacc import (
     AcceleratorBuilder,
+    AcceleratorProtocol,
     AMPMixin,
     BatchMixin,
     Best,
     Cadence,
     Callback,
     CheckpointMixin,
+    DataLoaderConfig,
     DataLoaderKwargs,
-    DeviceRuntime,
     EpochRecord,
     Epochs,
     EvalOptions,
     EvalResult,
     GradAccumMixin,
     GradClipMixin,
-    KeepBestModel,
-    LoaderRequest,
     LRSchedulerLike,
     LRSchedulerMixin,
     MetricLike,
     MetricsMixin,
     Minutes,
     Mixin,
-    Monitored,
+    Monitor,
     Pair,
     PlateauSchedulerLike,
     Predictions,
     PrintMetrics,
     Progress,
     ProgressBar,
+    RestoreBestWeights,
     Run,
     RunHistory,
     RunPlan,
@@ -84,7 +84,7 @@ from ptacc import (
     TrainOptions,
     default_callbacks,
     hook,
-    replaces,
+    replaces_super,
 )
 
 BatchT = TypeVar("BatchT")
@@ -250,8 +250,8 @@ def lengths_of_a_run(trainer: Trainer) -> None:
 def options_of_training(trainer: Trainer) -> None:
     every: Cadence = Steps(500)
     trainer.train(data, data, num_epochs=1, per_device_batch_size=32, evaluate_every=every, evaluate_first=True)
-    trainer.train(data, data, num_epochs=1, evaluate_every=Epochs(2), limit_batches=3, agree_every=10)
-    trainer.train(data, data, num_epochs=1, evaluate_every=Minutes(0.5), sharding="already")
+    trainer.train(data, data, num_epochs=1, evaluate_every=Epochs(2), limit_batches=3, stop_check_every=10)
+    trainer.train(data, data, num_epochs=1, evaluate_every=Minutes(0.5), data_is_sharded=True)
     trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_workers": 2, "drop_last": True})
     workers: DataLoaderKwargs = {
         "num_workers": 2,
@@ -328,7 +328,7 @@ def what_a_trainer_has(trainer: Trainer) -> None:
     assert_type(trainer.model, nn.Module)
     assert_type(trainer.unwrapped_model, nn.Module)
     assert_type(trainer.optimizer, Optimizer)
-    assert_type(trainer.accelerator, DeviceRuntime)
+    assert_type(trainer.accelerator, AcceleratorProtocol)
     assert_type(trainer.accelerator.device, torch.device)
     assert_type(trainer.accelerator.num_processes, int)
     assert_type(trainer.accelerator.is_main_process, bool)
@@ -340,11 +340,11 @@ def what_a_trainer_has(trainer: Trainer) -> None:
     assert_type(trainer.progress, Progress)
     assert_type(trainer.progress.steps, int)
     assert_type(trainer.is_running, bool)
-    assert_type(trainer.peers.rank, int)
-    assert_type(trainer.peers.gather("name"), list[str])
+    assert_type(trainer.distributed.rank, int)
+    assert_type(trainer.distributed.gather("name"), list[str])
     assert_type(trainer.loss_func, Callable[[Tensor, Tensor], Tensor])
     with trainer.accelerator.autocast():
-        trainer.print("rank", trainer.peers.rank)
+        trainer.print("rank", trainer.distributed.rank)
     trainer.stop("tired")
 
 
@@ -355,7 +355,7 @@ Trainer(model=net, loss_func=cross_entropy, optimizer=opt)
 Trainer(net, loss_func=lambda outputs, targets: (outputs - targets).mean(), optimizer=opt)
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=(), history_file=Path("history.jsonl"))
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics()])
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), KeepBestModel("eval_loss")))
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), RestoreBestWeights("eval_loss")))
 
 
 class Everything(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, SeedMixin, Trainer):
@@ -376,7 +376,7 @@ everything = Everything(
     seed=1,
     label_smoothing=0.1,
     names=["zero", "one"],
-    callbacks=[KeepBestModel(Monitored("accuracy", mode="max")), StopOnNonFinite()],
+    callbacks=[RestoreBestWeights(Monitor("accuracy", mode="max")), StopOnNonFinite()],
 )
 assert_type(everything.label_smoothing, float)
 assert_type(everything.mixed_precision, Literal["no", "fp16", "bf16"] | None)
@@ -638,16 +638,16 @@ class EveryHookMixin(Mixin):
         builder.write(EveryHookMixin, mixed_precision="bf16")
 
     @override
-    def reported_values(self) -> frozenset[str]:
-        return super().reported_values() | {"loss_scale"}
+    def train_value_names(self) -> frozenset[str]:
+        return super().train_value_names() | {"loss_scale"}
 
     @override
     def compute_metrics(self) -> dict[str, float]:
         return super().compute_metrics() | {"one": 1.0}
 
     @override
-    def batches_per_step(self) -> int:
-        return 2 * super().batches_per_step()
+    def accumulation_steps(self) -> int:
+        return 2 * super().accumulation_steps()
 
     @override
     @contextlib.contextmanager
@@ -667,7 +667,7 @@ class EveryHookMixin(Mixin):
         assert_type(record.train_loss, float)
 
     @override
-    @replaces
+    @replaces_super
     def on_exception(self, error: BaseException) -> None:
         self.print(type(error).__name__)
 
@@ -711,7 +711,7 @@ class OwnMixins(NoiseMixin, TallyMixin, EveryHookMixin, NewHookMixin, GenericMix
         assert_type(self.seen, list[Pair])
 
     @override
-    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         assert_type(request.per_device_batch_size, int | None)
         return request.build(shuffle=False)
 
@@ -733,8 +733,8 @@ class Anywhere(Callback[object]):
         assert_type(record.eval_loss, float | None)
 
     @override
-    def monitors(self) -> tuple[Monitored, ...]:
-        return (Monitored("accuracy", mode="max"),)
+    def monitors(self) -> tuple[Monitor, ...]:
+        return (Monitor("accuracy", mode="max"),)
 
 
 class ForAnyTrainer(Callback[TrainerCore]):
@@ -790,7 +790,7 @@ listeners: list[Callback[OwnMixins]] = [ForMine(), ForNoise(), ForMetrics(), For
 OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=listeners)
 OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=[ForMine(), ForNoise(), ForMetrics()])
 OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, callbacks=[Logged[OwnMixins](lambda t: str(t.noise))])
-PairLoop(net, optimizer=opt, callbacks=[ForMetrics(), Anywhere(), KeepBestModel("accuracy", mode="max")])
+PairLoop(net, optimizer=opt, callbacks=[ForMetrics(), Anywhere(), RestoreBestWeights("accuracy", mode="max")])
 
 
 class WithListeners(GradClipMixin, Trainer):

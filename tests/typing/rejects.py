@@ -32,13 +32,13 @@ from ptacc import (
     EvalResult,
     GradAccumMixin,
     GradClipMixin,
-    KeepBestModel,
     LRSchedulerMixin,
     MetricLike,
     MetricsMixin,
     Mixin,
-    Monitored,
+    Monitor,
     Pair,
+    RestoreBestWeights,
     RunPlan,
     SaveBest,
     SeedMixin,
@@ -312,12 +312,12 @@ Measured(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])  # type: ignore[list-item]
 
 # 26 the callback's class in place of a callback
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel("eval_loss")])
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel])  # type: ignore[list-item]
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights("eval_loss")])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights])  # type: ignore[list-item]
 
 # 27 one callback where a sequence of them is needed
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=(KeepBestModel("eval_loss"),))
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=KeepBestModel("eval_loss"))  # type: ignore[arg-type]
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=(RestoreBestWeights("eval_loss"),))
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=RestoreBestWeights("eval_loss"))  # type: ignore[arg-type]
 
 
 # ==== callbacks that one writes
@@ -758,24 +758,24 @@ limit_of(trainer)  # type: ignore[arg-type]
 # ==== monitors
 
 # 82 a mode that is none
-KeepBestModel("accuracy", mode="max")
-KeepBestModel("accuracy", mode="maximum")  # type: ignore[arg-type]
+RestoreBestWeights("accuracy", mode="max")
+RestoreBestWeights("accuracy", mode="maximum")  # type: ignore[arg-type]
 
 # 83 the metric in place of its name
-KeepBestModel(Monitored("accuracy"))
-KeepBestModel(MeanMetric())  # type: ignore[arg-type]
+RestoreBestWeights(Monitor("accuracy"))
+RestoreBestWeights(MeanMetric())  # type: ignore[arg-type]
 
 
 class Watches(Callback[object]):
     @override
-    def monitors(self) -> tuple[Monitored, ...]:
-        return (Monitored("accuracy"),)
+    def monitors(self) -> tuple[Monitor, ...]:
+        return (Monitor("accuracy"),)
 
 
 # 84 names in place of handles
 class WatchesNames(Callback[object]):
     @override
-    def monitors(self) -> tuple[Monitored, ...]:
+    def monitors(self) -> tuple[Monitor, ...]:
         return ("accuracy",)  # type: ignore[return-value]
 
 
@@ -824,7 +824,7 @@ class Saved(CheckpointMixin, Trainer): ...
 saved = Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", callbacks=[SaveBest("eval_loss")])
 
 # 91 a callback that saves, in a trainer that cannot
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=[KeepBestModel("eval_loss")])
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights("eval_loss")])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[SaveBest("eval_loss")])  # type: ignore[list-item]
 
 # 92 a step's number in place of a checkpoint's path

@@ -14,7 +14,7 @@ from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 
-class LateReader:
+class AsyncScalarReader:
     """The value of a scalar on the device, as of the last step whose copy has arrived; nobody waits for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class StopOnNonFinite(Callback[TrainerCore]):
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
         """Read the new epoch's sum from its start."""
-        self._reader = LateReader(trainer.device)
+        self._reader = AsyncScalarReader(trainer.device)
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:

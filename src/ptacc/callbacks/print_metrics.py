@@ -29,7 +29,7 @@ class PrintMetrics(Callback[TrainerCore]):
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
         """Print the epoch's row, with a header above where there are new columns."""
-        if trainer.peers.rank != 0:
+        if trainer.distributed.rank != 0:
             return
         values = record.values()
         if not values.keys() <= set(self._columns):
@@ -41,7 +41,7 @@ class PrintMetrics(Callback[TrainerCore]):
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         """Say why a run was stopped."""
-        if trainer.history.stop_reason is not None and trainer.peers.rank == 0:
+        if trainer.history.stop_reason is not None and trainer.distributed.rank == 0:
             print(f"stopped after step {trainer.progress.steps}: {trainer.history.stop_reason}", file=self._file)
 
     def _print(self, cells: list[str]) -> None:

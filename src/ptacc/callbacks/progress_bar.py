@@ -43,7 +43,7 @@ class ProgressBar(Callback[TrainerCore]):
         """Open the epoch's bar."""
         file = self._file or sys.stderr
         shown = file.isatty() if self._shown is None else self._shown
-        if shown and trainer.peers.rank == 0:
+        if shown and trainer.distributed.rank == 0:
             plan = trainer.run.plan
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
             self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"

@@ -9,7 +9,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.types.aliases import Mode
-from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EvalResult
 from ptacc.types.protocols import StateDict, SupportsCheckpoint
 
@@ -23,7 +23,7 @@ class SaveBest(Callback[SupportsCheckpoint]):
         best_value: The best value so far, NaN before the first.
     """
 
-    def __init__(self, monitor: str | Monitored, mode: Mode = "min") -> None:
+    def __init__(self, monitor: str | Monitor, mode: Mode = "min") -> None:
         """Watch a value of an evaluation.
 
         Args:
@@ -31,10 +31,10 @@ class SaveBest(Callback[SupportsCheckpoint]):
             mode: Whether less or more is better; a handle knows that itself.
         """
         self.best_value: float = math.nan
-        self._monitored = as_monitored(monitor, mode)
+        self._monitored = as_monitor(monitor, mode)
 
     @override
-    def monitors(self) -> tuple[Monitored, ...]:
+    def monitors(self) -> tuple[Monitor, ...]:
         """Return the value watched."""
         return (self._monitored,)
 
@@ -47,7 +47,9 @@ class SaveBest(Callback[SupportsCheckpoint]):
     def on_evaluation_end(self, trainer: SupportsCheckpoint, name: str, result: EvalResult) -> None:
         """Ask for a checkpoint if this is the best."""
         value = result.values(name).get(self._monitored.name, math.nan)
-        is_the_runs_own = isinstance(trainer, TrainerCore) and trainer.is_running and trainer.run.plans_evaluation
+        is_the_runs_own = (
+            isinstance(trainer, TrainerCore) and trainer.is_running and trainer.run.is_scheduled_evaluation
+        )
         if is_the_runs_own and self._monitored.is_better(value, than=self.best_value):
             self.best_value = value
             trainer.save_checkpoint(label=self._monitored.name)

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
-from ptacc.data.wrappers import Batches, WatchedSource
+from ptacc.data.wrappers import Batches, ObservedSource
 from ptacc.profiling.hardware import known_peak, peak_host_memory, start_counting
-from ptacc.profiling.throughput import Tally, Throughput
+from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
 from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 REPORTS_IN_MEMORY = 1000
 
 
-class ThroughputCallback(Callback[TrainerCore]):
+class Throughput(Callback[TrainerCore]):
     """Tells how fast training is: items, samples and steps a second, waiting for data, use of the device, memory.
 
-    At the end of each epoch, or each `every` steps, a `Throughput` is made of the steps since the last. Its values are
-    logged by that step, so that they are in the history and in whatever shows or stores that. `reports` has the last
-    1,000 of them, and `summary()` tells of the whole run.
+    At the end of each epoch, or every `every` steps, it makes a `ThroughputRecord` of the steps since the last one. Its
+    values are logged by that step, so that the history has them. `reports` has the last 1,000 of them, and
+    `summary()` covers the whole run.
 
     Time is the host's. A device works behind the host, by as much as its queue holds; so the host waits for it once at
     each report and before each evaluation, and in no other step: over the steps in between, the loop is as fast as the
@@ -70,7 +70,7 @@ class ThroughputCallback(Callback[TrainerCore]):
         Raises:
             OptionError: A number that cannot be right.
         """
-        owner = "ThroughputCallback"
+        owner = "Throughput"
         if every is not None:
             check_at_least(owner, "every", every, 1)
         check_at_least(owner, "warmup", warmup, 0)
@@ -82,8 +82,8 @@ class ThroughputCallback(Callback[TrainerCore]):
         self._begin()
 
     def _begin(self) -> None:
-        self._tally, self._reported = Tally(), Tally()
-        self._reports: deque[Throughput] = deque(maxlen=REPORTS_IN_MEMORY)
+        self._tally, self._reported = ThroughputCounter(), ThroughputCounter()
+        self._reports: deque[ThroughputRecord] = deque(maxlen=REPORTS_IN_MEMORY)
         self._device, self._is_alone = torch.device("cpu"), True
         self._peak: float | None = None
         self._flops = self._given_flops
@@ -94,13 +94,13 @@ class ThroughputCallback(Callback[TrainerCore]):
         self._is_in_epoch, self._is_warm = False, self._warmup == 0
 
     @property
-    def reports(self) -> Sequence[Throughput]:
+    def reports(self) -> Sequence[ThroughputRecord]:
         """The last 1,000 reports of the present run, or of the last one."""
         return tuple(self._reports)
 
-    def summary(self) -> Throughput:
+    def summary(self) -> ThroughputRecord:
         """Return what the present run, or the last one, did so far after its warm-up: all of it in one stretch."""
-        return self._complete(self._tally.between(Tally(), self._step, self._ended))
+        return self._complete(self._tally.between(ThroughputCounter(), self._step, self._ended))
 
     # ---- what is heard
 
@@ -108,12 +108,12 @@ class ThroughputCallback(Callback[TrainerCore]):
     def on_run_start(self, trainer: TrainerCore) -> None:
         """Begin anew."""
         self._begin()
-        self._device, self._is_alone = trainer.device, trainer.peers.is_alone
+        self._device, self._is_alone = trainer.device, trainer.distributed.world_size == 1
         peak = self._given_peak
         if peak is None and is_in_half_precision(trainer):
             peak = known_peak(trainer.device)
-        self._peak = None if peak is None else peak * trainer.peers.world_size
-        trainer.run.data = WatchedSource(trainer.run.data, self._timed)
+        self._peak = None if peak is None else peak * trainer.distributed.world_size
+        trainer.run.data = ObservedSource(trainer.run.data, self._timed)
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -132,7 +132,7 @@ class ThroughputCallback(Callback[TrainerCore]):
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
         """Count the step, and report where it is time to."""
         if self._counter is not None:
-            self._flops = self._stop_counting() * trainer.peers.world_size / step.items
+            self._flops = self._stop_counting() * trainer.distributed.world_size / step.items
         self._tally.add_step(step.items, self._samples, self._waited)
         self._waited, self._step, self._ended = 0.0, step.step, time.perf_counter()
         if not self._is_warm:
@@ -191,7 +191,7 @@ class ThroughputCallback(Callback[TrainerCore]):
 
     def _warm_up(self) -> None:
         if self._tally.steps == self._warmup:
-            self._tally, self._is_warm = Tally(since=self._now()), True
+            self._tally, self._is_warm = ThroughputCounter(since=self._now()), True
 
     def _is_due(self, trainer: TrainerCore) -> bool:
         steps = self._tally.steps - self._reported.steps
@@ -212,7 +212,7 @@ class ThroughputCallback(Callback[TrainerCore]):
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
-    def _complete(self, counted: Throughput) -> Throughput:
+    def _complete(self, counted: ThroughputRecord) -> ThroughputRecord:
         on_device = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
         return replace(
             counted,

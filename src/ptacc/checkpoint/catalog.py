@@ -25,7 +25,7 @@ LATER_RUN = re.compile(r"run-([2-9]|[1-9][0-9]+)")
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointEntry:
     """A checkpoint as it was found.
 
     Args:
@@ -47,27 +47,27 @@ class Found:
         """Whether it was removed since it was found: a run that goes on removes its old ones."""
         return bool(self.problem) and not (self.store.directory / self.name).is_dir()
 
-    def looked_at(self) -> Found:
+    def looked_at(self) -> CheckpointEntry:
         """Return it with its manifest, or with what is wrong with that."""
         try:
             return replace(self, manifest=self.store.manifest(self.name))
         except (CheckpointError, OSError) as error:
-            return replace(self, problem=problem_of(error))
+            return replace(self, problem=describe_problem(error))
 
-    def verified(self) -> Found:
+    def verified(self) -> CheckpointEntry:
         """Return it with what is wrong with any of its files, having read them all."""
         try:
             return replace(self, manifest=self.store.verify(self.name), problem="")
         except (CheckpointError, OSError) as error:
-            return replace(self, problem=problem_of(error))
+            return replace(self, problem=describe_problem(error))
 
 
-def problem_of(error: CheckpointError | OSError) -> str:
+def describe_problem(error: CheckpointError | OSError) -> str:
     """Say what is wrong with a checkpoint: another key, or a later format, is no damage."""
     return f"{'damaged' if isinstance(error, DamagedCheckpointError) else 'refused'}: {error}"
 
 
-def found_at(directory: Path, key: bytes | None) -> list[Found]:
+def found_at(directory: Path, key: bytes | None) -> list[CheckpointEntry]:
     """Return the one checkpoint that a directory is, or those of all runs in it, the oldest first.
 
     Args:
@@ -86,22 +86,22 @@ def found_at(directory: Path, key: bytes | None) -> list[Found]:
     return found
 
 
-def found_itself(directory: Path, key: bytes | None) -> Found | None:
+def found_itself(directory: Path, key: bytes | None) -> CheckpointEntry | None:
     """Return the checkpoint that a directory is: None for a directory of checkpoints, or of anything else."""
     path = directory.resolve()
     is_named_so = path.name.startswith(PREFIX) and path.is_dir() and not any(entry.is_dir() for entry in path.iterdir())
     if (path / MANIFEST).exists() or is_named_so:
-        return Found(store_at(path.parent, key), path.name, str(directory)).looked_at()
+        return CheckpointEntry(store_at(path.parent, key), path.name, str(directory)).looked_at()
     return None
 
 
-def found_in(store: CheckpointStore, prefix: str) -> list[Found]:
+def found_in(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
     """Return the checkpoints of one run, the oldest first; last those of which nobody knows the age."""
     names = sorted([*store.names(), *store.others()])
-    found = [Found(store, name, f"{prefix}{name}").looked_at() for name in names]
-    return sorted((one for one in found if not one.is_gone), key=age_of)
+    found = [CheckpointEntry(store, name, f"{prefix}{name}").looked_at() for name in names]
+    return sorted((one for one in found if not one.is_gone), key=sort_key)
 
 
-def age_of(found: Found) -> tuple[float, int]:
+def sort_key(found: CheckpointEntry) -> tuple[float, int]:
     """Return what the checkpoints of one run are sorted by."""
     return (math.inf, 0) if found.manifest is None else (found.manifest.sequence, found.manifest.step)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptacc.checkpoint.parts import Snapshot
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import Disk, Written, sync_directory, write_whole
+from ptacc.checkpoint.storage.filesystem import FileSystem, Written, sync_directory, write_whole
 from ptacc.checkpoint.storage.remote_filesystem import RemotePath
 from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.errors import CheckpointError, MissingPartError
@@ -40,10 +40,10 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         MissingPartError: The snapshot has no such part.
         CheckpointError: What the part holds is no weights, or averages of nothing yet.
     """
-    weights = tensors_of(part_of(snapshot, MODEL), MODEL)
+    weights = require_tensors(get_part(snapshot, MODEL), MODEL)
     if averages is None:
         return weights
-    state = part_of(snapshot, averages)
+    state = get_part(snapshot, averages)
     if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
         raise CheckpointError(f"The part {averages!r} holds no averages of weights.")
     if not state["updates"]:
@@ -51,22 +51,22 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
             f"The part {averages!r} averages nothing yet: nothing was taken into it before the checkpoint was saved. "
             "Export the model's own weights, or a later checkpoint."
         )
-    return averaged(weights, tensors_of(state["averages"], averages))
+    return averaged(weights, require_tensors(state["averages"], averages))
 
 
 def averaged(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights with averages for those that have one; of a tied weight, one name has it for all."""
-    by_place = {place_of(weights[name]): average for name, average in averages.items() if name in weights}
+    by_place = {storage_key(weights[name]): average for name, average in averages.items() if name in weights}
     # An average whose name is not among the weights is one of a buffer that is not persistent.
-    return {name: averages.get(name, by_place.get(place_of(weight), weight)) for name, weight in weights.items()}
+    return {name: averages.get(name, by_place.get(storage_key(weight), weight)) for name, weight in weights.items()}
 
 
-def place_of(tensor: Tensor) -> tuple[object, ...]:
+def storage_key(tensor: Tensor) -> tuple[object, ...]:
     """Return what two names have in common whose tensor is one."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
-def part_of(snapshot: Snapshot, name: str) -> object:
+def get_part(snapshot: Snapshot, name: str) -> object:
     """Return the state of a part to export."""
     if name not in snapshot.states:
         there = ", ".join(sorted(snapshot.states)) or "no part at all"
@@ -75,7 +75,7 @@ def part_of(snapshot: Snapshot, name: str) -> object:
     return state
 
 
-def tensors_of(state: object, part: str) -> dict[str, Tensor]:
+def require_tensors(state: object, part: str) -> dict[str, Tensor]:
     """Return a state that is tensors by name, and refuse any other."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"The part {part!r} is a {type(state).__name__}, not tensors by name: no weights.")
@@ -88,7 +88,7 @@ def tensors_of(state: object, part: str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def write_weights(disk: Disk, path: Path, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Written:
+def write_weights(disk: FileSystem, path: Path, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Written:
     """Write tensors to a safetensors file: durably, and so that it is there whole or not at all.
 
     Args:

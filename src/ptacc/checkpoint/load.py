@@ -10,13 +10,13 @@ from ptacc.checkpoint.export import check_target, exported_weights, write_weight
 from ptacc.checkpoint.parts import Snapshot, read_whole
 from ptacc.checkpoint.resume import find_at
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
-from ptacc.checkpoint.storage.remote_filesystem import disk_of
+from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import load_optimizer, load_weights, weights_of
-from ptacc.tensors.dtensor import is_dealt, mapped, whole_tensor
+from ptacc.model.state_dict import get_weights, load_optimizer, load_weights
+from ptacc.tensors.dtensor import is_dtensor, map_state, whole_tensor
 from ptacc.types.protocols import Stateful
 
 
@@ -32,7 +32,7 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
         shared = read_whole(store, store.manifest(found.name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
-        for slot in trainer.slots():
+        for slot in trainer.optimizer_slots():
             load_optimizer(slot.optimizer, shared.take(slot.name))
     return found.directory / found.name
 
@@ -50,20 +50,20 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, An
         trainer: Within a run, or outside of one.
         averages: The part whose averages are wanted, too.
     """
-    weights = trainer.run.engine.weights() if trainer.is_running else weights_of(trainer.unwrapped_model)
+    weights = trainer.run.engine.weights() if trainer.is_running else get_weights(trainer.unwrapped_model)
     states: dict[str, Any] = {MODEL: weights}
     if averages is not None and trainer.has_run:
         kept = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
         states |= {averages: kept[averages].state_dict()} if averages in kept else {}
-    is_first = trainer.peers.rank == 0
+    is_first = trainer.distributed.rank == 0
 
     def for_first(value: Any) -> Any:
-        if not is_dealt(value):
+        if not is_dtensor(value):
             return value
         whole = whole_tensor(value)
         return whole.cpu() if is_first else None
 
-    whole_states: dict[str, Any] = mapped(states, for_first)
+    whole_states: dict[str, Any] = map_state(states, for_first)
     return whole_states
 
 
@@ -74,6 +74,6 @@ def export_to(path: Path, states: Mapping[str, Any], averages: str | None, *, ov
         CheckpointError: There is a file already, or no such averages; or it cannot be written.
     """
     try:
-        write_weights(disk_of(path), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)
+        write_weights(select_filesystem(path), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)
     except OSError as error:
         raise CheckpointError(f"{path} was not written: {error}.") from error

@@ -24,9 +24,9 @@ from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.remote_store import store_beside
-from ptacc.checkpoint.storage.store import CheckpointStore, Draft
-from ptacc.checkpoint.writer import HostCopies, Save, UnfitError, Writer
-from ptacc.distributed.process_group import Peers
+from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
+from ptacc.checkpoint.writer import HostCopies, NonFiniteWeightsError, Save, Writer
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import StateDict
@@ -42,12 +42,12 @@ UNWATCHED_SECONDS = 10.0
 
 
 @dataclass
-class CheckpointLine:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
         store: Where they are.
-        peers: The processes.
+        distributed: The processes.
         retention: Which are kept.
         on_error: What to do when one cannot be saved.
         in_background: Whether they are written beside the steps.
@@ -57,7 +57,7 @@ class CheckpointLine:
     """
 
     store: CheckpointStore
-    peers: Peers
+    distributed: DistributedRuntime
     retention: Retention
     on_error: OnError = "raise"
     in_background: bool = False
@@ -101,7 +101,7 @@ class CheckpointLine:
         Raises:
             CheckpointError: It cannot be written, is another run's, or another host has another of this name.
         """
-        self.identity = self.peers.broadcast(self.identity) if origin is None else origin.manifest.run
+        self.identity = self.distributed.broadcast(self.identity) if origin is None else origin.manifest.run
         if origin is not None and origin.path.parent == self.store.directory:
             self.resumed_from = origin.manifest.name
         path = self.store.directory / self._on_rank_0(self._leave_token)
@@ -109,7 +109,7 @@ class CheckpointLine:
         with as_checkpoint_error(self.store.directory):
             while not (sees := path.exists()) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        blind = [rank for rank, sees in enumerate(self.peers.gather(sees)) if not sees]
+        blind = [rank for rank, sees in enumerate(self.distributed.gather(sees)) if not sees]
         self._on_rank_0(path.unlink)
         if blind:
             raise CheckpointError(
@@ -121,7 +121,7 @@ class CheckpointLine:
         if others := [there.name for there in self.store.manifests() if there.run != self.identity]:
             raise CheckpointError(f"{others[-1]} is of another run. Give this one a directory of its own.")
         self.store.prepare()
-        self.store.sweep()
+        self.store.clean_up()
         for left in self.store.directory.iterdir() if self.store.directory.is_dir() else ():
             if left.name.startswith(TOKEN):  # by a process that ended right after this place
                 left.unlink()
@@ -132,12 +132,12 @@ class CheckpointLine:
     def _on_rank_0(self, act: Callable[[], T]) -> T:
         """Let rank 0 act, and return on all processes what it returns, or raise what it raises."""
         value, error = None, None
-        if self.peers.rank == 0:
+        if self.distributed.rank == 0:
             try:
                 value = act()
             except (OSError, CheckpointError) as caught:
                 error = f"{self.store.directory}: {caught}"
-        value, error = self.peers.broadcast((value, error))
+        value, error = self.distributed.broadcast((value, error))
         if error is not None:
             raise CheckpointError(error)
         return value  # type: ignore[return-value]  # rank 0 acted
@@ -176,18 +176,18 @@ class CheckpointLine:
         except CheckpointError as error:
             self._report(error)
             return None
-        encoded = {own(self.peers.rank): encode_parts(mine)}
-        if self.peers.rank == 0:
+        encoded = {own(self.distributed.rank): encode_parts(mine)}
+        if self.distributed.rank == 0:
             encoded[SHARED] = encode_parts(shared)
         if self.in_background:
             encoded = self._copies.of(encoded)
             weights = [(name, self._copies.copy_of(tensor)) for name, tensor in weights]
-        writer = Writer(store, draft, manifest, encoded, self.peers, weights)
+        writer = Writer(store, draft, manifest, encoded, self.distributed, weights)
         after = self._rotate if store is self.store else _nothing
         self._save = Save(writer, after, in_background=self.in_background)
         return None if self.in_background else self.finish()
 
-    def _begin(self, at: Progress, store: CheckpointStore, path: Path | None) -> Draft:
+    def _begin(self, at: Progress, store: CheckpointStore, path: Path | None) -> PendingCheckpoint:
         if path is None:
             return store.begin(store.free_name(at.steps))
         store.prepare()
@@ -204,9 +204,9 @@ class CheckpointLine:
         What other processes know may be what came of rank 0's own error: it removes the files that they write.
         """
         error = None if self._save is None else self._save.error
-        if error is None or isinstance(error, UnfitError):
+        if error is None or isinstance(error, NonFiniteWeightsError):
             return
-        if self.on_error == "raise" and self.peers.rank == 0:
+        if self.on_error == "raise" and self.distributed.rank == 0:
             self._save = None
             raise error
 
@@ -228,17 +228,19 @@ class CheckpointLine:
 
     def _outcome(self, save: Save) -> CheckpointError | None:
         """Wait for all processes, and return on all of them what rank 0 says: the error, or None. A collective."""
-        is_first = self.peers.rank == 0
+        is_first = self.distributed.rank == 0
         if not is_first:
             save.join()
         # Rank 0 may be waiting for files that will not come, of a process whose disk was too full to leave word.
-        errors = self.peers.gather(None if is_first or save.error is None else str(save.error))
+        errors = self.distributed.gather(None if is_first or save.error is None else str(save.error))
         if is_first:
             if lost := next(filter(None, errors), None):
                 save.give_up(lost)
             save.join()
-        message, is_unfit = self.peers.broadcast((str(save.error or ""), isinstance(save.error, UnfitError)))
-        return (UnfitError if is_unfit else CheckpointError)(message) if message else None
+        message, is_unfit = self.distributed.broadcast(
+            (str(save.error or ""), isinstance(save.error, NonFiniteWeightsError))
+        )
+        return (NonFiniteWeightsError if is_unfit else CheckpointError)(message) if message else None
 
     def abandon(self) -> None:
         """Let a checkpoint that is under way end, where the other processes may be gone. No collective."""
@@ -249,7 +251,7 @@ class CheckpointLine:
             name = save.writer.draft.name
             save.give_up(f"{name} was not saved: the run had ended, and a process had not written its files.")
             save.join()
-        if save.error is not None and self.peers.rank == 0:
+        if save.error is not None and self.distributed.rank == 0:
             warnings.warn(str(save.error), stacklevel=2)
 
     def _rotate(self, newest: str) -> None:
@@ -265,10 +267,10 @@ class CheckpointLine:
             warnings.warn(f"{self.store.directory}: old checkpoints were not removed: {error}", stacklevel=2)
 
     def _report(self, error: CheckpointError) -> None:
-        is_unfit = isinstance(error, UnfitError)
+        is_unfit = isinstance(error, NonFiniteWeightsError)
         if self.on_error == "raise" and not is_unfit:
             raise error
-        if self.peers.rank == 0:
+        if self.distributed.rank == 0:
             warnings.warn(str(error) if is_unfit else f"{error} The run goes on without.", stacklevel=2)
 
 

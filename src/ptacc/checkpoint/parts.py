@@ -22,9 +22,9 @@ from ptacc.checkpoint.serialization.json_codec import Encoded, Json, brief, deco
 from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
 from ptacc.checkpoint.storage.filesystem import Written
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore, Draft
+from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
-from ptacc.tensors.dtensor import bare, mapped, put_together
+from ptacc.tensors.dtensor import map_state, merge_states, unwrap
 
 SHARED = "shared"
 """The name of the files that all processes read."""
@@ -74,7 +74,7 @@ class Snapshot:
 
     def mapped(self, change: Callable[[Any], Any]) -> Snapshot:
         """Return the snapshot with each value in it changed."""
-        return Snapshot(mapped(dict(self.states), change))
+        return Snapshot(map_state(dict(self.states), change))
 
 
 def own(rank: int) -> str:
@@ -115,12 +115,16 @@ def check_storable(parts: Iterable[Part]) -> None:
             raise CheckpointError(f"{part.name} does not come back from a file as it was.")
 
 
-def write_parts(store: CheckpointStore, draft: Draft, name: str, parts: Iterable[Part]) -> dict[str, Written]:
+def write_parts(
+    store: CheckpointStore, draft: PendingCheckpoint, name: str, parts: Iterable[Part]
+) -> dict[str, Written]:
     """Write parts to two files of a checkpoint, and return them as they were written."""
     return write_encoded(store, draft, name, encode_parts(parts))
 
 
-def write_encoded(store: CheckpointStore, draft: Draft, name: str, parts: EncodedParts) -> dict[str, Written]:
+def write_encoded(
+    store: CheckpointStore, draft: PendingCheckpoint, name: str, parts: EncodedParts
+) -> dict[str, Written]:
     """Write parts that are encoded already."""
     text = json.dumps(parts.trees, allow_nan=False).encode()
     if len(text) > LARGEST_TREE:
@@ -153,12 +157,12 @@ def read_whole(store: CheckpointStore, manifest: Manifest) -> Snapshot:
     if manifest.parts.keys() <= shared.states.keys():
         return shared
     theirs = [read_parts(store, manifest, own(rank)) for rank in range(manifest.world_size)]
-    return shared.joined(shards_together(theirs)).mapped(bare)
+    return shared.joined(shards_together(theirs)).mapped(unwrap)
 
 
 def shards_together(theirs: Sequence[Snapshot]) -> dict[str, Any]:
     """Put the parts that are dealt over processes together of what all of these have of their own."""
-    parts: dict[str, Any] = put_together([one.states.get(SHARDS, {}) for one in theirs])
+    parts: dict[str, Any] = merge_states([one.states.get(SHARDS, {}) for one in theirs])
     return parts
 
 

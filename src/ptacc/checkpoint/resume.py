@@ -11,17 +11,17 @@ from typing import Any
 from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import path_of
+from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_beside
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.checkpoint.trainer_state import RUN
 from ptacc.engines.base import Engine
 from ptacc.errors import CheckpointError
-from ptacc.run.state import SavedRun
+from ptacc.run.state import ResumeState
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointRef:
     """A checkpoint to go on from.
 
     Args:
@@ -33,7 +33,7 @@ class Found:
     name: str
 
 
-def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
+def find(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | None:
     """Find the checkpoint that a run goes on from, None where it starts afresh.
 
     Args:
@@ -48,9 +48,9 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
         UserWarning: A damaged checkpoint was passed over.
     """
     if not isinstance(resume, bool):
-        return find_at(path_of(resume).absolute(), store)
+        return find_at(parse_path(resume).absolute(), store)
     if resume:
-        return newest_of(store)
+        return find_newest(store)
     if there := store.names():
         raise CheckpointError(
             f"{store.directory} has checkpoints of another run, the last of them {there[-1]}. Give resume=True to go "
@@ -59,18 +59,18 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> Found | None:
     return None
 
 
-def find_at(path: Path, like: CheckpointStore) -> Found:
+def find_at(path: Path, like: CheckpointStore) -> CheckpointRef:
     """Find the checkpoint at a path, or the newest in the directory that is there."""
     with as_checkpoint_error(path):
         if (path / MANIFEST).exists():
-            return Found(path.parent, store_beside(like, path.parent).verify(path.name).name)
-    found = newest_of(store_beside(like, path))
+            return CheckpointRef(path.parent, store_beside(like, path.parent).verify(path.name).name)
+    found = find_newest(store_beside(like, path))
     if found is None:
         raise CheckpointError(f"resume={str(path)!r}: there is no checkpoint that is whole.")
     return found
 
 
-def newest_of(store: CheckpointStore) -> Found | None:
+def find_newest(store: CheckpointStore) -> CheckpointRef | None:
     """Find the newest checkpoint that is whole."""
     with as_checkpoint_error(store.directory):  # what cannot be reached is not passed over
         manifest, passed_over = store.newest()
@@ -82,7 +82,7 @@ def newest_of(store: CheckpointStore) -> Found | None:
             f"{store.directory} has {len(passed_over)} checkpoints, and none of them is whole; of {name}: {error} Move "
             "them away to start afresh."
         )
-    return None if manifest is None else Found(store.directory, manifest.name)
+    return None if manifest is None else CheckpointRef(store.directory, manifest.name)
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,15 @@ class Resumption:
                 shards = mine.states.get(SHARDS, {})
             else:
                 theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
-                mine = Snapshot({RUN: put_together([one.take(RUN) for one in theirs])})
+                mine = Snapshot({RUN: merge_runs([one.take(RUN) for one in theirs])})
                 shards = shards_together(theirs)
         return cls(store.directory / name, manifest, shared.joined(shards), mine)
 
     def revived(self, engine: Engine) -> Resumption:
         """Return it with the tensors that were saved in shards as an engine holds them."""
-        return replace(self, shared=self.shared.mapped(engine.revive))
+        return replace(self, shared=self.shared.mapped(engine.localize))
 
-    def saved_run(self, *, with_file: bool) -> SavedRun:
+    def saved_run(self, *, with_file: bool) -> ResumeState:
         """Return the run, for the core to go on with.
 
         Args:
@@ -128,10 +128,10 @@ class Resumption:
         """
         run = self.shared.take(RUN)
         history = run["history"] if with_file else {**run["history"], "file": None}
-        return SavedRun({**run, "history": history}, self.own.take(RUN))
+        return ResumeState({**run, "history": history}, self.own.take(RUN))
 
 
-def put_together(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_runs(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Make of what each of several processes had of the run what each of another number of them goes on with."""
     wishes = [run["wish"] for run in runs if run["wish"] is not None]
     return {

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.types.monitor import Monitored
+from ptacc.types.monitor import Monitor
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Retention:
     last: int | None = None
     best: int | None = None
     every: int | None = None
-    monitored: Monitored | None = None
+    monitored: Monitor | None = None
 
     def removable(self, manifests: Sequence[Manifest], protected: Collection[str] = ()) -> list[str]:
         """Return the names of those that no rule keeps, the oldest first. The newest is always kept.
@@ -46,11 +46,11 @@ class Retention:
         newest_of_label = {manifest.label: manifest.name for manifest in by_age if manifest.label}
         kept |= {*newest_of_label.values()}
         if self.best is not None and self.monitored is not None:
-            kept |= set(best_of(by_age, self.monitored, self.best))
+            kept |= set(rank_best(by_age, self.monitored, self.best))
         return [manifest.name for manifest in by_age if manifest.name not in kept]
 
 
-def best_of(manifests: Sequence[Manifest], monitored: Monitored, count: int) -> list[str]:
+def rank_best(manifests: Sequence[Manifest], monitored: Monitor, count: int) -> list[str]:
     """Return the names of the best, the best first and of equals the newest; NaN and what has no value is never one."""
     sign = 1 if monitored.mode == "min" else -1
     values = {manifest.name: manifest.metrics.get(monitored.name, math.nan) for manifest in manifests}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptacc.checkpoint.manager import CheckpointLine
+from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import parts_to_save
 from ptacc.core.hooks import TrainerCore
@@ -30,7 +30,7 @@ class RunSaver:
     """
 
     trainer: TrainerCore
-    line: CheckpointLine
+    line: CheckpointManager
     every: Cadence | None
     signals: Collection[signal.Signals]
     saves_non_finite: bool
@@ -40,8 +40,8 @@ class RunSaver:
     def ask(self, path: Path | None, label: str) -> Path:
         """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
         self._asked.append((path, label))
-        store, peers, steps = self.line.store, self.trainer.peers, self.trainer.progress.steps
-        return path or store.directory / peers.broadcast(store.free_name(steps) if peers.rank == 0 else "")
+        store, distributed, steps = self.line.store, self.trainer.distributed, self.trainer.progress.steps
+        return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
 
     def save_if_due(self) -> None:
         """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
@@ -57,7 +57,7 @@ class RunSaver:
         """Save the run, unless its weights are no numbers."""
         asked, self._asked = self._asked or [(None, "")], []
         run = self.trainer.run
-        run.history.read_steps(run.peers)
+        run.history.read_steps(run.distributed)
         for path, label in asked:
             self._save(path, label)
 
@@ -66,7 +66,7 @@ class RunSaver:
         if (path := self.line.finish()) is not None:
             self.tell(path)
 
-    def rescue(self) -> None:
+    def save_on_exception(self) -> None:
         """Save the run before an exception ends it, whatever has become of the checkpoint before.
 
         That exception is the one to raise; what goes wrong here is a warning.
@@ -98,7 +98,7 @@ class RunSaver:
             step=now.steps,
             epoch=now.epochs,
             offset=now.offset,
-            world_size=self.trainer.peers.world_size,
+            world_size=self.trainer.distributed.world_size,
             label=label,
             parts=versions,
             metrics=self.trainer.run.fresh_values(),

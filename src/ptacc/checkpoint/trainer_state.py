@@ -18,7 +18,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError, MissingPartError
 from ptacc.model.state_dict import canonical, differing_weights
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
-from ptacc.tensors.dtensor import is_dealt
+from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.protocols import StateDict, Stateful
 
 RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
@@ -33,10 +33,13 @@ def shared_parts(trainer: TrainerCore) -> list[Part]:
     return [
         Part(RUN, run.state_dict()),
         Part(MODEL, run.engine.weights()),
-        Part(FLAGS, flags_of(model)),
+        Part(FLAGS, read_flags(model)),
         Part(ENGINE, run.engine.state_dict()),
         *(Part(name, state) for name, state in run.engine.optimizer_states().items()),
-        *(Part(name, state.state_dict(), version_of(state)) for name, state in stateful(trainer, each_rank=False)),
+        *(
+            Part(name, state.state_dict(), get_state_version(state))
+            for name, state in stateful(trainer, each_rank=False)
+        ),
     ]
 
 
@@ -45,8 +48,11 @@ def own_parts(trainer: TrainerCore) -> list[Part]:
     return [
         Part(RUN, trainer.run.own_state_dict()),
         Part(ENGINE, trainer.run.engine.own_state_dict()),
-        Part(RANDOM, streams_of(trainer).state_dict()),
-        *(Part(name, state.state_dict(), version_of(state)) for name, state in stateful(trainer, each_rank=True)),
+        Part(RANDOM, get_random_streams(trainer).state_dict()),
+        *(
+            Part(name, state.state_dict(), get_state_version(state))
+            for name, state in stateful(trainer, each_rank=True)
+        ),
     ]
 
 
@@ -57,7 +63,7 @@ def parts_to_save(trainer: TrainerCore) -> tuple[list[Part], list[Part], dict[st
     """
     shared, mine = shared_parts(trainer), own_parts(trainer)
     versions = {part.name: part.version for part in shared}
-    if any(map(is_dealt, trainer.unwrapped_model.parameters())):
+    if any(map(is_dtensor, trainer.unwrapped_model.parameters())):
         dealt = {part.name: part.state for part in shared if holds_shards(part.state)}
         shared = [part for part in shared if part.name not in dealt]
         mine = [*mine, Part(SHARDS, dealt)]
@@ -70,7 +76,7 @@ def holds_shards(state: object) -> bool:
         return any(map(holds_shards, state.values()))
     if isinstance(state, list | tuple):
         return any(map(holds_shards, state))
-    return is_dealt(state)
+    return is_dtensor(state)
 
 
 def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
@@ -86,18 +92,18 @@ def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, St
             yield f"{name}.{counts[name]}" if counts[name] > 1 else name, callback
 
 
-def version_of(state: Stateful) -> int:
+def get_state_version(state: Stateful) -> int:
     """Return the version of a state's form: what its object has for `state_version`, else 1."""
     version: int = getattr(state, "state_version", 1)
     return version
 
 
-def streams_of(trainer: TrainerCore) -> RandomStreams:
+def get_random_streams(trainer: TrainerCore) -> RandomStreams:
     """Return the generators that a run draws from."""
     return RandomStreams(devices=trainer.device.type != "cpu")
 
 
-def flags_of(model: nn.Module) -> StateDict:
+def read_flags(model: nn.Module) -> StateDict:
     """Return which modules are in eval mode, and which parameters are frozen."""
     return {
         "eval": [canonical(name) for name, module in model.named_modules() if not module.training],
@@ -120,9 +126,9 @@ def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived:
         raise CheckpointError(
             "The checkpoint does not go on here:\n  "
             + "\n  ".join(what for _, what in found)
-            + f"\nMake it as it was, or go on nevertheless: resume_despite={{{names}}}."
+            + f"\nMake it as it was, or go on nevertheless: resume_ignore={{{names}}}."
         )
-    run, dealing = trainer.run, trainer.run.data.dealing
+    run, dealing = trainer.run, trainer.run.data.partition_scheme
     before = shared.states[RUN]["conditions"]["batch_size"]
     if run.is_within_epoch and before != dealing.how and not dealing.goes_on_anew:
         raise CheckpointError(
@@ -173,9 +179,9 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
             elif name not in waived and not each_rank:
                 raise MissingPartError(f"The checkpoint has no part {name!r}.")
     if RANDOM in own.states:
-        streams_of(trainer).load_state_dict(own.take(RANDOM))
+        get_random_streams(trainer).load_state_dict(own.take(RANDOM))
     else:  # another number of processes: each draws anew
-        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.peers.replica))
+        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

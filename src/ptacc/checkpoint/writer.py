@@ -25,9 +25,9 @@ from torch import Tensor
 from ptacc.checkpoint.parts import EncodedParts, write_encoded
 from ptacc.checkpoint.storage.filesystem import Written, read_at_most, write_whole
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore, Draft
+from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.distributed.failure import Failure
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import first_non_finite
 
@@ -43,7 +43,7 @@ class FailedElsewhereError(CheckpointError):
     """Another process failed; the message is its own."""
 
 
-class UnfitError(CheckpointError):
+class NonFiniteWeightsError(CheckpointError):
     """Nothing failed: the weights hold NaN or infinity, and are not to be saved so."""
 
 
@@ -56,16 +56,16 @@ class Writer:
         draft: What rank 0 began.
         manifest: What it is, but for its files.
         files: The parts that this process writes, by the names of their files.
-        peers: The processes.
+        distributed: The processes.
         weights: What this process holds of the weights, by name, where only numbers are to be saved.
         lost: Has the reason, once it is known that another process's files will not come.
     """
 
     store: CheckpointStore
-    draft: Draft
+    draft: PendingCheckpoint
     manifest: Manifest
     files: Mapping[str, EncodedParts]
-    peers: Peers
+    distributed: DistributedRuntime
     weights: Sequence[tuple[str, Tensor]] = ()
     lost: Future[str] = field(default_factory=Future)
 
@@ -73,7 +73,7 @@ class Writer:
         """Write this process's files; on rank 0, make a checkpoint of all processes' and return what it is.
 
         Raises:
-            UnfitError: The weights are no numbers, here or elsewhere; nothing of it is left then.
+            NonFiniteWeightsError: The weights are no numbers, here or elsewhere; nothing of it is left then.
             CheckpointError: Something could not be written, here or elsewhere; nor is anything left then.
         """
         try:
@@ -81,13 +81,13 @@ class Writer:
             written: dict[str, Written] = {}
             for name, parts in self.files.items():
                 written |= write_encoded(self.store, self.draft, name, parts)
-            if self.peers.rank:
+            if self.distributed.rank:
                 self._leave_word({"files": {name: asdict(file) for name, file in written.items()}})
                 return None
-            for rank in range(1, self.peers.world_size):
+            for rank in range(1, self.distributed.world_size):
                 written |= self._await_word(rank)
             return self.store.commit(self.draft, replace(self.manifest, files=written))
-        except UnfitError as error:
+        except NonFiniteWeightsError as error:
             self._end_by(error)
             raise
         except FailedElsewhereError as error:
@@ -95,25 +95,27 @@ class Writer:
             raise CheckpointError(str(error)) from error
         except Exception as error:  # whatever it is, rank 0 waits to be told
             what = str(error) if isinstance(error, OSError | CheckpointError) else f"{type(error).__name__}: {error}"
-            failure = CheckpointError(f"{self.draft.name} was not saved: rank {self.peers.rank}: {what}")
+            failure = CheckpointError(f"{self.draft.name} was not saved: rank {self.distributed.rank}: {what}")
             self._end_by(failure)
             raise failure from error
 
     def _check_fit(self) -> None:
         if odd := first_non_finite(self.weights):
-            raise UnfitError(f"The run was not saved after step {self.manifest.step}: {odd} holds NaN or infinity.")
+            raise NonFiniteWeightsError(
+                f"The run was not saved after step {self.manifest.step}: {odd} holds NaN or infinity."
+            )
 
     def _end_by(self, error: CheckpointError) -> None:
         """Clear up, and tell rank 0."""
         with contextlib.suppress(OSError):
-            if self.peers.rank:
-                self._leave_word({"error": str(error), "is_unfit": isinstance(error, UnfitError)})
+            if self.distributed.rank:
+                self._leave_word({"error": str(error), "is_unfit": isinstance(error, NonFiniteWeightsError)})
             else:
                 self.store.discard(self.draft)
 
     def _leave_word(self, word: Mapping[str, object]) -> None:
         """Leave word for rank 0, whole or not at all."""
-        path = self.draft.path / WORD.format(rank=self.peers.rank)
+        path = self.draft.path / WORD.format(rank=self.distributed.rank)
         write_whole(self.store.disk, path, [json.dumps(word).encode()])
 
     def _await_word(self, rank: int) -> dict[str, Written]:
@@ -129,12 +131,12 @@ class Writer:
                 because = "." if failure is None else f": {failure}"
                 raise CheckpointError(f"rank {rank} has not written its files{because}")
             if time.monotonic() > look:
-                failure, look = self.peers.find_failure(), time.monotonic() + LOOK_EVERY
+                failure, look = self.distributed.find_failure(), time.monotonic() + LOOK_EVERY
             # Where the directory is not on this machine, each look at it is a request.
             time.sleep(min(LOOK_EVERY, 0.002 + (time.monotonic() - start) / 20))
         word = json.loads(read_at_most(self.store.disk, path, LARGEST_WORD))
         if "error" in word:
-            raise (UnfitError if word["is_unfit"] else FailedElsewhereError)(word["error"])
+            raise (NonFiniteWeightsError if word["is_unfit"] else FailedElsewhereError)(word["error"])
         self.store.disk.remove_file(path)
         return {name: Written(**file) for name, file in word["files"].items()}
 
@@ -151,7 +153,7 @@ class Save:
         self.manifest: Manifest | None = None
         self.error: CheckpointError | None = None
         self._thread = threading.Thread(target=self._work, name=f"saving {writer.draft.name}")
-        if in_background or not writer.peers.is_alone:
+        if in_background or not writer.distributed.is_single_process:
             self._thread.start()
         else:
             self._work()
@@ -199,7 +201,7 @@ class HostCopies:
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the copy that was made of a tensor, or a new one of a tensor that was in no file."""
-        copy = self._latest.get(_place_of(tensor))
+        copy = self._latest.get(_location_key(tensor))
         return tensor.detach().clone() if copy is None else copy
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
@@ -207,9 +209,9 @@ class HostCopies:
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._kept[key] = kept
-        self._latest[_place_of(tensor)] = kept
+        self._latest[_location_key(tensor)] = kept
         return kept.copy_(tensor, non_blocking=True)
 
 
-def _place_of(tensor: Tensor) -> tuple[object, ...]:
+def _location_key(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device

@@ -44,7 +44,7 @@ def hook(shape: Shape) -> Callable[[FunctionT], FunctionT]:
     return declare
 
 
-def replaces(function: FunctionT) -> FunctionT:
+def replaces_super(function: FunctionT) -> FunctionT:
     """Mark an override of a cooperative hook that leaves out `super()` on purpose, for it and all behind it."""
     function.__dict__["__ptacc_replaces__"] = True
     return function

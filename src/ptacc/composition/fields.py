@@ -42,13 +42,13 @@ def inherited_options(cls: type) -> dict[str, Field[Any]]:
 
 def is_method(cls: type, name: str, value: object) -> bool:
     """Say whether a class body defines `value` as a method or property; a function that it assigns is a value."""
-    function = function_of(value)
+    function = unwrap_function(value)
     if function is None or isinstance(value, classmethod):
         return isinstance(value, property | functools.cached_property | classmethod)
     return function.__qualname__ == f"{cls.__qualname__}.{name}"
 
 
-def function_of(value: object) -> Callable[..., Any] | None:
+def unwrap_function(value: object) -> Callable[..., Any] | None:
     """Return the function that a member of a class is, or is a static or class method of; None for anything else."""
     value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     return value if inspect.isfunction(value) else None
@@ -199,4 +199,4 @@ def type_text(annotation: object) -> str:
 
 
 def _is_callable_member(value: object) -> bool:
-    return function_of(value) is not None or isinstance(value, property | functools.cached_property | classmethod)
+    return unwrap_function(value) is not None or isinstance(value, property | functools.cached_property | classmethod)

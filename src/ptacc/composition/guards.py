@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Iterator
 from types import CodeType
 
-from ptacc.composition.fields import check_members_against_options, check_own_options, function_of, own_annotations
-from ptacc.composition.roles import is_mixin, loop_of, role_of
+from ptacc.composition.fields import check_members_against_options, check_own_options, own_annotations, unwrap_function
+from ptacc.composition.roles import find_loop, get_role, is_mixin
 from ptacc.composition.type_arguments import disagreeing_batches
 from ptacc.errors import CompositionError
 from ptacc.validation import closest
@@ -77,7 +77,7 @@ def check_known_hooks(cls: type, advice: str = "") -> None:
         if not name.startswith(("on_", "around_")) or name in annotated or not _can_be_called(value):
             continue
         declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
-        if name not in declared and shape_of(value) is None:
+        if name not in declared and get_hook_shape(value) is None:
             raise CompositionError(
                 f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
                 f"{closest(name, declared)}Give a method of your own another name.{advice}"
@@ -85,14 +85,14 @@ def check_known_hooks(cls: type, advice: str = "") -> None:
 
 
 def _check_hooks(cls: type) -> None:
-    if role_of(cls) != "core":  # `on_main_process` is no hook, for all its name
+    if get_role(cls) != "core":  # `on_main_process` is no hook, for all its name
         check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
-        declaring = next((base for base in cls.__mro__[1:] if shape_of(base.__dict__.get(name))), None)
+        declaring = next((base for base in cls.__mro__[1:] if get_hook_shape(base.__dict__.get(name))), None)
         if declaring is None:
             continue
-        shape = str(shape_of(declaring.__dict__[name]))
-        if shape_of(value) not in (None, shape):
+        shape = str(get_hook_shape(declaring.__dict__[name]))
+        if get_hook_shape(value) not in (None, shape):
             raise CompositionError(
                 f"{cls.__name__}.{name}: {declaring.__name__} declares this hook already, as {shape!r}, and an "
                 "override cannot change that. Leave out `@hook(...)`."
@@ -133,7 +133,7 @@ def calls_super(value: object, name: str = "") -> bool:
         value: A member of a class.
         name: The method that it has to call of what `super()` gives; any if empty.
     """
-    function = function_of(value)
+    function = unwrap_function(value)
     if function is None:
         return True
     code = inspect.unwrap(function).__code__
@@ -143,9 +143,9 @@ def calls_super(value: object, name: str = "") -> bool:
     return has_super and (not name or not names.isdisjoint({name, "getattr"}))
 
 
-def shape_of(value: object) -> str | None:
+def get_hook_shape(value: object) -> str | None:
     """Return the shape of the hook that a member of a class declares, None where it declares none."""
-    return getattr(function_of(value), "__ptacc_shape__", None)
+    return getattr(unwrap_function(value), "__ptacc_shape__", None)
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _is_replacement(value: object) -> bool:
-    return any(getattr(member, "__ptacc_replaces__", False) for member in (value, function_of(value)))
+    return any(getattr(member, "__ptacc_replaces__", False) for member in (value, unwrap_function(value)))
 
 
 def _can_be_called(value: object) -> bool:
@@ -205,7 +205,7 @@ def _check_single_answers(cls: type) -> None:
         if second in first.__mro__:
             continue
         for name in first.__dict__.keys() & second.__dict__.keys():
-            shape = next(filter(None, (shape_of(base.__dict__.get(name)) for base in second.__mro__)), None)
+            shape = next(filter(None, (get_hook_shape(base.__dict__.get(name)) for base in second.__mro__)), None)
             value = first.__dict__[name]
             adds = calls_super(value, name) and name not in FALLING_BACK
             if shape in SINGLE and not adds and not _is_replacement(value):
@@ -232,7 +232,7 @@ def _is_protocol(cls: type) -> bool:
 
 
 def _check_order(cls: type) -> None:
-    loop = loop_of(cls)
+    loop = find_loop(cls)
     if loop is None:
         return
     ready = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from typing_extensions import TypeVar, is_typeddict
 
-from ptacc.composition.roles import role_of
+from ptacc.composition.roles import get_role
 
 _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (complex,)}
 """What type checkers accept an `int` and a `float` for."""
@@ -21,8 +21,8 @@ def disagreeing_batches(cls: type) -> str:
     such as type variables and protocols, is left to the type checker.
     """
     bound = list(_bases_with_arguments(cls, ()))
-    loops = [arguments for base, arguments, _ in bound if role_of(base) == "loop"]
-    takers = [(via, arguments) for base, arguments, via in bound if role_of(base) == "batch mixin"]
+    loops = [arguments for base, arguments, _ in bound if get_role(base) == "loop"]
+    takers = [(via, arguments) for base, arguments, via in bound if get_role(base) == "batch mixin"]
     for given in loops:
         for mixin, taken in takers:
             for what, narrow, wide in zip(("batches", "outputs"), given, taken, strict=False):
@@ -84,7 +84,7 @@ def _bases_with_arguments(cls: type, arguments: tuple[Any, ...]) -> Iterator[tup
         origin = get_origin(base) or base
         if not isinstance(origin, type) or origin is object:
             continue
-        given = get_args(base) or tuple(_default_of(p) for p in getattr(origin, "__parameters__", ()))
+        given = get_args(base) or tuple(_get_default(p) for p in getattr(origin, "__parameters__", ()))
         passed = tuple(_substitute(argument, bound) for argument in given)
         yield origin, passed, cls
         yield from _bases_with_arguments(origin, passed)
@@ -105,12 +105,12 @@ def with_defaults(cls: Any, arguments: Any) -> tuple[Any, ...]:
     parameters: tuple[Any, ...] = cls.__parameters__
     bound = dict(zip(parameters, given, strict=False))
     for parameter in parameters[len(given) :]:
-        default = _default_of(parameter)
+        default = _get_default(parameter)
         bound[parameter] = bound.get(default, default) if isinstance(default, TypeVar) else default
     return (*given, *(bound[parameter] for parameter in parameters[len(given) :]))
 
 
-def _default_of(parameter: Any) -> Any:
+def _get_default(parameter: Any) -> Any:
     return parameter.__default__ if getattr(parameter, "has_default", lambda: False)() else parameter
 
 

@@ -20,13 +20,13 @@ from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
 from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NoRunError, OptionError
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types.progress import Progress
-from ptacc.types.protocols import DeviceRuntime
+from ptacc.types.protocols import AcceleratorProtocol
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class TrainerState:
 
     run: Run | None = None
     bare_model: nn.Module | None = None
-    runtime: tuple[DeviceRuntime, Peers] | None = None
+    runtime: tuple[AcceleratorProtocol, DistributedRuntime] | None = None
     process: int = 0
     runs: int = 0
 
@@ -93,7 +93,7 @@ class Components(Composable):
         """The user's bare model; within a run, `model` is the wrapped one."""
         return self.model if self._state.bare_model is None else self._state.bare_model
 
-    def _stand_in(self, model: nn.Module) -> None:
+    def _set_model(self, model: nn.Module) -> None:
         """Put `model` in the place of the option, which type checkers take for the user's own."""
         self.model = model
 
@@ -135,18 +135,22 @@ class Components(Composable):
 
         All processes agree on it, and end at the same step; `history.stop_reason` says why.
         """
-        self.run.wish_to_stop(reason)
+        self.run.request_stop(reason)
 
     # ---- the device and the processes
 
     @property
-    def accelerator(self) -> DeviceRuntime:
+    def accelerator(self) -> AcceleratorProtocol:
         """Accelerate's `Accelerator`, made at first use and shared by trainers that need the same."""
         return self._runtime()[0]
 
     @property
-    def peers(self) -> Peers:
-        """The processes of this launch."""
+    def distributed(self) -> Distributed:
+        """The ranks of this launch: `rank`, `world_size`, `is_main`, `sum`, `gather`, `broadcast`."""
+        return self._distributed
+
+    @property
+    def _distributed(self) -> DistributedRuntime:
         return self._runtime()[1]
 
     @property
@@ -156,7 +160,7 @@ class Components(Composable):
 
     def print(self, *args: object) -> None:
         """Print once, on rank 0."""
-        if self.peers.rank == 0:
+        if self._distributed.rank == 0:
             print(*args)  # noqa: T201  # this is what it is for
 
     def on_main_process(self, function: Callable[P, T]) -> Callable[P, T | None]:
@@ -164,7 +168,7 @@ class Components(Composable):
 
         @functools.wraps(function)
         def on_rank_0(*args: P.args, **kwargs: P.kwargs) -> T | None:
-            return function(*args, **kwargs) if self.peers.rank == 0 else None
+            return function(*args, **kwargs) if self._distributed.rank == 0 else None
 
         return on_rank_0
 
@@ -176,10 +180,10 @@ class Components(Composable):
             local: Whether each host has a first process of its own, for what hosts do not share.
 
         Raises:
-            PeerError: The block failed on the first process.
+            RankFailedError: The block failed on the first process.
             CollectiveError: Another process did not come here.
         """
-        with self.peers.main_first(local=local):
+        with self._distributed.main_first(local=local):
             yield
 
     def gather(self, values: NestedT) -> NestedT:
@@ -197,18 +201,23 @@ class Components(Composable):
             DataError: Something in it is no tensor, or tensors differ in more than the first dimension.
             CollectiveError: Another process did not come here.
         """
-        self.peers.meet("gather()")
-        with self.peers.failing_together("in gather()"):
-            parts = self.peers.gather(map_tensors(to_host, values))
+        self._distributed.sync("gather()")
+        with self._distributed.failing_together("in gather()"):
+            parts = self._distributed.gather(map_tensors(to_host, values))
         return concatenate(parts, self.device)
 
     @hook("fold")
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         """Write this mixin's settings of the accelerator: `super()` first, then `builder.write(MyMixin, ...)`."""
 
-    def _runtime(self) -> tuple[DeviceRuntime, Peers]:
+    def _runtime(self) -> tuple[AcceleratorProtocol, DistributedRuntime]:
         if self._state.runtime is None or self._state.process != os.getpid():
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
             self._state.runtime, self._state.process = accelerator_for(self, builder), os.getpid()
         return self._state.runtime
+
+
+def get_distributed_runtime(trainer: Components) -> DistributedRuntime:
+    """Return what mixins reach as `self._distributed`, for functions outside of the trainer."""
+    return trainer._distributed  # noqa: SLF001

@@ -12,7 +12,7 @@ from typing_extensions import TypeVar, override
 
 from ptacc.composition.guards import check_known_hooks
 from ptacc.run.history import StepResult
-from ptacc.types.monitor import Monitored
+from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 P = ParamSpec("P")
@@ -36,7 +36,7 @@ class Callback(Generic[TrainerT_contra]):
         super().__init_subclass__(**keywords)
         check_known_hooks(cls)
 
-    def monitors(self) -> tuple[Monitored, ...]:
+    def monitors(self) -> tuple[Monitor, ...]:
         """Return the values that this callback watches; their names are checked before the first step."""
         return ()
 
@@ -111,7 +111,7 @@ class Events:
     load: Event[[Path]]
 
     @classmethod
-    def of(cls, trainer: object, base: type, callbacks: Iterable[Callback[Any]]) -> Events:
+    def collect(cls, trainer: object, base: type, callbacks: Iterable[Callback[Any]]) -> Events:
         """Find the listeners of every event.
 
         Args:

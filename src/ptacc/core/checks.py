@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS
 
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
-from ptacc.types.monitor import Monitored
+from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import StepOutput
 from ptacc.validation import closest, value_text
 
@@ -27,7 +27,7 @@ def check_bare(owner: str, model: nn.Module) -> None:
         )
 
 
-def check_trainable(owner: str, model: nn.Module, slots: Sequence[Slot]) -> None:
+def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
     """Raise `ModelError` for a model and optimizers that cannot be trained as given.
 
     Warns:
@@ -127,7 +127,7 @@ def check_eval_output(owner: str, output: object) -> None:
         )
 
 
-def check_monitor(monitored: Monitored, known: Collection[str], owner: object, option: str = "monitor") -> None:
+def check_monitor(monitored: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> None:
     """Raise `MonitorError` where nobody reports the value, with the names that exist."""
     if monitored.name in known:
         return

@@ -15,12 +15,12 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.base import Components
 from ptacc.core.callback import Callback, Events
-from ptacc.engines.base import Engine, Slot
+from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.ddp import TorchEngine
 from ptacc.rng import fresh_seed
 from ptacc.run.history import StepResult
-from ptacc.run.state import SavedRun
-from ptacc.types.monitor import Monitored
+from ptacc.run.state import ResumeState
+from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 
@@ -32,17 +32,17 @@ class TrainerCore(Components):
     # ---- factories and folds: how a run is set up
 
     @hook("fold")
-    def reported_values(self) -> frozenset[str]:
+    def train_value_names(self) -> frozenset[str]:
         """Return the names of the values that monitors can watch, those of `super()` included."""
         return frozenset({"train_loss", "learning_rate"})
 
     @hook("fold")
-    def evaluated_values(self) -> frozenset[str]:
+    def eval_value_names(self) -> frozenset[str]:
         """Return the names of the metrics that each evaluation reports, those of `super()` included."""
         return frozenset()
 
     @hook("fold")
-    def watched_values(self) -> tuple[tuple[object, Monitored], ...]:
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         """Return what this trainer's mixins watch, each with who watches it, those of `super()` included."""
         return tuple((callback, monitored) for callback in self.all_callbacks() for monitored in callback.monitors())
 
@@ -59,7 +59,7 @@ class TrainerCore(Components):
     @hook("factory")
     def make_engine(self) -> Engine:
         """Make the engine of a run: it wraps the model and steps the optimizer."""
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.slots())
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots())
 
     @hook("factory")
     def make_seed(self) -> int:
@@ -67,35 +67,37 @@ class TrainerCore(Components):
         return fresh_seed()
 
     @hook("factory")
-    def find_saved_run(self) -> SavedRun | None:
+    def find_resume_state(self) -> ResumeState | None:
         """Find the saved run that `train()` goes on with; None to begin a run. All processes call it."""
         return None
 
     @hook("fold")
-    def heeded_signals(self) -> frozenset[signal.Signals]:
+    def stop_signals(self) -> frozenset[signal.Signals]:
         """Return the signals at which a run ends after the present step, those of `super()` included."""
         return frozenset({signal.SIGTERM})
 
     @hook("fold")
-    def conditions(self) -> dict[str, str]:
+    def resume_invariants(self) -> dict[str, str]:
         """Return what has to be the same when a run goes on from a checkpoint, by name, that of `super()` included."""
-        kinds = [f"{type(slot.optimizer).__module__}.{type(slot.optimizer).__qualname__}" for slot in self.slots()]
+        kinds = [
+            f"{type(slot.optimizer).__module__}.{type(slot.optimizer).__qualname__}" for slot in self.optimizer_slots()
+        ]
         return {
             "engine": "torch",
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
-            "batches_per_step": str(self.batches_per_step()),
+            "accumulation_steps": str(self.accumulation_steps()),
         }
 
     @hook("default")
-    def batches_per_step(self) -> int:
+    def accumulation_steps(self) -> int:
         """Return how many batches each process takes for one step."""
         return 1
 
     @hook("default")
-    def slots(self) -> tuple[Slot, ...]:
+    def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
         """Return the optimizers by name."""
-        return (Slot.of("optimizer", self.optimizer),)
+        return (OptimizerSlot.create("optimizer", self.optimizer),)
 
     @hook("default")
     def all_callbacks(self) -> Sequence[Callback[Any]]:
@@ -201,11 +203,11 @@ class TrainerCore(Components):
     # ---- how a run is saved: for mixins that do that; callbacks hear of `on_save` and `on_load`
 
     @hook("event")
-    def save_run(self) -> None:
+    def save_run_state(self) -> None:
         """Save the run, if it is time to: all processes are between two steps or two epochs, their state whole."""
 
     @hook("event")
-    def restore_run(self) -> None:
+    def load_run_state(self) -> None:
         """Put back what was saved of `run.saved`.
 
         This is called after `on_run_start`, and again after `on_epoch_start` where the run goes on within an epoch,
@@ -213,7 +215,7 @@ class TrainerCore(Components):
         """
 
     @hook("event")
-    def rescue_run(self, error: BaseException) -> None:
+    def save_on_exception(self, error: BaseException) -> None:
         """Save the run, which ends by `error` between two steps, with its state whole. One process alone calls it."""
 
     # ---- any-of
@@ -223,8 +225,8 @@ class TrainerCore(Components):
         """Return the reason to stop after this step, None to go on: `return super().should_stop() or ...`."""
         return None
 
-    def _listeners(self) -> Events:
-        return Events.of(self, TrainerCore, self.all_callbacks())
+    def _events(self) -> Events:
+        return Events.collect(self, TrainerCore, self.all_callbacks())
 
 
 class Mixin(TrainerCore):

@@ -1,7 +1,7 @@
 """Data: what users hand over, checked, and what each process gets of it.
 
 ```
-dataset -> make_..._dataloader() -> DataLoader -> source_of() -> BatchSource -> HostBatch, HostBatch, ...
+dataset -> make_..._dataloader() -> DataLoader -> make_source() -> BatchSource -> HostBatch, HostBatch, ...
 ```
 """
 
@@ -24,7 +24,7 @@ class HostBatch(Generic[BatchT]):
         indices: The dataset's indices of its samples, where there are any.
         samples: Samples in it that count; None where nobody counted them.
         total: Samples that count in all processes' batches together; None where nobody counted them.
-        is_phantom: Whether it only keeps this process in step with the others, and counts nowhere.
+        is_padding: Whether it only keeps this process in step with the others, and counts nowhere.
         end: Where the processes are in the epoch's data once they are through with it, each with its own.
     """
 
@@ -32,7 +32,7 @@ class HostBatch(Generic[BatchT]):
     indices: Sequence[int] | None
     samples: int | None
     total: int | None
-    is_phantom: bool
+    is_padding: bool
     end: int
 
 
@@ -52,11 +52,11 @@ class BatchSource(Protocol):
         ...
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """How the data is dealt, on which it depends what comes after a place in it."""
         ...
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell of the data what has to be the same on all processes; nothing where each has its own."""
         ...
 
@@ -78,7 +78,7 @@ class BatchSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Dealing:
+class PartitionScheme:
     """How data is dealt.
 
     Args:

@@ -14,34 +14,34 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from ptacc.data.batch import Dealing, HostBatch
+from ptacc.data.batch import HostBatch, PartitionScheme
 from ptacc.data.loading import (
     Collate,
-    collate_of,
-    given,
+    get_collate_fn,
     is_torchs_collate,
     loader_settings,
+    require_batch,
     seeded_loading,
 )
-from ptacc.data.partition import count_global_batches, share_of
-from ptacc.data.replay import Replayed
-from ptacc.distributed.process_group import Peers
+from ptacc.data.partition import count_global_batches, local_range
+from ptacc.data.replay import ReplaySource
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed
 from ptacc.types.protocols import StateDict, Stateful
 
 
-class StreamBatches(Replayed):
+class IterableSource(ReplaySource):
     """An `IterableDataset`: every process reads the same stream and takes its share of each global batch.
 
     One that is `Stateful`, and read without workers, says where it is, and is not read anew where a run goes on.
     """
 
-    def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
         """Take over the loader's dataset, batch size and settings."""
         super().__init__(loader.dataset)
-        size = (loader.batch_size or 1) * peers.replicas
-        self._stream = SharedStream(loader.dataset, collate_of(loader), size, loader.drop_last, peers, seed)
+        size = (loader.batch_size or 1) * distributed.replicas
+        self._stream = SharedStream(loader.dataset, get_collate_fn(loader), size, loader.drop_last, distributed, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
         self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None
@@ -59,11 +59,11 @@ class StreamBatches(Replayed):
         return batches
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """Whatever a stream draws from while it is read depends on where its batches end."""
-        return Dealing("a stream", f"global batches of {self._stream.size}, {self._workers} at a time", False)
+        return PartitionScheme("a stream", f"global batches of {self._stream.size}, {self._workers} at a time", False)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell how samples are dealt."""
         return f"a stream in global batches of {self._stream.size}"
 
@@ -87,8 +87,8 @@ class StreamBatches(Replayed):
             if batches > start:
                 self._is_at_end = total < self._stream.size
                 total = total if self._keeps_samples else None
-                mine = self._give(given(data))
-                yield HostBatch(mine, None, samples, total, is_phantom=not samples, end=batches)
+                mine = self._give(require_batch(data))
+                yield HostBatch(mine, None, samples, total, is_padding=not samples, end=batches)
             elif batches == start:
                 self._check(data, expected)
         if promised is not None:
@@ -112,11 +112,13 @@ class StreamBatches(Replayed):
 class SharedStream(IterableDataset[Any]):
     """A stream that every process reads alike, giving each its share of every global batch."""
 
-    def __init__(self, dataset: Any, collate: Collate, size: int, drop_last: bool, peers: Peers, seed: int) -> None:
+    def __init__(
+        self, dataset: Any, collate: Collate, size: int, drop_last: bool, distributed: DistributedRuntime, seed: int
+    ) -> None:
         """Cut `dataset` into global batches of `size` samples."""
         self.dataset = dataset
         self._collate, self.size, self._drop_last, self._seed = collate, size, drop_last, seed
-        self._replica, self._replicas = peers.replica, peers.replicas
+        self._replica, self._replicas = distributed.replica, distributed.replicas
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
         self._from: tuple[int, StateDict] | None = None
@@ -165,7 +167,7 @@ class SharedStream(IterableDataset[Any]):
                 chunk = list(islice(samples, self.size))
                 if not chunk or (self._drop_last and len(chunk) < self.size):
                     return
-                mine = list(share_of(range(len(chunk)), self._replica, self._replicas))
+                mine = list(local_range(range(len(chunk)), self._replica, self._replicas))
                 batch = self._collate([chunk[i] for i in mine] or chunk)
             yield batch, len(mine), len(chunk)
             index += stride

@@ -19,7 +19,7 @@ from ptacc.tensors.structures import pinned
 Collate = Callable[[list[Any]], object]
 
 
-def as_is(batch: object) -> object:
+def identity(batch: object) -> object:
     """Return a batch that is collated already."""
     return batch
 
@@ -51,7 +51,7 @@ def set_epoch(target: object, epoch: int) -> None:
         setter(epoch)
 
 
-def collate_of(loader: DataLoader[Any]) -> Callable[[list[Any]], object]:
+def get_collate_fn(loader: DataLoader[Any]) -> Callable[[list[Any]], object]:
     """Return the user's collate function, or torch's own with tuples left tuples."""
     return default_collate if is_torchs_collate(loader) else loader.collate_fn
 
@@ -65,7 +65,7 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the settings of a loader that have nothing to do with which samples are in which batch."""
     of_batch = pinnable_first if isinstance(loader.dataset, IterableDataset) else Pinnable
     settings: dict[str, Any] = {
-        "collate_fn": of_batch if loader.pin_memory else as_is,
+        "collate_fn": of_batch if loader.pin_memory else identity,
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
@@ -94,7 +94,7 @@ def pinnable_first(part: tuple[object, int, int]) -> tuple[object, int, int]:
     return Pinnable(batch), mine, total
 
 
-def given(data: ResultT | None) -> ResultT:
+def require_batch(data: ResultT | None) -> ResultT:
     """Return a batch, unless the collate function forgot to."""
     if isinstance(data, Pinnable):
         data = data.batch

@@ -19,36 +19,36 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from ptacc.data.batch import Dealing, HostBatch
+from ptacc.data.batch import HostBatch, PartitionScheme
+from ptacc.data.dataloader_config import check_dataset
 from ptacc.data.loading import (
     Collate,
-    collate_of,
     default_collate,
-    given,
+    get_collate_fn,
     is_torchs_collate,
     loader_settings,
+    require_batch,
     seeded_loading,
 )
-from ptacc.data.partition import BatchKey, count_global_batches, deal_batches, deal_samples, global_batches
-from ptacc.data.request import check_dataset
+from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches, global_batches
 from ptacc.data.sampling import ListedSampler
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import permutation, streams_seeded
 from ptacc.types.protocols import StateDict
 
 
-class DealtBatches:
+class MapStyleSource:
     """A map-style dataset, whose order is dealt to the processes batch by batch."""
 
-    def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
         """Take over the loader's dataset, order and settings."""
         assert loader.batch_sampler is not None
         check_dataset(loader.dataset)
-        self._peers, self._seed = peers, seed
-        self._order = _Order(loader, peers, seed)
+        self._peers, self._seed = distributed, seed
+        self._order = _Order(loader, distributed, seed)
         self._keys = _Keys()
-        self._dataset = KeyedDataset(loader.dataset, collate_of(loader))
+        self._dataset = KeyedDataset(loader.dataset, get_collate_fn(loader))
         self._keeps_samples = is_torchs_collate(loader)
         probe(loader.dataset)
         self._loader = DataLoader(
@@ -64,11 +64,11 @@ class DealtBatches:
         return self._order.place_after(batches, 0)
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """From the order, which knows nothing of the number of processes, global batches can be cut anywhere."""
-        return Dealing(self._order.parts, self._order.groups, goes_on_anew=True)
+        return PartitionScheme(self._order.parts, self._order.groups, goes_on_anew=True)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell the number of samples, and how they are dealt."""
         return f"{self._order.parts} in {self._order.groups}"
 
@@ -80,7 +80,7 @@ class DealtBatches:
         for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = self._order.place_after(index, start)
-            yield HostBatch(given(data), key.indices, key.samples, total, key.is_phantom, end)
+            yield HostBatch(require_batch(data), key.indices, key.samples, total, key.is_padding, end)
 
     def state_dict(self) -> StateDict:
         """Return the state of a sampler that has one."""
@@ -107,17 +107,17 @@ class _Keys:
 class _Order:
     """The order of a loader's samples in each epoch, and this process's part of it."""
 
-    def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
-        self._peers, self._seed = peers, seed
+    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+        self._peers, self._seed = distributed, seed
         self.samples = len(loader.dataset)  # type: ignore[arg-type]  # checked: it has a length
         # A loader that was given a batch sampler has no batch size.
         self._is_in_batches = loader.batch_size is None
         sampler = loader.batch_sampler if self._is_in_batches else getattr(loader.batch_sampler, "sampler", None)
         self._is_shuffled = is_plain_shuffle(sampler, self.samples)
         is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
-        self._listed = None if is_torchs_own else ListedSampler(sampler, peers, seed)
+        self._listed = None if is_torchs_own else ListedSampler(sampler, distributed, seed)
         # What all replicas take of the order at a time: samples, or batches of a batch sampler.
-        self._size = (1 if loader.batch_size is None else loader.batch_size) * peers.replicas
+        self._size = (1 if loader.batch_size is None else loader.batch_size) * distributed.replicas
         self._drop_last = loader.drop_last and not self._is_in_batches
 
     def __len__(self) -> int:
@@ -147,8 +147,8 @@ class _Order:
         groups = global_batches(self._order_of(epoch)[start:], self._size, drop_last=self._drop_last)
         origins = [(self._seed, epoch, start // self._size + i, replica) for i in range(len(groups))]
         if self._is_in_batches:
-            return [deal_batches(group, replica, origin) for group, origin in zip(groups, origins, strict=True)]
-        return [deal_samples(group, replica, replicas, origin) for group, origin in zip(groups, origins, strict=True)]
+            return [assign_batches(group, replica, origin) for group, origin in zip(groups, origins, strict=True)]
+        return [assign_samples(group, replica, replicas, origin) for group, origin in zip(groups, origins, strict=True)]
 
     def _order_of(self, epoch: int) -> Sequence[Any]:
         """Return an epoch's samples, or its batches, in their order."""
@@ -199,11 +199,11 @@ class KeyedDataset(Dataset[Any]):
         at_a_time = max(AT_ONCE // max(row * len(keys[0].indices), 1), 1)
         done = 0
         while done < len(keys):
-            versions = versions_of(tensors)
+            versions = read_versions(tensors)
             for batch in self._indexed(keys[done : done + at_a_time]):
                 yield batch
                 done += 1
-                if versions_of(tensors) != versions:  # a step wrote to the data: what was read ahead is old
+                if read_versions(tensors) != versions:  # a step wrote to the data: what was read ahead is old
                     break
 
     def _indexed(self, keys: Sequence[BatchKey]) -> Iterator[tuple[Tensor, ...]]:
@@ -212,7 +212,7 @@ class KeyedDataset(Dataset[Any]):
         sizes = [len(key.indices) for key in keys]
         # Plain views would have a version in common, by which autograd sees changes in place.
         return zip(
-            *(torch.unsafe_split_with_sizes(rows, sizes) for rows in rows_of(dataset.tensors, indices)), strict=True
+            *(torch.unsafe_split_with_sizes(rows, sizes) for rows in index_rows(dataset.tensors, indices)), strict=True
         )
 
     @override
@@ -233,12 +233,12 @@ def holds_plain_tensors(dataset: object) -> bool:
     return type(dataset) is TensorDataset and all(tensor.layout is torch.strided for tensor in dataset.tensors)
 
 
-def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+def read_versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return how often each tensor was written to; of one made in inference mode nobody counts it."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001  # see torch's notes
 
 
-def rows_of(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, ...]:
+def index_rows(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tensor, ...]:
     """Return rows of each tensor, which may be counted from the end by numbers below zero."""
     rows = torch.from_numpy(np.array(indices))  # a fifth of the time of `torch.tensor`
     try:

@@ -25,13 +25,13 @@ class BatchKey:
         indices: Indices of its samples in the dataset.
         total: Number of samples in the global batch, over all processes.
         origin: Run seed, epoch, number of the global batch and replica, of which the batch's own seed is derived.
-        is_phantom: Whether the samples only keep this process in step with the others, and count nowhere.
+        is_padding: Whether the samples only keep this process in step with the others, and count nowhere.
     """
 
     indices: Sequence[int]
     total: int
     origin: tuple[int, ...]
-    is_phantom: bool = False
+    is_padding: bool = False
 
     @property
     def seed(self) -> int:
@@ -41,14 +41,14 @@ class BatchKey:
     @property
     def samples(self) -> int:
         """Number of samples that count."""
-        return 0 if self.is_phantom else len(self.indices)
+        return 0 if self.is_padding else len(self.indices)
 
 
-def share_of(samples: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
+def local_range(samples: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
     """Return the part of a global batch that a rank gets: contiguous, and as even as can be.
 
     Example:
-        >>> [list(share_of(range(7), rank, 3)) for rank in range(3)]
+        >>> [list(local_range(range(7), rank, 3)) for rank in range(3)]
         [[0, 1], [2, 3], [4, 5, 6]]
     """
     return samples[len(samples) * rank // world_size : len(samples) * (rank + 1) // world_size]
@@ -65,15 +65,15 @@ def count_global_batches(samples: int, size: int, *, drop_last: bool) -> int:
     return samples // size if drop_last else math.ceil(samples / size)
 
 
-def deal_samples(batch: Sequence[int], rank: int, world_size: int, origin: tuple[int, ...]) -> BatchKey:
+def assign_samples(batch: Sequence[int], rank: int, world_size: int, origin: tuple[int, ...]) -> BatchKey:
     """Deal one global batch to a rank; a rank that gets none repeats the batch as a phantom."""
-    mine = share_of(batch, rank, world_size)
-    return BatchKey(mine or batch, len(batch), origin, is_phantom=not mine)
+    mine = local_range(batch, rank, world_size)
+    return BatchKey(mine or batch, len(batch), origin, is_padding=not mine)
 
 
-def deal_batches(group: Sequence[Sequence[int]], rank: int, origin: tuple[int, ...]) -> BatchKey:
+def assign_batches(group: Sequence[Sequence[int]], rank: int, origin: tuple[int, ...]) -> BatchKey:
     """Deal one ready batch of a group to a rank; a rank beyond the group's end repeats the first as a phantom."""
     total = sum(map(len, group))
     if rank < len(group):
         return BatchKey(group[rank], total, origin)
-    return BatchKey(group[0], total, origin, is_phantom=True)
+    return BatchKey(group[0], total, origin, is_padding=True)

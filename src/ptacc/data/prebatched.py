@@ -7,21 +7,21 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ptacc.data.batch import Dealing, HostBatch
-from ptacc.data.loading import given, set_epoch
+from ptacc.data.batch import HostBatch, PartitionScheme
+from ptacc.data.loading import require_batch, set_epoch
 from ptacc.data.partition import count_global_batches
-from ptacc.data.replay import Replayed
-from ptacc.distributed.process_group import Peers
+from ptacc.data.replay import ReplaySource
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.rng import derive_seed, streams_seeded
 
 
-class ReadyBatches(Replayed):
+class PrebatchedSource(ReplaySource):
     """A loader that cannot be taken apart: its batches are dealt whole, one to each process in turn."""
 
-    def __init__(self, loader: DataLoader[Any], peers: Peers, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
         """Keep the loader."""
         super().__init__(loader)
-        self._loader, self._peers, self._seed = loader, peers, seed
+        self._loader, self._peers, self._seed = loader, distributed, seed
 
     def num_batches(self, start: int = 0) -> int | None:
         """Return the batches of an epoch from `start` on, None where the loader has no length."""
@@ -35,11 +35,11 @@ class ReadyBatches(Replayed):
         return batches * self._peers.replicas
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """Batches are whole, and can be dealt to any number of processes."""
-        return Dealing(f"batches of {type(self._loader).__name__}", f"{self._peers.replicas} at a time", True)
+        return PartitionScheme(f"batches of {type(self._loader).__name__}", f"{self._peers.replicas} at a time", True)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell nothing: loaders of one's own may have any form."""
         return ""
 
@@ -57,9 +57,9 @@ class ReadyBatches(Replayed):
             if not group:
                 return
             end += len(group)
-            is_phantom = self._peers.replica >= len(group)
-            mine = given(group[0 if is_phantom else self._peers.replica])
+            is_padding = self._peers.replica >= len(group)
+            mine = require_batch(group[0 if is_padding else self._peers.replica])
             if end > start:
-                yield HostBatch(self._give(mine), None, None, None, is_phantom, end)
+                yield HostBatch(self._give(mine), None, None, None, is_padding, end)
             elif end == start:
                 self._check(mine, expected)

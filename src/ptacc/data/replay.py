@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import DataError
-from ptacc.tensors.structures import bytes_of, tensors_of
+from ptacc.tensors.structures import as_bytes, iterate_tensors
 from ptacc.types.protocols import StateDict
 
 
-class Replayed:
+class ReplaySource:
     """The base of sources that are replayed.
 
     They remember the batch that was given last, and where the loader's own generators were when the epoch began. A
@@ -24,7 +24,7 @@ class Replayed:
     def __init__(self, owner: object) -> None:
         """Look for generators in `owner`: a loader, its sampler, its batch sampler."""
         self._owner = type(owner).__name__
-        self._generators = list(generators_of(owner))
+        self._generators = list(find_generators(owner))
         self._before: list[Tensor] = []
         self._last: object = None
         self._saved: StateDict = {}
@@ -48,7 +48,7 @@ class Replayed:
         Raises:
             DataError: It is another than the run was saved after.
         """
-        if expected is not None and digest_of(batch) != expected:
+        if expected is not None and compute_digest(batch) != expected:
             raise DataError(
                 f"{self._owner} was read anew up to where the run was saved, and another batch came there: its order "
                 "is not the same each time. Derive it from the epoch, which `set_epoch` tells, or from torch's, "
@@ -59,14 +59,14 @@ class Replayed:
     def state_dict(self) -> StateDict:
         """Return the generators' states at the epoch's beginning and now, and a digest of the last batch."""
         now = [generator.get_state() for generator in self._generators]
-        return {"before": self._before, "now": now, "last": digest_of(self._last)}
+        return {"before": self._before, "now": now, "last": compute_digest(self._last)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Read anew from where the generators were, when an epoch begins next."""
         self._saved = state_dict
 
 
-def generators_of(owner: object) -> Iterator[torch.Generator]:
+def find_generators(owner: object) -> Iterator[torch.Generator]:
     """Iterate over the generators of a loader, of its samplers and of its dataset, each once."""
     batch_sampler = getattr(owner, "batch_sampler", None)
     places = (owner, getattr(owner, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -75,10 +75,10 @@ def generators_of(owner: object) -> Iterator[torch.Generator]:
     yield from found.values()
 
 
-def digest_of(batch: object) -> str:
+def compute_digest(batch: object) -> str:
     """Return a digest of the tensors in a batch."""
     digest = hashlib.sha256()
-    for tensor in tensors_of(batch):
+    for tensor in iterate_tensors(batch):
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from ptacc.data.loading import set_epoch
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.protocols import StateDict, Stateful
@@ -19,11 +19,11 @@ class ListedSampler:
     is `Stateful` says where it was; any other is listed once for each earlier epoch.
     """
 
-    def __init__(self, sampler: Any, peers: Peers, seed: int) -> None:
-        """List `sampler` for `peers`, with randomness derived from the run's seed."""
+    def __init__(self, sampler: Any, distributed: DistributedRuntime, seed: int) -> None:
+        """List `sampler` for `_distributed`, with randomness derived from the run's seed."""
         self._sampler: Any = sampler
         self._stateful = sampler if isinstance(sampler, Stateful) else None
-        self._peers, self._seed = peers, seed
+        self._peers, self._seed = distributed, seed
         self._listed = 0
         self._before: StateDict = {}
         self._saved: StateDict = {}

@@ -12,50 +12,58 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ptacc.data.batch import BatchSource
-from ptacc.data.iterable import StreamBatches
-from ptacc.data.map_style import DealtBatches
-from ptacc.data.prebatched import ReadyBatches
-from ptacc.data.wrappers import LevelledBatches, LimitedBatches
-from ptacc.distributed.process_group import Peers
+from ptacc.data.iterable import IterableSource
+from ptacc.data.map_style import MapStyleSource
+from ptacc.data.prebatched import PrebatchedSource
+from ptacc.data.wrappers import LimitedSource, PaddedSource
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
-from ptacc.types.aliases import Sharding
 
 
-def source_of(
-    loader: DataLoader[Any], peers: Peers, seed: int, *, sharding: Sharding = "auto", limit: int | None = None
+def make_source(
+    loader: DataLoader[Any],
+    distributed: DistributedRuntime,
+    seed: int,
+    *,
+    data_is_sharded: bool = False,
+    limit: int | None = None,
 ) -> BatchSource:
     """Take a loader apart into the batches of this process, which hears nothing of the others yet: see `level`.
 
     Args:
         loader: The loader, made by a trainer or by the user.
-        peers: The processes to deal to.
+        distributed: The processes to deal to.
         seed: The run's seed, from which orders and loading draw.
-        sharding: `"already"` where the loader of each process has its own data already.
+        data_is_sharded: Whether the loader of each process has its own data already.
         limit: Batches to take of each epoch, all if None.
 
     Raises:
         DataError: Processes that share a replica of the model have data of their own.
     """
-    dealt_to = Peers() if sharding == "already" else peers
+    dealt_to = DistributedRuntime() if data_is_sharded else distributed
     sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not peers.is_alone and sharding == "auto":
-        dealt_to = Peers()
-    if dealt_to is not peers and peers.replica_size > 1:
+    if isinstance(sampler, DistributedSampler) and not distributed.is_single_process and not data_is_sharded:
+        dealt_to = DistributedRuntime()
+    if dealt_to is not distributed and distributed.replica_size > 1:
         raise DataError(
-            f"Each process has data of its own, and {peers.replica_size} share a replica of the model, which takes the "
-            "same batches on all of them. Give every process the whole data, and leave sharding and samplers out."
+            f"Each process has its own data, but {distributed.replica_size} processes share a replica of the model and "
+            "need the same batches. Give every process the whole data, without data_is_sharded and samplers."
         )
     if type(loader) is not DataLoader or loader.batch_sampler is None:
-        source: BatchSource = ReadyBatches(loader, dealt_to, seed)
+        source: BatchSource = PrebatchedSource(loader, dealt_to, seed)
     elif isinstance(loader.dataset, IterableDataset):
-        source = StreamBatches(loader, dealt_to, seed)
+        source = IterableSource(loader, dealt_to, seed)
     else:
-        source = DealtBatches(loader, dealt_to, seed)
+        source = MapStyleSource(loader, dealt_to, seed)
     if limit is not None:
-        source = LimitedBatches(source, limit)
-    return LevelledBatches(source, peers) if dealt_to is not peers and not peers.is_alone else source
+        source = LimitedSource(source, limit)
+    return (
+        PaddedSource(source, distributed)
+        if dealt_to is not distributed and not distributed.is_single_process
+        else source
+    )
 
 
-def tell(sources: Mapping[str, BatchSource]) -> list[str]:
+def fingerprints(sources: Mapping[str, BatchSource]) -> list[str]:
     """Tell of several sets of data what has to be the same on all processes."""
-    return [f"{name} {told}".strip() for name, source in sources.items() if (told := source.told())]
+    return [f"{name} {told}".strip() for name, source in sources.items() if (told := source.fingerprint())]

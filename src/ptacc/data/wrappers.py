@@ -7,15 +7,15 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
 
-from ptacc.data.batch import BatchSource, Dealing, HostBatch
-from ptacc.distributed.process_group import Peers
+from ptacc.data.batch import BatchSource, HostBatch, PartitionScheme
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.types.protocols import StateDict
 
 Batches: TypeAlias = Iterator[HostBatch[Any]]
 
 
-class WatchedSource:
-    """A source of batches, and somebody who sees each come: `run.data = WatchedSource(run.data, watch)`."""
+class ObservedSource:
+    """A source of batches, and somebody who sees each come: `run.data = ObservedSource(run.data, watch)`."""
 
     def __init__(self, source: BatchSource, watch: Callable[[Batches], Batches]) -> None:
         """Watch a source.
@@ -31,9 +31,9 @@ class WatchedSource:
         return self._watch(self._source.epoch(epoch, start))
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """How the data is dealt."""
-        return self._source.dealing
+        return self._source.partition_scheme
 
     def num_batches(self, start: int = 0) -> int | None:
         """Return the batches of an epoch from `start` on, None where the data has no length."""
@@ -43,9 +43,9 @@ class WatchedSource:
         """Return the place in an epoch's data after so many batches of each process."""
         return self._source.place_after(batches)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell of the data what has to be the same on all processes."""
-        return self._source.told()
+        return self._source.fingerprint()
 
     def state_dict(self) -> StateDict:
         """Return the state of the source."""
@@ -59,27 +59,27 @@ class WatchedSource:
 def level(sources: Iterable[BatchSource]) -> None:
     """Let processes with data of their own hear of each other's. A collective: every process makes the same call."""
     for source in sources:
-        if isinstance(source, LevelledBatches):
+        if isinstance(source, PaddedSource):
             source.level()
 
 
-def counted_once(batches: Iterator[HostBatch[Any]], peers: Peers) -> Iterator[HostBatch[Any]]:
+def counted_once(batches: Iterator[HostBatch[Any]], distributed: DistributedRuntime) -> Iterator[HostBatch[Any]]:
     """Have batches that several processes of a replica take count for the first of them; for the others, phantoms."""
-    return batches if peers.leads_replica else (replace(batch, is_phantom=True) for batch in batches)
+    return batches if distributed.leads_replica else (replace(batch, is_padding=True) for batch in batches)
 
 
-class LevelledBatches:
+class PaddedSource:
     """Data that each process has for itself: a process that runs out early repeats its last batch as a phantom."""
 
-    def __init__(self, source: BatchSource, peers: Peers) -> None:
+    def __init__(self, source: BatchSource, distributed: DistributedRuntime) -> None:
         """Level `source` over the processes."""
-        self._source, self._peers = source, peers
+        self._source, self._peers = source, distributed
         self._num_batches: int | None = None
         self._of = ""
 
     def level(self) -> None:
         """Learn what the others have, and how many batches the process with most of them has."""
-        self._of = ", ".join(self._peers.gather(self._source.dealing.of))
+        self._of = ", ".join(self._peers.gather(self._source.partition_scheme.of))
         lengths = self._peers.gather(self._source.num_batches())
         known = [length for length in lengths if length is not None]
         self._num_batches = max(known) if len(known) == len(lengths) else None
@@ -93,11 +93,13 @@ class LevelledBatches:
         return batches
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """What each process has is its own."""
-        return Dealing(self._of, f"{self._source.dealing.how} on each of {self._peers.world_size} processes", False)
+        return PartitionScheme(
+            self._of, f"{self._source.partition_scheme.how} on each of {self._peers.world_size} processes", False
+        )
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell nothing: each process has data of its own."""
         return ""
 
@@ -119,7 +121,7 @@ class LevelledBatches:
                 spare = self._peers.broadcast(last, source=holder)
                 last = last or spare
             assert last is not None
-            yield HostBatch(last.data, None, None, None, is_phantom=mine is None, end=end)
+            yield HostBatch(last.data, None, None, None, is_padding=mine is None, end=end)
 
     def state_dict(self) -> StateDict:
         """Return the state of this process's data."""
@@ -130,7 +132,7 @@ class LevelledBatches:
         self._source.load_state_dict(state_dict)
 
 
-class LimitedBatches:
+class LimitedSource:
     """The first batches of each epoch, for a smoke run."""
 
     def __init__(self, source: BatchSource, limit: int) -> None:
@@ -147,13 +149,17 @@ class LimitedBatches:
         return batches
 
     @property
-    def dealing(self) -> Dealing:
+    def partition_scheme(self) -> PartitionScheme:
         """The limit is in batches."""
-        return replace(self._source.dealing, how=f"{self._source.dealing.how} up to {self._limit}", goes_on_anew=False)
+        return replace(
+            self._source.partition_scheme,
+            how=f"{self._source.partition_scheme.how} up to {self._limit}",
+            goes_on_anew=False,
+        )
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell what the source does, and the limit."""
-        return f"{self._source.told()} up to {self._limit}".strip()
+        return f"{self._source.fingerprint()} up to {self._limit}".strip()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of one epoch."""

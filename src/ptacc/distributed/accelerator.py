@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ptacc.distributed.failure import open_connections
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.types.aliases import Precision
-from ptacc.types.protocols import DeviceRuntime
+from ptacc.types.protocols import AcceleratorProtocol
 
 
 class AcceleratorSettings(TypedDict, total=False):
@@ -107,7 +107,7 @@ class _Shared:
     """The accelerator of this process: Accelerate keeps its state in the process, so there is one at a time."""
 
     accelerator: Accelerator
-    peers: Peers
+    distributed: DistributedRuntime
     settings: dict[str, Any]
     owners: weakref.WeakSet[object]
     process: int = field(default_factory=os.getpid)
@@ -118,7 +118,7 @@ _connected_before: dict[int, frozenset[tuple[int, int]]] = {}
 """By process: a fork has other connections."""
 
 
-def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceRuntime, Peers]:
+def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[AcceleratorProtocol, DistributedRuntime]:
     """Return the accelerator with these settings, made at the first call and shared by all who ask for the same.
 
     Args:
@@ -154,11 +154,11 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[DeviceR
         except Exception:
             release_accelerator()  # or the next trainer would inherit what was refused
             raise
-        peers = Peers.of_this_launch(connected_before)
-        _shared.append(_Shared(accelerator, peers, builder.settings, weakref.WeakSet()))
+        distributed = DistributedRuntime.of_this_launch(connected_before)
+        _shared.append(_Shared(accelerator, distributed, builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
-    peers = _shared[0].peers
-    return _shared[0].accelerator, peers.in_replicas_of(builder.replica_size or peers.world_size)
+    distributed = _shared[0].distributed
+    return _shared[0].accelerator, distributed.with_replica_size(builder.replica_size or distributed.world_size)
 
 
 def connections_before_launch() -> frozenset[tuple[int, int]]:
@@ -221,7 +221,7 @@ def check_restarts() -> None:
         )
 
 
-def check_accelerator(accelerator: DeviceRuntime) -> None:
+def check_accelerator(accelerator: AcceleratorProtocol) -> None:
     """Raise where an accelerator would silently do something else than was asked for."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size > 1 and accelerator.num_processes == 1:
@@ -249,7 +249,7 @@ class ModelState:
     def of(cls, model: nn.Module) -> ModelState:
         """Remember the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        replica = replica_of(model)
+        replica = find_ddp_module(model)
         syncing = None if replica is None else (replica, replica.require_forward_param_sync)
         return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
 
@@ -271,13 +271,13 @@ class ModelState:
         self.restore_flags()
 
 
-def replica_of(model: nn.Module) -> DistributedDataParallel | None:
+def find_ddp_module(model: nn.Module) -> DistributedDataParallel | None:
     """Return the wrapper that averages gradients over the processes, be it compiled or not; None without one."""
     inner = model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def forget_prepared(accelerator: DeviceRuntime) -> None:
+def forget_prepared(accelerator: AcceleratorProtocol) -> None:
     """Let go of the models that Accelerate prepared and keeps hold of.
 
     Its own `free_memory` collects garbage, too, which takes longer than a small evaluation.

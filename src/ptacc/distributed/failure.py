@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 from typing_extensions import override
 
-from ptacc.errors import PeerError, PtaccError
+from ptacc.errors import PtaccError, RankFailedError
 
 GRACE_SECONDS = 3.0
 """How long other processes have to answer once a connection broke."""
@@ -29,7 +29,7 @@ BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe"
 """Words of the errors that collectives raise when a peer is gone, or timed out."""
 
 
-class AgreedExit(BaseException):
+class CoordinatedExit(BaseException):
     """Leaves a block on all processes alike, as they agreed: no failure, and nobody's `except Exception` to stop."""
 
 
@@ -46,7 +46,7 @@ class Failure:
         return f"rank {self.rank} failed {self.where}: {self.what}"
 
 
-class FailureBoard:
+class FailureMonitor:
     """Where the processes of a launch tell each other of their failures: keys in the rendezvous store."""
 
     def __init__(self, group: dist.ProcessGroup, sockets: frozenset[tuple[int, int]]) -> None:
@@ -69,29 +69,31 @@ class FailureBoard:
             where: Where the process is, for the others to be told.
 
         Raises:
-            PeerError: Another process failed, or was killed.
+            RankFailedError: Another process failed, or was killed.
         """
         self.check()
         try:
             yield
-        except (AgreedExit, GeneratorExit):  # the second: a stream of predictions that nobody reads on
+        except (CoordinatedExit, GeneratorExit):  # the second: a stream of predictions that nobody reads on
             raise
         except BaseException as error:
             if self.failure is not None:  # told by an inner block
                 raise
             peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
             if peers_failure is None:
-                self.tell(where if isinstance(where, str) else where(), error)
+                self.report_failure(where if isinstance(where, str) else where(), error)
                 raise
             self.failure = peers_failure
-            raise PeerError(str(peers_failure)) from error
+            raise RankFailedError(str(peers_failure)) from error
 
     def check(self) -> None:
-        """Raise `PeerError` if a process of this launch failed earlier."""
+        """Raise `RankFailedError` if a process of this launch failed earlier."""
         if self.failure is not None:
-            raise PeerError(f"The processes of this launch cannot go on together: {self.failure}. Start them anew.")
+            raise RankFailedError(
+                f"The processes of this launch cannot go on together: {self.failure}. Start them anew."
+            )
 
-    def tell(self, where: str, error: BaseException) -> None:
+    def report_failure(self, where: str, error: BaseException) -> None:
         """Tell the other processes that this one failed, and break what they wait for."""
         self.failure = failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
@@ -126,18 +128,18 @@ class FailureBoard:
 
     def find_failure(self) -> Failure | None:
         """Return what another process told of itself, or that one of this host is gone; None if neither."""
-        return self._told() or self._gone()
+        return self._find_reported_failure() or self._find_dead_rank()
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
-    def _told(self) -> Failure | None:
+    def _find_reported_failure(self) -> Failure | None:
         for rank in self._others():
             if self.store.check([f"failed/{rank}"]):
                 return Failure(*json.loads(self.store.get(f"failed/{rank}")))
         return None
 
-    def _gone(self) -> Failure | None:
+    def _find_dead_rank(self) -> Failure | None:
         """Return the failure of a process of this host that does not exist any more."""
         for rank in self._others():
             host, process = json.loads(self.store.get(f"process/{rank}"))

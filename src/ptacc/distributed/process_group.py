@@ -1,4 +1,4 @@
-"""The other processes of a run, and what is told them on the host: never by way of the devices' own collectives."""
+"""The ranks of a launch, and collectives on the host (gloo), independent of the device's own (NCCL)."""
 
 from __future__ import annotations
 
@@ -12,38 +12,85 @@ import torch
 import torch.distributed as dist
 from typing_extensions import TypeVar
 
-from ptacc.distributed.failure import Failure, FailureBoard, open_connections
-from ptacc.distributed.rendezvous import Meetings
+from ptacc.distributed.failure import Failure, FailureMonitor, open_connections
+from ptacc.distributed.rendezvous import Rendezvous
 from ptacc.distributed.shutdown import rest_before_exit
-from ptacc.errors import CollectiveError, LaunchError, PeerError
+from ptacc.errors import CollectiveError, LaunchError, RankFailedError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Peers:
-    """The processes of a run. With one process, everything here is the identity and costs nothing.
+class Distributed:
+    """The ranks of a launch, and collectives on the host. With one process, each of them is the identity.
 
     Args:
         rank: Index of this process.
         world_size: Number of processes.
-        replica_size: Number of processes, of neighbouring ranks, that share one replica of the model: they take the
-            same batches and draw alike, and what they take counts once.
-        group: A gloo group of them all; None where there is one process.
-        board: Where they tell each other of failures; None where there is one process.
-        meetings: Where they meet for what all of them call; None where there is one process.
     """
 
     rank: int = 0
     world_size: int = 1
-    replica_size: int = 1
-    group: dist.ProcessGroup | None = None
-    board: FailureBoard | None = None
-    meetings: Meetings | None = None
+    _replica_size: int = 1
+    _group: dist.ProcessGroup | None = None
+    _rendezvous: Rendezvous | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """Index of this rank's replica of the model. Ranks that share a replica take the same batches."""
+        return self.rank // self._replica_size
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas of the model: `world_size`, unless tensor parallelism splits a model over ranks."""
+        return self.world_size // self._replica_size
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise sums over all ranks, in float64, on every rank."""
+        if self.world_size == 1:
+            return list(values)
+        self._count_progress()
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return cast(list[float], total.tolist())
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return the value of rank `source` on every rank."""
+        if self.world_size == 1:
+            return value
+        self._count_progress()
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self._group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        self._count_progress()
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return cast(list[T], values)
+
+    def _count_progress(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.progress.increment()
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedRuntime(Distributed):
+    """`Distributed`, with what the trainer itself needs: failures of ranks, and points that all ranks have to reach."""
+
+    _failures: FailureMonitor | None = None
 
     @classmethod
-    def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> Peers:
-        """Return the processes of the initialised process group. A collective: every process makes the same call.
+    def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
+        """Return the ranks of the initialised process group. A collective.
 
         Args:
             connected_before: The connections that this process had before it joined the launch.
@@ -52,160 +99,137 @@ class Peers:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         rest_before_exit()
-        board = FailureBoard(group, open_connections() - connected_before)
-        return cls(dist.get_rank(), dist.get_world_size(), group=group, board=board, meetings=Meetings(board))
+        failures = FailureMonitor(group, open_connections() - connected_before)
+        return cls(dist.get_rank(), dist.get_world_size(), 1, group, Rendezvous(failures), failures)
 
-    def in_replicas_of(self, size: int) -> Peers:
-        """Return the same processes, of which each `size` share a replica of the model.
+    def with_replica_size(self, size: int) -> DistributedRuntime:
+        """Return the same ranks, where each `size` neighbours share a replica of the model.
 
         Raises:
-            LaunchError: Their number cannot be divided so.
+            LaunchError: The world size is not a multiple of `size`.
         """
-        if self.is_alone:
+        if self.is_single_process:
             return self
         if self.world_size % size:
             raise LaunchError(
-                f"{size} processes are to share each replica of the model, and {self.world_size} were launched, which "
-                f"is no multiple of it. Launch {size * math.ceil(self.world_size / size)}, or have fewer share one."
+                f"{size} processes have to share each replica of the model, but {self.world_size} were launched, which "
+                f"is not a multiple of it. Launch {size * math.ceil(self.world_size / size)}, or let fewer share one."
             )
-        return replace(self, replica_size=size)
-
-    def check(self) -> None:
-        """Raise `PeerError` if a process of this launch failed earlier."""
-        if self.board is not None:
-            self.board.check()
-
-    def find_failure(self) -> Failure | None:
-        """Return what became of another process: it told that it failed, or is gone. No collective."""
-        return None if self.board is None else self.board.find_failure()
-
-    def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-        """Let an exception of the block end all processes, the others by a `PeerError` that names it.
-
-        Args:
-            where: Where this process is, for the others to be told.
-        """
-        return contextlib.nullcontext() if self.board is None else self.board.failing_together(where)
-
-    def mark(self) -> None:
-        """Mark a place that all processes pass alike before they wait for each other, for one that waits elsewhere."""
-        if self.meetings is not None:
-            self.meetings.trail.mark()
-
-    def meet(self, call: str, ranks: Sequence[int] | None = None) -> None:
-        """Wait until every process makes this call.
-
-        Args:
-            call: What the users called, for those who made another call to be told.
-            ranks: The processes that meet, all of them if not given.
-
-        Raises:
-            CollectiveError: A process made another call, or went past the place without one.
-            PeerError: A process was lost, or brings an error.
-        """
-        if self.meetings is not None:
-            self.meetings.meet(call, ranks)
-
-    @contextlib.contextmanager
-    def meeting(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[list[str]]:
-        """Meet after a block without collectives: an error on one process is raised on all, which can go on.
-
-        Args:
-            call: What the users called.
-            ranks: The processes that meet, all of them if not given.
-
-        Yields:
-            A list for the block to tell what has to be the same on all processes: data, options.
-
-        Raises:
-            PeerError: The block raised on another process.
-            CollectiveError: Another process made another call, or told something else.
-        """
-        told: list[str] = []
-        try:
-            yield told
-        except BaseException as error:
-            if self.meetings is not None:
-                with contextlib.suppress(PeerError, CollectiveError):  # each raises its own
-                    self.meetings.meet(call, ranks, error=f"{type(error).__name__}: {error}")
-            raise
-        self.meet(f"{call} with {', '.join(told)}" if told else call, ranks)
-
-    @contextlib.contextmanager
-    def main_first(self, *, local: bool) -> Iterator[None]:
-        """Let rank 0 go through the block first, or the first process of each host, and the others after it."""
-        call = f"main_process_first({'local=True' if local else ''})"
-        if self.meetings is None or self.meetings.inside == call:  # all that is in such a block has its order
-            yield
-            return
-        if self.meetings.inside:
-            raise CollectiveError(f"{call} within {self.meetings.inside}: put one after the other.")
-        ranks = self.meetings.ranks_of_this_host() if local else range(self.world_size)
-        if self.rank == ranks[0]:
-            with self.meeting(call, ranks), self.meetings.within(call):
-                yield
-        else:
-            self.meet(call, ranks)
-            with self.failing_together(f"in {call}"), self.meetings.within(call):
-                yield
+        return replace(self, _replica_size=size)
 
     @property
-    def is_alone(self) -> bool:
+    def group(self) -> dist.ProcessGroup | None:
+        """The gloo group of all ranks; None with one process."""
+        return self._group
+
+    @property
+    def rendezvous(self) -> Rendezvous | None:
+        """Where ranks wait for each other; None with one process."""
+        return self._rendezvous
+
+    @property
+    def is_single_process(self) -> bool:
         """Whether there is one process only."""
         return self.world_size == 1
 
     @property
-    def replica(self) -> int:
-        """Index of this process's replica of the model."""
-        return self.rank // self.replica_size
-
-    @property
-    def replicas(self) -> int:
-        """Number of replicas, each of which takes batches of its own."""
-        return self.world_size // self.replica_size
+    def replica_size(self) -> int:
+        """Number of ranks that share one replica of the model."""
+        return self._replica_size
 
     @property
     def leader(self) -> int:
-        """Rank of the process of this one's replica whose batches count."""
-        return self.replica * self.replica_size
+        """The rank of this replica whose batches count."""
+        return self.replica * self._replica_size
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this process is the one of its replica whose batches count."""
+        """Whether this rank is the one of its replica whose batches count."""
         return self.rank == self.leader
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums over all processes, in float64."""
-        if self.is_alone:
-            return list(values)
-        self.mark()
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return cast(list[float], total.tolist())
+    def check(self) -> None:
+        """Raise `RankFailedError` if another rank failed earlier."""
+        if self._failures is not None:
+            self._failures.check()
+
+    def find_failure(self) -> Failure | None:
+        """Return the failure of another rank: it reported one, or its process is gone. Not a collective."""
+        return None if self._failures is None else self._failures.find_failure()
+
+    def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+        """Report an exception of the block to all ranks, which then raise `RankFailedError` with its text.
+
+        Args:
+            where: What this rank is doing, for the message.
+        """
+        return contextlib.nullcontext() if self._failures is None else self._failures.failing_together(where)
+
+    def count_progress(self) -> None:
+        """Count a place that all ranks pass before they wait for each other. It shows a rank that waits elsewhere."""
+        self._count_progress()
+
+    def sync(self, call: str, ranks: Sequence[int] | None = None) -> None:
+        """Wait until every rank makes this call.
+
+        Args:
+            call: The call, as users write it. Ranks that made another call show it in their error.
+            ranks: The ranks that have to make it; all if not given.
+
+        Raises:
+            CollectiveError: A rank made another call, or passed the place without one.
+            RankFailedError: A rank was lost, or reports an error.
+        """
+        if self._rendezvous is not None:
+            self._rendezvous.sync(call, ranks)
+
+    @contextlib.contextmanager
+    def synced(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[list[str]]:
+        """Synchronise after a block without collectives. An error on one rank is raised on all, which can continue.
+
+        Args:
+            call: The call, as users write it.
+            ranks: The ranks that have to make it; all if not given.
+
+        Yields:
+            A list to which the block appends what has to be the same on all ranks: data, options.
+
+        Raises:
+            RankFailedError: The block raised on another rank.
+            CollectiveError: Another rank made another call, or appended something else.
+        """
+        must_match: list[str] = []
+        try:
+            yield must_match
+        except BaseException as error:
+            if self._rendezvous is not None:
+                with contextlib.suppress(RankFailedError, CollectiveError):  # each raises its own
+                    self._rendezvous.sync(call, ranks, error=f"{type(error).__name__}: {error}")
+            raise
+        self.sync(f"{call} with {', '.join(must_match)}" if must_match else call, ranks)
+
+    @contextlib.contextmanager
+    def main_first(self, *, local: bool) -> Iterator[None]:
+        """Run the block on rank 0 first, or on the first rank of each host, and then on the others."""
+        call = f"main_process_first({'local=True' if local else ''})"
+        if self._rendezvous is None or self._rendezvous.inside == call:  # a nested block is in order already
+            yield
+            return
+        if self._rendezvous.inside:
+            raise CollectiveError(f"{call} within {self._rendezvous.inside}: put one after the other.")
+        ranks = self._rendezvous.ranks_of_this_host() if local else range(self.world_size)
+        if self.rank == ranks[0]:
+            with self.synced(call, ranks), self._rendezvous.within(call):
+                yield
+        else:
+            self.sync(call, ranks)
+            with self.failing_together(f"in {call}"), self._rendezvous.within(call):
+                yield
 
     def maximum(self, value: int) -> int:
-        """Return the largest value over all processes."""
-        if self.is_alone:
+        """Return the largest value over all ranks, on every rank."""
+        if self.is_single_process:
             return value
-        self.mark()
+        self._count_progress()
         largest = torch.tensor(value)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest)
-
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """Return the value that process `source` gave, on all of them."""
-        if self.is_alone:
-            return value
-        self.mark()
-        box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.group)
-        return box[0]
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes in the order of their ranks, on all of them."""
-        if self.is_alone:
-            return [value]
-        self.mark()
-        values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return cast(list[T], values)

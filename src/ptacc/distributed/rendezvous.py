@@ -1,4 +1,4 @@
-"""Meetings: what all processes have to call, they call together, or hear by name that they did not.
+"""Rendezvous: what all processes have to call, they call together, or hear by name that they did not.
 
 A process that comes to a collective alone would wait for ever, or take the numbers of another collective for its own.
 So each one that users call begins with a meeting in the rendezvous store: who is here, for which call, and has
@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ptacc.distributed.failure import FailureBoard, host_identity
-from ptacc.errors import CollectiveError, PeerError
+from ptacc.distributed.failure import FailureMonitor, host_identity
+from ptacc.errors import CollectiveError, RankFailedError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.01
 """Seconds between two looks at the store; they double."""
@@ -29,7 +29,7 @@ LOOK_EVERY = 0.1
 PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 
 
-class Trail:
+class ProgressCounter:
     """How often this process passed a place that all processes pass alike: a number that its host can read.
 
     It is even; odd after a place that some may pass by on their way to the next, which is even again for all.
@@ -47,21 +47,21 @@ class Trail:
             self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._marks = memoryview(self._memory).cast("Q")
 
-    def mark(self) -> None:
+    def increment(self) -> None:
         """Pass a place that nobody passes by."""
         self._marks[0] = (self._marks[0] | 1) + 1
 
-    def touch(self) -> None:
+    def half_step(self) -> None:
         """Pass a place on the way to the next."""
         self._marks[0] |= 1
 
     @property
-    def marks(self) -> int:
+    def value(self) -> int:
         """How far this process is."""
         return self._marks[0]
 
 
-def marks_at(path: str) -> int:
+def read_counter(path: str) -> int:
     """Return the marks of another process of this host, -1 where they cannot be read."""
     try:
         return int.from_bytes(Path(path).read_bytes(), sys.byteorder)
@@ -70,7 +70,7 @@ def marks_at(path: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class CallRecord:
     """What a process says at a meeting.
 
     Args:
@@ -84,42 +84,42 @@ class Word:
     error: str | None
 
 
-class Meetings:
+class Rendezvous:
     """The meetings of a launch's processes, numbered alike on each."""
 
-    def __init__(self, board: FailureBoard) -> None:
-        """Meet in the store of `board`. A collective: every process makes the same call."""
+    def __init__(self, board: FailureMonitor) -> None:
+        """Meet in the store of `failures`. A collective: every process makes the same call."""
         self._board, self._store = board, board.store
         self._rank, self._held = board.rank, 0
         self._kept: list[int] = []
         self.inside = ""
-        self.trail = Trail()
-        self._store.set(f"trail/{self._rank}", json.dumps([host_identity(), self.trail.path]))
+        self.progress = ProgressCounter()
+        self._store.set(f"trail/{self._rank}", json.dumps([host_identity(), self.progress.path]))
 
-    def meet(self, call: str, ranks: Sequence[int] | None = None, error: str | None = None) -> None:
+    def sync(self, call: str, ranks: Sequence[int] | None = None, error: str | None = None) -> None:
         """Wait until all of `ranks` make the same call: all processes, if not given.
 
         Raises:
             CollectiveError: A process made another call, or went past the place without one.
-            PeerError: A process was lost, or brings an error with it.
+            RankFailedError: A process was lost, or brings an error with it.
         """
         self._board.check()
         everyone = range(self._board.world_size)
         ranks = everyone if ranks is None else ranks
-        mine = Word(call, users_place(), error)
-        self._announce(mine)
+        mine = CallRecord(call, user_location(), error)
+        self._publish(mine)
         try:
             self._wait(mine, ranks)
-            words = [self._word_of(rank) for rank in ranks]
+            words = [self._read_record(rank) for rank in ranks]
         except RuntimeError as failure:
-            if isinstance(failure, PeerError | CollectiveError):
+            if isinstance(failure, RankFailedError | CollectiveError):
                 raise
-            raise PeerError("lost rank 0: its rendezvous store does not answer") from failure
+            raise RankFailedError("lost rank 0: its rendezvous store does not answer") from failure
         if len(ranks) == len(everyone):
             self._forget_former()
         for rank, word in zip(ranks, words, strict=True):
             if word.error is not None and rank != self._rank:
-                raise PeerError(f"rank {rank} failed in {word.call} ({word.place}): {word.error}")
+                raise RankFailedError(f"rank {rank} failed in {word.call} ({word.place}): {word.error}")
         for rank, word in zip(ranks, words, strict=True):
             check_same(self._rank, mine, rank, word)
 
@@ -134,11 +134,11 @@ class Meetings:
 
     def ranks_of_this_host(self) -> list[int]:
         """Return the ranks of this host's processes."""
-        return [rank for rank in range(self._board.world_size) if self._trail_of(rank) is not None]
+        return [rank for rank in range(self._board.world_size) if self._counter_path(rank) is not None]
 
-    def _announce(self, word: Word) -> None:
+    def _publish(self, word: CallRecord) -> None:
         self._held += 1
-        self._store.set(self._key_of(self._rank), json.dumps(astuple(word)))
+        self._store.set(self._record_key(self._rank), json.dumps(astuple(word)))
         self._kept.append(self._held)
 
     def _forget_former(self) -> None:
@@ -147,14 +147,14 @@ class Meetings:
             self._store.delete_key(f"meeting/{number}/{self._rank}")
         del self._kept[:-1]
 
-    def _key_of(self, rank: int) -> str:
+    def _record_key(self, rank: int) -> str:
         return f"meeting/{self._held}/{rank}"
 
-    def _word_of(self, rank: int) -> Word:
-        return Word(*json.loads(self._store.get(self._key_of(rank))))
+    def _read_record(self, rank: int) -> CallRecord:
+        return CallRecord(*json.loads(self._store.get(self._record_key(rank))))
 
-    def _wait(self, mine: Word, ranks: Sequence[int]) -> None:
-        keys = [self._key_of(rank) for rank in ranks]
+    def _wait(self, mine: CallRecord, ranks: Sequence[int]) -> None:
+        keys = [self._record_key(rank) for rank in ranks]
         pause, looked = FIRST_PAUSE, time.monotonic()
         while not self._store.check(keys):
             if time.monotonic() - looked > LOOK_EVERY:
@@ -163,32 +163,32 @@ class Meetings:
             time.sleep(pause)  # the store's own waiting prints a warning each time that it ends without an answer
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _look_for_proof(self, mine: Word, ranks: Sequence[int]) -> None:
+    def _look_for_proof(self, mine: CallRecord, ranks: Sequence[int]) -> None:
         """Raise where one of `ranks` cannot come any more."""
         failure = self._board.find_failure()
         for rank in ranks:
-            path = self._trail_of(rank)
-            marks = marks_at(path) if path else -1  # before the next line: it may come, and go on, in between
-            if self._store.check([self._key_of(rank)]):
-                check_same(self._rank, mine, rank, self._word_of(rank))
+            path = self._counter_path(rank)
+            marks = read_counter(path) if path else -1  # before the next line: it may come, and go on, in between
+            if self._store.check([self._record_key(rank)]):
+                check_same(self._rank, mine, rank, self._read_record(rank))
             elif failure is not None:
                 self._board.failure = failure
-                raise PeerError(str(failure))
-            elif marks > self.trail.marks:
+                raise RankFailedError(str(failure))
+            elif marks > self.progress.value:
                 error = CollectiveError(
                     f"{mine.call} was called on rank {self._rank} ({mine.place}), and rank {rank} went on without it. "
                     "Call it on every process: not under a condition that only some of them meet."
                 )
-                self._board.tell(f"in {mine.call}", error)  # the others wait for this process elsewhere
+                self._board.report_failure(f"in {mine.call}", error)  # the others wait for this process elsewhere
                 raise error
 
-    def _trail_of(self, rank: int) -> str | None:
+    def _counter_path(self, rank: int) -> str | None:
         """Return where the marks of a process are, None where it is on another host."""
         host, path = json.loads(self._store.get(f"trail/{rank}"))
         return (path or "") if host == host_identity() else None
 
 
-def check_same(rank: int, mine: Word, other: int, theirs: Word) -> None:
+def check_same(rank: int, mine: CallRecord, other: int, theirs: CallRecord) -> None:
     """Raise where two processes came to one meeting for different calls."""
     if mine.call != theirs.call:
         raise CollectiveError(
@@ -198,7 +198,7 @@ def check_same(rank: int, mine: Word, other: int, theirs: Word) -> None:
         )
 
 
-def users_place() -> str:
+def user_location() -> str:
     """Return the file and line of the code that called into this package."""
     frame = sys._getframe(1)  # noqa: SLF001  # the documented way to a caller, for all its name
     while frame.f_back is not None and is_ours(frame.f_code.co_filename):

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def heeding(signals: Collection[signal.Signals], wish: Callable[[str, int], None]) -> Iterator[None]:
+def signal_handlers(signals: Collection[signal.Signals], wish: Callable[[str, int], None]) -> Iterator[None]:
     """Call `wish(name, exit code)` when this process is sent one of `signals` within the block, and let it go on.
 
     Handlers that were there before are called as well, and put back; Python's own for Ctrl-C, which raises, from the

@@ -15,7 +15,7 @@ from ptacc.types.protocols import StateDict
 
 
 @dataclass(frozen=True)
-class Slot:
+class OptimizerSlot:
     """One optimizer with the parameters it updates. The core iterates over slots; there is one of them today.
 
     Args:
@@ -29,7 +29,7 @@ class Slot:
     parameters: tuple[Parameter, ...]
 
     @classmethod
-    def of(cls, name: str, optimizer: Optimizer) -> Slot:
+    def create(cls, name: str, optimizer: Optimizer) -> OptimizerSlot:
         """Make the slot of an optimizer."""
         return cls(name, optimizer, tuple(p for group in optimizer.param_groups for p in group["params"]))
 
@@ -49,7 +49,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def slots(self) -> Sequence[Slot]:
+    def slots(self) -> Sequence[OptimizerSlot]:
         """The optimizers."""
         ...
 
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Add the gradients of `loss`."""
         ...
 
-    def finish_gradients(self) -> None:
+    def unscale_gradients(self) -> None:
         """Make the gradients what they are without the engine's own scaling."""
         ...
 
@@ -77,18 +77,18 @@ class Engine(Protocol):
         """Update the weights and clear the gradients. Return False where the scaler skipped the update."""
         ...
 
-    def finish_run(self) -> None:
+    def sync_buffers(self) -> None:
         """Have the same model on every process, buffers included. A collective: every process makes the same call."""
         ...
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the user's model and optimizers as they were, but for their values. A collective, after the run's end.
 
         After an exception this is not called, since other processes may be elsewhere.
         """
         ...
 
-    def revive(self, value: Any, /) -> Any:
+    def localize(self, value: Any, /) -> Any:
         """Return a value of a saved state as it is here: a tensor that was saved in parts, as this engine holds it."""
         ...
 

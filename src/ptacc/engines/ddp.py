@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from ptacc.engines.base import Slot
-from ptacc.model.state_dict import held_parameters, load_optimizer, load_weights, weights_of
-from ptacc.model.wrapping import replica_of
-from ptacc.tensors.dtensor import bare
-from ptacc.types.protocols import DeviceRuntime, StateDict
+from ptacc.engines.base import OptimizerSlot
+from ptacc.model.state_dict import get_weights, held_parameters, load_optimizer, load_weights
+from ptacc.model.wrapping import find_ddp_module
+from ptacc.tensors.dtensor import unwrap
+from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
 
 class TorchEngine:
@@ -29,9 +29,9 @@ class TorchEngine:
 
     def __init__(
         self,
-        accelerator: DeviceRuntime,
+        accelerator: AcceleratorProtocol,
         model: nn.Module,
-        slots: Sequence[Slot],
+        slots: Sequence[OptimizerSlot],
         scaler: torch.amp.GradScaler | None = None,
         *,
         in_replicas: bool = True,
@@ -47,7 +47,7 @@ class TorchEngine:
         """
         self._accelerator, self._bare_model = accelerator, model
         self._model = accelerator.prepare_model(model, evaluation_mode=not in_replicas)
-        self._replica = replica_of(self._model)
+        self._replica = find_ddp_module(self._model)
         self._slots = tuple(slots)
         self._scaler = scaler or copy.deepcopy(accelerator.scaler)  # each run begins with the same factor
 
@@ -57,7 +57,7 @@ class TorchEngine:
         return self._model
 
     @property
-    def slots(self) -> Sequence[Slot]:
+    def slots(self) -> Sequence[OptimizerSlot]:
         """The optimizers."""
         return self._slots
 
@@ -71,7 +71,7 @@ class TorchEngine:
             loss = self._scaler.scale(loss)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
-    def finish_gradients(self) -> None:
+    def unscale_gradients(self) -> None:
         """See that the processes have averaged the gradients, and divide them by the scaler's factor."""
         if self._replica is not None:
             # It looks for parameters that took no part at its next forward pass only: after the update.
@@ -104,22 +104,22 @@ class TorchEngine:
             clear_gradients(slot.optimizer)
         return happened
 
-    def finish_run(self) -> None:
+    def sync_buffers(self) -> None:
         """Give all processes rank 0's buffers: each forward pass of a step does, and the last step changed them."""
         if self._replica is not None:
             for buffer in self._replica.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Do nothing: a wrapper is taken off with no trace."""
 
-    def revive(self, value: Any) -> Any:
+    def localize(self, value: Any) -> Any:
         """Return a plain tensor."""
-        return bare(value)
+        return unwrap(value)
 
     def weights(self) -> StateDict:
         """Return the model's tensors themselves."""
-        return weights_of(self._bare_model)
+        return get_weights(self._bare_model)
 
     def load_weights(self, weights: StateDict, *, strict: bool = True) -> None:
         """Copy tensors into the model's."""

@@ -33,7 +33,7 @@ class Units:
     offloads: bool = False
 
 
-def deal_units(model: nn.Module, mesh: DeviceMesh, units: Units) -> None:
+def shard_units(model: nn.Module, mesh: DeviceMesh, units: Units) -> None:
     """Deal the tensors of a model out over a mesh of one dimension, unit by unit. A collective."""
     precision = MixedPrecisionPolicy(param_dtype=units.param_dtype, reduce_dtype=units.reduce_dtype)
     offload = CPUOffloadPolicy() if units.offloads else OffloadPolicy()

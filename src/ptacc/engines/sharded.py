@@ -29,12 +29,22 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.common import remove_hooks, share_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import CheckpointError
-from ptacc.tensors.dtensor import Dealing, Shard, Whole, beside, is_dealt, part_of, put_on, runs_of, whole_tensor
-from ptacc.types.protocols import DeviceRuntime
+from ptacc.tensors.dtensor import (
+    AssembledTensor,
+    Shard,
+    ShardingSpec,
+    from_local,
+    is_dtensor,
+    local_index_ranges,
+    match_placement,
+    slice_local,
+    whole_tensor,
+)
+from ptacc.types.protocols import AcceleratorProtocol
 
 Sharding: TypeAlias = Callable[[nn.Module], object]
 HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
@@ -45,7 +55,7 @@ HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.
 
 
 @dataclass(frozen=True)
-class Holding:
+class OptimizerState:
     """What an optimizer holds, by the names of its parameters instead of the parameters themselves."""
 
     optimizer: Optimizer
@@ -53,7 +63,7 @@ class Holding:
     state: Mapping[str, dict[str, Any]]
 
     @classmethod
-    def taken_from(cls, optimizer: Optimizer, names: Mapping[Tensor, str]) -> Holding:
+    def taken_from(cls, optimizer: Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:
         """Take an optimizer's parameters and state away, so that their memory is free."""
         groups = tuple(tuple(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups)
         state = {names[parameter]: dict(entry) for parameter, entry in optimizer.state.items()}
@@ -68,14 +78,14 @@ class Holding:
             group["params"] = [parameters[name] for name in names]
         for name, entry in self.state.items():
             parameter = parameters[name]
-            self.optimizer.state[parameter] = {key: beside(parameter, value) for key, value in entry.items()}
+            self.optimizer.state[parameter] = {key: match_placement(parameter, value) for key, value in entry.items()}
 
 
 # ---- the model: sharded in place, and given back
 
 
 @dataclass(frozen=True)
-class Looks:
+class ModuleSnapshot:
     """What sharding changes of a module beside its parameters.
 
     Args:
@@ -87,7 +97,7 @@ class Looks:
     attributes: frozenset[str]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Looks:
+    def capture(cls, module: nn.Module) -> ModuleSnapshot:
         """Remember the looks of `module`."""
         return cls(type(module), frozenset(vars(module)))
 
@@ -110,7 +120,7 @@ class ShardedModel:
         """Have `shard` replace the parameters of `model`. A collective."""
         share_from_first(model, device)
         self._model = model
-        self._looks = {module: Looks.of(module) for module in model.modules()}
+        self._looks = {module: ModuleSnapshot.capture(module) for module in model.modules()}
         self._places = [
             (module, name, parameter)
             for module in model.modules()
@@ -134,7 +144,7 @@ class ShardedModel:
                 module.reshard()
 
     @torch.no_grad()
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the user's own model again, whole, on the devices it was on. A collective: one tensor at a time."""
         self.reshard()
         self._resharding.remove()
@@ -163,7 +173,7 @@ def share_from_first(model: nn.Module, device: torch.device) -> None:
 # ---- the engine
 
 
-def mesh_of(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
+def make_mesh(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
     """Make the mesh of all processes, of these sizes by name; the last one is of neighbouring ranks."""
     return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -173,9 +183,9 @@ class ShardedEngine(TorchEngine):
 
     def __init__(
         self,
-        accelerator: DeviceRuntime,
+        accelerator: AcceleratorProtocol,
         model: nn.Module,
-        slots: Sequence[Slot],
+        slots: Sequence[OptimizerSlot],
         shard: Sharding,
         *,
         gives_back: bool = True,
@@ -191,12 +201,12 @@ class ShardedEngine(TorchEngine):
         """
         self._sharded: ShardedModel | None = None
         self._gives_back = gives_back
-        if not any(map(is_dealt, model.parameters())):
+        if not any(map(is_dtensor, model.parameters())):
             with moving_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         # For the precision, and the compiler. It wraps nothing: DDP is for models that are whole.
         super().__init__(accelerator, model, present(slots), in_replicas=False)
-        self._forms = {Dealing.of(p): p for p in model.parameters() if is_dealt(p)}
+        self._forms = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
 
     @override
     def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -208,14 +218,14 @@ class ShardedEngine(TorchEngine):
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
         """Scale the gradients of each slot, and return the norm of them all: a plain scalar, equal everywhere."""
-        norms = [clip_dealt_norm(slot.parameters, max_norm) for slot in self._slots]
+        norms = [clip_sharded_norm(slot.parameters, max_norm) for slot in self._slots]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     @override
-    def finish_gradients(self) -> None:
+    def unscale_gradients(self) -> None:
         """Divide the gradients by the scaler's factor."""
         with implicit_replication():
-            super().finish_gradients()
+            super().unscale_gradients()
 
     @override
     def clip_value(self, max_value: float) -> None:
@@ -232,18 +242,18 @@ class ShardedEngine(TorchEngine):
         return happened
 
     @override
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the user's model whole again, and what the optimizers keep. A collective."""
         if self._sharded is not None and self._gives_back:
             with moving_optimizers(self._bare_model, self._slots):
-                self._sharded.give_back()
+                self._sharded.release()
             # The run outlives this, and the shards need not.
             self._sharded, self._slots, self._forms = None, present(self._slots), {}
 
     @override
-    def revive(self, value: Any) -> Any:
+    def localize(self, value: Any) -> Any:
         """Return what was saved of a tensor, whole or this process's part of it, as one that is dealt."""
-        if not isinstance(value, Shard | Whole):
+        if not isinstance(value, Shard | AssembledTensor):
             return value
         form = self._forms.get(value.dealing)
         if form is None:
@@ -251,23 +261,23 @@ class ShardedEngine(TorchEngine):
             raise CheckpointError(f"A tensor was dealt as {value.dealing}, and this engine deals them as {known}.")
         mesh, placements = form.device_mesh, form.placements
         shape = value.shape if isinstance(value, Shard) else tuple(value.tensor.shape)
-        runs = runs_of(shape, mesh, placements)
+        runs = local_index_ranges(shape, mesh, placements)
         if isinstance(value, Shard) and value.runs != runs:
             raise CheckpointError(f"A part of a tensor of shape {shape} was saved for another place than this one's.")
-        local = value.local if isinstance(value, Shard) else part_of(value.tensor, runs)
-        return put_on(mesh, placements, shape, local)
+        local = value.local if isinstance(value, Shard) else slice_local(value.tensor, runs)
+        return from_local(mesh, placements, shape, local)
 
 
-def present(slots: Sequence[Slot]) -> tuple[Slot, ...]:
+def present(slots: Sequence[OptimizerSlot]) -> tuple[OptimizerSlot, ...]:
     """Return the slots of the same optimizers with the parameters that these hold now."""
-    return tuple(Slot.of(slot.name, slot.optimizer) for slot in slots)
+    return tuple(OptimizerSlot.create(slot.name, slot.optimizer) for slot in slots)
 
 
 @contextlib.contextmanager
-def moving_optimizers(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
+def moving_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
     """Let the optimizers hold after the block what stands in the model then."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    held = [Holding.taken_from(slot.optimizer, names) for slot in slots]
+    held = [OptimizerState.taken_from(slot.optimizer, names) for slot in slots]
     try:
         yield
     finally:
@@ -276,7 +286,7 @@ def moving_optimizers(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]
             holding.give(parameters)
 
 
-def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
+def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
     """Scale gradients to a norm of at most `max_norm`, and return the norm they had.
 
     They may lie on several meshes, which torch's own function refuses.
@@ -284,25 +294,25 @@ def clip_dealt_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
     by_place: dict[object, list[Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_place.setdefault(place_of(parameter.grad), []).append(parameter)
-    squares = [square_of([p.grad for p in group if p.grad is not None]) for group in by_place.values()]
+            by_place.setdefault(get_placement(parameter.grad), []).append(parameter)
+    squares = [compute_squared_norm([p.grad for p in group if p.grad is not None]) for group in by_place.values()]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
     for group in by_place.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
-def place_of(tensor: Tensor) -> tuple[object, tuple[int, ...]]:
+def get_placement(tensor: Tensor) -> tuple[object, tuple[int, ...]]:
     """Return the mesh that a tensor lies on, and the dimensions over which it is dealt out."""
-    if not is_dealt(tensor):
+    if not is_dtensor(tensor):
         return None, ()
     return tensor.device_mesh, tuple(dim for dim, placed in enumerate(tensor.placements) if not placed.is_replicate())
 
 
-def square_of(tensors: Sequence[Tensor]) -> Tensor:
+def compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the square of the norm of tensors that lie in one place. A collective where they are dealt out."""
-    square = get_total_norm([tensor.to_local() if is_dealt(tensor) else tensor for tensor in tensors]).square()
-    if is_dealt(first := tensors[0]):
-        for dim in place_of(first)[1]:
+    square = get_total_norm([tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]).square()
+    if is_dtensor(first := tensors[0]):
+        for dim in get_placement(first)[1]:
             dist.all_reduce(square, group=first.device_mesh.get_group(dim))
     return square

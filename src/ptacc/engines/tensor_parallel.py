@@ -30,7 +30,9 @@ SPLITS = frozenset(get_args(SplitName))
 Layers: TypeAlias = Mapping[str, tuple[nn.Module, SplitName | ParallelStyleLike]]
 
 
-def layers_of(model: nn.Module, plan: Mapping[str, SplitName | ParallelStyleLike], size: int, option: str) -> Layers:
+def resolve_layers(
+    model: nn.Module, plan: Mapping[str, SplitName | ParallelStyleLike], size: int, option: str
+) -> Layers:
     """Return the layers that a plan means, by name, each with how it is split.
 
     Args:
@@ -92,10 +94,12 @@ def split_layers(mesh: DeviceMesh, layers: Layers) -> None:
     from torch.distributed.tensor.parallel import parallelize_module
 
     for module, split in layers.values():
-        parallelize_module(module, mesh, style_of(split) if isinstance(split, str) else cast("ParallelStyle", split))
+        parallelize_module(
+            module, mesh, make_parallel_style(split) if isinstance(split, str) else cast("ParallelStyle", split)
+        )
 
 
-def style_of(split: SplitName) -> ParallelStyle:
+def make_parallel_style(split: SplitName) -> ParallelStyle:
     """Return torch's own form of a way to split."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 
 FUSED_ON: Mapping[type[Optimizer], tuple[str, ...]] = {
     SGD: ("cpu", "cuda"),
@@ -35,7 +35,7 @@ class Advice(NamedTuple):
 
 
 def advice_on(
-    model: nn.Module, slots: Collection[Slot], device: torch.device, *, precision: str, is_sharded: bool
+    model: nn.Module, slots: Collection[OptimizerSlot], device: torch.device, *, precision: str, is_sharded: bool
 ) -> tuple[Advice, ...]:
     """Return all advice.
 

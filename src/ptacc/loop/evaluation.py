@@ -16,19 +16,19 @@ from ptacc.composition.type_arguments import with_defaults
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.checks import check_bare, check_eval_output
 from ptacc.data.batch import BatchSource, HostBatch
-from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
-from ptacc.data.sources import source_of, tell
+from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
+from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.transfer import Transfer, transfer_to
 from ptacc.data.wrappers import counted_once, level
 from ptacc.distributed.accelerator import forget_prepared
-from ptacc.distributed.failure import AgreedExit
+from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
 from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
-from ptacc.types.arguments import EvalOptions, check_sharding
+from ptacc.types.arguments import EvalOptions, check_data_is_sharded
 from ptacc.types.outputs import EvalResult, Predictions, StepOutput
 from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
@@ -54,7 +54,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     # ---- what to override
 
     @hook("factory")
-    def make_eval_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         """Make the loader of an evaluation or a prediction."""
         return request.build(shuffle=False)
 
@@ -90,12 +90,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: No data, an empty dataset, or one that is not what it says.
             OptionError: A count below 1.
         """
-        with self.peers.meeting("evaluate()") as told:
+        with self._distributed.synced("evaluate()") as told:
             check_bare(type(self).__name__, self.unwrapped_model)
             check_call("evaluate", dataset, collate_fn, options)
             limit = limit_from_environment(options.get("limit_batches"))
             sources = self._eval_sources(dataset, collate_fn, options, limit)
-            told += tell(sources)
+            told += fingerprints(sources)
         with self._prepared(sources.values()):
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
         return results if isinstance(dataset, Mapping) else results[""]
@@ -157,67 +157,67 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     # ---- how it is done
 
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
-        events = self._listeners()
+        events = self._events()
         with (
-            self.peers.failing_together(f"evaluating {name}".rstrip()),
+            self._distributed.failing_together(f"evaluating {name}".rstrip()),
             self._evaluating(),
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
             losses, transfer = LossSum(self.device), transfer_to(self.device)
-            for batches, host in enumerate(counted_once(source.epoch(0), self.peers), start=1):
-                self.peers.mark()
+            for batches, host in enumerate(counted_once(source.epoch(0), self._distributed), start=1):
+                self._distributed.count_progress()
                 if batches == 1:
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
-                if not host.is_phantom:
+                if not host.is_padding:
                     _add(losses, output, self.count_items(host.data))
                 if self._may_break_off() and self.run.agree_to_terminate(batches):
-                    raise AgreedExit
-            total, items = self.peers.sum([float(losses.total), losses.items])
+                    raise CoordinatedExit
+            total, items = self.distributed.sum([float(losses.total), losses.items])
             if not items:
                 raise DataError(
                     f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
                 )
             result = EvalResult(total / items, self.compute_metrics())
-        with self.peers.failing_together(f"after evaluating {name}".rstrip()):
+        with self._distributed.failing_together(f"after evaluating {name}".rstrip()):
             if self.is_running:
-                self.run.is_whole = False
+                self.run.is_consistent = False
             events.evaluation_end(name, result)
         return result
 
     def _may_break_off(self) -> bool:
         """Say whether the run may end within this evaluation: not within a hook's, where it is to be saved after."""
-        return self.is_running and (self.run.plans_evaluation or not isinstance(self, SupportsCheckpoint))
+        return self.is_running and (self.run.is_scheduled_evaluation or not isinstance(self, SupportsCheckpoint))
 
     def _evaluate_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> StepOutput[OutputT]:
         batch = transfer.bring(host.data)
         output = self.eval_step(batch)
         check_eval_output(type(self).__name__, output)
-        if not host.is_phantom:
+        if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output
 
     def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
-        with self.peers.meeting("predict()") as told:
+        with self._distributed.synced("predict()") as told:
             check_bare(type(self).__name__, self.unwrapped_model)
             if isinstance(dataset, Mapping):
                 raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
             check_call("predict", dataset, collate_fn, options)
             # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
             sources = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches"))
-            told += tell(sources)
+            told += fingerprints(sources)
         (source,) = sources.values()
-        events = self._listeners()
+        events = self._events()
         position, transfer = 0, transfer_to(self.device)
-        together = self.peers.failing_together("in a prediction")
+        together = self._distributed.failing_together("in a prediction")
         with self._prepared([source]), together, self._evaluating(), self.around_prediction():
             events.prediction_start()
-            for host in counted_once(source.epoch(0), self.peers):
+            for host in counted_once(source.epoch(0), self._distributed):
                 outputs = self._predict_batch(host, transfer)
                 # Batch by batch, and not sample by sample: a view of a batch is sent with the whole of it.
-                for indices, batch in filter(None, self.peers.gather(None if host.is_phantom else outputs)):
+                for indices, batch in filter(None, self.distributed.gather(None if host.is_padding else outputs)):
                     for index, output in zip(indices, unbind(batch, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
@@ -244,11 +244,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if not sets:
             raise DataError("No evaluation data was given: the mapping is empty. Leave it out to evaluate nothing.")
         return {
-            name: source_of(
+            name: make_source(
                 self._eval_loader(data, collate_fn, options),
-                self.peers,
+                self._distributed,
                 EVALUATION_SEED,
-                sharding=options.get("sharding", "auto"),
+                data_is_sharded=options.get("data_is_sharded", False),
                 limit=limit,
             )
             for name, data in sets.items()
@@ -257,39 +257,42 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _eval_loader(self, data: Any, collate_fn: Any, options: EvalOptions) -> DataLoader[object]:
         check_dataset(data)
         if isinstance(data, DataLoader):
-            if isinstance(getattr(data.batch_sampler, "sampler", None), DistributedSampler) and not self.peers.is_alone:
+            if (
+                isinstance(getattr(data.batch_sampler, "sampler", None), DistributedSampler)
+                and not self._distributed.is_single_process
+            ):
                 raise DataError(
                     "The evaluation data comes with a DistributedSampler, whose padding would count samples twice. "
                     "Leave the sampler out: samples are dealt to the processes."
                 )
             return data
         kwargs = options.get("dataloader_kwargs", {})
-        request = LoaderRequest(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
+        request = DataLoaderConfig(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
         return self.make_eval_dataloader(request)
 
     @contextlib.contextmanager
     def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
         """Have the data levelled and the model on the device; a run has it there already."""
-        with self.peers.failing_together("setting an evaluation up"):
+        with self._distributed.failing_together("setting an evaluation up"):
             level(sources)
         if self.is_running:
             yield
             return
-        with self._borrowed_model():
-            self._stand_in(self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True))
+        with self._wrapped_model():
+            self._set_model(self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True))
             yield
 
     @contextlib.contextmanager
-    def _borrowed_model(self) -> Iterator[None]:
+    def _wrapped_model(self) -> Iterator[None]:
         """Let the block wrap and patch the user's model, and give it back as it was."""
         accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
         bare = self.model
-        remembered = ModelState.of(bare)
+        remembered = ModelState.capture(bare)
         self._state.bare_model = bare
         try:
             yield
         finally:
-            self._stand_in(bare)
+            self._set_model(bare)
             self._state.bare_model = None
             remembered.restore(bare)
             forget_prepared(accelerator)
@@ -297,7 +300,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Be in eval mode without gradients, and leave flags and random streams as they were."""
-        remembered = ModelState.of(self.model)
+        remembered = ModelState.capture(self.model)
         streams = preserved_streams(devices=self.device.type != "cpu")
         try:
             with torch.no_grad(), streams, self.around_evaluation_weights():
@@ -310,7 +313,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
     """Raise for options there are not, and for a ready DataLoader beside what only a dataset needs to be told."""
     check_keywords(f"{call}()", options, EvalOptions.__annotations__)
-    check_sharding(call, options.get("sharding", "auto"))
+    check_data_is_sharded(call, options.get("data_is_sharded", False))
     for name in ("per_device_batch_size", "limit_batches"):
         if options.get(name) is not None:
             check_at_least(call, name, options.get(name), 1)

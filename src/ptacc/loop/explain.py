@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.composition.fields import own_annotations
-from ptacc.composition.guards import calls_super, shape_of
+from ptacc.composition.guards import calls_super, get_hook_shape
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.advice import advice_on
@@ -104,8 +104,8 @@ def hook_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
 
 def declared_hooks(cls: type) -> dict[str, str]:
     """Return the shape of each hook that the bases of a class declare, by name."""
-    members = {name: value for base in cls.__mro__ for name, value in base.__dict__.items() if shape_of(value)}
-    return {name: shape_of(value) or "" for name, value in members.items()}
+    members = {name: value for base in cls.__mro__ for name, value in base.__dict__.items() if get_hook_shape(value)}
+    return {name: get_hook_shape(value) or "" for name, value in members.items()}
 
 
 def classes_called(cls: type, name: str) -> list[str]:
@@ -115,8 +115,8 @@ def classes_called(cls: type, name: str) -> list[str]:
         member = base.__dict__.get(name)
         if member is None:
             continue
-        if shape_of(member) is not None:  # who declares the hook: worth a mention where it does something
-            return [*called, base.__name__] if called and shape_of(member) == "default" else called
+        if get_hook_shape(member) is not None:  # who declares the hook: worth a mention where it does something
+            return [*called, base.__name__] if called and get_hook_shape(member) == "default" else called
         called.append(base.__name__)
         if not calls_super(member):
             break
@@ -157,13 +157,13 @@ def batch_rows(
     trainer: TrainerCore, samples: int | None, batch_size: int, lengths: tuple[int | None, int | None]
 ) -> tuple[tuple[str, ...], ...]:
     """Return the arithmetic from a process's batch to the steps of the run."""
-    replicas, batches = trainer.peers.replicas, trainer.batches_per_step()
+    replicas, batches = trainer.distributed.replicas, trainer.accumulation_steps()
     step = batch_size * replicas * batches
-    sharing = "processes" if replicas == trainer.peers.world_size else "replicas"
+    sharing = "processes" if replicas == trainer.distributed.world_size else "replicas"
     rows = [("samples a step", f"{batch_size} a batch x {replicas} {sharing} x {batches} batches a step = {step}")]
     if samples is not None:
         per_process = math.ceil(samples / (batch_size * replicas))
-        plan = RunPlan.of(lengths[0], math.ceil(per_process / batches), lengths[1])
+        plan = RunPlan.compute(lengths[0], math.ceil(per_process / batches), lengths[1])
         rows.append(("steps an epoch", f"{samples} samples / {step} = {plan.steps_per_epoch}"))
         if plan.known_total_steps is not None:
             rows.append(("steps in all", f"{plan.total_steps}, in {plan.num_epochs} epochs"))
@@ -175,7 +175,7 @@ def state_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
     weights = trainer.unwrapped_model.state_dict()
     megabytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) / 1e6
     rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {megabytes:.3g} MB")]
-    rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.slots()]
+    rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.optimizer_slots()]
     rows += [("progress, history, random states, position in the data", "of each run")]
     if trainer.has_run:
         rows += [(key.name, type(state).__name__) for key, state in trainer.run.states() if isinstance(state, Stateful)]
@@ -186,8 +186,8 @@ def state_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
 def advice_rows(trainer: TrainerCore) -> tuple[tuple[str, ...], ...]:
     """Return what would be faster, each with what to write."""
     model, precision = trainer.unwrapped_model, trainer.accelerator.mixed_precision
-    is_sharded = trainer.conditions()["engine"] != "torch"
-    return advice_on(model, trainer.slots(), trainer.device, precision=precision, is_sharded=is_sharded)
+    is_sharded = trainer.resume_invariants()["engine"] != "torch"
+    return advice_on(model, trainer.optimizer_slots(), trainer.device, precision=precision, is_sharded=is_sharded)
 
 
 def origin(cls: type, name: str, is_given: bool) -> str:

@@ -18,17 +18,17 @@ from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_bare, check_callbacks, check_output
-from ptacc.data.request import DEFAULT_BATCH_SIZE
+from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
 from ptacc.data.transfer import Transfer, transfer_to
-from ptacc.distributed.failure import AgreedExit
-from ptacc.distributed.signals import heeding
+from ptacc.distributed.failure import CoordinatedExit
+from ptacc.distributed.signals import signal_handlers
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetUp, marking_forwards
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
-from ptacc.run.window import Window, windows_of
+from ptacc.run.window import Window, make_windows
 from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
 from ptacc.types.arguments import RunOptions, TrainOptions
 from ptacc.types.outputs import EpochRecord, StepOutput
@@ -201,32 +201,32 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             ModelError: A model or optimizer that cannot be trained as given.
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
-            PeerError: Another process of the launch failed, or was killed.
+            RankFailedError: Another process of the launch failed, or was killed.
             SystemExit: A process was asked to terminate: all stopped at one step, and exit with 128 and the signal's
                 number, 143 for SIGTERM.
         """
-        with self.peers.meeting("train()"):
+        with self._distributed.synced("train()"):
             self._check_not_running()
             check_bare(type(self).__name__, self.model)
             check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
             asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
-        with self._borrowed_model():
+        with self._wrapped_model():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
             try:
-                self._stand_in(run.model)
+                self._set_model(run.model)
                 self.model.train()
-                together = run.peers.failing_together(lambda: f"after step {run.progress.steps}")
-                heeded = heeding(self.heeded_signals(), run.wish_to_terminate)
+                together = run.distributed.failing_together(lambda: f"after step {run.progress.steps}")
+                heeded = signal_handlers(self.stop_signals(), run.request_termination)
                 with together, heeded, marking_forwards(run):
-                    with contextlib.suppress(AgreedExit):  # from an evaluation that a hook asked for
+                    with contextlib.suppress(CoordinatedExit):  # from an evaluation that a hook asked for
                         self._loop(run)
-                    run.heed_late_signal()
+                    run.apply_pending_signal()
             except BaseException as error:
-                self._listeners().exception(error)
+                self._events().exception(error)
                 raise
             finally:
                 run.is_over = True
-                run.peers.mark()
+                run.distributed.count_progress()
         if run.exit_code is not None:
             raise SystemExit(run.exit_code)
         return run.history
@@ -261,7 +261,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _loop(self, run: Run) -> None:
         """Go through a run, as the pseudocode has it."""
-        tell, around_step, transfer = self._listeners(), self._context("around_step"), transfer_to(run.device)
+        tell, around_step, transfer = self._events(), self._context("around_step"), transfer_to(run.device)
         with self.around_run(), self._rescuing(run):
             tell.run_start()
             self._enter(run)
@@ -270,10 +270,10 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 with self.around_epoch():
                     tell.epoch_start()
                     if run.is_within_epoch:  # it goes on from a checkpoint
-                        self.restore_run()
+                        self.load_run_state()
                         self._between_steps(run)
                     for window in self._windows(run):
-                        run.is_whole = False
+                        run.is_consistent = False
                         tell.step_start()
                         with around_step():
                             step, happened = self._step(run, window, transfer)
@@ -286,30 +286,30 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._between_epochs(run)
                 if run.is_within_epoch:  # the end came there
                     break
-            run.engine.finish_run()
+            run.engine.sync_buffers()
             tell.run_end()
-            run.engine.give_back()
+            run.engine.release()
 
     def _enter(self, run: Run) -> None:
         """Come to the first step, or to where a saved run goes on."""
         if run.saved is not None:
-            self.restore_run()
-            run.is_whole = True
+            self.load_run_state()
+            run.is_consistent = True
             if not run.is_within_epoch:
                 run.agree_to_stop(self.should_stop(), at_boundary=True)
         is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
         if run.options.evaluate_first and is_new:
-            run.is_whole = True
+            run.is_consistent = True
             if self._evaluate_sets(run):
                 run.history.initial.update(run.epoch.evaluations)
-            self.save_run()
+            self.save_run_state()
 
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
-        run.peers.mark()
+        run.distributed.count_progress()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
-        is_heard = run.peers.leads_replica and overrides(self, BatchHooks, "on_batch_end")
+        is_heard = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
@@ -317,16 +317,16 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss, logged = window.share(index, output), output.logged
-                heard = output if is_heard and not host.is_phantom else None
+                heard = output if is_heard and not host.is_padding else None
                 del output  # where nobody hears of it, the backward pass can have its memory
-                run.peers.mark()
+                run.distributed.count_progress()
                 self.backward(loss)
             step.add(loss.detach(), logged, window.weight(index))
             if heard is not None:
                 self.on_batch_end(batch, heard)
             del batch, heard, loss  # the next forward pass needs their memory
         run.batch = None
-        run.engine.finish_gradients()
+        run.engine.unscale_gradients()
         self.on_gradients_ready(step)
         return step, run.engine.update()
 
@@ -336,8 +336,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             return
         batches = run.data.epoch(run.progress.epochs, run.progress.offset)
         items_are_samples = not overrides(self, BatchHooks, "count_items")
-        windows = windows_of(
-            batches, run.batches_per_step, self.count_items, run.peers, items_are_samples=items_are_samples
+        windows = make_windows(
+            batches, run.accumulation_steps, self.count_items, run.distributed, items_are_samples=items_are_samples
         )
         while not run.is_done():
             if (window := next(windows, None)) is None:
@@ -349,14 +349,14 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _between_steps(self, run: Run) -> None:
         """Evaluate where it is time to, agree on the end, and let the run be saved: with the epoch's end at its end."""
-        run.is_whole = True
+        run.is_consistent = True
         if run.is_due(run.options.evaluate_every, run.evaluated_at):
             self._evaluate_sets(run)
         run.agree_to_stop(self.should_stop())
         if not run.is_epoch_complete:
             if run.lacks_last_evaluation:
                 self._evaluate_sets(run)
-            self.save_run()
+            self.save_run_state()
 
     def _end_epoch(self, run: Run) -> EpochRecord:
         """Count the epoch, evaluate where it is time to, and put its record together."""
@@ -368,9 +368,9 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             is_due = run.lacks_last_evaluation or run.is_due(run.options.evaluate_every, run.evaluated_at)
             if is_due and not self._evaluate_sets(run):
                 run.uncount_epoch(within)
-                self.save_run()
-        run.is_whole = False
-        run.history.read_steps(run.peers)
+                self.save_run_state()
+        run.is_consistent = False
+        run.history.read_steps(run.distributed)
         record = run.epoch_record(number, self.compute_train_metrics())
         run.history.add_epoch(record)
         return record
@@ -379,23 +379,23 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Agree on the end, and let the run be saved."""
         run.agree_to_stop(self.should_stop(), at_boundary=True)
         if run.epoch.is_counted:
-            run.is_whole = True
-            self.save_run()
+            run.is_consistent = True
+            self.save_run_state()
 
     def _evaluate_sets(self, run: Run) -> bool:
         """Evaluate every set. Return False where that was broken off, to end the run: nothing of it is kept then."""
-        run.plans_evaluation = True
+        run.is_scheduled_evaluation = True
         try:
             for name, source in run.eval_data.items():
-                if name not in run.underway:
-                    run.underway[name] = self._evaluate(name, source)
-                    run.is_whole = True
-        except AgreedExit:
+                if name not in run.partial_evaluation:
+                    run.partial_evaluation[name] = self._evaluate(name, source)
+                    run.is_consistent = True
+        except CoordinatedExit:
             return False
         finally:
-            run.plans_evaluation = False
-        run.epoch.evaluations |= run.underway
-        run.evaluated_at, run.underway = run.progress, {}
+            run.is_scheduled_evaluation = False
+        run.epoch.evaluations |= run.partial_evaluation
+        run.evaluated_at, run.partial_evaluation = run.progress, {}
         return True
 
     @contextlib.contextmanager
@@ -404,6 +404,6 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         try:
             yield
         except BaseException as error:
-            if run.is_whole and run.peers.is_alone and not isinstance(error, AgreedExit):
-                self.rescue_run(error)
+            if run.is_consistent and run.distributed.is_single_process and not isinstance(error, CoordinatedExit):
+                self.save_on_exception(error)
             raise

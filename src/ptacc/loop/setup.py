@@ -16,15 +16,15 @@ from ptacc.core.callback import overrides
 from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.batch import BatchSource
-from ptacc.data.request import LoaderRequest, check_dataset, limit_from_environment
-from ptacc.data.sources import source_of, tell
+from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
+from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.wrappers import level
-from ptacc.distributed.stop_vote import StopVote
+from ptacc.distributed.stop_vote import StopConsensus
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
-from ptacc.run.state import SavedRun
+from ptacc.run.state import ResumeState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
 from ptacc.types.arguments import EvalOptions, RunOptions
 from ptacc.types.outputs import EvalResult
@@ -37,33 +37,33 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
     _role: ClassVar[Role] = "core"
 
     @hook("factory")
-    def make_train_dataloader(self, request: LoaderRequest) -> DataLoader[object]:
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         """Make the loader of a run. Its dataset, order and collate function are kept, its batches are dealt."""
         return request.build(shuffle=True)
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run is given, and make its state; no weight is touched."""
-        peers = self.peers
+        distributed = self._distributed
         self._state.runs += 1
-        with peers.failing_together("drawing a seed"):
-            saved = self.find_saved_run()
-            seed = peers.broadcast(self.make_seed()) if saved is None else saved.seed
-        with peers.meeting("the set-up of train()") as told:
-            check_trainable(type(self).__name__, self.unwrapped_model, self.slots())
+        with distributed.failing_together("drawing a seed"):
+            saved = self.find_resume_state()
+            seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed
+        with distributed.synced("the set-up of train()") as told:
+            check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
             limit = limit_from_environment(options.limit_batches)
             loader = self._train_loader(train_data, options)
-            data = source_of(loader, peers, seed, sharding=options.sharding, limit=limit)
+            data = make_source(loader, distributed, seed, data_is_sharded=options.data_is_sharded, limit=limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)
-            values = self._values_of(eval_sets)
-            for watcher, monitored in self.watched_values():
+            values = self._reported_names(eval_sets)
+            for watcher, monitored in self.monitors():
                 check_monitor(monitored, values, watcher)
             told += [
-                *tell({"train": data}),
-                *tell(eval_sets),
-                options.told(),
-                f"batches_per_step={self.batches_per_step()}",
+                *fingerprints({"train": data}),
+                *fingerprints(eval_sets),
+                options.fingerprint(),
+                f"accumulation_steps={self.accumulation_steps()}",
             ]
-        with peers.failing_together("setting a run up"):
+        with distributed.failing_together("setting a run up"):
             level([data, *eval_sets.values()])
             return Run(
                 options=options,
@@ -71,15 +71,19 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 seed=seed,
                 engine=self.make_engine(),
                 device=self.device,
-                peers=peers,
+                distributed=distributed,
                 data=data,
                 eval_data=eval_sets,
-                history=RunHistory(self.history_file if peers.rank == 0 else None),
-                vote=StopVote(peers, options.agree_every),
-                eval_vote=StopVote(peers, options.agree_every),
-                batches_per_step=self.batches_per_step(),
+                history=RunHistory(self.history_file if distributed.rank == 0 else None),
+                vote=StopConsensus(distributed, options.stop_check_every),
+                eval_vote=StopConsensus(distributed, options.stop_check_every),
+                accumulation_steps=self.accumulation_steps(),
                 values=values,
-                conditions={**self.conditions(), "data": data.dealing.of, "batch_size": data.dealing.how},
+                conditions={
+                    **self.resume_invariants(),
+                    "data": data.partition_scheme.of,
+                    "batch_size": data.partition_scheme.how,
+                },
                 saved=saved,
             )
 
@@ -96,7 +100,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         check_dataset(data)
         if not isinstance(data, DataLoader):
             kwargs = options.train_dataloader_kwargs
-            request = LoaderRequest(data, options.per_device_batch_size, options.collate_fn, kwargs, self.device)
+            request = DataLoaderConfig(data, options.per_device_batch_size, options.collate_fn, kwargs, self.device)
             return self.make_train_dataloader(request)
         if options.per_device_batch_size is not None or options.train_dataloader_kwargs or options.collate_fn:
             raise OptionError(
@@ -105,7 +109,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             )
         return data
 
-    def _plan(self, data: BatchSource, options: RunOptions, saved: SavedRun | None) -> RunPlan:
+    def _plan(self, data: BatchSource, options: RunOptions, saved: ResumeState | None) -> RunPlan:
         """Work out how long the run is, in steps."""
         num_batches = data.num_batches()
         if num_batches == 0:
@@ -118,26 +122,28 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 f"train(num_epochs={options.num_epochs}) on data without a length: nobody can tell how many steps that "
                 "is. Give max_steps or max_time, or give the dataset a __len__."
             )
-        steps = None if num_batches is None else math.ceil(num_batches / self.batches_per_step())
-        plan = RunPlan.of(options.num_epochs, steps, options.max_steps)
-        now = (data.dealing.of, data.dealing.how, str(self.batches_per_step()))
-        if saved is None or now == tuple(saved.conditions[name] for name in ("data", "batch_size", "batches_per_step")):
+        steps = None if num_batches is None else math.ceil(num_batches / self.accumulation_steps())
+        plan = RunPlan.compute(options.num_epochs, steps, options.max_steps)
+        now = (data.partition_scheme.of, data.partition_scheme.how, str(self.accumulation_steps()))
+        if saved is None or now == tuple(
+            saved.conditions[name] for name in ("data", "batch_size", "accumulation_steps")
+        ):
             return plan
-        return self._plan_dealt_anew(plan, data, saved.progress, options)
+        return self._replan_epoch(plan, data, saved.progress, options)
 
-    def _plan_dealt_anew(self, plan: RunPlan, data: BatchSource, now: Progress, options: RunOptions) -> RunPlan:
+    def _replan_epoch(self, plan: RunPlan, data: BatchSource, now: Progress, options: RunOptions) -> RunPlan:
         """Count the steps behind, which took other batches than those ahead."""
         if plan.known_steps_per_epoch is None or options.num_epochs is None:
             return plan
-        left = math.ceil((data.num_batches(now.offset) or 0) / self.batches_per_step()) if now.batches else 0
+        left = math.ceil((data.num_batches(now.offset) or 0) / self.accumulation_steps()) if now.batches else 0
         whole_epochs = options.num_epochs - now.epochs - (now.batches > 0)
         total = now.steps + left + whole_epochs * plan.known_steps_per_epoch
         return replace(plan, known_epochs=options.num_epochs, known_total_steps=min(total, options.max_steps or total))
 
-    def _values_of(self, set_names: Iterable[str]) -> frozenset[str]:
+    def _reported_names(self, set_names: Iterable[str]) -> frozenset[str]:
         """Return the names of all values that will be reported."""
-        result = EvalResult(0.0, dict.fromkeys(self.evaluated_values(), 0.0))
-        reported = self.reported_values()
+        result = EvalResult(0.0, dict.fromkeys(self.eval_value_names(), 0.0))
+        reported = self.train_value_names()
         evaluated = frozenset().union(*(result.values(name) for name in set_names))
         if twice := reported & evaluated:
             raise OptionError(
@@ -155,14 +161,14 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
 @contextlib.contextmanager
 def marking_forwards(run: Run) -> Iterator[None]:
     """Mark forward passes of training steps, in which wrapped models wait for each other."""
-    if run.peers.meetings is None:
+    if run.distributed.rendezvous is None:
         yield
         return
-    trail = run.peers.meetings.trail
+    counter = run.distributed.rendezvous.progress
 
     def mark(*_: object) -> None:
         if run.batch is not None:  # outside of steps, a process may call the model by itself
-            trail.touch()
+            counter.half_step()
 
     handle = run.model.register_forward_pre_hook(mark)
     try:

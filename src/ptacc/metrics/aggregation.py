@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.metrics.state import load_metric_state, metric_state
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.protocols import MetricLike, StateDict
 
 
-class Recorded:
+class GatheredMetric:
     """Stands in for a metric that knows nothing of other processes: it takes in what all of them were given.
 
     Args:
         metric: The metric.
-        peers: The processes.
+        distributed: The processes.
     """
 
-    def __init__(self, metric: MetricLike, peers: Peers) -> None:
+    def __init__(self, metric: MetricLike, distributed: DistributedRuntime) -> None:
         """Start with nothing given."""
-        self._metric, self._peers = metric, peers
+        self._metric, self._peers = metric, distributed
         self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -75,14 +75,18 @@ class MetricStates:
             load_metric_state(metric, state_dict[name])
 
 
-def started(metrics: Mapping[str, MetricLike], device: torch.device, peers: Peers) -> dict[str, MetricLike]:
+def started(
+    metrics: Mapping[str, MetricLike], device: torch.device, distributed: DistributedRuntime
+) -> dict[str, MetricLike]:
     """Reset metrics, have their states on `device`, and let those that need it stand in for all processes."""
     for metric in metrics.values():
         metric.reset()
         if isinstance(metric, nn.Module):
             metric.to(device)
     return {
-        name: metric if peers.is_alone or synchronises_itself(metric) else Recorded(metric, peers)
+        name: metric
+        if distributed.is_single_process or synchronises_itself(metric)
+        else GatheredMetric(metric, distributed)
         for name, metric in metrics.items()
     }
 
@@ -94,10 +98,10 @@ def synchronises_itself(metric: MetricLike) -> bool:
     return isinstance(metric, Metric | MetricCollection)
 
 
-def compute(metrics: Mapping[str, MetricLike], peers: Peers) -> dict[str, float]:
+def compute(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> dict[str, float]:
     """Compute metrics, and read their values from the device."""
-    if not peers.is_alone:
-        fill_empty_lists(metrics, peers)
+    if not distributed.is_single_process:
+        fill_empty_lists(metrics, distributed)
     values: dict[str, float] = {}
     with warnings.catch_warnings():
         # A process may have had phantoms only; its empty state is right, and torchmetrics would warn of it.
@@ -107,7 +111,7 @@ def compute(metrics: Mapping[str, MetricLike], peers: Peers) -> dict[str, float]
     return values
 
 
-def fill_empty_lists(metrics: Mapping[str, MetricLike], peers: Peers) -> None:
+def fill_empty_lists(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> None:
     """Put an empty tensor where a process has nothing in a list that others have: torchmetrics would leave it out.
 
     It would then make fewer collectives than they, each of which takes the numbers of the next.
@@ -123,7 +127,7 @@ def fill_empty_lists(metrics: Mapping[str, MetricLike], peers: Peers) -> None:
         if isinstance(default, list)
     ]
     held: list[list[Tensor]] = [getattr(metric, name) for metric, name in lists]
-    forms = peers.gather([(values[0].dtype, values[0].shape[1:]) if values else None for values in held])
+    forms = distributed.gather([(values[0].dtype, values[0].shape[1:]) if values else None for values in held])
     for (metric, _), values, known in zip(lists, held, zip(*forms, strict=True), strict=True):
         form = next(filter(None, known), None)
         if form is not None and not values:

@@ -90,7 +90,7 @@ def load_metric_state(metric: object, state: dict[str, Any]) -> None:
     check_made_alike(metric, held, state)
     for name, part in held["parts"].items():
         load_metric_state(part, state["parts"][name])
-    device = device_of(metric)
+    device = find_device(metric)
     for name, value in state["values"].items():
         owner, _, attribute = name.rpartition(".")
         setattr(metric.get_submodule(owner), attribute, copied(value, device))
@@ -137,8 +137,8 @@ def look_at(metric: nn.Module) -> dict[str, dict[str, Any]]:
         buffers |= {f"{prefix}{name}": value for name, value in module._buffers.items()}  # noqa: SLF001
         held["parts"] |= {f"{prefix}{name}": part for name, part in module._modules.items() if is_metric(part)}  # noqa: SLF001
     declared = getattr(metric, "_defaults", {})
-    arguments = arguments_of(type(metric))  # type: ignore[arg-type]  # mypy takes modules' classes for unhashable
-    for name, value in chain(attributes_of(metric), buffers.items()):
+    arguments = constructor_parameters(type(metric))  # type: ignore[arg-type]  # mypy takes modules' classes for unhashable
+    for name, value in chain(iterate_attributes(metric), buffers.items()):
         if name in declared:
             held["states"][name] = value
         elif is_storable(value):
@@ -153,7 +153,7 @@ def look_at(metric: nn.Module) -> dict[str, dict[str, Any]]:
     return held
 
 
-def attributes_of(metric: nn.Module) -> Iterator[tuple[str, Any]]:
+def iterate_attributes(metric: nn.Module) -> Iterator[tuple[str, Any]]:
     """Iterate over a metric's attributes, other than those of every module, and the settings of every metric."""
     from torchmetrics import Metric
 
@@ -189,7 +189,7 @@ def has_extra_state(metric: nn.Module) -> bool:
     return type(metric).get_extra_state is not nn.Module.get_extra_state
 
 
-def device_of(metric: nn.Module) -> torch.device:
+def find_device(metric: nn.Module) -> torch.device:
     """Return the device of a metric; the host for one without tensors."""
     from torchmetrics import Metric
 
@@ -228,7 +228,7 @@ def settings_of_every_metric() -> frozenset[str]:
 
 
 @cache
-def arguments_of(kind: type[Any]) -> frozenset[str]:
+def constructor_parameters(kind: type[Any]) -> frozenset[str]:
     """Return the parameters of a class's constructors, without the attributes that other methods assign."""
     members = [member for owner in kind.__mro__ for member in vars(owner).items() if inspect.isfunction(member[1])]
     makers = [inspect.signature(member).parameters for name, member in members if name == "__init__"]

@@ -16,20 +16,20 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from ptacc.checkpoint.load import check_export, export_to, load_into, states_to_export
-from ptacc.checkpoint.manager import CheckpointLine, OnError
+from ptacc.checkpoint.manager import CheckpointManager, OnError
 from ptacc.checkpoint.parts import Part, check_storable
-from ptacc.checkpoint.resume import Found, Resumption, find
+from ptacc.checkpoint.resume import CheckpointRef, Resumption, find
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.remote_filesystem import path_of
+from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import check_goes_on, own_parts, put_back, shared_parts
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
-from ptacc.run.state import SavedRun, StateKey
-from ptacc.types.monitor import Best, Monitored
+from ptacc.run.state import ResumeState, StateKey
+from ptacc.types.monitor import Best, Monitor
 from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
@@ -42,7 +42,7 @@ KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "checkpoint_key": ((bytes, NoneType), "bytes"),
 }
 COLLECTIONS: Mapping[str, tuple[type, str]] = {
-    "resume_despite": (str, "names: {'batch_size'}"),
+    "resume_ignore": (str, "names: {'batch_size'}"),
     "checkpoint_signals": (signal.Signals, "signals: (signal.SIGTERM,)"),
 }
 
@@ -62,7 +62,7 @@ class CheckpointMixin(Mixin):
             its end.
         resume: True to go on from the newest checkpoint that is whole, or to start afresh where there is none; or the
             path or URL of one, for the first run of the trainer.
-        resume_despite: Names of differences to go on despite of, and of parts that may be missing.
+        resume_ignore: Names of differences to go on despite of, and of parts that may be missing.
         keep_last: How many of the newest to keep.
         keep_best: Which of the best to keep: `Best("accuracy", mode="max")`.
         keep_every: Keep those whose step is a multiple of this. What any of the three keeps is kept; without one, all.
@@ -70,11 +70,11 @@ class CheckpointMixin(Mixin):
         checkpoint_signals: At which signals to save and end, with 128 and the signal's number as the exit code.
         checkpoint_on_exception: Whether to save a run of one process that an exception ends between two steps.
         checkpoint_errors: `"raise"`, or `"warn"` to go on where a checkpoint cannot be saved, on a full disk.
-        checkpoint_non_finite: Whether to save weights that hold NaN or infinity.
+        checkpoint_allows_non_finite: Whether to save weights that hold NaN or infinity.
         checkpoint_key: Signs checkpoints (HMAC), and refuses those that are not signed with it.
 
-    Hooks: `find_saved_run`, `restore_run`, `save_run`, `rescue_run`, `heeded_signals`, `around_run`, `on_run_start`,
-    `on_step_end`, `on_run_end`, `watched_values`.
+    Hooks: `find_resume_state`, `load_run_state`, `save_run_state`, `save_on_exception`, `stop_signals`,
+    `around_run`, `on_run_start`, `on_step_end`, `on_run_end`, `monitors`.
 
     Combines with: everything.
 
@@ -88,7 +88,7 @@ class CheckpointMixin(Mixin):
     checkpoint_dir: str | Path
     checkpoint_every: Cadence | None = field(default_factory=lambda: Epochs(1))
     resume: bool | str | Path = False
-    resume_despite: Collection[str] = ()
+    resume_ignore: Collection[str] = ()
     keep_last: int | None = None
     keep_best: Best | None = None
     keep_every: int | None = None
@@ -96,7 +96,7 @@ class CheckpointMixin(Mixin):
     checkpoint_signals: Collection[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
     checkpoint_on_exception: bool = True
     checkpoint_errors: Literal["raise", "warn"] = "raise"
-    checkpoint_non_finite: bool = False
+    checkpoint_allows_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
 
@@ -140,8 +140,8 @@ class CheckpointMixin(Mixin):
                 f"{type(self).__name__}.save_checkpoint() is for within a run, from a callback or a hook: a run saves "
                 "itself at its end. export_model() writes the weights alone."
             )
-        self.peers.meet("save_checkpoint()")
-        return self.run[SAVER].ask(None if path is None else path_of(path), label)
+        self._distributed.sync("save_checkpoint()")
+        return self.run[SAVER].ask(None if path is None else parse_path(path), label)
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
@@ -159,9 +159,9 @@ class CheckpointMixin(Mixin):
         """
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() within a run. Load before it.")
-        with self.peers.meeting("load_checkpoint()"):
-            loaded = load_into(self, path_of(path), self.checkpoint_key, weights_only=weights_only)
-        self._listeners().load(loaded)
+        with self._distributed.synced("load_checkpoint()"):
+            loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
+        self._events().load(loaded)
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
         """Write the weights to a safetensors file that `model.load_state_dict` takes, each tensor under its name.
@@ -174,34 +174,34 @@ class CheckpointMixin(Mixin):
         Raises:
             CheckpointError: There is a file already, or no such averages.
         """
-        target = path_of(path)
-        with self.peers.meeting("export_model()"):
-            if self.peers.rank == 0:
+        target = parse_path(path)
+        with self._distributed.synced("export_model()"):
+            if self.distributed.rank == 0:
                 check_export(target, overwrite=overwrite)
         states = states_to_export(self, averages)
-        with self.peers.meeting("the writing of export_model()"):
-            if self.peers.rank == 0:
+        with self._distributed.synced("the writing of export_model()"):
+            if self.distributed.rank == 0:
                 export_to(target, states, averages, overwrite=overwrite)
 
     # ---- going on
 
     @override
-    def find_saved_run(self) -> SavedRun | None:
+    def find_resume_state(self) -> ResumeState | None:
         """Find the checkpoint to go on from, on rank 0 for all, and read this process's part of it."""
-        found = self.peers.broadcast(self._find() if self.peers.rank == 0 else None)
+        found = self.distributed.broadcast(self._find() if self.distributed.rank == 0 else None)
         self._resumption = None
         if found is None:
-            return super().find_saved_run()
+            return super().find_resume_state()
         store = store_at(found.directory, self.checkpoint_key)
-        self._resumption = Resumption.read(store, found.name, self.peers.rank, self.peers.world_size)
-        return self._resumption.saved_run(with_file="history" not in self.resume_despite)
+        self._resumption = Resumption.read(store, found.name, self.distributed.rank, self.distributed.world_size)
+        return self._resumption.saved_run(with_file="history" not in self.resume_ignore)
 
-    def _find(self) -> Found | None:
+    def _find(self) -> CheckpointRef | None:
         is_first = self._state.runs == 1
         return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
-        directory = path_of(self.checkpoint_dir).absolute()
+        directory = parse_path(self.checkpoint_dir).absolute()
         number = self._state.runs
         return store_at(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
 
@@ -213,45 +213,47 @@ class CheckpointMixin(Mixin):
         of_best = (None, None) if best is None else (best.count, best.monitored)
         retention = Retention(self.keep_last, of_best[0], self.keep_every, of_best[1])
         in_background = self.checkpoint_in_background
-        line = CheckpointLine(self._store(), self.peers, retention, self.checkpoint_errors, in_background=in_background)
+        line = CheckpointManager(
+            self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
+        )
         line.open(self._resumption)
-        tell = self._listeners().save
-        signals, non_finite = self.checkpoint_signals, self.checkpoint_non_finite
+        tell = self._events().save
+        signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
         self.run[SAVER] = RunSaver(self, line, self.checkpoint_every, signals, non_finite, tell)
 
     @override
-    def restore_run(self) -> None:
+    def load_run_state(self) -> None:
         """Put everything back, after it was compared with what is here."""
-        super().restore_run()
+        super().load_run_state()
         if self._resumption is None:
             return
-        check_goes_on(self, self._resumption.shared, self._resumption.own, self.resume_despite)
+        check_goes_on(self, self._resumption.shared, self._resumption.own, self.resume_ignore)
         saved = self._resumption = self._resumption.revived(self.run.engine)
-        put_back(self, saved.shared, saved.own, self.resume_despite)
-        if self.run.is_whole or not self.run.is_within_epoch:  # for the last time
+        put_back(self, saved.shared, saved.own, self.resume_ignore)
+        if self.run.is_consistent or not self.run.is_within_epoch:  # for the last time
             self._resumption = None
-            if saved.manifest.world_size != self.peers.world_size:
+            if saved.manifest.world_size != self.distributed.world_size:
                 warnings.warn(
-                    f"The run goes on with {self.peers.world_size} processes, and was saved with "
+                    f"The run goes on with {self.distributed.world_size} processes, and was saved with "
                     f"{saved.manifest.world_size}: sums come out equal but for rounding, and random draws differ.",
                     stacklevel=2,
                 )
-            self._listeners().load(saved.path)
+            self._events().load(saved.path)
 
     # ---- saving
 
     @override
-    def save_run(self) -> None:
+    def save_run_state(self) -> None:
         """Save the run, if that is due."""
-        super().save_run()
+        super().save_run_state()
         self.run[SAVER].save_if_due()
 
     @override
-    def rescue_run(self, error: BaseException) -> None:
+    def save_on_exception(self, error: BaseException) -> None:
         """Save the run before it ends by an exception."""
-        super().rescue_run(error)
+        super().save_on_exception(error)
         if self.checkpoint_on_exception and SAVER in self.run and not isinstance(error, CheckpointError):
-            self.run[SAVER].rescue()
+            self.run[SAVER].save_on_exception()
 
     @override
     def on_epoch_start(self) -> None:
@@ -285,15 +287,15 @@ class CheckpointMixin(Mixin):
                     self.run[SAVER].line.abandon()
 
     @override
-    def heeded_signals(self) -> frozenset[signal.Signals]:
+    def stop_signals(self) -> frozenset[signal.Signals]:
         """Heed the signals at which to save."""
-        return super().heeded_signals() | frozenset(self.checkpoint_signals)
+        return super().stop_signals() | frozenset(self.checkpoint_signals)
 
     @override
-    def watched_values(self) -> tuple[tuple[object, Monitored], ...]:
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         """Watch the value by which some are best."""
         mine = () if self.keep_best is None else ((self, self.keep_best.monitored),)
-        return (*super().watched_values(), *mine)
+        return (*super().monitors(), *mine)
 
     @override
     @classmethod
@@ -307,6 +309,6 @@ class CheckpointMixin(Mixin):
 def check_place(owner: str, name: str, value: str | Path) -> None:
     """Raise `OptionError` for an option that is a URL of no file system, or of one that is not installed."""
     try:
-        path_of(value)
+        parse_path(value)
     except OptionError as error:
         raise OptionError(f"{owner}({name}={value!r}): {error}") from error

@@ -31,7 +31,7 @@ class CompileMixin(Mixin):
         compile_regions: Whether to compile the repeated blocks of a model (`nn.ModuleList` of one class) one by one,
             with the same code for each: there is no more to compile for more of them. None for what the launch says.
 
-    Hooks: `configure_accelerator`, `conditions`.
+    Hooks: `configure_accelerator`, `resume_invariants`.
 
     Combines with: everything. The wrapper of several processes is compiled with the model.
 
@@ -64,10 +64,10 @@ class CompileMixin(Mixin):
         builder.write(CompileMixin, dynamo_plugin=self._plugin())
 
     @override
-    def conditions(self) -> dict[str, str]:
+    def resume_invariants(self) -> dict[str, str]:
         """Compile in one way: another rounds differently."""
         plugin = self._plugin()
-        return {**super().conditions(), "compiled": f"{plugin.backend.value.lower()}, {plugin.mode}"}
+        return {**super().resume_invariants(), "compiled": f"{plugin.backend.value.lower()}, {plugin.mode}"}
 
     def _plugin(self) -> TorchDynamoPlugin:
         plugin = TorchDynamoPlugin(

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch.distributed import is_initialized
 from typing_extensions import override
 
-from ptacc.callbacks.best_model import KeepBestModel
+from ptacc.callbacks.restore_best_weights import RestoreBestWeights
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.base import Engine
@@ -38,11 +38,11 @@ class DeepSpeedMixin(Mixin):
             `bf16.enabled`, with `mixed_precision="bf16"`, has weights put together in bfloat16, beside those in
             float32 that are updated: half the traffic and less memory, and gradients less exact.
 
-    Hooks: `configure_accelerator`, `make_engine`, `on_run_start`, `conditions`.
+    Hooks: `configure_accelerator`, `make_engine`, `on_run_start`, `resume_invariants`.
 
     Combines with: everything but another engine. Precision by `AMPMixin`: bf16. The optimizer has to treat each entry
     by itself, as Adam does. With ZeRO 1 to 3, `parameter.grad` is empty in `on_gradients_ready`; with ZeRO 3, there
-    are no averages of weights (`EMAMixin`, `SWAMixin`, `KeepBestModel`), and no `CompileMixin`. A run goes on with
+    are no averages of weights (`EMAMixin`, `SWAMixin`, `RestoreBestWeights`), and no `CompileMixin`. A run goes on with
     the same stage and number of processes; its weights load everywhere.
 
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
@@ -70,10 +70,10 @@ class DeepSpeedMixin(Mixin):
         super().configure_accelerator(builder)
         builder.take_over("deepspeed")
         clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-        if clipping != "auto" and float(clipping) != (max_grad_norm_of(self) or 0.0):
+        if clipping != "auto" and float(clipping) != (get_max_grad_norm(self) or 0.0):
             raise LaunchError(
                 f"The launch set ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
-                f"max_grad_norm={max_grad_norm_of(self)}. Give both the same number, by GradClipMixin."
+                f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, by GradClipMixin."
             )
 
     @override
@@ -82,8 +82,8 @@ class DeepSpeedMixin(Mixin):
         config = self._zero_config()
         accelerator = self.accelerator
         config.check_agrees(
-            accumulation=self.batches_per_step(),
-            max_grad_norm=max_grad_norm_of(self),
+            accumulation=self.accumulation_steps(),
+            max_grad_norm=get_max_grad_norm(self),
             precision=accelerator.mixed_precision,
         )
         check_composes(self, config)
@@ -100,35 +100,35 @@ class DeepSpeedMixin(Mixin):
             )
         from ptacc.engines.deepspeed.engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(accelerator, self.unwrapped_model, self.slots(), config, self._place())
+        return DeepSpeedEngine(accelerator, self.unwrapped_model, self.optimizer_slots(), config, self._place())
 
     @override
     def on_run_start(self) -> None:
         """Refuse a configuration for batches of another size."""
         super().on_run_start()
-        size, processes = self.run.options.per_device_batch_size, self.peers.world_size
+        size, processes = self.run.options.per_device_batch_size, self.distributed.world_size
         try:
-            self._zero_config().check_batch_size(size, self.batches_per_step(), processes)
+            self._zero_config().check_batch_size(size, self.accumulation_steps(), processes)
         except OptionError:
-            self.run.engine.give_back()  # all processes are here
+            self.run.engine.release()  # all processes are here
             raise
 
     @override
-    def conditions(self) -> dict[str, str]:
+    def resume_invariants(self) -> dict[str, str]:
         """Go on under the same engine: what each process holds of the state is its own."""
-        return super().conditions() | {"engine": self._place()}
+        return super().resume_invariants() | {"engine": self._place()}
 
     @property
     def _has_group(self) -> bool:
         """Whether there are processes to deal to, as a launcher starts them: if only one."""
-        return not self.peers.is_alone or is_initialized()
+        return not self._distributed.is_single_process or is_initialized()
 
     def _place(self) -> str:
         """Tell what has to be the same where the optimizer's state is loaded."""
         stage = self._zero_config().stage
         if not self._has_group:
             return "torch"
-        return f"deepspeed zero {stage}" + (f", {self.peers.world_size} processes" if stage else "")
+        return f"deepspeed zero {stage}" + (f", {self.distributed.world_size} processes" if stage else "")
 
     def _zero_config(self) -> ZeroConfig:
         options = self.zero_stage, self.zero_offload_optimizer, self.zero_offload_param
@@ -151,7 +151,9 @@ class Compiles(Protocol):
 
 def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
     """Raise `OptionError` for what looks at whole weights, where there are none to look at."""
-    found = [type(callback).__name__ for callback in trainer.all_callbacks() if isinstance(callback, KeepBestModel)]
+    found = [
+        type(callback).__name__ for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)
+    ]
     if isinstance(trainer, Averages):
         found.append("EMAMixin")
     if isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
@@ -169,6 +171,6 @@ def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
         )
 
 
-def max_grad_norm_of(trainer: TrainerCore) -> float | None:
+def get_max_grad_norm(trainer: TrainerCore) -> float | None:
     """Return the norm that a trainer clips gradients to, None if it does not."""
     return trainer.max_grad_norm if isinstance(trainer, SupportsGradClip) else None

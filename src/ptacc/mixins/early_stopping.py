@@ -12,7 +12,7 @@ from ptacc.core.hooks import Mixin
 from ptacc.errors import OptionError
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import Mode
-from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 
@@ -28,7 +28,7 @@ class Patience:
         waited: Observations since then.
     """
 
-    monitored: Monitored
+    monitored: Monitor
     min_delta: float = 0.0
     best: float = math.nan
     waited: int = 0
@@ -64,7 +64,7 @@ class EarlyStoppingMixin(Mixin):
         early_stopping_patience: Looks in a row without a better value before the run stops, at least 1.
         early_stopping_min_delta: What a value must be better by, at least 0.
 
-    Hooks: `on_run_start`, `on_evaluation_end`, `on_epoch_end`, `should_stop`, `watched_values`.
+    Hooks: `on_run_start`, `on_evaluation_end`, `on_epoch_end`, `should_stop`, `monitors`.
 
     Combines with: everything. All processes stop at the same step.
 
@@ -74,7 +74,7 @@ class EarlyStoppingMixin(Mixin):
         ...     early_stopping_patience = 5
     """
 
-    early_stopping_monitor: str | Monitored = "eval_loss"
+    early_stopping_monitor: str | Monitor = "eval_loss"
     early_stopping_mode: Mode = "min"
     early_stopping_patience: int = 3
     early_stopping_min_delta: float = 0.0
@@ -93,7 +93,7 @@ class EarlyStoppingMixin(Mixin):
     def on_run_start(self) -> None:
         """Start to wait anew."""
         super().on_run_start()
-        monitored = as_monitored(self.early_stopping_monitor, self.early_stopping_mode)
+        monitored = as_monitor(self.early_stopping_monitor, self.early_stopping_mode)
         self.run[PATIENCE] = Patience(monitored, self.early_stopping_min_delta)
 
     @override
@@ -101,7 +101,11 @@ class EarlyStoppingMixin(Mixin):
         """Look at a value of the evaluation."""
         super().on_evaluation_end(name, result)
         values = result.values(name)
-        if self.has_run and self.run.plans_evaluation and (monitor := self.run[PATIENCE].monitored.name) in values:
+        if (
+            self.has_run
+            and self.run.is_scheduled_evaluation
+            and (monitor := self.run[PATIENCE].monitored.name) in values
+        ):
             self.run[PATIENCE].observe(values[monitor])
 
     @override
@@ -125,6 +129,6 @@ class EarlyStoppingMixin(Mixin):
         return f"{patience.monitored.name} did not become better than {patience.best:.6g} in {patience.waited} looks"
 
     @override
-    def watched_values(self) -> tuple[tuple[object, Monitored], ...]:
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         """Watch the monitored value."""
-        return (*super().watched_values(), (self, as_monitored(self.early_stopping_monitor, self.early_stopping_mode)))
+        return (*super().monitors(), (self, as_monitor(self.early_stopping_monitor, self.early_stopping_mode)))

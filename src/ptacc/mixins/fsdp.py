@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.errors import LaunchError, OptionError
-from ptacc.mixins.model_sharding import DATA, Dealer, ShardingMixin
+from ptacc.mixins.model_sharding import DATA, ShardFn, ShardingMixin
 from ptacc.model.selection import check_choices, chosen_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
@@ -28,7 +28,7 @@ class FSDPMixin(ShardingMixin):
     this mixin.
 
     Options:
-        fsdp_units: Classes of submodules, or their names as in `named_modules()`, in which `*` stands for anything:
+        fsdp_wrap: Classes of submodules, or their names as in `named_modules()`, in which `*` stands for anything:
             each is put together by itself, with all that lies in it. None for the blocks that a model of transformers
             names, or else for those in each `nn.ModuleList`; `[]` for the model as a whole.
         fsdp_reshard_after_forward: Whether a unit is let go between the forward and the backward pass: less memory,
@@ -36,10 +36,11 @@ class FSDPMixin(ShardingMixin):
         fsdp_param_dtype: What units compute in, and are put together in; their own if None.
         fsdp_reduce_dtype: What gradients are averaged in; that of the computation if None.
         fsdp_cpu_offload: Whether shards stay in the host's memory, where the optimizer steps, too. On a GPU only.
-        fsdp_gives_back: Whether the model is whole after the run, on every process. False leaves it in shards, where
-            it is too large: evaluations, exports and further runs take it so.
+        fsdp_unshard_after_run: Whether every process has the whole model after the run. False leaves it in shards,
+            where it is too large: evaluations, exports and further runs take it so.
 
-    Hooks: `configure_accelerator`, `dealers`, `gives_model_back`, `make_engine`, `around_run`, `conditions`.
+    Hooks: `configure_accelerator`, `shard_functions`, `gives_model_back`, `make_engine`, `around_run`,
+    `resume_invariants`.
 
     Combines with: everything but another engine. Precision by `AMPMixin`, kept activations by `GradCheckpointMixin`.
 
@@ -51,19 +52,19 @@ class FSDPMixin(ShardingMixin):
         ...     max_grad_norm: float | None = 1.0
     """
 
-    fsdp_units: Sequence[type[nn.Module] | str] | None = None
+    fsdp_wrap: Sequence[type[nn.Module] | str] | None = None
     fsdp_reshard_after_forward: bool = True
     fsdp_param_dtype: torch.dtype | None = None
     fsdp_reduce_dtype: torch.dtype | None = None
     fsdp_cpu_offload: bool = False
-    fsdp_gives_back: bool = True
+    fsdp_unshard_after_run: bool = True
 
     @override
     def check_options(self) -> None:
         """Refuse what is no list of units, and no dtype."""
         owner = type(self).__name__
-        if self.fsdp_units is not None:
-            check_choices(owner, "fsdp_units", self.fsdp_units)
+        if self.fsdp_wrap is not None:
+            check_choices(owner, "fsdp_wrap", self.fsdp_wrap)
         for name in ("fsdp_param_dtype", "fsdp_reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -81,19 +82,19 @@ class FSDPMixin(ShardingMixin):
             )
 
     @override
-    def dealers(self) -> Mapping[str, Dealer]:
+    def shard_functions(self) -> Mapping[str, ShardFn]:
         """Deal replicas out, unit by unit."""
-        return {**super().dealers(), DATA: self._deal_units}
+        return {**super().shard_functions(), DATA: self._shard_units}
 
     @override
     def gives_model_back(self) -> bool:
         """Give it back if asked for."""
-        return self.fsdp_gives_back and super().gives_model_back()
+        return self.fsdp_unshard_after_run and super().gives_model_back()
 
-    def _deal_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
+    def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
             raise OptionError(f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: everything is there already.")
-        from ptacc.engines.fsdp import Units, deal_units  # importing it takes longer than all of ptacc
+        from ptacc.engines.fsdp import Units, shard_units  # importing it takes longer than all of ptacc
 
         units = Units(
             self._units(),
@@ -102,13 +103,13 @@ class FSDPMixin(ShardingMixin):
             self.fsdp_reduce_dtype,
             offloads=self.fsdp_cpu_offload,
         )
-        deal_units(model, mesh, units)
+        shard_units(model, mesh, units)
 
     def _units(self) -> list[nn.Module]:
         """Return the submodules that are units, beside the model itself."""
         model = self.unwrapped_model
-        if self.fsdp_units is not None:
-            return chosen_submodules(model, self.fsdp_units, f"{type(self).__name__}(fsdp_units=[...])")
+        if self.fsdp_wrap is not None:
+            return chosen_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
         names = set(getattr(model, "_no_split_modules", None) or ())
         if names:
             return [module for module in model.modules() if type(module).__name__ in names]

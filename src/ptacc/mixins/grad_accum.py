@@ -21,7 +21,7 @@ class GradAccumMixin(Mixin):
     Options:
         gradient_accumulation_steps: Batches of each process for one step, at least 1.
 
-    Hooks: `batches_per_step`, `configure_accelerator`.
+    Hooks: `accumulation_steps`, `configure_accelerator`.
 
     Combines with: everything. Between processes, gradients are exchanged once a step.
 
@@ -45,7 +45,7 @@ class GradAccumMixin(Mixin):
         )
 
     @override
-    def batches_per_step(self) -> int:
+    def accumulation_steps(self) -> int:
         """Return the number of batches of a step."""
         return self.gradient_accumulation_steps
 

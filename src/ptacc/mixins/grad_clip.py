@@ -19,7 +19,7 @@ class GradClipMixin(Mixin):
             `grad_norm`; `math.inf` logs it and clips nothing.
         max_grad_value: Clamp each entry of the gradients to at most this magnitude, before the norm is taken.
 
-    Hooks: `on_gradients_ready`, `reported_values`.
+    Hooks: `on_gradients_ready`, `train_value_names`.
 
     Combines with: everything.
 
@@ -51,6 +51,6 @@ class GradClipMixin(Mixin):
             step.logged["grad_norm"] = self.run.engine.clip_norm(self.max_grad_norm)
 
     @override
-    def reported_values(self) -> frozenset[str]:
+    def train_value_names(self) -> frozenset[str]:
         """Report the norm."""
-        return super().reported_values() | ({"grad_norm"} if self.max_grad_norm is not None else frozenset())
+        return super().train_value_names() | ({"grad_norm"} if self.max_grad_norm is not None else frozenset())

@@ -17,7 +17,7 @@ from ptacc.core.hooks import Mixin
 from ptacc.errors import OptionError, SchedulerError
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
-from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
@@ -52,7 +52,7 @@ class LRSchedulerMixin(Mixin):
 
     create_scheduler: SchedulerFactory
     scheduler_interval: Literal["step", "epoch"] = "step"
-    scheduler_monitor: str | Monitored = "eval_loss"
+    scheduler_monitor: str | Monitor = "eval_loss"
 
     @override
     def check_options(self) -> None:
@@ -82,7 +82,7 @@ class LRSchedulerMixin(Mixin):
         scheduler = self.create_scheduler(optimizer, self.run.plan)
         check_scheduler(scheduler, optimizer, self.run.plan, self.scheduler_interval)
         if follows_a_value(scheduler):
-            check_monitor(as_monitored(self.scheduler_monitor), self.run.values, self, "scheduler_monitor")
+            check_monitor(as_monitor(self.scheduler_monitor), self.run.values, self, "scheduler_monitor")
         self.run[SCHEDULER] = scheduler
 
     @override
@@ -97,7 +97,7 @@ class LRSchedulerMixin(Mixin):
         """Move a schedule of epochs on, or one that follows a value."""
         super().on_epoch_end(record)
         if follows_a_value(self.scheduler):
-            name = as_monitored(self.scheduler_monitor).name
+            name = as_monitor(self.scheduler_monitor).name
             if name in record.values():
                 cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
         elif self.scheduler_interval == "epoch" and record.is_complete:

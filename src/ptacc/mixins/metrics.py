@@ -41,7 +41,7 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
         train_metrics: Metrics over the training batches of each epoch, reported as `train/name`.
 
     Hooks: `update_metrics`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`, `on_epoch_start`,
-    `compute_metrics`, `compute_train_metrics`, `evaluated_values`, `reported_values`.
+    `compute_metrics`, `compute_train_metrics`, `eval_value_names`, `train_value_names`.
 
     Combines with: everything. The default `update_metrics` is for batches `(inputs, targets)`.
 
@@ -109,35 +109,35 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     def on_evaluation_start(self, name: str) -> None:
         """Reset the evaluation's metrics."""
         super().on_evaluation_start(name)
-        self._evaluated = started(self.metrics, self.device, self.peers)
+        self._evaluated = started(self.metrics, self.device, self._distributed)
 
     @override
     def on_epoch_start(self) -> None:
         """Reset the metrics of training."""
         super().on_epoch_start()
-        self._trained = started(self.train_metrics, self.device, self.peers)
+        self._trained = started(self.train_metrics, self.device, self._distributed)
         if self._trained:
             self.run[TRAIN_METRICS] = MetricStates(self._trained)
 
     @override
     def compute_metrics(self) -> dict[str, float]:
         """Compute the evaluation's metrics over all processes."""
-        return super().compute_metrics() | compute(self._evaluated, self.peers)
+        return super().compute_metrics() | compute(self._evaluated, self._distributed)
 
     @override
     def compute_train_metrics(self) -> dict[str, float]:
         """Compute the metrics of training over all processes."""
-        return super().compute_train_metrics() | compute(self._trained, self.peers)
+        return super().compute_train_metrics() | compute(self._trained, self._distributed)
 
     @override
-    def evaluated_values(self) -> frozenset[str]:
+    def eval_value_names(self) -> frozenset[str]:
         """Report the metrics of evaluations."""
-        return super().evaluated_values() | names_of(self.metrics)
+        return super().eval_value_names() | list_metric_names(self.metrics)
 
     @override
-    def reported_values(self) -> frozenset[str]:
+    def train_value_names(self) -> frozenset[str]:
         """Report the metrics of training."""
-        return super().reported_values() | {f"train/{name}" for name in names_of(self.train_metrics)}
+        return super().train_value_names() | {f"train/{name}" for name in list_metric_names(self.train_metrics)}
 
 
 def check_metrics(owner: str, option: str, metrics: object) -> None:
@@ -164,7 +164,7 @@ def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
         )
     seen: set[str] = set()
     for name, metric in metrics.items():
-        spelt = names_of({name: metric})
+        spelt = list_metric_names({name: metric})
         if seen & spelt:
             raise OptionError(
                 f"{owner}(metrics=...): two metrics report {min(seen & spelt)!r}, one of them in a collection. "
@@ -173,7 +173,7 @@ def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
         seen |= spelt
 
 
-def names_of(metrics: Mapping[str, MetricLike]) -> frozenset[str]:
+def list_metric_names(metrics: Mapping[str, MetricLike]) -> frozenset[str]:
     """Return the names under which metrics are reported: `name/key` for each metric of a collection."""
     names: set[str] = set()
     for name, metric in metrics.items():

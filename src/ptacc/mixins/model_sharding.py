@@ -18,7 +18,7 @@ from ptacc.model.averaging import AveragedWeights
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
 
-Dealer: TypeAlias = Callable[[nn.Module, "DeviceMesh"], None]
+ShardFn: TypeAlias = Callable[[nn.Module, "DeviceMesh"], None]
 """Deals a model out over one dimension of the mesh, in place."""
 TENSOR, DATA = "tp", "dp_shard"
 """The mesh's dimensions, named as Accelerate names them, in the order in which a model is dealt out over them.
@@ -37,7 +37,7 @@ class ShardingMixin(Mixin):
     """
 
     @hook("fold")
-    def dealers(self) -> Mapping[str, Dealer]:
+    def shard_functions(self) -> Mapping[str, ShardFn]:
         """Return what deals a model out, by the mesh's dimension, that of `super()` included."""
         return {}
 
@@ -53,33 +53,35 @@ class ShardingMixin(Mixin):
         Raises:
             LaunchError: There are replicas, and nothing that deals them out.
         """
-        if self.peers.is_alone:
+        if self._distributed.is_single_process:
             return super().make_engine()
-        from ptacc.engines.sharded import ShardedEngine, mesh_of  # importing it takes longer than all of ptacc
+        from ptacc.engines.sharded import ShardedEngine, make_mesh  # importing it takes longer than all of ptacc
 
-        dealers, replicas = self.dealers(), self.peers.replicas
-        if replicas > 1 and DATA not in dealers:
+        shard_functions, replicas = self.shard_functions(), self.distributed.replicas
+        if replicas > 1 and DATA not in shard_functions:
             raise LaunchError(
-                f"{type(self).__name__}: {self.peers.replica_size} processes share a replica of the model, and "
-                f"{self.peers.world_size} were launched, which are {replicas} replicas, and nothing deals those out. "
+                f"{type(self).__name__}: {self._distributed.replica_size} processes share a replica of the model, and "
+                f"{self.distributed.world_size} were launched: {replicas} replicas, and no mixin shards those. "
                 "Compose FSDPMixin, too, or launch fewer processes."
             )
-        sizes = {DATA: replicas, TENSOR: self.peers.replica_size}
-        mesh = mesh_of(self.device, {name: size for name, size in sizes.items() if name in dealers})
+        sizes = {DATA: replicas, TENSOR: self._distributed.replica_size}
+        mesh = make_mesh(self.device, {name: size for name, size in sizes.items() if name in shard_functions})
 
         def deal(model: nn.Module) -> None:
             for name in (TENSOR, DATA):
-                if name in dealers:
-                    dealers[name](model, mesh[name])
+                if name in shard_functions:
+                    shard_functions[name](model, mesh[name])
 
         return ShardedEngine(
-            self.accelerator, self.unwrapped_model, self.slots(), deal, gives_back=self.gives_model_back()
+            self.accelerator, self.unwrapped_model, self.optimizer_slots(), deal, gives_back=self.gives_model_back()
         )
 
     @override
-    def conditions(self) -> dict[str, str]:
+    def resume_invariants(self) -> dict[str, str]:
         """Go on under the same engine, by however many processes."""
-        return super().conditions() | {"engine": " and ".join(WAYS[name] for name in sorted(self.dealers()))}
+        return super().resume_invariants() | {
+            "engine": " and ".join(WAYS[name] for name in sorted(self.shard_functions()))
+        }
 
     @override
     @contextlib.contextmanager

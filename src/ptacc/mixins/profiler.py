@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
-from ptacc.data.wrappers import WatchedSource
+from ptacc.data.wrappers import ObservedSource
 from ptacc.errors import OptionError
 from ptacc.profiling.trace import Profile, StepProfiler, marked_calls, marked_loading
 from ptacc.run.history import StepResult
@@ -26,7 +26,7 @@ OF_THE_TRAINER = {
     "train_step": "ptacc/forward",
     "backward": "ptacc/backward",
     "on_gradients_ready": "ptacc/gradients_ready",
-    "save_run": "ptacc/checkpoint",
+    "save_run_state": "ptacc/checkpoint",
 }
 OF_THE_ENGINE = {"update": "ptacc/optimizer"}
 """Methods that the loop calls, each with the range that stands for its calls in a trace."""
@@ -170,13 +170,13 @@ def report(trainer: ProfilerMixin, profiler: profile, steps: int) -> Profile | N
     if not num_steps and not trainer.run[PROFILER].is_broken_off:
         return None
     first = trainer.progress.steps - num_steps + 1
-    found = Profile(first, num_steps, table_of(trainer, profiler), write_trace(trainer, profiler, first))
+    found = Profile(first, num_steps, format_table(trainer, profiler), write_trace(trainer, profiler, first))
     where = "" if found.trace is None else f" Trace: {found.trace}"
     trainer.print(f"Profile of {num_steps} steps, from step {first} on.{where}\n{found.table}")
     return found
 
 
-def table_of(trainer: ProfilerMixin, profiler: profile) -> str:
+def format_table(trainer: ProfilerMixin, profiler: profile) -> str:
     """Return the table of the operators, by the time that they took themselves on the device where there is one."""
     averages = profiler.key_averages(group_by_input_shape=trainer.profile_shapes)
     if trainer.profile_stacks:  # then Python's functions are among the events, and they are no operators
@@ -192,7 +192,7 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
     """Write the trace of this process, and return where it is."""
     if trainer.profile_dir is None:
         return None
-    path = Path(trainer.profile_dir) / f"rank{trainer.peers.rank}_step{first}.pt.trace.json.gz"
+    path = Path(trainer.profile_dir) / f"rank{trainer.distributed.rank}_step{first}.pt.trace.json.gz"
     try:
         profiler.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
@@ -209,7 +209,7 @@ def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
     written = {method: name for method, name in OF_THE_TRAINER.items() if not is_empty(trainer, method)}
     profiler.marks.enter_context(marked_calls(trainer, written))
     profiler.marks.enter_context(marked_calls(trainer.run.engine, OF_THE_ENGINE))
-    trainer.run.data = WatchedSource(trainer.run.data, functools.partial(marked_loading, profiler, DATA))
+    trainer.run.data = ObservedSource(trainer.run.data, functools.partial(marked_loading, profiler, DATA))
 
 
 def is_empty(trainer: TrainerCore, method: str) -> bool:

@@ -25,7 +25,7 @@ class SeedMixin(Mixin):
     The model is made before the trainer, so its initial weights need `torch.manual_seed` before that. While a run is
     seeded, each process draws from a stream of its own; afterwards the global generators are where they were.
 
-    Hooks: `make_seed`, `conditions`, `around_run`.
+    Hooks: `make_seed`, `resume_invariants`, `around_run`.
 
     Combines with: everything.
 
@@ -52,9 +52,9 @@ class SeedMixin(Mixin):
         return super().make_seed() if self.seed is None else self.seed
 
     @override
-    def conditions(self) -> dict[str, str]:
+    def resume_invariants(self) -> dict[str, str]:
         """Have a run go on with the seed it began with."""
-        return super().conditions() | {"seed": str(self.seed)}
+        return super().resume_invariants() | {"seed": str(self.seed)}
 
     @override
     @contextlib.contextmanager
@@ -63,7 +63,7 @@ class SeedMixin(Mixin):
         with contextlib.ExitStack() as stack:
             if self.seed is not None:
                 stack.enter_context(preserved_streams(devices=True))
-                seed_everything(derive_seed(self.seed, self.peers.replica))
+                seed_everything(derive_seed(self.seed, self.distributed.replica))
             if self.deterministic:
                 stack.enter_context(deterministic_kernels())
             stack.enter_context(super().around_run())

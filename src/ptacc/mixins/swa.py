@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ptacc.core.batch_hooks import BatchMixin
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.model.averaging import AveragedWeights
 from ptacc.rng import preserved_streams
 from ptacc.run.state import StateKey
-from ptacc.tensors.dtensor import is_dealt
+from ptacc.tensors.dtensor import is_dtensor
 from ptacc.tensors.structures import to_device
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import EpochRecord
@@ -86,23 +86,23 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         # With synchronised norms all processes call the model alike, phantoms included; else each for itself, and not
         # the wrapped one, which talks to the others in its forward. A model in shards does that, too.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
-        is_sharded = any(is_dealt(parameter) for parameter in self.unwrapped_model.parameters())
+        is_sharded = any(is_dtensor(parameter) for parameter in self.unwrapped_model.parameters())
         run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
-        self._stand_in(self.unwrapped_model)
+        self._set_model(self.unwrapped_model)
         try:
             with torch.no_grad(), streams, cumulative(norms):
                 for host in run.data.epoch(0):
                     run.batch = host if is_synchronised else None
-                    if is_synchronised or not host.is_phantom:
+                    if is_synchronised or not host.is_padding:
                         self.predict_step(to_device(host.data, self.device))
                     elif is_sharded:
                         with kept(norms):
                             self.predict_step(to_device(host.data, self.device))
         finally:
             run.batch = None
-            self._stand_in(wrapped)
+            self._set_model(wrapped)
         if not is_synchronised:
-            average_over(norms, self.peers)
+            average_over(norms, self._distributed)
 
 
 def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
@@ -135,18 +135,18 @@ def kept(norms: list[_BatchNorm]) -> Iterator[None]:
         buffer.copy_(value)
 
 
-def average_over(norms: list[_BatchNorm], peers: Peers) -> None:
+def average_over(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:
     """Average the statistics of the processes, by the number of batches that each has seen."""
-    if peers.is_alone:
+    if distributed.is_single_process:
         return
-    share = int(peers.leads_replica)  # the others of a replica have seen the same
+    share = int(distributed.leads_replica)  # the others of a replica have seen the same
     for norm in norms:
         mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         assert mean is not None
         assert variance is not None
         assert batches is not None
         for statistic in (mean, variance):
-            *total, seen = peers.sum([*(statistic * batches * share).tolist(), int(batches) * share])
+            *total, seen = distributed.sum([*(statistic * batches * share).tolist(), int(batches) * share])
             if seen:  # else no process has called this norm
                 statistic.copy_(torch.tensor(total, dtype=torch.float64) / seen)
-        batches.fill_(peers.sum([int(batches) * share])[0])
+        batches.fill_(distributed.sum([int(batches) * share])[0])

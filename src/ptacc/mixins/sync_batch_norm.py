@@ -49,15 +49,15 @@ class SyncBatchNormMixin(Mixin):
     def around_run(self) -> Iterator[None]:
         """Patch the batch norms of the model."""
         run = self.run
-        is_needed = self.sync_batch_norm and not self.peers.is_alone
-        norms = batch_norms_of(self.unwrapped_model, type(self).__name__) if is_needed else []
+        is_needed = self.sync_batch_norm and not self._distributed.is_single_process
+        norms = find_batch_norms(self.unwrapped_model, type(self).__name__) if is_needed else []
         # Before the other mixins patch: what they put around a norm stays around this one's.
         patched = patched_forwards(norms, lambda norm, local: forward_over_processes(norm, local, run))
         with patched, super().around_run():
             yield
 
 
-def batch_norms_of(model: nn.Module, owner: str) -> list[_BatchNorm]:
+def find_batch_norms(model: nn.Module, owner: str) -> list[_BatchNorm]:
     """Return the batch norms of a model.
 
     Raises:
@@ -80,7 +80,7 @@ def forward_over_processes(norm: _BatchNorm, local: Forward, run: Run) -> Forwar
     def forward(input: Tensor) -> Tensor:  # noqa: A002  # torch's name, by which it may be called
         if run.batch is not None and norm.training:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]  # noqa: SLF001  # as torch's forward does
-            return normalise(input, norm, is_phantom=run.batch.is_phantom, copies=run.peers.replica_size)
+            return normalise(input, norm, is_padding=run.batch.is_padding, copies=run.distributed.replica_size)
         return cast(Tensor, local(input))
 
     return forward
@@ -131,13 +131,13 @@ class BatchStatistics:
     variance: Tensor
 
 
-def normalise(inputs: Tensor, norm: _BatchNorm, *, is_phantom: bool = False, copies: int = 1) -> Tensor:
+def normalise(inputs: Tensor, norm: _BatchNorm, *, is_padding: bool = False, copies: int = 1) -> Tensor:
     """Normalise inputs by the statistics of the global batch, and have `norm` track these.
 
     Args:
         inputs: `(items, channels, ...)`, this process's part of the batch. Half precision is computed in float32.
         norm: The norm, for its weights, its options and its running statistics.
-        is_phantom: Whether the inputs count nowhere, and only keep this process in step.
+        is_padding: Whether the inputs count nowhere, and only keep this process in step.
         copies: Number of processes that have the same inputs, since they share a replica of the model.
 
     Returns:
@@ -150,8 +150,8 @@ def normalise(inputs: Tensor, norm: _BatchNorm, *, is_phantom: bool = False, cop
     others = [0, *range(2, inputs.dim())]
     along_channels = [1, -1, *(1 for _ in others[1:])]
     # A phantom goes through the same operations: its process has to take part in every sum of the backward pass.
-    weight = 0.0 if is_phantom else 1.0
-    own_count = 0 if is_phantom else inputs.numel() // inputs.shape[1]
+    weight = 0.0 if is_padding else 1.0
+    own_count = 0 if is_padding else inputs.numel() // inputs.shape[1]
 
     own_sum = values.sum(others) * weight
     totals = sum_over_processes(torch.cat([own_sum, own_sum.new_full((1,), own_count)])) / copies

@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.base import Engine
-from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, layers_of, split_layers
+from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, resolve_layers, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
-from ptacc.mixins.model_sharding import TENSOR, Dealer, ShardingMixin
+from ptacc.mixins.model_sharding import TENSOR, ShardFn, ShardingMixin
 from ptacc.rng import DeviceStream, RandomStreams
 from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text
@@ -42,7 +42,7 @@ class TensorParallelMixin(ShardingMixin):
             anything, each with `"colwise"`, `"rowwise"`, `"colwise_gather_output"`, `"embedding_rowwise"` or a
             `ParallelStyle` of torch. None for the plan that a model of transformers brings, `{}` to split nothing.
 
-    Hooks: `configure_accelerator`, `dealers`, `make_engine`, `around_run`.
+    Hooks: `configure_accelerator`, `shard_functions`, `make_engine`, `around_run`.
 
     Combines with: `FSDPMixin`, and everything that it combines with.
 
@@ -110,17 +110,18 @@ class TensorParallelMixin(ShardingMixin):
         """Look at the plan and at the launch first, also where there is one process."""
         self._layers()
         shards = launched_sizes().get("DP_SHARD", 1)
-        if shards not in (1, self.peers.replicas):
+        if shards not in (1, self.distributed.replicas):
             raise LaunchError(
-                f"The launch asks for a dp_shard_size of {shards}, and {self.peers.world_size} processes of which "
-                f"{self.peers.replica_size} share a replica make {self.peers.replicas}. Leave it out, or correct it."
+                f"The launch asks for a dp_shard_size of {shards}, but {self.distributed.world_size} processes with "
+                f"{self._distributed.replica_size} per replica give {self.distributed.replicas}. "
+                "Leave it out, or correct it."
             )
         return super().make_engine()
 
     @override
-    def dealers(self) -> Mapping[str, Dealer]:
+    def shard_functions(self) -> Mapping[str, ShardFn]:
         """Split layers over the processes of a replica."""
-        return {**super().dealers(), TENSOR: self._split_layers}
+        return {**super().shard_functions(), TENSOR: self._split_layers}
 
     def _split_layers(self, _: nn.Module, mesh: DeviceMesh) -> None:
         split_layers(mesh, self._layers())
@@ -140,16 +141,16 @@ class TensorParallelMixin(ShardingMixin):
                 f"{type(model).__name__} brings a plan with {min(strange)!r}, which {owner} does not know. Give it a "
                 f"tensor_parallel_plan of {', '.join(sorted(SPLITS))}."
             )
-        return layers_of(model, plan, self.peers.replica_size, f"{owner}(tensor_parallel_plan=...)")
+        return resolve_layers(model, plan, self._distributed.replica_size, f"{owner}(tensor_parallel_plan=...)")
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
         """Have the processes of a replica draw alike, as its first does."""
-        peers = self.peers
-        if peers.replica_size > 1:
+        distributed = self._distributed
+        if distributed.replica_size > 1:
             for stream in (RandomStreams(), DeviceStream(self.device)):
-                stream.load_state_dict(peers.gather(stream.state_dict())[peers.leader])
+                stream.load_state_dict(distributed.gather(stream.state_dict())[distributed.leader])
         with super().around_run():
             yield
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.tensors.dtensor import beside, whole_tensor
+from ptacc.tensors.dtensor import match_placement, whole_tensor
 
 
 class AveragedWeights:
@@ -22,7 +22,7 @@ class AveragedWeights:
         """Start from the present weights of `model`, under its canonical names."""
         self.updates = 0
         self._is_applied = False
-        self._averages = {name: tensor.detach().clone() for name, tensor in tensors_of(model)}
+        self._averages = {name: tensor.detach().clone() for name, tensor in iterate_tensors(model)}
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -33,7 +33,7 @@ class AveragedWeights:
     def update(self, model: nn.Module, weight: float) -> None:
         """Move each average towards the model's present tensor by `weight`, from 0 to 1."""
         floating: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for name, tensor in tensors_of(model):
+        for name, tensor in iterate_tensors(model):
             if tensor.is_floating_point():
                 floating[0].append(self._averages[name])
                 floating[1].append(tensor.detach())
@@ -47,7 +47,7 @@ class AveragedWeights:
     @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:
         """Exchange the model's tensors and the averages. Twice is nothing."""
-        for name, tensor in tensors_of(model):
+        for name, tensor in iterate_tensors(model):
             raw = tensor.detach().clone()
             tensor.copy_(self._averages[name])
             self._averages[name].copy_(raw)
@@ -69,7 +69,7 @@ class AveragedWeights:
     @torch.no_grad()
     def start_from(self, model: nn.Module) -> None:
         """Take the model's present tensors for the averages."""
-        for name, tensor in tensors_of(model):
+        for name, tensor in iterate_tensors(model):
             self._averages[name].copy_(tensor)
 
     @torch.no_grad()
@@ -85,10 +85,10 @@ class AveragedWeights:
         """Take over a state of the same model."""
         self.updates = state_dict["updates"]
         for name, average in self._averages.items():
-            average.copy_(beside(average, state_dict["averages"][name]))
+            average.copy_(match_placement(average, state_dict["averages"][name]))
 
 
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the parameters and the buffers of a model, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()

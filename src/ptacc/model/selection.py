@@ -55,7 +55,7 @@ def chosen_submodules(model: nn.Module, choices: Sequence[Choice], option: str) 
         if not found:
             raise ModelError(f"{option}: {unmatched(choice, model, submodules)}")
         chosen |= found
-    outermost = (name for name in submodules if name in chosen and chosen.isdisjoint(parents_of(name)))
+    outermost = (name for name in submodules if name in chosen and chosen.isdisjoint(list_parents(name)))
     return list(dict.fromkeys(submodules[name] for name in outermost))  # one module may have several names
 
 
@@ -64,11 +64,11 @@ def is_match(choice: Choice, name: str, module: nn.Module) -> bool:
     return fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
 
 
-def parents_of(name: str) -> list[str]:
+def list_parents(name: str) -> list[str]:
     """Return the names of the modules around a submodule.
 
     Example:
-        >>> parents_of("encoder.layers.0")
+        >>> list_parents("encoder.layers.0")
         ['encoder', 'encoder.layers']
     """
     parts = name.split(".")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
-from ptacc.tensors.dtensor import Shard, Whole, beside, is_dealt
+from ptacc.tensors.dtensor import AssembledTensor, Shard, is_dtensor, match_placement
 from ptacc.types.protocols import StateDict
 
 COMPILED = "_orig_mod."
@@ -22,12 +22,12 @@ def canonical(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
-def names_of(model: nn.Module) -> dict[str, str]:
+def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return the names in a model's `state_dict()`, by their canonical names: those of the bare, uncompiled model."""
     return {canonical(name): name for name in model.state_dict()}
 
 
-def weights_of(model: nn.Module) -> StateDict:
+def get_weights(model: nn.Module) -> StateDict:
     """Return a model's `state_dict()` under canonical names."""
     return {canonical(name): value for name, value in model.state_dict().items()}
 
@@ -38,10 +38,10 @@ def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -
     Raises:
         CheckpointError: They are not the model's; the message has each difference.
     """
-    mine, names = weights_of(model), names_of(model)
+    mine, names = get_weights(model), canonical_names(model)
     if strict and (different := sorted(differing_weights(mine, weights))):
         raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-    fitting = {name: beside(mine[name], value) if name in mine else value for name, value in weights.items()}
+    fitting = {name: match_placement(mine[name], value) if name in mine else value for name, value in weights.items()}
     model.load_state_dict({names.get(name, name): value for name, value in fitting.items()}, strict=strict)
 
 
@@ -50,17 +50,17 @@ def differing_weights(mine: Mapping[str, Any], weights: Mapping[str, Any]) -> It
     yield from (f"the model's {name} is not in the checkpoint" for name in mine if name not in weights)
     yield from (f"the checkpoint's {name} is not in the model" for name in weights if name not in mine)
     for name in filter(weights.__contains__, mine):
-        here, there = form_of(mine[name]), form_of(weights[name])
+        here, there = describe_tensor(mine[name]), describe_tensor(weights[name])
         if here != there:
             yield f"the model's {name} is {here}, and the checkpoint's {there}"
 
 
-def form_of(value: object) -> str:
+def describe_tensor(value: object) -> str:
     """Tell the dtype and the shape of a tensor, be it whole or dealt, and the type of anything else."""
     if isinstance(value, Shard):
         return f"{str(value.local.dtype).removeprefix('torch.')} {value.shape}"
-    if isinstance(value, Whole):
-        return form_of(value.tensor)
+    if isinstance(value, AssembledTensor):
+        return describe_tensor(value.tensor)
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
@@ -75,7 +75,7 @@ def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     fitting = {
-        number: {name: beside(parameter, value) for name, value in state["state"][number].items()}
+        number: {name: match_placement(parameter, value) for name, value in state["state"][number].items()}
         for number, parameter in zip(numbers, parameters, strict=False)
         if number in state["state"]
     }
@@ -93,7 +93,7 @@ def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
 def held_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over what this process holds of each of a model's parameters."""
     for name, parameter in model.named_parameters():
-        yield canonical(name), parameter.to_local() if is_dealt(parameter) else parameter
+        yield canonical(name), parameter.to_local() if is_dtensor(parameter) else parameter
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -20,10 +20,10 @@ class ModelState:
     PATCHES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelState:
+    def capture(cls, model: nn.Module) -> ModelState:
         """Remember the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        replica = replica_of(model)
+        replica = find_ddp_module(model)
         syncing = None if replica is None else (replica, replica.require_forward_param_sync)
         return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
 
@@ -45,7 +45,7 @@ class ModelState:
         self.restore_flags()
 
 
-def replica_of(model: nn.Module) -> DistributedDataParallel | None:
+def find_ddp_module(model: nn.Module) -> DistributedDataParallel | None:
     """Return the wrapper that averages gradients over the processes, be it compiled or not; None without one."""
     inner = model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, DistributedDataParallel) else None

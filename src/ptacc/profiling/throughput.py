@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Throughput:
+class ThroughputRecord:
     """What training did in a stretch of time, over all processes, but for the memory, which is this process's.
 
     Args:
@@ -72,7 +72,7 @@ class Throughput:
         """Return what is known, by the names that the history has: memory in GiB, samples where they are not the items.
 
         Example:
-            >>> Throughput(step=9, steps=8, items=4096, samples=64, seconds=2.0, data_seconds=0.5).values()
+            >>> ThroughputRecord(step=9, steps=8, items=4096, samples=64, seconds=2.0, data_seconds=0.5).values()
             {'items_per_second': 2048.0, 'samples_per_second': 32.0, 'data_wait': 0.25}
         """
         values = {
@@ -90,7 +90,7 @@ class Throughput:
 
 
 @dataclass
-class Tally:
+class ThroughputCounter:
     """What was counted, and a stopwatch for the time that training took.
 
     Args:
@@ -126,10 +126,10 @@ class Tally:
         self.steps, self.items, self.waited = self.steps + 1, self.items + items, self.waited + waited
         self.samples = None if self.samples is None or samples is None else self.samples + samples
 
-    def between(self, earlier: Tally, step: int, now: float) -> Throughput:
+    def between(self, earlier: ThroughputCounter, step: int, now: float) -> ThroughputRecord:
         """Return what was counted since an earlier count, until the step `step`."""
         known = self.samples is not None and earlier.samples is not None
-        return Throughput(
+        return ThroughputRecord(
             step=step,
             steps=self.steps - earlier.steps,
             items=self.items - earlier.items,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.run.history_file import Journal
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
@@ -132,7 +132,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._epochs.append(record)
         self._append([("epoch", asdict(record))])
 
-    def read_steps(self, peers: Peers) -> None:
+    def read_steps(self, distributed: DistributedRuntime) -> None:
         """Read the unread steps from the device, and put the processes' parts together.
 
         A collective: every process reads at the same step.
@@ -142,7 +142,7 @@ class RunHistory(Sequence[EpochRecord]):
             return
         records = [
             StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
-            for result, (loss, logged) in zip(unread, _read(unread, peers), strict=True)
+            for result, (loss, logged) in zip(unread, _read(unread, distributed), strict=True)
         ]
         self._steps.extend(records)
         if self._journal is not None:
@@ -212,9 +212,9 @@ class RunHistory(Sequence[EpochRecord]):
             self._journal.append(lines)
 
 
-def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[str, float]]]:
+def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list[tuple[float, dict[str, float]]]:
     """Read the losses and the logged values with one copy from the device, and average the processes' parts."""
-    names = sorted(set[str]().union(*peers.gather({name for result in unread for name in result.logged})))
+    names = sorted(set[str]().union(*distributed.gather({name for result in unread for name in result.logged})))
     cells = [(i, name) for i in range(len(unread)) for name in names]
     losses = torch.stack([result.loss for result in unread]).to(torch.float64)
     logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
@@ -222,8 +222,8 @@ def _read(unread: Sequence[StepResult], peers: Peers) -> list[tuple[float, dict[
     values: list[float] = torch.cat([losses, *further]).tolist()
     # Not every step logs every name, and not on every process.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
-    sums = peers.sum([*values, *weights])
-    read: list[tuple[float, dict[str, float]]] = [(loss / peers.world_size, {}) for loss in sums[: len(unread)]]
+    sums = distributed.sum([*values, *weights])
+    read: list[tuple[float, dict[str, float]]] = [(loss / distributed.world_size, {}) for loss in sums[: len(unread)]]
     first, last = len(unread), len(values)
     for (i, name), value, weight in zip(cells, sums[first:last], sums[last:], strict=True):
         if weight:

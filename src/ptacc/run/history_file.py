@@ -68,13 +68,13 @@ class Journal:
                 if self._digest.hexdigest() != state_dict["sha256"]:
                     raise DamagedCheckpointError(
                         f"{self._path} is not the history that was saved: its {self._length} bytes from {self._start} "
-                        "on differ. Put it back, or waive it: resume_despite={'history'} starts a new one."
+                        "on differ. Put it back, or waive it: resume_ignore={'history'} starts a new one."
                     )
                 file.truncate(self._start + self._length)
         except FileNotFoundError:
             raise DamagedCheckpointError(
                 f"{self._path} is gone, and the run that goes on has written {self._length} bytes to it. Put it back, "
-                "or waive it: resume_despite={'history'} starts a new one."
+                "or waive it: resume_ignore={'history'} starts a new one."
             ) from None
 
 

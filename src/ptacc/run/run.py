@@ -12,12 +12,12 @@ from torch import nn
 from typing_extensions import TypeVar
 
 from ptacc.data.batch import BatchSource, HostBatch
-from ptacc.distributed.process_group import Peers
-from ptacc.distributed.stop_vote import Stop, StopVote
+from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.distributed.stop_vote import StopConsensus, StopRequest
 from ptacc.engines.base import Engine
 from ptacc.errors import LossError, NoRunError
 from ptacc.run.history import RunHistory, StepResult
-from ptacc.run.state import EpochState, LossSum, SavedRun, StateKey
+from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
 from ptacc.run.window import Window
 from ptacc.types.arguments import RunOptions
 from ptacc.types.outputs import EpochRecord, EvalResult
@@ -26,7 +26,7 @@ from ptacc.types.protocols import StateDict
 
 T = TypeVar("T")
 
-HOPELESS = 200
+MAX_SKIPPED_STEPS = 200
 """Steps in a row that a gradient scaler skips at most: halved as often, its factor would be 0."""
 
 
@@ -40,20 +40,20 @@ class Run:
         seed: From which the order of the data and all randomness in loading it are derived.
         engine: What turns losses into updates.
         device: The device of this process.
-        peers: The processes.
+        distributed: The processes.
         data: The training batches of this process.
         eval_data: The batches of each evaluation set, by name.
         history: What the run reported.
         vote: How the processes agree to stop between steps.
         eval_vote: How they agree to within evaluations, whose batches may take longer, or less.
-        batches_per_step: Batches that a process takes for one step.
+        accumulation_steps: Batches that a process takes for one step.
         values: The names and handles of the values that are reported.
         conditions: What has to be the same when the run goes on from a checkpoint, by name.
         saved: What the run goes on from, None where it begins.
         batch: What this process trains on at present, while all call the model alike; None between steps.
-        underway: What was evaluated in the evaluation of all sets that is under way, or was broken off.
-        is_whole: Whether all that belongs to a step is done, and nothing of the next: the run could be saved here.
-        plans_evaluation: Whether the evaluation under way is the run's own, and not one that a hook asked for.
+        partial_evaluation: What was evaluated in the evaluation of all sets that is under way, or was broken off.
+        is_consistent: Whether all that belongs to a step is done, and nothing of the next: the run could be saved here.
+        is_scheduled_evaluation: Whether the evaluation under way is the run's own, and not one that a hook asked for.
     """
 
     options: RunOptions
@@ -61,28 +61,28 @@ class Run:
     seed: int
     engine: Engine
     device: torch.device
-    peers: Peers
+    distributed: DistributedRuntime
     data: BatchSource
     eval_data: Mapping[str, BatchSource]
     history: RunHistory
-    vote: StopVote
-    eval_vote: StopVote
-    batches_per_step: int
+    vote: StopConsensus
+    eval_vote: StopConsensus
+    accumulation_steps: int
     values: frozenset[str]
     conditions: Mapping[str, str]
-    saved: SavedRun | None = None
+    saved: ResumeState | None = None
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
     batch: HostBatch[Any] | None = None
-    underway: dict[str, EvalResult] = field(default_factory=dict)
-    is_whole: bool = False
-    plans_evaluation: bool = False
+    partial_evaluation: dict[str, EvalResult] = field(default_factory=dict)
+    is_consistent: bool = False
+    is_scheduled_evaluation: bool = False
     is_over: bool = False
     exit_code: int | None = None
     _skipped: int = 0
-    _wish: Stop | None = None
-    _termination: Stop | None = None
+    _stop_request: StopRequest | None = None
+    _termination: StopRequest | None = None
     _started: float = field(default_factory=time.monotonic)
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class Run:
         if self.saved is None:
             self.history.begin(self.seed, self.plan)
         else:
-            self._go_on(self.saved)
+            self._restore(self.saved)
 
     @property
     def model(self) -> nn.Module:
@@ -141,9 +141,9 @@ class Run:
             seconds=time.monotonic() - self._started,
         )
         self._skipped = 0 if happened else self._skipped + 1
-        if self._skipped == HOPELESS:
+        if self._skipped == MAX_SKIPPED_STEPS:
             raise LossError(
-                f"{HOPELESS} steps in a row were skipped: the gradients are infinite, or no numbers, at any scale. "
+                f"{MAX_SKIPPED_STEPS} steps in a row were skipped: the gradients are infinite or NaN at any scale. "
                 "Look for the first such loss: StopOnNonFinite names its step."
             )
         if not happened:
@@ -151,7 +151,7 @@ class Run:
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
         if self.history.is_full:  # before this step is added: hooks may log to it yet
-            self.history.read_steps(self.peers)
+            self.history.read_steps(self.distributed)
         self.history.add_step(step)
 
     def complete_epoch(self) -> None:
@@ -177,11 +177,11 @@ class Run:
     def epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
         """Put the record of the epoch together. A collective: every process makes the same call."""
         losses = self.epoch.losses
-        (total,) = self.peers.sum([float(losses.total)])
+        (total,) = self.distributed.sum([float(losses.total)])
         return EpochRecord(
             epoch=number,
             step=self.progress.steps,
-            train_loss=total / self.peers.world_size / losses.items if losses.items else float("nan"),
+            train_loss=total / self.distributed.world_size / losses.items if losses.items else float("nan"),
             items=losses.items,
             seconds=time.monotonic() - self.epoch.started,
             learning_rate=float(self.epoch.learning_rate),
@@ -201,7 +201,7 @@ class Run:
             "conditions": dict(self.conditions),
             "progress": asdict(self.progress),
             "evaluated_at": asdict(self.evaluated_at),
-            "underway": {name: asdict(result) for name, result in self.underway.items()},
+            "partial_evaluation": {name: asdict(result) for name, result in self.partial_evaluation.items()},
             "vote": self.vote.state_dict(),
             "eval_vote": self.eval_vote.state_dict(),
             "history": self.history.state_dict(),
@@ -220,15 +220,15 @@ class Run:
         was_heeded = self.history.stop_reason is not None and self.exit_code is None
         return {
             "losses": self.epoch.losses.total,
-            "wish": None if self._wish is None or was_heeded else self._wish.reason,
+            "wish": None if self._stop_request is None or was_heeded else self._stop_request.reason,
             "data": self.data.state_dict(),
         }
 
-    def _go_on(self, saved: SavedRun) -> None:
+    def _restore(self, saved: ResumeState) -> None:
         """Be where a saved run was."""
         state, epoch = saved.shared, saved.shared["epoch"]
         self.progress, self.evaluated_at = saved.progress, Progress(**state["evaluated_at"])
-        self.underway = {name: EvalResult(**result) for name, result in state["underway"].items()}
+        self.partial_evaluation = {name: EvalResult(**result) for name, result in state["partial_evaluation"].items()}
         self.vote.load_state_dict(state["vote"])
         self.eval_vote.load_state_dict(state["eval_vote"])
         self.history.load_state_dict(state["history"])
@@ -242,7 +242,7 @@ class Run:
             left = self.data.num_batches(self.progress.offset)
             self.epoch.num_batches = None if left is None else self.progress.batches + left
         if (reason := saved.own["wish"]) is not None:
-            self.wish_to_stop(reason)
+            self.request_stop(reason)
         self.data.load_state_dict(saved.own["data"])
 
     def fresh_values(self) -> dict[str, float]:
@@ -257,7 +257,7 @@ class Run:
 
     # ---- when it ends
 
-    def wish_to_stop(self, reason: str, exit_code: int | None = None) -> None:
+    def request_stop(self, reason: str, exit_code: int | None = None) -> None:
         """Ask for the end of the run after this step; all processes will agree on it.
 
         Args:
@@ -265,13 +265,13 @@ class Run:
             exit_code: What to exit with, where the process was asked to terminate: that goes before other wishes.
         """
         if exit_code is None:
-            self._wish = self._wish or Stop(reason)
+            self._stop_request = self._stop_request or StopRequest(reason)
         else:
-            self._termination = self._termination or Stop(reason, exit_code)
+            self._termination = self._termination or StopRequest(reason, exit_code)
 
-    def wish_to_terminate(self, signal: str, exit_code: int) -> None:
+    def request_termination(self, signal: str, exit_code: int) -> None:
         """Ask for the end of the run as a signal demands it."""
-        self.wish_to_stop(f"{signal} on rank {self.peers.rank}", exit_code)
+        self.request_stop(f"{signal} on rank {self.distributed.rank}", exit_code)
 
     def agree_to_stop(self, reason: str | None, *, at_boundary: bool = False) -> None:
         """Tell the other processes what this one wishes, and hear whether all stop.
@@ -282,32 +282,32 @@ class Run:
         """
         limit = self.options.max_seconds
         if limit is not None and self.progress.seconds >= limit:
-            self.wish_to_stop(self._time_is_up)
+            self.request_stop(self._time_is_up)
         if reason is not None:
-            self.wish_to_stop(reason)
+            self.request_stop(reason)
         if at_boundary:
-            self._heed(self.vote.at_boundary(self._termination or self._wish))
+            self._accept(self.vote.at_boundary(self._termination or self._stop_request))
         else:
-            self._heed(self.vote.outcome(self.progress.steps, self._termination or self._wish))
+            self._accept(self.vote.poll(self.progress.steps, self._termination or self._stop_request))
 
     def agree_to_terminate(self, batches: int) -> bool:
         """Say whether all processes leave an evaluation after so many batches, since one was asked to terminate.
 
         Other wishes wait for its end: an evaluation is due because, or although, the run is about to stop.
         """
-        self._heed(self.eval_vote.outcome(batches, self._termination))
+        self._accept(self.eval_vote.poll(batches, self._termination))
         return self.exit_code is not None
 
-    def _heed(self, decision: Stop | None) -> None:
+    def _accept(self, decision: StopRequest | None) -> None:
         """Take a decision in: the first, or the first that demands an exit."""
         if decision is None or self.exit_code is not None:
             return
         if self.history.stop_reason is None or decision.exit_code is not None:
             self.history.stop_reason, self.exit_code = decision.reason, decision.exit_code
 
-    def heed_late_signal(self) -> None:
+    def apply_pending_signal(self) -> None:
         """Let a request to terminate that came after the last agreement end this process, at least."""
-        self._heed(self._termination)
+        self._accept(self._termination)
 
     @property
     def _time_is_up(self) -> str:
@@ -330,14 +330,14 @@ class Run:
     def is_due(self, cadence: Cadence, last: Progress) -> bool:
         """Say whether something is due; where the clock decides, rank 0's does for all."""
         due = cadence.is_due(self.progress, last)
-        return self.peers.broadcast(due) if isinstance(cadence, Minutes) else due
+        return self.distributed.broadcast(due) if isinstance(cadence, Minutes) else due
 
 
 def is_done(progress: Progress, plan: RunPlan) -> bool:
     """Say whether a run of this plan is complete.
 
     Example:
-        >>> is_done(Progress(steps=25), RunPlan.of(num_epochs=3, steps_per_epoch=10, max_steps=25))
+        >>> is_done(Progress(steps=25), RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25))
         True
     """
     if plan.known_total_steps is not None and progress.steps >= plan.known_total_steps:

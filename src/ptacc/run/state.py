@@ -35,7 +35,7 @@ class StateKey(Generic[T]):
 
 
 @dataclass(frozen=True)
-class SavedRun:
+class ResumeState:
     """A run as it was saved, to go on with.
 
     Args:

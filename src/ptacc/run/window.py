@@ -10,7 +10,7 @@ from typing import Any, Generic
 from torch import Tensor
 
 from ptacc.data.batch import HostBatch
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError, LossError
 from ptacc.types.aliases import BatchT
 from ptacc.types.outputs import StepOutput
@@ -40,8 +40,8 @@ class Window(Generic[BatchT]):
         """
         count = self.counts[index]
         if output.is_sum:
-            return divide(output.loss, 0 if self.batches[index].is_phantom else self.replicas, self.total)
-        if count == 0 and not self.batches[index].is_phantom:
+            return divide(output.loss, 0 if self.batches[index].is_padding else self.replicas, self.total)
+        if count == 0 and not self.batches[index].is_padding:
             raise LossError(
                 "A batch has no items, and a mean over nothing is NaN. Return StepOutput.from_sum(loss_sum, ...) from "
                 "train_step, which is right for such a batch too."
@@ -60,11 +60,11 @@ def divide(value: Tensor, weight: float, total: float) -> Tensor:
     return value / (total / weight) if weight else value * 0.0
 
 
-def windows_of(
+def make_windows(
     batches: Iterator[HostBatch[BatchT]],
     size: int,
     count_items: Callable[[BatchT], int],
-    peers: Peers,
+    distributed: DistributedRuntime,
     *,
     items_are_samples: bool,
 ) -> Iterator[Window[BatchT]]:
@@ -74,24 +74,24 @@ def windows_of(
         batches: This process's batches of an epoch.
         size: Batches a window.
         count_items: Returns the items of a batch on the host.
-        peers: The processes. They are asked for their counts, unless those follow from how samples were dealt.
+        distributed: The processes. They are asked for their counts, unless those follow from how samples were dealt.
         items_are_samples: Whether a batch's items are its samples, so that the dealing tells the total.
     """
     while window := list(islice(batches, size)):
-        counts = [0 if batch.is_phantom else count_items(batch.data) for batch in window]
-        if peers.is_alone:
+        counts = [0 if batch.is_padding else count_items(batch.data) for batch in window]
+        if distributed.is_single_process:
             total: float = sum(counts)
         elif items_are_samples and all(batch.total is not None for batch in window):
             total = sum(batch.total or 0 for batch in window)
             check_counts(window, counts)
         else:
-            (total,) = peers.sum([sum(counts) if peers.leads_replica else 0])
+            (total,) = distributed.sum([sum(counts) if distributed.leads_replica else 0])
         if not total:
             raise DataError(
                 f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "
                 "process. Leave such batches out of the data."
             )
-        yield Window(window, counts, total, peers.replicas)
+        yield Window(window, counts, total, distributed.replicas)
 
 
 def check_counts(window: list[HostBatch[Any]], counts: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Shards: what one process holds of a tensor that is dealt over several, as a plain tensor and its place.
 
 ```
-shard_of(dtensor)    -> Shard: the local tensor by reference, and where it lies in the whole
+get_shard(dtensor)    -> Shard: the local tensor by reference, and where it lies in the whole
 whole_from(shards)   -> Whole: the tensor put together, by no process in particular
 part_of(whole, ...)  -> what a process holds of it, where others than before share it
 ```
@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # importing it takes longer than all of ptacc
 MAPPINGS = (dict, OrderedDict)
 SEQUENCES = (list, tuple)
 """Containers that may hold tensors which are dealt."""
-Runs: TypeAlias = tuple[tuple[int, int], ...]
+IndexRanges: TypeAlias = tuple[tuple[int, int], ...]
 """Indices of a dimension, as (start, stop) of each stretch, in the order in which a process holds them."""
 
 
 @dataclass(frozen=True)
-class Dealing:
+class ShardingSpec:
     """How tensors are dealt over a mesh of processes.
 
     Args:
@@ -51,7 +51,7 @@ class Dealing:
     mesh: tuple[str, ...]
 
     @classmethod
-    def of(cls, tensor: DTensor) -> Dealing:
+    def from_tensor(cls, tensor: DTensor) -> ShardingSpec:
         """Return how `tensor` is dealt."""
         dims = [getattr(placement, "dim", None) for placement in tensor.placements]  # strided shards have one, too
         placements = tuple("R" if dim is None else f"S({dim})" for dim in dims)
@@ -76,8 +76,8 @@ class Shard:
 
     local: Tensor
     shape: tuple[int, ...]
-    runs: tuple[Runs, ...]
-    dealing: Dealing
+    runs: tuple[IndexRanges, ...]
+    dealing: ShardingSpec
 
     @property
     def is_consistent(self) -> bool:
@@ -91,7 +91,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Whole:
+class AssembledTensor:
     """A tensor that was put together from shards.
 
     Args:
@@ -100,17 +100,17 @@ class Whole:
     """
 
     tensor: Tensor
-    dealing: Dealing
+    dealing: ShardingSpec
 
 
-def is_dealt(value: object) -> TypeGuard[DTensor]:
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
     """Say whether a value is a tensor of which this process holds a part alone."""
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """Return all of a tensor. A collective where it is dealt: one for each dimension of the mesh."""
-    if not is_dealt(tensor):
+    if not is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import Replicate
 
@@ -119,19 +119,21 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def shard_of(tensor: DTensor) -> Shard:
+def get_shard(tensor: DTensor) -> Shard:
     """Return this process's part, by reference, and its place."""
-    runs = runs_of(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Shard(tensor.to_local().detach(), tuple(tensor.shape), runs, Dealing.of(tensor))
+    runs = local_index_ranges(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Shard(tensor.to_local().detach(), tuple(tensor.shape), runs, ShardingSpec.from_tensor(tensor))
 
 
-def runs_of(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Runs, ...]:
+def local_index_ranges(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> tuple[IndexRanges, ...]:
     """Return the indices that this process holds of a tensor, for each dimension."""
-    return tuple(_runs(len(shape), dim, size, mesh, tuple(placements)) for dim, size in enumerate(shape))
+    return tuple(_local_ranges(len(shape), dim, size, mesh, tuple(placements)) for dim, size in enumerate(shape))
 
 
 @functools.lru_cache(maxsize=4096)
-def _runs(ndim: int, dim: int, size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Runs:
+def _local_ranges(ndim: int, dim: int, size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> IndexRanges:
     """Return the indices of one dimension: torch itself is asked to deal them, which it does without a message."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -144,7 +146,7 @@ def _runs(ndim: int, dim: int, size: int, mesh: DeviceMesh, placements: tuple[Pl
     return tuple((held[a], held[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(held)]))
 
 
-def put_on(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], local: Tensor) -> DTensor:
+def from_local(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], local: Tensor) -> DTensor:
     """Return the tensor of a shape that is dealt over a mesh, of which this process's part is `local`."""
     from torch.distributed.tensor import DTensor
 
@@ -153,33 +155,35 @@ def put_on(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[in
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def dealt_like(like: DTensor, whole: Tensor) -> DTensor:
+def distribute_like(like: DTensor, whole: Tensor) -> DTensor:
     """Return a tensor that every process has whole as one that is dealt as another is. No process communicates."""
     mesh, placements = like.device_mesh, like.placements
-    return put_on(mesh, placements, like.shape, part_of(whole, runs_of(like.shape, mesh, placements)))
+    return from_local(
+        mesh, placements, like.shape, slice_local(whole, local_index_ranges(like.shape, mesh, placements))
+    )
 
 
-def beside(parameter: Tensor, value: Any) -> Any:
+def match_placement(parameter: Tensor, value: Any) -> Any:
     """Return a value as it belongs beside a parameter: dealt if that is, else whole, for which all processes call it.
 
     A number, such as that of an optimizer's steps, is as it is.
     """
-    if not isinstance(value, Tensor) or is_dealt(parameter) == is_dealt(value):
+    if not isinstance(value, Tensor) or is_dtensor(parameter) == is_dtensor(value):
         return value
-    if is_dealt(value):
+    if is_dtensor(value):
         return whole_tensor(value).to(parameter.device)
     if not value.dim():
         return value
-    assert is_dealt(parameter)
+    assert is_dtensor(parameter)
     if value.shape == parameter.shape:
-        return dealt_like(parameter, value)
+        return distribute_like(parameter, value)
     from torch.distributed.tensor import Replicate
 
     mesh = parameter.device_mesh
-    return put_on(mesh, [Replicate()] * mesh.ndim, value.shape, value)
+    return from_local(mesh, [Replicate()] * mesh.ndim, value.shape, value)
 
 
-def whole_from(shards: Sequence[Shard]) -> Whole:
+def assemble(shards: Sequence[Shard]) -> AssembledTensor:
     """Put a tensor together from all processes' parts; one part may come more than once.
 
     Raises:
@@ -199,10 +203,10 @@ def whole_from(shards: Sequence[Shard]) -> Whole:
             is_there[there] = True
     if not is_there.all():
         raise CheckpointError(f"{len(parts)} parts of a tensor of shape {first.shape} overlap.")
-    return Whole(whole, first.dealing)
+    return AssembledTensor(whole, first.dealing)
 
 
-def part_of(whole: Tensor, runs: tuple[Runs, ...]) -> Tensor:
+def slice_local(whole: Tensor, runs: tuple[IndexRanges, ...]) -> Tensor:
     """Return what a process holds of a whole tensor: a copy."""
     part = whole
     for dim, stretches in enumerate(runs):
@@ -211,7 +215,7 @@ def part_of(whole: Tensor, runs: tuple[Runs, ...]) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _blocks(runs: tuple[Runs, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+def _blocks(runs: tuple[IndexRanges, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Iterate over the blocks of a part: where each lies in the whole, and where in the part."""
     sides: list[list[tuple[slice, slice]]] = []
     for stretches in runs:
@@ -221,16 +225,16 @@ def _blocks(runs: tuple[Runs, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[s
         yield tuple(there for there, _ in block), tuple(here for _, here in block)
 
 
-def mapped(state: Any, change: Callable[[Any], Any]) -> Any:
+def map_state(state: Any, change: Callable[[Any], Any]) -> Any:
     """Return a state with each value that is no container of tensors changed."""
     if type(state) in MAPPINGS:
-        return type(state)((key, mapped(part, change)) for key, part in state.items())
+        return type(state)((key, map_state(part, change)) for key, part in state.items())
     if type(state) in SEQUENCES:
-        return type(state)(mapped(part, change) for part in state)
+        return type(state)(map_state(part, change) for part in state)
     return change(state)
 
 
-def put_together(states: Sequence[Any]) -> Any:
+def merge_states(states: Sequence[Any]) -> Any:
     """Return what all processes' states are together: their shards whole, and of all else the first's.
 
     Raises:
@@ -240,19 +244,19 @@ def put_together(states: Sequence[Any]) -> Any:
     if isinstance(first, Shard):
         if not all(isinstance(state, Shard) for state in states):
             raise CheckpointError("What is a part of a tensor for one process is none for another.")
-        return whole_from(states)
+        return assemble(states)
     if type(first) in MAPPINGS:
         if any(type(state) is not type(first) or state.keys() != first.keys() for state in states):
             raise CheckpointError("The states of the processes have different names.")
-        return type(first)((key, put_together([state[key] for state in states])) for key in first)
+        return type(first)((key, merge_states([state[key] for state in states])) for key in first)
     if type(first) in SEQUENCES:
         if any(type(state) is not type(first) or len(state) != len(first) for state in states):
             raise CheckpointError("The states of the processes have different lengths.")
-        return type(first)(put_together(parts) for parts in zip(*states, strict=True))
+        return type(first)(merge_states(parts) for parts in zip(*states, strict=True))
     return first
 
 
-def bare(value: Any) -> Any:
+def unwrap(value: Any) -> Any:
     """Return a tensor that was put together as a plain one.
 
     Raises:
@@ -263,4 +267,4 @@ def bare(value: Any) -> Any:
             f"A tensor of shape {value.shape} was saved in parts, by an engine that shards, and this one does not. Go "
             "on with that engine, or load the weights alone by load_checkpoint(weights_only=True)."
         )
-    return value.tensor if isinstance(value, Whole) else value
+    return value.tensor if isinstance(value, AssembledTensor) else value

@@ -79,21 +79,21 @@ def children(structure: object) -> Iterable[tuple[object, Any]]:
     return ()
 
 
-def tensors_of(structure: object) -> Iterator[Tensor]:
+def iterate_tensors(structure: object) -> Iterator[Tensor]:
     """Iterate over the tensors in `structure`, in order."""
     if isinstance(structure, Tensor):
         yield structure
     else:
         for _, part in children(structure):
-            yield from tensors_of(part)
+            yield from iterate_tensors(part)
 
 
-def leaves_of(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
+def iterate_leaves(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Iterate over what is no container in `structure`, each with the keys that lead to it."""
     is_leaf = True
     for key, part in children(structure):
         is_leaf = False
-        yield from leaves_of(part, f"{path}[{key!r}]")
+        yield from iterate_leaves(part, f"{path}[{key!r}]")
     if is_leaf:
         yield path, structure
 
@@ -107,7 +107,7 @@ def leading_dimension(batch: object) -> int:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor) and first.dim():  # of most batches: this is asked of each
         return first.shape[0]
-    for tensor in tensors_of(batch):
+    for tensor in iterate_tensors(batch):
         if tensor.dim():
             return tensor.shape[0]
     raise DataError(
@@ -132,7 +132,7 @@ def concatenate(parts: Sequence[NestedT], device: torch.device) -> NestedT:
     Raises:
         DataError: Their forms differ, something in them is no tensor, or tensors differ in more than that dimension.
     """
-    first, *others = [dict(leaves_of(part)) for part in parts]
+    first, *others = [dict(iterate_leaves(part)) for part in parts]
     for rank, other in enumerate(others, start=1):
         if other.keys() != first.keys():
             raise DataError(f"gather(): rank 0 gave values at {list(first)}, and rank {rank} at {list(other)}.")
@@ -147,7 +147,8 @@ def join(values: Sequence[object]) -> Tensor:
     if len(tensors) < len(values):
         kind = next(type(value).__name__ for value in values if not isinstance(value, Tensor))
         raise DataError(
-            f"gather() takes tensors and structures of them: got a {kind}. Take peers.gather(value) for it."
+            f"gather() takes tensors and structures of them: got a {kind}. Use trainer.distributed.gather(value) "
+            "for it."
         )
     if len({(tensor.dtype, tensor.shape[1:], tensor.dim()) for tensor in tensors}) > 1:
         forms = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
@@ -155,7 +156,7 @@ def join(values: Sequence[object]) -> Tensor:
     return torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in its order: without a copy, where it lies so on the host already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():

@@ -3,7 +3,7 @@
 ```python
 @pytest.mark.parametrize("mixin", [MyMixin, MyOtherMixin])
 def test_laws(mixin: type[Mixin]) -> None:
-    check_laws(mixin)
+    check_mixin(mixin)
 
 
 def test_splitting_a_step_changes_nothing() -> None:
@@ -20,7 +20,7 @@ from ptacc.testing.datasets import iris_parts as iris_parts
 from ptacc.testing.datasets import iris_split as iris_split
 from ptacc.testing.datasets import tiny_data as tiny_data
 from ptacc.testing.datasets import tiny_parts as tiny_parts
-from ptacc.testing.laws import check_laws as check_laws
+from ptacc.testing.laws import check_mixin as check_mixin
 from ptacc.testing.laws import check_order_changes_nothing as check_order_changes_nothing
 from ptacc.testing.laws import epoch_order as epoch_order
 from ptacc.testing.overfitting import assert_overfits_one_batch as assert_overfits_one_batch
@@ -29,7 +29,7 @@ from ptacc.testing.split_invariance import assert_split_invariant as assert_spli
 __all__ = [
     "assert_overfits_one_batch",
     "assert_split_invariant",
-    "check_laws",
+    "check_mixin",
     "check_order_changes_nothing",
     "epoch_order",
     "iris",

@@ -55,7 +55,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """What came of a training."""
 
     split: Split
@@ -66,7 +66,7 @@ class Outcome:
 # ---- comparing
 
 
-def tolerance_of(trainer: AnyLoop) -> Tolerance:
+def select_tolerance(trainer: AnyLoop) -> Tolerance:
     """Return what passes for rounding in the lowest precision that a trainer computes in."""
     if trainer.accelerator.mixed_precision != "no":
         return LOW_PRECISION
@@ -74,7 +74,7 @@ def tolerance_of(trainer: AnyLoop) -> Tolerance:
     return max((TOLERANCES.get(dtype, LOW_PRECISION) for dtype in dtypes), key=lambda tolerance: tolerance.losses)
 
 
-def differences(got: Outcome, expected: Outcome, tolerance: Tolerance) -> Iterator[str]:
+def differences(got: TrainingResult, expected: TrainingResult, tolerance: Tolerance) -> Iterator[str]:
     """Yield what differs by more than rounding, the first cause of the rest first."""
     ours, theirs = got.split, expected.split
     if len(got.steps) != len(expected.steps):

@@ -25,7 +25,7 @@ Options: TypeAlias = Callable[[], Mapping[str, Any]]
 """Makes the options of one trainer: a second trainer may need others, such as a directory of its own."""
 
 
-def check_laws(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) -> None:
+def check_mixin(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) -> None:
     """Check that a mixin keeps the laws of composition.
 
     1. Every cooperative override reaches the class behind it.
@@ -55,8 +55,8 @@ def check_overrides_reach_behind(mixin: type[Mixin], options: Options) -> None:
     trainer.on_exception(RuntimeError("a probe"))
     trainer.on_save(Path("probe"))
     trainer.on_load(Path("probe"))
-    trainer.restore_run()
-    trainer.rescue_run(RuntimeError("a probe"))
+    trainer.load_run_state()
+    trainer.save_on_exception(RuntimeError("a probe"))
     for _ in trainer.stream_predictions(tiny_data()):
         break
     shapes = declared_hooks(Probe)  # a base of the mixin may declare hooks of its own, behind which no probe can be

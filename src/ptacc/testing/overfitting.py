@@ -17,7 +17,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import AnyLoop
-from ptacc.testing.subset import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
+from ptacc.testing.subset import BatchT, OutputT, RawT, SampleT, Subset, check_map_style
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset, Stateful
 from ptacc.validation import check_at_least
@@ -99,19 +99,19 @@ def assert_overfits_one_batch(
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a part of the first loss.")
     check_map_style(owner, data)
     checked = silent_copy(trainer)
-    replicas = checked.peers.replicas
+    replicas = checked.distributed.replicas
     size = max(1, min(batch_size, len(data) // replicas))
     samples = min(len(data), size * replicas)
     call: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
     with preserved_streams(devices=True), weights_put_back(checked):
         before = {name: p.detach().to("cpu", copy=True) for name, p in checked.unwrapped_model.named_parameters()}
         history = checked.train(
-            Excerpt(data, samples, size * replicas * checked.batches_per_step() * steps),
+            Subset(data, samples, size * replicas * checked.accumulation_steps() * steps),
             eval_dataset,
             max_steps=steps,
             per_device_batch_size=size,
             train_dataloader_kwargs={"shuffle": False},
-            limit_batches=checked.batches_per_step() * steps,  # or a smoke run's environment variable would end it
+            limit_batches=checked.accumulation_steps() * steps,  # or a smoke run's environment variable would end it
             **call,
         )
         complaint = what_is_wrong(history.steps, to)
@@ -134,7 +134,7 @@ def silent_copy(trainer: AnyLoop) -> AnyLoop:
 @contextlib.contextmanager
 def weights_put_back(trainer: AnyLoop) -> Iterator[None]:
     """Put the states of the model and the optimizers back after the block."""
-    holders: list[Stateful] = [trainer.unwrapped_model, *(slot.optimizer for slot in trainer.slots())]
+    holders: list[Stateful] = [trainer.unwrapped_model, *(slot.optimizer for slot in trainer.optimizer_slots())]
     states = [copy.deepcopy(holder.state_dict()) for holder in holders]
     try:
         yield

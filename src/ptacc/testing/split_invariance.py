@@ -12,8 +12,8 @@ from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
-from ptacc.testing.comparison import AnyLoop, Outcome, Split, Tolerance, causes, differences, tolerance_of
-from ptacc.testing.subset import BatchT, Excerpt, OutputT, RawT, SampleT, check_map_style
+from ptacc.testing.comparison import AnyLoop, Split, Tolerance, TrainingResult, causes, differences, select_tolerance
+from ptacc.testing.subset import BatchT, OutputT, RawT, SampleT, Subset, check_map_style
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive
 
@@ -56,7 +56,7 @@ def assert_split_invariant(
     epoch. The first trainer takes a window as one batch of `window` samples. The others take it in the `k` batches of
     `b` samples that there are with `b * k == window`. Each step's loss and the weights at the end are compared.
 
-    Whether the trainer has `GradAccumMixin` or not makes no difference: `batches_per_step` is set from here, and with
+    Whether the trainer has `GradAccumMixin` or not makes no difference: `accumulation_steps` is set from here, and with
     it `gradient_accumulation_steps`, where the trainer has it. Default callbacks and the history file are left out.
 
     In a launch of several processes, which all call this, a window has `window` samples a process.
@@ -108,16 +108,16 @@ def compare_splits(
 ) -> None:
     """Train in every split, and raise `AssertionError` at the first that differs from the whole."""
     trainer = make_trainer()
-    replicas = trainer.peers.replicas
+    replicas = trainer.distributed.replicas
     samples = take_samples(len(data), window * replicas)
-    call = {"train_dataset": Excerpt(data, samples, samples), **options}
-    initial = state_of(trainer)
+    call = {"train_dataset": Subset(data, samples, samples), **options}
+    initial = copy_state(trainer)
     whole, *splits = (Split(size, window // size, replicas) for size in divisors(window))
     expected = train(trainer, whole, call)
-    tolerance = tolerance_of(trainer) if rel is None else Tolerance(rel, rel)
+    tolerance = select_tolerance(trainer) if rel is None else Tolerance(rel, rel)
     for split in splits:
         trainer = make_trainer()
-        check_same_start(initial, state_of(trainer))
+        check_same_start(initial, copy_state(trainer))
         try:
             got = train(trainer, split, call)
         except Exception as error:
@@ -169,11 +169,11 @@ def take_samples(available: int, window: int) -> int:
     return samples
 
 
-def train(trainer: AnyLoop, split: Split, call: Mapping[str, Any]) -> Outcome:
+def train(trainer: AnyLoop, split: Split, call: Mapping[str, Any]) -> TrainingResult:
     """Train a fresh trainer in one way of splitting."""
     trainer.default_callbacks, trainer.history_file = (), None
     # On the object, they stand before those of its class: the loop asks the object.
-    vars(trainer)["batches_per_step"] = lambda: split.batches
+    vars(trainer)["accumulation_steps"] = lambda: split.batches
     vars(trainer)["make_seed"] = lambda: 0  # a loader of the user's may shuffle all the same
     if isinstance(trainer, SupportsGradAccum):
         trainer.gradient_accumulation_steps = split.batches
@@ -185,10 +185,10 @@ def train(trainer: AnyLoop, split: Split, call: Mapping[str, Any]) -> Outcome:
         limit_batches=len(call["train_dataset"]),  # or a smoke run's environment variable would cut windows
     )
     parameters = trainer.unwrapped_model.named_parameters()
-    return Outcome(split, history.steps, {name: copied(parameter) for name, parameter in parameters})
+    return TrainingResult(split, history.steps, {name: copied(parameter) for name, parameter in parameters})
 
 
-def state_of(trainer: AnyLoop) -> dict[str, Tensor]:
+def copy_state(trainer: AnyLoop) -> dict[str, Tensor]:
     """Return copies of all tensors in a model's state."""
     state: Mapping[str, object] = trainer.unwrapped_model.state_dict()
     return {name: copied(value) for name, value in state.items() if isinstance(value, Tensor)}

@@ -7,7 +7,7 @@ from typing import Generic
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import TypeVar
 
-from ptacc.data.request import check_dataset
+from ptacc.data.dataloader_config import check_dataset
 from ptacc.errors import DataError
 from ptacc.types.protocols import SizedDataset
 
@@ -19,7 +19,7 @@ RawT = TypeVar("RawT")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Excerpt(Generic[T_co]):
+class Subset(Generic[T_co]):
     """The first samples of a dataset, over and over.
 
     Args:

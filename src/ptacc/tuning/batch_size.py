@@ -10,11 +10,12 @@ from torch.distributed import is_initialized
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from typing_extensions import TypeVar
 
-from ptacc.data.request import check_dataset
+from ptacc.core.base import get_distributed_runtime
+from ptacc.data.dataloader_config import check_dataset
 from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import DataError, ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.tuning.memory import complaint_of, held_back, memory_of
+from ptacc.tuning.memory import out_of_memory_message, reserve_memory, total_memory
 from ptacc.tuning.trial import AnyLoop, trial_of
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
@@ -105,7 +106,7 @@ def find_batch_size(
         OptionError: A number out of its range, a trainer that cannot accumulate, or an engine that deals weights out.
         DataError: No samples, or data without a length and an index.
         ModelError: Not even one sample fits.
-        PeerError: Another process failed by something else.
+        RankFailedError: Another process failed by something else.
         NestedRunError: A run of the trainer is under way.
 
     Example:
@@ -115,19 +116,19 @@ def find_batch_size(
         >>> find_batch_size(MyTrainer(**iris_parts()), iris(), global_batch_size=64)
         BatchSizeSearch(per_device_batch_size=64, gradient_accumulation_steps=1, processes=1, did_not_fit={})
     """
-    peers = trainer.peers
-    with peers.meeting("find_batch_size()") as told:
+    distributed = get_distributed_runtime(trainer)
+    with distributed.synced("find_batch_size()") as told:
         check_search(trainer, train_dataset, global_batch_size, steps, margin)
         told += [f"global_batch_size={global_batch_size}", f"steps={steps}"]
-    share = global_batch_size // peers.world_size
+    share = global_batch_size // distributed.world_size
     did_not_fit: dict[int, str] = {}
     for size in (size for size in range(share, 0, -1) if share % size == 0):
         attempt = Attempt(size, share // size, steps, margin, collate_fn, train_dataloader_kwargs or {})
-        with peers.meeting("a try of find_batch_size()"):
+        with distributed.synced("a try of find_batch_size()"):
             complaint = attempt.make(trainer, train_dataset)
-        complaints = peers.gather(complaint)
+        complaints = distributed.gather(complaint)
         if not any(complaints):
-            return BatchSizeSearch(size, share // size, peers.world_size, did_not_fit)
+            return BatchSizeSearch(size, share // size, distributed.world_size, did_not_fit)
         did_not_fit[size] = next(f"rank {rank}: {said}" for rank, said in enumerate(complaints) if said)
     raise ModelError(
         f"find_batch_size: a step of {type(trainer).__name__} with batches of one sample does not fit in memory: "
@@ -137,7 +138,7 @@ def find_batch_size(
 
 def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: int, margin: float) -> None:
     """Raise for a search that cannot be made."""
-    owner, processes = "find_batch_size", trainer.peers.world_size
+    owner, processes = "find_batch_size", trainer.distributed.world_size
     if isinstance(data, DataLoader | IterableDataset):
         raise DataError(
             f"{owner}(train_dataset={type(data).__name__}(...)): batches are made of several sizes, which needs a "
@@ -160,7 +161,7 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
             f"{owner}: {type(trainer).__name__} takes one batch a step, so that smaller batches would be another "
             "training. Compose GradAccumMixin."
         )
-    engine = trainer.conditions()["engine"]
+    engine = trainer.resume_invariants()["engine"]
     if engine != "torch" and is_initialized():
         raise OptionError(
             f"{owner}: the weights of {type(trainer).__name__} are dealt out over the processes ({engine}), so that "
@@ -197,13 +198,13 @@ class Attempt:
         call: dict[str, Any] = {} if self.collate_fn is None else {"collate_fn": self.collate_fn}
         with trial_of(trainer, data, self.kwargs.get("sampler"), alone=True) as trial:
             vars(trial)["gradient_accumulation_steps"] = batches
-            if not trainer.peers.is_alone:  # without the wrapper that exchanges gradients
+            if trainer.distributed.world_size > 1:  # without the wrapper that exchanges gradients
                 vars(trial)["make_engine"] = lambda: TorchEngine(
-                    trial.accelerator, trial.unwrapped_model, trial.slots(), in_replicas=False
+                    trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), in_replicas=False
                 )
 
             def train() -> None:
-                with held_back(self._bytes_held_back(trainer), trainer.device):
+                with reserve_memory(self._bytes_held_back(trainer), trainer.device):
                     trial.train(
                         samples,
                         max_steps=self.steps,
@@ -213,10 +214,12 @@ class Attempt:
                         **call,
                     )
 
-            return complaint_of(train)
+            return out_of_memory_message(train)
 
     def _bytes_held_back(self, trainer: AnyLoop) -> int:
         """Return the bytes of the margin, and of what processes copy gradients to as they exchange them."""
-        exchanged = [p for p in trainer.unwrapped_model.parameters() if p.requires_grad and not trainer.peers.is_alone]
+        exchanged = [
+            p for p in trainer.unwrapped_model.parameters() if p.requires_grad and trainer.distributed.world_size > 1
+        ]
         buckets = sum(parameter.numel() * parameter.element_size() for parameter in exchanged)
-        return buckets + int(self.margin * memory_of(trainer.device))
+        return buckets + int(self.margin * total_memory(trainer.device))

@@ -16,9 +16,8 @@ from ptacc.errors import ModelError, OptionError
 from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import StepResult
-from ptacc.tuning.lr_curve import FEWEST, Watch, geometric, smoothed, steepest
+from ptacc.tuning.lr_curve import FEWEST, DivergenceDetector, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
-from ptacc.types.aliases import Sharding
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
 
@@ -65,7 +64,7 @@ class LearningRateSearch:
                 f"{self!r} suggests no learning rate: the loss does not clearly fall. Look at `losses`; take more "
                 "steps, larger batches, or other bounds."
             )
-        for group, multiple in zip(optimizer.param_groups, multiples_of(optimizer), strict=True):
+        for group, multiple in zip(optimizer.param_groups, relative_rates(optimizer), strict=True):
             put_rate(group, self.suggestion * multiple)
 
     def plot(self, path: str | Path) -> None:
@@ -104,7 +103,7 @@ def find_learning_rate(
     max_rise: float = 3.0,
     per_device_batch_size: int | None = None,
     train_dataloader_kwargs: DataLoaderKwargs | None = None,
-    sharding: Sharding = "auto",
+    data_is_sharded: bool = False,
 ) -> LearningRateSearch: ...
 @overload
 def find_learning_rate(
@@ -118,7 +117,7 @@ def find_learning_rate(
     max_rise: float = 3.0,
     per_device_batch_size: int | None = None,
     train_dataloader_kwargs: DataLoaderKwargs | None = None,
-    sharding: Sharding = "auto",
+    data_is_sharded: bool = False,
 ) -> LearningRateSearch: ...
 def find_learning_rate(
     trainer: AnyLoop,
@@ -131,7 +130,7 @@ def find_learning_rate(
     max_rise: float = 3.0,
     per_device_batch_size: int | None = None,
     train_dataloader_kwargs: DataLoaderKwargs | None = None,
-    sharding: Sharding = "auto",
+    data_is_sharded: bool = False,
 ) -> LearningRateSearch:
     """Train for a few steps with ever larger learning rates, and see at which of them the loss falls fastest.
 
@@ -152,7 +151,7 @@ def find_learning_rate(
             A loss that is no number ends it, too.
         per_device_batch_size: As for `train`: a rate suits a batch size.
         train_dataloader_kwargs: As for `train`.
-        sharding: As for `train`.
+        data_is_sharded: As for `train`.
 
     Raises:
         OptionError: A number out of its range.
@@ -177,15 +176,15 @@ def find_learning_rate(
     kwargs = train_dataloader_kwargs or {}
     call: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
     with trial_of(trainer, train_dataset, kwargs.get("sampler"), kwargs.get("batch_sampler")) as trial:
-        sweep = Sweep(trial, geometric(min_lr, max_lr, steps), Watch(max_rise))
+        sweep = Sweep(trial, geometric(min_lr, max_lr, steps), DivergenceDetector(max_rise))
         vars(trial)["on_gradients_ready"] = sweep.before_update
         trial.train(
             train_dataset,
             max_steps=steps + 1,  # one step after that with the largest rate
             per_device_batch_size=per_device_batch_size,
             train_dataloader_kwargs=kwargs,
-            sharding=sharding,
-            agree_every=1,
+            data_is_sharded=data_is_sharded,
+            stop_check_every=1,
             **call,
         )
     return sweep.result()
@@ -200,11 +199,11 @@ class Sweep:
         watch: What sees losses run away.
     """
 
-    def __init__(self, trial: AnyLoop, rates: tuple[float, ...], watch: Watch) -> None:
+    def __init__(self, trial: AnyLoop, rates: tuple[float, ...], watch: DivergenceDetector) -> None:
         """Begin before the first step."""
         self._trial, self._rates, self._watch = trial, rates, watch
         self._hook = trial.on_gradients_ready
-        self._multiples = [multiples_of(slot.optimizer) for slot in trial.slots()]
+        self._multiples = [relative_rates(slot.optimizer) for slot in trial.optimizer_slots()]
         self._losses: list[float] = []
         self._stopped: str | None = None
         self._is_over = False
@@ -215,8 +214,8 @@ class Sweep:
         if self._is_over:  # and the processes have not agreed on it yet
             return
         taken = step.step - 1
-        peers = self._trial.peers
-        loss = peers.sum([float(step.loss)])[0] / peers.world_size
+        distributed = self._trial.distributed
+        loss = distributed.sum([float(step.loss)])[0] / distributed.world_size
         self._losses[taken:] = [loss]  # a scaler may have skipped the update before, and the step is taken again
         if self._watch.has_run_away(loss):
             before = f"after a step with {self._rates[taken - 1]:.3g}" if taken else "before the first step"
@@ -239,7 +238,7 @@ class Sweep:
         return LearningRateSearch(self._rates[: len(losses)], tuple(losses), self._stopped)
 
 
-def multiples_of(optimizer: Optimizer) -> list[float]:
+def relative_rates(optimizer: Optimizer) -> list[float]:
     """Return the learning rates of all parameter groups as multiples of the first one's.
 
     Raises:

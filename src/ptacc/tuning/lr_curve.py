@@ -63,7 +63,7 @@ def steepest(losses: Sequence[float]) -> int | None:
     return min(range(1, lowest + 1), key=lambda i: curve[min(i + 1, lowest)] - curve[i - 1])
 
 
-class Watch:
+class DivergenceDetector:
     """Follows losses as they come, to see where they run away.
 
     Losses may be below zero, so what they rise by is measured by how large they were at first and how far they fell.
@@ -83,7 +83,7 @@ class Watch:
         """Take a loss in, and say whether they have run away.
 
         Example:
-            >>> watch = Watch(max_rise=3.0)
+            >>> watch = DivergenceDetector(max_rise=3.0)
             >>> [watch.has_run_away(loss) for loss in (-1.0, -1.1, -0.9, -0.5, 20.0)]
             [False, False, False, False, True]
         """

@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_so or is_out_of_memory(error.__cause__)
 
 
-def complaint_of(act: Callable[[], object]) -> str | None:
+def out_of_memory_message(act: Callable[[], object]) -> str | None:
     """Return the first line of what `act` says as it runs out of memory, which is freed then; None if it does not."""
     complaint = None
     try:
@@ -53,7 +53,7 @@ def free_memory() -> None:
 
 
 @contextlib.contextmanager
-def held_back(size: int, device: torch.device) -> Iterator[None]:
+def reserve_memory(size: int, device: torch.device) -> Iterator[None]:
     """Have `size` bytes less on a device, for the block."""
     ballast = torch.empty(size, dtype=torch.uint8, device=device)
     try:
@@ -62,7 +62,7 @@ def held_back(size: int, device: torch.device) -> Iterator[None]:
         del ballast
 
 
-def memory_of(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
     """Return the bytes of memory that a device has, or that this process may have of the host's."""
     if device.type != "cpu":
         total: int = torch.accelerator.get_memory_info(device)[1]

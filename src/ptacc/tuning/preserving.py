@@ -22,7 +22,7 @@ PutBack = Callable[[], object]
 
 
 @contextlib.contextmanager
-def kept(trainer: TrainingLoop[Any, Any, Any], data: Iterable[object] = ()) -> Iterator[None]:
+def preserve_state(trainer: TrainingLoop[Any, Any, Any], data: Iterable[object] = ()) -> Iterator[None]:
     """Put back after the block what a run changes of a trainer's components, and all random streams.
 
     Copies lie on the host, so that a device has as much memory within the block as without it.
@@ -36,10 +36,10 @@ def kept(trainer: TrainingLoop[Any, Any, Any], data: Iterable[object] = ()) -> I
         stack.enter_context(preserved_streams(devices=True))
         for module in modules:
             stack.callback(keep_module(module))
-        for slot in trainer.slots():
+        for slot in trainer.optimizer_slots():
             stack.callback(keep_optimizer(slot.optimizer))
         for part in data:
-            stack.callback(keep_place(part))
+            stack.callback(keep_position(part))
         yield
 
 
@@ -88,7 +88,7 @@ def keep_optimizer(optimizer: Optimizer) -> PutBack:
     return put_back
 
 
-def keep_place(part: object) -> PutBack:
+def keep_position(part: object) -> PutBack:
     """Keep where a dataset, a loader or a sampler is: its state, or that of its generator."""
     generator = getattr(part, "generator", None)
     if isinstance(part, Stateful):
@@ -100,7 +100,7 @@ def keep_place(part: object) -> PutBack:
     return lambda: None
 
 
-def parts_of(data: object, samplers: Iterable[object] = ()) -> list[object]:
+def find_stateful_parts(data: object, samplers: Iterable[object] = ()) -> list[object]:
     """Return what may remember where it is: data, and what a loader or a batch sampler is made of."""
     parts = [data, *samplers]
     if isinstance(data, DataLoader):

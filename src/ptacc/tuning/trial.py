@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from ptacc.distributed.process_group import Peers
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import derive_seed, seed_everything
-from ptacc.tuning.preserving import kept, parts_of
+from ptacc.tuning.preserving import find_stateful_parts, preserve_state
 from ptacc.types.protocols import StateDict
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
@@ -33,11 +33,11 @@ IDLE_OPTIONS: Mapping[str, object] = {
 """Options with which a trainer, or a mixin where it is composed, leaves the rate, the weights and files alone."""
 IDLE_HOOKS: Mapping[str, object] = {
     "make_seed": lambda: SEED,
-    "find_saved_run": lambda: None,
-    "save_run": lambda: None,
-    "rescue_run": lambda *_: None,
+    "find_resume_state": lambda: None,
+    "save_run_state": lambda: None,
+    "save_on_exception": lambda *_: None,
     "should_stop": lambda: None,
-    "watched_values": lambda: (),
+    "monitors": lambda: (),
     "print": lambda *_: None,
 }
 """Hooks of a run that is not saved, goes on from nothing, watches and tells nothing, and ends by its length alone."""
@@ -76,12 +76,12 @@ def trial_of(trainer: AnyLoop, data: object, *samplers: object, alone: bool = Fa
     if trainer.is_running:
         raise NestedRunError(f"A search within a run of {type(trainer).__name__}: make it before, or after it.")
     copied = copy.copy(trainer)
-    runtime = trainer.accelerator, Peers()
+    runtime = trainer.accelerator, DistributedRuntime()
     # On the object, they stand before those of its class: the loop asks the object.
     vars(copied).update({name: value for name, value in IDLE_OPTIONS.items() if hasattr(copied, name)})
     vars(copied).update({**IDLE_HOOKS, "_runtime": lambda: runtime} if alone else IDLE_HOOKS)
-    with folder_for(copied), kept(trainer, parts_of(data, samplers)):
-        seed_everything(derive_seed(SEED, copied.peers.replica))
+    with folder_for(copied), preserve_state(trainer, find_stateful_parts(data, samplers)):
+        seed_everything(derive_seed(SEED, copied.distributed.replica))
         yield copied
 
 
@@ -91,8 +91,8 @@ def folder_for(copied: AnyLoop) -> Iterator[None]:
     if not hasattr(copied, "checkpoint_dir"):
         yield
         return
-    peers = copied.peers
+    distributed = copied.distributed
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory(prefix="ptacc-")) if peers.rank == 0 else ""
-        vars(copied)["checkpoint_dir"] = peers.broadcast(made)
+        made = stack.enter_context(tempfile.TemporaryDirectory(prefix="ptacc-")) if distributed.rank == 0 else ""
+        vars(copied)["checkpoint_dir"] = distributed.broadcast(made)
         yield

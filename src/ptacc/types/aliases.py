@@ -30,7 +30,6 @@ Precision: TypeAlias = Literal["no", "fp16", "bf16"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
 CompileBackend: TypeAlias = Literal["no", "eager", "aot_eager", "inductor", "cudagraphs", "onnxrt", "tensorrt", "tvm"]
 CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune"]
-Sharding: TypeAlias = Literal["auto", "already"]
 Mode: TypeAlias = Literal["min", "max"]
 Duration: TypeAlias = float | timedelta
 """A length of time: seconds, or a `timedelta`."""

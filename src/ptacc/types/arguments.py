@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypedDict, get_args
+from typing import Any, TypedDict
 
 from torch.utils.data import Sampler
 
 from ptacc.errors import OptionError
-from ptacc.types.aliases import Duration, Sharding
+from ptacc.types.aliases import Duration
 from ptacc.types.progress import Cadence, Epochs
 from ptacc.validation import check_at_least, check_positive
 
@@ -37,14 +37,14 @@ class EvalOptions(TypedDict, total=False):
     Keys:
         per_device_batch_size: Samples a batch and process; 8 if not given.
         dataloader_kwargs: Keywords for the DataLoader.
-        sharding: `"already"` where the data of each process is its own already.
+        data_is_sharded: Whether each process has its own data already. False if not given.
         limit_batches: Stop after this many batches a process: a smoke run. The environment variable
             `PTACC_LIMIT_BATCHES` does the same to `evaluate`; predictions stay whole.
     """
 
     per_device_batch_size: int | None
     dataloader_kwargs: DataLoaderKwargs
-    sharding: Sharding
+    data_is_sharded: bool
     limit_batches: int | None
 
 
@@ -55,31 +55,29 @@ class TrainOptions(TypedDict, total=False):
         per_device_batch_size: Samples a batch and process; 8 if not given.
         train_dataloader_kwargs: Keywords for the training DataLoader; it shuffles if not told otherwise.
         eval_dataloader_kwargs: Keywords for the DataLoaders of the evaluation sets.
-        sharding: `"already"` where the data of each process is its own already.
+        data_is_sharded: Whether each process has its own data already. False if not given.
         evaluate_every: `Epochs(1)` if not given, and always at the end of the run.
         evaluate_first: Evaluate before the first step, too.
         limit_batches: Take this many batches a process of each epoch and evaluation: a smoke run, schedule included.
             The environment variable `PTACC_LIMIT_BATCHES` does the same for a script that is not to be edited.
-        agree_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
+        stop_check_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
             cost below a hundredth, worked out in the first steps: 1 where steps are long. One process needs none.
     """
 
     per_device_batch_size: int | None
     train_dataloader_kwargs: DataLoaderKwargs
     eval_dataloader_kwargs: DataLoaderKwargs
-    sharding: Sharding
+    data_is_sharded: bool
     evaluate_every: Cadence
     evaluate_first: bool
     limit_batches: int | None
-    agree_every: int | None
+    stop_check_every: int | None
 
 
-def check_sharding(call: str, sharding: object) -> None:
-    """Raise `OptionError` for a way of sharding that there is not."""
-    if sharding not in get_args(Sharding):
-        raise OptionError(
-            f'{call}(sharding={sharding!r}): must be "auto", or "already" where each process has its own data.'
-        )
+def check_data_is_sharded(call: str, value: object) -> None:
+    """Raise `OptionError` for anything but a bool."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{call}(data_is_sharded={value!r}): must be True where each process has its own data.")
 
 
 @dataclass(frozen=True)
@@ -100,21 +98,21 @@ class RunOptions:
     per_device_batch_size: int | None = None
     train_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
     eval_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
-    sharding: Sharding = "auto"
+    data_is_sharded: bool = False
     evaluate_every: Cadence = field(default_factory=lambda: Epochs(1))
     evaluate_first: bool = False
     limit_batches: int | None = None
-    agree_every: int | None = None
+    stop_check_every: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be right."""
-        for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "agree_every"):
+        for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"):
             value = getattr(self, name)
             if value is not None:
                 check_at_least("train", name, value, 1)
         if self.max_time is not None:
             check_positive("train", "max_time", self.max_seconds, "It is in seconds, or a timedelta.")
-        check_sharding("train", self.sharding)
+        check_data_is_sharded("train", self.data_is_sharded)
         if self.collate_fn is not None and not callable(self.collate_fn):
             raise OptionError(f"train(collate_fn={self.collate_fn!r}): must be a function of a list of samples.")
         if not isinstance(self.evaluate_every, Cadence):
@@ -128,9 +126,9 @@ class RunOptions:
                 "whichever comes first ends the run."
             )
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell what has to be the same on all processes."""
-        names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "agree_every")
+        names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "stop_check_every")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @property

@@ -14,7 +14,7 @@ from ptacc.validation import check_at_least
 
 
 @dataclass(frozen=True, slots=True)
-class Monitored:
+class Monitor:
     """A handle for a value that is reported, declared once by whoever reports it and then passed about, not spelt.
 
     Args:
@@ -22,7 +22,7 @@ class Monitored:
         mode: Whether less or more is better.
 
     Example:
-        >>> ACCURACY = Monitored("accuracy", mode="max")
+        >>> ACCURACY = Monitor("accuracy", mode="max")
         >>> ACCURACY.is_better(0.9, than=0.8)
         True
     """
@@ -32,7 +32,7 @@ class Monitored:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise OptionError(f'Monitored({self.name!r}, mode={self.mode!r}): must be "min" or "max".')
+            raise OptionError(f'Monitor({self.name!r}, mode={self.mode!r}): must be "min" or "max".')
 
     def is_better(self, value: float, than: float) -> bool:
         """Say whether `value` beats `than`. NaN never does; anything beats NaN."""
@@ -41,9 +41,9 @@ class Monitored:
         return math.isnan(than) or (value < than if self.mode == "min" else value > than)
 
 
-def as_monitored(monitor: str | Monitored, mode: Mode = "min") -> Monitored:
+def as_monitor(monitor: str | Monitor, mode: Mode = "min") -> Monitor:
     """Return the handle for `monitor`; a name takes `mode` along, a handle knows its own."""
-    return monitor if isinstance(monitor, Monitored) else Monitored(monitor, mode)
+    return monitor if isinstance(monitor, Monitor) else Monitor(monitor, mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +56,15 @@ class Best:
         count: How many, at least 1.
     """
 
-    monitor: str | Monitored
+    monitor: str | Monitor
     mode: Mode = "min"
     count: int = 1
 
     def __post_init__(self) -> None:
         check_at_least("Best", "count", self.count, 1)
-        as_monitored(self.monitor, self.mode)
+        as_monitor(self.monitor, self.mode)
 
     @property
-    def monitored(self) -> Monitored:
+    def monitored(self) -> Monitor:
         """The handle of the value."""
-        return as_monitored(self.monitor, self.mode)
+        return as_monitor(self.monitor, self.mode)

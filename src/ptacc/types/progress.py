@@ -48,7 +48,7 @@ class RunPlan:
     schedule never gets a made-up number.
 
     Example:
-        >>> plan = RunPlan.of(num_epochs=3, steps_per_epoch=10, max_steps=25)
+        >>> plan = RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25)
         >>> plan.total_steps
         25
     """
@@ -59,7 +59,7 @@ class RunPlan:
     epoch_limit: int | None = None
 
     @classmethod
-    def of(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
+    def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
         """Work the plan out from what is known: whichever of `num_epochs` and `max_steps` comes first."""
         limits = [max_steps] if max_steps is not None else []
         if num_epochs is not None and steps_per_epoch is not None:

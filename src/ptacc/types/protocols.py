@@ -97,7 +97,7 @@ class ParallelStyleLike(Protocol):
 # ---- what Accelerate gives us
 
 
-class DeviceRuntime(Protocol):
+class AcceleratorProtocol(Protocol):
     """The part of `accelerate.Accelerator` that trainers and their users call, typed.
 
     Accelerate ships no types of its own; this protocol is what `trainer.accelerator` is seen as, and the project's

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 
 CALLS = (
     "open_new",
@@ -23,7 +23,7 @@ CALLS = (
 )
 
 
-class Interposed(Disk):
+class Interposed(FileSystem):
     """Lets something happen before each system call: `before(number of the call, its name, its arguments)`."""
 
     def __init__(self, before: Callable[[int, str, tuple[Any, ...]], None]) -> None:
@@ -87,7 +87,7 @@ class Directory:
     durable: dict[str, "File | Directory"] = field(default_factory=dict)
 
 
-class Losing(Disk):
+class Losing(FileSystem):
     """Does what it is told, and keeps account of what would be left if the power went now: what was synced, alone.
 
     Args:

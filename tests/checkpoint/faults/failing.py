@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import CheckpointError, CheckpointMixin, SeedMixin, Steps, Trainer
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from tests.checkpoint.faults.disks import Interposed
@@ -27,7 +27,7 @@ class Saving(CheckpointMixin, SeedMixin, Trainer):
     """Saves itself to a disk of ours, after every second of its six steps."""
 
     seed: int | None = 5
-    disk: Disk = field(default_factory=Disk)
+    disk: FileSystem = field(default_factory=FileSystem)
 
     @override
     def _store(self) -> CheckpointStore:
@@ -41,7 +41,7 @@ def make(directory: Path, **options: Any) -> Saving:
 
 def train(trainer: Saving) -> list[Tensor]:
     """Train, and return the weights that come out."""
-    trainer.train(tiny_data(), num_epochs=2, per_device_batch_size=8 // trainer.peers.world_size)
+    trainer.train(tiny_data(), num_epochs=2, per_device_batch_size=8 // trainer.distributed.world_size)
     assert trainer.progress.steps == STEPS
     return [tensor.clone() for tensor in trainer.model.state_dict().values()]
 

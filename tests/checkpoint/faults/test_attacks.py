@@ -16,7 +16,7 @@ import torch
 from ptacc.checkpoint import parts as snapshot
 from ptacc.checkpoint.parts import LARGEST_TREE, SHARED, read_parts
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import Disk, Written, read_at_most
+from ptacc.checkpoint.storage.filesystem import FileSystem, Written, read_at_most
 from ptacc.checkpoint.storage.manifest import serialised
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
@@ -188,7 +188,7 @@ def test_no_json_is_written_that_would_not_be_read(monkeypatch: pytest.MonkeyPat
 
 def test_a_disk_that_cannot_read_is_damage() -> None:
     with pytest.raises(DamagedCheckpointError, match="cannot be read: Input/output error"):
-        read_at_most(Disk(), Path(f"/proc/{os.getpid()}/mem"), 1)
+        read_at_most(FileSystem(), Path(f"/proc/{os.getpid()}/mem"), 1)
 
 
 # ---- directories
@@ -226,7 +226,7 @@ def test_what_is_removed_is_not_behind_a_link(arena: Arena) -> None:
     (store.directory / ".partial-2").symlink_to(arena.outside)
     before = contents(arena.outside)
     store.remove("step-2")
-    assert store.sweep() == [".partial-1"]
+    assert store.clean_up() == [".partial-1"]
     assert contents(arena.outside) == before
     assert store.names() == ["step-1"]
 
@@ -251,7 +251,7 @@ def test_directories_in_each_other_are_swept(arena: Arena) -> None:
         len([*traceback.walk_stack(None)]) + 100
     )  # deeper directories than are usual are hard to be rid of
     try:
-        assert store.sweep() == [".partial-1"]
+        assert store.clean_up() == [".partial-1"]
     finally:
         sys.setrecursionlimit(limit)
 

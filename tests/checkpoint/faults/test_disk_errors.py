@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptacc import CheckpointError, PeerError
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc import CheckpointError, RankFailedError
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.testing import tiny_parts
 from tests.checkpoint.faults.failing import (
@@ -119,11 +119,11 @@ def outcome_of_a_rank(
 ) -> tuple[str, str, list[Tensor]]:
     """Return the kind of error and its text, or the weights; the disk of one rank fails, and is whole in the end."""
     rank = int(os.environ["RANK"])
-    disk = Failing(at, errno.ENOSPC, lasting=lasting) if rank == failing_rank else Disk()
+    disk = Failing(at, errno.ENOSPC, lasting=lasting) if rank == failing_rank else FileSystem()
     try:
         ended, warned = outcome(make(directory, disk=disk, **options))
-    except PeerError as error:
-        return "PeerError", str(error), []
+    except RankFailedError as error:
+        return "RankFailedError", str(error), []
     if isinstance(ended, CheckpointError):
         return type(ended).__name__, str(ended), []
     return "", " ".join(warned), ended
@@ -158,7 +158,7 @@ def test_all_processes_raise_the_error_of_one(
     for _, text, _ in ends:
         check_names_the_rank(text, rank)
     kinds = {kind for kind, _, _ in ends}
-    assert kinds == {"CheckpointError"} or (background and kinds == {"CheckpointError", "PeerError"})
+    assert kinds == {"CheckpointError"} or (background and kinds == {"CheckpointError", "RankFailedError"})
     check_directory(tmp_path, CheckpointStore(tmp_path).names())
 
 

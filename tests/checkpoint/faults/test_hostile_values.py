@@ -16,7 +16,7 @@ from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.filesystem import Written
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
-from ptacc.types.monitor import Monitored
+from ptacc.types.monitor import Monitor
 from tests.checkpoint.faults import payloads
 from tests.checkpoint.faults.arenas import (
     DAMAGED,
@@ -99,7 +99,7 @@ def read_manifest(store: CheckpointStore, content: object, others: Mapping[str, 
 
     def read() -> Manifest:
         found = Manifest.from_bytes(sealed(content, others=others))
-        Retention(last=1, best=1, monitored=Monitored("loss")).removable([found, FILED])
+        Retention(last=1, best=1, monitored=Monitor("loss")).removable([found, FILED])
         for file, written in found.files.items():
             assert isinstance(written.sha256, str)
             outcome_of(partial(store.read, found, file))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from tests.checkpoint.faults.disks import CALLS, Interposed, dying_at
 from tests.checkpoint.launches import Launch
 from tests.checkpoint.runs import (
@@ -183,7 +183,7 @@ def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
 def save_as_one_of_two(directory: Path, trail: Path | None = None, *, dies: tuple[int, int] | None = None) -> End:
     """Train as one of two processes, of which one `dies` before a call: its rank, and the number of the call."""
     rank, number = dies or (-1, 0)
-    disk = dying_at(number) if str(rank) == os.environ["RANK"] else Disk()
+    disk = dying_at(number) if str(rank) == os.environ["RANK"] else FileSystem()
     return save_each_step(directory, trail=trail, resume=True, disk=disk)
 
 

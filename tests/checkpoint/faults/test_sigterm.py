@@ -41,13 +41,13 @@ class Case:
         world_size: Number of its processes.
         evaluate_every: When it evaluates its two sets.
         patience: Evaluations after the first, none of them better enough, after which it stops early.
-        agree_every: Steps between two votes.
+        stop_check_every: Steps between two votes.
     """
 
     world_size: int
     evaluate_every: Steps | Epochs
     patience: int
-    agree_every: int | None = None
+    stop_check_every: int | None = None
 
     def trainer(self, directory: Path, **options: Any) -> Mortal:
         return make(
@@ -72,7 +72,7 @@ class Case:
                 num_epochs=4,
                 per_device_batch_size=4 // self.world_size,
                 evaluate_every=self.evaluate_every,
-                agree_every=self.agree_every,
+                stop_check_every=self.stop_check_every,
             )
         except SystemExit:
             now = trainer.progress
@@ -83,9 +83,9 @@ class Case:
 
 CASES = (
     Case(1, Steps(4), patience=4),
-    Case(2, Steps(4), patience=4, agree_every=1),
+    Case(2, Steps(4), patience=4, stop_check_every=1),
     Case(1, Epochs(1), patience=2),
-    Case(2, Epochs(1), patience=2, agree_every=2),
+    Case(2, Epochs(1), patience=2, stop_check_every=2),
     Case(2, Steps(4), patience=100),
 )
 """With more than one process and no word on how often they vote, the clock has a say in when a run stops early."""

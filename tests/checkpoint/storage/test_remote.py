@@ -21,7 +21,7 @@ from typing_extensions import override
 from ptacc import Best, Callback, CheckpointError, DamagedCheckpointError, OptionError, StepResult, Steps
 from ptacc.checkpoint import manager as line
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import RemoteDisk, RemotePath, path_of
+from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem, RemotePath, parse_path
 from ptacc.checkpoint.storage.remote_store import RemoteStore, store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
@@ -45,11 +45,11 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def save(directory: Path, url: str = RUN, **options: Any) -> End:
     """Train, and save each step; the history goes to a file in `directory`."""
-    return save_each_step(directory, checkpoint_dir=url, disk=RemoteDisk(), **options)
+    return save_each_step(directory, checkpoint_dir=url, disk=RemoteFileSystem(), **options)
 
 
 def store(url: str = RUN) -> RemoteStore:
-    found = store_at(path_of(url))
+    found = store_at(parse_path(url))
     assert isinstance(found, RemoteStore)
     return found
 
@@ -70,7 +70,7 @@ def check_swept() -> None:
 
 
 def test_a_path_is_its_url_whatever_is_made_of_it() -> None:
-    path = path_of(RUN)
+    path = parse_path(RUN)
     assert isinstance(path, RemotePath)
     assert [str(path), os.fspath(path), f"{path}", path.as_uri()] == [RUN] * 4
     assert repr(path) == f"RemotePath({RUN!r})"
@@ -83,10 +83,10 @@ def test_a_path_is_its_url_whatever_is_made_of_it() -> None:
 
 
 def test_a_path_is_equal_to_the_same_url_alone() -> None:
-    path, again = path_of(RUN), path_of(f"{RUN}/")
+    path, again = parse_path(RUN), parse_path(f"{RUN}/")
     assert path == again == pickle.loads(pickle.dumps(path))
     assert {path: 1}[again] == 1
-    assert path != path_of(f"{RUN}2")
+    assert path != parse_path(f"{RUN}2")
     assert path != Path(*path.parts)
     assert Path(*path.parts) != path
 
@@ -94,18 +94,18 @@ def test_a_path_is_equal_to_the_same_url_alone() -> None:
 @pytest.mark.parametrize("name", ["open", "stat", "glob", "rename", "write_bytes", "chmod", "symlink_to", "cwd"])
 def test_what_would_touch_the_disk_is_refused(name: str) -> None:
     with pytest.raises(NotImplementedError, match=rf"RemotePath\.{name}\(\): {RUN} is not on this machine's disk"):
-        getattr(path_of(RUN), name)()
+        getattr(parse_path(RUN), name)()
 
 
 def test_a_path_that_was_joined_with_an_absolute_one_leads_nowhere(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is no URL"):
-        (path_of(RUN) / tmp_path).exists()
+        (parse_path(RUN) / tmp_path).exists()
 
 
 def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
-    assert path_of(f"file://{tmp_path}") == tmp_path
-    assert type(path_of(f"local://{tmp_path}")) is type(tmp_path)
-    assert path_of("runs/x") == Path("runs/x")
+    assert parse_path(f"file://{tmp_path}") == tmp_path
+    assert type(parse_path(f"local://{tmp_path}")) is type(tmp_path)
+    assert parse_path("runs/x") == Path("runs/x")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
 )
 def test_a_url_that_names_no_place_is_refused(place: str | Path, said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
-        path_of(place)
+        parse_path(place)
     with pytest.raises(OptionError, match=rf"Mortal\(checkpoint_dir=.*\): .*{said}"):
         make(tmp_path, checkpoint_dir=place)
     with pytest.raises(OptionError, match=rf"Mortal\(resume=.*\): .*{said}"):
@@ -139,7 +139,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_nothing_is_looked_up_in_what_was_listed_before(tmp_path: Path) -> None:
-    path = path_of(RUN)
+    path = parse_path(RUN)
     (path / "one").touch()
     assert [entry.name for entry in path.iterdir()] == ["one"]
     object_at(f"{RUN}/two").write_bytes(b"by another host")
@@ -151,7 +151,7 @@ def test_what_cannot_be_reached_is_not_taken_for_missing() -> None:
         raise ConnectionError("reset by peer")
 
     with hearing(fail), pytest.raises(OSError, match=f"ConnectionError: reset by peer: '{RUN}'"):
-        path_of(RUN).exists()
+        parse_path(RUN).exists()
 
 
 # ---- a run
@@ -178,7 +178,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
     url: str, whole: End, tmp_path: Path, in_background: bool
 ) -> None:
     url = f"{url}-{in_background}"
-    options: dict[str, Any] = {"disk": RemoteDisk(), "checkpoint_in_background": in_background}
+    options: dict[str, Any] = {"disk": RemoteFileSystem(), "checkpoint_in_background": in_background}
     trainer = make(tmp_path, checkpoint_dir=url, checkpoint_every=Steps(2), **options)
     trainer.callbacks = [*trainer.callbacks, Interrupts()]
     with pytest.raises(InterruptedError):
@@ -186,7 +186,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
     assert steps(url) == [2]
     assert save(tmp_path, url, resume=True, checkpoint_in_background=in_background).differences(whole) == []
     assert steps(url) == [STEPS, STEPS - 1, 2]
-    assert sorted(path.name for path in path_of(url).iterdir()) == store(url).names()
+    assert sorted(path.name for path in parse_path(url).iterdir()) == store(url).names()
 
 
 def test_what_is_best_is_kept(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ class SavesElsewhere(Callback[Mortal]):
     @override
     def on_step_end(self, trainer: Mortal, step: StepResult) -> None:
         if step.step == 3:
-            assert trainer.save_checkpoint(ELSEWHERE) == path_of(ELSEWHERE)
+            assert trainer.save_checkpoint(ELSEWHERE) == parse_path(ELSEWHERE)
 
 
 def test_a_run_on_a_disk_is_saved_elsewhere_and_gone_on_with_from_there(whole: End, tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_a_run_on_a_disk_is_saved_elsewhere_and_gone_on_with_from_there(whole: E
     trainer.callbacks = [*trainer.callbacks, SavesElsewhere()]
     train(trainer)
     assert store(ELSEWHERE).directory.is_dir()
-    assert store(str(path_of(ELSEWHERE).parent)).others() == ["third"]
+    assert store(str(parse_path(ELSEWHERE).parent)).others() == ["third"]
     assert save(tmp_path, resume=ELSEWHERE).differences(whole) == []
-    assert main(["verify", str(path_of(ELSEWHERE).parent)]) == 0
+    assert main(["verify", str(parse_path(ELSEWHERE).parent)]) == 0
 
 
 def test_another_run_is_not_saved_to_the_same_place(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_run_killed_before_any_request_goes_on(whole: End, tmp_path: Path, in_
 @pytest.fixture
 def three(tmp_path: Path) -> RemoteStore:
     """Return a store of three checkpoints: of steps 2, 4 and 6."""
-    train(make(tmp_path / "three", checkpoint_dir=RUN, disk=RemoteDisk(), checkpoint_every=Steps(2)))
+    train(make(tmp_path / "three", checkpoint_dir=RUN, disk=RemoteFileSystem(), checkpoint_every=Steps(2)))
     return store()
 
 
@@ -405,7 +405,7 @@ def test_what_has_a_mark_and_no_manifest_is_swept(three: RemoteStore) -> None:
     mark(".partial-", "step-00000004")
     object_at(f"{RUN}/step-00000004/manifest.json").unlink()
     assert steps() == [6, 2]
-    assert three.sweep() == [".partial-step-00000004"]
+    assert three.clean_up() == [".partial-step-00000004"]
     assert not (three.directory / "step-00000004").exists()
     check_swept()
 
@@ -413,13 +413,13 @@ def test_what_has_a_mark_and_no_manifest_is_swept(three: RemoteStore) -> None:
 def test_what_has_a_mark_and_a_manifest_is_a_checkpoint(three: RemoteStore) -> None:
     mark(".partial-", "step-00000006")
     assert steps() == [6, 4, 2]
-    assert three.sweep() == [".partial-step-00000006"]
+    assert three.clean_up() == [".partial-step-00000006"]
     assert steps() == [6, 4, 2]
 
 
 def test_what_has_the_mark_of_another_key_is_not_swept(three: RemoteStore) -> None:
     mark(".partial-", "step-00000006")
-    replace(three, key=b"another").sweep()
+    replace(three, key=b"another").clean_up()
     assert steps() == [6, 4, 2]
 
 
@@ -427,14 +427,14 @@ def test_what_has_the_mark_of_another_key_is_not_swept(three: RemoteStore) -> No
 @pytest.mark.parametrize("kind", [".partial-", ".removed-"])
 def test_a_mark_of_no_checkpoint_marks_nothing(three: RemoteStore, kind: str, name: str) -> None:
     mark(kind, name)
-    assert three.sweep() == []
+    assert three.clean_up() == []
     assert steps() == [6, 4, 2]
 
 
 def test_what_is_being_removed_is_no_checkpoint(three: RemoteStore) -> None:
     mark(".removed-", "step-00000006")
     assert steps() == [4, 2]
-    assert three.sweep() == [".removed-step-00000006"]
+    assert three.clean_up() == [".removed-step-00000006"]
     assert not (three.directory / "step-00000006").exists()
 
 
@@ -442,11 +442,11 @@ def test_what_has_lost_its_manifest_is_reported_and_never_swept(
     three: RemoteStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     object_at(f"{RUN}/step-00000006/manifest.json").unlink()
-    assert three.sweep() == []
+    assert three.clean_up() == []
     assert main(["checkpoints", RUN]) == 1
     assert "step-00000006     -      -" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="step-00000006 is passed over: 'step-00000006' in .* has no manifest"):
-        train(make(tmp_path / "three", checkpoint_dir=RUN, disk=RemoteDisk(), checkpoint_every=None, resume=True))
+        train(make(tmp_path / "three", checkpoint_dir=RUN, disk=RemoteFileSystem(), checkpoint_every=None, resume=True))
     assert (three.directory / "step-00000006" / "shared.json").exists()
 
 
@@ -609,7 +609,7 @@ def test_a_run_that_goes_on_never_passes_over_what_it_cannot_reach(tmp_path: Pat
         with hearing(failing.hear):
             ended, _ = outcome(tmp_path, resume=True)
         assert isinstance(ended, CheckpointError), (number, failing.failed)
-        assert str(path_of(RUN).parent) in str(ended)
+        assert str(parse_path(RUN).parent) in str(ended)
         assert steps() == [STEPS, STEPS - 1]
 
 

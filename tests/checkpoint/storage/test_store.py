@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from ptacc.checkpoint.serialization.json_codec import Encoded, decode, encode
 from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_parts
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
@@ -110,7 +110,7 @@ def test_a_process_that_ends_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_pa
         assert exit_code_of(lambda: save(CheckpointStore(directory, disk=dying_at(number)), 2)) == 9  # noqa: B023
         renamed = "rename" in calls[:number]
         assert newest_step(directory) == (2 if renamed else 1)
-        left = CheckpointStore(directory).sweep()
+        left = CheckpointStore(directory).clean_up()
         assert len(left) == (0 if renamed or number < 1 + calls.index("make_directory") else 1)
         assert save(CheckpointStore(directory), 3).step == 3
 
@@ -124,7 +124,7 @@ def test_a_process_that_ends_in_a_removal_leaves_nothing_in_part(tmp_path: Path)
         store = CheckpointStore(directory, disk=dying_at(number))
         assert exit_code_of(lambda: store.remove("step-0000000001")) == 9  # noqa: B023
         assert newest_step(directory) == (1 if number == 0 else 0)
-        CheckpointStore(directory).sweep()
+        CheckpointStore(directory).clean_up()
         assert [*directory.iterdir()] == ([directory / "step-0000000001"] if number == 0 else [])
 
 
@@ -182,7 +182,7 @@ def test_a_directory_that_cannot_be_listed_is_named(two: CheckpointStore, monkey
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(Path, "iterdir", fail)
-    for look in (two.names, two.sweep, two.others):
+    for look in (two.names, two.clean_up, two.others):
         with pytest.raises(CheckpointError, match=f"{two.directory}: .*Input/output error"):
             look()
 
@@ -337,5 +337,5 @@ def test_an_unsigned_checkpoint_is_refused_where_there_is_a_key(tmp_path: Path) 
 
 
 def test_a_disk_of_ones_own_needs_no_more_than_the_calls() -> None:
-    calls = {name for name, value in vars(Disk).items() if inspect.isfunction(value)}
+    calls = {name for name, value in vars(FileSystem).items() if inspect.isfunction(value)}
     assert calls == {*CALLS, "abandon", "reading", "is_there"}

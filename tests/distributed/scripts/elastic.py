@@ -31,7 +31,7 @@ class Mortal(CheckpointMixin, SeedMixin, Trainer):
         super().on_step_start()
         for death in self.deaths:
             step, rank, *what = death.split(":")
-            if (self.progress.steps, self.peers.rank) == (int(step), int(rank)):
+            if (self.progress.steps, self._distributed.rank) == (int(step), int(rank)):
                 self._die_once(Path(self.checkpoint_dir).parent / f"died-{step}", with_agent=bool(what))
 
     def _die_once(self, mark: Path, *, with_agent: bool) -> None:
@@ -44,12 +44,12 @@ class Mortal(CheckpointMixin, SeedMixin, Trainer):
 
 def main(directory: Path, *deaths: str) -> None:
     trainer = Mortal(**tiny_parts(), checkpoint_dir=directory / "run", deaths=deaths)
-    trainer.train(DATA, num_epochs=3, per_device_batch_size=GLOBAL_BATCH // trainer.peers.world_size)
-    if trainer.peers.rank == 0:
+    trainer.train(DATA, num_epochs=3, per_device_batch_size=GLOBAL_BATCH // trainer.distributed.world_size)
+    if trainer.distributed.rank == 0:
         result = {
             "losses": [step.loss for step in trainer.history.steps],
             "weights": [tensor.tolist() for tensor in trainer.model.state_dict().values()],
-            "world_size": trainer.peers.world_size,
+            "world_size": trainer.distributed.world_size,
             "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         }
         (directory / "result.json").write_text(json.dumps(result))

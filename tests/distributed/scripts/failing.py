@@ -17,7 +17,7 @@ class Failing(Trainer):
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        if self.progress.steps == 3 and self.peers.rank == self.rank:
+        if self.progress.steps == 3 and self._distributed.rank == self.rank:
             if self.way == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyError("on purpose")

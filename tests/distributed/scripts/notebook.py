@@ -22,7 +22,7 @@ class Report(Callback[TrainerCore]):
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         losses = [step.loss for step in trainer.run.history.steps]
-        trainer.print(json.dumps({"world_size": trainer.peers.world_size, "losses": losses}))
+        trainer.print(json.dumps({"world_size": trainer.distributed.world_size, "losses": losses}))
 
 
 def train(trainer: Trainer) -> None:

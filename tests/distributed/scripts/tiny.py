@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import LoaderRequest, SeedMixin, StepOutput, Trainer
-from ptacc.data.sources import source_of
+from ptacc import DataLoaderConfig, SeedMixin, StepOutput, Trainer
+from ptacc.data.sources import make_source
 from ptacc.testing import tiny_data, tiny_parts
 
 DATA = tiny_data(24)
@@ -34,12 +34,12 @@ class Seeing(SeedMixin, Trainer):
 
 
 def report(trainer: Seeing) -> dict[str, Any]:
-    world_size = trainer.peers.world_size
+    world_size = trainer.distributed.world_size
     size, held_out = GLOBAL_BATCH // world_size, tiny_data(13)
     history = trainer.train(DATA, held_out, num_epochs=2, per_device_batch_size=size)
     result = trainer.evaluate(held_out, per_device_batch_size=size)
     predictions = trainer.predict(held_out, per_device_batch_size=size)
-    seen = trainer.peers.gather(trainer.seen)
+    seen = trainer.distributed.gather(trainer.seen)
     return {
         "world_size": world_size,
         "seen": seen,  # [rank][step][sample]
@@ -53,15 +53,15 @@ def report(trainer: Seeing) -> dict[str, Any]:
 
 def order_from(step: int, trainer: Seeing) -> list[list[list[int]]]:
     """Return the places, [rank][step][sample], with nothing known of the run but its seed."""
-    peers, steps_per_epoch = trainer.peers, len(DATA) // GLOBAL_BATCH
-    loader = LoaderRequest(DATA, GLOBAL_BATCH // peers.world_size, None, {}).build(shuffle=True)
-    source = source_of(loader, peers, SEED)
+    distributed, steps_per_epoch = trainer.run.distributed, len(DATA) // GLOBAL_BATCH
+    loader = DataLoaderConfig(DATA, GLOBAL_BATCH // distributed.world_size, None, {}).build(shuffle=True)
+    source = make_source(loader, distributed, SEED)
     epoch, batch = divmod(step, steps_per_epoch)
     batches = [
         *source.epoch(epoch, batch * GLOBAL_BATCH),
         *(later for e in range(epoch + 1, 2) for later in source.epoch(e)),
     ]
-    return peers.gather([list(batch.indices or ()) for batch in batches])
+    return distributed.gather([list(batch.indices or ()) for batch in batches])
 
 
 if __name__ == "__main__":

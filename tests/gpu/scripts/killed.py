@@ -33,7 +33,7 @@ from ptacc import (
 )
 from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.mixins.ema import EMA_STATE
-from ptacc.tensors.structures import bytes_of
+from ptacc.tensors.structures import as_bytes
 
 
 class Resumed(AMPMixin, GradAccumMixin, EMAMixin, SeedMixin, CheckpointMixin, Trainer):
@@ -62,7 +62,7 @@ def digest(state: object) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(encode(state).tensors.items()):
         found.update(name.encode())
-        found.update(bytes_of(tensor))
+        found.update(as_bytes(tensor))
     return found.hexdigest()
 
 

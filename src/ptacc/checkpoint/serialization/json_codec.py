@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from ptacc.tensors.dtensor import Dealing, Shard, is_dealt, shard_of
+from ptacc.tensors.dtensor import Shard, ShardingSpec, get_shard, is_dtensor
 
 _ValueT = TypeVar("_ValueT")
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
@@ -118,8 +118,8 @@ class _Encoder:
         if depth > DEEPEST:
             raise CheckpointError(f"{place}: more than {DEEPEST} containers in each other. Is it in itself?")
         if isinstance(value, Tensor):
-            if is_dealt(value):
-                return self._encode_shard(shard_of(value), place)
+            if is_dtensor(value):
+                return self._encode_shard(get_shard(value), place)
             return {TAG: "tensor", "key": self._keep(value, place)}
         kind = type(value)  # exactly: a subclass would come back as what it derives from
         if value is None or (isinstance(value, bool | str | int) and kind in (bool, str, int)):
@@ -232,7 +232,7 @@ class _Decoder:
         pairs = [[_sizes(run) for run in _of(list, of_dimension)] for of_dimension in _of(list, tree["runs"])]
         runs = tuple(tuple((start, stop) for start, stop in of_dimension) for of_dimension in pairs)
         names = [tuple(_of(str, name) for name in _of(list, tree[part])) for part in ("placements", "mesh")]
-        shard = Shard(self.tensors[tree["key"]], shape, runs, Dealing(*names))
+        shard = Shard(self.tensors[tree["key"]], shape, runs, ShardingSpec(*names))
         if not shard.is_consistent:
             raise ValueError("its part is of another size than its place")
         return shard

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptacc.checkpoint.serialization.json_codec import brief
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from ptacc.tensors.structures import bytes_of
+from ptacc.tensors.structures import as_bytes
 
 NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -48,7 +48,7 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryv
     yield len(text).to_bytes(8, "little")
     yield text
     for name in in_order(tensors):
-        yield bytes_of(tensors[name])
+        yield as_bytes(tensors[name])
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:

@@ -29,7 +29,7 @@ PARTIAL = ".partial-"
 """How the names of what is being written begin."""
 
 
-class Disk:
+class FileSystem:
     """The system calls, each under its own name."""
 
     damage: ClassVar[type[OSError]] = OSError
@@ -103,13 +103,13 @@ class Written:
     size: int
 
 
-def write_file(disk: Disk, path: Path, parts: Iterable[bytes | memoryview]) -> Written:
+def write_file(disk: FileSystem, path: Path, parts: Iterable[bytes | memoryview]) -> Written:
     """Write a new file durably, and hash it meanwhile. Its name is durable once its directory is synced."""
     digest, size = hashlib.sha256(), 0
     with naming(path), ThreadPoolExecutor(1, "hashing") as beside:
         descriptor = disk.open_new(path)
         try:
-            for chunk in chunks_of(parts):
+            for chunk in split_chunks(parts):
                 size += len(chunk)
                 if len(chunk) < LONG:
                     digest.update(chunk)
@@ -128,7 +128,7 @@ def write_file(disk: Disk, path: Path, parts: Iterable[bytes | memoryview]) -> W
 
 
 def write_whole(
-    disk: Disk, path: Path, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
+    disk: FileSystem, path: Path, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
 ) -> Written:
     """Write a file that others may look for meanwhile: it is there whole or not at all.
 
@@ -153,13 +153,13 @@ def write_whole(
     return written
 
 
-def write_chunk(disk: Disk, descriptor: int, chunk: memoryview) -> None:
+def write_chunk(disk: FileSystem, descriptor: int, chunk: memoryview) -> None:
     """Write all of a chunk: a system call may write a part of what it is given."""
     while chunk:
         chunk = chunk[disk.write(descriptor, chunk) :]
 
 
-def sync_directory(disk: Disk, path: Path) -> None:
+def sync_directory(disk: FileSystem, path: Path) -> None:
     """Make the names in a directory durable."""
     with naming(path):
         descriptor = disk.open_directory(path)
@@ -189,7 +189,7 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def remove_tree(disk: Disk, path: Path) -> None:
+def remove_tree(disk: FileSystem, path: Path) -> None:
     """Remove a directory and what is in it, however deep; links are removed, not followed."""
     directories, waiting = [], [path]
     while waiting:
@@ -203,7 +203,7 @@ def remove_tree(disk: Disk, path: Path) -> None:
         disk.remove_directory(directory)
 
 
-def read_file(disk: Disk, path: Path, size: int) -> bytes:
+def read_file(disk: FileSystem, path: Path, size: int) -> bytes:
     """Read a file of a known size; neither it nor its directory may be a link.
 
     Raises:
@@ -215,7 +215,7 @@ def read_file(disk: Disk, path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def hash_file(disk: Disk, path: Path, size: int) -> str:
+def hash_file(disk: FileSystem, path: Path, size: int) -> str:
     """Return the SHA-256 of a file of a known size, as `read_file` would read it, without keeping it in memory."""
     digest = hashlib.sha256()
     with opened(disk, path, size) as file:
@@ -224,7 +224,7 @@ def hash_file(disk: Disk, path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def read_at_most(disk: Disk, path: Path, size: int) -> bytes:
+def read_at_most(disk: FileSystem, path: Path, size: int) -> bytes:
     """Read a file of an unknown size that is not above `size`."""
     with opened(disk, path) as file:
         data = file.read(size + 1)
@@ -234,7 +234,7 @@ def read_at_most(disk: Disk, path: Path, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(disk: Disk, path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+def opened(disk: FileSystem, path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     """Open a file to be read; whatever is wrong with it, or with a disk of this machine, is damage."""
     try:
         with disk.reading(path) as file:
@@ -274,7 +274,7 @@ def check_size(path: Path, size: int, written: int) -> None:
         raise CheckpointError(f"{path} has {size} bytes, and this machine has a memory of {memory}.")
 
 
-def chunks_of(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
     """Cut parts into chunks."""
     for part in parts:
         view = memoryview(part).cast("B")

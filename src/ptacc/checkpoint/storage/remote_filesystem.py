@@ -1,8 +1,8 @@
 """Places that are not on this machine: paths that are URLs, and the calls of a disk on the file systems of fsspec.
 
 ```
-"s3://bucket/runs/x" -> path_of() -> RemotePath -> fsspec     looks at what is there
-                                     RemoteDisk -> fsspec     reads and writes
+"s3://bucket/runs/x" -> parse_path() -> RemotePath -> fsspec     looks at what is there
+                                     RemoteFileSystem -> fsspec     reads and writes
 ```
 
 An error of whatever kind that a file system raises is an `OSError` that says of which URL it is.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NoReturn, Self
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import Disk
+from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ NUMBERS: Final[tuple[tuple[type[OSError], int], ...]] = (
 # ---- paths
 
 
-def path_of(place: str | Path) -> Path:
+def parse_path(place: str | Path) -> Path:
     """Return the path of a place that somebody named: a `RemotePath` for a URL.
 
     Raises:
@@ -274,7 +274,7 @@ def reaching(path: Path) -> Iterator[None]:
 # ---- the disk
 
 
-class RemoteDisk(Disk):
+class RemoteFileSystem(FileSystem):
     """The calls, on a file system of fsspec. What is closed is there, so that there is nothing to sync.
 
     It is made for object stores, where a file appears when it is closed, and directories are but parts of names.
@@ -378,10 +378,10 @@ class RemoteDisk(Disk):
 
 def remote(path: Path) -> RemotePath:
     """Return a path that has to be remote."""
-    assert isinstance(path, RemotePath), f"{path} is on this machine, and {RemoteDisk.__name__} is for others"
+    assert isinstance(path, RemotePath), f"{path} is on this machine, and {RemoteFileSystem.__name__} is for others"
     return path
 
 
-def disk_of(path: Path) -> Disk:
+def select_filesystem(path: Path) -> FileSystem:
     """Return the disk that a path is on."""
-    return RemoteDisk() if isinstance(path, RemotePath) else Disk()
+    return RemoteFileSystem() if isinstance(path, RemotePath) else FileSystem()

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import PARTIAL, Disk, as_checkpoint_error, remove_tree, write_file
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error, remove_tree, write_file
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
-from ptacc.checkpoint.storage.remote_filesystem import RemoteDisk, RemotePath
-from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, Draft, check_name
+from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem, RemotePath
+from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 SAYS: Mapping[str, str] = {
@@ -39,7 +39,7 @@ SAYS: Mapping[str, str] = {
 class RemoteStore(CheckpointStore):
     """A directory of checkpoints on a file system of fsspec."""
 
-    disk: Disk = field(default_factory=RemoteDisk, repr=False)
+    disk: FileSystem = field(default_factory=RemoteFileSystem, repr=False)
 
     # ---- writing
 
@@ -52,7 +52,7 @@ class RemoteStore(CheckpointStore):
             self.disk.make_directory(path)
 
     @override
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str) -> PendingCheckpoint:
         """Begin a checkpoint, where another of its name may have been begun and not ended."""
         check_name(name)
         listing = self._listing()
@@ -63,10 +63,10 @@ class RemoteStore(CheckpointStore):
             self.prepare()
         self._mark(PARTIAL, name)
         self.disk.make_directory(self.directory / name)
-        return Draft(name, self.directory / name)
+        return PendingCheckpoint(name, self.directory / name)
 
     @override
-    def commit(self, draft: Draft, manifest: Manifest) -> Manifest:
+    def commit(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
         """Make a checkpoint of what was written, by its manifest."""
         manifest = self._numbered(draft, manifest)
         write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
@@ -75,7 +75,7 @@ class RemoteStore(CheckpointStore):
         return manifest
 
     @override
-    def discard(self, draft: Draft) -> None:
+    def discard(self, draft: PendingCheckpoint) -> None:
         """Remove what was written. The mark stays, for what other processes may still write."""
         self._clear(draft.name)
 
@@ -88,7 +88,7 @@ class RemoteStore(CheckpointStore):
         self._unmark(name)
 
     @override
-    def sweep(self) -> list[str]:
+    def clean_up(self) -> list[str]:
         """Bring to an end what processes left that ended in a save or a removal, and return the names of the marks."""
         marks = marks_in(self._listing())
         with as_checkpoint_error(self.directory):

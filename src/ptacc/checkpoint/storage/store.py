@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ptacc.checkpoint.storage.filesystem import (
     PARTIAL,
-    Disk,
+    FileSystem,
     Written,
     as_checkpoint_error,
     hash_file,
@@ -44,7 +44,7 @@ REMOVED = ".removed-"
 
 
 @dataclass(frozen=True)
-class Draft:
+class PendingCheckpoint:
     """A checkpoint that is being written.
 
     Args:
@@ -68,7 +68,7 @@ class CheckpointStore:
 
     directory: Path
     key: bytes | None = field(default=None, repr=False)
-    disk: Disk = field(default_factory=Disk, repr=False)
+    disk: FileSystem = field(default_factory=FileSystem, repr=False)
 
     def __post_init__(self) -> None:
         if self.key == b"":
@@ -90,7 +90,7 @@ class CheckpointStore:
         """Make the directory, if there is none, and its name durable."""
         self._make_durably(self.directory)
 
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str) -> PendingCheckpoint:
         """Begin a checkpoint. One process does this, and tells the others where.
 
         Raises:
@@ -98,19 +98,19 @@ class CheckpointStore:
         """
         check_name(name)
         self._check_free(name)
-        draft = Draft(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
+        draft = PendingCheckpoint(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
         if not self.directory.is_dir():
             self.prepare()
         self.disk.make_directory(draft.path)
         return draft
 
-    def write(self, draft: Draft, file: str, parts: Iterable[bytes | memoryview]) -> Written:
+    def write(self, draft: PendingCheckpoint, file: str, parts: Iterable[bytes | memoryview]) -> Written:
         """Write one file of a checkpoint durably. Any process does this."""
         if not FILE_NAME.fullmatch(file) or file == MANIFEST:
             raise CheckpointError(f"{file!r} is no name for a file of a checkpoint.")
         return write_file(self.disk, draft.path / file, parts)
 
-    def commit(self, draft: Draft, manifest: Manifest) -> Manifest:
+    def commit(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
         """Make a checkpoint of what was written: from here on it is there, whatever happens. One process does this.
 
         Args:
@@ -124,7 +124,7 @@ class CheckpointStore:
         sync_directory(self.disk, self.directory)
         return manifest
 
-    def discard(self, draft: Draft) -> None:
+    def discard(self, draft: PendingCheckpoint) -> None:
         """Remove what was written of a checkpoint that will not be."""
         if draft.path.exists():
             remove_tree(self.disk, draft.path)
@@ -141,7 +141,7 @@ class CheckpointStore:
         sync_directory(self.disk, self.directory)
         remove_tree(self.disk, grave)
 
-    def sweep(self) -> list[str]:
+    def clean_up(self) -> list[str]:
         """Remove what processes left that ended in a save or a removal, and return the names of that."""
         left = [name for name in self._directories() if name.startswith((PARTIAL, REMOVED))]
         with as_checkpoint_error(self.directory):
@@ -153,7 +153,7 @@ class CheckpointStore:
         if self.disk.is_there(self.directory / name):
             raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
 
-    def _numbered(self, draft: Draft, manifest: Manifest) -> Manifest:
+    def _numbered(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
         """Return a manifest with its name, and the number after those that are there."""
         there = self.manifests()
         sequence = 1 + (there[-1].sequence if there else 0)

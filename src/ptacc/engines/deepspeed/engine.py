@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.common import share_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.engines.deepspeed.checks import check_model, check_optimizer, join
 from ptacc.engines.deepspeed.config import ZeroConfig
-from ptacc.engines.deepspeed.original_model import BareModel
+from ptacc.engines.deepspeed.original_model import OriginalModel
 from ptacc.engines.deepspeed.stages import STAGES
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical, differing_weights, load_optimizer, load_weights
-from ptacc.types.protocols import DeviceRuntime, StateDict
+from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -41,7 +41,12 @@ class DeepSpeedEngine(TorchEngine):
     """A model that DeepSpeed deals out by ZeRO, and the user's own optimizer, which works on parts meanwhile."""
 
     def __init__(
-        self, accelerator: DeviceRuntime, model: nn.Module, slots: Sequence[Slot], config: ZeroConfig, where: str
+        self,
+        accelerator: AcceleratorProtocol,
+        model: nn.Module,
+        slots: Sequence[OptimizerSlot],
+        config: ZeroConfig,
+        where: str,
     ) -> None:
         """Deal a model out, and what its optimizer keeps. A collective.
 
@@ -62,7 +67,7 @@ class DeepSpeedEngine(TorchEngine):
         join(accelerator.device)
         self._where, self._optimizer, settings = where, slot.optimizer, config.for_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
-        self._before, self._grown = BareModel(model), set[int]()
+        self._before, self._grown = OriginalModel(model), set[int]()
         states = dict(slot.optimizer.state)
         self._kept = {p: state for p, state in states.items() if not p.requires_grad}
         slot.optimizer.state.clear()
@@ -123,7 +128,7 @@ class DeepSpeedEngine(TorchEngine):
         self._grown.add(id(parameter))
 
     @override
-    def finish_gradients(self) -> None:
+    def unscale_gradients(self) -> None:
         """Do nothing: they were averaged within the last backward pass."""
 
     @override
@@ -166,7 +171,7 @@ class DeepSpeedEngine(TorchEngine):
         return True
 
     @override
-    def finish_run(self) -> None:
+    def sync_buffers(self) -> None:
         """Do nothing: each update has levelled the buffers."""
 
     # ---- what a checkpoint holds: whole weights, and each process's part of the optimizer's state
@@ -177,14 +182,14 @@ class DeepSpeedEngine(TorchEngine):
         weights = super().weights()
         whole: dict[Parameter, Tensor] = {}  # one for all names of a weight
         for name, parameter in self._bare_model.named_parameters(remove_duplicate=False):
-            if canonical(name) in weights and (self._is_dealt or self._zero.has_masters(parameter)):
+            if canonical(name) in weights and (self._is_sharded or self._zero.has_masters(parameter)):
                 if parameter not in whole:
                     whole[parameter] = for_first(self._zero.whole(parameter))
                 weights[canonical(name)] = whole[parameter]
         return weights
 
     @property
-    def _is_dealt(self) -> bool:
+    def _is_sharded(self) -> bool:
         return isinstance(self._zero, STAGES[3])
 
     @override
@@ -194,7 +199,7 @@ class DeepSpeedEngine(TorchEngine):
         mine = self.weights()
         if strict and (different := sorted(differing_weights(mine, weights))):
             raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-        fitting = {name: self.revive(weights[name]) for name in mine if name in weights}
+        fitting = {name: self.localize(weights[name]) for name in mine if name in weights}
         parameters = dict(self._bare_model.named_parameters(remove_duplicate=False))
         by_name = {canonical(name): parameter for name, parameter in parameters.items()}
         self._zero.set_weights({by_name[name]: value for name, value in fitting.items() if name in by_name})
@@ -237,9 +242,9 @@ class DeepSpeedEngine(TorchEngine):
     # ---- the end
 
     @override
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the user's model and optimizer plain again, with all that was learnt. A collective."""
-        states = self._zero.take_states(self._before.home_of)
+        states = self._zero.take_states(self._before.original_device)
         for hook in self._hooks:
             hook.remove()
         self._before.restore(self._zero.whole)

@@ -18,7 +18,7 @@ LATER = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterLocation:
     """Where a parameter was."""
 
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Place:
 
 
 @dataclass
-class BareModel:
+class OriginalModel:
     """What DeepSpeed changes of a model beside its weights, to be put back.
 
     Args:
@@ -35,18 +35,18 @@ class BareModel:
 
     model: nn.Module
     _names: Mapping[object, frozenset[str]] = field(init=False)
-    _places: Mapping[Parameter, Place] = field(init=False)
+    _places: Mapping[Parameter, ParameterLocation] = field(init=False)
     _buffers: Mapping[str, torch.device] = field(init=False)
     _tables: Mapping[nn.Module, dict[str, Parameter | None]] = field(init=False)
     _added: Mapping[object, frozenset[str]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._names = {part: frozenset(vars(part)) for part in self._parts()}
-        self._places = {p: Place(p.dtype, p.device) for p in self.model.parameters()}
+        self._places = {p: ParameterLocation(p.dtype, p.device) for p in self.model.parameters()}
         self._buffers = {name: buffer.device for name, buffer in self.model.named_buffers()}
         self._tables = {module: module._parameters for module in self.model.modules()}  # noqa: SLF001
 
-    def home_of(self, parameter: Parameter) -> torch.device:
+    def original_device(self, parameter: Parameter) -> torch.device:
         """Return the device that a parameter was on."""
         return self._places[parameter].device
 

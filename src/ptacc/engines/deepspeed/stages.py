@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.engines.base import Slot
+from ptacc.engines.base import OptimizerSlot
 
 State = dict[str, Any]
 """What an optimizer keeps of one parameter."""
@@ -54,7 +54,9 @@ class Zero(ABC):
     deals_gradients: bool = True
     """Whether each process has other gradients."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, slot: Slot, groups: Sequence[Sequence[Parameter]]) -> None:
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, slot: OptimizerSlot, groups: Sequence[Sequence[Parameter]]
+    ) -> None:
         self.engine, self.optimizer, self.groups = engine, slot.optimizer, groups
         self.trained = [parameter for parameter in slot.parameters if parameter.requires_grad]
         self._trained_ids = frozenset(map(id, self.trained))
@@ -94,11 +96,11 @@ class Zero(ABC):
 
     # ---- the optimizer's state
 
-    def take_states(self, home_of: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
+    def take_states(self, original_device: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
         """Return the optimizer's state by the user's parameters, whole. A collective: one tensor at a time.
 
         Args:
-            home_of: Returns the device where the state of a parameter is to be.
+            original_device: Returns the device where the state of a parameter is to be.
         """
         return dict(self.optimizer.state)
 
@@ -107,7 +109,7 @@ class Zero(ABC):
         self.optimizer.state.update(states)
 
 
-class Replicas(Zero):
+class Stage0(Zero):
     """ZeRO 0: everything is whole on every process, and the gradients are averaged."""
 
     deals_gradients = False
@@ -122,7 +124,7 @@ class Replicas(Zero):
             parameter.copy_(weight)
 
 
-class Dealt(Zero):
+class Partitioned(Zero):
     """A stage in which the optimizer works on flat parts."""
 
     @abstractmethod
@@ -141,7 +143,7 @@ class Dealt(Zero):
         """Let DeepSpeed know the state of a flat tensor."""
 
     @override
-    def take_states(self, home_of: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
+    def take_states(self, original_device: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
         states: dict[Tensor, State] = {}
         for flat, parameters in self.flats():
             self.link(flat, parameters)
@@ -149,7 +151,7 @@ class Dealt(Zero):
                 for parameter in parameters:
                     if is_entrywise(value, flat.shape):
                         whole = safe_get_full_optimizer_state(parameter, name).reshape(self.shape(parameter))
-                        state = whole.to(home_of(parameter))
+                        state = whole.to(original_device(parameter))
                     else:
                         state = copy.deepcopy(value)
                     states.setdefault(parameter, {})[name] = state
@@ -173,7 +175,7 @@ class Dealt(Zero):
                     self.set_state(parameter, name, states[parameter][name])
 
 
-class DealtGradients(Dealt):
+class Stage1And2(Partitioned):
     """ZeRO 1 and 2: weights are whole, and views of flat tensors; each process updates a part of these."""
 
     @override
@@ -215,7 +217,7 @@ class DealtGradients(Dealt):
             lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
 
 
-class DealtWeights(Dealt):
+class Stage3(Partitioned):
     """ZeRO 3: of each weight, too, a process has a part alone, but for while it is used."""
 
     @torch.no_grad()
@@ -223,8 +225,8 @@ class DealtWeights(Dealt):
     def begin(self, model: nn.Module) -> None:
         """Zero what fills the last parts up: it is what was in memory, and differs from run to run."""
         for parameter in model.parameters():
-            part = dealt(parameter).ds_tensor
-            real = min(max(dealt(parameter).ds_numel - dist.get_rank() * part.numel(), 0), part.numel())
+            part = is_partitioned(parameter).ds_tensor
+            real = min(max(is_partitioned(parameter).ds_numel - dist.get_rank() * part.numel(), 0), part.numel())
             part[real:].zero_()
             if id(parameter) in self._trained_ids:
                 safe_get_local_fp32_param(parameter)[real:].zero_()
@@ -241,7 +243,7 @@ class DealtWeights(Dealt):
 
     @override
     def held(self, parameter: Parameter) -> Tensor:
-        part: Tensor = dealt(parameter).ds_tensor
+        part: Tensor = is_partitioned(parameter).ds_tensor
         return part
 
     @override
@@ -257,7 +259,7 @@ class DealtWeights(Dealt):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(weight)
             if id(parameter) in self._trained_ids:
-                safe_set_local_fp32_param(parameter, part_of(parameter, weight.to(self.engine.device).float()))
+                safe_set_local_fp32_param(parameter, slice_partition(parameter, weight.to(self.engine.device).float()))
         self.inner.checkpoint_event_epilogue()  # small weights are whole all the time
 
     @contextlib.contextmanager
@@ -283,25 +285,25 @@ class DealtWeights(Dealt):
 
     @override
     def shape(self, parameter: Parameter) -> torch.Size:
-        shape: torch.Size = dealt(parameter).ds_shape
+        shape: torch.Size = is_partitioned(parameter).ds_shape
         return shape
 
     @override
     def set_state(self, parameter: Parameter, name: str, whole: Tensor) -> None:
-        safe_set_local_optimizer_state(parameter, part_of(parameter, whole), name)
+        safe_set_local_optimizer_state(parameter, slice_partition(parameter, whole), name)
 
 
-STAGES: tuple[type[Zero], ...] = (Replicas, DealtGradients, DealtGradients, DealtWeights)
+STAGES: tuple[type[Zero], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
 
 
-def dealt(parameter: Parameter) -> Any:
+def is_partitioned(parameter: Parameter) -> Any:
     """Return a parameter of ZeRO 3 as one that has `ds_tensor`, `ds_numel` and `ds_shape`, of which no type tells."""
     return parameter
 
 
-def part_of(parameter: Parameter, whole: Tensor) -> Tensor:
+def slice_partition(parameter: Parameter, whole: Tensor) -> Tensor:
     """Cut this process's part of a parameter out of a whole tensor, the last one filled up with zeros."""
-    size: int = dealt(parameter).ds_tensor.numel()
+    size: int = is_partitioned(parameter).ds_tensor.numel()
     start = dist.get_rank() * size
     piece = whole.flatten()[start : start + size]
     return nn.functional.pad(piece, (0, size - piece.numel()))

@@ -12,12 +12,12 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.types.aliases import Mode
-from ptacc.types.monitor import Monitored, as_monitored
+from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord
 from ptacc.types.protocols import StateDict, SupportsSWA
 
 
-class KeepBestModel(Callback[TrainerCore]):
+class RestoreBestWeights(Callback[TrainerCore]):
     """Keeps a copy of the weights of the best epoch in the host's memory, and ends the run with them.
 
     They are those that evaluations see: with `EMAMixin`, the averages.
@@ -27,7 +27,7 @@ class KeepBestModel(Callback[TrainerCore]):
         best_epoch: The epoch that reported it, 0 before the first.
     """
 
-    def __init__(self, monitor: str | Monitored, *, mode: Mode = "min", restore: bool = True) -> None:
+    def __init__(self, monitor: str | Monitor, *, mode: Mode = "min", restore: bool = True) -> None:
         """Watch a value.
 
         Args:
@@ -37,7 +37,7 @@ class KeepBestModel(Callback[TrainerCore]):
         """
         self.best_value: float = math.nan
         self.best_epoch: int = 0
-        self._monitored, self._restore = as_monitored(monitor, mode), restore
+        self._monitored, self._restore = as_monitor(monitor, mode), restore
         self._weights: dict[str, Tensor] = {}
 
     @property
@@ -55,7 +55,7 @@ class KeepBestModel(Callback[TrainerCore]):
         self._weights = dict(state_dict["weights"])
 
     @override
-    def monitors(self) -> tuple[Monitored, ...]:
+    def monitors(self) -> tuple[Monitor, ...]:
         """Return the value watched."""
         return (self._monitored,)
 
@@ -64,8 +64,8 @@ class KeepBestModel(Callback[TrainerCore]):
         """Forget an earlier run."""
         if self._restore and isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
             raise OptionError(
-                f"KeepBestModel({self._monitored.name!r}) and swa_start={trainer.swa_start}: the run cannot end both "
-                "with the best weights and with the average. Give restore=False, or leave out one of them."
+                f"RestoreBestWeights({self._monitored.name!r}) and swa_start={trainer.swa_start}: the run cannot end "
+                "both with the best weights and with the average. Give restore=False, or leave out one of them."
             )
         self.best_value, self.best_epoch, self._weights = math.nan, 0, {}
 

@@ -20,7 +20,7 @@ LIMIT_VARIABLE = "PTACC_LIMIT_BATCHES"
 
 
 @dataclass(frozen=True, slots=True)
-class LoaderRequest:
+class DataLoaderConfig:
     """What `make_train_dataloader` and `make_eval_dataloader` are asked for.
 
     Args:
