@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import Precision
+from ptacc.protocols import Precision
 
 
 class Block(nn.Module):

@@ -5,12 +5,18 @@ from __future__ import annotations
 from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any
 
-import ptacc
+import ptacc.errors
+import ptacc.protocols
+import ptacc.testing
 
 if TYPE_CHECKING:
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
+
+PUBLIC = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
+    name: module.__name__ for module in (ptacc, ptacc.protocols, ptacc.testing) for name in module.__all__
+}
 
 project = "ptacc"
 copyright = "the ptacc authors"
@@ -47,19 +53,19 @@ nitpick_ignore_regex = [
         r"(torch|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
-    # What is not public, type parameters among it, stands in signatures and has no page.
-    (r"py:.*", r"ptacc\.(core|engines|protocols|testing\.\w+|tuning|types)\..*"),
+    # Signatures name types that are not public, such as type parameters. Those have no page.
+    (r"py:.*", r"ptacc\.\w+\.\w+.*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?"),
 ]
 
 
 def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Any) -> Any:
-    """Lead from where a public name is defined, as autodoc has it, to where the reference has it."""
+    """Resolve a reference to the module that defines a public name to its entry in the reference."""
     name = node["reftarget"].rpartition(".")[2]
-    if node["refdomain"] != "py" or name not in ptacc.__all__:
+    if node["refdomain"] != "py" or name not in PUBLIC:
         return None
     domain = env.get_domain("py")
-    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"ptacc.{name}", node, content)
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"{PUBLIC[name]}.{name}", node, content)
 
 
 def keep_colons(_app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:

@@ -35,8 +35,8 @@ from ptacc import (
     SeedMixin,
     StepOutput,
     TrainingLoop,
-    ZeroStage,
 )
+from ptacc.protocols import ZeroStage
 
 LENGTH = 96
 """Bytes of a sample at most; the loss of each is predicted from those before it."""

@@ -20,29 +20,19 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from typing_extensions import override
 
 from ptacc import (
-    AcceleratorConflictError,
     AMPMixin,
-    CompositionError,
-    DataError,
     DataLoaderConfig,
     Epochs,
     GradAccumMixin,
     GradClipMixin,
-    LaunchError,
-    LossError,
     LRSchedulerMixin,
     MetricsMixin,
     Minutes,
-    ModelError,
     Monitor,
-    MonitorError,
-    NestedRunError,
-    OptionError,
     Pair,
     ProgressBar,
     RestoreBestWeights,
     RunPlan,
-    SchedulerError,
     SeedMixin,
     StepOutput,
     Steps,
@@ -51,6 +41,18 @@ from ptacc import (
     TrainerCore,
 )
 from ptacc import Callback as PtaccCallback
+from ptacc.errors import (
+    AcceleratorConflictError,
+    CompositionError,
+    DataError,
+    LaunchError,
+    LossError,
+    ModelError,
+    MonitorError,
+    NestedRunError,
+    OptionError,
+    SchedulerError,
+)
 from tests.ranks import launch
 
 Sample = tuple[Tensor, Tensor]

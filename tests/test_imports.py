@@ -15,6 +15,7 @@ PACKAGES = [
     "__main__",
     "cli",
     "",  # ptacc itself, which re-exports the public names
+    "protocols",
     "testing",
     "tuning",
     "trainers",
@@ -36,6 +37,7 @@ PACKAGES = [
     "types",
     "validation",
     "errors",
+    "public",
 ]
 NEVER_EACH_OTHER = ("mixins", "callbacks")
 # The base of the two mixins that shard a model.

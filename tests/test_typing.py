@@ -254,7 +254,7 @@ def public_annotations() -> Iterator[tuple[str, object, str]]:
             yield name, value, module.__name__
         else:
             for owner in value.__mro__:
-                if owner.__module__.startswith("ptacc."):
+                if owner.__module__.startswith("ptacc"):
                     yield from annotations_in(owner)
 
 

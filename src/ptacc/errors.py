@@ -11,7 +11,7 @@ PtaccError
 ├── LossError (ValueError)            a step returned something that cannot be minimised
 ├── NoRunError (RuntimeError)         the state of a run was asked for before there was a run
 ├── NestedRunError (RuntimeError)     a `train()` within a `train()`
-├── RankFailedError (RuntimeError)          another process of the launch failed, or was killed
+├── RankFailedError (RuntimeError)    another process of the launch failed, or was killed
 ├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
 ├── CheckpointError                   a checkpoint that cannot be written or read
 │   ├── DamagedCheckpointError        files that are not what was written

@@ -14,11 +14,8 @@ from typing_extensions import override
 from ptacc import (
     Callback,
     CheckpointMixin,
-    DataLoaderKwargs,
-    Engine,
     EpochRecord,
     GradAccumMixin,
-    OptionError,
     StepOutput,
     Steps,
     SWAMixin,
@@ -30,6 +27,8 @@ from ptacc import (
 )
 from ptacc.callbacks import throughput
 from ptacc.engines.ddp import TorchEngine
+from ptacc.errors import OptionError
+from ptacc.protocols import DataLoaderKwargs, Engine
 from ptacc.run.history import STEPS_IN_MEMORY, StepResult
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.ranks import run_ranks

@@ -28,13 +28,13 @@ from ptacc import (
     MetricsMixin,
     RunHistory,
     RunPlan,
-    SchedulerFactory,
     SeedMixin,
     StepOutput,
     Steps,
     Trainer,
 )
 from ptacc.core.hooks import TrainerCore
+from ptacc.protocols import SchedulerFactory
 from ptacc.rng import RandomStreams
 from ptacc.testing.laws import same
 

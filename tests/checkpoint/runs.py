@@ -26,7 +26,6 @@ from ptacc import (
     LRSchedulerMixin,
     RunHistory,
     RunPlan,
-    SchedulerFactory,
     SeedMixin,
     StepOutput,
     StepResult,
@@ -37,6 +36,7 @@ from ptacc import (
 from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.protocols import SchedulerFactory
 from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same

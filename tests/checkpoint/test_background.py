@@ -11,8 +11,9 @@ import pytest
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from ptacc import Callback, CheckpointError, StepResult
+from ptacc import Callback, StepResult
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.errors import CheckpointError
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from tests.checkpoint.faults.disks import Interposed

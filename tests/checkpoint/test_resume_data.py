@@ -21,16 +21,10 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from ptacc import (
-    CheckpointMixin,
-    LRSchedulerMixin,
-    SchedulerFactory,
-    SeedMixin,
-    StepOutput,
-    Trainer,
-)
+from ptacc import CheckpointMixin, LRSchedulerMixin, SeedMixin, StepOutput, Trainer
 from ptacc.engines.base import Engine
 from ptacc.engines.ddp import TorchEngine
+from ptacc.protocols import SchedulerFactory
 from tests.checkpoint.resumed import Augmented
 from tests.checkpoint.runs import StopAt
 from tests.ranks import run_ranks

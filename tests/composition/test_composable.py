@@ -22,21 +22,19 @@ from typing_extensions import override
 from ptacc import (
     AMPMixin,
     Callback,
-    CompositionError,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
     Mixin,
-    NoRunError,
-    OptionError,
     RunPlan,
-    SchedulerFactory,
     StepOutput,
     StopOnNonFinite,
     Trainer,
     TrainingLoop,
 )
 from ptacc.composition.fields import own_annotations
+from ptacc.errors import CompositionError, NoRunError, OptionError
+from ptacc.protocols import SchedulerFactory
 
 
 class Digits(AMPMixin, GradAccumMixin, Trainer):

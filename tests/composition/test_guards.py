@@ -25,19 +25,14 @@ from ptacc import (
     AMPMixin,
     BatchMixin,
     Callback,
-    CompositionError,
     EpochRecord,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
-    MetricLike,
     MetricsMixin,
     Mixin,
     RunPlan,
-    SchedulerFactory,
     StepResult,
-    SupportsMetrics,
-    SupportsMixedPrecision,
     Trainer,
     TrainerCore,
     TrainingLoop,
@@ -45,6 +40,8 @@ from ptacc import (
     replaces_super,
 )
 from ptacc.composition.guards import calls_super
+from ptacc.errors import CompositionError
+from ptacc.protocols import MetricLike, SchedulerFactory, SupportsMetrics, SupportsMixedPrecision
 
 
 def refused(message: str) -> contextlib.AbstractContextManager[object]:

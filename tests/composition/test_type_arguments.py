@@ -7,16 +7,9 @@ import pytest
 from torch import Tensor, nn
 from typing_extensions import TypeAliasType, TypeVar, override
 
-from ptacc import (
-    BatchMixin,
-    CompositionError,
-    MetricsMixin,
-    Pair,
-    StepOutput,
-    Trainer,
-    TrainingLoop,
-)
+from ptacc import BatchMixin, MetricsMixin, Pair, StepOutput, Trainer, TrainingLoop
 from ptacc.composition.type_arguments import may_take
+from ptacc.errors import CompositionError
 from ptacc.types.aliases import BatchT, OutputT
 
 T = TypeVar("T")

@@ -12,19 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from ptacc import (
-    AMPMixin,
-    Callback,
-    DataLoaderConfig,
-    EvalResult,
-    RankFailedError,
-    StepOutput,
-    StepResult,
-    Steps,
-    Trainer,
-    TrainerCore,
-)
+from ptacc import AMPMixin, Callback, DataLoaderConfig, EvalResult, StepOutput, StepResult, Steps, Trainer, TrainerCore
 from ptacc.engines.base import Engine, OptimizerSlot
+from ptacc.errors import RankFailedError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -11,19 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import (
-    Callback,
-    DataError,
-    EpochRecord,
-    EvalResult,
-    ModelError,
-    RankFailedError,
-    StepOutput,
-    StepResult,
-    Steps,
-    Trainer,
-    TrainerCore,
-)
+from ptacc import Callback, EpochRecord, EvalResult, StepOutput, StepResult, Steps, Trainer, TrainerCore
+from ptacc.errors import DataError, ModelError, RankFailedError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from ptacc import (
     Callback,
-    DataLoaderKwargs,
     GradAccumMixin,
     GradClipMixin,
     MetricsMixin,
@@ -23,6 +22,7 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
 )
+from ptacc.protocols import DataLoaderKwargs
 from ptacc.testing import tiny_data, tiny_parts
 from tests.data.test_data import Backwards
 from tests.ranks import run_ranks

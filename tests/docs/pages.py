@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from ptacc import PtaccError
+from ptacc.errors import PtaccError
 from tests.ranks import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import ptacc
+import ptacc.protocols
+import ptacc.testing
 from tests.docs.pages import PAGES, ROOT, fences_of, refusals, said_by, squeeze
 
 
@@ -23,5 +24,9 @@ def test_the_pages_type_check_but_for_the_mistakes_they_show() -> None:
 
 def test_the_reference_has_every_public_name_once() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\.\. auto\w+:: ptacc\.(\w+)(?=\(|$)", reference, re.MULTILINE)
-    assert sorted(named) == sorted(ptacc.__all__)
+    named = re.findall(r"^\.\. auto\w+:: (ptacc\.[\w.]+)(?=\(|$)", reference, re.MULTILINE)
+    errors = [f"ptacc.errors.{name}" for name, value in vars(ptacc.errors).items() if isinstance(value, type)]
+    modules = (ptacc, ptacc.protocols, ptacc.testing)
+    assert sorted(named) == sorted(
+        errors + [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+    )

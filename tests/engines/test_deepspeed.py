@@ -19,18 +19,14 @@ from typing_extensions import override
 
 from ptacc import (
     AMPMixin,
-    CheckpointError,
     CheckpointMixin,
     CompileMixin,
-    CompositionError,
     DeepSpeedMixin,
     EarlyStoppingMixin,
     EMAMixin,
     FSDPMixin,
     GradCheckpointMixin,
-    LaunchError,
     LRSchedulerMixin,
-    OptionError,
     RestoreBestWeights,
     RunPlan,
     StepOutput,
@@ -39,8 +35,9 @@ from ptacc import (
     SWAMixin,
     SyncBatchNormMixin,
     Trainer,
-    ZeroStage,
 )
+from ptacc.errors import CheckpointError, CompositionError, LaunchError, OptionError
+from ptacc.protocols import ZeroStage
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, optimizer_of, train
 from tests.marks import DEEPSPEED
 from tests.ranks import find_free_port, launch, run_ranks

@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from typing_extensions import override
 
-from ptacc import (
-    AMPMixin,
-    FSDPMixin,
-    GradCheckpointMixin,
-    LaunchError,
-    ModelError,
-    OptionError,
-    StepOutput,
-    SWAMixin,
-    Trainer,
-)
+from ptacc import AMPMixin, FSDPMixin, GradCheckpointMixin, StepOutput, SWAMixin, Trainer
+from ptacc.errors import LaunchError, ModelError, OptionError
 from ptacc.tensors.dtensor import is_dtensor
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, train
 from tests.ranks import run_ranks

@@ -10,17 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc import (
-    CheckpointError,
-    CheckpointMixin,
-    DamagedCheckpointError,
-    FSDPMixin,
-    RestoreBestWeights,
-    StepResult,
-    Steps,
-)
+from ptacc import CheckpointMixin, FSDPMixin, RestoreBestWeights, StepResult, Steps
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
+from ptacc.errors import CheckpointError, DamagedCheckpointError
 from tests.engines.nets import Averaging, digits, make, optimizer_of
 from tests.ranks import run_ranks
 

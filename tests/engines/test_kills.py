@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, DeepSpeedMixin, FSDPMixin, RankFailedError, StepResult, Steps, TensorParallelMixin
+from ptacc import CheckpointMixin, DeepSpeedMixin, FSDPMixin, StepResult, Steps, TensorParallelMixin
+from ptacc.errors import RankFailedError
 from tests.engines.nets import SPLIT, Usual, digits, make_pairs, optimizer_of
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks

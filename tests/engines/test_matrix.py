@@ -13,16 +13,8 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import ptacc
-from ptacc import (
-    CompositionError,
-    DeepSpeedMixin,
-    FSDPMixin,
-    Mixin,
-    PtaccError,
-    SeedMixin,
-    TensorParallelMixin,
-    Trainer,
-)
+from ptacc import DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
+from ptacc.errors import CompositionError, PtaccError
 from tests.engines.nets import Block, digits, make, optimizer_of
 from tests.ranks import run_ranks
 

@@ -11,22 +11,12 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import (
-    DataLoaderKwargs,
-    EMAMixin,
-    Engine,
-    GradAccumMixin,
-    GradClipMixin,
-    LossError,
-    LRSchedulerMixin,
-    Mixin,
-    StepOutput,
-    StepResult,
-    Trainer,
-)
+from ptacc import EMAMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, Mixin, StepOutput, StepResult, Trainer
 from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.ddp import TorchEngine, step_scaled
+from ptacc.errors import LossError
 from ptacc.mixins.ema import EMA_STATE
+from ptacc.protocols import DataLoaderKwargs, Engine
 
 TOO_LARGE = 2.0**30
 """A factor at which gradients in fp16 overflow, so that the first steps are skipped until it is halved enough."""

@@ -19,19 +19,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from ptacc import (
-    Callback,
-    CheckpointMixin,
-    DataError,
-    FSDPMixin,
-    LaunchError,
-    MetricsMixin,
-    OptionError,
-    PtaccError,
-    StepOutput,
-    Steps,
-    TensorParallelMixin,
-)
+from ptacc import Callback, CheckpointMixin, FSDPMixin, MetricsMixin, StepOutput, Steps, TensorParallelMixin
+from ptacc.errors import DataError, LaunchError, OptionError, PtaccError
 from ptacc.rng import seed_everything
 from ptacc.tensors.dtensor import is_dtensor
 from tests.engines.nets import SPLIT, Averaging, PairNet, Usual, check_equal, digits, make_pairs, train

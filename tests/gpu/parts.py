@@ -12,16 +12,8 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from ptacc import (
-    AMPMixin,
-    EMAMixin,
-    GradAccumMixin,
-    GradClipMixin,
-    LRSchedulerMixin,
-    MetricsMixin,
-    Precision,
-    Trainer,
-)
+from ptacc import AMPMixin, EMAMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, Trainer
+from ptacc.protocols import Precision
 
 FEATURES, HIDDEN, CLASSES = 64, 256, 10
 BATCH, BATCHES, ACCUMULATION, EPOCHS = 32, 12, 2, 2

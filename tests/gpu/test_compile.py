@@ -7,7 +7,8 @@ from torch._dynamo import reset
 from torch._dynamo.utils import counters
 from torch.optim import SGD
 
-from ptacc import AMPMixin, CompileMixin, Precision, Trainer
+from ptacc import AMPMixin, CompileMixin, Trainer
+from ptacc.protocols import Precision
 from tests.gpu.parts import BATCH, make_data, make_net
 
 pytestmark = [

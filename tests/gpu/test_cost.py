@@ -22,12 +22,12 @@ from ptacc import (
     GradClipMixin,
     LRSchedulerMixin,
     Mixin,
-    Precision,
     StepOutput,
     StepResult,
     Trainer,
 )
 from ptacc.model.averaging import AveragedWeights
+from ptacc.protocols import Precision
 from tests.gpu.parts import BATCH, DTYPES, make_data, make_net
 from tests.gpu.waits import Waits
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ptacc import Precision
 from ptacc.mixins.ema import EMA_STATE
+from ptacc.protocols import Precision
 from tests.gpu.parts import EPOCHS, WINDOWS, Plain, train
 
 pytestmark = pytest.mark.usefixtures("deterministic")

@@ -17,14 +17,14 @@ from ptacc import (
     EpochRecord,
     Epochs,
     EvalResult,
-    NoRunError,
-    Precision,
     StepOutput,
     StepResult,
     Steps,
     Trainer,
     TrainerCore,
 )
+from ptacc.errors import NoRunError
+from ptacc.protocols import Precision
 from ptacc.testing import tiny_data, tiny_parts
 
 

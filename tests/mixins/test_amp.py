@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from ptacc import AMPMixin, Precision, StepOutput, Trainer
+from ptacc import AMPMixin, StepOutput, Trainer
+from ptacc.protocols import Precision
 from tests.ranks import run_ranks
 
 

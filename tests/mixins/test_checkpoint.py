@@ -19,20 +19,13 @@ from typing_extensions import override
 from ptacc import (
     Best,
     Callback,
-    CheckpointError,
     CheckpointMixin,
-    CollectiveError,
-    DamagedCheckpointError,
     EarlyStoppingMixin,
     EMAMixin,
     Epochs,
     GradAccumMixin,
     Minutes,
     Mixin,
-    MonitorError,
-    NestedRunError,
-    OptionError,
-    RankFailedError,
     RestoreBestWeights,
     SaveBest,
     SeedMixin,
@@ -45,6 +38,15 @@ from ptacc import (
 )
 from ptacc.checkpoint import manager as line
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.errors import (
+    CheckpointError,
+    CollectiveError,
+    DamagedCheckpointError,
+    MonitorError,
+    NestedRunError,
+    OptionError,
+    RankFailedError,
+)
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

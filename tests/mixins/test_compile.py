@@ -16,19 +16,18 @@ from typing_extensions import override
 
 from ptacc import (
     AMPMixin,
-    CheckpointError,
     CheckpointMixin,
     CompileMixin,
     EMAMixin,
     GradAccumMixin,
     GradClipMixin,
-    OptionError,
     SeedMixin,
     Steps,
     SyncBatchNormMixin,
     Trainer,
 )
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.errors import CheckpointError, OptionError
 from tests.ranks import run_ranks
 
 pytestmark = [  # of dynamo and inductor themselves

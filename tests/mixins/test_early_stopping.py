@@ -4,7 +4,8 @@ import pytest
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import Callback, EarlyStoppingMixin, EpochRecord, MonitorError, Steps, Trainer
+from ptacc import Callback, EarlyStoppingMixin, EpochRecord, Steps, Trainer
+from ptacc.errors import MonitorError
 from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.types.monitor import Monitor

@@ -16,8 +16,6 @@ from ptacc import (
     AMPMixin,
     GradAccumMixin,
     GradCheckpointMixin,
-    ModelError,
-    OptionError,
     Pair,
     SeedMixin,
     StepOutput,
@@ -26,6 +24,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
+from ptacc.errors import ModelError, OptionError
 from ptacc.model.selection import chosen_submodules
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks

@@ -5,7 +5,8 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from ptacc import GradAccumMixin, LRSchedulerMixin, RunPlan, SchedulerFactory, Trainer
+from ptacc import GradAccumMixin, LRSchedulerMixin, RunPlan, Trainer
+from ptacc.protocols import SchedulerFactory
 from ptacc.testing import tiny_data, tiny_parts
 
 

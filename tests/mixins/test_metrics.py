@@ -8,7 +8,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
-from ptacc import DataError, MetricLike, MetricsMixin, StepOutput, Trainer, TrainingLoop
+from ptacc import MetricsMixin, StepOutput, Trainer, TrainingLoop
+from ptacc.errors import DataError
+from ptacc.protocols import MetricLike
 from ptacc.testing import tiny_data, tiny_parts
 
 

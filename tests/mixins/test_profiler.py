@@ -10,18 +10,9 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from typing_extensions import override
 
-from ptacc import (
-    Callback,
-    CheckpointMixin,
-    DataLoaderKwargs,
-    GradAccumMixin,
-    GradClipMixin,
-    OptionError,
-    ProfilerMixin,
-    Steps,
-    Trainer,
-    TrainerCore,
-)
+from ptacc import Callback, CheckpointMixin, GradAccumMixin, GradClipMixin, ProfilerMixin, Steps, Trainer, TrainerCore
+from ptacc.errors import OptionError
+from ptacc.protocols import DataLoaderKwargs
 from ptacc.run.history import StepResult
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks

@@ -9,7 +9,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
-from ptacc import EpochRecord, OptionError, RestoreBestWeights, SWAMixin, SyncBatchNormMixin, Trainer
+from ptacc import EpochRecord, RestoreBestWeights, SWAMixin, SyncBatchNormMixin, Trainer
+from ptacc.errors import OptionError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typing_extensions import override
 
-from ptacc import AMPMixin, DataError, GradAccumMixin, ModelError, SeedMixin, StepResult, SyncBatchNormMixin, Trainer
+from ptacc import AMPMixin, GradAccumMixin, SeedMixin, StepResult, SyncBatchNormMixin, Trainer
+from ptacc.errors import DataError, ModelError
 from ptacc.mixins.sync_batch_norm import normalise
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import RankFailed, run_ranks

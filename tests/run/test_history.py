@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import OptionError, StepOutput, Trainer
+from ptacc import StepOutput, Trainer
 from ptacc.checkpoint.parts import Part
+from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same

@@ -26,8 +26,6 @@ from ptacc import (
     GradClipMixin,
     LRSchedulerMixin,
     Mixin,
-    OptionError,
-    Precision,
     RestoreBestWeights,
     RunPlan,
     SeedMixin,
@@ -36,6 +34,8 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
 )
+from ptacc.errors import OptionError
+from ptacc.protocols import Precision
 from ptacc.testing import (
     assert_overfits_one_batch,
     assert_split_invariant,

@@ -9,18 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from ptacc import (
-    BatchSizeSearch,
-    DataError,
-    FSDPMixin,
-    GradAccumMixin,
-    ModelError,
-    OptionError,
-    RankFailedError,
-    SyncBatchNormMixin,
-    Trainer,
-    find_batch_size,
-)
+from ptacc import BatchSizeSearch, FSDPMixin, GradAccumMixin, SyncBatchNormMixin, Trainer, find_batch_size
+from ptacc.errors import DataError, ModelError, OptionError, RankFailedError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -24,16 +24,12 @@ from ptacc import (
     DeepSpeedMixin,
     EarlyStoppingMixin,
     EMAMixin,
-    Engine,
     FSDPMixin,
     GradAccumMixin,
     GradClipMixin,
     LearningRateSearch,
     LRSchedulerMixin,
     Mixin,
-    ModelError,
-    NestedRunError,
-    OptionError,
     ProfilerMixin,
     RunPlan,
     SeedMixin,
@@ -45,6 +41,8 @@ from ptacc import (
     find_learning_rate,
 )
 from ptacc.engines.ddp import TorchEngine
+from ptacc.errors import ModelError, NestedRunError, OptionError
+from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks

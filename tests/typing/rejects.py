@@ -33,7 +33,6 @@ from ptacc import (
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
-    MetricLike,
     MetricsMixin,
     Mixin,
     Monitor,
@@ -46,13 +45,12 @@ from ptacc import (
     StepOutput,
     StepResult,
     Steps,
-    SupportsGradClip,
-    SupportsMetrics,
     Trainer,
     TrainerCore,
     TrainingLoop,
     hook,
 )
+from ptacc.protocols import MetricLike, SupportsGradClip, SupportsMetrics
 
 net = nn.Linear(4, 3)
 loss = nn.CrossEntropyLoss()

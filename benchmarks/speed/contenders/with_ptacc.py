@@ -10,7 +10,6 @@ from ptacc import (
     Epochs,
     GradAccumMixin,
     GradClipMixin,
-    LRSchedulerLike,
     LRSchedulerMixin,
     MetricsMixin,
     PrintMetrics,
@@ -20,6 +19,7 @@ from ptacc import (
     StopOnNonFinite,
     Trainer,
 )
+from ptacc.protocols import LRSchedulerLike
 
 
 class Composed(

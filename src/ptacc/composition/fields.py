@@ -60,7 +60,7 @@ def unwrap_function(value: object) -> Callable[..., Any] | None:
 def prepare_annotations(cls: type) -> None:
     """Make `option = value` a new default of an inherited option, and class variables known to `dataclass`."""
     annotations = own_annotations(cls)
-    changed = {name: _plain_class_variable(annotation) for name, annotation in annotations.items()}
+    changed = {name: _plain_class_variable(cls, annotation) for name, annotation in annotations.items()}
     inherited = inherited_options(cls)
     for name, value in cls.__dict__.items():
         if name not in inherited or name in annotations or is_method(cls, name, value):
@@ -104,13 +104,13 @@ def has_default(option: Field[Any]) -> bool:
     return option.default is not MISSING or option.default_factory is not MISSING
 
 
-def _plain_class_variable(annotation: Any) -> Any:
+def _plain_class_variable(cls: type, annotation: Any) -> Any:
     """Return `ClassVar` itself where it is spelt in a string, which `dataclass` reads in a few spellings only."""
     spelt = _CLASS_VARIABLE.fullmatch(type_text(annotation)) if isinstance(annotation, str | ForwardRef) else None
     class_var: Any = ClassVar
     if spelt is None:
         return annotation
-    return class_var[spelt["type"]] if spelt["type"] else class_var
+    return class_var[ForwardRef(spelt["type"], module=cls.__module__)] if spelt["type"] else class_var
 
 
 def _type_as_declared(cls: type, option: Field[Any]) -> Any:
@@ -118,7 +118,8 @@ def _type_as_declared(cls: type, option: Field[Any]) -> Any:
     if not isinstance(option.type, str):
         return option.type
     owner = next(base for base in cls.__mro__[1:] if option.name in own_annotations(base))
-    return ForwardRef(option.type, module=owner.__module__, is_class=True)
+    declared = own_annotations(owner)[option.name]  # resolved already, where the class is public
+    return ForwardRef(declared, module=owner.__module__, is_class=True) if isinstance(declared, str) else declared
 
 
 # ---- guards

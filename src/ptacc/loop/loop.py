@@ -48,7 +48,8 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     Example:
         >>> import torch
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
+        >>> from ptacc import StepOutput, TrainingLoop
         >>> class Autoencoder(TrainingLoop[Tensor, Tensor]):
         ...     def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
         ...         decoded = self.model(batch)

@@ -24,7 +24,8 @@ class AMPMixin(Mixin):
     Combines with: everything. The scaler's factor is out of the gradients before anyone clips or looks at them.
 
     Example:
-        >>> from ptacc import AMPMixin, Precision, Trainer
+        >>> from ptacc import AMPMixin, Trainer
+        >>> from ptacc.protocols import Precision
         >>> class MyTrainer(AMPMixin, Trainer):
         ...     mixed_precision: Precision | None = "bf16"
     """

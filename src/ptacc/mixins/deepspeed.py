@@ -48,7 +48,8 @@ class DeepSpeedMixin(Mixin):
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
 
     Example:
-        >>> from ptacc import AMPMixin, DeepSpeedMixin, GradClipMixin, Trainer, ZeroStage
+        >>> from ptacc import AMPMixin, DeepSpeedMixin, GradClipMixin, Trainer
+        >>> from ptacc.protocols import ZeroStage
         >>> class MyTrainer(AMPMixin, GradClipMixin, DeepSpeedMixin, Trainer):
         ...     zero_stage: ZeroStage | None = 3
     """

@@ -43,7 +43,8 @@ class LRSchedulerMixin(Mixin):
     Example:
         >>> from torch.optim import Optimizer
         >>> from torch.optim.lr_scheduler import OneCycleLR
-        >>> from ptacc import LRSchedulerMixin, RunPlan, SchedulerFactory, Trainer
+        >>> from ptacc import LRSchedulerMixin, RunPlan, Trainer
+        >>> from ptacc.protocols import SchedulerFactory
         >>> def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
         ...     return OneCycleLR(optimizer, max_lr=0.1, total_steps=plan.total_steps)
         >>> class MyTrainer(LRSchedulerMixin, Trainer):

@@ -15,6 +15,7 @@ def test_it_learns() -> None:
 ```
 """
 
+import ptacc.public
 from ptacc.testing.datasets import iris as iris
 from ptacc.testing.datasets import iris_parts as iris_parts
 from ptacc.testing.datasets import iris_split as iris_split
@@ -38,3 +39,5 @@ __all__ = [
     "tiny_data",
     "tiny_parts",
 ]
+
+ptacc.public.set_public_module(__name__, __all__)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptacc import CheckpointError, RankFailedError
 from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.errors import CheckpointError, RankFailedError
 from ptacc.testing import tiny_parts
 from tests.checkpoint.faults.failing import (
     OPENING,

@@ -18,13 +18,14 @@ from fsspec.registry import known_implementations
 from safetensors.torch import load
 from typing_extensions import override
 
-from ptacc import Best, Callback, CheckpointError, DamagedCheckpointError, OptionError, StepResult, Steps
+from ptacc import Best, Callback, StepResult, Steps
 from ptacc.checkpoint import manager as line
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem, RemotePath, parse_path
 from ptacc.checkpoint.storage.remote_store import RemoteStore, store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
+from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from tests.checkpoint.objects import FOLDER, hearing, keys, object_at
 from tests.checkpoint.runs import STEPS, End, Mortal, exit_code_of, make, save_each_step, train
 from tests.ranks import RankFailed, launch, run_ranks

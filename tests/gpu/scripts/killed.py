@@ -24,7 +24,6 @@ from ptacc import (
     CheckpointMixin,
     EMAMixin,
     GradAccumMixin,
-    Precision,
     SeedMixin,
     StepResult,
     Steps,
@@ -33,6 +32,7 @@ from ptacc import (
 )
 from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.mixins.ema import EMA_STATE
+from ptacc.protocols import Precision
 from ptacc.tensors.structures import as_bytes
 
 

@@ -1,0 +1,57 @@
+"""Types to annotate with: protocols of what users pass and what mixins add, type aliases, keyword dictionaries.
+
+Functions and callbacks ask for a protocol, not for a mixin: `Callback[SupportsMetrics]` fits any trainer with metrics.
+"""
+
+import ptacc.public
+from ptacc.engines.base import Engine
+from ptacc.types.aliases import CompileBackend, CompileMode, PairSample, Precision, ZeroStage
+from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
+from ptacc.types.protocols import (
+    AcceleratorProtocol,
+    LRSchedulerLike,
+    MetricLike,
+    PlateauSchedulerLike,
+    SchedulerFactory,
+    SizedDataset,
+    Stateful,
+    SupportsCheckpoint,
+    SupportsGradAccum,
+    SupportsGradClip,
+    SupportsLRScheduler,
+    SupportsMetrics,
+    SupportsMixedPrecision,
+    SupportsSeed,
+    SupportsSWA,
+    SupportsSyncBatchNorm,
+)
+
+__all__ = [
+    "AcceleratorProtocol",
+    "CompileBackend",
+    "CompileMode",
+    "DataLoaderKwargs",
+    "Engine",
+    "EvalOptions",
+    "LRSchedulerLike",
+    "MetricLike",
+    "PairSample",
+    "PlateauSchedulerLike",
+    "Precision",
+    "SchedulerFactory",
+    "SizedDataset",
+    "Stateful",
+    "SupportsCheckpoint",
+    "SupportsGradAccum",
+    "SupportsGradClip",
+    "SupportsLRScheduler",
+    "SupportsMetrics",
+    "SupportsMixedPrecision",
+    "SupportsSWA",
+    "SupportsSeed",
+    "SupportsSyncBatchNorm",
+    "TrainOptions",
+    "ZeroStage",
+]
+
+ptacc.public.set_public_module(__name__, __all__)
