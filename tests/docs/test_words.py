@@ -19,7 +19,7 @@ PAGES = [
     ROOT / "examples/README.md",
 ]
 
-# Words of no technical meaning, with the field's word for each.
+# What is not written, and what is written instead.
 WORDS = {
     r"is none\b": "is not a, is invalid",
     r"is no\b(?! longer| more)": "is not a, invalid",
