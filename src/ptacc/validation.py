@@ -39,7 +39,7 @@ def check_keywords(call: str, given: Collection[str], known: Collection[str], ad
     """Raise `TypeError` for keywords that a call does not have, as Python does, with the one that was meant."""
     for name in given:
         if name not in known:
-            raise TypeError(f"{call} has no keyword {name!r}. {closest(name, known)}{advice}".rstrip())
+            raise TypeError(f"{call} has no keyword {name!r}. {did_you_mean(name, known)}{advice}".rstrip())
 
 
 def value_text(value: object) -> str:
@@ -57,7 +57,7 @@ def value_text(value: object) -> str:
     return text if is_short else f"{type(value).__name__}(...)"
 
 
-def closest(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return "Did you mean ...? " with the known name that is nearest; empty where none is near."""
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"Did you mean `{found[0]}`? " if found else ""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeAliasType, TypeVar, override
 
 from ptacc import BatchMixin, MetricsMixin, Pair, StepOutput, Trainer, TrainingLoop
-from ptacc.composition.type_arguments import may_take
+from ptacc.composition.type_arguments import may_accept
 from ptacc.errors import CompositionError
 from ptacc.types.aliases import BatchT, OutputT
 
@@ -79,7 +79,7 @@ UserId = NewType("UserId", int)
     ],
 )
 def test_a_wider_or_undecidable_type_is_taken(wide: Any, narrow: Any) -> None:
-    assert may_take(wide, narrow)
+    assert may_accept(wide, narrow)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_wider_or_undecidable_type_is_taken(wide: Any, narrow: Any) -> None:
     ],
 )
 def test_another_type_is_refused(wide: Any, narrow: Any) -> None:
-    assert not may_take(wide, narrow)
+    assert not may_accept(wide, narrow)
 
 
 class OfTokens(TrainingLoop[Tokens, Tensor]):

@@ -15,7 +15,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
-from ptacc.profiling.hardware import known_peak, peak_host_memory, start_counting
+from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
 from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord
@@ -79,9 +79,9 @@ class Throughput(Callback[TrainerCore]):
                 check_positive(owner, name, value)
         self._every, self._warmup, self._given_peak = every, warmup, peak_flops
         self._given_flops, self._measures = flops_per_item, measure_flops and flops_per_item is None
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._tally, self._reported = ThroughputCounter(), ThroughputCounter()
         self._reports: deque[ThroughputRecord] = deque(maxlen=REPORTS_IN_MEMORY)
         self._device, self._is_alone = torch.device("cpu"), True
@@ -100,20 +100,20 @@ class Throughput(Callback[TrainerCore]):
 
     def summary(self) -> ThroughputRecord:
         """Return what the present run, or the last one, did so far after its warm-up: all of it in one stretch."""
-        return self._complete(self._tally.between(ThroughputCounter(), self._step, self._ended))
+        return self._with_hardware(self._tally.record_since(ThroughputCounter(), self._step, self._ended))
 
     # ---- what is heard
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
         """Begin anew."""
-        self._begin()
+        self._reset()
         self._device, self._is_alone = trainer.device, trainer.distributed.world_size == 1
         peak = self._given_peak
         if peak is None and is_in_half_precision(trainer):
-            peak = known_peak(trainer.device)
+            peak = find_peak_flops(trainer.device)
         self._peak = None if peak is None else peak * trainer.distributed.world_size
-        trainer.run.data = ObservedSource(trainer.run.data, self._timed)
+        trainer.run.data = ObservedSource(trainer.run.data, self._time_loading)
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -126,7 +126,7 @@ class Throughput(Callback[TrainerCore]):
         self._samples, self._loaded = self._loaded, 0
         if self._measures and self._flops is None:
             self._stop_counting()  # of a step that the scaler skipped
-            self._counter = start_counting()
+            self._counter = start_flop_counter()
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
@@ -169,7 +169,7 @@ class Throughput(Callback[TrainerCore]):
 
     # ---- how it is done
 
-    def _timed(self, batches: Batches) -> Batches:
+    def _time_loading(self, batches: Batches) -> Batches:
         """Take the time that each batch is waited for."""
         if not self._is_in_epoch:  # somebody else has a use for the data, after the last step
             yield from batches
@@ -186,33 +186,33 @@ class Throughput(Callback[TrainerCore]):
             yield batch
 
     def _pause(self) -> None:
-        if self._tally.since is not None:
-            self._tally.stop(self._now())
+        if self._tally.started_at is not None:
+            self._tally.stop(self._synchronized_time())
 
     def _warm_up(self) -> None:
         if self._tally.steps == self._warmup:
-            self._tally, self._is_warm = ThroughputCounter(since=self._now()), True
+            self._tally, self._is_warm = ThroughputCounter(started_at=self._synchronized_time()), True
 
     def _is_due(self, trainer: TrainerCore) -> bool:
         steps = self._tally.steps - self._reported.steps
         return steps == self._every or trainer.run.is_epoch_complete or trainer.run.is_done()
 
     def _report(self, step: StepResult) -> None:
-        now = self._now()
+        now = self._synchronized_time()
         self._tally.stop(now)
-        report = self._complete(self._tally.between(self._reported, step.step, now))
+        report = self._with_hardware(self._tally.record_since(self._reported, step.step, now))
         self._reported = replace(self._tally)
         self._tally.start(now)
         self._reports.append(report)
         step.logged |= report.values()
 
-    def _now(self) -> float:
+    def _synchronized_time(self) -> float:
         """Return the time at which the device has done all that it was given."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
-    def _complete(self, counted: ThroughputRecord) -> ThroughputRecord:
+    def _with_hardware(self, counted: ThroughputRecord) -> ThroughputRecord:
         on_device = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
         return replace(
             counted,

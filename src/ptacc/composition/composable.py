@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from typing_extensions import TypeVar, dataclass_transform, override
 
-from ptacc.composition.fields import nearest_defaults, own_annotations, prepare_annotations
+from ptacc.composition.fields import own_annotations, prepare_annotations, use_nearest_defaults
 from ptacc.composition.guards import check_class_statement, check_composition
 from ptacc.composition.roles import is_mixin
 from ptacc.errors import CompositionError
@@ -63,9 +63,9 @@ class Composable(ABC):
         super().__init_subclass__(**keywords)
         prepare_annotations(cls)
         check_class_statement(cls)
-        with nearest_defaults(cls):
+        with use_nearest_defaults(cls):
             dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
-        type.__setattr__(cls, "__init__", _remembering(cls.__init__))  # the dataclass made it just now
+        type.__setattr__(cls, "__init__", _record_given_options(cls.__init__))  # the dataclass made it just now
         check_composition(cls, Composable)
 
     def __post_init__(self) -> None:
@@ -101,18 +101,18 @@ class Composable(ABC):
     @override
     def __getstate__(self) -> dict[str, object]:
         """Leave out of copies and pickles what belongs to one object alone, such as its run."""
-        private = {option.name for option in _private(self)}
+        private = {option.name for option in _non_option_fields(self)}
         return {name: value for name, value in vars(self).items() if name not in private}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take over the options, and make anew what belongs to one object alone."""
         vars(self).update(state)
-        for option in _private(self):
+        for option in _non_option_fields(self):
             if option.default_factory is not dataclasses.MISSING:
                 vars(self)[option.name] = option.default_factory()
 
 
-def _private(composed: Composable) -> list[dataclasses.Field[Any]]:
+def _non_option_fields(composed: Composable) -> list[dataclasses.Field[Any]]:
     """Return the fields that are no options: `_name: ... = field(init=False)`."""
     return [field for field in _fields(composed) if field.name.startswith("_") and not field.init]
 
@@ -121,14 +121,14 @@ def _fields(composed: Composable) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(composed)  # type: ignore[arg-type]  # it is decorated when its class statement is run
 
 
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+def _record_given_options(init: Callable[..., None]) -> Callable[..., None]:
     """Wrap a constructor so that the names of the options it was given are kept, for `explain()`."""
 
     @functools.wraps(init)
     def remember(self: Composable, *args: object, **options: object) -> None:
         fields = [field for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
         known = {field.name for field in fields}
-        check_keywords(type(self).__name__, options, known, _who_has(options.keys() - known))
+        check_keywords(type(self).__name__, options, known, _suggest_mixin(options.keys() - known))
         positional = [field.name for field in fields if not field.kw_only]
         vars(self)["_given_options"] = frozenset(positional[: len(args)]) | frozenset(options)
         init(self, *args, **options)
@@ -136,7 +136,7 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     return remember
 
 
-def _who_has(names: Collection[str]) -> str:
+def _suggest_mixin(names: Collection[str]) -> str:
     """Say which mixin has the first of some unknown options, empty where none has."""
     waiting = Composable.__subclasses__() if names else []
     for cls in waiting:

@@ -60,7 +60,7 @@ def unwrap_function(value: object) -> Callable[..., Any] | None:
 def prepare_annotations(cls: type) -> None:
     """Make `option = value` a new default of an inherited option, and class variables known to `dataclass`."""
     annotations = own_annotations(cls)
-    changed = {name: _plain_class_variable(cls, annotation) for name, annotation in annotations.items()}
+    changed = {name: _resolve_class_var(cls, annotation) for name, annotation in annotations.items()}
     inherited = inherited_options(cls)
     for name, value in cls.__dict__.items():
         if name not in inherited or name in annotations or is_method(cls, name, value):
@@ -71,13 +71,13 @@ def prepare_annotations(cls: type) -> None:
                 f"{cls.__name__}.{name} = {text}: the option {name} has no default that this could change, and type "
                 f"checkers go on asking for it. Annotate it: `{name}: {type_text(inherited[name].type)} = {text}`."
             )
-        changed[name] = _type_as_declared(cls, inherited[name])
+        changed[name] = _get_declared_type(cls, inherited[name])
     if changed != annotations:
         cls.__annotations__ = changed
 
 
 @contextlib.contextmanager
-def nearest_defaults(cls: type) -> Iterator[None]:
+def use_nearest_defaults(cls: type) -> Iterator[None]:
     """Have a dataclass that is made in this block take each inherited option from the nearest class in the MRO.
 
     By itself it takes all options of a base at once, those that the base only inherited, too: beside a mixin that sets
@@ -104,7 +104,7 @@ def has_default(option: Field[Any]) -> bool:
     return option.default is not MISSING or option.default_factory is not MISSING
 
 
-def _plain_class_variable(cls: type, annotation: Any) -> Any:
+def _resolve_class_var(cls: type, annotation: Any) -> Any:
     """Return `ClassVar` itself where it is spelt in a string, which `dataclass` reads in a few spellings only."""
     spelt = _CLASS_VARIABLE.fullmatch(type_text(annotation)) if isinstance(annotation, str | ForwardRef) else None
     class_var: Any = ClassVar
@@ -113,7 +113,7 @@ def _plain_class_variable(cls: type, annotation: Any) -> Any:
     return class_var[ForwardRef(spelt["type"], module=cls.__module__)] if spelt["type"] else class_var
 
 
-def _type_as_declared(cls: type, option: Field[Any]) -> Any:
+def _get_declared_type(cls: type, option: Field[Any]) -> Any:
     """Return the type of an inherited option, to be resolved in the module that declares it."""
     if not isinstance(option.type, str):
         return option.type
@@ -132,7 +132,7 @@ def check_own_options(cls: type) -> None:
         if annotation is ClassVar or get_origin(annotation) is ClassVar:
             continue
         default = cls.__dict__.get(name, MISSING)
-        _check_becomes_an_option(cls, name, annotation, default)
+        _check_can_be_option(cls, name, annotation, default)
         if name == "model" and name in inherited:
             raise CompositionError(
                 f"{cls.__name__}.model: redeclaring it turns it keyword-only, so that {cls.__name__}(model, ...) "
@@ -158,7 +158,7 @@ def check_members_against_options(cls: type) -> None:
             )
 
 
-def _check_becomes_an_option(cls: type, name: str, annotation: object, default: object) -> None:
+def _check_can_be_option(cls: type, name: str, annotation: object, default: object) -> None:
     if isinstance(annotation, InitVar) or annotation is InitVar or _INIT_VARIABLE.match(type_text(annotation)):
         raise CompositionError(
             f"{cls.__name__}.{name}: InitVar makes a keyword that no `__init__` here can read. "

@@ -14,18 +14,18 @@ from types import CodeType
 
 from ptacc.composition.fields import check_members_against_options, check_own_options, own_annotations, unwrap_function
 from ptacc.composition.roles import find_loop, get_role, is_mixin
-from ptacc.composition.type_arguments import disagreeing_batches
+from ptacc.composition.type_arguments import describe_type_mismatch
 from ptacc.errors import CompositionError
-from ptacc.validation import closest
+from ptacc.validation import did_you_mean
 
-COOPERATIVE = frozenset({"event", "around", "fold", "any-of"})
-SINGLE = frozenset({"default", "factory"})
-FALLING_BACK = frozenset({"make_engine"})
+COOPERATIVE_SHAPES = frozenset({"event", "around", "fold", "any-of"})
+REPLACEABLE_SHAPES = frozenset({"default", "factory"})
+FALLBACK_HOOKS = frozenset({"make_engine"})
 """Hooks whose overrides call `super()` where they have nothing to do, not to add to it."""
-MARKERS = frozenset({"_role", "_mixins_stand_before_the_loop", "_takes_the_batches_of_the_loop"})
+TYPE_CHECKER_MARKERS = frozenset({"_role", "_mixins_must_come_before_the_loop", "_batch_types_must_match_the_loop"})
 """Defined in several classes on purpose: type checkers compare them, see `TrainingLoop`."""
-CALLED_ON_EVERY_CLASS = frozenset({"check_options"})
-PYTHONS_OWN = frozenset({"_abc_impl", "_is_protocol", "_is_runtime_protocol"})
+CALLED_PER_CLASS = frozenset({"check_options"})
+PYTHON_INTERNALS = frozenset({"_abc_impl", "_is_protocol", "_is_runtime_protocol"})
 _SUPER_CALL = {
     "event": "super().{name}({arguments})",
     "around": "with super().{name}({arguments}): yield",
@@ -45,10 +45,10 @@ def check_class_statement(cls: type) -> None:
 def check_composition(cls: type, root: type) -> None:
     """Raise `CompositionError` for bases that cannot be combined, `root` being the one that all of ours have."""
     _check_foreign_bases(cls, root)
-    _check_names_of_two_owners(cls)
-    _check_single_answers(cls)
-    _check_order(cls)
-    if complaint := disagreeing_batches(cls):
+    _check_name_conflicts(cls)
+    _check_competing_overrides(cls)
+    _check_mixin_order(cls)
+    if complaint := describe_type_mismatch(cls):
         raise CompositionError(complaint)
 
 
@@ -70,23 +70,23 @@ def _check_no_constructor(cls: type) -> None:
         )
 
 
-def check_known_hooks(cls: type, advice: str = "") -> None:
+def check_hooks_are_declared(cls: type, advice: str = "") -> None:
     """Refuse an `on_...` or `around_...` that no base declares: nothing would ever call it."""
     annotated = own_annotations(cls)
     for name, value in cls.__dict__.items():
-        if not name.startswith(("on_", "around_")) or name in annotated or not _can_be_called(value):
+        if not name.startswith(("on_", "around_")) or name in annotated or not _is_callable(value):
             continue
         declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
         if name not in declared and get_hook_shape(value) is None:
             raise CompositionError(
                 f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
-                f"{closest(name, declared)}Give a method of your own another name.{advice}"
+                f"{did_you_mean(name, declared)}Give a method of your own another name.{advice}"
             )
 
 
 def _check_hooks(cls: type) -> None:
     if get_role(cls) != "core":  # `on_main_process` is no hook, for all its name
-        check_known_hooks(cls, " To declare a new hook, decorate it with `@hook(...)`.")
+        check_hooks_are_declared(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
         declaring = next((base for base in cls.__mro__[1:] if get_hook_shape(base.__dict__.get(name))), None)
         if declaring is None:
@@ -97,11 +97,11 @@ def _check_hooks(cls: type) -> None:
                 f"{cls.__name__}.{name}: {declaring.__name__} declares this hook already, as {shape!r}, and an "
                 "override cannot change that. Leave out `@hook(...)`."
             )
-        if shape in COOPERATIVE and not _is_replacement(value):
-            _check_can_be_combined(cls, name, value, shape)
+        if shape in COOPERATIVE_SHAPES and not _replaces_super(value):
+            _check_cooperative_override(cls, name, value, shape)
 
 
-def _check_can_be_combined(cls: type, name: str, value: object, shape: str) -> None:
+def _check_cooperative_override(cls: type, name: str, value: object, shape: str) -> None:
     """Raise `CompositionError` for an override of a cooperative hook that is not called, or stops there."""
     if not inspect.isfunction(value):
         raise CompositionError(
@@ -155,11 +155,11 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _is_replacement(value: object) -> bool:
+def _replaces_super(value: object) -> bool:
     return any(getattr(member, "__ptacc_replaces__", False) for member in (value, unwrap_function(value)))
 
 
-def _can_be_called(value: object) -> bool:
+def _is_callable(value: object) -> bool:
     if isinstance(value, type | property | functools.cached_property):
         return False
     return callable(value) or isinstance(value, classmethod)
@@ -181,24 +181,24 @@ def _check_foreign_bases(cls: type, root: type) -> None:
             )
 
 
-def _check_names_of_two_owners(cls: type) -> None:
+def _check_name_conflicts(cls: type) -> None:
     owners: dict[str, list[type]] = {}
     for base in cls.__mro__:
         if base.__module__ in {"builtins", "abc", "typing", "typing_extensions"}:
             continue
         for name in {**base.__dict__, **own_annotations(base)}:
-            if not (name.startswith("__") or name in MARKERS | CALLED_ON_EVERY_CLASS | PYTHONS_OWN):
+            if not (name.startswith("__") or name in TYPE_CHECKER_MARKERS | CALLED_PER_CLASS | PYTHON_INTERNALS):
                 owners.setdefault(name, []).append(base)
     for name, classes in owners.items():
         for first, second in itertools.combinations(classes, 2):
             if not any(c in first.__mro__ and c in second.__mro__ for c in classes):
                 raise CompositionError(
                     f"{cls.__name__}: {name} is declared by {first.__name__} and by {second.__name__}, who do not "
-                    f"know of each other, and {first.__name__}'s would silently win. {_mended(first, second)}"
+                    f"know of each other, and {first.__name__}'s would silently win. {_suggest_fix(first, second)}"
                 )
 
 
-def _check_single_answers(cls: type) -> None:
+def _check_competing_overrides(cls: type) -> None:
     """Refuse two mixins that each answer, for all, what has one answer: which engine there is, for one."""
     mixins = [base for base in cls.__mro__ if is_mixin(base)]
     for first, second in itertools.combinations(mixins, 2):
@@ -207,20 +207,20 @@ def _check_single_answers(cls: type) -> None:
         for name in first.__dict__.keys() & second.__dict__.keys():
             shape = next(filter(None, (get_hook_shape(base.__dict__.get(name)) for base in second.__mro__)), None)
             value = first.__dict__[name]
-            adds = calls_super(value, name) and name not in FALLING_BACK
-            if shape in SINGLE and not adds and not _is_replacement(value):
-                names = " and ".join(_composed_as(cls, mixin) for mixin in (first, second))
+            adds = calls_super(value, name) and name not in FALLBACK_HOOKS
+            if shape in REPLACEABLE_SHAPES and not adds and not _replaces_super(value):
+                names = " and ".join(_get_composed_name(cls, mixin) for mixin in (first, second))
                 raise CompositionError(
                     f"{cls.__name__}: {names} both stand for {name}(), and only one of them can. Compose one of them."
                 )
 
 
-def _composed_as(cls: type, mixin: type) -> str:
+def _get_composed_name(cls: type, mixin: type) -> str:
     """Return the name by which a mixin, maybe the base of several, was composed into `cls`."""
     return next(base.__name__ for base in cls.__mro__[1:] if mixin in base.__mro__ and is_mixin(base))
 
 
-def _mended(first: type, second: type) -> str:
+def _suggest_fix(first: type, second: type) -> str:
     protocol = next(filter(_is_protocol, (first, second)), None)
     if protocol is None:
         return "Rename one of them, or declare it in a base of both."
@@ -231,7 +231,7 @@ def _is_protocol(cls: type) -> bool:
     return bool(cls.__dict__.get("_is_protocol", False))
 
 
-def _check_order(cls: type) -> None:
+def _check_mixin_order(cls: type) -> None:
     loop = find_loop(cls)
     if loop is None:
         return

@@ -14,7 +14,7 @@ _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (com
 """What type checkers accept an `int` and a `float` for."""
 
 
-def disagreeing_batches(cls: type) -> str:
+def describe_type_mismatch(cls: type) -> str:
     """Describe a mixin whose batches or outputs are not those of the loop; empty where all agree.
 
     A mixin may take wider types than the loop gives (`object` takes anything); what cannot be decided at run time,
@@ -26,28 +26,28 @@ def disagreeing_batches(cls: type) -> str:
     for given in loops:
         for mixin, taken in takers:
             for what, narrow, wide in zip(("batches", "outputs"), given, taken, strict=False):
-                if not may_take(wide, narrow):
+                if not may_accept(wide, narrow):
                     return (
                         f"{cls.__name__}: the loop's {what} are {_text(narrow)}, and {mixin.__name__} takes "
-                        f"{_text(wide)}. {_advice(mixin, given)}"
+                        f"{_text(wide)}. {_suggest_fix(mixin, given)}"
                     )
     return ""
 
 
-def may_take(wide: Any, narrow: Any) -> bool:
+def may_accept(wide: Any, narrow: Any) -> bool:
     """Say whether a value of type `narrow` may be given where `wide` is taken; True where it cannot be decided.
 
     Example:
         >>> may_take(object, int), may_take(tuple[int, ...], tuple[int, int]), may_take(dict[str, int], tuple[int])
         (True, True, False)
     """
-    wide, narrow = _plain(wide), _plain(narrow)
+    wide, narrow = _strip_alias(wide), _strip_alias(narrow)
     if wide is Any or narrow is Any or wide is object or wide == narrow:
         return True
     if _is_union(narrow):
-        return all(may_take(wide, part) for part in get_args(narrow))
+        return all(may_accept(wide, part) for part in get_args(narrow))
     if _is_union(wide):
-        return any(may_take(part, narrow) for part in get_args(wide))
+        return any(may_accept(part, narrow) for part in get_args(wide))
     wide_class, narrow_class = get_origin(wide) or wide, get_origin(narrow) or narrow
     if not (isinstance(wide_class, type) and isinstance(narrow_class, type)):
         return True
@@ -55,25 +55,25 @@ def may_take(wide: Any, narrow: Any) -> bool:
         return True
     if wide_class not in (*narrow_class.__mro__, *_PROMOTED_TO.get(narrow_class, ())):
         return not _is_concrete(wide_class)
-    return _arguments_may_agree(wide, narrow) if wide_class is narrow_class else True
+    return _arguments_may_match(wide, narrow) if wide_class is narrow_class else True
 
 
-def _plain(annotation: Any) -> Any:
+def _strip_alias(annotation: Any) -> Any:
     """Return what an alias stands for, and a type without its annotations."""
     while hasattr(annotation, "__value__") or get_origin(annotation) is Annotated:
         annotation = annotation.__value__ if hasattr(annotation, "__value__") else annotation.__origin__
     return annotation
 
 
-def _arguments_may_agree(wide: Any, narrow: Any) -> bool:
+def _arguments_may_match(wide: Any, narrow: Any) -> bool:
     wide_arguments, narrow_arguments = get_args(wide), get_args(narrow)
     if not wide_arguments or not narrow_arguments:
         return True
     if (get_origin(wide) or wide) is tuple and wide_arguments[-1] is Ellipsis:
-        return all(may_take(wide_arguments[0], part) for part in narrow_arguments if part is not Ellipsis)
+        return all(may_accept(wide_arguments[0], part) for part in narrow_arguments if part is not Ellipsis)
     if len(wide_arguments) != len(narrow_arguments):
         return Ellipsis in narrow_arguments
-    return all(may_take(w, n) for w, n in zip(wide_arguments, narrow_arguments, strict=True))
+    return all(may_accept(w, n) for w, n in zip(wide_arguments, narrow_arguments, strict=True))
 
 
 def _bases_with_arguments(cls: type, arguments: tuple[Any, ...]) -> Iterator[tuple[type, tuple[Any, ...], type]]:
@@ -99,7 +99,7 @@ def _substitute(annotation: Any, bound: dict[Any, Any]) -> Any:
     return annotation[tuple(bound.get(p, p) for p in parameters)]
 
 
-def with_defaults(cls: Any, arguments: Any) -> tuple[Any, ...]:
+def fill_type_defaults(cls: Any, arguments: Any) -> tuple[Any, ...]:
     """Add the defaults of the type parameters that are left out; the typing module leaves names in them unresolved."""
     given = arguments if isinstance(arguments, tuple) else (arguments,)
     parameters: tuple[Any, ...] = cls.__parameters__
@@ -122,7 +122,7 @@ def _is_concrete(cls: type) -> bool:
     return not getattr(cls, "__abstractmethods__", None)
 
 
-def _advice(mixin: type, given: tuple[Any, ...]) -> str:
+def _suggest_fix(mixin: type, given: tuple[Any, ...]) -> str:
     if getattr(mixin, "__parameters__", ()):
         types_of_loop = ", ".join(map(_text, given[:2]))  # the third says what samples there are
         return f"Write the loop's types after it, `{mixin.__name__}[{types_of_loop}]`, if its hooks can take them."

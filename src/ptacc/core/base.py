@@ -1,4 +1,4 @@
-"""`Components`: what every trainer has, and what its users may ask of it outside of the loop."""
+"""`TrainerBase`: what every trainer has, and what its users may ask of it outside of the loop."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class TrainerState:
 
     Args:
         run: The current run, or the last one.
-        bare_model: The user's model, while a wrapped one stands in its place.
+        unwrapped_model: The user's model, while a wrapped one stands in its place.
         runtime: The accelerator and the processes, once they were needed.
-        process: The process that needed them; a fork of it needs its own.
-        runs: How many runs were begun.
+        runtime_pid: The process that needed them; a fork of it needs its own.
+        num_runs: How many runs were begun.
     """
 
     run: Run | None = None
-    bare_model: nn.Module | None = None
+    unwrapped_model: nn.Module | None = None
     runtime: tuple[AcceleratorProtocol, DistributedRuntime] | None = None
-    process: int = 0
-    runs: int = 0
+    runtime_pid: int = 0
+    num_runs: int = 0
 
 
-class Components(Composable):
+class TrainerBase(Composable):
     """What every trainer has: the model and its optimizer, the processes and their devices, and the run.
 
     Options:
@@ -91,7 +91,7 @@ class Components(Composable):
     @property
     def unwrapped_model(self) -> nn.Module:
         """The user's bare model; within a run, `model` is the wrapped one."""
-        return self.model if self._state.bare_model is None else self._state.bare_model
+        return self.model if self._state.unwrapped_model is None else self._state.unwrapped_model
 
     def _set_model(self, model: nn.Module) -> None:
         """Put `model` in the place of the option, which type checkers take for the user's own."""
@@ -211,13 +211,13 @@ class Components(Composable):
         """Write this mixin's settings of the accelerator: `super()` first, then `builder.write(MyMixin, ...)`."""
 
     def _runtime(self) -> tuple[AcceleratorProtocol, DistributedRuntime]:
-        if self._state.runtime is None or self._state.process != os.getpid():
+        if self._state.runtime is None or self._state.runtime_pid != os.getpid():
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
-            self._state.runtime, self._state.process = accelerator_for(self, builder), os.getpid()
+            self._state.runtime, self._state.runtime_pid = accelerator_for(self, builder), os.getpid()
         return self._state.runtime
 
 
-def get_distributed_runtime(trainer: Components) -> DistributedRuntime:
+def get_distributed_runtime(trainer: TrainerBase) -> DistributedRuntime:
     """Return what mixins reach as `self._distributed`, for functions outside of the trainer."""
     return trainer._distributed  # noqa: SLF001

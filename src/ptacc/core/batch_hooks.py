@@ -54,5 +54,5 @@ class BatchMixin(Mixin, BatchHooks[BatchT, OutputT]):
 
     _role: ClassVar[Role] = "batch mixin"
 
-    def _takes_the_batches_of_the_loop(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
+    def _batch_types_must_match_the_loop(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
         """Exist for type checkers, which refuse a mixin whose batches are not those of the loop."""

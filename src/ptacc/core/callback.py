@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec
 
 from typing_extensions import TypeVar, override
 
-from ptacc.composition.guards import check_known_hooks
+from ptacc.composition.guards import check_hooks_are_declared
 from ptacc.run.history import StepResult
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
@@ -34,7 +34,7 @@ class Callback(Generic[TrainerT_contra]):
     @override
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        check_known_hooks(cls)
+        check_hooks_are_declared(cls)
 
     def monitors(self) -> tuple[Monitor, ...]:
         """Return the values that this callback watches; their names are checked before the first step."""

@@ -14,10 +14,10 @@ from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import StepOutput
-from ptacc.validation import closest, value_text
+from ptacc.validation import did_you_mean, value_text
 
 
-def check_bare(owner: str, model: nn.Module) -> None:
+def check_not_wrapped(owner: str, model: nn.Module) -> None:
     """Raise `ModelError` for a model that is wrapped already."""
     marks = ("_orig_mod", "_fsdp_wrapped_module")  # what torch.compile and FSDP keep the bare model under
     if isinstance(model, DistributedDataParallel | DataParallel) or any(hasattr(model, mark) for mark in marks):
@@ -132,7 +132,9 @@ def check_monitor(monitored: Monitor, known: Collection[str], owner: object, opt
     if monitored.name in known:
         return
     is_evaluated = any(name == "eval_loss" or name.endswith("/loss") for name in known)
-    hint = closest(monitored.name, known) if is_evaluated else "No eval_dataset was given, so nothing is evaluated. "
+    hint = (
+        did_you_mean(monitored.name, known) if is_evaluated else "No eval_dataset was given, so nothing is evaluated. "
+    )
     raise MonitorError(
         f"{type(owner).__name__}({option}={monitored.name!r}): nobody reports this value. {hint}"
         f"There are: {', '.join(sorted(known))}."

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.base import Components
+from ptacc.core.base import TrainerBase
 from ptacc.core.callback import Callback, Events
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.ddp import TorchEngine
@@ -24,7 +24,7 @@ from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 
-class TrainerCore(Components):
+class TrainerCore(TrainerBase):
     """What every trainer and every mixin is: components, and the hooks of a run's life."""
 
     _role: ClassVar[Role] = "core"
@@ -238,7 +238,7 @@ class Mixin(TrainerCore):
 
     _role: ClassVar[Role] = "mixin"
 
-    def _mixins_stand_before_the_loop(self) -> int:
+    def _mixins_must_come_before_the_loop(self) -> int:
         """Exist for type checkers, which refuse a mixin behind the loop: there this returns `object`."""
         return 0
 

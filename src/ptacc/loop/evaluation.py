@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.composition.type_arguments import with_defaults
+from ptacc.composition.type_arguments import fill_type_defaults
 from ptacc.core.batch_hooks import BatchHooks
-from ptacc.core.checks import check_bare, check_eval_output
+from ptacc.core.checks import check_eval_output, check_not_wrapped
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
@@ -49,7 +49,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
         def __class_getitem__(cls, arguments: Any) -> Any:
             """Let a type parameter that is left out be its default, also where that names an earlier parameter."""
-            return super().__class_getitem__(with_defaults(cls, arguments))
+            return super().__class_getitem__(fill_type_defaults(cls, arguments))
 
     # ---- what to override
 
@@ -91,7 +91,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             OptionError: A count below 1.
         """
         with self._distributed.synced("evaluate()") as told:
-            check_bare(type(self).__name__, self.unwrapped_model)
+            check_not_wrapped(type(self).__name__, self.unwrapped_model)
             check_call("evaluate", dataset, collate_fn, options)
             limit = limit_from_environment(options.get("limit_batches"))
             sources = self._eval_sources(dataset, collate_fn, options, limit)
@@ -201,7 +201,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
         """Iterate over (index in the dataset, output): in loading order, the same on every process."""
         with self._distributed.synced("predict()") as told:
-            check_bare(type(self).__name__, self.unwrapped_model)
+            check_not_wrapped(type(self).__name__, self.unwrapped_model)
             if isinstance(dataset, Mapping):
                 raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
             check_call("predict", dataset, collate_fn, options)
@@ -288,12 +288,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
         bare = self.model
         remembered = ModelState.capture(bare)
-        self._state.bare_model = bare
+        self._state.unwrapped_model = bare
         try:
             yield
         finally:
             self._set_model(bare)
-            self._state.bare_model = None
+            self._state.unwrapped_model = None
             remembered.restore(bare)
             forget_prepared(accelerator)
 

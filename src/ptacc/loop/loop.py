@@ -17,7 +17,7 @@ from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import Callback, overrides
-from ptacc.core.checks import check_bare, check_callbacks, check_output
+from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
 from ptacc.data.transfer import Transfer, transfer_to
 from ptacc.distributed.failure import CoordinatedExit
@@ -65,11 +65,11 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     default_callbacks: Sequence[Callback[Self]] = field(default_factory=default_callbacks)
 
-    def _mixins_stand_before_the_loop(self) -> object:
+    def _mixins_must_come_before_the_loop(self) -> object:
         """Exist for type checkers: see `Mixin`."""
         return None
 
-    def _takes_the_batches_of_the_loop(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
+    def _batch_types_must_match_the_loop(self, batch: BatchT, output: StepOutput[OutputT]) -> None:
         """Exist for type checkers: see `BatchMixin`."""
 
     @override
@@ -208,7 +208,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """
         with self._distributed.synced("train()"):
             self._check_not_running()
-            check_bare(type(self).__name__, self.model)
+            check_not_wrapped(type(self).__name__, self.model)
             check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
             asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
         with self._wrapped_model():
@@ -252,7 +252,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return explain(self, samples, per_device_batch_size, (num_epochs, max_steps))
 
     def _check_not_running(self) -> None:
-        if self._state.bare_model is not None:
+        if self._state.unwrapped_model is not None:
             raise NestedRunError(
                 f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
                 "Call it after that has ended, or make a second trainer."

@@ -44,7 +44,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run is given, and make its state; no weight is touched."""
         distributed = self._distributed
-        self._state.runs += 1
+        self._state.num_runs += 1
         with distributed.failing_together("drawing a seed"):
             saved = self.find_resume_state()
             seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed

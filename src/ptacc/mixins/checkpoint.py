@@ -197,12 +197,12 @@ class CheckpointMixin(Mixin):
         return self._resumption.saved_run(with_file="history" not in self.resume_ignore)
 
     def _find(self) -> CheckpointRef | None:
-        is_first = self._state.runs == 1
+        is_first = self._state.num_runs == 1
         return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
         directory = parse_path(self.checkpoint_dir).absolute()
-        number = self._state.runs
+        number = self._state.num_runs
         return store_at(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
 
     @override

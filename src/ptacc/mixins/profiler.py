@@ -16,7 +16,7 @@ from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import ObservedSource
 from ptacc.errors import OptionError
-from ptacc.profiling.trace import Profile, StepProfiler, marked_calls, marked_loading
+from ptacc.profiling.trace import Profile, StepProfiler, annotate_calls, annotate_loading
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
 from ptacc.validation import check_at_least
@@ -113,13 +113,13 @@ class ProfilerMixin(Mixin):
         make = functools.partial(make_profiler, self)
         profiler = StepProfiler(make, functools.partial(report, self), self.profile_repeat)
         self.run[PROFILER] = profiler
-        with super().around_run(), profiler.marks:
+        with super().around_run(), profiler.ranges:
             mark_ranges(self, profiler)
             profiler.start()
             try:
                 yield
             except BaseException:
-                profiler.is_broken_off = True
+                profiler.was_interrupted = True
                 raise
             finally:
                 profiler.stop()
@@ -167,7 +167,7 @@ def make_profiler(trainer: ProfilerMixin, take: Callable[[profile], None]) -> pr
 def report(trainer: ProfilerMixin, profiler: profile, steps: int) -> Profile | None:
     """Write the trace of a cycle that saw so many steps, and print its table on rank 0."""
     num_steps = steps - trainer.profile_wait - trainer.profile_warmup
-    if not num_steps and not trainer.run[PROFILER].is_broken_off:
+    if not num_steps and not trainer.run[PROFILER].was_interrupted:
         return None
     first = trainer.progress.steps - num_steps + 1
     found = Profile(first, num_steps, format_table(trainer, profiler), write_trace(trainer, profiler, first))
@@ -207,9 +207,9 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
 def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
     """Mark the parts of steps until there is no more to see."""
     written = {method: name for method, name in OF_THE_TRAINER.items() if not is_empty(trainer, method)}
-    profiler.marks.enter_context(marked_calls(trainer, written))
-    profiler.marks.enter_context(marked_calls(trainer.run.engine, OF_THE_ENGINE))
-    trainer.run.data = ObservedSource(trainer.run.data, functools.partial(marked_loading, profiler, DATA))
+    profiler.ranges.enter_context(annotate_calls(trainer, written))
+    profiler.ranges.enter_context(annotate_calls(trainer.run.engine, OF_THE_ENGINE))
+    trainer.run.data = ObservedSource(trainer.run.data, functools.partial(annotate_loading, profiler, DATA))
 
 
 def is_empty(trainer: TrainerCore, method: str) -> bool:

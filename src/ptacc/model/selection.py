@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from ptacc.errors import ModelError, OptionError
-from ptacc.validation import closest, value_text
+from ptacc.validation import did_you_mean, value_text
 
 Choice: TypeAlias = type[nn.Module] | str
 SHOWN = 10
@@ -80,7 +80,7 @@ def unmatched(choice: Choice, model: nn.Module, submodules: dict[str, nn.Module]
     by_name = isinstance(choice, str)
     asked = repr(choice) if isinstance(choice, str) else choice.__name__
     known = list(submodules) if by_name else sorted({type(module).__name__ for module in submodules.values()})
-    hint = closest(choice if isinstance(choice, str) else choice.__name__, known)
+    hint = did_you_mean(choice if isinstance(choice, str) else choice.__name__, known)
     shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
     return (
         f"{type(model).__name__} calls no submodule that {'has the name' if by_name else 'is a'} {asked}. {hint}"

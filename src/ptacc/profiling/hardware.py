@@ -29,7 +29,7 @@ sparsity, twice as large.
 """
 
 
-def known_peak(device: torch.device) -> float | None:
+def find_peak_flops(device: torch.device) -> float | None:
     """Return what a device can do in a second in bf16 or fp16; None where that is not known."""
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -44,7 +44,7 @@ def peak_host_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def start_counting() -> FlopCounterMode:
+def start_flop_counter() -> FlopCounterMode:
     """Count floating-point operations from here on."""
     from torch.utils.flop_counter import FlopCounterMode
 

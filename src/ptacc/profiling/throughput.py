@@ -105,28 +105,28 @@ class ThroughputCounter:
     steps: int = 0
     items: float = 0
     samples: int | None = 0
-    waited: float = 0.0
+    data_seconds: float = 0.0
     seconds: float = 0.0
-    since: float | None = None
+    started_at: float | None = None
 
     def start(self, now: float) -> None:
         """Start the stopwatch, unless it is running."""
-        self.since = now if self.since is None else self.since
+        self.started_at = now if self.started_at is None else self.started_at
 
     def stop(self, now: float) -> None:
         """Stop it."""
-        self.seconds, self.since = self.seconds_until(now), None
+        self.seconds, self.started_at = self.elapsed(now), None
 
-    def seconds_until(self, now: float) -> float:
+    def elapsed(self, now: float) -> float:
         """Return what it shows."""
-        return self.seconds + (0.0 if self.since is None else max(now - self.since, 0.0))
+        return self.seconds + (0.0 if self.started_at is None else max(now - self.started_at, 0.0))
 
     def add_step(self, items: float, samples: int | None, waited: float) -> None:
         """Count a step."""
-        self.steps, self.items, self.waited = self.steps + 1, self.items + items, self.waited + waited
+        self.steps, self.items, self.data_seconds = self.steps + 1, self.items + items, self.data_seconds + waited
         self.samples = None if self.samples is None or samples is None else self.samples + samples
 
-    def between(self, earlier: ThroughputCounter, step: int, now: float) -> ThroughputRecord:
+    def record_since(self, earlier: ThroughputCounter, step: int, now: float) -> ThroughputRecord:
         """Return what was counted since an earlier count, until the step `step`."""
         known = self.samples is not None and earlier.samples is not None
         return ThroughputRecord(
@@ -134,6 +134,6 @@ class ThroughputCounter:
             steps=self.steps - earlier.steps,
             items=self.items - earlier.items,
             samples=(self.samples or 0) - (earlier.samples or 0) if known else None,
-            seconds=self.seconds_until(now) - earlier.seconds,
-            data_seconds=self.waited - earlier.waited,
+            seconds=self.elapsed(now) - earlier.seconds,
+            data_seconds=self.data_seconds - earlier.data_seconds,
         )

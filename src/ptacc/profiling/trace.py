@@ -40,7 +40,7 @@ class StepProfiler:
 
     Attributes:
         marks: What is undone when there is no more to see.
-        is_broken_off: Whether an exception ended the run, so that what it was at is of interest.
+        was_interrupted: Whether an exception ended the run, so that what it was at is of interest.
         profiles: One for each cycle that was recorded.
     """
 
@@ -58,8 +58,8 @@ class StepProfiler:
             cycles: How many.
         """
         self._make, self._report, self._cycles = make, report, cycles
-        self.marks = contextlib.ExitStack()
-        self.is_broken_off = False
+        self.ranges = contextlib.ExitStack()
+        self.was_interrupted = False
         self.profiles: list[Profile] = []
         self._profiler: profile | None = None
         self._steps, self._is_recorded = 0, False
@@ -73,7 +73,7 @@ class StepProfiler:
         """Start a cycle."""
         # Each has a profiler of its own: one for all would keep, or lose, the events of the cycle before.
         self._steps, self._is_recorded = 0, False
-        self._profiler = self._make(self._take)
+        self._profiler = self._make(self._keep_profile)
         self._profiler.start()
 
     def step(self) -> None:
@@ -88,7 +88,7 @@ class StepProfiler:
             if self._cycles:
                 self.start()
             else:
-                self.marks.close()
+                self.ranges.close()
 
     def stop(self) -> None:
         """End a cycle where it is, and keep what it has recorded."""
@@ -96,7 +96,7 @@ class StepProfiler:
         if profiler is not None:
             profiler.stop()
 
-    def _take(self, profiler: profile) -> None:
+    def _keep_profile(self, profiler: profile) -> None:
         self._is_recorded = True
         if (found := self._report(profiler, self._steps)) is not None:
             self.profiles.append(found)
@@ -106,12 +106,12 @@ class StepProfiler:
 
 
 @contextlib.contextmanager
-def marked_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
+def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
     """Surround the calls of an object's methods by ranges; at the block's end it has the attributes that it had."""
     own = {name: value for name, value in vars(owner).items() if name in ranges}
     for method, name in ranges.items():
         called = getattr(owner, method)
-        vars(owner)[method] = Patch(called, functools.partial(call_within, name, called))
+        vars(owner)[method] = Patch(called, functools.partial(call_in_range, name, called))
     try:
         yield
     finally:
@@ -120,13 +120,13 @@ def marked_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
         vars(owner).update(own)
 
 
-def call_within(name: str, called: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def call_in_range(name: str, called: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call a function within a range."""
     with record_function(name):
         return called(*args, **kwargs)
 
 
-def marked_loading(profiler: StepProfiler, name: str, batches: Batches) -> Batches:
+def annotate_loading(profiler: StepProfiler, name: str, batches: Batches) -> Batches:
     """Surround the loading of each batch by a range, as long as there is more to see."""
     while profiler.is_on:
         with record_function(name):

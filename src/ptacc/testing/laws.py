@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptacc.composition.guards import COOPERATIVE
+from ptacc.composition.guards import COOPERATIVE_SHAPES
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
@@ -61,7 +61,7 @@ def check_overrides_reach_behind(mixin: type[Mixin], options: Options) -> None:
         break
     shapes = declared_hooks(Probe)  # a base of the mixin may declare hooks of its own, behind which no probe can be
     own = {name for base in mixin.__mro__ if is_users(base, mixin) for name in base.__dict__}
-    for name in sorted(own & {name for name, shape in shapes.items() if shape in COOPERATIVE}):
+    for name in sorted(own & {name for name, shape in shapes.items() if shape in COOPERATIVE_SHAPES}):
         assert name in trainer.heard, f"{mixin.__name__}.{name} does not reach the class behind it: call super()"
 
 
@@ -123,7 +123,7 @@ def _passing_on(name: str) -> Callable[..., Any]:
 
 
 for _name, _shape in declared_hooks(Probe).items():
-    if _shape in COOPERATIVE:
+    if _shape in COOPERATIVE_SHAPES:
         setattr(Probe, _name, _passing_on(_name))
 
 
