@@ -1,81 +1,81 @@
-"""The exceptions of ptacc. Every one of them says what was given, what is needed and what to do.
+"""The exceptions that ptacc raises. Each message says what was given, what is needed and what to do.
 
 ```
 PtaccError
-├── CompositionError (TypeError)      a class statement that cannot be right
-├── OptionError (ValueError)          an option or argument with a value that cannot be right
-│   ├── DataError                     data that is missing, empty or not what it says
-│   ├── ModelError                    a model or optimizer that cannot be trained as given
-│   ├── SchedulerError                a schedule on another optimizer, or shorter than the run
-│   └── MonitorError                  a monitored value that nobody reports
-├── LossError (ValueError)            a step returned something that cannot be minimised
-├── NoRunError (RuntimeError)         the state of a run was asked for before there was a run
-├── NestedRunError (RuntimeError)     a `train()` within a `train()`
-├── RankFailedError (RuntimeError)    another process of the launch failed, or was killed
-├── CollectiveError (RuntimeError)    a call that is for all processes was made on some of them
+├── CompositionError (TypeError)      an invalid class definition
+├── OptionError (ValueError)          an option or argument with an invalid value
+│   ├── DataError                     data that is missing, empty or inconsistent
+│   ├── ModelError                    a model or optimizer that cannot be trained
+│   ├── SchedulerError                a schedule for another optimizer, or shorter than the run
+│   └── MonitorError                  a monitored value that is not reported
+├── LossError (ValueError)            a step returned an invalid loss or output
+├── NoRunError (RuntimeError)         the state of a run was read before the first run
+├── NestedRunError (RuntimeError)     `train()` was called within a run
+├── RankFailedError (RuntimeError)    another rank failed or was killed
+├── CollectiveError (RuntimeError)    a call for all ranks was made on some of them only
 ├── CheckpointError                   a checkpoint that cannot be written or read
-│   ├── DamagedCheckpointError        files that are not what was written
-│   └── MissingPartError              a part that a run needs and a checkpoint does not have
+│   ├── DamagedCheckpointError        a file that is missing or was changed
+│   └── MissingPartError              a checkpoint without a part that the run needs
 └── LaunchError (RuntimeError)        the launch and the trainer disagree
-    └── AcceleratorConflictError      two trainers of one process want different accelerators
+    └── AcceleratorConflictError      two trainers of one process need different accelerators
 ```
 """
 
 
 class PtaccError(Exception):
-    """The root of every exception that ptacc raises on purpose."""
+    """Base class of the exceptions that ptacc raises."""
 
 
 class CompositionError(PtaccError, TypeError):
-    """A class statement that cannot be right: found when the class is made, before anything runs."""
+    """A class definition is invalid. Raised when the class is defined, before anything runs."""
 
 
 class OptionError(PtaccError, ValueError):
-    """An option or an argument with a value that cannot be right."""
+    """An option or argument has an invalid value."""
 
 
 class DataError(OptionError):
-    """Data that is missing, empty, or not what it says it is."""
+    """Data is missing, empty, or does not have the length or the form that it claims."""
 
 
 class ModelError(OptionError):
-    """A model or an optimizer that cannot be trained as given."""
+    """A model or an optimizer cannot be trained."""
 
 
 class SchedulerError(OptionError):
-    """A schedule that drives another optimizer, or that ends before the run does."""
+    """A schedule is for another optimizer, or ends before the run does."""
 
 
 class MonitorError(OptionError):
-    """A monitored value that neither the trainer nor its mixins report."""
+    """A monitored value is reported neither by the trainer nor by its mixins."""
 
 
 class LossError(PtaccError, ValueError):
-    """A training step returned something that cannot be minimised."""
+    """A training or evaluation step returned an invalid loss or output."""
 
 
 class NoRunError(PtaccError, RuntimeError):
-    """The state of a run was asked for before there was a run."""
+    """The state of a run was read before the first call of `train()`."""
 
 
 class NestedRunError(PtaccError, RuntimeError):
-    """`train()` was called within a `train()` of the same trainer."""
+    """`train()` was called within a run, an evaluation or a prediction of the same trainer."""
 
 
 class RankFailedError(PtaccError, RuntimeError):
-    """Another process of the launch failed, or was killed; the message says which, where and why."""
+    """Another rank failed or was killed. The message names the rank, the place and the cause."""
 
 
 class CollectiveError(PtaccError, RuntimeError):
-    """A call that all processes make together was made on some of them only; the message says where."""
+    """A call that every rank must make was made on some of them only. The message says where."""
 
 
 class CheckpointError(PtaccError):
-    """A checkpoint that cannot be written, or not be read."""
+    """A checkpoint cannot be written or read."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing, or is not what was written."""
+    """A file of a checkpoint is missing, or its content was changed."""
 
 
 class MissingPartError(CheckpointError):
@@ -83,8 +83,8 @@ class MissingPartError(CheckpointError):
 
 
 class LaunchError(PtaccError, RuntimeError):
-    """The way the script was launched and the trainer disagree."""
+    """The launch and the options of the trainer disagree."""
 
 
 class AcceleratorConflictError(LaunchError):
-    """Two trainers of one process ask for accelerators that cannot both exist."""
+    """Two trainers of one process need accelerators with different settings."""

@@ -1,6 +1,7 @@
-"""Types to annotate with: protocols of what users pass and what mixins add, type aliases, keyword dictionaries.
+"""Types for annotations: protocols, type aliases and keyword dictionaries.
 
-Functions and callbacks ask for a protocol, not for a mixin: `Callback[SupportsMetrics]` fits any trainer with metrics.
+Annotate callbacks and functions with a protocol, not with a mixin: a `Callback[SupportsMetrics]` works with every
+trainer that has metrics.
 """
 
 import ptacc.public

@@ -1,4 +1,4 @@
-"""Where a public name is found: `__module__` of the classes that a public module re-exports."""
+"""Makes re-exported classes name the public module that they are imported from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 def set_public_module(module: str, names: Iterable[str]) -> None:
-    """Set `__module__` of the classes that `module` re-exports, for reprs and the reference.
+    """Set `__module__` of the classes that `module` re-exports, as shown in reprs and the reference.
 
-    Annotations are resolved first: they are strings that only the defining module can evaluate. Functions keep their
-    module, by which `typing.get_overloads` finds their overloads.
+    Annotations are evaluated first, since they are strings that refer to names of the defining module. Functions keep
+    their `__module__`, which `typing.get_overloads` uses to find their overloads.
     """
     for name in names:
         value = vars(sys.modules[module])[name]

@@ -1,4 +1,4 @@
-"""Checks of single values, for options and arguments alike."""
+"""Checks of the values of options and arguments, and how values appear in messages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from ptacc.errors import OptionError
 
 
 def check_at_least(owner: str, name: str, value: object, least: int, advice: str = "") -> None:
-    """Raise `OptionError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise OptionError(f"{owner}({name}={value!r}): must be a whole number, at least {least}. {advice}".rstrip())
-    if int(value) < least:
-        raise OptionError(f"{owner}({name}={value!r}): must be at least {least}. {advice}".rstrip())
+    """Raise `OptionError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise OptionError(f"{owner}({name}={value!r}): must be an integer of at least {least}. {advice}".rstrip())
 
 
-def check_choice(owner: str, name: str, value: object, choices: Collection[object], otherwise: str) -> None:
-    """Raise `OptionError` unless `value` is one of `choices`, or None, which stands for `otherwise`."""
+def check_choice(owner: str, name: str, value: object, choices: Collection[object], default: str) -> None:
+    """Raise `OptionError` unless `value` is one of `choices`, or None, which stands for `default`."""
     if value is not None and value not in choices:
         listed = ", ".join(map(repr, choices))
-        raise OptionError(f"{owner}({name}={value!r}): must be one of {listed}, or None for {otherwise}.")
+        raise OptionError(f"{owner}({name}={value!r}): must be one of {listed}, or None for {default}.")
 
 
 def check_positive(owner: str, name: str, value: object, advice: str = "") -> None:
@@ -36,14 +34,14 @@ _VALUE_WIDTH = 40
 
 
 def check_keywords(call: str, given: Collection[str], known: Collection[str], advice: str = "") -> None:
-    """Raise `TypeError` for keywords that a call does not have, as Python does, with the one that was meant."""
+    """Raise `TypeError` for a keyword that is not in `known`, with the closest one that is."""
     for name in given:
         if name not in known:
             raise TypeError(f"{call} has no keyword {name!r}. {did_you_mean(name, known)}{advice}".rstrip())
 
 
 def value_text(value: object) -> str:
-    """Write a value in a few characters.
+    """Return a short text for a value: its `repr` if that is short, otherwise its name or the name of its type.
 
     Example:
         >>> from torch import nn
@@ -58,6 +56,6 @@ def value_text(value: object) -> str:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return "Did you mean ...? " with the known name that is nearest; empty where none is near."""
+    """Return "Did you mean ...? " with the closest known name; empty if none is close."""
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"Did you mean `{found[0]}`? " if found else ""

@@ -1,3 +1,3 @@
-"""Callbacks: one concern, one file. They need `TrainerCore` or a protocol, and never a mixin."""
+"""Callbacks, one per file. They depend on `TrainerCore` or on a protocol, not on mixins."""
 
 from ptacc.callbacks.defaults import default_callbacks as default_callbacks

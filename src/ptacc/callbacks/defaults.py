@@ -1,4 +1,4 @@
-"""The callbacks that every trainer starts with."""
+"""The default callbacks of every trainer."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from ptacc.core.hooks import TrainerCore
 
 
 def default_callbacks() -> list[Callback[TrainerCore]]:
-    """Make a progress bar, printed metrics, and a stop at the first loss that is no number."""
+    """Create the default callbacks: `StopOnNonFinite`, `ProgressBar` and `PrintMetrics`."""
     return [StopOnNonFinite(), ProgressBar(), PrintMetrics()]

@@ -1,4 +1,4 @@
-"""Stop at a loss that is no number."""
+"""Stop a run whose loss becomes NaN or infinite."""
 
 from __future__ import annotations
 
@@ -15,59 +15,55 @@ from ptacc.types.outputs import EpochRecord, EvalResult
 
 
 class AsyncScalarReader:
-    """The value of a scalar on the device, as of the last step whose copy has arrived; nobody waits for it."""
+    """Reads a scalar from a device without synchronising: the value may be some steps old."""
 
     def __init__(self, device: torch.device) -> None:
-        """Read from `device`."""
         self._is_on_host = device.type == "cpu"
         self._copied: torch.cuda.Event | None = None
         pin = device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.float64, pin_memory=pin)
         self._view = self._host.numpy()
-        self._seen: Tensor | None = None
+        self._source: Tensor | None = None
 
     def read(self, value: Tensor) -> float:
-        """Return the value if it is at hand, or what arrived last, and ask for the present one."""
+        """Return the last value that was copied to the host, 0 while a copy is running; then start the next copy."""
         if self._is_on_host:
-            if self._seen is not value:  # a view costs no operation, making one does
-                self._seen, self._view = value, value.numpy()
+            if self._source is not value:  # reading through a view runs no operation, but creating it does
+                self._source, self._view = value, value.numpy()
             return float(self._view)
         if self._copied is None or self._copied.query():  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            arrived = float(self._view)
+            copied = float(self._view)
             self._host.copy_(value, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
-            return arrived
+            return copied
         return 0.0
 
 
 class StopOnNonFinite(Callback[TrainerCore]):
-    """Stops a run whose loss became NaN or infinite, in training or in evaluation; `history.stop_reason` tells where.
+    """Stops a run when a training or evaluation loss becomes NaN or infinite; `history.stop_reason` says where.
 
-    It looks at the epoch's running sum, which stays non-finite once it is, and reads it without waiting for the
-    device: on a GPU the run stops a step late.
+    It reads the epoch's running sum of losses, which stays non-finite once it is, without synchronising the device:
+    on a GPU the run stops one step late.
     """
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        """Read the new epoch's sum from its start."""
         self._reader = AsyncScalarReader(trainer.device)
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        """Look at what has arrived."""
         if not math.isfinite(self._reader.read(trainer.run.epoch.losses.total)):
             trainer.stop(f"non-finite loss at step {step.step}")
 
     @override
     def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
-        """Look at the loss of an evaluation within the run."""
         if trainer.is_running and not math.isfinite(result.loss):
             which = f"evaluation {name!r}" if name else "evaluation"
             trainer.stop(f"non-finite loss in the {which} after step {trainer.progress.steps}")
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        """Look at the whole epoch, whose last steps had not arrived."""
+        # The losses of the last steps may not have been copied in `on_step_end`.
         if record.items and not math.isfinite(record.train_loss):
             trainer.stop(f"non-finite loss in epoch {record.epoch}")

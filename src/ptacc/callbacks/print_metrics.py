@@ -1,4 +1,4 @@
-"""Printed metrics."""
+"""Print a table of epochs."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ WIDTH = 10
 
 
 class PrintMetrics(Callback[TrainerCore]):
-    """Prints a row for each epoch, on rank 0: the epoch, its steps, every value it reported, and its seconds."""
+    """Prints a row for each epoch, on rank 0: the epoch, the step, every reported value, and the seconds.
+
+    Args:
+        file: The file to print to, by default standard output.
+    """
 
     def __init__(self, *, file: TextIO | None = None) -> None:
-        """Print to `file`, standard output if not given."""
         self._file = file
         self._columns: list[str] = []
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        """Begin a new table."""
         self._columns = []
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        """Print the epoch's row, with a header above where there are new columns."""
         if trainer.distributed.rank != 0:
             return
         values = record.values()
-        if not values.keys() <= set(self._columns):
+        if not values.keys() <= set(self._columns):  # print a new header
             self._columns = list(dict.fromkeys([*self._columns, *values]))
             self._print(["epoch", "step", *self._columns, "seconds"])
-        row = [number(values[name], name) if name in values else "" for name in self._columns]
+        row = [format_number(values[name], name) if name in values else "" for name in self._columns]
         self._print([str(record.epoch), str(record.step), *row, f"{record.seconds:.2f}"])
 
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
-        """Say why a run was stopped."""
         if trainer.history.stop_reason is not None and trainer.distributed.rank == 0:
             print(f"stopped after step {trainer.progress.steps}: {trainer.history.stop_reason}", file=self._file)
 
@@ -50,11 +50,11 @@ class PrintMetrics(Callback[TrainerCore]):
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), file=self._file)
 
 
-def number(value: float, name: str = "") -> str:
-    """Write a value in five significant digits, a learning rate in three.
+def format_number(value: float, name: str = "") -> str:
+    """Return a value with five significant digits, a learning rate with three.
 
     Example:
-        >>> number(0.123456), number(0.123456, "learning_rate")
+        >>> format_number(0.123456), format_number(0.123456, "learning_rate")
         ('0.12346', '0.123')
     """
     return f"{value:.3g}" if name == "learning_rate" else f"{value:.5g}"

@@ -1,4 +1,4 @@
-"""A progress bar."""
+"""Show a progress bar."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from ptacc.validation import check_at_least
 
 
 class ProgressBar(Callback[TrainerCore]):
-    """Shows a bar for each epoch: loss, learning rate, items a second, time left. Rank 0 alone, and in a terminal only.
+    """Shows a bar for each epoch, on rank 0: loss, learning rate, items per second and remaining time.
 
-    The loss is the mean over the epoch so far of this process's part, read from the device each `every` steps.
+    The loss is the mean over rank 0's items of the epoch so far. It is read from the device every `every` steps.
+
+    Args:
+        every: Steps between two updates, at least 1.
+        file: The file to write to, by default standard error.
+        shown: Whether to show the bar, by default if `file` is a terminal.
+
+    Raises:
+        OptionError: `every` is less than 1.
     """
 
     def __init__(self, *, every: int = 10, file: TextIO | None = None, shown: bool | None = None) -> None:
-        """Make a bar.
-
-        Args:
-            every: Steps between two updates, at least 1.
-            file: Where to write; standard error if not given.
-            shown: Whether to show it; if not given, where `file` is a terminal.
-
-        Raises:
-            OptionError: `every` is below 1.
-        """
         check_at_least("ProgressBar", "every", every, 1)
         self._every, self._file, self._shown = every, file, shown
         self._bar: tqdm[NoReturn] | None = None
@@ -40,7 +38,6 @@ class ProgressBar(Callback[TrainerCore]):
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        """Open the epoch's bar."""
         file = self._file or sys.stderr
         shown = file.isatty() if self._shown is None else self._shown
         if shown and trainer.distributed.rank == 0:
@@ -59,7 +56,6 @@ class ProgressBar(Callback[TrainerCore]):
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        """Move on, and show what is known each `every` steps."""
         if self._bar is None or step.step % self._every:
             return
         losses, bar = trainer.run.epoch.losses, self._bar
@@ -74,24 +70,20 @@ class ProgressBar(Callback[TrainerCore]):
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        """Close the epoch's bar."""
         self._close()
 
     @override
     def on_evaluation_start(self, trainer: TrainerCore, name: str) -> None:
-        """Say that an evaluation is under way."""
         if self._bar is not None:
             self._bar.set_description_str(f"evaluating {name}".rstrip())
 
     @override
     def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
-        """Say that the epoch goes on."""
         if self._bar is not None:
             self._bar.set_description_str(self._title)
 
     @override
     def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
-        """Leave the terminal as it should be."""
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Save whenever a value becomes better."""
+"""Save a checkpoint whenever a monitored value improves."""
 
 from __future__ import annotations
 
@@ -15,49 +15,42 @@ from ptacc.types.protocols import StateDict, SupportsCheckpoint
 
 
 class SaveBest(Callback[SupportsCheckpoint]):
-    """Has the run saved after each evaluation of the run's own that is the best so far, whatever the cadence.
+    """Saves a checkpoint after each scheduled evaluation of a run that is the best so far.
 
-    The newest such checkpoint is always kept: it is labelled with the value's name.
+    Checkpoints are labelled with the name of the value. The newest one with that label is never deleted.
+
+    Args:
+        monitor: The name of an evaluated value, or a `Monitor`.
+        mode: Whether a lower or a higher value is better; a `Monitor` has its own mode.
 
     Attributes:
         best_value: The best value so far, NaN before the first.
     """
 
     def __init__(self, monitor: str | Monitor, mode: Mode = "min") -> None:
-        """Watch a value of an evaluation.
-
-        Args:
-            monitor: The value's name or handle.
-            mode: Whether less or more is better; a handle knows that itself.
-        """
         self.best_value: float = math.nan
-        self._monitored = as_monitor(monitor, mode)
+        self._monitor = as_monitor(monitor, mode)
 
     @override
     def monitors(self) -> tuple[Monitor, ...]:
-        """Return the value watched."""
-        return (self._monitored,)
+        return (self._monitor,)
 
     @override
     def on_run_start(self, trainer: SupportsCheckpoint) -> None:
-        """Forget an earlier run."""
         self.best_value = math.nan
 
     @override
     def on_evaluation_end(self, trainer: SupportsCheckpoint, name: str, result: EvalResult) -> None:
-        """Ask for a checkpoint if this is the best."""
-        value = result.values(name).get(self._monitored.name, math.nan)
-        is_the_runs_own = (
-            isinstance(trainer, TrainerCore) and trainer.is_running and trainer.run.is_scheduled_evaluation
-        )
-        if is_the_runs_own and self._monitored.is_better(value, than=self.best_value):
+        value = result.values(name).get(self._monitor.name, math.nan)
+        is_scheduled = isinstance(trainer, TrainerCore) and trainer.is_running and trainer.run.is_scheduled_evaluation
+        if is_scheduled and self._monitor.is_better(value, than=self.best_value):
             self.best_value = value
-            trainer.save_checkpoint(label=self._monitored.name)
+            trainer.save_checkpoint(label=self._monitor.name)
 
     def state_dict(self) -> StateDict:
-        """Return the best value."""
+        """Return the state for a checkpoint."""
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a best value."""
+        """Restore the state of a checkpoint."""
         self.best_value = state_dict["best_value"]

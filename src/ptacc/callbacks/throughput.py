@@ -1,4 +1,4 @@
-"""How fast training is."""
+"""Measure the speed of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
-from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter
+from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter, stop_flop_counter
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
 from ptacc.run.history import StepResult
 from ptacc.types.outputs import EpochRecord
@@ -24,23 +24,40 @@ from ptacc.validation import check_at_least, check_positive
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-REPORTS_IN_MEMORY = 1000
+RECORDS_IN_MEMORY = 1000
 
 
 class Throughput(Callback[TrainerCore]):
-    """Tells how fast training is: items, samples and steps a second, waiting for data, use of the device, memory.
+    """Measures items, samples and steps per second, the time spent waiting for data, FLOPS utilisation and memory.
 
-    At the end of each epoch, or every `every` steps, it makes a `ThroughputRecord` of the steps since the last one. Its
-    values are logged by that step, so that the history has them. `reports` has the last 1,000 of them, and
-    `summary()` covers the whole run.
+    At the end of each epoch, or every `every` steps, a `ThroughputRecord` covers the steps since the last one. Its
+    values are logged with that step and appear in the history. `reports` has the last 1,000 records, and `summary()`
+    covers the whole run.
 
-    Time is the host's. A device works behind the host, by as much as its queue holds; so the host waits for it once at
-    each report and before each evaluation, and in no other step: over the steps in between, the loop is as fast as the
-    slower of both. Nothing is read from the device.
+    The measured time is training: loading the batches of a step, its forward and backward passes, its update, and the
+    hooks and callbacks that follow it. Not measured are evaluations, checkpoints, the time between two epochs, and the
+    first `warmup` steps.
 
-    What counts is training: loading a step's data, its batches, its update, and what hooks and callbacks do after it.
-    Evaluations do not count, checkpoints neither, nor what happens between two epochs, nor the first `warmup` steps. A
-    checkpoint's time begins where the host has ended the step; what the device still had to do then counts as its own.
+    Time is measured on the host, which synchronises with the device once per record and before each evaluation. Steps
+    in between run asynchronously, as without this callback. For a checkpoint, the measurement stops when the host ends
+    the step, without synchronising: what the device has left to do then counts as time of the checkpoint.
+
+    Args:
+        every: Steps between two records, at least 1; by default there is one record per epoch, and for data without a
+            length one at the end of the run. An epoch ends with a record of its remaining steps. The history has the
+            mean of an epoch's records.
+        warmup: The number of steps at the start of a run that are not measured, at least 0.
+        flops_per_item: Floating-point operations of the forward and backward passes per item that the loss is a mean
+            over. For a transformer, about 6 times the number of parameters per token.
+        measure_flops: Whether to count these operations in the first step if `flops_per_item` is not given. It uses
+            torch's `FlopCounterMode`, which counts matrix products and convolutions, but not those in compiled
+            kernels, and which counts recomputed forward passes: for compiled models and models with activation
+            checkpointing, give `flops_per_item`.
+        peak_flops: Floating-point operations per second of one device in the precision of the run; by default from a
+            table of GPUs for bf16 and fp16, otherwise unknown.
+
+    Raises:
+        OptionError: A number is out of range.
     """
 
     def __init__(
@@ -52,24 +69,6 @@ class Throughput(Callback[TrainerCore]):
         measure_flops: bool = False,
         peak_flops: float | None = None,
     ) -> None:
-        """Report the speed of training.
-
-        Args:
-            every: Steps between two reports, at least 1; if not given, there is one at the end of each epoch, and on
-                data without a length one at the run's end. An epoch ends with a report of the steps that are left; its
-                record in the history has the mean of its reports.
-            warmup: Steps at the start of a run that are left out, at least 0.
-            flops_per_item: Floating-point operations of the forward and backward pass, for each item that the loss is a
-                mean over. For a transformer about 6 times its parameters for each token.
-            measure_flops: Whether to count these operations in the run's first step, where they were not given: what
-                torch's `FlopCounterMode` knows, matrix products and convolutions. It sees neither into the kernels of
-                a compiler nor which passes were made twice: for compiled or checkpointed models, give them.
-            peak_flops: What one device can do of them in a second, in the precision of the run; if not given, from a
-                small table of GPUs for bf16 and fp16, and unknown for others.
-
-        Raises:
-            OptionError: A number that cannot be right.
-        """
         owner = "Throughput"
         if every is not None:
             check_at_least(owner, "every", every, 1)
@@ -78,37 +77,36 @@ class Throughput(Callback[TrainerCore]):
             if value is not None:
                 check_positive(owner, name, value)
         self._every, self._warmup, self._given_peak = every, warmup, peak_flops
-        self._given_flops, self._measures = flops_per_item, measure_flops and flops_per_item is None
+        self._given_flops, self._measures_flops = flops_per_item, measure_flops and flops_per_item is None
         self._reset()
 
     def _reset(self) -> None:
-        self._tally, self._reported = ThroughputCounter(), ThroughputCounter()
-        self._reports: deque[ThroughputRecord] = deque(maxlen=REPORTS_IN_MEMORY)
-        self._device, self._is_alone = torch.device("cpu"), True
+        self._counter, self._last_counter = ThroughputCounter(), ThroughputCounter()
+        self._records: deque[ThroughputRecord] = deque(maxlen=RECORDS_IN_MEMORY)
+        self._device, self._is_single_process = torch.device("cpu"), True
         self._peak: float | None = None
-        self._flops = self._given_flops
-        self._counter: FlopCounterMode | None = None
-        self._samples: int | None = 0  # of the present step, and of what was loaded for the next
-        self._loaded: int | None = 0
-        self._waited, self._ended, self._step = 0.0, 0.0, 0
+        self._flops_per_item = self._given_flops
+        self._flop_counter: FlopCounterMode | None = None
+        self._samples: int | None = 0
+        self._samples_of_next_step: int | None = 0
+        self._data_seconds, self._step_ended_at, self._step = 0.0, 0.0, 0
         self._is_in_epoch, self._is_warm = False, self._warmup == 0
 
     @property
     def reports(self) -> Sequence[ThroughputRecord]:
-        """The last 1,000 reports of the present run, or of the last one."""
-        return tuple(self._reports)
+        """The last 1,000 records of the current run, or of the last one."""
+        return tuple(self._records)
 
     def summary(self) -> ThroughputRecord:
-        """Return what the present run, or the last one, did so far after its warm-up: all of it in one stretch."""
-        return self._with_hardware(self._tally.record_since(ThroughputCounter(), self._step, self._ended))
+        """Return one record for all measured steps of the current run, or of the last one."""
+        return self._with_hardware(self._counter.record_since(ThroughputCounter(), self._step, self._step_ended_at))
 
-    # ---- what is heard
+    # ---- events
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        """Begin anew."""
         self._reset()
-        self._device, self._is_alone = trainer.device, trainer.distributed.world_size == 1
+        self._device, self._is_single_process = trainer.device, trainer.distributed.world_size == 1
         peak = self._given_peak
         if peak is None and is_in_half_precision(trainer):
             peak = find_peak_flops(trainer.device)
@@ -117,122 +115,103 @@ class Throughput(Callback[TrainerCore]):
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        """Heed how data is loaded, from here on."""
         self._is_in_epoch = True
 
     @override
     def on_step_start(self, trainer: TrainerCore) -> None:
-        """Know the step's samples, and count the operations of the first step."""
-        self._samples, self._loaded = self._loaded, 0
-        if self._measures and self._flops is None:
-            self._stop_counting()  # of a step that the scaler skipped
-            self._counter = start_flop_counter()
+        self._samples, self._samples_of_next_step = self._samples_of_next_step, 0
+        if self._measures_flops and self._flops_per_item is None:
+            self._stop_flop_counter()  # the gradient scaler may have skipped the step before
+            self._flop_counter = start_flop_counter()
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        """Count the step, and report where it is time to."""
-        if self._counter is not None:
-            self._flops = self._stop_counting() * trainer.distributed.world_size / step.items
-        self._tally.add_step(step.items, self._samples, self._waited)
-        self._waited, self._step, self._ended = 0.0, step.step, time.perf_counter()
-        if not self._is_warm:
-            self._warm_up()
-        elif self._is_due(trainer):
-            self._report(step)
+        if self._flop_counter is not None:
+            self._flops_per_item = self._stop_flop_counter() * trainer.distributed.world_size / step.items
+        self._counter.add_step(step.items, self._samples, self._data_seconds)
+        self._data_seconds, self._step, self._step_ended_at = 0.0, step.step, time.perf_counter()
+        steps = self._counter.steps - self._last_counter.steps
+        if not self._is_warm and steps == self._warmup:
+            self._counter, self._is_warm = ThroughputCounter(started_at=self._synchronized_time()), True
+        elif self._is_warm and (steps == self._every or trainer.run.is_epoch_complete or trainer.run.is_done()):
+            self._record(step)
 
     @override
     def on_evaluation_start(self, trainer: TrainerCore, name: str) -> None:
-        """Stop the watch."""
         self._pause()
 
     @override
     def on_prediction_start(self, trainer: TrainerCore) -> None:
-        """Stop the watch."""
         self._pause()
 
     @override
     def on_save(self, trainer: TrainerCore, path: Path) -> None:
-        """Have the watch stopped at the end of the step, after which this was saved."""
-        self._tally.stop(self._ended)
+        self._counter.stop(self._step_ended_at)
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        """Have the watch stopped at the end of the epoch's last step."""
-        self._tally.stop(self._ended)
-        self._is_in_epoch, self._waited = False, 0.0
+        self._counter.stop(self._step_ended_at)
+        self._is_in_epoch, self._data_seconds = False, 0.0
 
     @override
     def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
-        """Leave nothing behind."""
-        self._stop_counting()
-        self._tally.stop(self._ended)
+        self._stop_flop_counter()
+        self._counter.stop(self._step_ended_at)
 
-    # ---- how it is done
+    # ---- measuring
 
     def _time_loading(self, batches: Batches) -> Batches:
-        """Take the time that each batch is waited for."""
-        if not self._is_in_epoch:  # somebody else has a use for the data, after the last step
+        """Measure how long each batch of an epoch takes to load, and count its samples."""
+        if not self._is_in_epoch:  # the data is used for something else, after the last step
             yield from batches
             return
         while True:
-            asked = time.perf_counter()
-            self._tally.start(asked)
+            started_at = time.perf_counter()
+            self._counter.start(started_at)
             batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
+            self._data_seconds += time.perf_counter() - started_at
             if batch is None:
                 return
-            samples = batch.samples if self._is_alone and batch.total is None else batch.total
-            self._loaded = None if self._loaded is None or samples is None else self._loaded + samples
+            samples = batch.samples if self._is_single_process and batch.total is None else batch.total
+            loaded = self._samples_of_next_step
+            self._samples_of_next_step = None if loaded is None or samples is None else loaded + samples
             yield batch
 
     def _pause(self) -> None:
-        if self._tally.started_at is not None:
-            self._tally.stop(self._synchronized_time())
+        if self._counter.started_at is not None:
+            self._counter.stop(self._synchronized_time())
 
-    def _warm_up(self) -> None:
-        if self._tally.steps == self._warmup:
-            self._tally, self._is_warm = ThroughputCounter(started_at=self._synchronized_time()), True
-
-    def _is_due(self, trainer: TrainerCore) -> bool:
-        steps = self._tally.steps - self._reported.steps
-        return steps == self._every or trainer.run.is_epoch_complete or trainer.run.is_done()
-
-    def _report(self, step: StepResult) -> None:
+    def _record(self, step: StepResult) -> None:
         now = self._synchronized_time()
-        self._tally.stop(now)
-        report = self._with_hardware(self._tally.record_since(self._reported, step.step, now))
-        self._reported = replace(self._tally)
-        self._tally.start(now)
-        self._reports.append(report)
-        step.logged |= report.values()
+        self._counter.stop(now)
+        record = self._with_hardware(self._counter.record_since(self._last_counter, step.step, now))
+        self._last_counter = replace(self._counter)
+        self._counter.start(now)
+        self._records.append(record)
+        step.logged |= record.values()
 
     def _synchronized_time(self) -> float:
-        """Return the time at which the device has done all that it was given."""
+        """Return the time after the device has finished its queued work."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
-    def _with_hardware(self, counted: ThroughputRecord) -> ThroughputRecord:
-        on_device = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+    def _with_hardware(self, record: ThroughputRecord) -> ThroughputRecord:
+        device_memory = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
         return replace(
-            counted,
-            flops_per_item=self._flops,
+            record,
+            flops_per_item=self._flops_per_item,
             peak_flops=self._peak,
             host_memory=peak_host_memory(),
-            device_memory=on_device,
+            device_memory=device_memory,
         )
 
-    def _stop_counting(self) -> int:
-        """Return the operations that were counted."""
-        counter, self._counter = self._counter, None
-        if counter is None:
-            return 0
-        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        return counter.get_total_flops()
+    def _stop_flop_counter(self) -> int:
+        counter, self._flop_counter = self._flop_counter, None
+        return 0 if counter is None else stop_flop_counter(counter)
 
 
 def is_in_half_precision(trainer: TrainerCore) -> bool:
-    """Say whether products are in bf16 or fp16: by autocast, or since the model is."""
-    halves = {torch.bfloat16, torch.float16}
-    by_itself = {parameter.dtype for parameter in trainer.unwrapped_model.parameters()} <= halves
-    return by_itself or trainer.accelerator.mixed_precision in ("bf16", "fp16")
+    """Return whether matrix products are in bf16 or fp16, by autocast or by the dtype of the model."""
+    dtypes = {parameter.dtype for parameter in trainer.unwrapped_model.parameters()}
+    return dtypes <= {torch.bfloat16, torch.float16} or trainer.accelerator.mixed_precision in ("bf16", "fp16")

@@ -1,1 +1,1 @@
-"""How a class statement becomes a trainer: option fields and checks of the class body."""
+"""What happens when a trainer class is defined: options become fields, and the class is checked."""

@@ -1,7 +1,7 @@
-"""Composition: options are dataclass fields, mixins are combined by a class statement, and guards read that statement.
+"""`Composable`, the root class of trainers and mixins: it makes each subclass a dataclass and checks it.
 
-`Composable` is an empty root on purpose: type checkers treat the class that carries `dataclass_transform` as a marker
-and do not see fields of its own (PEP 681).
+`Composable` declares no fields: type checkers ignore the fields of the class that carries `dataclass_transform`
+(PEP 681).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Shape: TypeAlias = Literal["default", "factory", "fold", "around", "event", "any
 
 
 def hook(shape: Shape) -> Callable[[FunctionT], FunctionT]:
-    """Declare a hook and how its overrides combine.
+    """Declare a hook, and how its overrides combine.
 
     Args:
-        shape: `"event"`, `"around"`, `"fold"` and `"any-of"` are cooperative: every override calls `super()`, which a
-            guard checks at the class statement. `"default"` and `"factory"` may be replaced whole.
+        shape: Overrides of `"event"`, `"around"`, `"fold"` and `"any-of"` hooks must call `super()`; this is checked
+            when their class is defined. Overrides of `"default"` and `"factory"` hooks may leave it out.
 
     Example:
         >>> class Mine(Composable):
@@ -45,17 +45,17 @@ def hook(shape: Shape) -> Callable[[FunctionT], FunctionT]:
 
 
 def replaces_super(function: FunctionT) -> FunctionT:
-    """Mark an override of a cooperative hook that leaves out `super()` on purpose, for it and all behind it."""
+    """Mark an override that does not call `super()` on purpose: it replaces the overrides of the classes behind it."""
     function.__dict__["__ptacc_replaces__"] = True
     return function
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
 class Composable(ABC):
-    """The root of everything that is composed from mixins.
+    """The root class of trainers and mixins.
 
-    A subclass becomes a dataclass by its statement alone: each annotated name is an option, and so a keyword of the
-    one constructor. What no type checker sees in that statement, guards refuse with `CompositionError`.
+    Each subclass becomes a dataclass: every annotated name of its body is an option, which is a keyword of the
+    constructor. `CompositionError` is raised for mistakes in a class definition that type checkers cannot find.
     """
 
     @override
@@ -65,34 +65,34 @@ class Composable(ABC):
         check_class_statement(cls)
         with use_nearest_defaults(cls):
             dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
-        type.__setattr__(cls, "__init__", _record_given_options(cls.__init__))  # the dataclass made it just now
+        type.__setattr__(cls, "__init__", _record_given_options(cls.__init__))  # `dataclass` has just generated it
         check_composition(cls, Composable)
 
     def __post_init__(self) -> None:
-        """Run every class's own `check_options`, the base classes' first."""
+        """Call `check_options` of every class, base classes first."""
         if type(self).__hash__ is None:
             raise CompositionError(
-                f"{type(self).__name__} is compared by value, and so has no hash: trainers are told apart by identity. "
-                "Leave out @dataclass, since annotated names are options without it, or your own __eq__."
+                f"{type(self).__name__} defines equality without a hash, and trainers are compared by identity. Leave "
+                "out @dataclass (annotated names are options without it), or your own __eq__."
             )
         for base in reversed(type(self).__mro__):
             if "check_options" in base.__dict__:
                 base.__dict__["check_options"](self)
 
     def check_options(self) -> None:
-        """Raise `OptionError` for values that cannot be right.
+        """Raise `OptionError` if an option of this class has an invalid value.
 
-        Each class checks its own options and nothing else; all of these run, with no `super()`.
+        The constructor calls this method of every class in the MRO. Check the options that your class declares, and
+        do not call `super()`.
         """
 
     def given_options(self) -> frozenset[str]:
-        """Return the names of the options that the constructor was given."""
+        """Return the names of the options that were passed to the constructor."""
         given: frozenset[str] = vars(self)["_given_options"]
         return given
 
     @override
     def __repr__(self) -> str:
-        """Show the options that were given, each in a few characters, but those that are no one's business."""
         hidden = {option.name for option in _fields(self) if not option.repr}
         given = vars(self).get("_given_options", frozenset()) - hidden
         shown = (f"{name}={value_text(value)}" for name, value in vars(self).items() if name in given)
@@ -100,12 +100,12 @@ class Composable(ABC):
 
     @override
     def __getstate__(self) -> dict[str, object]:
-        """Leave out of copies and pickles what belongs to one object alone, such as its run."""
+        """Leave fields that are not options, such as the run, out of copies and pickles."""
         private = {option.name for option in _non_option_fields(self)}
         return {name: value for name, value in vars(self).items() if name not in private}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Take over the options, and make anew what belongs to one object alone."""
+        """Set the options, and create new values of the fields that are not options."""
         vars(self).update(state)
         for option in _non_option_fields(self):
             if option.default_factory is not dataclasses.MISSING:
@@ -113,35 +113,35 @@ class Composable(ABC):
 
 
 def _non_option_fields(composed: Composable) -> list[dataclasses.Field[Any]]:
-    """Return the fields that are no options: `_name: ... = field(init=False)`."""
+    """Return the private fields, declared as `_name: ... = field(init=False)`."""
     return [field for field in _fields(composed) if field.name.startswith("_") and not field.init]
 
 
 def _fields(composed: Composable) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(composed)  # type: ignore[arg-type]  # it is decorated when its class statement is run
+    return dataclasses.fields(composed)  # type: ignore[arg-type]  # `__init_subclass__` makes it a dataclass
 
 
 def _record_given_options(init: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a constructor so that the names of the options it was given are kept, for `explain()`."""
+    """Wrap a constructor: it raises `TypeError` for unknown keywords, and records which options were passed."""
 
     @functools.wraps(init)
-    def remember(self: Composable, *args: object, **options: object) -> None:
-        fields = [field for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
+    def recording_init(self: Composable, *args: object, **options: object) -> None:
+        fields = [field for field in _fields(self) if field.init]
         known = {field.name for field in fields}
         check_keywords(type(self).__name__, options, known, _suggest_mixin(options.keys() - known))
         positional = [field.name for field in fields if not field.kw_only]
         vars(self)["_given_options"] = frozenset(positional[: len(args)]) | frozenset(options)
         init(self, *args, **options)
 
-    return remember
+    return recording_init
 
 
-def _suggest_mixin(names: Collection[str]) -> str:
-    """Say which mixin has the first of some unknown options, empty where none has."""
-    waiting = Composable.__subclasses__() if names else []
-    for cls in waiting:
-        waiting += cls.__subclasses__()
-        for name in names:
+def _suggest_mixin(unknown: Collection[str]) -> str:
+    """Name a mixin that declares one of the unknown options; empty if there is none."""
+    remaining = Composable.__subclasses__() if unknown else []
+    for cls in remaining:
+        remaining += cls.__subclasses__()
+        for name in unknown:
             if name in own_annotations(cls) and is_mixin(cls):
                 return f"{name} is an option of {cls.__name__}: compose it."
     return ""

@@ -1,4 +1,4 @@
-"""Options: the annotated names of class bodies, how they are inherited, and what no type checker sees wrong in them."""
+"""Options: the annotated names of class bodies, how they are inherited, and checks of how they are declared."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ _INIT_VARIABLE = re.compile(r"\s*(?:\w+\s*\.\s*)*InitVar\b")
 _METRIC_METHODS = ("update", "compute", "reset")
 
 
-# ---- reading
-
-
 def own_annotations(cls: type) -> dict[str, Any]:
-    """Return the annotations of the class body itself, unevaluated where they are strings."""
+    """Return the annotations of the class body itself; those that are strings are not evaluated."""
     return dict(get_annotations(cls, format=Format.FORWARDREF))
 
 
 def inherited_options(cls: type) -> dict[str, Field[Any]]:
-    """Return the options of the bases by name, each as the class that stands nearest in the MRO declares it."""
+    """Return the options of the bases by name, each as declared by the nearest class in the MRO."""
     options: dict[str, Field[Any]] = {}
     for base in reversed(cls.__mro__[1:]):
         if "__dataclass_fields__" in base.__dict__:
@@ -41,7 +38,10 @@ def inherited_options(cls: type) -> dict[str, Field[Any]]:
 
 
 def is_method(cls: type, name: str, value: object) -> bool:
-    """Say whether a class body defines `value` as a method or property; a function that it assigns is a value."""
+    """Return whether a class body defines `value` as a method or property.
+
+    A function that the class body assigns is not a method: it may be the default of an option.
+    """
     function = unwrap_function(value)
     if function is None or isinstance(value, classmethod):
         return isinstance(value, property | functools.cached_property | classmethod)
@@ -49,7 +49,7 @@ def is_method(cls: type, name: str, value: object) -> bool:
 
 
 def unwrap_function(value: object) -> Callable[..., Any] | None:
-    """Return the function that a member of a class is, or is a static or class method of; None for anything else."""
+    """Return the function of a method, static method or class method; None for any other member of a class."""
     value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     return value if inspect.isfunction(value) else None
 
@@ -58,9 +58,13 @@ def unwrap_function(value: object) -> Callable[..., Any] | None:
 
 
 def prepare_annotations(cls: type) -> None:
-    """Make `option = value` a new default of an inherited option, and class variables known to `dataclass`."""
+    """Prepare the annotations of a class for `dataclass`.
+
+    `option = value` without an annotation becomes a new default of an inherited option. Every spelling of `ClassVar`
+    becomes one that `dataclass` recognises.
+    """
     annotations = own_annotations(cls)
-    changed = {name: _resolve_class_var(cls, annotation) for name, annotation in annotations.items()}
+    prepared = {name: _resolve_class_var(cls, annotation) for name, annotation in annotations.items()}
     inherited = inherited_options(cls)
     for name, value in cls.__dict__.items():
         if name not in inherited or name in annotations or is_method(cls, name, value):
@@ -68,65 +72,66 @@ def prepare_annotations(cls: type) -> None:
         if not has_default(inherited[name]):
             text = value_text(value)
             raise CompositionError(
-                f"{cls.__name__}.{name} = {text}: the option {name} has no default that this could change, and type "
-                f"checkers go on asking for it. Annotate it: `{name}: {type_text(inherited[name].type)} = {text}`."
+                f"{cls.__name__}.{name} = {text}: the option {name} has no default, and without an annotation type "
+                f"checkers still require it. Annotate it: `{name}: {type_text(inherited[name].type)} = {text}`."
             )
-        changed[name] = _get_declared_type(cls, inherited[name])
-    if changed != annotations:
-        cls.__annotations__ = changed
+        prepared[name] = _get_declared_type(cls, inherited[name])
+    if prepared != annotations:
+        cls.__annotations__ = prepared
 
 
 @contextlib.contextmanager
 def use_nearest_defaults(cls: type) -> Iterator[None]:
-    """Have a dataclass that is made in this block take each inherited option from the nearest class in the MRO.
+    """Make `dataclass`, applied within the block, inherit each option from the nearest class that declares it.
 
-    By itself it takes all options of a base at once, those that the base only inherited, too: beside a mixin that sets
-    `callbacks`, any other mixin in front would bring back the default of the core.
+    By itself, `dataclass` copies all fields of a base at once, including those that the base only inherited. With
+    `class T(AMPMixin, Quiet, Trainer)`, where `Quiet` sets a new default of `callbacks`, the default that `AMPMixin`
+    inherited from the core would win.
     """
-    taken: dict[str, Field[Any]] = {}
+    by_dataclass: dict[str, Field[Any]] = {}
     for base in reversed(cls.__mro__[1:]):
-        taken |= base.__dict__.get("__dataclass_fields__", {})
-    own = own_annotations(cls)
-    nearer = {n: option for n, option in inherited_options(cls).items() if n not in own and taken[n] is not option}
-    if nearer:
-        cls.__annotations__ = own | {name: option.type for name, option in nearer.items()}
-    for name, option in nearer.items():
+        by_dataclass |= base.__dict__.get("__dataclass_fields__", {})
+    own, nearest = own_annotations(cls), inherited_options(cls)
+    changed = {name: option for name, option in nearest.items() if name not in own and by_dataclass[name] is not option}
+    if changed:
+        cls.__annotations__ = own | {name: option.type for name, option in changed.items()}
+    for name, option in changed.items():
         setattr(cls, name, option)
     yield
-    for name in nearer:
+    for name in changed:
         del cls.__annotations__[name]
         if name in cls.__dict__:
             delattr(cls, name)
 
 
 def has_default(option: Field[Any]) -> bool:
-    """Say whether an option may be left out."""
+    """Return whether an option may be left out."""
     return option.default is not MISSING or option.default_factory is not MISSING
 
 
 def _resolve_class_var(cls: type, annotation: Any) -> Any:
-    """Return `ClassVar` itself where it is spelt in a string, which `dataclass` reads in a few spellings only."""
-    spelt = _CLASS_VARIABLE.fullmatch(type_text(annotation)) if isinstance(annotation, str | ForwardRef) else None
+    """Return `ClassVar` for a string that names it; `dataclass` recognises only some spellings in strings."""
+    match = _CLASS_VARIABLE.fullmatch(type_text(annotation)) if isinstance(annotation, str | ForwardRef) else None
     class_var: Any = ClassVar
-    if spelt is None:
+    if match is None:
         return annotation
-    return class_var[ForwardRef(spelt["type"], module=cls.__module__)] if spelt["type"] else class_var
+    return class_var[ForwardRef(match["type"], module=cls.__module__)] if match["type"] else class_var
 
 
 def _get_declared_type(cls: type, option: Field[Any]) -> Any:
-    """Return the type of an inherited option, to be resolved in the module that declares it."""
+    """Return the type of an inherited option; a string is resolved in the module of the class that declares it."""
     if not isinstance(option.type, str):
         return option.type
     owner = next(base for base in cls.__mro__[1:] if option.name in own_annotations(base))
-    declared = own_annotations(owner)[option.name]  # resolved already, where the class is public
+    declared = own_annotations(owner)[option.name]  # already evaluated if the class is public
     return ForwardRef(declared, module=owner.__module__, is_class=True) if isinstance(declared, str) else declared
 
 
-# ---- guards
+# ---- checks
 
 
 def check_own_options(cls: type) -> None:
-    """Raise `CompositionError` for annotated names that are no options, or would take something else's place."""
+    """Raise `CompositionError` for annotated names that cannot be options, or that hide another member."""
     inherited = inherited_options(cls)
     for name, annotation in own_annotations(cls).items():
         if annotation is ClassVar or get_origin(annotation) is ClassVar:
@@ -135,25 +140,25 @@ def check_own_options(cls: type) -> None:
         _check_can_be_option(cls, name, annotation, default)
         if name == "model" and name in inherited:
             raise CompositionError(
-                f"{cls.__name__}.model: redeclaring it turns it keyword-only, so that {cls.__name__}(model, ...) "
-                "fails. Leave it out; where you need its own type, read it in a property of your own."
+                f"{cls.__name__}.model: redeclaring it makes it keyword-only, so that {cls.__name__}(model, ...) "
+                "fails. Leave it out; if you need its exact type, write a property that returns it."
             )
         if name not in inherited and any(_is_callable_member(base.__dict__.get(name)) for base in cls.__mro__[1:]):
             raise CompositionError(
-                f"{cls.__name__}.{name}: a base has a method or property of this name, and the option would take its "
-                "place. Give the option another name."
+                f"{cls.__name__}.{name}: a base has a method or property of this name, and the option would hide it. "
+                "Give the option another name."
             )
         _check_default(cls, name, default)
 
 
 def check_members_against_options(cls: type) -> None:
-    """Raise `CompositionError` for a method or property that is named like an inherited option."""
+    """Raise `CompositionError` for a method or property with the name of an inherited option."""
     options, annotated = inherited_options(cls), own_annotations(cls)
     for name, value in cls.__dict__.items():
         if name in options and name not in annotated and is_method(cls, name, value):
             kind = "property" if isinstance(value, property | functools.cached_property) else "method"
             raise CompositionError(
-                f"{cls.__name__}.{name}: {name} is an option, and this {kind} would take its place. "
+                f"{cls.__name__}.{name}: {name} is an option, and this {kind} would hide it. "
                 f"Give the {kind} another name."
             )
 
@@ -161,15 +166,15 @@ def check_members_against_options(cls: type) -> None:
 def _check_can_be_option(cls: type, name: str, annotation: object, default: object) -> None:
     if isinstance(annotation, InitVar) or annotation is InitVar or _INIT_VARIABLE.match(type_text(annotation)):
         raise CompositionError(
-            f"{cls.__name__}.{name}: InitVar makes a keyword that no `__init__` here can read. "
+            f"{cls.__name__}.{name}: only a `__post_init__` can read an InitVar, and trainers have none of their own. "
             f"Make it an option, `{name}: type = default`, and use it in `check_options` or a hook."
         )
-    takes_part = default.init if isinstance(default, Field) else True
-    if name.startswith("_") and takes_part:
+    is_keyword = default.init if isinstance(default, Field) else True
+    if name.startswith("_") and is_keyword:
         raise CompositionError(
             f"{cls.__name__}.{name}: an annotated name is an option, and this one would become the keyword "
-            f"{name!r} of the constructor. Write `{name}: ClassVar[...]` if it belongs to the class, "
-            f"`{name}: ... = field(init=False)` if to each trainer."
+            f"{name!r} of the constructor. Write `{name}: ClassVar[...]` if it belongs to the class, or "
+            f"`{name}: ... = field(init=False)` if it belongs to each trainer."
         )
 
 
@@ -179,24 +184,19 @@ def _check_default(cls: type, name: str, default: object) -> None:
         return
     is_metric = all(callable(getattr(value, method, None)) for method in _METRIC_METHODS)
     if isinstance(value, nn.Module) or is_metric or type(value).__hash__ is None:
-        made = f"{type(value).__name__}(...)"
+        new_value = f"{type(value).__name__}(...)"
         raise CompositionError(
-            f"{cls.__name__}.{name} = {made}: every trainer would share this one object. "
-            f"Write `{name}: ... = field(default_factory=lambda: {made})`."
+            f"{cls.__name__}.{name} = {new_value}: every trainer would share this object. "
+            f"Write `{name}: ... = field(default_factory=lambda: {new_value})`."
         )
 
 
-# ---- text
-
-
 def type_text(annotation: object) -> str:
-    """Write an annotation as it stands in source code."""
-    if isinstance(annotation, str):
-        return annotation
-    forward = getattr(annotation, "__forward_arg__", None)
-    if forward is not None:
-        return str(forward)
-    return annotation.__name__ if isinstance(annotation, type) and get_origin(annotation) is None else str(annotation)
+    """Return an annotation as it is written in source code."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation.__name__
+    text = str(getattr(annotation, "__forward_arg__", annotation))
+    return text.replace("torch.Tensor", "Tensor").replace("typing.", "")
 
 
 def _is_callable_member(value: object) -> bool:

@@ -1,7 +1,7 @@
-"""Guards: what no type checker sees in a class statement is refused there, with the line to write instead.
+"""Class-definition checks that type checkers cannot make; each error includes the fix.
 
-The checks read `__mro__` and `__dict__` only. They never call `issubclass`: between abstract base classes it can answer
-wrongly while a class is being made, and the wrong answer is cached.
+The checks read `__mro__` and `__dict__` and never call `issubclass`: while a class is being created, `issubclass` can
+return a wrong result for abstract base classes, and the result is cached.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from ptacc.validation import did_you_mean
 COOPERATIVE_SHAPES = frozenset({"event", "around", "fold", "any-of"})
 REPLACEABLE_SHAPES = frozenset({"default", "factory"})
 FALLBACK_HOOKS = frozenset({"make_engine"})
-"""Hooks whose overrides call `super()` where they have nothing to do, not to add to it."""
+"""Replaceable hooks whose overrides call `super()` only as a fallback: two overrides still exclude each other."""
 TYPE_CHECKER_MARKERS = frozenset({"_role", "_mixins_must_come_before_the_loop", "_batch_types_must_match_the_loop"})
-"""Defined in several classes on purpose: type checkers compare them, see `TrainingLoop`."""
+"""Defined in several classes on purpose, for type checkers to compare: see `Mixin` and `BatchMixin`."""
 CALLED_PER_CLASS = frozenset({"check_options"})
+"""Methods that are called on every class in the MRO, so that definitions do not conflict."""
 PYTHON_INTERNALS = frozenset({"_abc_impl", "_is_protocol", "_is_runtime_protocol"})
 _SUPER_CALL = {
     "event": "super().{name}({arguments})",
@@ -35,7 +36,7 @@ _SUPER_CALL = {
 
 
 def check_class_statement(cls: type) -> None:
-    """Raise `CompositionError` for what one class body cannot say."""
+    """Raise `CompositionError` for mistakes in one class body."""
     _check_no_constructor(cls)
     check_own_options(cls)
     check_members_against_options(cls)
@@ -43,13 +44,18 @@ def check_class_statement(cls: type) -> None:
 
 
 def check_composition(cls: type, root: type) -> None:
-    """Raise `CompositionError` for bases that cannot be combined, `root` being the one that all of ours have."""
+    """Raise `CompositionError` for bases that cannot be combined.
+
+    Args:
+        cls: The class that was just created.
+        root: `Composable`.
+    """
     _check_foreign_bases(cls, root)
     _check_name_conflicts(cls)
     _check_competing_overrides(cls)
     _check_mixin_order(cls)
-    if complaint := describe_type_mismatch(cls):
-        raise CompositionError(complaint)
+    if mismatch := describe_type_mismatch(cls):
+        raise CompositionError(mismatch)
 
 
 # ---- one class body
@@ -59,19 +65,19 @@ def _check_no_constructor(cls: type) -> None:
     for name in ("__init__", "__post_init__"):
         if name in cls.__dict__:
             raise CompositionError(
-                f"{cls.__name__}.{name}: options are annotated names in the class body, and the constructor is made "
-                "from them. Write `name: type = default` for an option, `check_options(self)` for checks, and "
-                "`on_run_start(self)` for what a run needs."
+                f"{cls.__name__}.{name}: the constructor is generated from the options, which are the annotated names "
+                "of the class body. Write `name: type = default` for an option, `check_options(self)` for checks, and "
+                "`on_run_start(self)` to set up a run."
             )
     if not calls_super(cls.__dict__.get("__init_subclass__")):
         raise CompositionError(
-            f"{cls.__name__}.__init_subclass__: never calls super(), so the options of subclasses would be lost. "
+            f"{cls.__name__}.__init_subclass__: never calls super(), so subclasses would have no options. "
             "Add `super().__init_subclass__(**keywords)`."
         )
 
 
 def check_hooks_are_declared(cls: type, advice: str = "") -> None:
-    """Refuse an `on_...` or `around_...` that no base declares: nothing would ever call it."""
+    """Raise `CompositionError` for an `on_...` or `around_...` method that no base declares as a hook."""
     annotated = own_annotations(cls)
     for name, value in cls.__dict__.items():
         if not name.startswith(("on_", "around_")) or name in annotated or not _is_callable(value):
@@ -79,13 +85,13 @@ def check_hooks_are_declared(cls: type, advice: str = "") -> None:
         declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
         if name not in declared and get_hook_shape(value) is None:
             raise CompositionError(
-                f"{cls.__name__}.{name}: no base declares this hook, so nothing would call it. "
-                f"{did_you_mean(name, declared)}Give a method of your own another name.{advice}"
+                f"{cls.__name__}.{name}: no base declares this hook, so it would never be called. "
+                f"{did_you_mean(name, declared)}Give a method that is not a hook another name.{advice}"
             )
 
 
 def _check_hooks(cls: type) -> None:
-    if get_role(cls) != "core":  # `on_main_process` is no hook, for all its name
+    if get_role(cls) != "core":  # the core's `on_main_process` is not a hook
         check_hooks_are_declared(cls, " To declare a new hook, decorate it with `@hook(...)`.")
     for name, value in cls.__dict__.items():
         declaring = next((base for base in cls.__mro__[1:] if get_hook_shape(base.__dict__.get(name))), None)
@@ -95,56 +101,58 @@ def _check_hooks(cls: type) -> None:
         if get_hook_shape(value) not in (None, shape):
             raise CompositionError(
                 f"{cls.__name__}.{name}: {declaring.__name__} declares this hook already, as {shape!r}, and an "
-                "override cannot change that. Leave out `@hook(...)`."
+                "override cannot change its shape. Leave out `@hook(...)`."
             )
         if shape in COOPERATIVE_SHAPES and not _replaces_super(value):
             _check_cooperative_override(cls, name, value, shape)
 
 
 def _check_cooperative_override(cls: type, name: str, value: object, shape: str) -> None:
-    """Raise `CompositionError` for an override of a cooperative hook that is not called, or stops there."""
+    """Raise `CompositionError` for an override of a cooperative hook that cannot run, or that never calls `super()`."""
     if not inspect.isfunction(value):
         raise CompositionError(
-            f"{cls.__name__}.{name}: a hook is a method, and this is a {type(value).__name__}. "
-            f"Write `def {name}(self, ...)`, which calls `super().{name}(...)`."
+            f"{cls.__name__}.{name}: a hook must be a method, and this is a {type(value).__name__}. "
+            f"Write `def {name}(self, ...)`, and call `super().{name}(...)` in it."
         )
     if inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value):
         raise CompositionError(
-            f"{cls.__name__}.{name}: hooks are called without await, so this would never run. Write `def`, not "
+            f"{cls.__name__}.{name}: hooks are called without await, so its body would never run. Write `def`, not "
             "`async def`."
         )
     if inspect.isgeneratorfunction(value):
-        mended = "Decorate it with `@contextlib.contextmanager`." if shape == "around" else "Take the `yield` out."
-        raise CompositionError(f"{cls.__name__}.{name}: it yields, and so does nothing when it is called. {mended}")
+        fix = "Decorate it with `@contextlib.contextmanager`." if shape == "around" else "Remove the `yield`."
+        raise CompositionError(
+            f"{cls.__name__}.{name}: it is a generator function, so calling it would not run its body. {fix}"
+        )
     if not calls_super(value, name):
         code = inspect.unwrap(value).__code__
         arguments = ", ".join(code.co_varnames[1 : code.co_argcount])
         call = _SUPER_CALL[shape].format(name=name, arguments=arguments)
         raise CompositionError(
-            f"{cls.__name__}.{name}: never calls super() for {name}, so the mixins behind it would not hear of it. "
-            f"Add `{call}`, or mark it `@replaces` if it is meant to stand for them all."
+            f"{cls.__name__}.{name}: never calls super().{name}, so {name} of the classes behind it would not run. "
+            f"Add `{call}`, or decorate it with `@replaces_super` to replace them on purpose."
         )
 
 
 def calls_super(value: object, name: str = "") -> bool:
-    """Say whether a function calls `super()`, seen through its decorators; True for what is no function.
+    """Return whether a method calls `super()`; decorators are unwrapped. True for a member that is not a function.
 
     Args:
         value: A member of a class.
-        name: The method that it has to call of what `super()` gives; any if empty.
+        name: The method of `super()` that must be called; any, if empty.
     """
     function = unwrap_function(value)
     if function is None:
         return True
     code = inspect.unwrap(function).__code__
     names = set(_names_in(code))
-    # In a class body, `super` makes `__class__` a free variable. A function from elsewhere names its class in the call.
+    # In a class body, `super` makes `__class__` a free variable. A function defined elsewhere calls `super(cls, self)`.
     has_super = "__class__" in code.co_freevars or "super" in names
     return has_super and (not name or not names.isdisjoint({name, "getattr"}))
 
 
 def get_hook_shape(value: object) -> str | None:
-    """Return the shape of the hook that a member of a class declares, None where it declares none."""
+    """Return the shape that `@hook(...)` declares for a member of a class, or None."""
     return getattr(unwrap_function(value), "__ptacc_shape__", None)
 
 
@@ -165,7 +173,7 @@ def _is_callable(value: object) -> bool:
     return callable(value) or isinstance(value, classmethod)
 
 
-# ---- classes together
+# ---- the bases together
 
 
 def _check_foreign_bases(cls: type, root: type) -> None:
@@ -175,9 +183,9 @@ def _check_foreign_bases(cls: type, root: type) -> None:
         own = {"__init__", "__post_init__"} & base.__dict__.keys()
         if own and (own != {"__init__"} or "__dataclass_fields__" not in base.__dict__):
             raise CompositionError(
-                f"{cls.__name__}: {base.__name__}.{min(own)} would never run, since the constructor is made from the "
-                f"options. Derive {base.__name__} from Mixin and make options of what it needs, or keep an instance of "
-                "it in an option."
+                f"{cls.__name__}: {base.__name__}.{min(own)} would never run, since the constructor is generated from "
+                f"the options. Derive {base.__name__} from Mixin and turn its arguments into options, or store an "
+                "instance of it in an option."
             )
 
 
@@ -193,13 +201,13 @@ def _check_name_conflicts(cls: type) -> None:
         for first, second in itertools.combinations(classes, 2):
             if not any(c in first.__mro__ and c in second.__mro__ for c in classes):
                 raise CompositionError(
-                    f"{cls.__name__}: {name} is declared by {first.__name__} and by {second.__name__}, who do not "
-                    f"know of each other, and {first.__name__}'s would silently win. {_suggest_fix(first, second)}"
+                    f"{cls.__name__}: {name} is declared by {first.__name__} and by {second.__name__}, which are "
+                    f"unrelated, and {first.__name__}'s would silently win. {_suggest_fix(first, second)}"
                 )
 
 
 def _check_competing_overrides(cls: type) -> None:
-    """Refuse two mixins that each answer, for all, what has one answer: which engine there is, for one."""
+    """Raise `CompositionError` for two mixins that both replace a hook with one result, such as `make_engine`."""
     mixins = [base for base in cls.__mro__ if is_mixin(base)]
     for first, second in itertools.combinations(mixins, 2):
         if second in first.__mro__:
@@ -207,23 +215,24 @@ def _check_competing_overrides(cls: type) -> None:
         for name in first.__dict__.keys() & second.__dict__.keys():
             shape = next(filter(None, (get_hook_shape(base.__dict__.get(name)) for base in second.__mro__)), None)
             value = first.__dict__[name]
-            adds = calls_super(value, name) and name not in FALLBACK_HOOKS
-            if shape in REPLACEABLE_SHAPES and not adds and not _replaces_super(value):
+            refines = calls_super(value, name) and name not in FALLBACK_HOOKS
+            if shape in REPLACEABLE_SHAPES and not refines and not _replaces_super(value):
                 names = " and ".join(_get_composed_name(cls, mixin) for mixin in (first, second))
                 raise CompositionError(
-                    f"{cls.__name__}: {names} both stand for {name}(), and only one of them can. Compose one of them."
+                    f"{cls.__name__}: {names} both define {name}(), and only one of them can take effect. Compose one "
+                    "of them."
                 )
 
 
 def _get_composed_name(cls: type, mixin: type) -> str:
-    """Return the name by which a mixin, maybe the base of several, was composed into `cls`."""
+    """Return the name of the mixin that brings `mixin` into `cls`: `FSDPMixin` for the base class of its engine."""
     return next(base.__name__ for base in cls.__mro__[1:] if mixin in base.__mro__ and is_mixin(base))
 
 
 def _suggest_fix(first: type, second: type) -> str:
     protocol = next(filter(_is_protocol, (first, second)), None)
     if protocol is None:
-        return "Rename one of them, or declare it in a base of both."
+        return "Rename one of them, or declare it in a common base."
     return f"Leave {protocol.__name__} out of the bases: a class conforms to a protocol by having its members."
 
 
@@ -235,10 +244,10 @@ def _check_mixin_order(cls: type) -> None:
     loop = find_loop(cls)
     if loop is None:
         return
-    ready = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)
+    trainer = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)
     for late in filter(is_mixin, cls.__mro__[cls.__mro__.index(loop) :]):
         bases = sorted(cls.__bases__, key=lambda base: loop in base.__mro__)
         raise CompositionError(
-            f"{cls.__name__}: {late.__name__} comes after {ready.__name__}, whose own methods would stand in front of "
-            f"its hooks. Put it before: `class {cls.__name__}({', '.join(base.__name__ for base in bases)})`."
+            f"{cls.__name__}: {late.__name__} comes after {trainer.__name__}, whose methods would override its hooks. "
+            f"Put it before: `class {cls.__name__}({', '.join(base.__name__ for base in bases)})`."
         )

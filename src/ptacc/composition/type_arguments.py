@@ -1,41 +1,42 @@
-"""Reading the type arguments of a class statement: which batches its loop has, and which its mixins take."""
+"""Type arguments of a class definition: whether its mixins accept the batches and outputs of its loop."""
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from typing_extensions import TypeVar, is_typeddict
 
+from ptacc.composition.fields import type_text
 from ptacc.composition.roles import get_role
 
 _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (complex,)}
-"""What type checkers accept an `int` and a `float` for."""
+"""Type checkers accept an `int` as a `float` or `complex`, and a `float` as a `complex`."""
 
 
 def describe_type_mismatch(cls: type) -> str:
-    """Describe a mixin whose batches or outputs are not those of the loop; empty where all agree.
+    """Describe the first mixin that does not accept the batches or outputs of the loop; empty if there is none.
 
-    A mixin may take wider types than the loop gives (`object` takes anything); what cannot be decided at run time,
-    such as type variables and protocols, is left to the type checker.
+    A mixin may accept wider types than the loop has (`object` accepts anything). Type variables, protocols and other
+    types that cannot be compared at run time are left to the type checker.
     """
-    bound = list(_bases_with_arguments(cls, ()))
-    loops = [arguments for base, arguments, _ in bound if get_role(base) == "loop"]
-    takers = [(via, arguments) for base, arguments, via in bound if get_role(base) == "batch mixin"]
-    for given in loops:
-        for mixin, taken in takers:
-            for what, narrow, wide in zip(("batches", "outputs"), given, taken, strict=False):
-                if not may_accept(wide, narrow):
-                    return (
-                        f"{cls.__name__}: the loop's {what} are {_text(narrow)}, and {mixin.__name__} takes "
-                        f"{_text(wide)}. {_suggest_fix(mixin, given)}"
-                    )
+    bases = list(_bases_with_arguments(cls, ()))
+    loops = [arguments for base, arguments, _ in bases if get_role(base) == "loop"]
+    mixins = [(named_by, arguments) for base, arguments, named_by in bases if get_role(base) == "batch mixin"]
+    for given, (mixin, accepted) in itertools.product(loops, mixins):
+        for what, narrow, wide in zip(("batches", "outputs"), given, accepted, strict=False):
+            if not may_accept(wide, narrow):
+                return (
+                    f"{cls.__name__}: the loop's {what} are {type_text(narrow)}, and {mixin.__name__} accepts "
+                    f"{type_text(wide)}. {_suggest_fix(mixin, given)}"
+                )
     return ""
 
 
 def may_accept(wide: Any, narrow: Any) -> bool:
-    """Say whether a value of type `narrow` may be given where `wide` is taken; True where it cannot be decided.
+    """Return whether a value of type `narrow` can be passed where `wide` is expected; True if that is undecidable.
 
     Example:
         >>> may_take(object, int), may_take(tuple[int, ...], tuple[int, int]), may_take(dict[str, int], tuple[int])
@@ -54,12 +55,12 @@ def may_accept(wide: Any, narrow: Any) -> bool:
     if getattr(wide_class, "_is_protocol", False) or (is_typeddict(wide) and is_typeddict(narrow)):
         return True
     if wide_class not in (*narrow_class.__mro__, *_PROMOTED_TO.get(narrow_class, ())):
-        return not _is_concrete(wide_class)
+        return bool(getattr(wide_class, "__abstractmethods__", None))  # it may accept a class without inheritance
     return _arguments_may_match(wide, narrow) if wide_class is narrow_class else True
 
 
 def _strip_alias(annotation: Any) -> Any:
-    """Return what an alias stands for, and a type without its annotations."""
+    """Resolve type aliases and remove `Annotated`."""
     while hasattr(annotation, "__value__") or get_origin(annotation) is Annotated:
         annotation = annotation.__value__ if hasattr(annotation, "__value__") else annotation.__origin__
     return annotation
@@ -77,7 +78,7 @@ def _arguments_may_match(wide: Any, narrow: Any) -> bool:
 
 
 def _bases_with_arguments(cls: type, arguments: tuple[Any, ...]) -> Iterator[tuple[type, tuple[Any, ...], type]]:
-    """Walk all paths to the bases of `cls`, giving each base, its type arguments, and the class that named it."""
+    """Yield each base of `cls`, its type arguments, and the class that lists it as a base; once for each path to it."""
     parameters: tuple[Any, ...] = getattr(cls, "__parameters__", ())
     bound = dict(zip(parameters, arguments, strict=False))
     for base in cls.__dict__.get("__orig_bases__", cls.__bases__):
@@ -100,7 +101,7 @@ def _substitute(annotation: Any, bound: dict[Any, Any]) -> Any:
 
 
 def fill_type_defaults(cls: Any, arguments: Any) -> tuple[Any, ...]:
-    """Add the defaults of the type parameters that are left out; the typing module leaves names in them unresolved."""
+    """Append the defaults of omitted type parameters, resolved; `typing` leaves type variables in them as they are."""
     given = arguments if isinstance(arguments, tuple) else (arguments,)
     parameters: tuple[Any, ...] = cls.__parameters__
     bound = dict(zip(parameters, given, strict=False))
@@ -118,21 +119,11 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _is_concrete(cls: type) -> bool:
-    return not getattr(cls, "__abstractmethods__", None)
-
-
 def _suggest_fix(mixin: type, given: tuple[Any, ...]) -> str:
     if getattr(mixin, "__parameters__", ()):
-        types_of_loop = ", ".join(map(_text, given[:2]))  # the third says what samples there are
-        return f"Write the loop's types after it, `{mixin.__name__}[{types_of_loop}]`, if its hooks can take them."
+        loop_types = ", ".join(map(type_text, given[:2]))  # the third is the type of samples
+        return f"Give it the loop's types, `{mixin.__name__}[{loop_types}]`, if its hooks can handle them."
     return (
-        f"Compose it with a loop of its own batches, or make it generic, `class {mixin.__name__}(BatchMixin[BatchT, "
-        "OutputT])`, if its hooks can take any."
+        f"Compose it with a loop over the batches that it accepts, or make it generic, `class {mixin.__name__}("
+        "BatchMixin[BatchT, OutputT])`, if its hooks can handle any."
     )
-
-
-def _text(annotation: Any) -> str:
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("torch.Tensor", "Tensor").replace("typing.", "")

@@ -1,1 +1,1 @@
-"""What a mixin or a callback is written against."""
+"""The base classes of trainers, mixins and callbacks."""

@@ -1,4 +1,4 @@
-"""`TrainerBase`: what every trainer has, and what its users may ask of it outside of the loop."""
+"""`TrainerBase`: the components of a trainer, and what is available outside of the loop."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ T = TypeVar("T")
 
 @dataclass
 class TrainerState:
-    """What a trainer has only at times.
+    """State of a trainer that changes between calls.
 
     Args:
-        run: The current run, or the last one.
-        unwrapped_model: The user's model, while a wrapped one stands in its place.
-        runtime: The accelerator and the processes, once they were needed.
-        runtime_pid: The process that needed them; a fork of it needs its own.
-        num_runs: How many runs were begun.
+        run: The current run, or the last one; None before the first.
+        unwrapped_model: The user's model while `model` is the wrapped one, None otherwise.
+        runtime: The accelerator and the process group; None before their first use.
+        runtime_pid: The process that created them; a forked process creates its own.
+        num_runs: The number of runs started so far.
     """
 
     run: Run | None = None
@@ -52,13 +52,13 @@ class TrainerState:
 
 
 class TrainerBase(Composable):
-    """What every trainer has: the model and its optimizer, the processes and their devices, and the run.
+    """What every trainer has: the model and its optimizer, the device and the ranks, and the run.
 
     Options:
-        model: The bare model, on any device. A run wraps it, and unwraps it at its end.
-        optimizer: An optimizer of the model's parameters, any of torch's or one's own.
-        callbacks: Listeners, beside the default ones.
-        history_file: Append the history of each run to this file as JSON lines.
+        model: The model, not wrapped, on any device. A run wraps it at its start and unwraps it at its end.
+        optimizer: An optimizer of the model's parameters: one of torch's, or your own.
+        callbacks: Callbacks in addition to the default ones.
+        history_file: A file to which the history of each run is appended as JSON lines.
     """
 
     _role: ClassVar[Role] = "core"
@@ -71,30 +71,30 @@ class TrainerBase(Composable):
 
     @override
     def check_options(self) -> None:
-        """Refuse components of the wrong kind."""
         owner = type(self).__name__
         if not isinstance(self.model, nn.Module):
             raise OptionError(f"{owner}(model={self.model!r}): must be an instance of torch.nn.Module.")
         if not isinstance(self.optimizer, Optimizer):
             raise OptionError(
-                f"{owner}(optimizer={self.optimizer!r}): must be an instance, such as SGD(model.parameters(), lr=0.1)."
+                f"{owner}(optimizer={self.optimizer!r}): must be an instance of torch.optim.Optimizer, such as "
+                "SGD(model.parameters(), lr=0.1)."
             )
         check_callbacks(owner, self.callbacks, Callback)
         if "://" in str(self.history_file):
             raise OptionError(
-                f"{owner}(history_file={str(self.history_file)!r}): lines are appended to it, which no remote store "
-                "can do. Give a local path."
+                f"{owner}(history_file={str(self.history_file)!r}): must be a local path, since remote stores cannot "
+                "append lines to a file."
             )
 
     # ---- the model
 
     @property
     def unwrapped_model(self) -> nn.Module:
-        """The user's bare model; within a run, `model` is the wrapped one."""
+        """The model as you passed it; within a run, `model` is the wrapped one."""
         return self.model if self._state.unwrapped_model is None else self._state.unwrapped_model
 
     def _set_model(self, model: nn.Module) -> None:
-        """Put `model` in the place of the option, which type checkers take for the user's own."""
+        """Set the option `model`; a method, since a trainer may narrow the type of the option."""
         self.model = model
 
     # ---- the run
@@ -104,7 +104,7 @@ class TrainerBase(Composable):
         """The state of the current run, or of the last one.
 
         Raises:
-            NoRunError: `train()` was not called yet.
+            NoRunError: `train()` has not been called.
         """
         if self._state.run is None:
             raise NoRunError(f"{type(self).__name__} has had no run yet: call train() first.")
@@ -112,28 +112,28 @@ class TrainerBase(Composable):
 
     @property
     def has_run(self) -> bool:
-        """Whether `train()` was called, so that there is a `run`."""
+        """Whether `train()` has been called, so that `run` exists."""
         return self._state.run is not None
 
     @property
     def is_running(self) -> bool:
-        """Whether a `train()` is under way."""
+        """Whether `train()` is being executed."""
         return self._state.run is not None and not self._state.run.is_over
 
     @property
     def progress(self) -> Progress:
-        """How far the current run is, or the last one got."""
+        """The progress of the current run, or of the last one."""
         return self.run.progress
 
     @property
     def history(self) -> RunHistory:
-        """What the current run reported, or the last one."""
+        """The history of the current run, or of the last one."""
         return self.run.history
 
     def stop(self, reason: str) -> None:
-        """Ask for the end of the run after the current step.
+        """Request the end of the run after the current step.
 
-        All processes agree on it, and end at the same step; `history.stop_reason` says why.
+        All ranks end at the same step, and `history.stop_reason` is `reason`.
         """
         self.run.request_stop(reason)
 
@@ -141,7 +141,7 @@ class TrainerBase(Composable):
 
     @property
     def accelerator(self) -> AcceleratorProtocol:
-        """Accelerate's `Accelerator`, made at first use and shared by trainers that need the same."""
+        """Accelerate's `Accelerator`, created at first use and shared by trainers with the same settings."""
         return self._runtime()[0]
 
     @property
@@ -155,16 +155,16 @@ class TrainerBase(Composable):
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
+        """The device of this rank."""
         return self.accelerator.device
 
     def print(self, *args: object) -> None:
         """Print once, on rank 0."""
         if self._distributed.rank == 0:
-            print(*args)  # noqa: T201  # this is what it is for
+            print(*args)  # noqa: T201  # printing is its purpose
 
     def on_main_process(self, function: Callable[P, T]) -> Callable[P, T | None]:
-        """Decorate a function so that rank 0 alone runs it; on the others it returns None at once."""
+        """Decorate a function so that it runs on rank 0 only; on other ranks it returns None."""
 
         @functools.wraps(function)
         def on_rank_0(*args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -174,32 +174,32 @@ class TrainerBase(Composable):
 
     @contextlib.contextmanager
     def main_process_first(self, *, local: bool = False) -> Iterator[None]:
-        """Let rank 0 go through the block before the others, who then find what it left: a download, a cache.
+        """Run the block on rank 0 first and then on the other ranks, for example for a download that is cached.
 
         Args:
-            local: Whether each host has a first process of its own, for what hosts do not share.
+            local: Whether one rank of each host runs first, for files that hosts do not share.
 
         Raises:
-            RankFailedError: The block failed on the first process.
-            CollectiveError: Another process did not come here.
+            RankFailedError: The block failed on the rank that ran first.
+            CollectiveError: Another rank did not make this call.
         """
         with self._distributed.main_first(local=local):
             yield
 
     def gather(self, values: NestedT) -> NestedT:
-        """Put the processes' tensors together, in the order of the ranks, on every process.
+        """Concatenate the tensors of all ranks, in the order of ranks. Every rank receives the result.
 
         Args:
-            values: A tensor, or any structure of tensors, of the same form on all processes. First dimensions may
-                differ, and be 0.
+            values: A tensor or a nested structure of tensors, with the same structure on all ranks. First dimensions
+                may differ between ranks, and may be 0.
 
         Returns:
-            The same structure on the same device: of tensors `(n, ...)` one of `(sum of all n, ...)`, of scalars one
-            of `(world size,)`.
+            The same structure on this rank's device: tensors `(n, ...)` become `(sum of n over ranks, ...)`, and
+            scalars become `(world_size,)`.
 
         Raises:
-            DataError: Something in it is no tensor, or tensors differ in more than the first dimension.
-            CollectiveError: Another process did not come here.
+            DataError: A value is not a tensor, or tensors differ in more than the first dimension.
+            CollectiveError: Another rank did not make this call.
         """
         self._distributed.sync("gather()")
         with self._distributed.failing_together("in gather()"):
@@ -208,7 +208,10 @@ class TrainerBase(Composable):
 
     @hook("fold")
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Write this mixin's settings of the accelerator: `super()` first, then `builder.write(MyMixin, ...)`."""
+        """Set arguments of the `Accelerator`. Fold: call `super()` first, then `builder.write(MyMixin, ...)`.
+
+        Called once, when the accelerator is created. Two mixins that write the same argument are an error.
+        """
 
     def _runtime(self) -> tuple[AcceleratorProtocol, DistributedRuntime]:
         if self._state.runtime is None or self._state.runtime_pid != os.getpid():
@@ -219,5 +222,5 @@ class TrainerBase(Composable):
 
 
 def get_distributed_runtime(trainer: TrainerBase) -> DistributedRuntime:
-    """Return what mixins reach as `self._distributed`, for functions outside of the trainer."""
+    """Return `trainer._distributed`, for functions that are not methods of a trainer."""
     return trainer._distributed  # noqa: SLF001

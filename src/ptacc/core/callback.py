@@ -1,4 +1,4 @@
-"""Events: what callbacks hear, and how everyone who listens to an event is found once and then called in order."""
+"""`Callback`, and the dispatch of events to the hooks of a trainer and to its callbacks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TrainerT_contra = TypeVar("TrainerT_contra", contravariant=True)
 
 
 class Callback(Generic[TrainerT_contra]):
-    """Something that listens to a run, and needs of the trainer what `TrainerT_contra` says.
+    """Base class of callbacks: every `on_...` method is called at the event of its name, and does nothing by default.
 
-    Every method is an event, and does nothing until it is overridden. `Callback[TrainerCore]` fits every trainer,
-    `Callback[SupportsMetrics]` each that has metrics, `Callback[MyTrainer]` that one.
+    The type argument is what the callback needs of a trainer. `Callback[TrainerCore]` works with every trainer,
+    `Callback[SupportsMetrics]` with trainers that have metrics, `Callback[MyTrainer]` with that trainer only.
 
     Example:
         >>> class Shout(Callback[object]):
@@ -37,14 +37,14 @@ class Callback(Generic[TrainerT_contra]):
         check_hooks_are_declared(cls)
 
     def monitors(self) -> tuple[Monitor, ...]:
-        """Return the values that this callback watches; their names are checked before the first step."""
+        """Return the values that this callback monitors; their names are checked before the first step."""
         return ()
 
     def on_run_start(self, trainer: TrainerT_contra) -> None:
-        """The run is set up, and no step is done."""
+        """The run is set up, and no step has been made."""
 
     def on_run_end(self, trainer: TrainerT_contra) -> None:
-        """The run is complete or was stopped; not called after an exception."""
+        """The run is complete or was stopped. Not called after an exception."""
 
     def on_epoch_start(self, trainer: TrainerT_contra) -> None:
         """An epoch begins."""
@@ -59,10 +59,10 @@ class Callback(Generic[TrainerT_contra]):
         """The weights were updated."""
 
     def on_evaluation_start(self, trainer: TrainerT_contra, name: str) -> None:
-        """The evaluation of a set begins; `name` is empty where there is one unnamed set."""
+        """The evaluation of a dataset begins; `name` is empty for a single unnamed dataset."""
 
     def on_evaluation_end(self, trainer: TrainerT_contra, name: str, result: EvalResult) -> None:
-        """The evaluation of a set ended."""
+        """The evaluation of a dataset ended."""
 
     def on_prediction_start(self, trainer: TrainerT_contra) -> None:
         """A prediction begins."""
@@ -71,7 +71,7 @@ class Callback(Generic[TrainerT_contra]):
         """A prediction ended."""
 
     def on_exception(self, trainer: TrainerT_contra, error: BaseException) -> None:
-        """The run ends by an exception, which is raised on after this."""
+        """An exception ends the run; it is raised again afterwards."""
 
     def on_save(self, trainer: TrainerT_contra, path: Path) -> None:
         """A checkpoint was written to `path`."""
@@ -82,12 +82,12 @@ class Callback(Generic[TrainerT_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Event(Generic[P]):
-    """An event with its listeners, found once: those who do not listen cost nothing."""
+    """An event with its listeners, collected once, so that an event without listeners costs nothing."""
 
     listeners: tuple[Callable[P, None], ...]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Tell every listener, in order."""
+        """Call every listener, in order."""
         for listener in self.listeners:
             listener(*args, **kwargs)
 
@@ -112,24 +112,24 @@ class Events:
 
     @classmethod
     def collect(cls, trainer: object, base: type, callbacks: Iterable[Callback[Any]]) -> Events:
-        """Find the listeners of every event.
+        """Collect the listeners of every event: the trainer's own hooks, and then the callbacks in order.
 
         Args:
-            trainer: Whose hooks hear first, where its class overrides those of `base`.
-            base: The class that declares the hooks, and does nothing in them.
-            callbacks: Who hears next, in order.
+            trainer: The trainer; its hooks are listeners if its class overrides them.
+            base: The class that declares the hooks and does nothing in them.
+            callbacks: The callbacks; each of their methods that is overridden is a listener.
         """
-        heard = tuple(callbacks)
+        callbacks = tuple(callbacks)
 
-        def listeners(name: str) -> Event[Any]:
-            own = [getattr(trainer, name)] if overrides(trainer, base, name) else []
-            theirs = [partial(getattr(c, name), trainer) for c in heard if overrides(c, Callback, name)]
-            return Event((*own, *theirs))
+        def collect_event(name: str) -> Event[Any]:
+            hooks = [getattr(trainer, name)] if overrides(trainer, base, name) else []
+            methods = [partial(getattr(c, name), trainer) for c in callbacks if overrides(c, Callback, name)]
+            return Event((*hooks, *methods))
 
-        events: dict[str, Any] = {event.name: listeners(f"on_{event.name}") for event in fields(cls)}
+        events: dict[str, Any] = {event.name: collect_event(f"on_{event.name}") for event in fields(cls)}
         return cls(**events)
 
 
 def overrides(instance: object, base: type, name: str) -> bool:
-    """Say whether the class of `instance` overrides the method `name` of `base`."""
+    """Return whether the class of `instance` overrides the method `name` of `base`."""
     return getattr(type(instance), name) is not getattr(base, name)

@@ -1,4 +1,4 @@
-"""Checks of what users hand over, each made before any weight has changed."""
+"""Checks of models, optimizers, callbacks, step outputs and monitors, made before any weight is updated."""
 
 from __future__ import annotations
 
@@ -18,62 +18,65 @@ from ptacc.validation import did_you_mean, value_text
 
 
 def check_not_wrapped(owner: str, model: nn.Module) -> None:
-    """Raise `ModelError` for a model that is wrapped already."""
-    marks = ("_orig_mod", "_fsdp_wrapped_module")  # what torch.compile and FSDP keep the bare model under
-    if isinstance(model, DistributedDataParallel | DataParallel) or any(hasattr(model, mark) for mark in marks):
+    """Raise `ModelError` for a model that is already wrapped."""
+    attributes = ("_orig_mod", "_fsdp_wrapped_module")  # where torch.compile and FSDP store the original model
+    if isinstance(model, DistributedDataParallel | DataParallel) or any(hasattr(model, name) for name in attributes):
         raise ModelError(
-            f"{owner}(model={type(model).__name__}(...)): the model is wrapped already. Give the bare model: wrapping "
-            "and compiling are done for each run and undone after it."
+            f"{owner}(model={type(model).__name__}(...)): the model is already wrapped. Pass the original model: each "
+            "run wraps and compiles it, and restores it at its end."
         )
 
 
 def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
-    """Raise `ModelError` for a model and optimizers that cannot be trained as given.
+    """Raise `ModelError` for a model and optimizers that cannot be trained.
 
     Warns:
-        UserWarning: The model has trainable parameters that no optimizer holds.
+        UserWarning: The model has trainable parameters that are in no optimizer.
     """
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    held = [parameter for slot in slots for parameter in slot.parameters]
-    if strangers := sum(id(parameter) not in own for parameter in held):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimized = [parameter for slot in slots for parameter in slot.parameters]
+    if foreign := sum(id(parameter) not in names for parameter in optimized):
         raise ModelError(
-            f"{owner}: the optimizer holds {strangers} of {len(held)} parameters that the model does not have. "
-            "Make it from this model's: `SGD(model.parameters(), ...)`, after the last layer was replaced."
+            f"{owner}: {foreign} of the optimizer's {len(optimized)} parameters are not parameters of the model. "
+            "Create the optimizer from this model, `SGD(model.parameters(), ...)`, after the last change to its layers."
         )
-    if not any(parameter.requires_grad for parameter in held):
+    if not any(parameter.requires_grad for parameter in optimized):
         raise ModelError(
-            f"{owner}: nothing is trainable: none of the optimizer's {len(held)} parameters has requires_grad=True."
+            f"{owner}: nothing is trainable: none of the optimizer's {len(optimized)} parameters has "
+            "requires_grad=True. Set it on those to train."
         )
     if any(isinstance(slot.optimizer, LBFGS) for slot in slots):
-        raise ModelError(f"{owner}: LBFGS steps by a closure, which the loop does not give. Use another optimizer.")
-    ids = {id(parameter) for parameter in held}
-    left_out = [own[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    if left_out:
+        raise ModelError(f"{owner}: LBFGS needs a closure, which the loop does not provide. Use another optimizer.")
+    ids = {id(parameter) for parameter in optimized}
+    omitted = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    if omitted:
         warnings.warn(
-            f"{owner}: {len(left_out)} trainable parameters are in no optimizer and will not change: "
-            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}. Set requires_grad=False on them.",
+            f"{owner}: {len(omitted)} trainable parameters are in no optimizer and will not change: "
+            f"{', '.join(omitted[:3])}{', ...' if len(omitted) > 3 else ''}. Set requires_grad=False on them.",
             stacklevel=4,
         )
 
 
 def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type) -> None:
-    """Raise `OptionError` for what is no instance of `base` in a list of callbacks, or for no list at all."""
+    """Raise `OptionError` unless `callbacks` is an iterable of instances of `base`."""
     if not isinstance(callbacks, Iterable):
         raise OptionError(
             f"{owner}(callbacks={value_text(callbacks)}): must be a list of callbacks. Write `callbacks=[...]`, also "
-            "for a single one, and leave it out for none."
+            "for one callback, or leave it out."
         )
     for callback in callbacks:
         if isinstance(callback, type):
             raise OptionError(
-                f"{owner}(callbacks=[{callback.__name__}]): this is the class. Give an instance: {callback.__name__}()."
+                f"{owner}(callbacks=[{callback.__name__}]): must be an instance, not a class: {callback.__name__}(...)."
             )
         if not isinstance(callback, base):
-            raise OptionError(f"{owner}(callbacks=[...]): {callback!r} is no callback. Derive its class from Callback.")
+            raise OptionError(
+                f"{owner}(callbacks=[...]): {callback!r} is not a callback. Derive its class from Callback."
+            )
 
 
 def check_output(owner: str, output: object, device: torch.device) -> None:
-    """Raise `LossError` for the output of a training step that cannot be minimised."""
+    """Raise `LossError` for an invalid output of `train_step`."""
     if not isinstance(output, StepOutput):
         raise LossError(
             f"{owner}.train_step returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...)."
@@ -81,61 +84,62 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
     loss = output.loss
     if not isinstance(loss, torch.Tensor):
         raise LossError(
-            f"{owner}.train_step: the loss is a {type(loss).__name__}, without a graph. Return the tensor: no .item()."
+            f"{owner}.train_step: the loss must be a tensor, and is a {type(loss).__name__}, which has no gradient. Do "
+            "not call .item()."
         )
     if loss.dim() != 0:
         raise LossError(
             f"{owner}.train_step: the loss has the shape {tuple(loss.shape)}, and must be a scalar: the mean over the "
-            'batch\'s items. Use reduction="mean", or loss.mean(). (Are loss and outputs swapped?)'
+            'batch\'s items. Use reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
         )
     if loss.is_complex():
         raise LossError(
-            f"{owner}.train_step: the loss is {loss.dtype}, and only a real number can be minimised. Return loss.abs() "
-            "or loss.real."
+            f"{owner}.train_step: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real."
         )
     if not loss.requires_grad:
         raise LossError(
-            f"{owner}.train_step: the loss has no gradient. Compute it from self.model(...), with no .detach() and no "
-            "torch.no_grad() around it."
+            f"{owner}.train_step: the loss has no gradient. Compute it from self.model(...), without .detach() and "
+            "outside of torch.no_grad()."
         )
     if loss.device.type != device.type:
         raise LossError(
-            f"{owner}.train_step: the loss lies on {loss.device}, and the run on {device}. Leave it where the model "
-            "computed it."
+            f"{owner}.train_step: the loss is on {loss.device}, and must be on {device}. Do not move it to another "
+            "device."
         )
     logged: Mapping[str, object] = output.logged
     for name, value in logged.items():
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
-            shape = f"has the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is no tensor"
             raise LossError(
-                f"{owner}.train_step: logged[{name!r}] {shape}, and must be a scalar tensor: a mean over the batch's "
-                "items."
+                f"{owner}.train_step: logged[{name!r}] {_describe_shape(value)}, and must be a scalar tensor: a mean "
+                "over the batch's items."
             )
 
 
 def check_eval_output(owner: str, output: object) -> None:
-    """Raise `LossError` for the output of an evaluation step that cannot be averaged."""
+    """Raise `LossError` for an invalid output of `eval_step`."""
     if not isinstance(output, StepOutput):
         raise LossError(
             f"{owner}.eval_step returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...)."
         )
     loss: object = output.loss
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        shape = f"has the shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else "is no tensor"
         raise LossError(
-            f"{owner}.eval_step: the loss {shape}, and must be a scalar tensor: the mean over the batch's items."
+            f"{owner}.eval_step: the loss {_describe_shape(loss)}, and must be a scalar tensor: the mean over the "
+            "batch's items."
         )
 
 
-def check_monitor(monitored: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> None:
-    """Raise `MonitorError` where nobody reports the value, with the names that exist."""
-    if monitored.name in known:
+def _describe_shape(value: object) -> str:
+    return f"has the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is not a tensor"
+
+
+def check_monitor(monitor: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> None:
+    """Raise `MonitorError` for a monitor whose value is not among the `known` names."""
+    if monitor.name in known:
         return
-    is_evaluated = any(name == "eval_loss" or name.endswith("/loss") for name in known)
-    hint = (
-        did_you_mean(monitored.name, known) if is_evaluated else "No eval_dataset was given, so nothing is evaluated. "
-    )
+    has_evaluation = any(name == "eval_loss" or name.endswith("/loss") for name in known)
+    hint = did_you_mean(monitor.name, known) if has_evaluation else "No eval_dataset was given. "
     raise MonitorError(
-        f"{type(owner).__name__}({option}={monitored.name!r}): nobody reports this value. {hint}"
-        f"There are: {', '.join(sorted(known))}."
+        f"{type(owner).__name__}({option}={monitor.name!r}): no such value is reported. {hint}"
+        f"Reported values: {', '.join(sorted(known))}."
     )

@@ -1,6 +1,16 @@
-"""`TrainerCore`: the hooks of a run's life. It knows no batch.
+"""`TrainerCore`: the hooks of a run that do not depend on batches, and `Mixin`, the base class of mixins.
 
-Trainers and callbacks share one vocabulary of events. A trainer's own hooks hear of each before its callbacks do.
+A hook has one of seven shapes, which says how overrides combine:
+
+- abstract: a subclass must define it (`train_step`).
+- default: an override replaces it, or refines the result of `super()`.
+- factory: it returns a new object; an override may wrap the result of `super()`.
+- fold: an override adds to the result of `super()`.
+- around: a context manager; an override runs its block within `super()`'s.
+- event: it reacts to something that happened; an override calls `super()` first, or last when it tears down.
+- any-of: an override returns the result of `super()`, or its own if that is None.
+
+Events of the trainer and of callbacks have the same names. The trainer's own hooks run before its callbacks.
 """
 
 from __future__ import annotations
@@ -25,60 +35,56 @@ from ptacc.types.outputs import EpochRecord, EvalResult
 
 
 class TrainerCore(TrainerBase):
-    """What every trainer and every mixin is: components, and the hooks of a run's life."""
+    """What every trainer and every mixin has: the components of a trainer, and the hooks of a run."""
 
     _role: ClassVar[Role] = "core"
 
-    # ---- factories and folds: how a run is set up
+    # ---- setting up a run
 
-    @hook("fold")
-    def train_value_names(self) -> frozenset[str]:
-        """Return the names of the values that monitors can watch, those of `super()` included."""
-        return frozenset({"train_loss", "learning_rate"})
+    @hook("default")
+    def accumulation_steps(self) -> int:
+        """Return the number of batches that each rank accumulates for one optimizer step. Default hook: 1."""
+        return 1
 
-    @hook("fold")
-    def eval_value_names(self) -> frozenset[str]:
-        """Return the names of the metrics that each evaluation reports, those of `super()` included."""
-        return frozenset()
+    @hook("default")
+    def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
+        """Return the optimizers with their names and parameters. Default hook: the option `optimizer`."""
+        return (OptimizerSlot.create("optimizer", self.optimizer),)
 
-    @hook("fold")
-    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
-        """Return what this trainer's mixins watch, each with who watches it, those of `super()` included."""
-        return tuple((callback, monitored) for callback in self.all_callbacks() for monitored in callback.monitors())
-
-    @hook("fold")
-    def compute_metrics(self) -> dict[str, float]:
-        """Return the metrics of the evaluation that ends, those of `super()` included. All processes call it."""
-        return {}
-
-    @hook("fold")
-    def compute_train_metrics(self) -> dict[str, float]:
-        """Return the metrics over the epoch's training batches, those of `super()` included. All processes call it."""
-        return {}
+    @hook("default")
+    def all_callbacks(self) -> Sequence[Callback[Any]]:
+        """Return the callbacks of a run, in the order of their calls. Default hook: the default ones come first."""
+        return tuple(self.callbacks)
 
     @hook("factory")
     def make_engine(self) -> Engine:
-        """Make the engine of a run: it wraps the model and steps the optimizer."""
+        """Create the engine of a run, which wraps the model and steps the optimizer.
+
+        Factory hook, called once at the start of each run. An override that does not apply returns
+        `super().make_engine()`.
+        """
         return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots())
 
     @hook("factory")
     def make_seed(self) -> int:
-        """Choose the seed of a run. All processes get rank 0's."""
+        """Choose the seed of a new run. Factory hook, called on all ranks; rank 0's seed is used."""
         return fresh_seed()
 
     @hook("factory")
     def find_resume_state(self) -> ResumeState | None:
-        """Find the saved run that `train()` goes on with; None to begin a run. All processes call it."""
+        """Find the saved state to resume from, or return None to start a new run.
+
+        Factory hook, called on all ranks at the start of `train()`.
+        """
         return None
 
     @hook("fold")
-    def stop_signals(self) -> frozenset[signal.Signals]:
-        """Return the signals at which a run ends after the present step, those of `super()` included."""
-        return frozenset({signal.SIGTERM})
-
-    @hook("fold")
     def resume_invariants(self) -> dict[str, str]:
-        """Return what has to be the same when a run goes on from a checkpoint, by name, that of `super()` included."""
+        """Return what must not change when a run is resumed, by name.
+
+        Fold: return `{**super().resume_invariants(), ...}`. A run records the values, and a resumed run compares them
+        with its own.
+        """
         kinds = [
             f"{type(slot.optimizer).__module__}.{type(slot.optimizer).__qualname__}" for slot in self.optimizer_slots()
         ]
@@ -89,140 +95,184 @@ class TrainerCore(TrainerBase):
             "accumulation_steps": str(self.accumulation_steps()),
         }
 
-    @hook("default")
-    def accumulation_steps(self) -> int:
-        """Return how many batches each process takes for one step."""
-        return 1
+    @hook("fold")
+    def stop_signals(self) -> frozenset[signal.Signals]:
+        """Return the signals that end a run after the current step.
 
-    @hook("default")
-    def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
-        """Return the optimizers by name."""
-        return (OptimizerSlot.create("optimizer", self.optimizer),)
+        Fold: return `super().stop_signals() | {...}`. Called once at the start of a run.
+        """
+        return frozenset({signal.SIGTERM})
 
-    @hook("default")
-    def all_callbacks(self) -> Sequence[Callback[Any]]:
-        """Return the callbacks of a run, the default ones first."""
-        return tuple(self.callbacks)
+    # ---- reported values
 
-    # ---- around: contexts, `with super().around_...(): yield`
+    @hook("fold")
+    def train_value_names(self) -> frozenset[str]:
+        """Return the names of values that a run reports apart from its evaluations, for monitors.
+
+        Fold: return `super().train_value_names() | {...}`. Called at the start of a run.
+        """
+        return frozenset({"train_loss", "learning_rate"})
+
+    @hook("fold")
+    def eval_value_names(self) -> frozenset[str]:
+        """Return the names of the metrics that each evaluation reports, for monitors.
+
+        Fold: return `super().eval_value_names() | {...}`. Called at the start of a run.
+        """
+        return frozenset()
+
+    @hook("fold")
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
+        """Return the values that mixins and callbacks monitor, each with the object that monitors it.
+
+        Fold: return `(*super().monitors(), (self, Monitor(...)))`. Their names are checked before the first step.
+        """
+        return tuple((callback, monitor) for callback in self.all_callbacks() for monitor in callback.monitors())
+
+    @hook("fold")
+    def compute_metrics(self) -> dict[str, float]:
+        """Return the metrics of an evaluation.
+
+        Fold: return `super().compute_metrics() | {...}`. Called on all ranks at the end of each evaluation.
+        """
+        return {}
+
+    @hook("fold")
+    def compute_train_metrics(self) -> dict[str, float]:
+        """Return the metrics over the training batches of an epoch.
+
+        Fold: return `super().compute_train_metrics() | {...}`. Called on all ranks at the end of each epoch.
+        """
+        return {}
+
+    # ---- around: `with super().around_...(): yield`
 
     @hook("around")
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Surround a run; what is set here is put back at its end, also after an exception."""
+        """Surround a run. Around: what an override sets up is undone after the run, also after an exception."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
     def around_epoch(self) -> Iterator[None]:
-        """Surround an epoch."""
+        """Surround an epoch, including its evaluation. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """Surround a step: forward, backward, update."""
+        """Surround an optimizer step: forward and backward passes and the update. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
     def around_evaluation_weights(self) -> Iterator[None]:
-        """Have in the model, for the block, the weights that evaluations and predictions are made with."""
+        """Surround the use of the model in evaluations and predictions.
+
+        Around: an override swaps in other weights, such as an EMA, and restores the model's own afterwards.
+        """
         yield
 
     @hook("around")
     @contextlib.contextmanager
     def around_evaluation(self) -> Iterator[None]:
-        """Surround the evaluation of a set."""
+        """Surround the evaluation of one dataset. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
     def around_prediction(self) -> Iterator[None]:
-        """Surround a prediction."""
+        """Surround a prediction. Around."""
         yield
 
-    # ---- events: `super()` first, and last in what tears down
+    # ---- events: `super()` first, or last when tearing down
 
     @hook("event")
     def on_run_start(self) -> None:
-        """The run is set up, and no step is done: make this mixin's part of the run state here."""
+        """Event: the run is set up, and no step has been made. Create this mixin's part of the run state here."""
 
     @hook("event")
     def on_run_end(self) -> None:
-        """The run is complete or was stopped; not called after an exception."""
+        """Event: the run is complete or was stopped. Not called after an exception."""
 
     @hook("event")
     def on_epoch_start(self) -> None:
-        """An epoch begins."""
+        """Event: an epoch begins."""
 
     @hook("event")
     def on_epoch_end(self, record: EpochRecord) -> None:
-        """An epoch ended, its evaluation included."""
+        """Event: an epoch ended, its evaluation included."""
 
     @hook("event")
     def on_step_start(self) -> None:
-        """A step begins: its batches are loaded."""
+        """Event: a step begins; its batches are loaded."""
 
     @hook("event")
     def on_gradients_ready(self, step: StepResult) -> None:
-        """The gradients of a step are whole and unscaled, and the update comes next: clip or look at them here."""
+        """Event: the gradients of a step are complete and unscaled, before the update. Clip or inspect them here."""
 
     @hook("event")
     def on_step_end(self, step: StepResult) -> None:
-        """The weights were updated; not called for a step that the scaler skipped."""
+        """Event: the weights were updated. Not called for a step that the gradient scaler skipped."""
 
     @hook("event")
     def on_evaluation_start(self, name: str) -> None:
-        """The evaluation of a set begins; `name` is empty where there is one unnamed set."""
+        """Event: the evaluation of a dataset begins; `name` is empty for a single unnamed dataset."""
 
     @hook("event")
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
-        """The evaluation of a set ended."""
+        """Event: the evaluation of a dataset ended."""
 
     @hook("event")
     def on_prediction_start(self) -> None:
-        """A prediction begins."""
+        """Event: a prediction begins."""
 
     @hook("event")
     def on_prediction_end(self) -> None:
-        """A prediction ended."""
+        """Event: a prediction ended."""
 
     @hook("event")
     def on_exception(self, error: BaseException) -> None:
-        """The run ends by an exception, which is raised on after this."""
+        """Event: an exception ends the run; it is raised again afterwards."""
 
     @hook("event")
     def on_save(self, path: Path) -> None:
-        """A checkpoint was written to `path`."""
+        """Event: a checkpoint was written to `path`."""
 
     @hook("event")
     def on_load(self, path: Path) -> None:
-        """A checkpoint was loaded from `path`."""
+        """Event: a checkpoint was loaded from `path`."""
 
-    # ---- how a run is saved: for mixins that do that; callbacks hear of `on_save` and `on_load`
+    # ---- saving and loading: events for mixins that do it; callbacks have `on_save` and `on_load`
 
     @hook("event")
     def save_run_state(self) -> None:
-        """Save the run, if it is time to: all processes are between two steps or two epochs, their state whole."""
+        """Event: the run can be saved here. An override saves it if a save is due.
+
+        Called on all ranks between two steps and between two epochs, when their states are consistent.
+        """
 
     @hook("event")
     def load_run_state(self) -> None:
-        """Put back what was saved of `run.saved`.
+        """Event: a resumed run is set up. An override restores its state from `run.saved`.
 
-        This is called after `on_run_start`, and again after `on_epoch_start` where the run goes on within an epoch,
-        since hooks begin an epoch anew.
+        Called after `on_run_start`. If the run resumes within an epoch, it is called again after `on_epoch_start`,
+        since hooks reset their state there.
         """
 
     @hook("event")
     def save_on_exception(self, error: BaseException) -> None:
-        """Save the run, which ends by `error` between two steps, with its state whole. One process alone calls it."""
+        """Event: `error` ends a run of a single process between two steps. An override saves the run."""
 
-    # ---- any-of
+    # ---- stopping
 
     @hook("any-of")
     def should_stop(self) -> str | None:
-        """Return the reason to stop after this step, None to go on: `return super().should_stop() or ...`."""
+        """Return the reason to stop after the current step, or None to continue.
+
+        Any-of: `return super().should_stop() or ...`. Called after every step and every epoch.
+        """
         return None
 
     def _events(self) -> Events:
@@ -230,16 +280,20 @@ class TrainerCore(TrainerBase):
 
 
 class Mixin(TrainerCore):
-    """The base of every mixin that touches no batch: options, hooks, and nothing else.
+    """Base class of mixins whose hooks do not receive batches: it has options and hooks.
 
-    A mixin stands before the loop in a class statement. What it keeps during a run lives under a `StateKey` in
-    `self.run`, made in `on_run_start`.
+    In a class definition, mixins come before the loop. A mixin keeps its state of a run in `self.run`, under a
+    `StateKey`, and creates it in `on_run_start`.
     """
 
     _role: ClassVar[Role] = "mixin"
 
     def _mixins_must_come_before_the_loop(self) -> int:
-        """Exist for type checkers, which refuse a mixin behind the loop: there this returns `object`."""
+        """Make type checkers report a mixin that comes after the loop; never called.
+
+        The loop defines this method to return `object`. Type checkers accept this narrower override only if it comes
+        first in the MRO, and they name the method in the error.
+        """
         return 0
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Advice: what would make a trainer faster, told by `explain()` and left to its user to do."""
+"""Advice on faster training: `explain()` shows it, and the user decides."""
 
 from __future__ import annotations
 
@@ -17,95 +17,95 @@ FUSED_ON: Mapping[type[Optimizer], tuple[str, ...]] = {
     AdamW: ("cpu", "cuda"),
     Adagrad: ("cpu",),
 }
-"""The devices on which an optimizer has a fused kernel in every version of torch that is supported."""
+"""The devices for which every supported version of torch has a fused kernel of an optimizer."""
 AMPERE = (8, 0)
-"""The compute capability from which on a GPU multiplies matrices in TF32."""
+"""The lowest compute capability of GPUs with TF32."""
 
 
 class Advice(NamedTuple):
-    """One piece of advice.
+    """A piece of advice.
 
     Args:
-        write: What to write.
-        reason: What comes of it.
+        code: What to write.
+        effect: What it changes.
     """
 
-    write: str
-    reason: str
+    code: str
+    effect: str
 
 
-def advice_on(
+def collect_advice(
     model: nn.Module, slots: Collection[OptimizerSlot], device: torch.device, *, precision: str, is_sharded: bool
 ) -> tuple[Advice, ...]:
-    """Return all advice.
+    """Return all advice that applies.
 
     Args:
-        model: The bare model.
+        model: The model, not wrapped.
         slots: The optimizers.
-        device: Where it will be trained.
-        precision: Of the forward pass.
-        is_sharded: Whether weights, or what optimizers keep, are dealt out over the processes.
+        device: The device of the run.
+        precision: The precision of the forward pass.
+        is_sharded: Whether the engine shards weights or optimizer states over ranks.
     """
-    is_plain = not is_sharded and not has_sparse_gradients(model)
-    on_optimizers = (
-        advice for slot in slots if is_plain for advice in advice_on_optimizer(slot.optimizer, device, precision)
-    )
+    advice: list[Advice] = []
+    if not is_sharded and not has_sparse_gradients(model):
+        for slot in slots:
+            advice += advise_on_optimizer(slot.optimizer, device, precision)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    on_matrices = advice_on_matrices({p.dtype for p in model.parameters()}, precision, capability)
-    return (*on_optimizers, *on_matrices)
+    advice += advise_on_matmul({p.dtype for p in model.parameters()}, precision, capability)
+    return tuple(advice)
 
 
-def advice_on_optimizer(optimizer: Optimizer, device: torch.device, precision: str = "no") -> Iterator[Advice]:
-    """Advise the fused kernel of torch's optimizers, unless the user has chosen one, or it takes no less time.
+def advise_on_optimizer(optimizer: Optimizer, device: torch.device, precision: str = "no") -> Iterator[Advice]:
+    """Advise the fused kernel of an optimizer, if it is faster and the user has not chosen a kernel.
 
     Args:
-        optimizer: The optimizer of a model whose gradients are dense.
-        device: Where it will step.
-        precision: Of the forward pass.
+        optimizer: The optimizer of a model with dense gradients.
+        device: The device of the run.
+        precision: The precision of the forward pass.
 
     Example:
         >>> net = nn.Linear(2, 2)
-        >>> [advice.write for advice in advice_on_optimizer(Adam(net.parameters()), torch.device("cpu"))]
+        >>> [advice.code for advice in advise_on_optimizer(Adam(net.parameters()), torch.device("cpu"))]
         ['Adam(..., fused=True)']
-        >>> list(advice_on_optimizer(Adam(net.parameters(), fused=True), torch.device("cpu")))
+        >>> list(advise_on_optimizer(Adam(net.parameters(), fused=True), torch.device("cpu")))
         []
     """
     groups = optimizer.param_groups
-    kind = type(optimizer)  # not a subclass, which may step in its own way
+    kind = type(optimizer)  # subclasses are left out: they may define `step` themselves
     has_fused = device.type in FUSED_ON.get(kind, ())
-    is_chosen = any(group[name] for group in groups for name in ("foreach", "differentiable") if name in group)
-    is_open = has_fused and not is_chosen and all(group.get("fused") is None for group in groups)
-    # SGD has so little to do for a weight without momentum that one kernel does it no faster than another. With it, and
-    # where a gradient scaler skips the first step, torch's kernel goes on from momenta that nobody has set.
-    is_worth_it = kind is not SGD or (precision != "fp16" and any(group["momentum"] for group in groups))
+    has_choice = any(group[name] for group in groups for name in ("foreach", "differentiable") if name in group)
+    is_open = has_fused and not has_choice and all(group.get("fused") is None for group in groups)
+    # SGD without momentum does too little work for the fused kernel to be faster. With momentum in fp16, the kernel
+    # reads uninitialised momentum buffers if the gradient scaler skips the first step.
+    is_faster = kind is not SGD or (precision != "fp16" and any(group["momentum"] for group in groups))
     are_floating = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
-    if is_open and is_worth_it and are_floating:
-        reason = "one kernel updates all weights, in place of several for each; the same but for rounding"
-        yield Advice(f"{kind.__name__}(..., fused=True)", reason)
+    if is_open and is_faster and are_floating:
+        effect = "one kernel updates all weights, instead of several per weight; results differ by rounding only"
+        yield Advice(f"{kind.__name__}(..., fused=True)", effect)
 
 
 def has_sparse_gradients(model: nn.Module) -> bool:
-    """Say whether a model has embeddings whose gradients are sparse, which fused kernels refuse."""
+    """Return whether a model has embeddings with sparse gradients, which fused kernels do not support."""
     return any(isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse for part in model.modules())
 
 
-def advice_on_matrices(
+def advise_on_matmul(
     dtypes: Collection[torch.dtype], precision: str, capability: tuple[int, int] | None
 ) -> Iterator[Advice]:
-    """Advise TF32 where a GPU has it, and float32 is what it computes in.
+    """Advise TF32 if the model computes in float32 on a GPU that has it.
 
     Args:
-        dtypes: Of the parameters.
-        precision: Of the forward pass.
-        capability: The GPU's compute capability, None for any other device.
+        dtypes: The dtypes of the parameters.
+        precision: The precision of the forward pass.
+        capability: The compute capability of the GPU, None for any other device.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
 
     Example:
-        >>> [advice.write for advice in advice_on_matrices({torch.float32}, "no", (9, 0))]
+        >>> [advice.code for advice in advise_on_matmul({torch.float32}, "no", (9, 0))]
         ['torch.set_float32_matmul_precision("high")']
     """
     has_tf32 = capability is not None and capability >= AMPERE
     if has_tf32 and precision == "no" and torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest":
-        reason = "float32 matrices are multiplied on tensor cores, by 10 bits of their 23: not the same numbers"
-        yield Advice('torch.set_float32_matmul_precision("high")', reason)
+        effect = "float32 matrices are multiplied on tensor cores, with 10 bits of mantissa instead of 23"
+        yield Advice('torch.set_float32_matmul_precision("high")', effect)

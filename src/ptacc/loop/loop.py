@@ -240,7 +240,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         max_steps: int | None = None,
         per_device_batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> Explanation:
-        """Tell what this trainer will do, as tables to `print`: classes, hooks, options, launch, batches, state.
+        """Describe what this trainer will do, as tables to print: classes, hooks, options, launch, batches, state.
 
         Args:
             train_dataset: The data, for the number of steps.
@@ -249,7 +249,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             per_device_batch_size: As for `train`.
         """
         samples = None if train_dataset is None else len(train_dataset)
-        return explain(self, samples, per_device_batch_size, (num_epochs, max_steps))
+        return explain(self, samples, per_device_batch_size, num_epochs, max_steps)
 
     def _check_not_running(self) -> None:
         if self._state.unwrapped_model is not None:

@@ -1,1 +1,1 @@
-"""Traces, throughput and what is known of the hardware."""
+"""Profiler traces, throughput, and properties of the hardware."""

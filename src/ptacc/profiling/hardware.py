@@ -1,4 +1,4 @@
-"""What the hardware can do, and what is asked of it."""
+"""Peak FLOPS, peak memory, and a FLOP counter."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PEAK_FLOPS: Mapping[str, float] = {
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
 }
-"""Floating-point operations a second in bf16 and fp16, by the name of the device: matrix products without sparsity.
+"""Dense floating-point operations per second in bf16 and fp16, by the name of the device.
 
-Source: NVIDIA's pages of these devices, such as https://www.nvidia.com/en-us/data-center/h100/, which give numbers with
-sparsity, twice as large.
+Source: NVIDIA's product pages, such as https://www.nvidia.com/en-us/data-center/h100/. They list numbers with
+sparsity, which are twice as large.
 """
 
 
 def find_peak_flops(device: torch.device) -> float | None:
-    """Return what a device can do in a second in bf16 or fp16; None where that is not known."""
+    """Return the peak FLOPS of a device in bf16 and fp16, None if unknown."""
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_host_memory() -> int | None:
-    """Return the bytes that this process occupied at most; None where the system does not tell."""
+    """Return the peak memory of this process in bytes, None if the platform does not report it."""
     if sys.platform == "win32":
         return None
     import resource
@@ -45,9 +45,15 @@ def peak_host_memory() -> int | None:
 
 
 def start_flop_counter() -> FlopCounterMode:
-    """Count floating-point operations from here on."""
+    """Start counting floating-point operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
     counter.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return counter
+
+
+def stop_flop_counter(counter: FlopCounterMode) -> int:
+    """Stop a counter, and return the number of operations that it counted."""
+    counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return counter.get_total_flops()

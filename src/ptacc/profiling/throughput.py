@@ -1,4 +1,4 @@
-"""What was counted of a run's speed, and what follows from that."""
+"""Counts and rates of training throughput."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ThroughputRecord:
-    """What training did in a stretch of time, over all processes, but for the memory, which is this process's.
+    """Throughput over a number of steps. Counts cover all ranks; times and memory are those of this process.
 
     Args:
         step: The number of the last step.
-        steps: How many steps.
+        steps: The number of steps.
         items: Items of these steps.
-        samples: Samples of these steps; None where nobody counts them, or only each process its own, as where data of
-            several has a `collate_fn`.
-        seconds: Time spent on training.
-        data_seconds: Of these, the time that this process waited for data.
-        flops_per_item: Floating-point operations of a step, for each of its items; None where unknown.
-        peak_flops: Such operations that all devices together can do in a second; None where unknown.
-        host_memory: Bytes that this process occupied at most since it began; None where the system does not tell.
-        device_memory: Bytes of tensors on the device at most since this process began; None without such a device.
+        samples: Samples of these steps, None if unknown. They are unknown for data that yields batches, and for data
+            with a `collate_fn` on several ranks.
+        seconds: Time spent training.
+        data_seconds: The part of `seconds` that was spent waiting for data.
+        flops_per_item: Floating-point operations of a step per item, None if unknown.
+        peak_flops: Floating-point operations per second of all devices together, None if unknown.
+        host_memory: Peak memory of this process in bytes, None if the platform does not report it.
+        device_memory: Peak memory of tensors on the device in bytes, None for devices other than CUDA.
     """
 
     step: int
@@ -38,38 +38,38 @@ class ThroughputRecord:
 
     @property
     def steps_per_second(self) -> float:
-        """Steps a second."""
+        """Steps per second."""
         return self._rate(self.steps)
 
     @property
     def items_per_second(self) -> float:
-        """Items a second: tokens, where `count_items` counts these."""
+        """Items per second, such as tokens if `count_items` counts tokens."""
         return self._rate(self.items)
 
     @property
     def samples_per_second(self) -> float | None:
-        """Samples a second, None where nobody counts them."""
+        """Samples per second, None if unknown."""
         return None if self.samples is None else self._rate(self.samples)
 
     @property
     def data_wait(self) -> float:
-        """The share of the time that was spent waiting for data, from 0 to 1."""
+        """The fraction of the time that was spent waiting for data, from 0 to 1."""
         return self.data_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def flops_per_second(self) -> float | None:
-        """Floating-point operations a second, None where those of an item are unknown."""
+        """Floating-point operations per second, None if unknown."""
         return None if self.flops_per_item is None else self._rate(self.items * self.flops_per_item)
 
     @property
     def flops_utilisation(self) -> float | None:
-        """The share of the peak that was reached, from 0 to 1; None where either is unknown."""
+        """The fraction of the peak FLOPS, from 0 to 1; None if unknown."""
         if self.flops_per_second is None or self.peak_flops is None:
             return None
         return self.flops_per_second / self.peak_flops
 
     def values(self) -> dict[str, float]:
-        """Return what is known, by the names that the history has: memory in GiB, samples where they are not the items.
+        """Return the known values under their names in the history. Samples are left out if they equal the items.
 
         Example:
             >>> ThroughputRecord(step=9, steps=8, items=4096, samples=64, seconds=2.0, data_seconds=0.5).values()
@@ -91,15 +91,15 @@ class ThroughputRecord:
 
 @dataclass
 class ThroughputCounter:
-    """What was counted, and a stopwatch for the time that training took.
+    """Counts of steps, and a stopwatch.
 
     Args:
-        steps: Steps.
-        items: Items of these steps, over all processes.
-        samples: Likewise; None once there were some that nobody counted.
-        waited: Seconds that were spent waiting for data.
-        seconds: Seconds until the stopwatch was last stopped.
-        since: When it was started, None while it stands.
+        steps: The number of steps.
+        items: Items of these steps, over all ranks.
+        samples: Samples of these steps, over all ranks; None once they are unknown for a step.
+        data_seconds: Time spent waiting for data.
+        seconds: Time on the stopwatch when it was last stopped.
+        started_at: When the stopwatch was started, None while it is stopped.
     """
 
     steps: int = 0
@@ -114,26 +114,26 @@ class ThroughputCounter:
         self.started_at = now if self.started_at is None else self.started_at
 
     def stop(self, now: float) -> None:
-        """Stop it."""
+        """Stop the stopwatch."""
         self.seconds, self.started_at = self.elapsed(now), None
 
     def elapsed(self, now: float) -> float:
-        """Return what it shows."""
+        """Return the time on the stopwatch."""
         return self.seconds + (0.0 if self.started_at is None else max(now - self.started_at, 0.0))
 
-    def add_step(self, items: float, samples: int | None, waited: float) -> None:
+    def add_step(self, items: float, samples: int | None, data_seconds: float) -> None:
         """Count a step."""
-        self.steps, self.items, self.data_seconds = self.steps + 1, self.items + items, self.data_seconds + waited
+        self.steps, self.items, self.data_seconds = self.steps + 1, self.items + items, self.data_seconds + data_seconds
         self.samples = None if self.samples is None or samples is None else self.samples + samples
 
     def record_since(self, earlier: ThroughputCounter, step: int, now: float) -> ThroughputRecord:
-        """Return what was counted since an earlier count, until the step `step`."""
-        known = self.samples is not None and earlier.samples is not None
+        """Return a record of what was counted since `earlier`, a copy of this counter; `step` is the last step."""
+        is_unknown = self.samples is None or earlier.samples is None
         return ThroughputRecord(
             step=step,
             steps=self.steps - earlier.steps,
             items=self.items - earlier.items,
-            samples=(self.samples or 0) - (earlier.samples or 0) if known else None,
+            samples=None if is_unknown else (self.samples or 0) - (earlier.samples or 0),
             seconds=self.elapsed(now) - earlier.seconds,
             data_seconds=self.data_seconds - earlier.data_seconds,
         )

@@ -1,4 +1,4 @@
-"""torch's profiler over a few steps, and the ranges by which a trace tells their parts apart."""
+"""torch's profiler over a few steps, and named ranges for the parts of a step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Profile:
-    """What a few steps did, on this process.
+    """The profile of a few steps on this rank.
 
     Args:
-        first_step: The number of the first of them.
-        num_steps: How many of them were completed: fewer than asked for where the run ended before.
-        table: The operators that took most time, for people to read.
-        trace: The trace file; None where none was asked for, or it could not be written.
+        first_step: The number of the first profiled step.
+        num_steps: The number of profiled steps that were completed; fewer than requested if the run ended earlier.
+        table: The operators that took most time, as text.
+        trace: The trace file; None if none was requested, or if it could not be written.
     """
 
     first_step: int
@@ -36,12 +36,17 @@ class Profile:
 
 
 class StepProfiler:
-    """torch's profiler, moved on from step to step until it has seen what it is to see.
+    """Runs torch's profiler for a number of cycles of steps.
+
+    Args:
+        make: Creates the profiler of one cycle, given its `on_trace_ready` function.
+        report: Creates the `Profile` of a cycle from its profiler and its number of steps; None if it is empty.
+        cycles: The number of cycles.
 
     Attributes:
-        marks: What is undone when there is no more to see.
-        was_interrupted: Whether an exception ended the run, so that what it was at is of interest.
-        profiles: One for each cycle that was recorded.
+        ranges: The annotations of calls, which are removed after the last cycle.
+        was_interrupted: Whether an exception ended the run. A cycle is then reported even if no step was completed.
+        profiles: One for each recorded cycle.
     """
 
     def __init__(
@@ -50,13 +55,6 @@ class StepProfiler:
         report: Callable[[profile, int], Profile | None],
         cycles: int,
     ) -> None:
-        """See some cycles of steps.
-
-        Args:
-            make: Makes the profiler of one cycle, given what takes that in.
-            report: Makes a profile of a cycle, given how many steps it saw; None where there is nothing in it.
-            cycles: How many.
-        """
         self._make, self._report, self._cycles = make, report, cycles
         self.ranges = contextlib.ExitStack()
         self.was_interrupted = False
@@ -66,18 +64,18 @@ class StepProfiler:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is more to see."""
+        """Whether a cycle is running."""
         return self._profiler is not None
 
     def start(self) -> None:
         """Start a cycle."""
-        # Each has a profiler of its own: one for all would keep, or lose, the events of the cycle before.
+        # A profiler for all cycles would keep, or lose, the events of the previous cycle.
         self._steps, self._is_recorded = 0, False
         self._profiler = self._make(self._keep_profile)
         self._profiler.start()
 
     def step(self) -> None:
-        """Take in that a step was completed."""
+        """Count a completed step. After the last step of a cycle, start the next one, or remove the annotations."""
         if self._profiler is None:
             return
         self._steps += 1
@@ -91,15 +89,15 @@ class StepProfiler:
                 self.ranges.close()
 
     def stop(self) -> None:
-        """End a cycle where it is, and keep what it has recorded."""
+        """Stop the current cycle, and keep its profile."""
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             profiler.stop()
 
     def _keep_profile(self, profiler: profile) -> None:
         self._is_recorded = True
-        if (found := self._report(profiler, self._steps)) is not None:
-            self.profiles.append(found)
+        if (report := self._report(profiler, self._steps)) is not None:
+            self.profiles.append(report)
 
 
 # ---- ranges
@@ -107,27 +105,32 @@ class StepProfiler:
 
 @contextlib.contextmanager
 def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
-    """Surround the calls of an object's methods by ranges; at the block's end it has the attributes that it had."""
-    own = {name: value for name, value in vars(owner).items() if name in ranges}
+    """Run the calls of an object's methods in named ranges within the block.
+
+    Args:
+        owner: The object.
+        ranges: The name of the range for each name of a method.
+    """
+    saved = {name: value for name, value in vars(owner).items() if name in ranges}
     for method, name in ranges.items():
-        called = getattr(owner, method)
-        vars(owner)[method] = Patch(called, functools.partial(call_in_range, name, called))
+        function = getattr(owner, method)
+        vars(owner)[method] = Patch(function, functools.partial(call_in_range, name, function))
     try:
         yield
     finally:
         for method in ranges:
             del vars(owner)[method]
-        vars(owner).update(own)
+        vars(owner).update(saved)
 
 
-def call_in_range(name: str, called: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function within a range."""
+def call_in_range(name: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function in a named range."""
     with record_function(name):
-        return called(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def annotate_loading(profiler: StepProfiler, name: str, batches: Batches) -> Batches:
-    """Surround the loading of each batch by a range, as long as there is more to see."""
+    """Load each batch in a named range while the profiler is on."""
     while profiler.is_on:
         with record_function(name):
             batch = next(batches, None)
