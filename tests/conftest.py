@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread, seeded generators, no time limit on a hypothesis example, and DeepSpeed."""
+"""Settings and fixtures for all tests: one torch thread, seeded generators, hypothesis and DeepSpeed."""
 
 import importlib
 import random
@@ -15,14 +15,14 @@ import torch
 
 from ptacc.distributed.accelerator import release_accelerator
 
-# Tests fork (tests/ranks.py), and a forked child has none of the threads of a pool that its parent started.
+# Tests fork (tests/ranks.py), and a forked process does not have the threads of its parent's pools.
 torch.set_num_threads(1)
 
-# A training step's first run is slow and its later ones are not, which hypothesis takes for flakiness.
+# The first training step is slower than later ones, which hypothesis reports as flaky.
 hypothesis.settings.register_profile("ptacc", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ptacc")
 
-# For the type checkers alone: importing them would run the very mistakes they hold.
+# For type checkers only: importing these files would run the mistakes in them.
 collect_ignore = ["typing"]
 
 BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
@@ -30,7 +30,7 @@ BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemC
 
 @pytest.fixture(autouse=True)
 def own_accelerator() -> None:
-    """Start each test without an accelerator: a failed test's traceback holds on to its trainer, and so to that."""
+    """Start each test without an accelerator: the traceback of a failed test keeps its trainer alive."""
     release_accelerator()
 
 
@@ -43,9 +43,9 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def deepspeed_built() -> Iterator[None]:
-    """Compile and import what takes long before the ranks are forked.
+    """Compile and import the slow parts of DeepSpeed before ranks are forked.
 
-    A rank that is killed while it compiles would leave a lock behind, for which all others wait for good.
+    A rank that is killed while it compiles would leave a lock, and all other ranks would wait for it forever.
     """
     built = Path(sys.prefix) / "torch_extensions" / "deepspeed_shm_comm"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The command line lists checkpoints, says which are whole, and exports weights that a model loads."""
+"""The command line lists and verifies checkpoints, and exports weights that a model can load."""
 
 import importlib
 import json
@@ -29,11 +29,11 @@ from ptacc.model.averaging import AveragedWeights
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, failing_at
 
 LIMIT = 60
-"""Seconds that a process may take; importing torch takes most of them where the machine is busy."""
+"""Time limit of a process in seconds; on a busy machine, importing torch takes most of it."""
 
 
 class Tied(nn.Module):
-    """Two names for one weight, a buffer of whole numbers, and a buffer that is not saved."""
+    """A model with tied weights, an integer buffer, and a buffer that is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Tied(nn.Module):
 
 
 def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
-    """Save a checkpoint: of a model, if no parts are given."""
+    """Save a checkpoint, by default of a model."""
     store = CheckpointStore(directory, key)
     draft = store.begin(values.pop("name", f"step-{step:04}"))
     files = write_parts(store, draft, SHARED, parts or [Part("model", Tied().state_dict())])
@@ -67,9 +67,7 @@ def column(output: str, number: int) -> list[str]:
 # ---- ptacc checkpoints
 
 
-def test_checkpoints_are_listed_oldest_first_and_those_of_later_runs_last(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_are_listed_by_run_and_then_by_age(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for directory in ("run-10", "run-2", "."):
         save(tmp_path / directory, 30, label="best", metrics={"loss": 0.25})
         save(tmp_path / directory, 20)
@@ -83,7 +81,7 @@ def test_checkpoints_are_listed_oldest_first_and_those_of_later_runs_last(
     assert column(table, 3)[:3] == ["0.25", "-", "-"]
 
 
-def test_a_table_is_aligned_and_says_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_aligned_and_says_what_was_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1, Part("model", {"w": torch.zeros(300)}), metrics={"loss": 1.5}, label="best")
     main(["checkpoints", str(tmp_path)])
     main(["checkpoints", "--verify", str(tmp_path)])
@@ -95,7 +93,7 @@ def test_a_table_is_aligned_and_says_what_was_read(tmp_path: Path, capsys: pytes
     ]
 
 
-def test_damage_in_a_file_is_seen_by_reading_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_in_a_file_is_found_with_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(save(tmp_path, 1))
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert "files not read" in capsys.readouterr().out
@@ -105,7 +103,7 @@ def test_damage_in_a_file_is_seen_by_reading_it(tmp_path: Path, capsys: pytest.C
     assert column(table, 1) == ["1"]
 
 
-def test_damage_in_a_manifest_is_seen_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_in_a_manifest_is_found_without_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = save(tmp_path, 1) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"step": 1', b'"step": 2'))
     save(tmp_path, 2)
@@ -115,7 +113,7 @@ def test_damage_in_a_manifest_is_seen_without(tmp_path: Path, capsys: pytest.Cap
     assert "damaged: " in table.splitlines()[2]
 
 
-def test_a_listing_as_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_listing_is_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1, metrics={"loss": float("nan"), "accuracy": 0.5})
     save(tmp_path / "run-2", 2)
     (tmp_path / "run-2" / "step-0002" / "manifest.json").unlink()
@@ -128,21 +126,21 @@ def test_a_listing_as_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("command", ["checkpoints", "verify"])
 @pytest.mark.parametrize("name", [".", "missing"])
-def test_no_checkpoints_is_said(command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_checkpoints_is_reported(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     CheckpointStore(tmp_path).begin("step-0001")
     assert main([command, str(tmp_path / name)]) == 1
     assert "ptacc: no checkpoints in" in capsys.readouterr().err
 
 
-def test_a_label_keeps_to_its_line_and_tells_the_terminal_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_of_a_label_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1, label="a\nb\x1b[31m")
     main(["checkpoints", str(tmp_path)])
     assert r"'a\nb\x1b[31m'" in capsys.readouterr().out
 
 
-def test_what_a_run_removes_meanwhile_is_no_damage(tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_run_removes_is_not_damaged(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (found,) = found_at(tmp_path, None)
     found.store.remove("step-0001")
@@ -175,7 +173,7 @@ def test_one_checkpoint_is_verified(
     assert "no manifest" in capsys.readouterr().out
 
 
-def test_a_directory_of_checkpoints_may_be_named_as_one_is(tmp_path: Path) -> None:
+def test_a_folder_of_checkpoints_may_be_named_like_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "step-size-3", 1)
     assert main(["verify", str(tmp_path / "step-size-3")]) == 0
 
@@ -196,8 +194,8 @@ def test_a_key_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
 # ---- ptacc export
 
 
-def loaded(path: Path) -> Tied:
-    """Return a new model with the weights of a file, having loaded it strictly, and checked that all names agree."""
+def load_exported(path: Path) -> Tied:
+    """Load the weights of a file into a new model, and check that all names and values agree."""
     torch.manual_seed(1)
     model = Tied()
     weights = load_file(path)
@@ -206,16 +204,16 @@ def loaded(path: Path) -> Tied:
     return model
 
 
-def test_weights_are_exported_tied_ones_whole(tmp_path: Path) -> None:
+def test_tied_weights_are_exported_under_all_names(tmp_path: Path) -> None:
     model = Tied()
     checkpoint = save(tmp_path, 1, Part("model", model.state_dict()))
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
     assert load_file(tmp_path / "out").keys() == model.state_dict().keys()
-    assert torch.equal(loaded(tmp_path / "out").embed.weight, model.embed.weight)
+    assert torch.equal(load_exported(tmp_path / "out").embed.weight, model.embed.weight)
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
-def test_averages_are_exported_under_all_names_of_a_tied_weight(kind: str, tmp_path: Path) -> None:
+def test_tied_averages_are_exported_under_all_names(kind: str, tmp_path: Path) -> None:
     model = Tied()
     averages = AveragedWeights(model)
     with torch.no_grad():
@@ -223,7 +221,7 @@ def test_averages_are_exported_under_all_names_of_a_tied_weight(kind: str, tmp_p
     averages.update(model, weight=0.5)
     checkpoint = save(tmp_path, 1, Part("model", model.state_dict()), Part(kind, averages.state_dict()))
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--averages", kind]) == 0
-    there = loaded(tmp_path / "out")
+    there = load_exported(tmp_path / "out")
     assert torch.equal(there.embed.weight, averages.tensors["embed.weight"])
     assert not torch.equal(there.embed.weight, model.embed.weight)
 
@@ -240,7 +238,7 @@ def test_averages_are_exported_under_all_names_of_a_tied_weight(kind: str, tmp_p
         ({"model": {"__metadata__": torch.ones(1)}}, "no place for under that name"),
     ],
 )
-def test_what_cannot_be_exported_is_named(
+def test_a_state_that_cannot_be_exported_is_reported(
     parts: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1, Part("other", 1), *(Part(name, state) for name, state in parts.items()))
@@ -250,7 +248,9 @@ def test_what_cannot_be_exported_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_of_a_directory_the_newest_whole_one_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_valid_checkpoint_of_a_folder_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = Tied()
     save(tmp_path, 9)
     save(tmp_path / "run-2", 1, Part("model", model.state_dict()))
@@ -259,10 +259,10 @@ def test_of_a_directory_the_newest_whole_one_is_exported(tmp_path: Path, capsys:
     said = capsys.readouterr()
     assert "the weights of run-2/step-0001, 8 tensors" in said.out
     assert "ptacc: run-2/step-0002 is passed over: damaged" in said.err
-    assert torch.equal(loaded(tmp_path / "out").embed.weight, model.embed.weight)
+    assert torch.equal(load_exported(tmp_path / "out").embed.weight, model.embed.weight)
 
 
-def test_of_one_checkpoint_no_other_file_need_be_whole(tmp_path: Path) -> None:
+def test_other_files_of_a_given_checkpoint_are_not_verified(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, 1)
     (checkpoint / "stray").touch()
     assert main(["export", str(checkpoint), str(tmp_path / "one")]) == 0
@@ -271,27 +271,27 @@ def test_of_one_checkpoint_no_other_file_need_be_whole(tmp_path: Path) -> None:
     assert main(["export", str(checkpoint), str(tmp_path / "two")]) == 2
 
 
-def test_nothing_is_written_over_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_overwritten_only_with_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, out = save(tmp_path / "runs", 1), tmp_path / "out"
     out.write_text("mine")
     assert main(["export", str(checkpoint), str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert main(["export", str(checkpoint), str(out), "--force"]) == 0
-    loaded(out)
+    load_exported(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
 
 
 @pytest.mark.parametrize(
     "out", ["runs", "no/such/directory", "runs/step-0001/shared.safetensors", "runs/step-0001/new"]
 )
-def test_some_paths_are_never_written_to(out: str, tmp_path: Path) -> None:
+def test_invalid_targets_are_never_written_to(out: str, tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "runs", 1)
     assert main(["export", str(checkpoint), str(tmp_path / out), "--force"]) == 2
     assert main(["verify", str(checkpoint)]) == 0
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     weights, others = Tied().state_dict(), Tied().state_dict()
     calls: list[str] = []
     write_weights(Interposed(lambda number, name, _: calls.append(name)), tmp_path / "out", weights)
@@ -303,18 +303,18 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_dtype_without_a_name_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unsupported_dtype_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot store"):
         write_weights(FileSystem(), tmp_path / "out", {"w": torch.zeros(1, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_written_outlasts_a_loss_of_power(tmp_path: Path) -> None:
+def test_an_exported_file_survives_a_power_loss(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     disk = Losing(tmp_path / "here")
     write_weights(disk, tmp_path / "here" / "out", Tied().state_dict())
     disk.leave(tmp_path / "left")
-    loaded(tmp_path / "left" / "out")
+    load_exported(tmp_path / "left" / "out")
 
 
 # ---- the program
@@ -327,7 +327,7 @@ def start(*arguments: str | Path, **streams: Any) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, Sequence[str | None]]:
-    """Return the exit code of a process and what it wrote, within the limit."""
+    """Return the exit code and the output of a process. It may not take longer than `LIMIT`."""
     with process:
         try:
             written = process.communicate(timeout=LIMIT)
@@ -336,14 +336,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, Sequence[str | None]]:
     return process.returncode, written
 
 
-def test_it_runs_as_a_module(tmp_path: Path) -> None:
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     save(tmp_path, 1, label="größer")
     code, (out, err) = finish(start("checkpoints", tmp_path))
     assert (code, err) == (0, "")
     assert r"gr\xf6\xdfer" in str(out)
 
 
-def test_nobody_reads_on(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_program_quietly(tmp_path: Path) -> None:
     save(tmp_path, 1)
     reads, writes = os.pipe()
     os.close(reads)
@@ -352,27 +352,27 @@ def test_nobody_reads_on(tmp_path: Path) -> None:
     assert finish(process) == (128 + signal.SIGPIPE, (None, ""))
 
 
-def test_an_interrupt_ends_it_quietly(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_program_quietly(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "key")
     process = start("verify", tmp_path, "--key-file", tmp_path / "key")
-    with (tmp_path / "key").open("wb"):  # which waits until it is read from
+    with (tmp_path / "key").open("wb"):  # blocks until the process opens the pipe for reading
         process.send_signal(signal.SIGINT)
         assert finish(process) == (128 + signal.SIGINT, ("", ""))
 
 
-def test_a_missing_file_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path), "--key-file", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("ptacc: [Errno 2] No such file")
 
 
 @pytest.mark.parametrize(("argument", "expected"), [("--version", "ptacc 0.1.0"), ("--help", "checkpoints")])
-def test_it_says_what_it_is(argument: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help_are_printed(argument: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([argument])
     assert expected in capsys.readouterr().out
 
 
-def test_the_project_installs_it() -> None:
+def test_the_project_installs_the_program() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
     module, _, name = project["project"]["scripts"]["ptacc"].partition(":")
     assert getattr(importlib.import_module(module), name) is main

@@ -1,4 +1,4 @@
-"""Imports between ptacc's packages run one way, and no folder or package grows too large."""
+"""Packages import lower packages only, and no folder or package grows too large."""
 
 import ast
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-# From the roof down: a module imports from its own package and from those below it.
+# From the top down: a module imports from its own package and from those below it.
 PACKAGES = [
     "__main__",
     "cli",
@@ -40,7 +40,7 @@ PACKAGES = [
     "public",
 ]
 NEVER_EACH_OTHER = ("mixins", "callbacks")
-# The base of the two mixins that shard a model.
+# The base class of the two mixins that shard a model.
 SHARED_BASE = "ptacc.mixins.model_sharding"
 MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
@@ -81,9 +81,9 @@ def own_imports(module: str) -> set[str]:
 def is_allowed(module: str, target: str) -> bool:
     row, other = PACKAGES.index(package(module)), PACKAGES.index(package(target))
     if row == other:
-        # A folder's __init__ gathers what is in the folder, and so does the list of default callbacks.
-        gathers = module == f"ptacc.{package(module)}" or module == "ptacc.callbacks.defaults"
-        return package(module) not in NEVER_EACH_OTHER or gathers or target == SHARED_BASE
+        # The `__init__` of a folder and the list of default callbacks import the modules of the folder.
+        is_list = module == f"ptacc.{package(module)}" or module == "ptacc.callbacks.defaults"
+        return package(module) not in NEVER_EACH_OTHER or is_list or target == SHARED_BASE
     return row < other
 
 
@@ -92,28 +92,28 @@ def test_every_module_is_in_a_known_package() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_from_below(module: str) -> None:
+def test_a_module_imports_from_lower_packages_only(module: str) -> None:
     upward = sorted(target for target in own_imports(module) if not is_allowed(module, target))
     assert not upward, f"{module} imports {upward}, which are not below it in PACKAGES"
 
 
-def test_no_imports_run_in_a_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()
 
 
-def test_accelerate_is_imported_by_its_adapters_alone() -> None:
+def test_only_adapters_import_accelerate() -> None:
     importers = {
         module for module, names in IMPORTS.items() if any(name.split(".")[0] == "accelerate" for name in names)
     }
     assert importers <= MAY_IMPORT_ACCELERATE
 
 
-def test_no_folder_is_crowded() -> None:
+def test_no_folder_has_too_many_files() -> None:
     files = Counter(path.parent for path in MODULES.values())
     assert all(number <= MOST_FILES for number in files.values()), files
 
 
-def test_no_package_outgrows_the_others() -> None:
+def test_no_package_is_too_large() -> None:
     lines = Counter[str]()
     for module, path in MODULES.items():
         lines[package(module)] += len(path.read_text().splitlines())

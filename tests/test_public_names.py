@@ -1,4 +1,4 @@
-"""A public name has one path: `ptacc.<name>`, or one in `ptacc.errors`, `ptacc.protocols` or `ptacc.testing`."""
+"""Each public name has one path, in `ptacc`, `ptacc.errors`, `ptacc.protocols` or `ptacc.testing`."""
 
 import ast
 import pickle
@@ -27,7 +27,7 @@ def test_all_is_complete(module: ModuleType) -> None:
 
 @every_public_module
 def test_all_is_sorted(module: ModuleType) -> None:
-    # The order that ruff writes: constants, then classes, then functions.
+    # In the order of ruff: constants, then classes, then functions.
     assert module.__all__ == sorted(module.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
 
 
@@ -66,7 +66,7 @@ def test_there_are_few_public_names() -> None:
     assert len(ptacc.__all__) <= MOST_NAMES
 
 
-def test_completion_shows_few_attributes_apart_from_hooks() -> None:
+def test_a_trainer_has_few_public_attributes_apart_from_hooks() -> None:
     trainer = ptacc.Trainer(**testing.tiny_parts())
     public = {name for name in dir(trainer) if not name.startswith("_")} - declared_hooks(ptacc.Trainer).keys()
     assert len(public) <= MOST_ATTRIBUTES

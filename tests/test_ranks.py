@@ -1,4 +1,4 @@
-"""The helpers of tests/ranks.py, tested like anything else."""
+"""Tests of the helpers in tests/ranks.py."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def test_ranks_reduce_over_gloo() -> None:
     assert torch.equal(torch.cat(run_ranks(add_up, 2)), torch.tensor([3.0, 3.0]))
 
 
-def test_a_failure_names_its_rank_and_ends_the_others() -> None:
+def test_a_failure_names_its_rank_and_ends_the_other_ranks() -> None:
     def fail_on_one() -> None:
         if os.environ["RANK"] == "1":
             raise ValueError("no such luck")

@@ -1,6 +1,6 @@
-"""What users' type checkers see: mistakes are refused, right code is not, and the wheel brings all types along.
+"""Users' type checkers reject mistakes and accept correct code, and the wheel contains all types.
 
-`make check` runs mypy and pyright over `tests/typing`; what those two runs do not say is tested here.
+`make check` runs mypy and pyright over `tests/typing`; these tests check what those runs do not.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ IGNORE = re.compile(r"  # type: ignore\[(?P<codes>[a-z-]+)\]$")
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    """Run a tool outside this repository's reach, and return what it printed."""
-    kept = {name: value for name, value in os.environ.items() if name not in {"MYPYPATH", "PYTHONPATH"}}
-    environment = kept | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"} | variables
+    """Run a tool without this repository on its path, and return its output."""
+    inherited = {name: value for name, value in os.environ.items() if name not in {"MYPYPATH", "PYTHONPATH"}}
+    environment = inherited | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"} | variables
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
-# ---- the mistakes, and what is right
+# ---- mistakes and correct code
 
 
 def mistakes() -> Iterator[tuple[int, str, list[str]]]:
@@ -62,7 +62,7 @@ def mistakes() -> Iterator[tuple[int, str, list[str]]]:
     yield from found
 
 
-def test_there_are_many_mistakes_in_their_order() -> None:
+def test_mistakes_are_numbered_in_order() -> None:
     numbers = [number for number, _, _ in mistakes()]
     assert len(numbers) >= 45
     assert numbers == list(range(1, len(numbers) + 1))
@@ -78,8 +78,8 @@ def test_each_mistake_is_one_line_with_one_code() -> None:
     assert {n: lines for n, lines in found.items() if len(lines) != 1 or not IGNORE.search(lines[0])} == {}
 
 
-def test_pyright_refuses_every_mistake_too(tmp_path: Path) -> None:
-    # An ignore of which mypy has no use fails `make check`; pyright has to be asked.
+def test_pyright_rejects_every_mistake_too(tmp_path: Path) -> None:
+    # mypy reports an unused `type: ignore`, which fails `make check`; pyright is run here without them.
     lines = REJECTS.read_text().splitlines()
     wrong = {number for number, line in enumerate(lines, 1) if IGNORE.search(line)}
     (tmp_path / "wrong.py").write_text("\n".join(IGNORE.sub("", line) for line in lines))
@@ -88,12 +88,12 @@ def test_pyright_refuses_every_mistake_too(tmp_path: Path) -> None:
     assert refused == wrong
 
 
-def test_what_the_checkers_accept_the_guards_accept_too() -> None:
+def test_class_definitions_that_checkers_accept_pass_the_guards() -> None:
     names = runpy.run_path(str(ROOT / "tests/typing/accepts.py"))
     assert isinstance(names["everything"], ptacc.Trainer)
 
 
-# ---- the wheel, in an environment and a folder that know nothing of this repository
+# ---- the wheel, in an environment and a folder without this repository
 
 USER = """
 import torch
@@ -136,17 +136,17 @@ def tool(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make an environment with the wheel in it, and the dependencies beside it."""
+    """Create an environment with the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    # Without isolation nothing is downloaded; where the backend is not installed, pip fetches it.
+    # Without isolation nothing is downloaded; if the build backend is not installed, pip downloads it.
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     run(*pip, "wheel", "--no-deps", *isolation, "--wheel-dir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=folder)
     python = folder / "venv/bin/python"
     run(*pip, "--python", python, "install", "--no-deps", wheel, cwd=folder)
-    # A folder named in a .pth file is searched, but its own .pth files are not read: this repository's is one.
+    # Python searches a folder named in a .pth file, but does not read the .pth files in it: this repository's is one.
     site_packages = inspect.getfile(pytest).split("/pytest/")[0]
     (package,) = folder.glob("venv/lib/*/site-packages")
     (package / "dependencies.pth").write_text(site_packages)
@@ -154,36 +154,36 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mypys_answer(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Have a user's mypy look at a user's script."""
+def mypy_output(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Run a user's mypy on a user's script."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "user.py").write_text(USER.lstrip())
-    # What mypy learnt of torch is kept from one run of the tests to the next; the wheel's own modules are read anew.
-    alone: list[str | Path] = ["--config-file=", "--cache-dir", ROOT / ".mypy_cache/wheel"]
+    # The cache of torch's types is reused between test runs; the modules of the wheel are checked again.
+    isolated: list[str | Path] = ["--config-file=", "--cache-dir", ROOT / ".mypy_cache/wheel"]
     python = environment / "bin/python"
-    return run(tool("mypy"), "--strict", *alone, "--python-executable", python, "user.py", cwd=folder)
+    return run(tool("mypy"), "--strict", *isolated, "--python-executable", python, "user.py", cwd=folder)
 
 
-def test_the_wheel_is_what_the_users_python_imports(environment: Path) -> None:
+def test_the_users_python_imports_the_wheel(environment: Path) -> None:
     printed = run(environment / "bin/python", "-c", "import ptacc; print(ptacc.__file__)", cwd=environment)
     assert Path(printed.strip()).is_relative_to(environment)
 
 
-def test_a_misspelt_option_is_refused_with_the_right_one(mypys_answer: str) -> None:
-    errors = [line for line in mypys_answer.splitlines() if "error:" in line]
-    assert len(errors) == 1, mypys_answer
+def test_mypy_suggests_the_right_option(mypy_output: str) -> None:
+    errors = [line for line in mypy_output.splitlines() if "error:" in line]
+    assert len(errors) == 1, mypy_output
     assert 'did you mean "gradient_accumulation_steps"?' in errors[0]
 
 
-def test_the_constructor_has_every_option_with_its_type(mypys_answer: str) -> None:
-    constructor = revealed(mypys_answer)[0]
+def test_the_constructor_has_every_option_with_its_type(mypy_output: str) -> None:
+    constructor = revealed(mypy_output)[0]
     assert "(model: torch.nn.modules.module.Module, *, optimizer: torch.optim.optimizer.Optimizer, " in constructor
     for option in ("callbacks: ", "loss_func: def ", "metrics: ", "gradient_accumulation_steps: int =", "float =)"):
         assert option in constructor
 
 
-def test_nothing_a_user_sees_is_any(mypys_answer: str) -> None:
-    shown = revealed(mypys_answer)
+def test_no_revealed_type_is_any(mypy_output: str) -> None:
+    shown = revealed(mypy_output)
     assert len(shown) == USER.count("reveal_type")
     assert [text for text in shown if re.search(r"\bAny\b", text)] == []
 
@@ -198,44 +198,44 @@ def test_pyright_knows_the_type_of_every_public_symbol(environment: Path) -> Non
     assert counts["withUnknownType"] == 0
 
 
-def revealed(answer: str) -> list[str]:
-    """Return the types that mypy revealed, in their order."""
-    return re.findall(r'Revealed type is "(.+)"', answer)
+def revealed(output: str) -> list[str]:
+    """Return the types that mypy revealed, in order."""
+    return re.findall(r'Revealed type is "(.+)"', output)
 
 
 # ---- no `Any` in a public signature
 
-ANY_IS_RIGHT = {
+ALLOWED_ANY = {
     "CheckpointMixin.law_options": "as Mixin.law_options",
     "CompileMixin.law_options": "as for `Mixin.law_options`",
     "EMAMixin.law_options": "as for `Mixin.law_options`",
-    "Engine.localize": "a value of a state: tensors become this engine's, all else is as it is",
-    "EvaluationLoop.__class_getitem__": "not seen by type checkers",
+    "Engine.localize": "a value of a state: tensors are converted, and other values are returned",
+    "EvaluationLoop.__class_getitem__": "hidden from type checkers",
     "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
-    "DataLoaderConfig.collate_fn": "the dataset and this function know what a sample is, the request does not",
-    "MetricLike.compute": "each metric computes values of its own type",
-    "MetricLike.update": "each metric takes arguments of its own",
+    "DataLoaderConfig.collate_fn": "the type of samples is known to the dataset and to this function only",
+    "MetricLike.compute": "each metric has its own type of values",
+    "MetricLike.update": "each metric has its own arguments",
     "Mixin.law_options": "options of every type, handed on as keywords",
     "ProfilerMixin.law_options": "as for `Mixin.law_options`",
     "TensorParallelMixin.law_options": "as for `Mixin.law_options`",
-    "Run.batch": "a run knows no batches, whatever they are",
-    "Run.count": "counts the batches of a step, whatever they are",
-    "Run.states": "the type of each state stands in its key",
+    "Run.batch": "a run does not depend on the type of batches",
+    "Run.count": "a run does not depend on the type of batches",
+    "Run.states": "the type of each state is in its key",
     "TrainerCore.all_callbacks": "`Callback[Self]` could not be overridden: a callback is contravariant in `Self`",
     "TrainingLoop.all_callbacks": "as for `TrainerCore`",
-    "check_mixin": "options of every type, handed on as keywords",
-    "check_order_changes_nothing": "options of every type, handed on as keywords",
-    "iris_parts": "options of every type, for `Trainer(**iris_parts())`",
-    "tiny_parts": "options of every type, for `Trainer(**tiny_parts())`",
+    "check_mixin": "options of any type, passed on as keywords",
+    "check_order_changes_nothing": "options of any type, passed on as keywords",
+    "iris_parts": "options of any type, for `Trainer(**iris_parts())`",
+    "tiny_parts": "options of any type, for `Trainer(**tiny_parts())`",
 }
 
 
-def test_no_public_signature_says_any() -> None:
+def test_no_public_signature_contains_any() -> None:
     found = {name for name, annotation, module in public_annotations() if holds_any(resolved(annotation, module))}
-    assert sorted(found - ANY_IS_RIGHT.keys()) == []
+    assert sorted(found - ALLOWED_ANY.keys()) == []
 
 
-def test_what_reads_the_signatures_finds_them() -> None:
+def test_all_public_signatures_are_read() -> None:
     names = {name for name, _, _ in public_annotations()}
     assert names >= {"TrainingLoop.train", "EvaluationLoop.evaluate", "TrainerBase.optimizer", "TrainerBase.history"}
     assert names >= {"assert_split_invariant", "iris"}
@@ -244,21 +244,21 @@ def test_what_reads_the_signatures_finds_them() -> None:
 
 
 def public_annotations() -> Iterator[tuple[str, object, str]]:
-    """Yield each annotation of what is public: the name of what it belongs to, itself, and the module it stands in."""
+    """Yield the annotations of all public names: the name, the annotation, and the module that contains it."""
     names = [(ptacc, name) for name in ptacc.__all__] + [(testing, name) for name in testing.__all__]
     for module, name in names:
         value = getattr(module, name)
         if inspect.isfunction(value):
-            yield from ((name, annotation, value.__module__) for annotation in annotations_of(value))
+            yield from ((name, annotation, value.__module__) for annotation in member_annotations(value))
         elif not isinstance(value, type):
             yield name, value, module.__name__
         else:
             for owner in value.__mro__:
                 if owner.__module__.startswith("ptacc"):
-                    yield from annotations_in(owner)
+                    yield from class_annotations(owner)
 
 
-def annotations_in(owner: type) -> Iterator[tuple[str, object, str]]:
+def class_annotations(owner: type) -> Iterator[tuple[str, object, str]]:
     """Yield the annotations of a class's own options, methods and properties."""
     for name, annotation in vars(owner).get("__annotations__", {}).items():
         if not name.startswith("_"):
@@ -266,15 +266,15 @@ def annotations_in(owner: type) -> Iterator[tuple[str, object, str]]:
     for name, member in vars(owner).items():
         is_private = name.startswith("_") and not name.endswith("__")
         if is_private or (name == "__init__" and dataclasses.is_dataclass(owner)):
-            continue  # that constructor is made from the fields
-        for annotation in annotations_of(member):
+            continue  # the constructor is generated from the fields
+        for annotation in member_annotations(member):
             yield f"{owner.__name__}.{name}", annotation, owner.__module__
 
 
-def annotations_of(member: object) -> list[object]:
-    """Return the annotations of a function, of its overloads where it has any, or of a property."""
+def member_annotations(member: object) -> list[object]:
+    """Return the annotations of a function, of its overloads if it has any, or of a property."""
     if isinstance(member, property):
-        return [annotation for part in (member.fget, member.fset) for annotation in annotations_of(part)]
+        return [annotation for part in (member.fget, member.fset) for annotation in member_annotations(part)]
     function = getattr(member, "__func__", member)
     if not inspect.isfunction(function) or not function.__module__.startswith("ptacc"):
         return []
@@ -283,7 +283,7 @@ def annotations_of(member: object) -> list[object]:
 
 
 def resolved(annotation: object, module: str) -> object:
-    """Return what an annotation says, also where it was imported for type checkers alone."""
+    """Evaluate an annotation, even if its names are imported for type checkers only."""
     if not isinstance(annotation, str):
         return annotation
     value: object = eval(annotation, {**all_names(), **vars(sys.modules[module])})
@@ -292,14 +292,14 @@ def resolved(annotation: object, module: str) -> object:
 
 @functools.cache
 def all_names() -> dict[str, object]:
-    """Return the names of all our modules, for those that a module imports for type checkers alone."""
-    ours = [vars(loaded) for name, loaded in sorted(sys.modules.items()) if name.startswith("ptacc.")]
-    known: dict[str, object] = {name: value for names in ours for name, value in names.items()}
+    """Return the names of all modules of ptacc, for names that a module imports for type checkers only."""
+    namespaces = [vars(loaded) for name, loaded in sorted(sys.modules.items()) if name.startswith("ptacc.")]
+    known: dict[str, object] = {name: value for names in namespaces for name, value in names.items()}
     return known | {"pd": pd}
 
 
 def holds_any(annotation: object) -> bool:
-    """Say whether an annotation is or contains `Any`; torch's state dicts are of torch's making."""
+    """Return whether an annotation is or contains `Any`; the state dicts of torch do not count."""
     if annotation == StateDict:
         return False
     parts = annotation if isinstance(annotation, list) else typing.get_args(annotation)

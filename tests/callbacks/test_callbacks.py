@@ -22,7 +22,7 @@ from ptacc.testing import tiny_data, tiny_parts
 
 
 class Breaking(Trainer):
-    """Has a loss that is no number from a step on."""
+    """Has a non-finite loss from step `breaks_at` on."""
 
     breaks_at: int = 3
     with_value: float = math.nan
@@ -33,18 +33,18 @@ class Breaking(Trainer):
         return loss * self.with_value if self.progress.steps + 1 >= self.breaks_at else loss
 
 
-def parts(*callbacks: Callback[Any]) -> dict[str, Any]:
+def make_parts(*callbacks: Callback[Any]) -> dict[str, Any]:
     return {**tiny_parts(), "callbacks": callbacks}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(value: float) -> None:
-    history = Breaking(**parts(StopOnNonFinite()), with_value=value).train(tiny_data(), num_epochs=9)
+def test_a_non_finite_loss_stops_the_run(value: float) -> None:
+    history = Breaking(**make_parts(StopOnNonFinite()), with_value=value).train(tiny_data(), num_epochs=9)
     assert (history.stop_reason, history[-1].step) == ("non-finite loss at step 3", 3)
 
 
-def test_an_evaluation_whose_loss_is_no_number_ends_the_run() -> None:
-    class BreakingOutside(Breaking):
+def test_a_non_finite_evaluation_loss_stops_the_run() -> None:
+    class BreakingInEvaluation(Breaking):
         @override
         def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             return Trainer.compute_train_loss(self, outputs, targets)
@@ -53,20 +53,20 @@ def test_an_evaluation_whose_loss_is_no_number_ends_the_run() -> None:
         def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             return super().compute_eval_loss(outputs, targets) * self.with_value
 
-    trainer = BreakingOutside(**parts(StopOnNonFinite()))
+    trainer = BreakingInEvaluation(**make_parts(StopOnNonFinite()))
     history = trainer.train(tiny_data(), {"held-out": tiny_data(8)}, num_epochs=9)
     assert history.stop_reason == "non-finite loss in the evaluation 'held-out' after step 3"
     assert math.isnan(trainer.evaluate(tiny_data()).loss)
 
 
-def test_stopping_at_such_a_loss_is_on_by_default_and_leaving_it_out_is_explicit() -> None:
+def test_stopping_at_non_finite_losses_is_the_default() -> None:
     options = {name: value for name, value in tiny_parts().items() if name != "default_callbacks"}
     assert Breaking(**options).train(tiny_data(), num_epochs=2).stop_reason is not None
     assert Breaking(**options, default_callbacks=()).train(tiny_data(), num_epochs=2).stop_reason is None
 
 
-def test_reported_losses_are_never_altered() -> None:
-    history = Breaking(**parts()).train(tiny_data(), num_epochs=1)
+def test_reported_losses_are_not_altered() -> None:
+    history = Breaking(**make_parts()).train(tiny_data(), num_epochs=1)
     assert [math.isnan(step.loss) for step in history.steps] == [False, False, True]
     assert math.isnan(history[0].train_loss)
 
@@ -80,28 +80,28 @@ def test_the_default_callbacks_come_first() -> None:
 
 def test_the_printed_table_has_a_row_for_each_epoch() -> None:
     out = io.StringIO()
-    Trainer(**parts(PrintMetrics(file=out))).train(tiny_data(), tiny_data(8), num_epochs=3)
+    Trainer(**make_parts(PrintMetrics(file=out))).train(tiny_data(), tiny_data(8), num_epochs=3)
     header, *rows = out.getvalue().splitlines()
     assert header.split() == ["epoch", "step", "train_loss", "learning_rate", "eval_loss", "seconds"]
     assert [row.split()[:2] for row in rows] == [["1", "3"], ["2", "6"], ["3", "9"]]
     assert len({len(line) for line in (header, *rows)}) == 1
 
 
-def test_the_printed_table_says_why_a_run_was_stopped() -> None:
+def test_the_printed_table_ends_with_the_stop_reason() -> None:
     out = io.StringIO()
-    Breaking(**parts(StopOnNonFinite(), PrintMetrics(file=out))).train(tiny_data(), num_epochs=9)
+    Breaking(**make_parts(StopOnNonFinite(), PrintMetrics(file=out))).train(tiny_data(), num_epochs=9)
     assert out.getvalue().splitlines()[-1] == "stopped after step 3: non-finite loss at step 3"
 
 
-def test_the_bar_is_quiet_without_a_terminal() -> None:
+def test_the_bar_is_hidden_without_a_terminal() -> None:
     out = io.StringIO()
-    Trainer(**parts(ProgressBar(file=out))).train(tiny_data(), num_epochs=1)
+    Trainer(**make_parts(ProgressBar(file=out))).train(tiny_data(), num_epochs=1)
     assert out.getvalue() == ""
 
 
 def test_the_bar_shows_loss_rate_and_speed() -> None:
     out = io.StringIO()
-    Trainer(**parts(ProgressBar(file=out, shown=True, every=1))).train(tiny_data(), tiny_data(), num_epochs=2)
+    Trainer(**make_parts(ProgressBar(file=out, shown=True, every=1))).train(tiny_data(), tiny_data(), num_epochs=2)
     assert "epoch 1/2" in out.getvalue()
     assert all(word in out.getvalue() for word in ("loss=", "lr=1.00e-01", "items=", "evaluating"))
 
@@ -114,12 +114,12 @@ def test_the_bar_is_closed_by_an_exception() -> None:
 
     bar = ProgressBar(file=io.StringIO(), shown=True)
     with pytest.raises(KeyError):
-        Failing(**parts(bar)).train(tiny_data(), num_epochs=1)
-    assert bar._bar is None  # noqa: SLF001 - a bar that stays open would garble what is printed next
+        Failing(**make_parts(bar)).train(tiny_data(), num_epochs=1)
+    assert bar._bar is None  # noqa: SLF001 - an open bar would garble later output
 
 
 class Worsening(Trainer):
-    """Learns for an epoch, and then unlearns."""
+    """Improves for one epoch, and worsens after that."""
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class Worsening(Trainer):
 
 
 @pytest.mark.parametrize("restore", [True, False])
-def test_the_best_model_is_kept_and_restored(restore: bool) -> None:
+def test_the_best_weights_are_saved_and_restored(restore: bool) -> None:
     best = RestoreBestWeights("eval_loss", restore=restore)
-    trainer = Worsening(**parts(best))
+    trainer = Worsening(**make_parts(best))
     history = trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     assert (best.best_epoch, best.best_value) == (1, history[0].eval_loss)
     is_best = torch.equal(trainer.model.state_dict()["weight"], best.best_weights["weight"])
@@ -143,7 +143,7 @@ def test_nan_is_never_best() -> None:
     assert Monitor("loss").is_better(1.0, than=math.nan)
 
 
-def test_a_handle_knows_its_mode() -> None:
+def test_a_monitor_has_its_own_mode() -> None:
     class Constant(nn.Module):
         value = 0.0
 
@@ -159,15 +159,15 @@ def test_a_handle_knows_its_mode() -> None:
 
     rising = Monitor("rising", mode="max")
     best = RestoreBestWeights(rising)
-    trainer = Measured(**parts(best), metrics={rising.name: Constant()})
+    trainer = Measured(**make_parts(best), metrics={rising.name: Constant()})
     trainer.train(tiny_data(), tiny_data(), num_epochs=3)
     assert (best.best_epoch, best.best_value) == (3, 3.0)
 
 
-def test_a_callback_may_ask_for_no_more_than_the_core() -> None:
+def test_a_callback_for_trainer_core_works_with_every_trainer() -> None:
     class Asking(Callback[TrainerCore]):
         @override
         def on_run_start(self, trainer: TrainerCore) -> None:
             assert trainer.run.plan.total_steps == 6
 
-    Trainer(**parts(Asking())).train(tiny_data(24), num_epochs=2)
+    Trainer(**make_parts(Asking())).train(tiny_data(24), num_epochs=2)

@@ -33,12 +33,12 @@ from ptacc.run.history import STEPS_IN_MEMORY, StepResult
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
-LOADING, FORWARD, EVALUATING, SAVING, EPOCHS_END, AFTER_A_STEP = 0.25, 2.0, 16.0, 256.0, 4096.0, 0.5
-"""What each of these takes by the clock of these tests: a sample, a batch, a batch, a checkpoint, a callback twice."""
+LOADING, FORWARD, EVALUATING, SAVING, EPOCH_END, STEP_END = 0.25, 2.0, 16.0, 256.0, 4096.0, 0.5
+"""Seconds on the fake clock: per sample, per batch, per evaluated batch, per checkpoint, and per call of a callback."""
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A fake clock, advanced by the code under test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -87,11 +87,11 @@ class SlowCallback(Callback[TrainerCore]):
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        self.clock.now += AFTER_A_STEP
+        self.clock.now += STEP_END
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        self.clock.now += EPOCHS_END
+        self.clock.now += EPOCH_END
 
     def state_dict(self) -> dict[str, Any]:
         self.clock.now += SAVING
@@ -101,7 +101,7 @@ class SlowCallback(Callback[TrainerCore]):
 
 
 def train_slowly(clock: Clock, folder: Path, callback: Throughput, **options: Any) -> SlowTrainer:
-    """Train two epochs of three steps, evaluating after each second step and saving after each, and then average."""
+    """Train two epochs of three steps with an evaluation every two steps, a checkpoint every step, and SWA."""
     trainer = SlowTrainer(
         **tiny_parts(),
         clock=clock,
@@ -125,34 +125,32 @@ def train(callback: Throughput, samples: int = 24, **options: Any) -> Trainer:
 # ---- time
 
 
-def test_training_counts_and_evaluations_checkpoints_and_what_is_between_epochs_do_not(
-    clock: Clock, tmp_path: Path
-) -> None:
+def test_time_excludes_evaluations_checkpoints_and_the_gaps_between_epochs(clock: Clock, tmp_path: Path) -> None:
     callback = Throughput(warmup=0)
     train_slowly(clock, tmp_path, callback)
-    each = 8 * LOADING + FORWARD + AFTER_A_STEP
+    each = 8 * LOADING + FORWARD + STEP_END
     assert [report.seconds for report in callback.reports] == [3 * each, 3 * each]
     assert callback.summary().seconds == 6 * each
-    assert clock.now > 6 * SAVING + 2 * EPOCHS_END + 9 * EVALUATING
+    assert clock.now > 6 * SAVING + 2 * EPOCH_END + 9 * EVALUATING
 
 
-def test_waiting_for_data_is_told_from_the_rest(clock: Clock, tmp_path: Path) -> None:
+def test_time_spent_waiting_for_data_is_measured(clock: Clock, tmp_path: Path) -> None:
     callback = Throughput(warmup=0)
     train_slowly(clock, tmp_path, callback, gradient_accumulation_steps=3)
-    waiting, working = 24 * LOADING, 3 * FORWARD + AFTER_A_STEP
+    waiting, working = 24 * LOADING, 3 * FORWARD + STEP_END
     assert [report.data_seconds for report in callback.reports] == [waiting, waiting]
     assert [report.data_wait for report in callback.reports] == [waiting / (waiting + working)] * 2
 
 
-def test_the_first_steps_are_left_out(clock: Clock, tmp_path: Path) -> None:
+def test_warmup_steps_are_not_measured(clock: Clock, tmp_path: Path) -> None:
     callback = Throughput(warmup=2)
     train_slowly(clock, tmp_path, callback)
     assert [report.steps for report in callback.reports] == [1, 3]
     assert callback.summary().steps == 4
-    assert callback.summary().seconds == 4 * (8 * LOADING + FORWARD + AFTER_A_STEP)
+    assert callback.summary().seconds == 4 * (8 * LOADING + FORWARD + STEP_END)
 
 
-class Late(Callback[TrainerCore]):
+class LaterCallback(Callback[TrainerCore]):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
@@ -161,9 +159,9 @@ class Late(Callback[TrainerCore]):
         self.clock.now += 1.0
 
 
-def test_what_callbacks_do_after_this_one_counts_where_nothing_else_comes_between(clock: Clock) -> None:
+def test_time_of_later_callbacks_counts_for_the_next_step(clock: Clock) -> None:
     callback = Throughput(warmup=0, every=2)
-    trainer = Trainer(**tiny_parts(), callbacks=[callback, Late(clock)])
+    trainer = Trainer(**tiny_parts(), callbacks=[callback, LaterCallback(clock)])
     trainer.train(tiny_data(48), num_epochs=1)
     assert [report.seconds for report in callback.reports] == [1.0, 2.0, 2.0]
 
@@ -171,26 +169,26 @@ def test_what_callbacks_do_after_this_one_counts_where_nothing_else_comes_betwee
 # ---- counts
 
 
-def test_items_samples_and_steps_are_counted_for_each_epoch() -> None:
+def test_items_samples_and_steps_are_counted_per_epoch() -> None:
     callback = Throughput(warmup=0)
     train(callback, per_device_batch_size=10)
     counts = [(report.step, report.steps, report.items, report.samples) for report in callback.reports]
     assert counts == [(3, 3, 24, 24), (6, 3, 24, 24)]
 
 
-def test_reports_come_each_so_many_steps_and_at_the_end_of_an_epoch() -> None:
+def test_reports_come_every_n_steps_and_at_the_end_of_an_epoch() -> None:
     callback = Throughput(warmup=1, every=2)
     train(callback, per_device_batch_size=5)
     assert [(report.step, report.steps) for report in callback.reports] == [(3, 2), (5, 2), (7, 2), (9, 2), (10, 1)]
 
 
-def test_a_report_comes_at_the_end_of_a_plan_within_an_epoch() -> None:
+def test_a_report_comes_at_the_end_of_a_run_within_an_epoch() -> None:
     callback = Throughput(warmup=0)
     train(callback, num_epochs=None, max_steps=5)
     assert [(report.step, report.steps) for report in callback.reports] == [(3, 3), (5, 2)]
 
 
-def test_a_run_that_is_stopped_is_in_the_summary() -> None:
+def test_a_stopped_run_is_in_the_summary() -> None:
     class Stopping(Trainer):
         @override
         def should_stop(self) -> str | None:
@@ -226,7 +224,7 @@ def train_on_tokens(callback: Throughput, data: Any, **options: Any) -> None:
     trainer.train(data, collate_fn=lambda rows: Tokens(torch.stack(rows), 100 * len(rows)), **options)
 
 
-def test_items_are_what_the_loss_is_a_mean_over_and_samples_are_told_beside_them() -> None:
+def test_items_and_samples_are_reported_separately() -> None:
     callback = Throughput(warmup=0)
     train_on_tokens(callback, list(torch.ones(20, 3)), num_epochs=1)
     (report,) = callback.reports
@@ -246,7 +244,7 @@ def test_a_stream_reports_at_the_end_of_the_run() -> None:
     assert [(report.steps, report.items, report.samples) for report in callback.reports] == [(9, 7200, 72)]
 
 
-def test_samples_that_nobody_counts_are_unknown() -> None:
+def test_samples_of_prebatched_data_are_unknown() -> None:
     callback = Throughput(warmup=0)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     net = nn.Linear(3, 1)
@@ -262,7 +260,7 @@ def test_samples_that_nobody_counts_are_unknown() -> None:
     assert "samples_per_second" not in callback.summary().values()
 
 
-def test_each_run_is_counted_by_itself() -> None:
+def test_each_run_is_counted_separately() -> None:
     callback = Throughput(warmup=0)
     trainer = train(callback)
     trainer.evaluate(tiny_data())
@@ -270,7 +268,7 @@ def test_each_run_is_counted_by_itself() -> None:
     assert [report.steps for report in callback.reports] == [3]
 
 
-def test_processes_count_all_items_and_no_phantoms() -> None:
+def test_all_ranks_count_all_items_without_padding() -> None:
     def worker() -> tuple[float, int | None]:
         callback = Throughput(warmup=0)
         train(callback, num_epochs=1, per_device_batch_size=5)
@@ -286,18 +284,18 @@ def test_the_values_are_in_the_history() -> None:
     callback = Throughput(warmup=0)
     history = train(callback).history
     for epoch, report in zip(history, callback.reports, strict=True):
-        assert epoch.logged == pytest.approx(report.values(), rel=1e-6)  # the history has single precision
+        assert epoch.logged == pytest.approx(report.values(), rel=1e-6)  # the history is in single precision
     assert ["data_wait" in step.logged for step in history.steps] == [False, False, True] * 2
 
 
-def test_no_report_is_lost_where_the_history_reads_its_steps() -> None:
+def test_no_report_is_missing_from_the_history_of_steps() -> None:
     callback = Throughput(warmup=0, every=1)
     history = train(callback, samples=1100, num_epochs=1, per_device_batch_size=1).history
     assert len(history.steps) == STEPS_IN_MEMORY
     assert all("data_wait" in step.logged for step in history.steps)
 
 
-def test_rates_are_counts_by_seconds() -> None:
+def test_rates_are_counts_divided_by_seconds() -> None:
     measured = ThroughputRecord(
         step=9,
         steps=8,
@@ -321,7 +319,7 @@ def test_rates_are_counts_by_seconds() -> None:
     }
 
 
-def test_there_is_no_rate_before_there_is_a_step() -> None:
+def test_rates_are_zero_before_the_first_step() -> None:
     empty = Throughput().summary()
     assert (empty.steps, empty.items_per_second, empty.data_wait) == (0, 0.0, 0.0)
 
@@ -330,18 +328,18 @@ def test_there_is_no_rate_before_there_is_a_step() -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_operations_are_counted_in_the_first_step(accumulation: int) -> None:
+def test_flops_are_counted_in_the_first_step(accumulation: int) -> None:
     class Accumulating(GradAccumMixin, Trainer): ...
 
     callback = Throughput(measure_flops=True)
     trainer = Accumulating(**tiny_parts(), callbacks=[callback], gradient_accumulation_steps=accumulation)
     trainer.train(tiny_data(), num_epochs=2)
-    of_a_product = 2 * 4 * 2  # multiply and add, 4 inputs, 2 outputs: once forward, once for the weights' gradient
-    assert callback.summary().flops_per_item == 2 * of_a_product
+    product = 2 * 4 * 2  # multiply and add, 4 inputs, 2 outputs
+    assert callback.summary().flops_per_item == 2 * product  # forward, and the gradient of the weights
 
 
 class Skipping(Trainer):
-    """Has a scaler that skips the first step, whose gradients are not finite."""
+    """Has a gradient scaler that skips the first step, since its gradients are not finite."""
 
     @override
     def make_engine(self) -> Engine:
@@ -353,17 +351,17 @@ class Skipping(Trainer):
         return loss if self.progress.batches else loss * math.inf
 
 
-def test_a_step_that_was_skipped_counts_in_the_time_alone() -> None:
+def test_a_skipped_step_counts_for_time_only() -> None:
     callback = Throughput(measure_flops=True, warmup=0)
     trainer = Skipping(**iris_parts(), callbacks=[callback])
     trainer.train(iris(), num_epochs=1, per_device_batch_size=30)
     assert trainer.progress.steps == 4
     assert (callback.summary().items, callback.summary().samples) == (120, 120)
-    products = [4 * 16, 16 * 3, 4 * 16, 16 * 3, 16 * 3]  # forward, by the weights, by the inputs of the second layer
+    products = [4 * 16, 16 * 3, 4 * 16, 16 * 3, 16 * 3]  # forward, weight gradients, input gradient of layer 2
     assert callback.summary().flops_per_item == 2 * sum(products)
 
 
-def test_counting_operations_changes_no_number() -> None:
+def test_counting_flops_changes_no_loss() -> None:
     in_order: DataLoaderKwargs = {"shuffle": False}
     counting, plain = (
         train(Throughput(measure_flops=flag), train_dataloader_kwargs=in_order) for flag in (True, False)
@@ -371,7 +369,7 @@ def test_counting_operations_changes_no_number() -> None:
     assert [step.loss for step in counting.history.steps] == [step.loss for step in plain.history.steps]
 
 
-def test_utilisation_is_of_all_processes() -> None:
+def test_utilisation_covers_all_ranks() -> None:
     def worker() -> tuple[float | None, float | None]:
         callback = Throughput(measure_flops=True, peak_flops=1e12)
         train(callback)
@@ -380,7 +378,7 @@ def test_utilisation_is_of_all_processes() -> None:
     assert run_ranks(worker, 2) == [(32, 2e12)] * 2
 
 
-def test_utilisation_is_unknown_where_the_peak_is() -> None:
+def test_utilisation_is_unknown_without_a_peak() -> None:
     callback = Throughput(flops_per_item=32)
     train(callback)
     summary = callback.summary()
@@ -389,7 +387,7 @@ def test_utilisation_is_unknown_where_the_peak_is() -> None:
     assert "flops_utilisation" not in summary.values()
 
 
-def test_the_hosts_memory_is_that_of_this_process() -> None:
+def test_host_memory_is_that_of_this_process() -> None:
     callback = Throughput()
     train(callback)
     before = callback.summary().host_memory
@@ -405,7 +403,7 @@ def test_the_hosts_memory_is_that_of_this_process() -> None:
 # ---- mistakes
 
 
-def test_an_exception_in_the_step_that_is_counted_leaves_no_counting_behind() -> None:
+def test_an_exception_in_the_first_step_stops_the_flop_counter() -> None:
     class Failing(Trainer):
         @override
         def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -420,7 +418,7 @@ def test_an_exception_in_the_step_that_is_counted_leaves_no_counting_behind() ->
 @pytest.mark.parametrize(
     ("option", "value"), [("every", 0), ("warmup", -1), ("flops_per_item", 0.0), ("peak_flops", float("inf"))]
 )
-def test_what_cannot_be_right_is_refused(option: str, value: float) -> None:
+def test_invalid_options_are_refused(option: str, value: float) -> None:
     options: dict[str, Any] = {option: value}
     with pytest.raises(OptionError, match=rf"Throughput\({option}="):
         Throughput(**options)

@@ -1,6 +1,6 @@
-"""What a class statement makes of its bases: options with the nearest default, one constructor, copies, a repr."""
+"""Options and their defaults in composed classes, the constructor, copies and reprs."""
 
-# A new default without annotation is what users write, whose `--strict` does not come with this check.
+# Users write new defaults without annotation: their `--strict` does not include this check.
 # mypy: disable-error-code="mutable-override"
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Digits(AMPMixin, GradAccumMixin, Trainer):
     _made: list[int] = field(init=False, default_factory=list)
 
 
-def parts() -> dict[str, Any]:
+def make_parts() -> dict[str, Any]:
     model = nn.Linear(2, 1)
     return {"model": model, "optimizer": SGD(model.parameters(), lr=0.1), "loss_func": nn.functional.mse_loss}
 
@@ -55,63 +55,63 @@ def every_fifth(optimizer: Optimizer, plan: RunPlan) -> LRScheduler:
     return StepLR(optimizer, step_size=5)
 
 
-# ---- which default is taken
+# ---- which default is used
 
 
 class Quiet(Mixin):
     callbacks = (StopOnNonFinite(),)
 
 
-def test_a_mixins_default_reaches_through_an_unrelated_mixin_before_it() -> None:
+def test_a_mixins_default_is_not_reset_by_an_unrelated_mixin_before_it() -> None:
     class Mine(AMPMixin, Quiet, Trainer): ...
 
-    assert Mine(**parts()).callbacks is Quiet.callbacks
+    assert Mine(**make_parts()).callbacks is Quiet.callbacks
 
 
-def test_the_nearest_default_in_the_mro_is_taken() -> None:
+def test_the_nearest_default_in_the_mro_wins() -> None:
     class Four(GradAccumMixin):
         gradient_accumulation_steps = 4
 
     class Late(GradAccumMixin, Trainer): ...
 
-    class Mine(GradClipMixin, Late, Four): ...  # legal: the MRO puts Four before the loop
+    class Mine(GradClipMixin, Late, Four): ...  # valid: the MRO puts Four before the loop
 
-    assert Mine(**parts()).gradient_accumulation_steps == 4
+    assert Mine(**make_parts()).gradient_accumulation_steps == 4
     assert "gradient_accumulation_steps" not in own_annotations(Mine)
 
 
-def test_a_nearest_default_that_is_a_factory_is_made_for_each_trainer() -> None:
+def test_an_inherited_default_factory_is_called_for_each_trainer() -> None:
     class Listed(Mixin):
         callbacks: Sequence[Callback[Any]] = field(default_factory=lambda: [StopOnNonFinite()])
 
     class Mine(AMPMixin, Listed, Trainer): ...
 
-    first, second = Mine(**parts()).callbacks, Mine(**parts()).callbacks
+    first, second = Mine(**make_parts()).callbacks, Mine(**make_parts()).callbacks
     assert len(first) == 1
     assert first is not second
 
 
-def test_the_default_that_a_subclass_sets_is_taken_by_its_subclasses() -> None:
+def test_a_default_of_a_subclass_is_inherited_by_its_subclasses() -> None:
     class Half(Digits):
         mixed_precision = "bf16"
 
     class HalfAgain(Half): ...
 
-    assert (Half(**parts()).mixed_precision, HalfAgain(**parts()).mixed_precision) == ("bf16", "bf16")
-    assert Digits(**parts()).mixed_precision is None
+    assert (Half(**make_parts()).mixed_precision, HalfAgain(**make_parts()).mixed_precision) == ("bf16", "bf16")
+    assert Digits(**make_parts()).mixed_precision is None
 
 
-def test_a_function_as_a_default_reaches_the_instance_unbound() -> None:
+def test_a_function_as_a_default_is_not_bound_to_the_instance() -> None:
     class Scheduled(LRSchedulerMixin, Trainer):
         create_scheduler: SchedulerFactory = every_fifth
         activation: Callable[[float], float] = lambda value: value * 2
 
-    trainer = Scheduled(**parts())
+    trainer = Scheduled(**make_parts())
     assert trainer.create_scheduler is every_fifth
     assert trainer.activation(2.0) == 4.0
 
 
-def test_a_copied_annotation_is_resolved_where_it_was_written() -> None:
+def test_an_inherited_annotation_is_resolved_in_its_module() -> None:
     class Half(AMPMixin, Trainer):
         mixed_precision = "bf16"
 
@@ -122,20 +122,20 @@ def test_a_copied_annotation_is_resolved_where_it_was_written() -> None:
 
 
 def test_the_model_alone_may_be_positional() -> None:
-    model, optimizer, loss_func = parts().values()
+    model, optimizer, loss_func = make_parts().values()
     assert Digits(model, optimizer=optimizer, loss_func=loss_func).model is model
     with pytest.raises(TypeError, match="positional"):
         Digits(model, optimizer, loss_func=loss_func)  # type: ignore[call-arg]
 
 
-def test_a_misspelt_option_is_refused_with_the_one_that_was_meant() -> None:
+def test_a_misspelt_option_is_refused_with_a_suggestion() -> None:
     with pytest.raises(TypeError, match=r"Digits has no keyword 'smoothin'\. Did you mean `smoothing`\?"):
-        Digits(**parts(), smoothin=0.1)  # type: ignore[call-arg]
+        Digits(**make_parts(), smoothin=0.1)  # type: ignore[call-arg]
 
 
 def test_an_option_of_a_mixin_that_is_not_composed_names_the_mixin() -> None:
     with pytest.raises(TypeError, match="max_grad_norm is an option of GradClipMixin: compose it"):
-        Digits(**parts(), max_grad_norm=1.0)  # type: ignore[call-arg]
+        Digits(**make_parts(), max_grad_norm=1.0)  # type: ignore[call-arg]
 
 
 def test_a_missing_option_is_named() -> None:
@@ -143,7 +143,7 @@ def test_a_missing_option_is_named() -> None:
         Digits(nn.Linear(2, 1), loss_func=nn.functional.mse_loss)  # type: ignore[call-arg]
 
 
-def test_a_loop_without_a_step_cannot_be_made() -> None:
+def test_a_loop_without_train_step_cannot_be_instantiated() -> None:
     class NoStep(TrainingLoop[Tensor, Tensor]): ...
 
     model = nn.Linear(2, 1)
@@ -158,13 +158,13 @@ def test_the_checks_of_every_class_run_without_super() -> None:
             raise OptionError("mine")
 
     with pytest.raises(OptionError, match="gradient_accumulation_steps=0"):
-        Strict(**parts(), gradient_accumulation_steps=0)
+        Strict(**make_parts(), gradient_accumulation_steps=0)
     with pytest.raises(OptionError, match="mine"):
-        Strict(**parts())
+        Strict(**make_parts())
 
 
-def test_the_options_that_were_given_are_remembered() -> None:
-    model, optimizer, loss_func = parts().values()
+def test_the_options_that_were_given_are_recorded() -> None:
+    model, optimizer, loss_func = make_parts().values()
     trainer = Digits(model, optimizer=optimizer, loss_func=loss_func, smoothing=0.1)
     assert trainer.given_options() == {"model", "optimizer", "loss_func", "smoothing"}
 
@@ -174,24 +174,24 @@ def test_a_dataclass_decorator_is_refused() -> None:
     class Mine(Trainer): ...
 
     with pytest.raises(CompositionError, match="Leave out @dataclass"):
-        Mine(**parts())
+        Mine(**make_parts())
 
 
-def test_own_equality_is_refused() -> None:
-    class Mine(Trainer):  # noqa: PLW1641 - the very mistake
+def test_a_user_defined_eq_is_refused() -> None:
+    class Mine(Trainer):  # noqa: PLW1641 - the mistake under test
         @override
         def __eq__(self, other: object) -> bool:
             return True
 
     with pytest.raises(CompositionError, match="or your own __eq__"):
-        Mine(**parts())
+        Mine(**make_parts())
 
 
 # ---- text and copies
 
 
 def test_a_repr_shows_what_was_given_in_one_line() -> None:
-    shown = repr(Digits(**parts(), mixed_precision="no"))
+    shown = repr(Digits(**make_parts(), mixed_precision="no"))
     assert shown == "Digits(model=Linear(...), optimizer=SGD(...), loss_func=mse_loss, mixed_precision='no')"
 
 
@@ -199,8 +199,8 @@ def test_a_repr_never_fails() -> None:
     assert repr(Digits.__new__(Digits)) == "Digits()"
 
 
-def test_a_copy_has_the_options_and_a_run_of_its_own() -> None:
-    trainer = Digits(**parts(), smoothing=0.1, default_callbacks=())
+def test_a_copy_has_the_options_but_not_the_run() -> None:
+    trainer = Digits(**make_parts(), smoothing=0.1, default_callbacks=())
     trainer.train(data(), num_epochs=1)
     twin = copy.copy(trainer)
     assert (twin.model, twin.smoothing, twin.given_options()) == (trainer.model, 0.1, trainer.given_options())
@@ -209,8 +209,8 @@ def test_a_copy_has_the_options_and_a_run_of_its_own() -> None:
         _ = twin.run
 
 
-def test_a_deep_copy_trains_a_model_of_its_own() -> None:
-    trainer = Digits(**parts(), default_callbacks=())
+def test_a_deep_copy_trains_its_own_model() -> None:
+    trainer = Digits(**make_parts(), default_callbacks=())
     trainer.train(data(), num_epochs=1)
     before = copy.deepcopy(trainer.model.state_dict())
     twin = copy.deepcopy(trainer)
@@ -220,7 +220,7 @@ def test_a_deep_copy_trains_a_model_of_its_own() -> None:
 
 
 def test_a_trainer_can_be_pickled_after_a_run() -> None:
-    trainer = Digits(**parts(), smoothing=0.1)
+    trainer = Digits(**make_parts(), smoothing=0.1)
     trainer.train(data(), num_epochs=1)
     twin: Digits = pickle.loads(pickle.dumps(trainer))
     assert twin.smoothing == 0.1
@@ -233,7 +233,7 @@ class Half(TrainingLoop[Tensor, Tensor]):
         raise NotImplementedError
 
 
-def test_classes_can_be_made_in_any_module_with_deferred_annotations() -> None:
+def test_annotations_may_refer_to_classes_defined_later() -> None:
     class Later(Half):
         later: "Defined | None" = None  # noqa: UP037
 

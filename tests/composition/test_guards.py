@@ -1,4 +1,4 @@
-"""Each guard refuses its mistake by name, and takes the form that its message tells to write."""
+"""Each guard refuses its mistake, and accepts the form that its message suggests."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ def refused(message: str) -> contextlib.AbstractContextManager[object]:
     return pytest.raises(CompositionError, match=message)
 
 
-def options_of(cls: type) -> set[str]:
+def option_names(cls: type) -> set[str]:
     return {option.name for option in dataclasses.fields(cls) if option.init}
 
 
@@ -80,7 +80,7 @@ class TemperatureToo(Mixin):
 
 
 def test_a_method_of_two_unrelated_mixins_is_refused() -> None:
-    with refused("freeze is declared by Freezes and by FreezesToo, who do not know of each other"):
+    with refused("freeze is declared by Freezes and by FreezesToo, which are unrelated"):
 
         class Both(Freezes, FreezesToo, Trainer): ...
 
@@ -109,7 +109,7 @@ def test_an_option_of_two_unrelated_mixins_is_refused_with_different_types() -> 
         class Both(Temperature, Cold, Trainer): ...  # type: ignore[misc]
 
 
-def test_a_name_that_a_common_base_declares_is_taken() -> None:
+def test_a_name_that_a_common_base_declares_is_accepted() -> None:
     class Tempered(Mixin):
         temperature: float = 1.0
 
@@ -121,20 +121,20 @@ def test_a_name_that_a_common_base_declares_is_taken() -> None:
 
     class Both(Warm, Hot, Trainer): ...
 
-    assert "temperature" in options_of(Both)
+    assert "temperature" in option_names(Both)
 
 
-def test_a_diamond_of_mixins_is_taken() -> None:
+def test_a_diamond_of_mixins_is_accepted() -> None:
     class Accumulates(GradAccumMixin): ...
 
     class Clips(GradClipMixin, GradAccumMixin): ...
 
     class Both(Accumulates, Clips, Trainer): ...
 
-    assert {"max_grad_norm", "gradient_accumulation_steps"} <= options_of(Both)
+    assert {"max_grad_norm", "gradient_accumulation_steps"} <= option_names(Both)
 
 
-def test_a_method_that_a_trainer_of_ones_own_overrides_is_taken() -> None:
+def test_a_method_that_a_users_trainer_overrides_is_accepted() -> None:
     class Mine(Freezes, Trainer):
         @override
         def freeze(self) -> None: ...
@@ -144,7 +144,7 @@ def test_a_method_that_a_trainer_of_ones_own_overrides_is_taken() -> None:
     assert Mine in MineAgain.__mro__
 
 
-def test_a_protocol_of_ours_among_the_bases_is_refused() -> None:
+def test_a_protocol_of_ptacc_among_the_bases_is_refused() -> None:
     with refused("Leave SupportsMixedPrecision out of the bases"):
 
         class Mine(AMPMixin, Trainer, SupportsMixedPrecision): ...
@@ -154,7 +154,7 @@ def test_a_protocol_of_ours_among_the_bases_is_refused() -> None:
         class Measured(MetricsMixin, Trainer, SupportsMetrics): ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-def test_protocols_of_ones_own_among_the_bases_are_taken() -> None:
+def test_a_users_protocols_among_the_bases_are_accepted() -> None:
     class CanWalk(Protocol):
         def walk(self) -> None: ...
 
@@ -174,7 +174,7 @@ def test_protocols_of_ones_own_among_the_bases_are_taken() -> None:
     assert Both.__name__ == "Both"
 
 
-def test_private_and_nested_names_clash_like_any_other() -> None:
+def test_private_names_conflict_like_public_ones() -> None:
     class Left(Mixin):
         def _helper(self) -> None: ...
 
@@ -186,11 +186,11 @@ def test_private_and_nested_names_clash_like_any_other() -> None:
         class Both(Left, Right, Trainer): ...
 
 
-# ---- a member named like an option
+# ---- a member with the name of an option
 
 
-def test_a_method_named_like_an_option_is_refused() -> None:
-    with refused("loss_func is an option, and this method would take its place"):
+def test_a_method_with_the_name_of_an_option_is_refused() -> None:
+    with refused("loss_func is an option, and this method would hide it"):
 
         class Mine(Trainer):
             @override  # type: ignore[misc]
@@ -198,8 +198,8 @@ def test_a_method_named_like_an_option_is_refused() -> None:
                 return (outputs - targets).abs().mean()
 
 
-def test_a_property_named_like_an_option_is_refused() -> None:
-    with refused("gradient_accumulation_steps is an option, and this property would take its place"):
+def test_a_property_with_the_name_of_an_option_is_refused() -> None:
+    with refused("gradient_accumulation_steps is an option, and this property would hide it"):
 
         class Mine(GradAccumMixin, Trainer):
             @property  # type: ignore[misc]
@@ -208,8 +208,8 @@ def test_a_property_named_like_an_option_is_refused() -> None:
                 return 4
 
 
-def test_a_cached_property_named_like_an_option_is_refused() -> None:
-    with refused("history_file is an option, and this property would take its place"):
+def test_a_cached_property_with_the_name_of_an_option_is_refused() -> None:
+    with refused("history_file is an option, and this property would hide it"):
 
         class Mine(Trainer):
             @functools.cached_property  # type: ignore[misc]
@@ -218,7 +218,7 @@ def test_a_cached_property_named_like_an_option_is_refused() -> None:
                 return "history.jsonl"
 
 
-def test_an_option_named_like_a_method_or_property_is_refused() -> None:
+def test_an_option_with_the_name_of_a_method_or_property_is_refused() -> None:
     with refused("progress: a base has a method or property of this name"):
 
         class Mine(Trainer):
@@ -226,11 +226,11 @@ def test_an_option_named_like_a_method_or_property_is_refused() -> None:
 
     with refused("on_step_end: a base has a method or property of this name"):
 
-        class Hears(Trainer):
+        class Listens(Trainer):
             on_step_end: Callable[[StepResult], None] = print  # type: ignore[assignment]
 
 
-def test_members_with_names_of_their_own_are_taken() -> None:
+def test_members_with_new_names_are_accepted() -> None:
     class Mine(Trainer):
         class Config:
             depth = 3
@@ -249,13 +249,13 @@ def test_members_with_names_of_their_own_are_taken() -> None:
         def half(value: float) -> float:
             return value / 2
 
-    assert options_of(Mine) == options_of(Trainer)
+    assert option_names(Mine) == option_names(Trainer)
 
 
 # ---- new values for inherited options
 
 
-def test_an_option_without_a_default_assigned_without_annotation_is_refused() -> None:
+def test_an_unannotated_value_for_an_option_without_default_is_refused() -> None:
     with refused(r"Annotate it: `create_scheduler: SchedulerFactory = every_fifth`"):
 
         class Mine(LRSchedulerMixin, Trainer):
@@ -267,7 +267,7 @@ def test_an_option_without_a_default_assigned_without_annotation_is_refused() ->
             loss_func = nn.functional.mse_loss
 
 
-def test_an_annotated_function_is_taken_as_an_options_default() -> None:
+def test_an_annotated_function_is_accepted_as_a_default() -> None:
     class Mine(LRSchedulerMixin, Trainer):
         create_scheduler: SchedulerFactory = every_fifth
 
@@ -277,34 +277,34 @@ def test_an_annotated_function_is_taken_as_an_options_default() -> None:
     class MineUnannotated(Mine):
         create_scheduler = every_fifth
 
-    assert "create_scheduler" in options_of(MineAgain) & options_of(MineUnannotated)
+    assert "create_scheduler" in option_names(MineAgain) & option_names(MineUnannotated)
 
 
 @pytest.mark.parametrize("default", ["bf16", None, 0, "", False])
-def test_a_new_default_without_annotation_is_taken(default: object) -> None:
+def test_a_new_default_without_annotation_is_accepted(default: object) -> None:
     mine = type("Mine", (AMPMixin, Trainer), {"mixed_precision": default})
     (option,) = (option for option in dataclasses.fields(mine) if option.name == "mixed_precision")
     assert option.default is default
 
 
 def test_a_redeclared_model_is_refused() -> None:
-    with refused("redeclaring it turns it keyword-only"):
+    with refused("redeclaring it makes it keyword-only"):
 
         class Mine(Trainer):
             model: nn.Linear  # type: ignore[mutable-override]
 
 
-def test_a_property_for_the_models_own_type_is_taken() -> None:
+def test_a_property_that_returns_the_models_exact_type_is_accepted() -> None:
     class Mine(Trainer):
         @property
         def linear(self) -> nn.Linear:
             assert isinstance(self.unwrapped_model, nn.Linear)
             return self.unwrapped_model
 
-    assert options_of(Mine) == options_of(Trainer)
+    assert option_names(Mine) == option_names(Trainer)
 
 
-# ---- hooks that nobody knows
+# ---- undeclared hooks
 
 
 @pytest.mark.parametrize(("name", "meant"), [("on_epoch_ended", "on_epoch_end"), ("around_steps", "around_step")])
@@ -314,7 +314,7 @@ def test_a_misspelt_hook_is_refused(name: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("make", [staticmethod, classmethod, functools.partial, lambda function: function])
-def test_a_misspelt_hook_is_refused_in_every_form(make: Callable[[object], object]) -> None:
+def test_a_misspelt_hook_is_refused_for_every_kind_of_callable(make: Callable[[object], object]) -> None:
     with refused("on_steps_end: no base declares this hook"):
         type("Mine", (Trainer,), {"on_steps_end": make(log_step)})
 
@@ -326,14 +326,14 @@ def test_a_misspelt_event_of_a_callback_is_refused() -> None:
             def on_epoch_ended(self, trainer: TrainerCore, record: EpochRecord) -> None: ...
 
 
-def test_a_trainers_hook_in_a_callback_is_refused() -> None:
+def test_a_hook_of_trainers_in_a_callback_is_refused() -> None:
     with refused("Noisy.on_gradients_ready: no base declares this hook"):
 
         class Noisy(Callback[TrainerCore]):
             def on_gradients_ready(self, trainer: TrainerCore, step: StepResult) -> None: ...
 
 
-def test_attributes_of_a_callback_may_begin_like_events() -> None:
+def test_attributes_of_a_callback_may_have_the_prefix_of_events() -> None:
     @dataclass
     class Noisy(Callback[TrainerCore]):
         on_done: Callable[[], None] = print
@@ -346,49 +346,51 @@ def test_attributes_of_a_callback_may_begin_like_events() -> None:
     assert Noisy().on_cpu
 
 
-def test_a_hook_that_is_declared_is_taken() -> None:
-    class Brews(Mixin):
+def test_a_declared_hook_can_be_overridden() -> None:
+    class Declares(Mixin):
         @hook("event")
         def on_tea_break(self) -> None: ...
 
-    class Pours(Brews):
+    class WithSuper(Declares):
         @override
         def on_tea_break(self) -> None:
             super().on_tea_break()
 
     with refused(r"Add `super\(\).on_tea_break\(\)`"):
 
-        class Spills(Brews):
+        class WithoutSuper(Declares):
             @override
             def on_tea_break(self) -> None: ...
 
 
-def test_an_option_may_begin_like_a_hook() -> None:
+def test_an_option_may_have_the_prefix_of_hooks() -> None:
     class Mine(Mixin):
         on_done: Callable[[], None] = print
 
-    assert "on_done" in options_of(Mine)
+    assert "on_done" in option_names(Mine)
 
 
 # ---- constructors
 
 
 def test_an_init_is_refused() -> None:
-    with refused(r"Mine.__init__: options are annotated names.*`check_options\(self\)`.*`on_run_start\(self\)`"):
+    with refused(
+        r"Mine.__init__: the constructor is generated from the options.*`check_options\(self\)`.*`on_run_start\(self\)`"
+    ):
 
         class Mine(Trainer):
             def __init__(self) -> None: ...
 
 
 def test_a_post_init_is_refused() -> None:
-    with refused("Mine.__post_init__: options are annotated names"):
+    with refused("Mine.__post_init__: the constructor is generated from the options"):
 
         class Mine(Trainer):
             @override
             def __post_init__(self) -> None: ...
 
 
-def test_options_and_their_checks_are_taken() -> None:
+def test_options_and_their_checks_are_accepted() -> None:
     class Mine(Trainer):
         smoothing: float = 0.0
 
@@ -399,7 +401,7 @@ def test_options_and_their_checks_are_taken() -> None:
         def on_run_start(self) -> None:
             super().on_run_start()
 
-    assert "smoothing" in options_of(Mine)
+    assert "smoothing" in option_names(Mine)
 
 
 def test_a_base_whose_init_would_never_run_is_refused() -> None:
@@ -412,7 +414,7 @@ def test_a_base_whose_init_would_never_run_is_refused() -> None:
         class Mine(Logs, Trainer): ...
 
 
-def test_a_foreign_base_without_an_init_is_taken() -> None:
+def test_an_unrelated_base_without_an_init_is_accepted() -> None:
     class Logs:
         def log(self) -> None: ...
 
@@ -422,10 +424,10 @@ def test_a_foreign_base_without_an_init_is_taken() -> None:
 
     class Mine(Logs, Names, Trainer): ...
 
-    assert "name" in options_of(Mine)
+    assert "name" in option_names(Mine)
 
 
-def test_an_init_subclass_that_loses_the_options_is_refused() -> None:
+def test_an_init_subclass_without_super_is_refused() -> None:
     with refused(r"Registers.__init_subclass__: never calls super\(\)"):
 
         class Registers(Mixin):
@@ -433,7 +435,7 @@ def test_an_init_subclass_that_loses_the_options_is_refused() -> None:
             def __init_subclass__(cls, **keywords: object) -> None: ...
 
 
-def test_an_init_subclass_that_goes_on_is_taken() -> None:
+def test_an_init_subclass_that_calls_super_is_accepted() -> None:
     class Registers(Mixin):
         names: ClassVar[list[str]] = []
 
@@ -445,29 +447,29 @@ def test_an_init_subclass_that_goes_on_is_taken() -> None:
     class Mine(Registers, Trainer):
         extra: int = 0
 
-    assert (Registers.names, "extra" in options_of(Mine)) == (["Mine"], True)
+    assert (Registers.names, "extra" in option_names(Mine)) == (["Mine"], True)
 
 
-# ---- annotated names that are no options
+# ---- annotated names that are not options
 
 
-def test_an_underscore_name_is_refused() -> None:
+def test_a_private_annotated_name_is_refused() -> None:
     with refused(r"would become the keyword '_cache'.*`_cache: ClassVar\[...\]`.*`_cache: ... = field\(init=False\)`"):
 
         class Mine(Trainer):
             _cache: int = 0
 
 
-def test_an_underscore_name_of_the_class_or_of_each_trainer_is_taken() -> None:
+def test_a_private_class_variable_or_field_is_accepted() -> None:
     class Mine(Trainer):
         _shared: ClassVar[list[int]] = []
         _own: int = field(init=False, default=0)
         _made: list[int] = field(init=False, default_factory=list)
 
-    assert options_of(Mine) == options_of(Trainer)
+    assert option_names(Mine) == option_names(Trainer)
 
 
-def test_class_variables_are_seen_in_every_spelling() -> None:
+def test_class_variables_are_recognised_in_every_spelling() -> None:
     class Mine(Trainer):
         _plain: ClassVar = 0
         _typing: typing.ClassVar[int] = 0
@@ -476,31 +478,31 @@ def test_class_variables_are_seen_in_every_spelling() -> None:
         _string: "ClassVar[int]" = 0
         _alias_string: "t.ClassVar[tuple[int, ...]]" = ()
         _extensions_string: "typing_extensions.ClassVar[int]" = 0
-        bare_string: "ClassVar" = 0
+        unparametrised_string: "ClassVar" = 0
 
-    assert options_of(Mine) == options_of(Trainer)
+    assert option_names(Mine) == option_names(Trainer)
     assert typing.get_type_hints(Mine)["_alias_string"] == ClassVar[tuple[int, ...]]
 
 
-def test_a_class_variable_may_get_its_value_in_a_subclass() -> None:
+def test_a_subclass_may_set_an_inherited_class_variable() -> None:
     class Named(Mixin):
         kind: ClassVar[str]
 
     class Mine(Named, Trainer):
         kind = "mine"
 
-    assert options_of(Mine) == options_of(Trainer)
+    assert option_names(Mine) == option_names(Trainer)
 
 
 @pytest.mark.parametrize("annotation", [InitVar, InitVar[int], "InitVar[int]", "dataclasses.InitVar[int]"])
 def test_an_init_variable_is_refused(annotation: object) -> None:
-    with refused("start: InitVar makes a keyword that no `__init__` here can read"):
+    with refused("start: only a `__post_init__` can read an InitVar"):
         type("Mine", (Trainer,), {"__annotations__": {"start": annotation}})
 
 
-def test_a_type_whose_name_only_looks_like_it_is_taken() -> None:
+def test_a_type_whose_name_begins_like_init_var_is_accepted() -> None:
     mine = type("Mine", (Trainer,), {"__annotations__": {"start": "InitVariant | None"}, "start": None})
-    assert "start" in options_of(mine)
+    assert "start" in option_names(mine)
 
 
 class Count:
@@ -513,26 +515,26 @@ class Count:
 
 
 @pytest.mark.parametrize("shared", [nn.Linear(1, 1), MeanMetric(), Count(), [], {}, field(default=nn.ReLU())])
-def test_a_default_that_all_trainers_would_share_is_refused(shared: object) -> None:
+def test_a_mutable_default_is_refused(shared: object) -> None:
     body = {"__annotations__": {"part": Any}, "part": shared}
-    with refused(r"every trainer would share this one object. Write `part: ... = field\(default_factory=lambda: "):
+    with refused(r"every trainer would share this object. Write `part: ... = field\(default_factory=lambda: "):
         type("Mine", (Trainer,), body)
 
 
-def test_a_shared_default_without_annotation_is_refused() -> None:
+def test_a_mutable_default_without_annotation_is_refused() -> None:
     with refused(r"metrics = dict\(...\): every trainer would share"):
 
         class Mine(MetricsMixin, Trainer):
             metrics = {"mean": MeanMetric()}  # type: ignore[mutable-override]  # noqa: RUF012
 
 
-def test_a_default_factory_is_taken() -> None:
+def test_a_default_factory_is_accepted() -> None:
     class Mine(MetricsMixin, Trainer):
         metrics: Mapping[str, MetricLike] = field(default_factory=lambda: {"mean": MeanMetric()})
         head: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
         metric_class: type[MeanMetric] = MeanMetric
 
-    assert {"head", "metric_class"} <= options_of(Mine)
+    assert {"head", "metric_class"} <= option_names(Mine)
 
 
 # ---- cooperative hooks
@@ -540,7 +542,8 @@ def test_a_default_factory_is_taken() -> None:
 
 def test_an_event_without_super_is_refused() -> None:
     with refused(
-        r"Mine.on_step_end: never calls super\(\).*Add `super\(\).on_step_end\(step\)`, or mark it `@replaces`"
+        r"Mine.on_step_end: never calls super\(\).*Add `super\(\).on_step_end\(step\)`, "
+        "or decorate it with `@replaces_super`"
     ):
 
         class Mine(Trainer):
@@ -548,7 +551,7 @@ def test_an_event_without_super_is_refused() -> None:
             def on_step_end(self, step: StepResult) -> None: ...
 
 
-def test_every_shape_tells_its_own_call() -> None:
+def test_the_message_shows_the_call_for_the_shape_of_the_hook() -> None:
     with refused(r"Add `with super\(\).around_step\(\): yield`"):
 
         class Around(Trainer):
@@ -565,7 +568,7 @@ def test_every_shape_tells_its_own_call() -> None:
                 return None
 
 
-def test_overrides_that_call_super_are_taken_through_their_decorators() -> None:
+def test_decorated_overrides_that_call_super_are_accepted() -> None:
     class Mine(Trainer):
         @override
         @contextlib.contextmanager
@@ -576,7 +579,7 @@ def test_overrides_that_call_super_are_taken_through_their_decorators() -> None:
         @override
         @torch.no_grad()
         def on_step_end(self, step: StepResult) -> None:
-            super(Mine, self).on_step_end(step)  # noqa: UP008 - the older form is Python, too
+            super(Mine, self).on_step_end(step)  # noqa: UP008 - the older form is valid, too
 
         @override
         def on_epoch_start(self) -> None:
@@ -588,8 +591,8 @@ def test_overrides_that_call_super_are_taken_through_their_decorators() -> None:
     assert calls_super(Mine.__dict__["on_step_end"], "on_step_end")
 
 
-def test_a_call_of_another_hook_of_super_is_refused() -> None:
-    with refused(r"never calls super\(\) for on_run_end.*Add `super\(\).on_run_end\(\)`"):
+def test_a_call_of_another_method_of_super_is_refused() -> None:
+    with refused(r"never calls super\(\).on_run_end.*Add `super\(\).on_run_end\(\)`"):
 
         class Mine(Trainer):
             @override
@@ -597,7 +600,7 @@ def test_a_call_of_another_hook_of_super_is_refused() -> None:
                 super().on_run_start()
 
 
-def test_an_override_that_is_marked_as_a_replacement_is_taken() -> None:
+def test_an_override_with_replaces_super_is_accepted() -> None:
     class Mine(Trainer):
         @override
         @replaces_super
@@ -614,17 +617,17 @@ def test_an_override_that_is_marked_as_a_replacement_is_taken() -> None:
 
 @pytest.mark.parametrize("value", [log_step, lambda self, step: None])
 def test_an_assigned_function_without_super_is_refused(value: object) -> None:
-    with refused(r"never calls super\(\) for on_step_end"):
+    with refused(r"never calls super\(\).on_step_end"):
         type("Mine", (Trainer,), {"on_step_end": value})
 
 
 @pytest.mark.parametrize("value", [functools.partial(print), None, staticmethod(log_step), property(bool)])
-def test_a_hook_that_is_no_method_is_refused(value: object) -> None:
-    with refused(rf"on_step_end: a hook is a method, and this is a {type(value).__name__}"):
+def test_a_hook_that_is_not_a_method_is_refused(value: object) -> None:
+    with refused(rf"on_step_end: a hook must be a method, and this is a {type(value).__name__}"):
         type("Mine", (Trainer,), {"on_step_end": value})
 
 
-def test_an_assigned_function_that_calls_super_is_taken() -> None:
+def test_an_assigned_function_that_calls_super_is_accepted() -> None:
     def on_step_end_of_mine(self: Any, step: StepResult) -> None:
         super(Mine, self).on_step_end(step)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -643,8 +646,8 @@ def test_an_async_hook_is_refused() -> None:
                 super().on_step_end(step)
 
 
-def test_an_around_hook_that_is_no_context_manager_is_refused() -> None:
-    with refused("around_step: it yields.*Decorate it with `@contextlib.contextmanager`"):
+def test_an_around_hook_that_is_not_a_context_manager_is_refused() -> None:
+    with refused("around_step: it is a generator function.*Decorate it with `@contextlib.contextmanager`"):
 
         class Mine(Trainer):
             @override
@@ -653,8 +656,8 @@ def test_an_around_hook_that_is_no_context_manager_is_refused() -> None:
                     yield
 
 
-def test_an_event_that_yields_is_refused() -> None:
-    with refused("on_run_end: it yields.*Take the `yield` out"):
+def test_an_event_that_is_a_generator_is_refused() -> None:
+    with refused("on_run_end: it is a generator function.*Remove the `yield`"):
 
         class Mine(Trainer):
             @override
@@ -663,8 +666,8 @@ def test_an_event_that_yields_is_refused() -> None:
                 yield
 
 
-def test_a_hook_declared_anew_with_another_shape_is_refused() -> None:
-    with refused("TrainerCore declares this hook already, as 'event', and an override cannot change that"):
+def test_a_hook_declared_again_with_another_shape_is_refused() -> None:
+    with refused("TrainerCore declares this hook already, as 'event', and an override cannot change its shape"):
 
         class Mine(Trainer):
             @override
@@ -672,7 +675,7 @@ def test_a_hook_declared_anew_with_another_shape_is_refused() -> None:
             def on_step_end(self, step: StepResult) -> None: ...
 
 
-def test_a_hook_that_may_be_replaced_whole_needs_no_super() -> None:
+def test_a_replaceable_hook_needs_no_super() -> None:
     class Mine(Trainer):
         @override
         def count_items(self, batch: tuple[Tensor, Tensor]) -> int:
@@ -700,15 +703,15 @@ class Slow(Mixin):
         return 2
 
 
-def test_two_mixins_that_answer_what_has_one_answer_are_refused() -> None:
-    with refused(r"Both: Fast and Slow both stand for make_seed\(\), and only one of them can"):
+def test_two_mixins_that_replace_the_same_hook_are_refused() -> None:
+    with refused(r"Both: Fast and Slow both define make_seed\(\), and only one of them can take effect"):
         type("Both", (Fast, Slow, Trainer), {})
-    with refused("Slow and Fast both stand"):
+    with refused("Slow and Fast both define"):
         type("Both", (Slow, type("Between", (Mixin,), {}), Fast, Trainer), {})
 
 
-def test_one_that_asks_the_other_or_derives_from_it_or_is_the_users_own_is_taken() -> None:
-    class Asking(Mixin):
+def test_overrides_that_refine_or_derive_or_replace_on_purpose_are_accepted() -> None:
+    class Refining(Mixin):
         @override
         def make_seed(self) -> int:
             return super().make_seed() + 1
@@ -718,7 +721,7 @@ def test_one_that_asks_the_other_or_derives_from_it_or_is_the_users_own_is_taken
         def make_seed(self) -> int:
             return 3
 
-    class Meant(Mixin):
+    class Replacing(Mixin):
         @replaces_super
         @override
         def make_seed(self) -> int:
@@ -731,9 +734,9 @@ def test_one_that_asks_the_other_or_derives_from_it_or_is_the_users_own_is_taken
 
     model = nn.Linear(1, 1)
     for bases, seed in (
-        ((Asking, Fast, Trainer), 2),
+        ((Refining, Fast, Trainer), 2),
         ((Faster, Fast, Trainer), 3),
-        ((Meant, Slow, Trainer), 4),
+        ((Replacing, Slow, Trainer), 4),
         ((Mine,), 5),
     ):
         made: Any = type("Made", bases, {})
@@ -746,7 +749,7 @@ def test_a_mixin_after_the_loop_is_refused() -> None:
         class Mine(GradClipMixin, Trainer, AMPMixin): ...  # type: ignore[misc]
 
 
-def test_a_mixin_that_derives_from_the_core_itself_is_refused_there_too() -> None:
+def test_a_mixin_derived_from_the_core_is_refused_after_the_loop_too() -> None:
     class Odd(TrainerCore): ...
 
     with refused(r"Odd comes after Trainer.*`class Mine\(Odd, Trainer\)`"):
@@ -754,15 +757,15 @@ def test_a_mixin_that_derives_from_the_core_itself_is_refused_there_too() -> Non
         class Mine(Trainer, Odd): ...
 
 
-def test_a_late_mixin_that_the_mro_moves_is_taken() -> None:
+def test_a_late_mixin_that_the_mro_moves_forward_is_accepted() -> None:
     class Mine(Trainer): ...
 
-    class MineAgain(Mine, AMPMixin, Trainer): ...  # type: ignore[misc]  # checkers ask for the plain order
+    class MineAgain(Mine, AMPMixin, Trainer): ...  # type: ignore[misc]  # type checkers require the plain order
 
     assert MineAgain.__mro__.index(AMPMixin) < MineAgain.__mro__.index(TrainingLoop)
 
 
-def test_a_mixin_of_mixins_is_taken() -> None:
+def test_a_mixin_of_mixins_is_accepted() -> None:
     class Usual(AMPMixin, GradClipMixin):
         max_grad_norm: float | None = 1.0
 
@@ -771,10 +774,10 @@ def test_a_mixin_of_mixins_is_taken() -> None:
 
     class MineAgain(Mine): ...
 
-    assert {"mixed_precision", "max_grad_norm"} <= options_of(MineAgain)
+    assert {"mixed_precision", "max_grad_norm"} <= option_names(MineAgain)
 
 
-def test_abstract_and_empty_classes_are_taken() -> None:
+def test_abstract_and_empty_classes_are_accepted() -> None:
     class Base(Trainer, ABC):
         @abstractmethod
         def describe(self) -> str: ...
@@ -790,13 +793,13 @@ def test_abstract_and_empty_classes_are_taken() -> None:
     assert not Mine.__abstractmethods__
 
 
-def test_a_generic_mixin_is_taken_bare_beside_a_trainer() -> None:
+def test_a_generic_mixin_is_accepted_without_type_arguments() -> None:
     class Mine(MetricsMixin, Trainer): ...
 
-    class Looks(BatchMixin[object, object]):
+    class ForAnyBatch(BatchMixin[object, object]):
         sizes: Sequence[int] = ()
 
-    class LooksAtPairs(Looks, Trainer): ...  # pyright: ignore[reportGeneralTypeIssues]  # mypy has it right
+    class ForPairs(ForAnyBatch, Trainer): ...  # pyright: ignore[reportGeneralTypeIssues]  # mypy accepts it
 
-    assert "metrics" in options_of(Mine)
-    assert "sizes" in options_of(LooksAtPairs)
+    assert "metrics" in option_names(Mine)
+    assert "sizes" in option_names(ForPairs)

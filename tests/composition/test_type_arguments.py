@@ -1,4 +1,4 @@
-"""Which batches a mixin may take beside those of the loop."""
+"""Which batch types a mixin may have in a loop with other batch types."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Protocol, TypedDict
@@ -73,12 +73,12 @@ UserId = NewType("UserId", int)
         (HasIds, Tokens),
         (float, int),
         (UserId, int),
-        (BatchMixin.__parameters__[0], Tokens),  # type: ignore[attr-defined]  # Generic sets it
+        (BatchMixin.__parameters__[0], Tokens),  # type: ignore[attr-defined]  # set by Generic
         (Literal["a"], Literal["b"]),
         (Callable[[int], str], Callable[[int], str]),
     ],
 )
-def test_a_wider_or_undecidable_type_is_taken(wide: Any, narrow: Any) -> None:
+def test_a_wider_or_undecidable_type_is_accepted(wide: Any, narrow: Any) -> None:
     assert may_accept(wide, narrow)
 
 
@@ -105,78 +105,78 @@ def test_another_type_is_refused(wide: Any, narrow: Any) -> None:
     assert not may_accept(wide, narrow)
 
 
-class OfTokens(TrainingLoop[Tokens, Tensor]):
+class TokenLoop(TrainingLoop[Tokens, Tensor]):
     @override
     def train_step(self, batch: Tokens) -> StepOutput[Tensor]:
         raise NotImplementedError
 
 
-class Looks(BatchMixin[BatchT, OutputT]): ...
+class GenericMixin(BatchMixin[BatchT, OutputT]): ...
 
 
-class LooksAtTokens(BatchMixin[Tokens, Tensor]): ...
+class TokenMixin(BatchMixin[Tokens, Tensor]): ...
 
 
-class LooksAtAll(BatchMixin[object, object]): ...
+class AnyMixin(BatchMixin[object, object]): ...
 
 
-def test_a_bare_mixin_is_for_pairs() -> None:
-    with pytest.raises(CompositionError, match=r"batches are Tokens, and MetricsMixin takes tuple\[Tensor, Tensor\]"):
+def test_a_mixin_without_type_arguments_is_for_pairs() -> None:
+    with pytest.raises(CompositionError, match=r"batches are Tokens, and MetricsMixin accepts tuple\[Tensor, Tensor\]"):
 
-        class Mine(MetricsMixin, OfTokens): ...  # type: ignore[misc]
+        class Mine(MetricsMixin, TokenLoop): ...  # type: ignore[misc]
 
 
-def test_the_message_tells_the_form_that_is_taken() -> None:
-    with pytest.raises(CompositionError, match=r"Write the loop's types after it, `Looks\[Tokens, Tensor\]`"):
+def test_the_message_shows_the_type_arguments_to_write() -> None:
+    with pytest.raises(CompositionError, match=r"Give it the loop's types, `GenericMixin\[Tokens, Tensor\]`"):
 
-        class Wrong(Looks, OfTokens): ...  # type: ignore[misc]
+        class Wrong(GenericMixin, TokenLoop): ...  # type: ignore[misc]
 
-    class Right(Looks[Tokens, Tensor], OfTokens): ...
+    class Right(GenericMixin[Tokens, Tensor], TokenLoop): ...
 
-    assert Looks in Right.__mro__
+    assert GenericMixin in Right.__mro__
 
 
 def test_outputs_that_disagree_are_refused() -> None:
-    with pytest.raises(CompositionError, match="the loop's outputs are Tensor, and Looks takes int"):
+    with pytest.raises(CompositionError, match="the loop's outputs are Tensor, and GenericMixin accepts int"):
 
-        class Mine(Looks[Tokens, int], OfTokens): ...  # type: ignore[misc]
-
-
-def test_a_mixin_that_is_not_generic_is_told_otherwise() -> None:
-    with pytest.raises(CompositionError, match=r"make it generic, `class LooksAtTokens\(BatchMixin\[BatchT, OutputT\]"):
-
-        class Mine(LooksAtTokens, Trainer): ...  # type: ignore[misc]
+        class Mine(GenericMixin[Tokens, int], TokenLoop): ...  # type: ignore[misc]
 
 
-def test_two_mixins_of_different_batches_fit_no_loop() -> None:
-    with pytest.raises(CompositionError, match=r"batches are Tokens, and MetricsMixin takes tuple\[Tensor, Tensor\]"):
+def test_the_message_for_a_mixin_that_is_not_generic_suggests_to_make_it_generic() -> None:
+    with pytest.raises(CompositionError, match=r"make it generic, `class TokenMixin\(BatchMixin\[BatchT, OutputT\]"):
 
-        class Mine(LooksAtTokens, MetricsMixin[Pair, Tensor], OfTokens): ...  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleMethodOverride]
-
-
-def test_a_mixin_of_wider_batches_is_taken() -> None:
-    class Mine(LooksAtAll, OfTokens): ...  # pyright: ignore[reportGeneralTypeIssues]  # mypy has it right
-
-    assert LooksAtAll in Mine.__mro__
+        class Mine(TokenMixin, Trainer): ...  # type: ignore[misc]
 
 
-def test_types_are_followed_through_generic_classes() -> None:
-    class Counts(Looks[BatchT, Tensor], Generic[BatchT]): ...
+def test_mixins_for_different_batches_are_refused() -> None:
+    with pytest.raises(CompositionError, match=r"batches are Tokens, and MetricsMixin accepts tuple\[Tensor, Tensor\]"):
+
+        class Mine(TokenMixin, MetricsMixin[Pair, Tensor], TokenLoop): ...  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleMethodOverride]
+
+
+def test_a_mixin_for_wider_batches_is_accepted() -> None:
+    class Mine(AnyMixin, TokenLoop): ...  # pyright: ignore[reportGeneralTypeIssues]  # mypy accepts it
+
+    assert AnyMixin in Mine.__mro__
+
+
+def test_type_arguments_are_substituted_through_generic_classes() -> None:
+    class Counts(GenericMixin[BatchT, Tensor], Generic[BatchT]): ...
 
     class Loop(Counts[BatchT], TrainingLoop[BatchT, Tensor]):
         @override
         def train_step(self, batch: BatchT) -> StepOutput[Tensor]:
             raise NotImplementedError
 
-    class Right(LooksAtTokens, Loop[Tokens]): ...
+    class Right(TokenMixin, Loop[Tokens]): ...
 
-    with pytest.raises(CompositionError, match="the loop's batches are int, and LooksAtTokens takes Tokens"):
+    with pytest.raises(CompositionError, match="the loop's batches are int, and TokenMixin accepts Tokens"):
 
-        class Wrong(LooksAtTokens, Loop[int]): ...  # type: ignore[misc]
+        class Wrong(TokenMixin, Loop[int]): ...  # type: ignore[misc]
 
 
-def test_a_generic_loop_decides_nothing_until_its_types_are_known() -> None:
-    class Loop(Looks[T, Tensor], TrainingLoop[T, Tensor]):
+def test_a_generic_loop_is_not_checked_until_its_types_are_known() -> None:
+    class Loop(GenericMixin[T, Tensor], TrainingLoop[T, Tensor]):
         @override
         def train_step(self, batch: T) -> StepOutput[Tensor]:
             raise NotImplementedError

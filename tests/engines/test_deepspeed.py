@@ -588,7 +588,7 @@ def test_fp16_on_a_cpu_is_refused() -> None:
 
 
 def test_it_is_one_engine_of_one() -> None:
-    with pytest.raises(CompositionError, match="DeepSpeedMixin and FSDPMixin both stand for make_engine"):
+    with pytest.raises(CompositionError, match="DeepSpeedMixin and FSDPMixin both define make_engine"):
         type("Both", (DeepSpeedMixin, FSDPMixin, Trainer), {})
 
 

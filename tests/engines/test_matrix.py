@@ -98,7 +98,7 @@ def test_every_public_mixin_is_in_the_matrix() -> None:
 
 def test_two_engines_are_refused() -> None:
     for engine in (FSDPMixin, TensorParallelMixin):
-        with pytest.raises(CompositionError, match=rf"{engine.__name__} and DeepSpeedMixin both stand for make_engine"):
+        with pytest.raises(CompositionError, match=rf"{engine.__name__} and DeepSpeedMixin both define make_engine"):
             type("Both", (engine, DeepSpeedMixin, Trainer), {})
 
 

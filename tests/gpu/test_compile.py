@@ -42,7 +42,7 @@ def train(kind: type[Mixed], precision: Precision) -> tuple[nn.Module, list[floa
 
 
 @pytest.mark.parametrize(("precision", "relative"), [("no", 1e-3), ("bf16", 2e-2)])
-def test_a_compiled_model_trains_as_the_bare_one(device: torch.device, precision: Precision, relative: float) -> None:
+def test_a_compiled_model_trains_as_the_original(device: torch.device, precision: Precision, relative: float) -> None:
     reset()
     counters.clear()
     (compiled, losses), (bare, expected) = train(Compiled, precision), train(Mixed, precision)

@@ -118,19 +118,19 @@ def plain_waits(device: torch.device, precision: Precision, *, fused: bool) -> i
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_step_waits_no_more_often_than_a_plain_loops(device: torch.device, precision: Precision) -> None:
+def test_a_step_synchronises_no_more_often_than_a_plain_loop(device: torch.device, precision: Precision) -> None:
     expected = len(WATCHED) if precision == "fp16" else 0  # the scaler asks whether the gradients overflowed
     assert plain_waits(device, precision, fused=False) == expected
     assert waits_of(Watched, precision, fused=False) == expected
 
 
-def test_a_fused_optimizer_that_skips_by_itself_is_asked_once_a_step(device: torch.device) -> None:
+def test_a_fused_optimizer_synchronises_once_per_step_in_fp16(device: torch.device) -> None:
     # The plain loop does not ask, and moves its schedule and its average for steps that were skipped.
     assert plain_waits(device, "fp16", fused=True) == 0
     assert waits_of(Watched, "fp16", fused=True) == len(WATCHED)
 
 
-def test_a_number_that_is_read_is_a_wait() -> None:
+def test_reading_a_loss_synchronises() -> None:
     assert waits_of(Waiting, "no", fused=False) == len(WATCHED)
 
 
@@ -187,7 +187,7 @@ def train_large_plainly(device: torch.device, precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_peak_of_memory_is_a_plain_loops(device: torch.device, precision: Precision) -> None:
+def test_peak_memory_equals_a_plain_loops(device: torch.device, precision: Precision) -> None:
     train_large_plainly(device, precision)  # what cuBLAS takes once is in neither
     train_large(precision)
     plain, ours = peak_of(lambda: train_large_plainly(device, precision)), peak_of(lambda: train_large(precision))

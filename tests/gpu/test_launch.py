@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 
 
-def test_a_launch_of_one_process_trains_as_without_a_launch(device: torch.device) -> None:
+def test_a_launch_with_one_process_trains_as_without_a_launch(device: torch.device) -> None:
     script = str(Path(__file__).parent / "scripts" / "one_process.py")
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     ended = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)

@@ -17,7 +17,7 @@ def train_plainly(device: torch.device, precision: Precision) -> Plain:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_weights_equal_a_plain_loops_to_the_last_bit(device: torch.device, precision: Precision) -> None:
+def test_weights_equal_a_plain_loops_bit_for_bit(device: torch.device, precision: Precision) -> None:
     trainer, plain = train(precision), train_plainly(device, precision)
     for ours, theirs in zip(trainer.model.parameters(), plain.net.parameters(), strict=True):
         assert ours.device.type == theirs.device.type == device.type
@@ -25,7 +25,7 @@ def test_weights_equal_a_plain_loops_to_the_last_bit(device: torch.device, preci
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_what_stands_beside_a_step_follows_it(device: torch.device, precision: Precision) -> None:
+def test_norms_averages_and_metrics_equal_a_plain_loops(device: torch.device, precision: Precision) -> None:
     trainer, plain = train(precision), train_plainly(device, precision)
     norms = [step.logged["grad_norm"] for step in trainer.history.steps]
     torch.testing.assert_close(norms, [float(norm) for norm in plain.norms])
@@ -35,7 +35,7 @@ def test_what_stands_beside_a_step_follows_it(device: torch.device, precision: P
     assert trainer.history[-1].evaluations[""].metrics["accuracy"] == pytest.approx(plain.accuracy())
 
 
-def test_steps_that_the_scaler_skips_count_nowhere(device: torch.device) -> None:
+def test_skipped_steps_are_not_counted(device: torch.device) -> None:
     trainer, plain = train("fp16"), train_plainly(device, "fp16")
     assert 0 < plain.happened < EPOCHS * WINDOWS
     assert trainer.progress.steps == trainer.run[EMA_STATE].updates == plain.happened
@@ -44,7 +44,7 @@ def test_steps_that_the_scaler_skips_count_nowhere(device: torch.device) -> None
     assert trainer.progress.epochs == EPOCHS
 
 
-def test_each_run_begins_with_the_same_factor(device: torch.device) -> None:
+def test_each_run_starts_with_the_same_loss_scale(device: torch.device) -> None:
     once, twice = train("fp16"), train("fp16", runs=2)
     first, last = (trainer.run.engine.state_dict()["scaler"]["scale"] for trainer in (once, twice))
     assert first == last < torch.amp.GradScaler(device.type).get_scale()

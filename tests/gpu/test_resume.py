@@ -22,7 +22,7 @@ def run(directory: Path, *killed_after: str) -> tuple[int, str]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("step", ["4", "11"])
-def test_a_killed_run_ends_as_one_that_was_not(device: torch.device, tmp_path: Path, step: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(device: torch.device, tmp_path: Path, step: str) -> None:
     _, whole = run(tmp_path / "whole")
     assert run(tmp_path / "killed", step) == (-signal.SIGKILL, "")
     _, resumed = run(tmp_path / "killed")

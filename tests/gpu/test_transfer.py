@@ -70,14 +70,14 @@ CALLS: dict[str, Callable[[Looking, TensorDataset, dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_batches_arrive_intact_beside_a_slow_computation(device: torch.device, call: str) -> None:
+def test_batches_arrive_intact_during_a_slow_computation(device: torch.device, call: str) -> None:
     trainer, data, how = looking()
     CALLS[call](trainer, data, how)
     assert trainer.device.type == device.type
     assert [numbers.tolist() for numbers in trainer.seen] == [[index] * 4 for index in range(BATCHES)]
 
 
-def test_a_batch_is_on_its_way_while_the_one_before_is_computed(device: torch.device) -> None:
+def test_a_batch_is_copied_while_the_previous_one_is_computed(device: torch.device) -> None:
     transfer = StreamedTransfer(device)
     first, second = (torch.randn(LEAST_BYTES).pin_memory() for _ in range(2))
     transfer.bring(first)
@@ -96,7 +96,7 @@ def test_a_batch_is_on_its_way_while_the_one_before_is_computed(device: torch.de
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_pinned_memory_changes_no_number(device: torch.device) -> None:
+def test_pinned_memory_changes_no_weight(device: torch.device) -> None:
     def weights(*, pins: bool) -> list[Tensor]:
         net = make_net(features=WIDE)
         trainer = Trainer(
@@ -158,7 +158,7 @@ class Counting(TrainingLoop[Numbers, Tensor]):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dataset", [Listed(), Streamed()])
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_loaders_pin_batches_of_any_form(device: torch.device, dataset: Any, workers: int) -> None:
+def test_loaders_pin_batches_of_any_type(device: torch.device, dataset: Any, workers: int) -> None:
     net = nn.Linear(1, 1)
     trainer = Counting(net, optimizer=SGD(net.parameters(), lr=1e-3), default_callbacks=())
     trainer.train(

@@ -1,4 +1,4 @@
-"""`explain()` tells what would be faster, and what it tells is true; it changes nothing."""
+"""`explain()`: its advice is correct, and it changes nothing."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +10,9 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from ptacc import GradAccumMixin, Trainer
-from ptacc.loop.advice import advice_on_matrices, advice_on_optimizer, has_sparse_gradients
+from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
-
-TITLE = "what would be faster"
 
 
 def make(make_optimizer: Callable[..., Optimizer], model: nn.Module | None = None, **options: object) -> Trainer:
@@ -24,9 +22,9 @@ def make(make_optimizer: Callable[..., Optimizer], model: nn.Module | None = Non
     return Trainer(**parts)
 
 
-def advised(trainer: Trainer) -> list[str]:
+def advised_code(trainer: Trainer) -> list[str]:
     explanation = trainer.explain()
-    return [write for write, _ in explanation[TITLE]] if TITLE in explanation else []
+    return [code for code, _ in explanation["advice"]] if "advice" in explanation else []
 
 
 # ---- the optimizer
@@ -43,44 +41,44 @@ ADVISED: list[tuple[type[Optimizer], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "options"), ADVISED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_fused_kernel_that_is_advised_is_accepted_and_gives_the_same(
+def test_an_advised_fused_kernel_works_and_gives_the_same_weights(
     kind: type[Optimizer], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    ends = []
+    weights = []
     for fused in ({}, {"fused": True}):
         torch.manual_seed(0)
         trainer = make(kind, nn.Linear(4, 2, dtype=dtype), **options, **fused)
-        assert advised(trainer) == ([] if fused else [f"{kind.__name__}(..., fused=True)"])
+        assert advised_code(trainer) == ([] if fused else [f"{kind.__name__}(..., fused=True)"])
         for _ in range(3):
             for parameter in trainer.model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             trainer.optimizer.step()
-        ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
-    torch.testing.assert_close(ends[1], ends[0])
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize(("kind", "options"), ADVISED)
 @pytest.mark.parametrize("width", [8, 1024])
-def test_the_fused_kernel_that_is_advised_is_faster(kind: Any, options: dict[str, Any], width: int) -> None:
+def test_an_advised_fused_kernel_is_faster(kind: Any, options: dict[str, Any], width: int) -> None:
     best = {}
     for fused in (None, True):
         model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
         optimizer = kind(model.parameters(), lr=0.01, fused=fused, **options)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        best[fused] = min(seconds_of(optimizer) for _ in range(10))
+        best[fused] = min(measure_steps(optimizer) for _ in range(10))
     assert best[True] < best[None]
 
 
-def seconds_of(optimizer: Optimizer) -> float:
+def measure_steps(optimizer: Optimizer) -> float:
     started = time.process_time()
     for _ in range(10):
         optimizer.step()
     return time.process_time() - started
 
 
-class OwnAdam(Adam): ...
+class AdamSubclass(Adam): ...
 
 
 @pytest.mark.parametrize(
@@ -92,43 +90,43 @@ class OwnAdam(Adam): ...
         (Adam, {"foreach": True}),
         (Adam, {"differentiable": True}),
         (RMSprop, {}),
-        (OwnAdam, {}),
+        (AdamSubclass, {}),
     ],
 )
-def test_nothing_is_advised_where_nothing_is_gained_or_the_user_has_chosen(
+def test_nothing_is_advised_without_a_gain_or_against_the_users_choice(
     kind: type[Optimizer], options: dict[str, Any]
 ) -> None:
     trainer = make(kind, **options)
     explanation = trainer.explain()
-    assert TITLE not in explanation
-    assert TITLE not in str(explanation)
+    assert "advice" not in explanation
+    assert "advice" not in str(explanation)
 
 
-def test_a_fused_kernel_that_would_be_refused_is_not_advised() -> None:
+def test_a_fused_kernel_for_sparse_gradients_is_not_advised() -> None:
     sparse = nn.Sequential(nn.EmbeddingBag(4, 2, sparse=True))
     assert has_sparse_gradients(sparse)
-    assert advised(make(Adagrad, sparse)) == []
+    assert advised_code(make(Adagrad, sparse)) == []
     sparse(torch.tensor([[1, 2]])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         Adagrad(sparse.parameters(), fused=True).step()
 
 
-def test_complex_parameters_have_no_fused_kernel() -> None:
+def test_a_fused_kernel_for_complex_parameters_is_not_advised() -> None:
     model = nn.Linear(4, 2, dtype=torch.complex64)
-    assert advised(make(Adam, model)) == []
+    assert advised_code(make(Adam, model)) == []
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(RuntimeError, match="fused"):
         Adam(model.parameters(), fused=True).step()
 
 
-def test_a_kernel_that_a_skipped_step_upsets_is_not_advised() -> None:
+def test_a_fused_kernel_that_breaks_after_a_skipped_step_is_not_advised() -> None:
     model = nn.Linear(4, 2)
     with_momentum, adam = SGD(model.parameters(), momentum=0.9), Adam(model.parameters())
     cpu = torch.device("cpu")
-    assert len(list(advice_on_optimizer(with_momentum, cpu, "bf16"))) == 1
-    assert list(advice_on_optimizer(with_momentum, cpu, "fp16")) == []
-    assert len(list(advice_on_optimizer(adam, cpu, "fp16"))) == 1
+    assert len(list(advise_on_optimizer(with_momentum, cpu, "bf16"))) == 1
+    assert list(advise_on_optimizer(with_momentum, cpu, "fp16")) == []
+    assert len(list(advise_on_optimizer(adam, cpu, "fp16"))) == 1
 
 
 def test_advice_changes_nothing() -> None:
@@ -159,16 +157,16 @@ def matmul_precision() -> Iterator[None]:
         (torch.bfloat16, "no", (9, 0), 0),
     ],
 )
-def test_tf32_is_advised_where_a_gpu_has_it_and_float32_is_computed(
+def test_tf32_is_advised_for_float32_on_gpus_that_have_it(
     dtype: torch.dtype, precision: str, capability: tuple[int, int] | None, count: int
 ) -> None:
-    assert len(list(advice_on_matrices({dtype}, precision, capability))) == count
+    assert len(list(advise_on_matmul({dtype}, precision, capability))) == count
 
 
-def test_tf32_is_not_advised_to_who_has_done_it(matmul_precision: None) -> None:
-    (advice,) = advice_on_matrices({torch.float32}, "no", (9, 0))
-    exec(advice.write)  # it is what the user is told to write
-    assert list(advice_on_matrices({torch.float32}, "no", (9, 0))) == []
+def test_tf32_is_not_advised_if_it_is_on(matmul_precision: None) -> None:
+    (advice,) = advise_on_matmul({torch.float32}, "no", (9, 0))
+    exec(advice.code)
+    assert list(advise_on_matmul({torch.float32}, "no", (9, 0))) == []
 
 
 # ---- the other sections
@@ -182,16 +180,16 @@ def batches_on_rank() -> tuple[tuple[str, ...], ...]:
     return trainer.explain(tiny_data(), num_epochs=2, per_device_batch_size=2)["batches"]
 
 
-def test_the_arithmetic_of_batches_is_that_of_all_processes() -> None:
+def test_the_batch_arithmetic_covers_all_ranks() -> None:
     first, second = run_ranks(batches_on_rank, 2)
     assert first == second
     assert first == (
-        ("samples a step", "2 a batch x 2 processes x 3 batches a step = 12"),
-        ("steps an epoch", "24 samples / 12 = 2"),
-        ("steps in all", "4, in 2 epochs"),
+        ("samples per step", "12 = 2 per batch x 2 processes x 3 batches per step"),
+        ("steps per epoch", "2 = 24 samples / 12, rounded up"),
+        ("total steps", "4 in 2 epochs"),
     )
 
 
-def test_a_section_that_is_not_there_is_a_key_error() -> None:
+def test_an_unknown_section_raises_key_error() -> None:
     with pytest.raises(KeyError, match="weather"):
         make(SGD).explain()["weather"]

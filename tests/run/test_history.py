@@ -89,5 +89,5 @@ def test_a_history_goes_on_from_a_file(tmp_path: Path) -> None:
 
 
 def test_a_file_on_a_remote_store_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): lines are appended to it"):
+    with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): must be a local path"):
         Trainer(**tiny_parts(), history_file="s3://bucket/history.jsonl")
