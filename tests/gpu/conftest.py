@@ -1,4 +1,4 @@
-"""What tests on a GPU share. Without one, each of them is skipped; with one, `pytest tests/gpu` runs them alone."""
+"""Fixtures of the tests that need a GPU; they are skipped without one. `pytest tests/gpu` runs these tests only."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if torch.cuda.is_available():
-    # cuBLAS reads it when it is first called; without it, torch refuses matrix products that are to be deterministic.
+    # cuBLAS reads it at its first call; without it, torch refuses deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -24,7 +24,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Have the same kernels give the same bits."""
+    """Use deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

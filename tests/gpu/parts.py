@@ -1,4 +1,4 @@
-"""A net, data for it, and the plain loop that the trainers of these tests are compared with."""
+"""A network, data, and a plain training loop that the trainers of these tests are compared with."""
 
 import copy
 from dataclasses import dataclass, field
@@ -21,15 +21,15 @@ WINDOWS = BATCHES // ACCUMULATION
 MAX_NORM, DECAY, GAMMA = 0.5, 0.9, 0.95
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOO_LARGE = 6e4
-"""A number that fp16 has, and whose sums it has not."""
+"""A number that fp16 can represent, while sums of such numbers overflow."""
 
 
 class Composed(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, MetricsMixin, Trainer):
-    """Everything that has to agree on what a step is."""
+    """All mixins that depend on what counts as a step."""
 
 
 def make_net(features: int = FEATURES, hidden: int = HIDDEN, layers: int = 2) -> nn.Module:
-    """Make a perceptron, the same each time."""
+    """Make a multilayer perceptron with the same weights in each call."""
     torch.manual_seed(0)
     sizes = [features, *[hidden] * layers]
     blocks = [nn.Sequential(nn.Linear(i, o), nn.GELU()) for i, o in pairwise(sizes)]
@@ -37,7 +37,7 @@ def make_net(features: int = FEATURES, hidden: int = HIDDEN, layers: int = 2) ->
 
 
 def make_data(samples: int = BATCH * BATCHES, features: int = FEATURES, *, overflows: bool = False) -> TensorDataset:
-    """Make data, the same each time; of an epoch's windows the third overflows in fp16, if asked for."""
+    """Make data, the same in each call; with `overflows`, the third step of an epoch overflows in fp16."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(samples, features, generator=generator)
     if overflows:
@@ -46,7 +46,7 @@ def make_data(samples: int = BATCH * BATCHES, features: int = FEATURES, *, overf
 
 
 def train(precision: Precision, runs: int = 1) -> Composed:
-    """Train with everything composed, in the data's order."""
+    """Train a `Composed` trainer without shuffling."""
     net, data = make_net(), make_data(overflows=precision == "fp16")
     trainer = Composed(
         net,
@@ -73,17 +73,20 @@ def train(precision: Precision, runs: int = 1) -> Composed:
 
 @dataclass
 class Plain:
-    """A loop of one's own, and what it ends with.
+    """A plain training loop and its results.
 
     Args:
-        device: Where it trains.
-        precision: Of the forward pass.
+        device: The device of the model.
+        precision: The precision of the forward pass.
+        completed: The number of steps that the gradient scaler did not skip.
+        learning_rate: The learning rate of the last step.
+        norms: The gradient norm of each step.
     """
 
     device: torch.device
     precision: Precision
-    happened: int = 0
-    rate: float = 0.0
+    completed: int = 0
+    learning_rate: float = 0.0
     norms: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -91,14 +94,14 @@ class Plain:
         self.average = copy.deepcopy(self.net)
 
     def call(self, net: nn.Module, inputs: Tensor) -> Tensor:
-        """Return a net's outputs in float32, computed in this loop's precision."""
+        """Return the outputs of a network in float32, computed in this loop's precision."""
         dtype = DTYPES.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs: Tensor = net(inputs.to(self.device))
         return outputs.float()
 
     def train(self) -> None:
-        """Train as torch's documentation says."""
+        """Train as in torch's documentation."""
         optimizer = SGD(self.net.parameters(), lr=0.1, momentum=0.9)
         scheduler = StepLR(optimizer, 1, gamma=GAMMA)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -115,9 +118,9 @@ class Plain:
             scaler.update()
             optimizer.zero_grad()
             if scaler.get_scale() >= before:
-                self.happened += 1
+                self.completed += 1
                 self.norms.append(norm)
-                self.rate = optimizer.param_groups[0]["lr"]
+                self.learning_rate = optimizer.param_groups[0]["lr"]
                 scheduler.step()
                 self._move_average()
 

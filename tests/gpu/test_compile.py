@@ -1,4 +1,4 @@
-"""A model that inductor compiled trains as the bare one does, but for rounding."""
+"""A model compiled by inductor trains as the original does, apart from rounding."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.gpu.parts import BATCH, make_data, make_net
 
 pytestmark = [
     pytest.mark.timeout(300),  # inductor's first graph takes a minute
-    # Of dynamo, inductor and Triton, about themselves.
+    # Warnings of dynamo, inductor and Triton about their own code.
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -45,9 +45,9 @@ def train(kind: type[Mixed], precision: Precision) -> tuple[nn.Module, list[floa
 def test_a_compiled_model_trains_as_the_original(device: torch.device, precision: Precision, relative: float) -> None:
     reset()
     counters.clear()
-    (compiled, losses), (bare, expected) = train(Compiled, precision), train(Mixed, precision)
+    (compiled, losses), (original, expected) = train(Compiled, precision), train(Mixed, precision)
     assert counters["stats"]["unique_graphs"] >= 1
-    assert type(compiled) is type(bare)
+    assert type(compiled) is type(original)
     torch.testing.assert_close(losses, expected, rtol=relative, atol=relative)
     weights: list[Tensor] = [parameter.detach() for parameter in compiled.parameters()]
     assert {weight.device.type for weight in weights} == {device.type}

@@ -1,4 +1,4 @@
-"""What a trainer takes beside what its mathematics needs: no waiting for the GPU, and next to no memory."""
+"""A trainer synchronises with the GPU no more often than a plain loop, and needs no more memory."""
 
 import contextlib
 import gc
@@ -32,42 +32,42 @@ from tests.gpu.parts import BATCH, DTYPES, make_data, make_net
 from tests.gpu.waits import Waits
 
 STEPS = 12
-WATCHED = range(3, STEPS)
-"""Steps, counted from 1, of which each is watched from the end of the one before: all that comes in between, too."""
+MEASURED = range(3, STEPS)
+"""The numbers of the measured steps; each is measured from the end of the step before."""
 
 
-# ---- waiting
+# ---- synchronisation
 
 
-class Watching(Mixin):
-    """Counts how often the host waits in the steps that are watched, and in all that comes between them."""
+class WaitCounter(Mixin):
+    """Counts how often the host waits for the GPU in the measured steps and between them."""
 
     waits: Waits = field(init=False, default_factory=Waits)
-    _watching: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
+    _counting: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        if step.step == WATCHED[0] - 1:
-            self._watching.enter_context(self.waits.counted())
+        if step.step == MEASURED[0] - 1:
+            self._counting.enter_context(self.waits.counted())
 
     @override
     def on_step_start(self) -> None:
         super().on_step_start()
-        if self.progress.steps == WATCHED[-1]:
-            self._watching.close()
+        if self.progress.steps == MEASURED[-1]:
+            self._counting.close()
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
-        self._watching.close()
+        self._counting.close()
         super().on_epoch_end(record)
 
 
-class Watched(Watching, AMPMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, Trainer): ...
+class Measured(WaitCounter, AMPMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, Trainer): ...
 
 
-class Waiting(Watched):
-    """Reads a number in each step."""
+class ReadsLoss(Measured):
+    """Reads the loss in each step."""
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -76,7 +76,7 @@ class Waiting(Watched):
         return output
 
 
-def waits_of(kind: type[Watched], precision: Precision, *, fused: bool) -> int:
+def count_waits(kind: type[Measured], precision: Precision, *, fused: bool) -> int:
     net = make_net()
     trainer = kind(
         net,
@@ -92,8 +92,8 @@ def waits_of(kind: type[Watched], precision: Precision, *, fused: bool) -> int:
     return trainer.waits.count
 
 
-def plain_waits(device: torch.device, precision: Precision, *, fused: bool) -> int:
-    """Return how often a loop of one's own waits that does the same."""
+def count_plain_waits(device: torch.device, precision: Precision, *, fused: bool) -> int:
+    """Return how often a plain loop with the same steps waits."""
     net = make_net().to(device)
     average = AveragedWeights(net)
     optimizer = AdamW(net.parameters(), lr=1e-3, fused=fused)
@@ -102,7 +102,7 @@ def plain_waits(device: torch.device, precision: Precision, *, fused: bool) -> i
     dtype, waits = DTYPES.get(precision), Waits()
     loader = DataLoader(make_data(STEPS * BATCH), BATCH, shuffle=True, pin_memory=True)
     for number, (inputs, targets) in enumerate(loader, start=1):
-        with waits.counted() if number in WATCHED else contextlib.nullcontext():
+        with waits.counted() if number in MEASURED else contextlib.nullcontext():
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 outputs = net(inputs)
@@ -119,19 +119,19 @@ def plain_waits(device: torch.device, precision: Precision, *, fused: bool) -> i
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_step_synchronises_no_more_often_than_a_plain_loop(device: torch.device, precision: Precision) -> None:
-    expected = len(WATCHED) if precision == "fp16" else 0  # the scaler asks whether the gradients overflowed
-    assert plain_waits(device, precision, fused=False) == expected
-    assert waits_of(Watched, precision, fused=False) == expected
+    expected = len(MEASURED) if precision == "fp16" else 0  # the scaler reads whether the gradients overflowed
+    assert count_plain_waits(device, precision, fused=False) == expected
+    assert count_waits(Measured, precision, fused=False) == expected
 
 
 def test_a_fused_optimizer_synchronises_once_per_step_in_fp16(device: torch.device) -> None:
-    # The plain loop does not ask, and moves its schedule and its average for steps that were skipped.
-    assert plain_waits(device, "fp16", fused=True) == 0
-    assert waits_of(Watched, "fp16", fused=True) == len(WATCHED)
+    # The plain loop does not read it, and updates its schedule and its average after skipped steps too.
+    assert count_plain_waits(device, "fp16", fused=True) == 0
+    assert count_waits(Measured, "fp16", fused=True) == len(MEASURED)
 
 
 def test_reading_a_loss_synchronises() -> None:
-    assert waits_of(Waiting, "no", fused=False) == len(WATCHED)
+    assert count_waits(ReadsLoss, "no", fused=False) == len(MEASURED)
 
 
 # ---- memory
@@ -145,9 +145,9 @@ def make_large() -> tuple[nn.Module, Optimizer]:
     return net, AdamW(net.parameters(), lr=1e-4)
 
 
-def peak_of(body: Callable[[], object]) -> int:
-    """Return the bytes that a body has on the GPU at most."""
-    gc.collect()  # trainers before this one
+def measure_peak(body: Callable[[], object]) -> int:
+    """Return the peak GPU memory of a function in bytes."""
+    gc.collect()  # delete the trainers of earlier tests
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -188,8 +188,11 @@ def train_large_plainly(device: torch.device, precision: Precision) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_peak_memory_equals_a_plain_loops(device: torch.device, precision: Precision) -> None:
-    train_large_plainly(device, precision)  # what cuBLAS takes once is in neither
+    train_large_plainly(device, precision)  # so that cuBLAS has allocated its workspace
     train_large(precision)
-    plain, ours = peak_of(lambda: train_large_plainly(device, precision)), peak_of(lambda: train_large(precision))
+    plain, ours = (
+        measure_peak(lambda: train_large_plainly(device, precision)),
+        measure_peak(lambda: train_large(precision)),
+    )
     assert plain > LARGE_BATCH * LARGE["hidden"] * LARGE["layers"]
     assert ours / plain == pytest.approx(1, abs=0.02)

@@ -1,4 +1,4 @@
-"""One GPU as a launch of one process has it, and an engine for several that has one."""
+"""A launch with one process on one GPU, and FSDP on one GPU."""
 
 import json
 import os
@@ -23,9 +23,9 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 def test_a_launch_with_one_process_trains_as_without_a_launch(device: torch.device) -> None:
     script = str(Path(__file__).parent / "scripts" / "one_process.py")
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    ended = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
-    assert ended.returncode == 0, ended.stderr
-    report = json.loads(ended.stdout.splitlines()[-1])
+    done = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
     assert "nccl" in report["backend"]
     assert report["losses"] == pytest.approx([step.loss for step in train("bf16").history.steps], rel=1e-5)
     assert device.type == "cuda"
@@ -40,7 +40,7 @@ class Sharded(FSDPMixin, Mixed): ...
 
 @pytest.mark.usefixtures("deterministic")
 def test_one_process_shards_nothing(device: torch.device) -> None:
-    def trained(kind: type[Mixed]) -> Mixed:
+    def train_one(kind: type[Mixed]) -> Mixed:
         net = make_net()
         trainer = kind(
             net, loss_func=nn.CrossEntropyLoss(), optimizer=SGD(net.parameters(), lr=0.1), default_callbacks=()
@@ -50,8 +50,8 @@ def test_one_process_shards_nothing(device: torch.device) -> None:
         )
         return trainer
 
-    sharded, plain = trained(Sharded), trained(Mixed)
+    sharded, plain = train_one(Sharded), train_one(Mixed)
     assert type(sharded.run.engine) is TorchEngine
-    for ours, theirs in zip(sharded.model.parameters(), plain.model.parameters(), strict=True):
-        assert ours.device.type == device.type
-        assert torch.equal(ours, theirs)
+    for weight, expected in zip(sharded.model.parameters(), plain.model.parameters(), strict=True):
+        assert weight.device.type == device.type
+        assert torch.equal(weight, expected)

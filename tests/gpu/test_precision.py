@@ -1,4 +1,4 @@
-"""Everything composed, in each precision: what a plain loop with autocast and a gradient scaler ends with."""
+"""In each precision, a composed trainer gives the results of a plain loop with autocast and a gradient scaler."""
 
 import pytest
 import torch
@@ -19,9 +19,9 @@ def train_plainly(device: torch.device, precision: Precision) -> Plain:
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_weights_equal_a_plain_loops_bit_for_bit(device: torch.device, precision: Precision) -> None:
     trainer, plain = train(precision), train_plainly(device, precision)
-    for ours, theirs in zip(trainer.model.parameters(), plain.net.parameters(), strict=True):
-        assert ours.device.type == theirs.device.type == device.type
-        assert torch.equal(ours, theirs)
+    for weight, expected in zip(trainer.model.parameters(), plain.net.parameters(), strict=True):
+        assert weight.device.type == expected.device.type == device.type
+        assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -37,10 +37,10 @@ def test_norms_averages_and_metrics_equal_a_plain_loops(device: torch.device, pr
 
 def test_skipped_steps_are_not_counted(device: torch.device) -> None:
     trainer, plain = train("fp16"), train_plainly(device, "fp16")
-    assert 0 < plain.happened < EPOCHS * WINDOWS
-    assert trainer.progress.steps == trainer.run[EMA_STATE].updates == plain.happened
-    assert [step.step for step in trainer.history.steps] == list(range(1, plain.happened + 1))
-    assert trainer.history.steps[-1].learning_rate == plain.rate
+    assert 0 < plain.completed < EPOCHS * WINDOWS
+    assert trainer.progress.steps == trainer.run[EMA_STATE].updates == plain.completed
+    assert [step.step for step in trainer.history.steps] == list(range(1, plain.completed + 1))
+    assert trainer.history.steps[-1].learning_rate == plain.learning_rate
     assert trainer.progress.epochs == EPOCHS
 
 

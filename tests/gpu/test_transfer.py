@@ -1,4 +1,4 @@
-"""Batches arrive intact beside a slow computation, and ahead of it; they are copied from pinned memory, of any form."""
+"""Batches are copied from pinned memory during a slow computation, and arrive intact."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ from ptacc.data.transfer import LEAST_BYTES, StreamedTransfer
 from tests.gpu.parts import make_data, make_net
 
 CYCLES = 5_000_000
-"""A GPU sleeps a few milliseconds in them: far longer than the host needs for a step."""
+"""GPU cycles to sleep: a few milliseconds, far longer than the host needs for a step."""
 SAMPLES, WIDE = 162, LEAST_BYTES // 16
-"""Each batch of 16 samples of this width has more than is worth a stream, the last one, of 2, has less."""
+"""A batch of 16 samples of this width is large enough for a stream; the last one, of 2 samples, is not."""
 BATCHES = 11
 
 
 def sleep(device: torch.device, cycles: int = CYCLES) -> None:
     if device.type == "cuda":
-        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]  # noqa: SLF001  # torch tests itself with it
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]  # noqa: SLF001  # used by torch's own tests
 
 
-class Looking(Trainer):
-    """Looks at each batch late, and after another was ordered: its smallest and its largest number."""
+class RecordsExtremes(Trainer):
+    """Records the extremes of each batch late, when the copy of the next batch has begun."""
 
     seen: list[Tensor] = field(init=False, default_factory=list)
 
-    def look(self, batch: Pair) -> StepOutput[Tensor]:
+    def record(self, batch: Pair) -> StepOutput[Tensor]:
         sleep(self.device)
         self.seen.append(torch.stack([*batch[0].aminmax(), batch[1].min(), batch[1].max()]))
         outputs = self.model(batch[0][:, :1])
@@ -40,27 +40,29 @@ class Looking(Trainer):
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
-        return self.look(batch)
+        return self.record(batch)
 
     @override
     def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
-        return self.look(batch)
+        return self.record(batch)
 
     @override
     def predict_step(self, batch: Any) -> Tensor:
-        return self.look(batch).outputs
+        return self.record(batch).outputs
 
 
-def looking() -> tuple[Looking, TensorDataset, dict[str, Any]]:
-    """Return a trainer, data in whose batches all numbers are the batch's own, and how to load it."""
+def make_parts() -> tuple[RecordsExtremes, TensorDataset, dict[str, Any]]:
+    """Return a trainer, data with one number per batch, and options of its loading."""
     net = nn.Linear(1, 1)
-    trainer = Looking(net, loss_func=nn.MSELoss(), optimizer=SGD(net.parameters(), lr=1e-9), default_callbacks=())
+    trainer = RecordsExtremes(
+        net, loss_func=nn.MSELoss(), optimizer=SGD(net.parameters(), lr=1e-9), default_callbacks=()
+    )
     numbers = torch.arange(SAMPLES) // 16
     data = TensorDataset(numbers.float()[:, None].expand(-1, WIDE), numbers.float())
     return trainer, data, {"per_device_batch_size": 16}
 
 
-CALLS: dict[str, Callable[[Looking, TensorDataset, dict[str, Any]], object]] = {
+CALLS: dict[str, Callable[[RecordsExtremes, TensorDataset, dict[str, Any]], object]] = {
     "train": lambda trainer, data, how: trainer.train(
         data, num_epochs=1, train_dataloader_kwargs={"shuffle": False}, **how
     ),
@@ -71,7 +73,7 @@ CALLS: dict[str, Callable[[Looking, TensorDataset, dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_batches_arrive_intact_during_a_slow_computation(device: torch.device, call: str) -> None:
-    trainer, data, how = looking()
+    trainer, data, how = make_parts()
     CALLS[call](trainer, data, how)
     assert trainer.device.type == device.type
     assert [numbers.tolist() for numbers in trainer.seen] == [[index] * 4 for index in range(BATCHES)]
@@ -85,13 +87,13 @@ def test_a_batch_is_copied_while_the_previous_one_is_computed(device: torch.devi
     computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
     computed.record()
     brought = transfer.bring(second)
-    looked, has_come = torch.zeros_like(second).pin_memory(), False
+    copied, has_arrived = torch.zeros_like(second).pin_memory(), False
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        while not has_come and not computed.query():  # type: ignore[no-untyped-call]
-            looked.copy_(brought, non_blocking=True)
+        while not has_arrived and not computed.query():  # type: ignore[no-untyped-call]
+            copied.copy_(brought, non_blocking=True)
             torch.cuda.current_stream().synchronize()
-            has_come = torch.equal(looked, second)
-    assert has_come
+            has_arrived = torch.equal(copied, second)
+    assert has_arrived
     assert torch.equal(brought.cpu(), second)
 
 
@@ -111,7 +113,7 @@ def test_pinned_memory_changes_no_weight(device: torch.device) -> None:
     assert all(torch.equal(one, other) for one, other in zip(pinned, plain, strict=True))
 
 
-# ---- what ptacc's own loaders pin
+# ---- pinned memory of ptacc's loaders
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Numbers:
     names: list[str]
 
 
-def numbers_of(samples: list[int]) -> Numbers:
+def collate_numbers(samples: list[int]) -> Numbers:
     return Numbers(torch.tensor(samples, dtype=torch.float32)[:, None], [str(sample) for sample in samples])
 
 
@@ -139,8 +141,8 @@ class Streamed(IterableDataset[int]):
         return iter(range(8))
 
 
-class Counting(TrainingLoop[Numbers, Tensor]):
-    """Notes of each batch, while it is on the host, whether its memory is pinned."""
+class RecordsPinning(TrainingLoop[Numbers, Tensor]):
+    """Records for each batch on the host whether its memory is pinned."""
 
     pinned: list[bool] = field(init=False, default_factory=list)
 
@@ -160,11 +162,11 @@ class Counting(TrainingLoop[Numbers, Tensor]):
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_loaders_pin_batches_of_any_type(device: torch.device, dataset: Any, workers: int) -> None:
     net = nn.Linear(1, 1)
-    trainer = Counting(net, optimizer=SGD(net.parameters(), lr=1e-3), default_callbacks=())
+    trainer = RecordsPinning(net, optimizer=SGD(net.parameters(), lr=1e-3), default_callbacks=())
     trainer.train(
         dataset,
         max_steps=2,
-        collate_fn=numbers_of,
+        collate_fn=collate_numbers,
         per_device_batch_size=4,
         train_dataloader_kwargs={"num_workers": workers},
     )

@@ -8,14 +8,14 @@ import torch
 
 
 class Waits:
-    """Counts, within its blocks, the calls for which the host waited for the GPU, as far as torch notices them."""
+    """Counts the calls for which the host waits for the GPU, as far as torch detects them."""
 
     def __init__(self) -> None:
         self.count = 0
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count in the block."""
+        """Count within the block."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")

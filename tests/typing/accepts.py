@@ -1,9 +1,9 @@
-"""What has to stay possible: every line here pleases mypy and pyright, with no error ignored.
+"""Code that must stay valid: mypy and pyright accept every line, without ignored errors.
 
-The guards are asked too: a test runs this file, its classes and their constructors, though no training.
+A test also runs this file, so that the guards check its classes. It creates trainers and does not train them.
 """
 
-# A new default without annotation is for users whose `--strict` does not come with this check, as it does not by itself.
+# Users write new defaults without annotation: their `--strict` does not include this check.
 # mypy: disable-error-code="mutable-override"
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ loss = nn.CrossEntropyLoss()
 opt = torch.optim.SGD(net.parameters(), lr=0.1)
 
 
-# ==== data of many kinds
+# ==== datasets and loaders
 
 
 class Digits(Dataset[Pair]):
@@ -136,7 +136,7 @@ class Unlabelled(Dataset[Tensor]):
 
 
 class Plain:
-    """A dataset by its structure alone."""
+    """A dataset that has no base class."""
 
     def __len__(self) -> int:
         return 8
@@ -219,7 +219,7 @@ def several_evaluation_sets(trainer: Trainer, sets: Mapping[str, Dataset[Pair]])
     trainer.train(data, {"near": tensors, "far": tensors}, num_epochs=1)
     trainer.train(data, {"near": loader, "far": loader}, num_epochs=1)
     trainer.train(Stream(), {"near": Stream()}, max_steps=9)
-    # Of several kinds, a mapping needs its annotation: mypy looks for what all its values have in common.
+    # A mapping with several types of values needs an annotation: mypy infers their common base class.
     named: Mapping[str, SizedDataset[Pair] | DataLoader[Pair]] = {"near": data, "far": loader, "list": pairs}
     trainer.train(data, named, num_epochs=1)
     assert_type(trainer.evaluate(named), dict[str, EvalResult])
@@ -268,7 +268,7 @@ def options_of_training(trainer: Trainer) -> None:
     trainer.predict(data, **evaluation)
 
 
-# ==== what comes out
+# ==== results
 
 
 def results(trainer: Trainer) -> None:
@@ -350,7 +350,7 @@ def what_a_trainer_has(trainer: Trainer) -> None:
     trainer.stop("tired")
 
 
-# ==== ready trainers, composed and configured
+# ==== ready-made trainers, composed and configured
 
 Trainer(net, loss_func=loss, optimizer=opt)
 Trainer(model=net, loss_func=cross_entropy, optimizer=opt)
@@ -409,7 +409,7 @@ assert_type(WithAnnotation(net, optimizer=opt).seed, int | None)
 
 
 class SmoothedTrainer(Everything):
-    """A ready composition, refined: its hooks have the types that its loop was given."""
+    """A subclass of a composed trainer: its hooks have the types of its loop."""
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -434,7 +434,7 @@ class SmoothedTrainer(Everything):
             metric.update(output.outputs.argmax(1), batch[1])
 
 
-# ==== batches of one's own
+# ==== custom batches
 
 
 @dataclass
@@ -495,7 +495,7 @@ class ImageLoop(TrainingLoop[ImageBatch, None]):
 
 
 class Autoencoder(GradAccumMixin, TrainingLoop[Tensor]):
-    """A parameter left out is the default one."""
+    """An omitted type argument has its default."""
 
     @override
     def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
@@ -504,7 +504,7 @@ class Autoencoder(GradAccumMixin, TrainingLoop[Tensor]):
 
 
 class PairLoop(MetricsMixin, TrainingLoop[Pair, Tensor]):
-    """`MetricsMixin` bare is right wherever batches are pairs."""
+    """`MetricsMixin` needs no type arguments if batches are pairs."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
@@ -514,7 +514,7 @@ class PairLoop(MetricsMixin, TrainingLoop[Pair, Tensor]):
 
 
 class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
-    """A third parameter names the samples, where the default collate function does not keep their type."""
+    """A third type argument is the type of samples, if the default collate function changes it."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
@@ -524,14 +524,14 @@ class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
 
 
 class TensorsLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, ...]]):
-    """The samples of a `TensorDataset` are tuples of any length to pyright."""
+    """To pyright, the samples of a `TensorDataset` are tuples of any length."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
         return StepOutput(loss=cross_entropy(self.model(batch[0]), batch[1]), outputs=batch[0])
 
 
-def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
+def custom_batches(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
     language = LanguageModel(net, optimizer=opt, mixed_precision="bf16", max_grad_norm=1.0, metrics={})
     language.train(batches, batches, num_epochs=1)
     assert_type(language.predict(batches), Predictions[Tensor])
@@ -559,7 +559,7 @@ def batches_of_ones_own(batches: list[TokenBatch], graphs: Dataset[str], images:
 
 
 class TensorLoop(TrainingLoop[BatchT, Tensor], Generic[BatchT]):
-    """A loop that leaves its batches open."""
+    """A loop that is generic in its batches."""
 
     weight: float = 1.0
 
@@ -584,11 +584,11 @@ def for_any_loop(loop: TrainingLoop[BatchT, Any], batches: SizedDataset[BatchT])
     return loop.train(batches, num_epochs=1)
 
 
-# ==== mixins of one's own
+# ==== custom mixins
 
 
 class NoiseMixin(Mixin):
-    """Options alone, one that has no default among them."""
+    """A mixin with options only, one of them without a default."""
 
     noise: float
     noise_kind: Literal["uniform", "normal"] = "normal"
@@ -609,9 +609,9 @@ TALLY: StateKey[Tally] = StateKey("tally")
 
 
 class TallyMixin(BatchMixin[Any, Any]):
-    """State under a key, and batches of any kind: its hooks say `object`, and it stands in front of narrower mixins.
+    """A mixin with a state of the run, for batches of any type: its hooks accept `object`.
 
-    mypy takes `BatchMixin[object, object]` too, and pyright does not: it wants equal type arguments of one base.
+    mypy accepts `BatchMixin[object, object]` too, but pyright requires equal type arguments of a common base.
     """
 
     @override
@@ -632,7 +632,7 @@ class TallyMixin(BatchMixin[Any, Any]):
 
 
 class EveryHookMixin(Mixin):
-    """Each shape of hook, overridden as it is meant to be."""
+    """An override of a hook of each shape."""
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
@@ -679,11 +679,11 @@ class EveryHookMixin(Mixin):
 
 
 class NewHookMixin(BatchMixin):
-    """A hook that others may override in turn."""
+    """A mixin that declares hooks."""
 
     @hook("event")
     def on_overfit(self, gap: float) -> None:
-        """The training loss fell far below the other."""
+        """The training loss fell far below the evaluation loss."""
 
     @hook("default")
     def allowed_gap(self, batch: Pair) -> float:
@@ -696,7 +696,7 @@ class NewHookMixin(BatchMixin):
 
 
 class GenericMixin(BatchMixin[BatchT, Tensor], Generic[BatchT]):
-    """A mixin that leaves its batches open."""
+    """A mixin that is generic in its batches."""
 
     seen: list[BatchT] = field(default_factory=list)
 
@@ -719,7 +719,7 @@ class OwnMixins(NoiseMixin, TallyMixin, EveryHookMixin, NewHookMixin, GenericMix
 
 
 class OwnBatchesOwnMixins(TallyMixin, GenericMixin[TokenBatch], LanguageModel):
-    """Mixins of wider batches and of the loop's own, in front of a loop that is ready."""
+    """Mixins for wider batches and for the batches of the loop, before a complete loop."""
 
 
 assert_type(OwnMixins(net, loss_func=loss, optimizer=opt, noise=0.1, noise_kind="uniform").noise, float)
@@ -778,7 +778,7 @@ TrainerT = TypeVar("TrainerT", bound=TrainerCore)
 
 
 class Logged(Callback[TrainerT]):
-    """A callback that is generic in what it needs."""
+    """A callback that is generic in its trainer."""
 
     def __init__(self, describe: Callable[[TrainerT], str]) -> None:
         self.describe = describe
@@ -796,18 +796,18 @@ PairLoop(net, optimizer=opt, callbacks=[ForMetrics(), Anywhere(), RestoreBestWei
 
 
 class WithListeners(GradClipMixin, Trainer):
-    """Callbacks of the class's own, by the hook that gathers them."""
+    """A trainer that adds callbacks of its own."""
 
     @override
     def all_callbacks(self) -> Sequence[Callback[Any]]:
         return (*super().all_callbacks(), ForAnyTrainer())
 
 
-# ==== protocols: what users hand us, and what functions ask for
+# ==== protocols: objects that users pass, and what functions need
 
 
 class Warmup:
-    """A schedule of one's own, by its structure alone."""
+    """A custom schedule that has no base class."""
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
         self.optimizer, self.steps = optimizer, steps
@@ -823,7 +823,7 @@ class Warmup:
 
 
 class Falling:
-    """A schedule of one's own that follows a value."""
+    """A custom schedule that depends on a value."""
 
     def step(self, metrics: float) -> None: ...
 
@@ -845,7 +845,7 @@ def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
     return ReduceLROnPlateau(optimizer, patience=plan.num_epochs)
 
 
-def of_anything(optimizer: object, plan: object) -> LRSchedulerLike:
+def make_schedule(optimizer: object, plan: object) -> LRSchedulerLike:
     raise NotImplementedError
 
 
@@ -855,7 +855,7 @@ class PreScheduled(LRSchedulerMixin, Trainer):
 
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=one_cycle)
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=plateau, scheduler_monitor="accuracy")
-Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=of_anything, scheduler_interval="epoch")
+Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=make_schedule, scheduler_interval="epoch")
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, plan.steps_per_epoch))
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: LambdaLR(o, lambda step: 1.0))
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: ReduceLROnPlateau(o))
@@ -866,7 +866,7 @@ PreScheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan
 
 
 class CountMetric:
-    """A metric of one's own, by its structure alone."""
+    """A custom metric that has no base class."""
 
     def update(self, outputs: Tensor, targets: Tensor) -> None: ...
 
@@ -891,7 +891,7 @@ PairLoop(net, optimizer=opt, metrics={"count": CountMetric(), "mean": MeanMetric
 PairLoop(net, optimizer=opt, metrics={"mean": MeanMetric()}, train_metrics={"many": collection})
 
 
-def asks_for_protocols(trainer: Everything) -> None:
+def needs_protocols(trainer: Everything) -> None:
     assert_type(trainer.scheduler, LRSchedulerLike | PlateauSchedulerLike)
     precision: SupportsMixedPrecision = trainer
     accumulation: SupportsGradAccum = trainer
@@ -908,7 +908,7 @@ def asks_for_protocols(trainer: Everything) -> None:
 
 
 def with_a_mixin_or_without(trainer: TrainerCore) -> None:
-    """A protocol can be asked for while the program runs."""
+    """A protocol can be checked at run time."""
     if isinstance(trainer, SupportsSeed):
         assert_type(trainer.seed, int | None)
 

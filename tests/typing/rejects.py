@@ -1,7 +1,7 @@
-"""Mistakes that a type checker refuses where they are written, each beside its right form. Nothing here is run.
+"""Mistakes that type checkers reject, each next to its correct form. Nothing here is run.
 
-A wrong line ends in a `type: ignore` with the code of mypy's error: `--strict` warns of an ignore that is of no use, so
-the line fails on the day when the mistake is no longer refused. pyright refuses every one of them too.
+A wrong line ends in a `type: ignore` with the code of mypy's error. mypy `--strict` reports an unused ignore, so the line
+fails if mypy no longer rejects the mistake. pyright rejects every mistake too.
 """
 
 from __future__ import annotations
@@ -124,21 +124,21 @@ trainer = Trainer(net, loss_func=loss, optimizer=opt)
 measured = Measured(net, loss_func=loss, optimizer=opt)
 
 
-# ==== composition: which classes, in which order
+# ==== composition: the bases and their order
 
 
-# 01 a mixin after the trainer whose hooks it should refine
+# 01 a mixin after the trainer whose hooks it should override
 class Early(AMPMixin, Trainer): ...
 
 
 class Late(Trainer, AMPMixin): ...  # type: ignore[misc]
 
 
-# 02 a mixin after the loop of one's own, among others in front of it
-class EarlyBesideOthers(SeedMixin, GradClipMixin, TokenLoop): ...
+# 02 a mixin after a loop, with others before it
+class EarlyWithOthers(SeedMixin, GradClipMixin, TokenLoop): ...
 
 
-class LateBesideOthers(SeedMixin, TokenLoop, GradClipMixin): ...  # type: ignore[misc]
+class LateWithOthers(SeedMixin, TokenLoop, GradClipMixin): ...  # type: ignore[misc]
 
 
 # 03 two mixins that declare one option with different types
@@ -156,17 +156,17 @@ class Noisy(NoiseMixin, Trainer): ...
 class NoisyAndVerbose(NoiseMixin, VerboseMixin, Trainer): ...  # type: ignore[misc]
 
 
-# ==== batches that disagree
+# ==== batch types that disagree
 
 
-# 04 metrics for pairs beside a loop of other batches
+# 04 metrics for pairs with a loop over other batches
 class TokenMetrics(MetricsMixin[TokenBatch, Tensor], TokenLoop): ...
 
 
 class PairMetrics(MetricsMixin, TokenLoop): ...  # type: ignore[misc]
 
 
-# 05 a batch mixin of one's own for other batches than the trainer's
+# 05 a batch mixin for other batches than the trainer's
 class CountPairs(BatchMixin[Pair, Tensor]): ...
 
 
@@ -179,7 +179,7 @@ class CountsPairs(CountPairs, Trainer): ...
 class CountsTokens(CountTokens, Trainer): ...  # type: ignore[misc]
 
 
-# 06 outputs of another type than the loop's
+# 06 a batch mixin for other outputs than the loop's
 class TokenOutputs(BatchMixin[TokenBatch, Tensor]): ...
 
 
@@ -192,20 +192,20 @@ class RightOutputs(TokenOutputs, TokenLoop): ...
 class WrongOutputs(TokenOutputDicts, TokenLoop): ...  # type: ignore[misc]
 
 
-# ==== what a trainer cannot do without
+# ==== what is required
 
 
-# 07 the step is not written
+# 07 the step is not defined
 class NoStep(AMPMixin, TrainingLoop[Pair, Tensor]): ...
 
 
 NoStep(net, optimizer=opt)  # type: ignore[abstract]
 
-# 08 the optimizer is left out
+# 08 the optimizer is missing
 Trainer(net, loss_func=loss, optimizer=opt)
 Trainer(net, loss_func=loss)  # type: ignore[call-arg]
 
-# 09 an option without a default is left out
+# 09 an option without a default is missing
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, plan.steps_per_epoch))
 Scheduled(net, loss_func=loss, optimizer=opt)  # type: ignore[call-arg]
 
@@ -220,39 +220,39 @@ Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_step=4)  
 Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm=1.0)
 Trainer(net, loss_func=loss, optimizer=opt, max_grad_norm=1.0)  # type: ignore[call-arg]
 
-# 12 an option of one's own by another name
+# 12 a trainer's own option with a wrong name
 Accumulating(net, loss_func=loss, optimizer=opt, label_smoothing=0.1)
 Accumulating(net, loss_func=loss, optimizer=opt, smoothing=0.1)  # type: ignore[call-arg]
 
 
 # ==== keywords
 
-# 13 options by their place
+# 13 positional options
 Trainer(net, optimizer=opt, loss_func=loss)
 Trainer(net, opt, loss_func=loss)  # type: ignore[call-arg]
 
 
-def places() -> None:
-    # 14 epochs by their place
+def positional_arguments() -> None:
+    # 14 a positional number of epochs
     trainer.train(data, data, num_epochs=8)
     trainer.train(data, data, 8)  # type: ignore[call-overload]
 
-    # 15 the batch size by its place
+    # 15 a positional batch size
     trainer.evaluate(data, per_device_batch_size=64)
     trainer.evaluate(data, 64)  # type: ignore[call-overload]
 
 
 # ==== values of options
 
-# 16 a precision that is none
+# 16 an invalid precision
 Mixed(net, loss_func=loss, optimizer=opt, mixed_precision="bf16")
 Mixed(net, loss_func=loss, optimizer=opt, mixed_precision="bf61")  # type: ignore[arg-type]
 
-# 17 a number as text, as it came from the command line
+# 17 a string instead of a number, as from the command line
 Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm=float("1.0"))
 Mixed(net, loss_func=loss, optimizer=opt, max_grad_norm="1.0")  # type: ignore[arg-type]
 
-# 18 a fraction where a count is needed
+# 18 a float instead of an integer
 Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_steps=32 // 8)
 Accumulating(net, loss_func=loss, optimizer=opt, gradient_accumulation_steps=32 / 8)  # type: ignore[arg-type]
 
@@ -266,7 +266,7 @@ class RightDefaults(AMPMixin, GradClipMixin, SeedMixin, Trainer):
     seed: int | None = 42
 
 
-# 19 a value that is none of those possible
+# 19 an invalid value
 class WrongPrecision(AMPMixin, Trainer):
     mixed_precision = "fp32"  # type: ignore[assignment]
 
@@ -276,27 +276,27 @@ class WrongSeed(SeedMixin, Trainer):
     seed = "42"  # type: ignore[assignment]
 
 
-# 21 an option declared again with another type
+# 21 an option redeclared with another type
 class WrongType(GradClipMixin, Trainer):
     max_grad_norm: str = "1.0"  # type: ignore[assignment]
 
 
 # ==== components
 
-# 22 the optimizer's class in place of an optimizer
+# 22 the optimizer's class instead of an optimizer
 Trainer(net, loss_func=loss, optimizer=torch.optim.SGD(net.parameters()))
 Trainer(net, loss_func=loss, optimizer=torch.optim.SGD)  # type: ignore[arg-type]
 
-# 23 the loss's class in place of a loss
+# 23 the loss's class instead of a loss
 Trainer(net, loss_func=nn.CrossEntropyLoss(), optimizer=opt)
 Trainer(net, loss_func=nn.CrossEntropyLoss, optimizer=opt)  # type: ignore[arg-type]
 
-# 24 parameters in place of the model
+# 24 parameters instead of the model
 Trainer(net, loss_func=loss, optimizer=opt)
 Trainer(net.parameters(), loss_func=loss, optimizer=opt)  # type: ignore[arg-type]
 
 
-# ==== callbacks handed to a trainer
+# ==== callbacks passed to a trainer
 
 
 class NeedsMetrics(Callback[SupportsMetrics]):
@@ -305,20 +305,20 @@ class NeedsMetrics(Callback[SupportsMetrics]):
         show(trainer.metrics.keys())
 
 
-# 25 a callback that needs a mixin which the trainer does not have
+# 25 a callback that needs a mixin that the trainer does not have
 Measured(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[NeedsMetrics()])  # type: ignore[list-item]
 
-# 26 the callback's class in place of a callback
+# 26 the callback's class instead of a callback
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights("eval_loss")])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights])  # type: ignore[list-item]
 
-# 27 one callback where a sequence of them is needed
+# 27 one callback instead of a sequence
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=(RestoreBestWeights("eval_loss"),))
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=RestoreBestWeights("eval_loss"))  # type: ignore[arg-type]
 
 
-# ==== callbacks that one writes
+# ==== definitions of callbacks
 
 
 class Prints(Callback[Trainer]):
@@ -328,26 +328,26 @@ class Prints(Callback[Trainer]):
         show(trainer.progress.steps)
         show(trainer.progress.step)  # type: ignore[attr-defined]
 
-    # 29 an event misspelt
+    # 29 a misspelt event
     @override
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None: ...
     @override
     def on_epoch_finish(self, trainer: Trainer, record: EpochRecord) -> None: ...  # type: ignore[misc]
 
-    # 30 an event without all that it is told
+    # 30 an event without all of its arguments
     @override
     def on_evaluation_end(self, trainer: Trainer, name: str, result: EvalResult) -> None: ...
     @override
     def on_step_end(self, trainer: Trainer) -> None: ...  # type: ignore[override]
 
 
-# ==== what callbacks are told
+# ==== arguments of callbacks
 
 
 class Reads(Callback[TrainerCore]):
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        # 31 the evaluation loss used as though every epoch had one
+        # 31 an evaluation loss that may be None
         show(record.eval_loss is not None and record.eval_loss < 0.1)
         show(record.eval_loss < 0.1)  # type: ignore[operator]
 
@@ -355,7 +355,7 @@ class Reads(Callback[TrainerCore]):
         show(record.metrics["accuracy"])
         show(record.accuracy)  # type: ignore[attr-defined]
 
-    # 33 a value misspelt
+    # 33 a misspelt value
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
         show(step.learning_rate)
@@ -366,7 +366,7 @@ class Reads(Callback[TrainerCore]):
 
 
 class PairLoop(TrainingLoop[Pair, Tensor]):
-    # 34 the batch unpacked into more than it holds
+    # 34 the batch unpacked into too many values
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
         inputs, targets = batch
@@ -374,7 +374,7 @@ class PairLoop(TrainingLoop[Pair, Tensor]):
         logits: Tensor = self.model(inputs)
         return StepOutput(loss=cross_entropy(logits, targets), outputs=logits)
 
-    # 35 the outputs returned in place of the step's result
+    # 35 the outputs returned instead of the step's result
     @override
     def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
         logits: Tensor = self.model(batch[0])
@@ -382,7 +382,7 @@ class PairLoop(TrainingLoop[Pair, Tensor]):
             return StepOutput(loss=cross_entropy(logits, batch[1]), outputs=logits)
         return logits  # type: ignore[return-value]
 
-    # 36 the step's result returned in place of the outputs
+    # 36 the step's result returned instead of the outputs
     @override
     def predict_step(self, batch: Pair) -> Tensor:
         if len(batch[0]):
@@ -394,24 +394,24 @@ class PairLoop(TrainingLoop[Pair, Tensor]):
 
 
 def outputs_of_a_step(mean: Tensor, logits: Tensor) -> None:
-    # 37 the loss as a number, which has no gradient
+    # 37 the loss as a float, which has no gradient
     StepOutput(loss=mean, outputs=logits)
     StepOutput(loss=mean.item(), outputs=logits)  # type: ignore[arg-type]
 
-    # 38 the outputs left out
+    # 38 the outputs missing
     StepOutput(loss=mean, outputs=None)
     StepOutput(loss=mean)  # type: ignore[call-arg]
 
-    # 39 a number to be logged, which would have to wait for the device
+    # 39 a logged float, which would synchronise the device
     StepOutput(loss=mean, outputs=logits, logged={"peak": logits.max()})
     StepOutput(loss=mean, outputs=logits, logged={"peak": logits.max().item()})  # type: ignore[dict-item]
 
 
-# ==== batches of one's own
+# ==== custom batches
 
 
 class Images(TrainingLoop[ImageBatch, Tensor]):
-    # 40 a key misspelt
+    # 40 a misspelt key
     @override
     def train_step(self, batch: ImageBatch) -> StepOutput[Tensor]:
         show(batch["labels"])
@@ -420,7 +420,7 @@ class Images(TrainingLoop[ImageBatch, Tensor]):
 
 
 class Tokens(TokenLoop):
-    # 41 a field misspelt
+    # 41 a misspelt field
     @override
     def count_items(self, batch: TokenBatch) -> int:
         show(batch.targets)
@@ -437,18 +437,18 @@ class Tokens(TokenLoop):
         show(batch[0])
 
 
-# ==== hooks that one overrides
+# ==== overrides of hooks
 
 
 class Hooks(Trainer):
-    # 43 a field of the step's result misspelt
+    # 43 a misspelt field of the step's result
     @override
     def on_batch_end(self, batch: Pair, output: StepOutput[Tensor]) -> None:
         super().on_batch_end(batch, output)
         show(output.loss)
         show(output.los)  # type: ignore[attr-defined]
 
-    # 44 a wish to stop without a reason
+    # 44 a stop without a reason
     @override
     def should_stop(self) -> str | None:
         return super().should_stop() or ("enough" if self.progress.steps > 10 else None)
@@ -459,7 +459,7 @@ class MoreHooks(Trainer):
     def should_stop(self) -> bool:  # type: ignore[override]
         return super().should_stop() is not None or self.progress.steps > 10
 
-    # 45 a context without `contextmanager`
+    # 45 an around hook without `contextmanager`
     @override
     @contextlib.contextmanager
     def around_epoch(self) -> Iterator[None]:
@@ -472,10 +472,10 @@ class MoreHooks(Trainer):
             yield
 
 
-# ==== what a mixin of one's own declares
+# ==== definitions of mixins
 
 
-# 46 a hook of batches in a mixin that knows none
+# 46 a hook of batches in a mixin without batches
 class CountsRight(BatchMixin[TokenBatch, Tensor]):
     @override
     def count_items(self, batch: TokenBatch) -> int:
@@ -488,7 +488,7 @@ class CountsNothing(Mixin):
         return batch.targets.numel()
 
 
-# 47 a shape that no hook has
+# 47 an invalid shape of a hook
 class Declares(Mixin):
     @hook("event")
     def on_tea_break(self) -> None: ...
@@ -496,7 +496,7 @@ class Declares(Mixin):
     def on_coffee_break(self) -> None: ...
 
 
-# 48 a setting of the accelerator misspelt
+# 48 a misspelt setting of the accelerator
 class Configures(Mixin):
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
@@ -509,38 +509,38 @@ class Configures(Mixin):
 
 
 def wrong_data(records: Records) -> None:
-    # 49 samples that the trainer's steps do not take
+    # 49 samples of the wrong type
     trainer.train(data, num_epochs=1)
     trainer.train(records, num_epochs=1)  # type: ignore[arg-type]
 
-    # 50 other samples in the evaluation set
+    # 50 an evaluation set with samples of another type
     trainer.train(data, data, num_epochs=1)
     trainer.train(data, records, num_epochs=1)  # type: ignore[arg-type]
 
-    # 51 a folder's name in place of a dataset
+    # 51 the name of a folder instead of a dataset
     trainer.train(train_dataset=data, num_epochs=1)
     trainer.train(train_dataset="data/train", num_epochs=1)  # type: ignore[arg-type]
 
 
-# ==== data to evaluate and to predict
+# ==== data of evaluations and predictions
 
 
 def other_data(records: Records) -> None:
-    # 52 samples that the trainer's steps do not take
+    # 52 samples of the wrong type in an evaluation
     trainer.evaluate(data)
     trainer.evaluate(records)  # type: ignore[arg-type]
 
-    # 53 such samples in sets by name
+    # 53 samples of the wrong type in named sets
     right, wrong = {"near": data, "far": data}, {"near": records, "far": records}
     trainer.evaluate(right)
     trainer.evaluate(wrong)  # type: ignore[arg-type]
 
-    # 54 such samples to predict
+    # 54 samples of the wrong type in a prediction
     trainer.predict(data)
     trainer.predict(records)  # type: ignore[arg-type]
 
 
-# ==== how data is loaded
+# ==== data loading
 
 
 def right_collate(samples: list[Pair]) -> Pair:
@@ -552,15 +552,15 @@ def dict_collate(samples: list[Pair]) -> dict[str, Tensor]:
 
 
 def loading() -> None:
-    # 55 a collate function that makes another kind of batch
+    # 55 a collate function that returns the wrong type of batch
     trainer.train(data, collate_fn=right_collate, num_epochs=1)
     trainer.train(data, collate_fn=dict_collate, num_epochs=1)  # type: ignore[arg-type]
 
-    # 56 a keyword of the loader misspelt
+    # 56 a misspelt keyword of the loader
     trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_workers": 2})
     trainer.train(data, num_epochs=1, train_dataloader_kwargs={"num_worker": 2})  # type: ignore[call-overload]
 
-    # 57 the name of the batch size elsewhere
+    # 57 the wrong name of the batch size
     trainer.train(data, num_epochs=1, per_device_batch_size=32)
     trainer.train(data, num_epochs=1, batch_size=32)  # type: ignore[call-overload]
 
@@ -569,15 +569,15 @@ def loading() -> None:
 
 
 def length_of_a_run(stream: Stream) -> None:
-    # 58 no end to the run
+    # 58 a run without an end
     trainer.train(data, num_epochs=8)
     trainer.train(data)  # type: ignore[call-overload]
 
-    # 59 epochs of data that has no length
+    # 59 epochs of data without a length
     trainer.train(stream, max_steps=100)
     trainer.train(stream, num_epochs=8)  # type: ignore[call-overload]
 
-    # 60 a cadence where a number of steps is needed
+    # 60 a cadence instead of a number of steps
     trainer.train(data, max_steps=500)
     trainer.train(data, max_steps=Steps(500))  # type: ignore[call-overload]
 
@@ -586,11 +586,11 @@ def length_of_a_run(stream: Stream) -> None:
 
 
 def cadences() -> None:
-    # 61 a number without its unit
+    # 61 a number without a unit
     trainer.train(data, data, num_epochs=1, evaluate_every=Steps(500))
     trainer.train(data, data, num_epochs=1, evaluate_every=500)  # type: ignore[call-overload]
 
-    # 62 a word
+    # 62 a string
     trainer.train(data, data, num_epochs=1, evaluate_every=Epochs(1))
     trainer.train(data, data, num_epochs=1, evaluate_every="epoch")  # type: ignore[call-overload]
 
@@ -607,11 +607,11 @@ def results_of_evaluation(result: EvalResult) -> None:
     show(result.loss)
     show(result["loss"])  # type: ignore[index]
 
-    # 65 the results of several sets used as one
+    # 65 the results of several sets used as one result
     show(trainer.evaluate({"near": data, "far": data})["near"].loss)
     show(trainer.evaluate({"near": data, "far": data}).loss)  # type: ignore[attr-defined]
 
-    # 66 a result changed
+    # 66 an assignment to a field of a result
     show(EvalResult(loss=0.0, metrics=result.metrics))
     result.loss = 0.0  # type: ignore[misc]
 
@@ -620,7 +620,7 @@ def results_of_evaluation(result: EvalResult) -> None:
 
 
 def predictions() -> None:
-    # 67 all predictions used as one tensor
+    # 67 predictions used as one tensor
     show(trainer.predict(data)[0].argmax())
     show(trainer.predict(data).argmax())  # type: ignore[attr-defined]
 
@@ -628,7 +628,7 @@ def predictions() -> None:
     show(trainer.predict(data)[0])
     show(trainer.predict(data)[0].outputs)  # type: ignore[attr-defined]
 
-    # 69 several sets at once
+    # 69 several sets in one prediction
     sets = {"near": data, "far": data}
     show({name: trainer.predict(dataset) for name, dataset in sets.items()})
     show(trainer.predict(sets))  # type: ignore[arg-type]
@@ -640,15 +640,15 @@ def predictions() -> None:
 def histories() -> None:
     history = trainer.train(data, num_epochs=1)
 
-    # 70 a value of the history itself
+    # 70 a value read from the history instead of an epoch
     show([record.train_loss for record in history])
     show(history.train_loss)  # type: ignore[attr-defined]
 
-    # 71 an epoch by its values' name
+    # 71 an epoch looked up by the name of a value
     show(history.to_dict()["train_loss"])
     show(history["train_loss"])  # type: ignore[call-overload]
 
-    # 72 a batch's name for a step's
+    # 72 batches instead of steps
     show(history.steps[-1].step)
     show(history.batches[-1].step)  # type: ignore[attr-defined]
 
@@ -660,7 +660,7 @@ def histories() -> None:
 Measured(net, loss_func=loss, optimizer=opt, metrics={"mean": MeanMetric()})
 Measured(net, loss_func=loss, optimizer=opt, metrics=[MeanMetric()])  # type: ignore[arg-type]
 
-# 74 the metric's class in place of a metric
+# 74 the metric's class instead of a metric
 Measured(net, loss_func=loss, optimizer=opt, train_metrics={"mean": MeanMetric()})
 Measured(net, loss_func=loss, optimizer=opt, train_metrics={"mean": MeanMetric})  # type: ignore[dict-item]
 
@@ -670,7 +670,7 @@ class ArgmaxMetrics(MetricsMixin, Trainer):
     def update_metrics(self, batch: Pair, output: StepOutput[Tensor], metrics: Iterable[MetricLike]) -> None: ...
 
 
-# 75 the outputs where the step's result comes
+# 75 the outputs instead of the step's result
 class WrongMetrics(MetricsMixin, Trainer):
     @override
     def update_metrics(self, batch: Pair, output: Tensor, metrics: Iterable[MetricLike]) -> None: ...  # type: ignore[override]
@@ -687,16 +687,16 @@ def schedule_without_plan(optimizer: Optimizer) -> StepLR:
     return StepLR(optimizer, 1)
 
 
-# 76 a factory that does not take the plan
+# 76 a factory without the argument `plan`
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=schedule)
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=schedule_without_plan)  # type: ignore[arg-type]
 
-# 77 a schedule in place of what makes one
+# 77 a schedule instead of a factory
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: StepLR(o, 1))
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=StepLR(opt, 1))  # type: ignore[arg-type]
 
 
-# 78 a length by another name than the plan's
+# 78 a misspelt field of the plan
 def right_schedule(optimizer: Optimizer, plan: RunPlan) -> StepLR:
     return StepLR(optimizer, plan.total_steps)
 
@@ -720,7 +720,7 @@ class Forgetful:
     def step(self) -> None: ...
 
 
-# 79 a schedule of one's own that has no state
+# 79 a custom schedule without a state
 def make_warmup(optimizer: Optimizer, plan: RunPlan) -> Warmup:
     return Warmup()
 
@@ -733,7 +733,7 @@ Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=make_warmup)
 Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=make_forgetful)  # type: ignore[arg-type]
 
 
-# 80 a metric of one's own that cannot be reset
+# 80 a custom metric without `reset`
 class Count:
     def update(self, outputs: Tensor, targets: Tensor) -> None: ...
     def compute(self) -> float:
@@ -744,22 +744,22 @@ Measured(net, loss_func=loss, optimizer=opt, metrics={"mean": MeanMetric()})
 Measured(net, loss_func=loss, optimizer=opt, metrics={"count": Count()})  # type: ignore[dict-item]
 
 
-# 81 a trainer without the mixin that a function asks for
-def limit_of(clipping: SupportsGradClip) -> float | None:
+# 81 a trainer without the mixin that a function needs
+def read_limit(clipping: SupportsGradClip) -> float | None:
     return clipping.max_grad_norm
 
 
-limit_of(Mixed(net, loss_func=loss, optimizer=opt))
-limit_of(trainer)  # type: ignore[arg-type]
+read_limit(Mixed(net, loss_func=loss, optimizer=opt))
+read_limit(trainer)  # type: ignore[arg-type]
 
 
 # ==== monitors
 
-# 82 a mode that is none
+# 82 an invalid mode
 RestoreBestWeights("accuracy", mode="max")
 RestoreBestWeights("accuracy", mode="maximum")  # type: ignore[arg-type]
 
-# 83 the metric in place of its name
+# 83 the metric instead of its name
 RestoreBestWeights(Monitor("accuracy"))
 RestoreBestWeights(MeanMetric())  # type: ignore[arg-type]
 
@@ -770,7 +770,7 @@ class Watches(Callback[object]):
         return (Monitor("accuracy"),)
 
 
-# 84 names in place of handles
+# 84 names instead of monitors
 class WatchesNames(Callback[object]):
     @override
     def monitors(self) -> tuple[Monitor, ...]:
@@ -787,11 +787,11 @@ def states() -> None:
     trainer.run[COUNT] = 1
     trainer.run[COUNT] = "one"  # type: ignore[misc]
 
-    # 86 a state used as something else than it is
+    # 86 a state used as another type
     show(trainer.run[COUNT] + 1)
     show(trainer.run[COUNT] + "one")  # type: ignore[operator]
 
-    # 87 a state by its name, of which nobody knows the type
+    # 87 a state looked up by a name, which has no type
     show(trainer.run[COUNT])
     show(trainer.run["count"])  # type: ignore[index]
 
@@ -800,15 +800,15 @@ def states() -> None:
 
 
 def what_a_trainer_has() -> None:
-    # 88 an attribute of the accelerator misspelt
+    # 88 a misspelt attribute of the accelerator
     show(trainer.accelerator.num_processes)
     show(trainer.accelerator.num_process)  # type: ignore[attr-defined]
 
-    # 89 progress that somebody else counts
+    # 89 an assignment to the progress
     show(trainer.progress.steps + 1)
     trainer.progress.steps += 1  # type: ignore[misc]
 
-    # 90 an attribute that a mixin would have brought
+    # 90 an attribute of a mixin that is not composed
     show(Scheduled(net, loss_func=loss, optimizer=opt, create_scheduler=lambda o, plan: Warmup()).scheduler)
     show(trainer.scheduler)  # type: ignore[attr-defined]
 
@@ -821,29 +821,29 @@ class Saved(CheckpointMixin, Trainer): ...
 
 saved = Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", callbacks=[SaveBest("eval_loss")])
 
-# 91 a callback that saves, in a trainer that cannot
+# 91 a callback that saves in a trainer without checkpoints
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights("eval_loss")])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[SaveBest("eval_loss")])  # type: ignore[list-item]
 
-# 92 a step's number in place of a checkpoint's path
+# 92 a step number instead of a path
 saved.load_checkpoint("runs/digits/step-00000003")
 saved.load_checkpoint(3)  # type: ignore[arg-type]
 
-# 93 no place to save to
+# 93 a missing directory
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits")
 Saved(net, loss_func=loss, optimizer=opt)  # type: ignore[call-arg]
 
 
-# ==== when to save, and what to keep
+# ==== when to save and what to keep
 
-# 94 a number that does not say of what
+# 94 a number without a unit
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", checkpoint_every=Steps(500))
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", checkpoint_every=500)  # type: ignore[arg-type]
 
-# 95 the name of a value in place of a rule
+# 95 the name of a value instead of a rule
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_best=Best("accuracy", mode="max"))
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_best="accuracy")  # type: ignore[arg-type]
 
-# 96 a mode that there is not
+# 96 an invalid mode of a rule
 Best("accuracy", mode="max")
 Best("accuracy", mode="maximum")  # type: ignore[arg-type]

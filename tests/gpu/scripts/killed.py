@@ -1,6 +1,6 @@
-"""Trains with all that a checkpoint has to hold on a GPU, and prints a digest of what it ends with.
+"""Trains on a GPU with everything that a checkpoint stores, and prints a digest of the final state.
 
-`killed.py DIRECTORY [STEP]` kills its own process after a step, and goes on from its newest checkpoint without one.
+`killed.py DIRECTORY STEP` kills its own process after a step. `killed.py DIRECTORY` resumes from the newest checkpoint.
 """
 
 import hashlib
@@ -59,18 +59,18 @@ class Killed(Callback[TrainerCore]):
 
 
 def digest(state: object) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, tensor in sorted(encode(state).tensors.items()):
-        found.update(name.encode())
-        found.update(as_bytes(tensor))
-    return found.hexdigest()
+        result.update(name.encode())
+        result.update(as_bytes(tensor))
+    return result.hexdigest()
 
 
 def main(directory: str, killed_after: int | None) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 4))
     data: tuple[Tensor, Tensor] = torch.randn(200, 16), torch.randint(4, (200,))
-    data[0][45] = 6e4  # it overflows in fp16, and has a step skipped in each epoch
+    data[0][45] = 6e4  # it overflows in fp16, so that a step of each epoch is skipped
     trainer = Resumed(
         net,
         loss_func=nn.CrossEntropyLoss(),
@@ -80,7 +80,7 @@ def main(directory: str, killed_after: int | None) -> None:
         default_callbacks=(),
     )
     history = trainer.train(TensorDataset(*data), num_epochs=3, per_device_batch_size=16)
-    ended = {
+    final = {
         "device": trainer.device.type,
         "steps": trainer.progress.steps,
         "weights": digest(net.state_dict()),
@@ -89,7 +89,7 @@ def main(directory: str, killed_after: int | None) -> None:
         "scaler": trainer.run.engine.state_dict(),
         "losses": [repr(step.loss) for step in history.steps],
     }
-    print(json.dumps(ended))  # noqa: T201
+    print(json.dumps(final))  # noqa: T201
 
 
 if __name__ == "__main__":

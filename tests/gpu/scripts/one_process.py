@@ -1,4 +1,4 @@
-"""Trains the net of these tests as the one process of a launch, and prints its losses and how processes would talk."""
+"""Trains the network of these tests in a launch with one process, and prints its losses and the backend."""
 
 import json
 
