@@ -492,13 +492,13 @@ def output(loss: Any, **more: Any) -> StepOutput[None]:
         (lambda outputs: outputs.mean(), "returned Tensor: it must return StepOutput"),
         (
             lambda outputs: output(outputs.mean().item()),
-            r"the loss must be a tensor, and is a float.*Do not call .item\(\)",
+            r"the loss is of type float, and must be a scalar tensor.*Do not call .item\(\)",
         ),
         (output, r"the loss has the shape \(8, 1\), and must be a scalar"),
         (lambda outputs: output(outputs.mean().detach()), r"the loss has no gradient.*without .detach\(\)"),
         (lambda outputs: output(outputs.mean() * 1j), "the loss is torch.complex64"),
         (lambda outputs: output(outputs.mean().to("meta")), "the loss is on meta, and must be on"),
-        (lambda outputs: output(outputs.mean(), logged={"norm": 1.0}), r"logged\['norm'\] is not a tensor"),
+        (lambda outputs: output(outputs.mean(), logged={"norm": 1.0}), r"logged\['norm'\] is of type float"),
         (lambda outputs: output(outputs.mean(), logged={"norm": outputs}), r"logged\['norm'\] has the shape \(8, 1\)"),
     ],
 )
@@ -519,7 +519,7 @@ def test_an_invalid_output_of_a_later_step_is_refused_too() -> None:
     ("result", "message"),
     [
         (None, "Mine.eval_step returned NoneType: it must return StepOutput"),
-        (output(0.5), "the loss is not a tensor, and must be a scalar"),
+        (output(0.5), "the loss is of type float, and must be a scalar"),
         (output(torch.ones(3)), r"the loss has the shape \(3,\), and must be a scalar"),
     ],
 )

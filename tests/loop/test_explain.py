@@ -184,7 +184,7 @@ def test_the_batch_arithmetic_covers_all_ranks() -> None:
     first, second = run_ranks(batches_on_rank, 2)
     assert first == second
     assert first == (
-        ("samples per step", "12 = 2 per batch x 2 processes x 3 batches per step"),
+        ("samples per step", "12 = 2 (batch size) x 2 (processes) x 3 (batches per step)"),
         ("steps per epoch", "2 = 24 samples / 12, rounded up"),
         ("total steps", "4 in 2 epochs"),
     )

@@ -137,7 +137,7 @@ def _record_given_options(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _suggest_mixin(unknown: Collection[str]) -> str:
-    """Name a mixin that declares one of the unknown options; empty if there is none."""
+    """Return a text that names a mixin with one of the unknown options; empty without such a mixin."""
     remaining = Composable.__subclasses__() if unknown else []
     for cls in remaining:
         remaining += cls.__subclasses__()

@@ -17,7 +17,7 @@ _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (com
 
 
 def describe_type_mismatch(cls: type) -> str:
-    """Describe the first mixin that does not accept the batches or outputs of the loop; empty if there is none.
+    """Describe the first mixin that does not accept the batches or outputs of the loop; empty if all do.
 
     A mixin may accept wider types than the loop has (`object` accepts anything). Type variables, protocols and other
     types that cannot be compared at run time are left to the type checker.
@@ -39,7 +39,7 @@ def may_accept(wide: Any, narrow: Any) -> bool:
     """Return whether a value of type `narrow` can be passed where `wide` is expected; True if that is undecidable.
 
     Example:
-        >>> may_take(object, int), may_take(tuple[int, ...], tuple[int, int]), may_take(dict[str, int], tuple[int])
+        >>> may_accept(object, int), may_accept(tuple[int, ...], tuple[int, int]), may_accept(list[int], tuple[int])
         (True, True, False)
     """
     wide, narrow = _strip_alias(wide), _strip_alias(narrow)

@@ -76,61 +76,51 @@ def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type
 
 
 def check_output(owner: str, output: object, device: torch.device) -> None:
-    """Raise `LossError` for an invalid output of `train_step`."""
-    if not isinstance(output, StepOutput):
-        raise LossError(
-            f"{owner}.train_step returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...)."
-        )
-    loss = output.loss
-    if not isinstance(loss, torch.Tensor):
-        raise LossError(
-            f"{owner}.train_step: the loss must be a tensor, and is a {type(loss).__name__}, which has no gradient. Do "
-            "not call .item()."
-        )
-    if loss.dim() != 0:
-        raise LossError(
-            f"{owner}.train_step: the loss has the shape {tuple(loss.shape)}, and must be a scalar: the mean over the "
-            'batch\'s items. Use reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
-        )
+    """Raise `LossError` for an invalid output of `train_step`, which is on `device`."""
+    step = f"{owner}.train_step"
+    loss, logged = _check_scalar_loss(step, output)
     if loss.is_complex():
-        raise LossError(
-            f"{owner}.train_step: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real."
-        )
+        raise LossError(f"{step}: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real.")
     if not loss.requires_grad:
         raise LossError(
-            f"{owner}.train_step: the loss has no gradient. Compute it from self.model(...), without .detach() and "
-            "outside of torch.no_grad()."
+            f"{step}: the loss has no gradient. Compute it from self.model(...), without .detach() and outside of "
+            "torch.no_grad()."
         )
     if loss.device.type != device.type:
-        raise LossError(
-            f"{owner}.train_step: the loss is on {loss.device}, and must be on {device}. Do not move it to another "
-            "device."
-        )
-    logged: Mapping[str, object] = output.logged
+        raise LossError(f"{step}: the loss is on {loss.device}, and must be on {device}. Do not move it.")
     for name, value in logged.items():
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             raise LossError(
-                f"{owner}.train_step: logged[{name!r}] {_describe_shape(value)}, and must be a scalar tensor: a mean "
-                "over the batch's items."
+                f"{step}: logged[{name!r}] {_describe(value)}, and must be a scalar tensor: a mean over the batch's "
+                "items."
             )
 
 
 def check_eval_output(owner: str, output: object) -> None:
     """Raise `LossError` for an invalid output of `eval_step`."""
+    _check_scalar_loss(f"{owner}.eval_step", output)
+
+
+def _check_scalar_loss(step: str, output: object) -> tuple[torch.Tensor, Mapping[str, object]]:
     if not isinstance(output, StepOutput):
-        raise LossError(
-            f"{owner}.eval_step returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...)."
-        )
+        raise LossError(f"{step} returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...).")
     loss: object = output.loss
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(f"{step}: the loss {_describe(loss)}, and must be a scalar tensor. Do not call .item().")
+    if loss.dim() != 0:
         raise LossError(
-            f"{owner}.eval_step: the loss {_describe_shape(loss)}, and must be a scalar tensor: the mean over the "
-            "batch's items."
+            f"{step}: the loss {_describe(loss)}, and must be a scalar tensor: the mean over the batch's items. Use "
+            'reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
         )
+    return loss, output.logged
 
 
-def _describe_shape(value: object) -> str:
-    return f"has the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "is not a tensor"
+def _describe(value: object) -> str:
+    return (
+        f"has the shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else f"is of type {type(value).__name__}"
+    )
 
 
 def check_monitor(monitor: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> None:

@@ -8,7 +8,7 @@ A hook has one of seven shapes, which says how overrides combine:
 - fold: an override adds to the result of `super()`.
 - around: a context manager; an override runs its block within `super()`'s.
 - event: it reacts to something that happened; an override calls `super()` first, or last when it tears down.
-- any-of: an override returns the result of `super()`, or its own if that is None.
+- any-of: an override returns `super().should_stop() or ...`.
 
 Events of the trainer and of callbacks have the same names. The trainer's own hooks run before its callbacks.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -21,55 +21,27 @@ from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import Stateful
 
 VALUE_WIDTH = 48
+HEADINGS = {
+    "classes": "classes in method resolution order",
+    "hooks": "hooks and their overrides in the order of calls; callbacks are in brackets",
+    "options": "options",
+    "launch": "launch",
+    "batches": "batches",
+    "state": "state that a checkpoint contains",
+    "advice": "advice for faster training",
+}
 Rows: TypeAlias = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table of an explanation.
-
-    Args:
-        key: The name by which it is looked up.
-        heading: The line above the table.
-        rows: Its rows, all with the same number of cells.
-    """
-
-    key: str
-    heading: str
-    rows: Rows
-
-    @override
-    def __str__(self) -> str:
-        if not self.rows:
-            return f"{self.heading}\n  (none)"
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in self.rows)
-        return "\n".join([self.heading, *(f"  {line}".rstrip() for line in lines)])
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a trainer will do, as tables: print it, or look up the rows of a table by its key.
+class Explanation(dict[str, Rows]):
+    """What a trainer will do: print it, or look up the rows of a table by its key.
 
     The keys are `classes`, `hooks`, `options`, `launch`, `batches` and `state`, and `advice` if there is any.
     """
 
-    sections: tuple[Section, ...]
-
-    def __getitem__(self, key: str) -> Rows:
-        """Return the rows of a section.
-
-        Raises:
-            KeyError: There is no section with this key.
-        """
-        return {section.key: section.rows for section in self.sections}[key]
-
-    def __contains__(self, key: object) -> bool:
-        return any(section.key == key for section in self.sections)
-
     @override
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.sections))
+        return "\n\n".join(f"{HEADINGS[key]}\n{format_table(rows)}" for key, rows in self.items())
 
 
 def explain(
@@ -84,16 +56,23 @@ def explain(
         num_epochs: As for `train()`.
         max_steps: As for `train()`.
     """
-    sections = (
-        Section("classes", "classes in method resolution order", class_rows(type(trainer))),
-        Section("hooks", "hooks and their overrides in the order of calls", hook_rows(trainer)),
-        Section("options", "options", option_rows(trainer)),
-        Section("launch", "launch", launch_rows(trainer)),
-        Section("batches", "batches", batch_rows(trainer, samples, batch_size, num_epochs, max_steps)),
-        Section("state", "state that a checkpoint contains", state_rows(trainer)),
+    explanation = Explanation(
+        classes=class_rows(type(trainer)),
+        hooks=hook_rows(trainer),
+        options=option_rows(trainer),
+        launch=launch_rows(trainer),
+        batches=batch_rows(trainer, samples, batch_size, num_epochs, max_steps),
+        state=state_rows(trainer),
     )
     advice = advice_rows(trainer)
-    return Explanation((*sections, Section("advice", "advice for faster training", advice)) if advice else sections)
+    return Explanation(explanation, advice=advice) if advice else explanation
+
+
+def format_table(rows: Rows) -> str:
+    """Return rows as indented lines with aligned cells."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines) or "  (none)"
 
 
 def class_rows(cls: type) -> Rows:
@@ -103,10 +82,7 @@ def class_rows(cls: type) -> Rows:
 
 
 def hook_rows(trainer: TrainerCore) -> Rows:
-    """Return each hook with an override: its name, its shape, and the overrides in the order of calls.
-
-    Classes come first, then callbacks in brackets.
-    """
+    """Return each overridden hook: its name, its shape, and its overrides in the order of calls."""
     rows = []
     for name, shape in sorted(declared_hooks(type(trainer)).items()):
         callbacks = [f"[{type(callback).__name__}]" for callback in trainer.all_callbacks() if listens(callback, name)]
@@ -159,15 +135,11 @@ def option_rows(trainer: TrainerCore) -> Rows:
 def launch_rows(trainer: TrainerCore) -> Rows:
     """Return the device, the ranks and the precision, as the launch and the options determine them."""
     accelerator = trainer.accelerator
-    requested = getattr(trainer, "mixed_precision", None)
+    is_option = getattr(trainer, "mixed_precision", None) is not None
     return (
         ("device", str(accelerator.device), ""),
         ("processes", str(accelerator.num_processes), f"this is rank {accelerator.process_index}"),
-        (
-            "precision",
-            accelerator.mixed_precision,
-            "set by the launch" if requested is None else "option mixed_precision",
-        ),
+        ("precision", accelerator.mixed_precision, "option mixed_precision" if is_option else "set by the launch"),
     )
 
 
@@ -178,8 +150,8 @@ def batch_rows(
     replicas, batches = trainer.distributed.replicas, trainer.accumulation_steps()
     step = batch_size * replicas * batches
     sharing = "processes" if replicas == trainer.distributed.world_size else "replicas"
-    arithmetic = f"{batch_size} per batch x {replicas} {sharing} x {batches} batches per step"
-    rows = [("samples per step", f"{step} = {arithmetic}")]
+    factors = f"{batch_size} (batch size) x {replicas} ({sharing}) x {batches} (batches per step)"
+    rows = [("samples per step", f"{step} = {factors}")]
     if samples is not None:
         batches_per_rank = math.ceil(samples / (batch_size * replicas))
         plan = RunPlan.compute(num_epochs, math.ceil(batches_per_rank / batches), max_steps)
@@ -192,8 +164,8 @@ def batch_rows(
 def state_rows(trainer: TrainerCore) -> Rows:
     """Return the parts of the state that a checkpoint contains."""
     weights = trainer.unwrapped_model.state_dict()
-    megabytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) / 1e6
-    rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {megabytes:.3g} MB")]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {size:,} bytes")]
     rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.optimizer_slots()]
     rows += [("run", "progress, history, random states, position in the data")]
     if trainer.has_run:
@@ -225,7 +197,8 @@ def shorten(value: object) -> str:
     if isinstance(value, nn.Module | Optimizer):
         return f"{type(value).__name__}(...)"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(type(part).__name__ for part in value)}]"
+        items = (item.name if isinstance(item, Enum) else type(item).__name__ for item in value)
+        return f"[{', '.join(items)}]"
     if isinstance(value, dict):
         return ", ".join(map(str, value)) or "{}"
     text = getattr(value, "__name__", None) or repr(value)

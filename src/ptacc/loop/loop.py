@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
-from ptacc.callbacks import default_callbacks
+from ptacc.callbacks.defaults import default_callbacks
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
