@@ -477,11 +477,13 @@ def test_class_variables_are_recognised_in_every_spelling() -> None:
         _extensions: typing_extensions.ClassVar[int] = 0
         _string: "ClassVar[int]" = 0
         _alias_string: "t.ClassVar[tuple[int, ...]]" = ()
+        _tensor_string: "typing.ClassVar[torch.Tensor | None]" = None
         _extensions_string: "typing_extensions.ClassVar[int]" = 0
         unparametrised_string: "ClassVar" = 0
 
     assert option_names(Mine) == option_names(Trainer)
     assert typing.get_type_hints(Mine)["_alias_string"] == ClassVar[tuple[int, ...]]
+    assert typing.get_type_hints(Mine)["_tensor_string"] == ClassVar[torch.Tensor | None]
 
 
 def test_a_subclass_may_set_an_inherited_class_variable() -> None:

@@ -195,8 +195,9 @@ def type_text(annotation: object) -> str:
     """Return an annotation as it is written in source code."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation.__name__
-    text = str(getattr(annotation, "__forward_arg__", annotation))
-    return text.replace("torch.Tensor", "Tensor").replace("typing.", "")
+    if isinstance(annotation, str | ForwardRef):
+        return annotation if isinstance(annotation, str) else annotation.__forward_arg__
+    return str(annotation).replace("torch.Tensor", "Tensor").replace("typing.", "")
 
 
 def _is_callable_member(value: object) -> bool:

@@ -86,7 +86,7 @@ def check_hooks_are_declared(cls: type, advice: str = "") -> None:
         if name not in declared and get_hook_shape(value) is None:
             raise CompositionError(
                 f"{cls.__name__}.{name}: no base declares this hook, so it would never be called. "
-                f"{did_you_mean(name, declared)}Give a method that is not a hook another name.{advice}"
+                f"{did_you_mean(name, declared)}If it is not a hook, give it another name.{advice}"
             )
 
 
@@ -129,7 +129,7 @@ def _check_cooperative_override(cls: type, name: str, value: object, shape: str)
         arguments = ", ".join(code.co_varnames[1 : code.co_argcount])
         call = _SUPER_CALL[shape].format(name=name, arguments=arguments)
         raise CompositionError(
-            f"{cls.__name__}.{name}: never calls super().{name}, so {name} of the classes behind it would not run. "
+            f"{cls.__name__}.{name}: never calls super().{name}, so overrides of the classes behind it would not run. "
             f"Add `{call}`, or decorate it with `@replaces_super` to replace them on purpose."
         )
 
@@ -225,7 +225,7 @@ def _check_competing_overrides(cls: type) -> None:
 
 
 def _get_composed_name(cls: type, mixin: type) -> str:
-    """Return the name of the mixin that brings `mixin` into `cls`: `FSDPMixin` for the base class of its engine."""
+    """Return the name of the first mixin of `cls` that is or derives from `mixin`, which users know."""
     return next(base.__name__ for base in cls.__mro__[1:] if mixin in base.__mro__ and is_mixin(base))
 
 
@@ -245,7 +245,8 @@ def _check_mixin_order(cls: type) -> None:
     if loop is None:
         return
     trainer = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)
-    for late in filter(is_mixin, cls.__mro__[cls.__mro__.index(loop) :]):
+    late = next(filter(is_mixin, cls.__mro__[cls.__mro__.index(loop) :]), None)
+    if late is not None:
         bases = sorted(cls.__bases__, key=lambda base: loop in base.__mro__)
         raise CompositionError(
             f"{cls.__name__}: {late.__name__} comes after {trainer.__name__}, whose methods would override its hooks. "
