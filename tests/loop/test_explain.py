@@ -164,8 +164,8 @@ def test_tf32_is_advised_for_float32_on_gpus_that_have_it(
 
 
 def test_tf32_is_not_advised_if_it_is_on(matmul_precision: None) -> None:
-    (advice,) = advise_on_matmul({torch.float32}, "no", (9, 0))
-    exec(advice.code)
+    ((code, _),) = advise_on_matmul({torch.float32}, "no", (9, 0))
+    exec(code)
     assert list(advise_on_matmul({torch.float32}, "no", (9, 0))) == []
 
 

@@ -72,10 +72,7 @@ class TrainerCore(TrainerBase):
 
     @hook("factory")
     def find_resume_state(self) -> ResumeState | None:
-        """Find the saved state to resume from, or return None to start a new run.
-
-        Factory hook, called on all ranks at the start of `train()`.
-        """
+        """Find the saved state to resume from, None for a new run. Factory hook, called on all ranks by `train()`."""
         return None
 
     @hook("fold")
@@ -131,18 +128,12 @@ class TrainerCore(TrainerBase):
 
     @hook("fold")
     def compute_metrics(self) -> dict[str, float]:
-        """Return the metrics of an evaluation.
-
-        Fold: return `super().compute_metrics() | {...}`. Called on all ranks at the end of each evaluation.
-        """
+        """Compute the metrics of an evaluation, on all ranks at its end. Fold: `super().compute_metrics() | {...}`."""
         return {}
 
     @hook("fold")
     def compute_train_metrics(self) -> dict[str, float]:
-        """Return the metrics over the training batches of an epoch.
-
-        Fold: return `super().compute_train_metrics() | {...}`. Called on all ranks at the end of each epoch.
-        """
+        """Compute metrics over an epoch's training batches, on all ranks at its end. Fold, like `compute_metrics`."""
         return {}
 
     # ---- around: `with super().around_...(): yield`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -20,18 +20,8 @@ FUSED_ON: Mapping[type[Optimizer], tuple[str, ...]] = {
 """The devices for which every supported version of torch has a fused kernel of an optimizer."""
 AMPERE = (8, 0)
 """The lowest compute capability of GPUs with TF32."""
-
-
-class Advice(NamedTuple):
-    """A piece of advice.
-
-    Args:
-        code: What to write.
-        effect: What it changes.
-    """
-
-    code: str
-    effect: str
+Advice: TypeAlias = tuple[str, str]
+"""What to write, and its effect."""
 
 
 def collect_advice(
@@ -65,7 +55,7 @@ def advise_on_optimizer(optimizer: Optimizer, device: torch.device, precision: s
 
     Example:
         >>> net = nn.Linear(2, 2)
-        >>> [advice.code for advice in advise_on_optimizer(Adam(net.parameters()), torch.device("cpu"))]
+        >>> [code for code, effect in advise_on_optimizer(Adam(net.parameters()), torch.device("cpu"))]
         ['Adam(..., fused=True)']
         >>> list(advise_on_optimizer(Adam(net.parameters(), fused=True), torch.device("cpu")))
         []
@@ -81,7 +71,7 @@ def advise_on_optimizer(optimizer: Optimizer, device: torch.device, precision: s
     are_floating = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     if is_open and is_faster and are_floating:
         effect = "one kernel updates all weights, instead of several per weight; results differ by rounding only"
-        yield Advice(f"{kind.__name__}(..., fused=True)", effect)
+        yield f"{kind.__name__}(..., fused=True)", effect
 
 
 def has_sparse_gradients(model: nn.Module) -> bool:
@@ -102,10 +92,10 @@ def advise_on_matmul(
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
 
     Example:
-        >>> [advice.code for advice in advise_on_matmul({torch.float32}, "no", (9, 0))]
+        >>> [code for code, effect in advise_on_matmul({torch.float32}, "no", (9, 0))]
         ['torch.set_float32_matmul_precision("high")']
     """
     has_tf32 = capability is not None and capability >= AMPERE
     if has_tf32 and precision == "no" and torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest":
         effect = "float32 matrices are multiplied on tensor cores, with 10 bits of mantissa instead of 23"
-        yield Advice('torch.set_float32_matmul_precision("high")', effect)
+        yield 'torch.set_float32_matmul_precision("high")', effect
