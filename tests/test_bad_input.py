@@ -136,7 +136,7 @@ class SaidStream(Stream):
         (None, "No data was given: got None"),
         ([], "list is empty"),
         (Said(0), "Said is empty"),
-        (3, "int is no dataset: it needs __len__ and __getitem__"),
+        (3, "int is not a dataset: it needs __len__ and __getitem__"),
         ((sample for sample in SAMPLES), "generator is no dataset"),
         ({"train": DATA}, "Got a mapping"),
         (SaidStream(0), "gives no batch: it is empty"),
@@ -227,13 +227,13 @@ def test_a_batch_that_is_no_pair_is_refused(data: list[Any], given: str) -> None
 
 def test_a_batch_size_beside_a_batch_sampler_is_refused() -> None:
     trainer, batches = make(), BatchSampler(SequentialSampler(DATA), 2, drop_last=False)
-    with refused(trainer, OptionError, "per_device_batch_size=4 beside a batch_sampler"):
+    with refused(trainer, OptionError, "per_device_batch_size=4 with a batch_sampler"):
         trainer.train(DATA, num_epochs=1, per_device_batch_size=4, train_dataloader_kwargs={"batch_sampler": batches})
 
 
 @pytest.mark.parametrize("beside", [{"per_device_batch_size": 4}, {"collate_fn": list}])
 def test_a_ready_loader_beside_what_it_has_itself_is_refused(beside: dict[str, Any]) -> None:
-    trainer, message = make(), r"got a ready DataLoader, and per_device_batch_size.*Give the dataset instead"
+    trainer, message = make(), r"got a DataLoader together with per_device_batch_size.*Give the dataset instead"
     with refused(trainer, OptionError, message):
         trainer.train(DataLoader(DATA), num_epochs=1, **beside)
     with refused(trainer, OptionError, message):

@@ -54,7 +54,6 @@ from ptacc.types.monitor import Best as Best
 from ptacc.types.monitor import Monitor as Monitor
 from ptacc.types.outputs import EpochRecord as EpochRecord
 from ptacc.types.outputs import EvalResult as EvalResult
-from ptacc.types.outputs import Predictions as Predictions
 from ptacc.types.outputs import StepOutput as StepOutput
 from ptacc.types.outputs import StepRecord as StepRecord
 from ptacc.types.progress import Cadence as Cadence
@@ -95,7 +94,6 @@ __all__ = [
     "Monitor",
     "OptimizerSlot",
     "Pair",
-    "Predictions",
     "PrintMetrics",
     "Profile",
     "ProfilerMixin",

@@ -107,7 +107,7 @@ def batches(
         data_is_sharded=data_is_sharded,
         limit=limit,
     )
-    return list(source.epoch(epoch, source.place_after(start)))
+    return list(source.epoch(epoch, source.offset_after(start)))
 
 
 def numbers(found: list[HostBatch[Any]]) -> list[int]:

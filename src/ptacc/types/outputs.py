@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, overload
+from typing import Generic
 
 from torch import Tensor
-from typing_extensions import override
 
 from ptacc.types.aliases import (
     OutputT,
@@ -83,46 +82,6 @@ class EvalResult:
         if not prefix:
             return {"eval_loss": self.loss, **self.metrics}
         return {f"{prefix}/loss": self.loss} | {f"{prefix}/{name}": value for name, value in self.metrics.items()}
-
-
-class Predictions(Sequence[OutputT_co]):
-    """The outputs for a dataset, one for each sample, in the dataset's order.
-
-    `torch.stack(list(predictions))` makes one tensor of tensors.
-
-    Example:
-        >>> import torch
-        >>> predictions = Predictions([torch.tensor([0.1, 0.9]), torch.tensor([0.8, 0.2])])
-        >>> [int(scores.argmax()) for scores in predictions]
-        [1, 0]
-    """
-
-    def __init__(self, outputs: Sequence[OutputT_co]) -> None:
-        """Hold `outputs`, one for each sample."""
-        self._outputs = outputs
-
-    @overload
-    def __getitem__(self, index: int) -> OutputT_co: ...
-    @overload
-    def __getitem__(self, index: slice) -> Predictions[OutputT_co]: ...
-    @override
-    def __getitem__(self, index: int | slice) -> OutputT_co | Predictions[OutputT_co]:
-        """Return the output for one sample, or the predictions for a slice of them."""
-        return Predictions(self._outputs[index]) if isinstance(index, slice) else self._outputs[index]
-
-    @override
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._outputs)
-
-    @override
-    def __iter__(self) -> Iterator[OutputT_co]:
-        """Iterate over the samples' outputs in the dataset's order."""
-        return iter(self._outputs)
-
-    @override
-    def __repr__(self) -> str:
-        return f"Predictions({len(self)} samples)"
 
 
 # ---- what a run reports

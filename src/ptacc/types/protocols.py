@@ -14,12 +14,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypeVar
 
-from ptacc.types.aliases import Precision
+from ptacc.types.aliases import Precision, T_co
 from ptacc.types.progress import RunPlan
-
-T_co = TypeVar("T_co", covariant=True)
 
 StateDict: TypeAlias = dict[str, Any]
 """What torch's own objects call a state dict; its values are theirs."""
