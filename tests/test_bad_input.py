@@ -137,7 +137,7 @@ class SaidStream(Stream):
         ([], "list is empty"),
         (Said(0), "Said is empty"),
         (3, "int is not a dataset: it needs __len__ and __getitem__"),
-        ((sample for sample in SAMPLES), "generator is no dataset"),
+        ((sample for sample in SAMPLES), "generator is not a dataset"),
         ({"train": DATA}, "Got a mapping"),
         (SaidStream(0), "gives no batch: it is empty"),
         (Said(20), r"Said says it has 20 samples.*index 19 it raises IndexError.*Correct its __len__"),
@@ -599,7 +599,8 @@ def test_a_world_whose_processes_do_not_see_each_other_is_refused() -> None:
     code = """if True:
         from torch import nn
         from torch.optim import SGD
-        from ptacc import LaunchError, Trainer
+        from ptacc import Trainer
+        from ptacc.errors import LaunchError
         model = nn.Linear(2, 1)
         trainer = Trainer(model, loss_func=nn.MSELoss(), optimizer=SGD(model.parameters(), lr=0.1))
         try:

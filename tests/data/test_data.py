@@ -412,7 +412,7 @@ def test_data_that_comes_in_another_order_is_refused() -> None:
     left, again = source(), source()
     next(left.epoch(0))
     again.load_state_dict(left.state_dict())
-    with pytest.raises(DataError, match=r"Shifting was read anew .* another batch came there"):
+    with pytest.raises(DataError, match=r"Shifting was read again .* gave another batch there"):
         next(again.epoch(0, 1))
 
 

@@ -11,8 +11,6 @@ from ptacc.errors import DataError
 from ptacc.types.aliases import T_co
 from ptacc.types.protocols import SizedDataset
 
-# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
-
 
 class Subset(Generic[T_co]):
     """The first samples of a dataset, over and over.

@@ -22,8 +22,6 @@ from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
 
-# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
-
 
 @dataclass(frozen=True, repr=False)
 class LearningRateSearch:

@@ -15,8 +15,8 @@ OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
 SampleT = TypeVar("SampleT", default=BatchT)
 """Samples that the default collate function turns into a batch. By default of the same type as the batch."""
-RawT = TypeVar("RawT")
-"""Samples that the user's collate function takes."""
+RawT = TypeVar("RawT", default=object)
+"""Samples that the user's collate function takes. The default only lets it follow type variables with defaults."""
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A supervised batch: inputs `(items, ...)` and targets `(items, ...)`."""
