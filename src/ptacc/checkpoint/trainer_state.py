@@ -133,7 +133,8 @@ def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived:
     if run.is_within_epoch and before != dealing.batching and not dealing.allows_rebatching:
         raise CheckpointError(
             f"The checkpoint is within an epoch, whose data was dealt in {before} and is dealt in "
-            f"{dealing.batching} now: nobody can tell which samples are left. Go on from the end of an epoch, or as it was."
+            f"{dealing.batching} now: nobody can tell which samples are left. Go on from the end of an epoch, "
+            "or as it was."
         )
 
 

@@ -95,7 +95,7 @@ def require_batch(data: T | None) -> T:
     """Return the batch that was loaded, unwrapped.
 
     Raises:
-        DataError: It is None.
+        DataError: The collate function returned None.
     """
     if isinstance(data, Pinnable):
         data = data.batch

@@ -29,31 +29,21 @@ MIN_STREAMED_BYTES = 1 << 20
 
 def make_transfer(device: torch.device) -> Transfer:
     """Return what copies the batches of one loop to `device`."""
-    if device.type == "cpu":
-        return Transfer()
-    return StreamedTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+    return StreamedTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
 class Transfer:
-    """Returns each batch as it is: the device is the host."""
-
-    def to_device(self, batch: BatchT) -> BatchT:
-        """Return the batch on the device."""
-        return batch
-
-
-class PlainTransfer(Transfer):
     """Copies each batch to `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    @override
     def to_device(self, batch: BatchT) -> BatchT:
-        return to_device(batch, self._device)
+        """Return the batch on the device. On the CPU it is the same object."""
+        return batch if self._device.type == "cpu" else to_device(batch, self._device)
 
 
-class StreamedTransfer(PlainTransfer):
+class StreamedTransfer(Transfer):
     """Copies pinned tensors of at least `min_bytes` on a separate CUDA stream."""
 
     def __init__(self, device: torch.device, min_bytes: int = MIN_STREAMED_BYTES) -> None:
@@ -65,7 +55,7 @@ class StreamedTransfer(PlainTransfer):
 
     @override
     def to_device(self, batch: BatchT) -> BatchT:
-        """Return the batch on the device, and allocate buffers for a batch like it."""
+        """Return the batch on the device, and allocate buffers for the next one."""
         buffers, compute_stream = iter(self._buffers), torch.cuda.current_stream(self._device)
         large: list[Tensor] = []
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import Unpack
 
@@ -106,9 +107,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def predict(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> list[OutputT]: ...
     @overload
     def predict(
-        self: EvaluationLoop[Pair, OutputT, PairSample],
-        dataset: EvalData[torch.Tensor],
-        **options: Unpack[EvalOptions],
+        self: EvaluationLoop[Pair, OutputT, PairSample], dataset: EvalData[Tensor], **options: Unpack[EvalOptions]
     ) -> list[OutputT]: ...
     @overload
     def predict(
@@ -142,9 +141,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def stream_predictions(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(
-        self: EvaluationLoop[Pair, OutputT, PairSample],
-        dataset: EvalData[torch.Tensor],
-        **options: Unpack[EvalOptions],
+        self: EvaluationLoop[Pair, OutputT, PairSample], dataset: EvalData[Tensor], **options: Unpack[EvalOptions]
     ) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(

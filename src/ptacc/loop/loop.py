@@ -25,7 +25,7 @@ from ptacc.distributed.signals import signal_handlers
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
-from ptacc.loop.setup import RunSetup
+from ptacc.loop.setup import RunSetup, forwards_counted
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
 from ptacc.run.window import Window, make_windows
@@ -172,8 +172,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             options: See `TrainOptions`.
 
         Returns:
-            The history of the run, which ends at the first limit that is reached. `stop_reason` is None unless that was
-            `max_time`, or the run was stopped for another reason.
+            The history of the run, which ends at the first limit that is reached. `stop_reason` names it if it was
+            `max_time`, or another reason for which the run was stopped; otherwise it is None.
 
         Raises:
             OptionError: A count below 1, or no limit at all.
@@ -393,22 +393,3 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 def is_evaluation_due(run: Run) -> bool:
     """Return whether `evaluate_every` requires an evaluation now."""
     return run.is_due(run.options.get("evaluate_every", DEFAULT_CADENCE), run.evaluated_at)
-
-
-@contextlib.contextmanager
-def forwards_counted(run: Run) -> Iterator[None]:
-    """Count the forward passes of training steps as progress of this rank: wrapped models synchronize in them."""
-    if run.distributed.rendezvous is None:
-        yield
-        return
-    counter = run.distributed.rendezvous.progress
-
-    def count(*_: object) -> None:
-        if run.batch is not None:  # outside of steps, a rank may call the model alone
-            counter.half_step()
-
-    handle = run.model.register_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Generic
 
@@ -154,3 +155,22 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         total = progress.steps + steps_left
         limited = min(total, options["max_steps"] or total)
         return replace(plan, known_epochs=options["num_epochs"], known_total_steps=limited)
+
+
+@contextlib.contextmanager
+def forwards_counted(run: Run) -> Iterator[None]:
+    """Count the forward passes of training steps as progress of this rank: wrapped models synchronize in them."""
+    if run.distributed.rendezvous is None:
+        yield
+        return
+    counter = run.distributed.rendezvous.progress
+
+    def count(*_: object) -> None:
+        if run.batch is not None:  # outside of steps, a rank may call the model alone
+            counter.half_step()
+
+    handle = run.model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

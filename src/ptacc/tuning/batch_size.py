@@ -21,7 +21,6 @@ from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least
 
-
 BATCHES = 2
 """Batches of a tried step, at most: from the second one on, a forward pass finds gradients in memory."""
 
