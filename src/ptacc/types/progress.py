@@ -60,7 +60,7 @@ class RunPlan:
 
     @classmethod
     def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
-        """Compute the plan of a run that ends at the first of its limits. None stands for no limit, or an unknown one."""
+        """Compute the plan of a run that ends at the first of its limits. None means no limit, or an unknown one."""
         limits = [max_steps] if max_steps is not None else []
         if num_epochs is not None and steps_per_epoch is not None:
             limits.append(num_epochs * steps_per_epoch)

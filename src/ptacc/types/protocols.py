@@ -121,7 +121,7 @@ class AcceleratorProtocol(Protocol):
         """Return the model without its wrappers."""
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Do not average gradients over the processes in the block, for a batch that is not the last one of its step."""
+        """Do not average gradients over the processes in the block: for all batches of a step but the last."""
 
     def autocast(self) -> AbstractContextManager[None]:
         """Run the block in the precision of the forward pass."""
