@@ -138,8 +138,8 @@ class ClaimedStream(Stream):
         (None, "No data was given: got None"),
         ([], "list is empty"),
         (Claimed(0), "Claimed is empty"),
-        (3, "int is no dataset: it needs __len__ and __getitem__"),
-        ((sample for sample in SAMPLES), "generator is no dataset"),
+        (3, "int is not a dataset: it needs __len__ and __getitem__"),
+        ((sample for sample in SAMPLES), "generator is not a dataset"),
         ({"train": DATA}, "Got a mapping"),
         (ClaimedStream(0), "gives no batch: it is empty"),
         (Claimed(20), r"Claimed says it has 20 samples.*index 19 it raises IndexError.*Correct its __len__"),
@@ -229,13 +229,13 @@ def test_a_batch_that_is_not_a_pair_is_refused(data: list[Any], given: str) -> N
 
 def test_a_batch_size_with_a_batch_sampler_is_refused() -> None:
     trainer, batches = make(), BatchSampler(SequentialSampler(DATA), 2, drop_last=False)
-    with refused(trainer, OptionError, "per_device_batch_size=4 beside a batch_sampler"):
+    with refused(trainer, OptionError, "per_device_batch_size=4 with a batch_sampler"):
         trainer.train(DATA, num_epochs=1, per_device_batch_size=4, train_dataloader_kwargs={"batch_sampler": batches})
 
 
 @pytest.mark.parametrize("options", [{"per_device_batch_size": 4}, {"collate_fn": list}])
 def test_a_ready_loader_with_options_of_a_loader_is_refused(options: dict[str, Any]) -> None:
-    trainer, message = make(), r"got a ready DataLoader, and per_device_batch_size.*Give the dataset instead"
+    trainer, message = make(), r"got a DataLoader together with per_device_batch_size.*Give the dataset instead"
     with refused(trainer, OptionError, message):
         trainer.train(DataLoader(DATA), num_epochs=1, **options)
     with refused(trainer, OptionError, message):

@@ -14,11 +14,11 @@ from tests.checkpoint.test_parts import through_files
 
 
 def draw() -> list[float]:
-    """Draw from each generator; NumPy's caches the second of a pair of normals."""
+    """Draw from each generator. NumPy's then holds the second of a pair of normal numbers."""
     return [random.random(), random.gauss(), np.random.normal(), float(torch.randn(()))]  # noqa: NPY002
 
 
-def test_generators_resume_from_a_file(tmp_path: Path) -> None:
+def test_the_generators_are_restored_from_a_file(tmp_path: Path) -> None:
     draw()
     state = through_files(tmp_path, Part("random", RandomStreams().state_dict())).take("random")
     expected = [draw(), draw()]
@@ -36,14 +36,14 @@ def test_a_block_restores_the_generators(context: Callable[[], AbstractContextMa
     assert draw() == expected
 
 
-def test_derived_seeds_are_distinct() -> None:
+def test_seeds_of_neighbouring_paths_differ() -> None:
     seeds = [derive_seed(seed, epoch, batch) for seed in range(4) for epoch in range(4) for batch in range(4)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_the_order_of_samples_never_changes() -> None:
-    """A run that was saved by an earlier version resumes with the same order."""
+def test_the_order_of_samples_is_stable_across_versions() -> None:
+    """A run that an earlier version saved resumes in the same order."""
     assert permutation(0, 0, 8) == [3, 1, 4, 5, 7, 0, 2, 6]
     assert permutation(7, 3, 10) == [5, 9, 8, 3, 1, 4, 7, 6, 0, 2]
     assert derive_seed(0, 1, 2) == 4450782424123420391
@@ -63,11 +63,23 @@ def draws_of_numpy(loads: Sequence[int], normals_in_loading: int) -> list[float]
 
 @pytest.mark.parametrize("normals_in_loading", [0, 1, 2, 700])
 @pytest.mark.parametrize("loads", [[0], [1], [0, 1], [1, 2, 3], [2, 2, 5, 8], range(9)])
-def test_a_cached_normal_of_numpy_survives_loading(loads: Sequence[int], normals_in_loading: int) -> None:
+def test_loading_keeps_the_second_normal_number_of_a_pair(loads: Sequence[int], normals_in_loading: int) -> None:
     assert draws_of_numpy(loads, normals_in_loading) == draws_of_numpy([], 0)
 
 
-def test_draws_while_loading_do_not_depend_on_a_cached_normal() -> None:
+def test_seeded_blocks_may_be_nested() -> None:
+    def drawn(*, nested: bool) -> list[float]:
+        with streams_seeded(1):
+            first = draw()
+            if nested:
+                with streams_seeded(2):
+                    draw()
+            return first + draw()
+
+    assert drawn(nested=True) == drawn(nested=False)
+
+
+def test_loading_does_not_depend_on_numpys_state() -> None:
     def loaded(before: int) -> tuple[float, int]:
         np.random.seed(before)  # noqa: NPY002
         np.random.normal(size=before)  # noqa: NPY002
@@ -77,7 +89,7 @@ def test_draws_while_loading_do_not_depend_on_a_cached_normal() -> None:
     assert len({loaded(before) for before in range(5)}) == 1
 
 
-def test_a_bit_generator_of_another_kind_is_restored() -> None:
+def test_another_type_of_bit_generator_is_restored() -> None:
     own = mtrand.get_bit_generator()
     try:
         mtrand.set_bit_generator(np.random.PCG64(1))

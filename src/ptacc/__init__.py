@@ -45,7 +45,7 @@ from ptacc.tuning.batch_size import BatchSizeSearch, find_batch_size
 from ptacc.tuning.learning_rate import LearningRateSearch, find_learning_rate
 from ptacc.types.aliases import Pair
 from ptacc.types.monitor import Best, Monitor
-from ptacc.types.outputs import EpochRecord, EvalResult, Predictions, StepOutput, StepRecord
+from ptacc.types.outputs import EpochRecord, EvalResult, StepOutput, StepRecord
 from ptacc.types.progress import Cadence, Epochs, Minutes, Progress, RunPlan, Steps
 
 __all__ = [
@@ -79,7 +79,6 @@ __all__ = [
     "Monitor",
     "OptimizerSlot",
     "Pair",
-    "Predictions",
     "PrintMetrics",
     "Profile",
     "ProfilerMixin",

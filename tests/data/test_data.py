@@ -107,7 +107,7 @@ def batches(
         data_is_sharded=data_is_sharded,
         limit=limit,
     )
-    return list(source.epoch(epoch, source.place_after(start)))
+    return list(source.epoch(epoch, source.offset_after(start)))
 
 
 def numbers(found: list[HostBatch[Any]]) -> list[int]:
@@ -412,7 +412,7 @@ def test_data_that_comes_in_another_order_is_refused() -> None:
     left, again = source(), source()
     next(left.epoch(0))
     again.load_state_dict(left.state_dict())
-    with pytest.raises(DataError, match=r"Shifting was read anew .* another batch came there"):
+    with pytest.raises(DataError, match=r"Shifting was read again .* gave another batch there"):
         next(again.epoch(0, 1))
 
 

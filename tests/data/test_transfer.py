@@ -14,7 +14,7 @@ from typing_extensions import override
 from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.data.loading import Pinnable, require_batch
 from ptacc.data.sources import make_source
-from ptacc.data.transfer import Transfer, are_alike, transfer_to
+from ptacc.data.transfer import Transfer, have_same_layout, make_transfer
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.tensors.structures import pinned, to_device
@@ -72,10 +72,10 @@ def tokens_of(samples: list[Any]) -> Tokens:
 
 
 def test_on_the_host_a_batch_is_taken_as_it_is() -> None:
-    transfer = transfer_to(torch.device("cpu"))
+    transfer = make_transfer(torch.device("cpu"))
     batch = torch.ones(2)
     assert type(transfer) is Transfer
-    assert transfer.bring(batch) is batch
+    assert transfer.to_device(batch) is batch
 
 
 def test_a_batch_moves_with_all_its_parts() -> None:
@@ -112,7 +112,7 @@ def test_packed_sequences_keep_their_sizes_on_the_host() -> None:
     ],
 )
 def test_memory_is_for_a_tensor_of_one_form(other: Tensor, expected: bool) -> None:
-    assert are_alike(torch.zeros(4, 6), other) is expected
+    assert have_same_layout(torch.zeros(4, 6), other) is expected
 
 
 # ---- pinning

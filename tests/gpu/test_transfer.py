@@ -12,13 +12,13 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from typing_extensions import override
 
 from ptacc import Pair, StepOutput, Trainer, TrainingLoop
-from ptacc.data.transfer import LEAST_BYTES, StreamedTransfer
+from ptacc.data.transfer import MIN_STREAMED_BYTES, StreamedTransfer
 from tests.gpu.parts import make_data, make_net
 
 CYCLES = 5_000_000
-"""GPU cycles to sleep: a few milliseconds, far longer than the host needs for a step."""
-SAMPLES, WIDE = 162, LEAST_BYTES // 16
-"""A batch of 16 samples of this width is large enough for a stream; the last one, of 2 samples, is not."""
+"""A GPU sleeps a few milliseconds in them: far longer than the host needs for a step."""
+SAMPLES, WIDE = 162, MIN_STREAMED_BYTES // 16
+"""Each batch of 16 samples of this width has more than is worth a stream, the last one, of 2, has less."""
 BATCHES = 11
 
 
@@ -81,20 +81,20 @@ def test_batches_arrive_intact_during_a_slow_computation(device: torch.device, c
 
 def test_a_batch_is_copied_while_the_previous_one_is_computed(device: torch.device) -> None:
     transfer = StreamedTransfer(device)
-    first, second = (torch.randn(LEAST_BYTES).pin_memory() for _ in range(2))
-    transfer.bring(first)
+    first, second = (torch.randn(MIN_STREAMED_BYTES).pin_memory() for _ in range(2))
+    transfer.to_device(first)
     sleep(device, 200 * CYCLES)
     computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
     computed.record()
-    brought = transfer.bring(second)
-    copied, has_arrived = torch.zeros_like(second).pin_memory(), False
+    copied = transfer.to_device(second)
+    looked, has_come = torch.zeros_like(second).pin_memory(), False
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        while not has_arrived and not computed.query():  # type: ignore[no-untyped-call]
-            copied.copy_(brought, non_blocking=True)
+        while not has_come and not computed.query():  # type: ignore[no-untyped-call]
+            looked.copy_(copied, non_blocking=True)
             torch.cuda.current_stream().synchronize()
-            has_arrived = torch.equal(copied, second)
-    assert has_arrived
-    assert torch.equal(brought.cpu(), second)
+            has_come = torch.equal(looked, second)
+    assert has_come
+    assert torch.equal(copied.cpu(), second)
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -46,7 +46,6 @@ from ptacc import (
     Mixin,
     Monitor,
     Pair,
-    Predictions,
     PrintMetrics,
     Progress,
     ProgressBar,
@@ -234,7 +233,7 @@ def collate_functions(trainer: Trainer) -> None:
     trainer.train(SentenceStream(), collate_fn=tokenise, max_steps=9)
     trainer.train(SentenceStream(), SentenceStream(), collate_fn=tokenise, max_time=60)
     assert_type(trainer.evaluate(Sentences(), collate_fn=tokenise), EvalResult)
-    assert_type(trainer.predict(Sentences(), collate_fn=tokenise), Predictions[Tensor])
+    assert_type(trainer.predict(Sentences(), collate_fn=tokenise), list[Tensor])
     assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise), Iterator[Tensor])
 
 
@@ -313,16 +312,16 @@ def results_of_evaluation(trainer: Trainer) -> None:
 
 def results_of_prediction(trainer: Trainer) -> None:
     predictions = trainer.predict(data)
-    assert_type(predictions, Predictions[Tensor])
+    assert_type(predictions, list[Tensor])
     assert_type(predictions[0], Tensor)
     assert_type(predictions[0].argmax(), Tensor)
-    assert_type(predictions[:2], Predictions[Tensor])
+    assert_type(predictions[:2], list[Tensor])
     assert_type([scores.argmax() for scores in predictions], list[Tensor])
-    assert_type(torch.stack(list(predictions)), Tensor)
-    assert_type(trainer.predict(Unlabelled()), Predictions[Tensor])
-    assert_type(trainer.predict(Labelled()), Predictions[Tensor])
-    assert_type(trainer.predict(tensors), Predictions[Tensor])
-    assert_type(trainer.predict(loader), Predictions[Tensor])
+    assert_type(torch.stack(predictions), Tensor)
+    assert_type(trainer.predict(Unlabelled()), list[Tensor])
+    assert_type(trainer.predict(Labelled()), list[Tensor])
+    assert_type(trainer.predict(tensors), list[Tensor])
+    assert_type(trainer.predict(loader), list[Tensor])
     assert_type(next(trainer.stream_predictions(data)), Tensor)
 
 
@@ -534,7 +533,7 @@ class TensorsLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, ...]]):
 def custom_batches(batches: list[TokenBatch], graphs: Dataset[str], images: Unlabelled) -> None:
     language = LanguageModel(net, optimizer=opt, mixed_precision="bf16", max_grad_norm=1.0, metrics={})
     language.train(batches, batches, num_epochs=1)
-    assert_type(language.predict(batches), Predictions[Tensor])
+    assert_type(language.predict(batches), list[Tensor])
 
     def to_graph(names: list[str]) -> GraphBatch:
         raise NotImplementedError
@@ -542,7 +541,7 @@ def custom_batches(batches: list[TokenBatch], graphs: Dataset[str], images: Unla
     graph = GraphLoop(net, optimizer=opt)
     graph.train(Sentences(), {"near": Sentences()}, collate_fn=to_graph, num_epochs=1)
     predictions = graph.predict(Sentences(), collate_fn=to_graph)
-    assert_type(predictions, Predictions[Scores])
+    assert_type(predictions, list[Scores])
     assert_type(predictions[0].embedding, Tensor)
 
     Autoencoder(net, optimizer=opt, gradient_accumulation_steps=2).train(images, images, num_epochs=1)
@@ -554,7 +553,7 @@ def custom_batches(batches: list[TokenBatch], graphs: Dataset[str], images: Unla
     LabelLoop(net, optimizer=opt).train(Labelled(), {"near": Labelled()}, num_epochs=1)
     LabelLoop(net, optimizer=opt).train(LabelledStream(), Labelled(), max_steps=9)
     assert_type(LabelLoop(net, optimizer=opt).evaluate(Labelled()), EvalResult)
-    assert_type(LabelLoop(net, optimizer=opt).predict(Labelled()), Predictions[Tensor])
+    assert_type(LabelLoop(net, optimizer=opt).predict(Labelled()), list[Tensor])
     assert_type(DictLoop(net, optimizer=opt).predict([{"x": torch.zeros(4)}])[0], dict[str, Tensor])
 
 
@@ -577,7 +576,7 @@ def generic_loops(graphs: list[GraphBatch]) -> None:
     TensorLoop[GraphBatch](net, optimizer=opt, weight=2.0).train(graphs, num_epochs=1)
     loop = OpenGraphLoop(net, optimizer=opt, weight=2.0, mixed_precision="no")
     loop.train(graphs, graphs, num_epochs=1)
-    assert_type(loop.predict(graphs), Predictions[Tensor])
+    assert_type(loop.predict(graphs), list[Tensor])
 
 
 def for_any_loop(loop: TrainingLoop[BatchT, Any], batches: SizedDataset[BatchT]) -> RunHistory:

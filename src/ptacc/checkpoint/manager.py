@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import TypeVar
 
 from ptacc.checkpoint.parts import SHARED, Part, encode_parts, own
 from ptacc.checkpoint.resume import Resumption
@@ -28,10 +27,10 @@ from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.checkpoint.writer import HostCopies, NonFiniteWeightsError, Save, Writer
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
+from ptacc.types.aliases import T
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import StateDict
 
-T = TypeVar("T")
 OnError: TypeAlias = Literal["raise", "warn"]
 
 TOKEN = ".token-"

@@ -130,10 +130,11 @@ def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived:
         )
     run, dealing = trainer.run, trainer.run.data.partition_scheme
     before = shared.states[RUN]["conditions"]["batch_size"]
-    if run.is_within_epoch and before != dealing.how and not dealing.goes_on_anew:
+    if run.is_within_epoch and before != dealing.batching and not dealing.allows_rebatching:
         raise CheckpointError(
-            f"The checkpoint is within an epoch, whose data was dealt in {before} and is dealt in {dealing.how} now: "
-            "nobody can tell which samples are left. Go on from the end of an epoch, or as it was."
+            f"The checkpoint is within an epoch, whose data was dealt in {before} and is dealt in "
+            f"{dealing.batching} now: nobody can tell which samples are left. Go on from the end of an epoch, "
+            "or as it was."
         )
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, ParamSpec, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import TypeVar, override
+from typing_extensions import override
 
 from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
@@ -25,11 +25,11 @@ from ptacc.errors import NoRunError, OptionError
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
+from ptacc.types.aliases import T
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import AcceleratorProtocol
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass

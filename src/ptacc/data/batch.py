@@ -1,4 +1,4 @@
-"""Data: what users hand over, checked, and what each process gets of it.
+"""The interface between data loading and the loop.
 
 ```
 dataset -> make_..._dataloader() -> DataLoader -> make_source() -> BatchSource -> HostBatch, HostBatch, ...
@@ -7,9 +7,10 @@ dataset -> make_..._dataloader() -> DataLoader -> make_source() -> BatchSource -
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 from ptacc.types.aliases import BatchT
 from ptacc.types.protocols import StateDict
@@ -17,15 +18,16 @@ from ptacc.types.protocols import StateDict
 
 @dataclass(frozen=True, slots=True)
 class HostBatch(Generic[BatchT]):
-    """One batch as it came from the loader, still on the host.
+    """One batch of this rank, as loaded on the host.
 
     Args:
         data: The batch.
-        indices: The dataset's indices of its samples, where there are any.
-        samples: Samples in it that count; None where nobody counted them.
-        total: Samples that count in all processes' batches together; None where nobody counted them.
-        is_padding: Whether it only keeps this process in step with the others, and counts nowhere.
-        end: Where the processes are in the epoch's data once they are through with it, each with its own.
+        indices: Indices of its samples in the dataset, None if unknown.
+        samples: Number of its samples, 0 for a padding batch, None if unknown.
+        total: Number of samples in the batches of all ranks together, None if unknown.
+        is_padding: Whether the batch only gives this rank as many batches as the others have. A padding batch is left
+            out of losses, metrics and predictions.
+        end: Offset in the epoch's data after this batch.
     """
 
     data: BatchT
@@ -36,57 +38,60 @@ class HostBatch(Generic[BatchT]):
     end: int
 
 
-class BatchSource(Protocol):
-    """The batches of this process, epoch by epoch; every process gets equally many, some of them phantoms.
-
-    Where the processes are in an epoch's data is told by one number, the same on all of them: samples that they took
-    together, or batches of a loader, or of a stream.
-    """
-
-    def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches of an epoch from `start` on, None where the data has no length."""
-        ...
-
-    def place_after(self, batches: int) -> int:
-        """Return the place in an epoch's data after so many batches of each process."""
-        ...
-
-    @property
-    def partition_scheme(self) -> PartitionScheme:
-        """How the data is dealt, on which it depends what comes after a place in it."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Tell of the data what has to be the same on all processes; nothing where each has its own."""
-        ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch, counted from 0, from `start` on: the `end` of an earlier batch.
-
-        What comes is what would have come without a break: the same samples, loaded with the same randomness. A
-        dataset with indices is not asked for what comes before; a stream is read from its beginning.
-        """
-        ...
-
-    def state_dict(self) -> StateDict:
-        """Return the state, at the beginning of the present epoch, of what has an order of its own to go on with."""
-        ...
-
-    def load_state_dict(self, state_dict: StateDict, /) -> None:
-        """Go on from a state."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class PartitionScheme:
-    """How data is dealt.
+    """How a source splits its data into the batches of the ranks.
 
     Args:
-        of: What is dealt, in words.
-        how: How, in words: whoever deals the same in the same way deals the same batches from the same place.
-        goes_on_anew: Whether an epoch may go on from a place in it after the way has changed.
+        data: Describes the data, such as `"100 samples"`.
+        batching: Describes how it is split. With the same data and batching, an offset is followed by the same batches.
+        allows_rebatching: Whether an epoch may be resumed within it after the batching has changed.
     """
 
-    of: str
-    how: str
-    goes_on_anew: bool
+    data: str
+    batching: str
+    allows_rebatching: bool
+
+
+class BatchSource(ABC):
+    """The batches of this rank, epoch by epoch. Every rank gets the same number of batches, some of them padding.
+
+    A position in an epoch's data is an offset, the same on all ranks: a number of samples over all ranks, or of batches
+    of a loader or of a stream.
+    """
+
+    @abstractmethod
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the number of batches left in an epoch at offset `start`, None if the data has no length."""
+
+    @abstractmethod
+    def offset_after(self, batches: int) -> int:
+        """Return the offset after this many batches of each rank."""
+
+    @property
+    @abstractmethod
+    def partition_scheme(self) -> PartitionScheme:
+        """How the data is split into batches."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Describe what must be the same on all ranks. Empty if each rank has its own data."""
+
+    @abstractmethod
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+        """Iterate over the batches of an epoch.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            start: Offset to resume at. The batches are those of an uninterrupted epoch: the same samples, loaded with
+                the same random numbers. Earlier samples of a map-style dataset are not loaded; a stream is read from
+                its beginning.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> StateDict:
+        """Return the state of generators, samplers and streams, which determines the batches to come."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: StateDict, /) -> None:
+        """Restore a state, which takes effect when the next epoch begins."""

@@ -1,4 +1,4 @@
-"""What is asked of a DataLoader that the trainer builds."""
+"""The configuration of a DataLoader that a trainer builds, and checks of the data it is given."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_keywords
 
 DEFAULT_BATCH_SIZE = 8
-HOST = torch.device("cpu")
+CPU = torch.device("cpu")
 LIMIT_VARIABLE = "PTACC_LIMIT_BATCHES"
 
 
 @dataclass(frozen=True, slots=True)
 class DataLoaderConfig:
-    """What `make_train_dataloader` and `make_eval_dataloader` are asked for.
+    """What `make_train_dataloader` and `make_eval_dataloader` build a DataLoader from.
 
     Args:
         dataset: The user's dataset.
-        per_device_batch_size: Samples of a batch of one process; None where nothing was said.
-        collate_fn: The user's collate function, None for torch's own.
+        per_device_batch_size: Samples per batch and process, None if not given.
+        collate_fn: The user's collate function, None for torch's default.
         kwargs: Further keywords for the DataLoader.
-        device: Where the batches will go, the host if not given.
+        device: The device that the batches will be copied to.
     """
 
     dataset: Dataset[object]
     per_device_batch_size: int | None
     collate_fn: Callable[[list[Any]], object] | None
     kwargs: DataLoaderKwargs
-    device: torch.device = HOST
+    device: torch.device = CPU
 
     def build(self, *, shuffle: bool) -> DataLoader[object]:
-        """Make the DataLoader that was asked for. For a GPU it pins its batches, unless the user said otherwise.
+        """Build the DataLoader. It pins its batches if the device is a GPU, unless `kwargs` has `pin_memory`.
 
         Args:
-            shuffle: Whether samples are shuffled where the user said nothing of their order.
+            shuffle: Whether to shuffle, unless `kwargs` has `shuffle` or a sampler.
 
         Raises:
-            DataError: The dataset is empty or none at all.
-            OptionError: A count below 1, or a batch size beside a batch sampler.
+            DataError: The dataset is empty or not a dataset.
+            OptionError: A batch size below 1, or given together with a batch sampler.
+            TypeError: Unknown keywords.
         """
         check_dataset(self.dataset)
         advice = "The batch size is per_device_batch_size, and collate_fn an argument of its own."
         check_keywords("The DataLoader", self.kwargs, DataLoaderKwargs.__annotations__, advice)
         kwargs: dict[str, Any] = dict(self.kwargs)
-        kwargs.setdefault("generator", torch.Generator())  # or iterators would draw from the global one
+        kwargs.setdefault("generator", torch.Generator())  # else iterators draw from the global one
         kwargs.setdefault("pin_memory", self.device.type == "cuda")
         if "batch_sampler" in kwargs:
             if self.per_device_batch_size is not None:
                 raise OptionError(
-                    f"per_device_batch_size={self.per_device_batch_size} beside a batch_sampler: the batch sampler "
+                    f"per_device_batch_size={self.per_device_batch_size} with a batch_sampler: the batch sampler "
                     "decides how many samples a batch has. Leave out one of them."
                 )
             return DataLoader(self.dataset, collate_fn=self.collate_fn, **kwargs)
@@ -68,23 +69,23 @@ class DataLoaderConfig:
 
 
 def check_dataset(dataset: object) -> None:
-    """Raise `DataError` for no data, an empty dataset, or one that is not a dataset at all."""
+    """Raise `DataError` for None, an empty dataset, or an object that is not a dataset."""
     if dataset is None:
         raise DataError("No data was given: got None. Pass a dataset or a DataLoader.")
     if isinstance(dataset, IterableDataset | DataLoader):
         return
     if isinstance(dataset, Mapping):
-        raise DataError("Got a mapping, and one dataset is needed here. Several sets by name are for evaluation.")
+        raise DataError("Got a mapping, but one dataset is needed. Only evaluations take several datasets by name.")
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise DataError(
-            f"{type(dataset).__name__} is no dataset: it needs __len__ and __getitem__, or to be an IterableDataset."
+            f"{type(dataset).__name__} is not a dataset: it needs __len__ and __getitem__, or to be an IterableDataset."
         )
     if len(dataset) == 0:
         raise DataError(f"{type(dataset).__name__} is empty: its length is 0. Pass a dataset with samples in it.")
 
 
 def limit_from_environment(limit: int | None) -> int | None:
-    """Return the limit of batches for a smoke run: as given, or from `PTACC_LIMIT_BATCHES`."""
+    """Return `limit`, or else that of the environment variable `PTACC_LIMIT_BATCHES`, or None."""
     text = os.environ.get(LIMIT_VARIABLE)
     if limit is None and text:
         if not text.isdigit():

@@ -1,4 +1,4 @@
-"""Batches of an iterable dataset: a stream, shared by the ranks and their workers."""
+"""Batches of an iterable dataset: every rank and every worker reads the same stream, and keeps its part."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
 from ptacc.data.loading import (
-    Collate,
     get_collate_fn,
-    is_torchs_collate,
-    loader_settings,
+    get_loader_settings,
+    has_default_collate,
     require_batch,
     seeded_loading,
+    set_epoch,
 )
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import ReplaySource
@@ -32,134 +28,129 @@ from ptacc.types.protocols import StateDict, Stateful
 
 
 class IterableSource(ReplaySource):
-    """An `IterableDataset`: every process reads the same stream and takes its share of each global batch.
+    """An `IterableDataset`, of which each rank takes its part of every global batch. Offsets are numbers of batches.
 
-    One that is `Stateful`, and read without workers, says where it is, and is not read anew where a run goes on.
+    A dataset that is `Stateful` and read without workers resumes from its own state. Any other is replayed.
     """
 
     def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
-        """Take over the loader's dataset, batch size and settings."""
         super().__init__(loader.dataset)
-        size = (loader.batch_size or 1) * distributed.replicas
-        self._stream = SharedStream(loader.dataset, get_collate_fn(loader), size, loader.drop_last, distributed, seed)
-        self._loader = DataLoader(self._stream, batch_size=None, **loader_settings(loader))
+        self._stream = SharedStream(loader, distributed, seed)
+        self._loader = DataLoader(self._stream, batch_size=None, **get_loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
         self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None
-        self._place: StateDict | None = None
-        self._is_at_end = False  # where a stream may be at its beginning again
-        self._keeps_samples = is_torchs_collate(loader)
+        self._dataset_state: StateDict | None = None
+        self._is_at_end = False  # a stream at its end may have the state of its beginning
+        self._keeps_samples = has_default_collate(loader)
 
+    @override
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches of an epoch from `start` on; with several workers, as many as there can be."""
-        known = self._stream.num_batches(self._workers)
-        return None if known is None else max(known - start, 0)
+        """Return the number of batches left. With several workers it is an upper bound."""
+        total = self._stream.num_batches(self._workers)
+        return None if total is None else max(total - start, 0)
 
-    def place_after(self, batches: int) -> int:
-        """Return the number of batches: that is how places in a stream are told."""
+    @override
+    def offset_after(self, batches: int) -> int:
         return batches
 
     @property
+    @override
     def partition_scheme(self) -> PartitionScheme:
-        """Whatever a stream draws from while it is read depends on where its batches end."""
-        return PartitionScheme("a stream", f"global batches of {self._stream.size}, {self._workers} at a time", False)
+        # What a stream draws at random while it is read depends on where its batches end.
+        batching = f"global batches of {self._stream.size}, {self._workers} at a time"
+        return PartitionScheme("a stream", batching, allows_rebatching=False)
 
+    @override
     def fingerprint(self) -> str:
-        """Tell how samples are dealt."""
         return f"a stream in global batches of {self._stream.size}"
 
+    @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch."""
-        self._stream.begin(epoch)
-        expected = self._begin(start)
-        promised = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
+        self._stream.set_epoch(epoch)
+        digest = self._start_epoch(start)
+        expected = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
         batches = 0
-        place, self._place = self._place, None
-        if start and place is not None:
+        dataset_state, self._dataset_state = self._dataset_state, None
+        if start and dataset_state is not None:
             if self._is_at_end:
                 return
-            self._stream.begin_from(start, place)
+            self._stream.resume_from(start, dataset_state)
             batches = start
         loaded = iter(self._loader)
         for data, samples, total in loaded:
             batches += 1
-            if promised is not None and batches == promised and next(loaded, None) is not None:
-                self._stream.check_length(batches + 1, promised, "more")
+            if expected is not None and batches == expected and next(loaded, None) is not None:
+                self._stream.check_length(batches + 1, expected, "more")
             if batches > start:
                 self._is_at_end = total < self._stream.size
                 total = total if self._keeps_samples else None
-                mine = self._give(require_batch(data))
-                yield HostBatch(mine, None, samples, total, is_padding=not samples, end=batches)
+                self._last_batch = require_batch(data)
+                yield HostBatch(self._last_batch, None, samples, total, is_padding=not samples, end=batches)
             elif batches == start:
-                self._check(data, expected)
-        if promised is not None:
-            self._stream.check_length(batches, promised, str(batches))
+                self._check_replayed(data, digest)
+        if expected is not None:
+            self._stream.check_length(batches, expected, str(batches))
 
     @override
     def state_dict(self) -> StateDict:
-        """Return where a stream is that can say it, beside what a replay needs."""
         if self._stateful is None:
             return super().state_dict()
         return super().state_dict() | {"place": self._stateful.state_dict(), "is_at_end": self._is_at_end}
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a state."""
         super().load_state_dict(state_dict)
         if self._stateful is not None and "place" in state_dict:
-            self._place, self._is_at_end = state_dict["place"], state_dict["is_at_end"]
+            self._dataset_state, self._is_at_end = state_dict["place"], state_dict["is_at_end"]
 
 
 class SharedStream(IterableDataset[Any]):
-    """A stream that every process reads alike, giving each its share of every global batch."""
+    """A stream that every rank reads in full, and that yields this rank's part of every global batch, collated."""
 
-    def __init__(
-        self, dataset: Any, collate: Collate, size: int, drop_last: bool, distributed: DistributedRuntime, seed: int
-    ) -> None:
-        """Cut `dataset` into global batches of `size` samples."""
-        self.dataset = dataset
-        self._collate, self.size, self._drop_last, self._seed = collate, size, drop_last, seed
+    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+        self.dataset: Any = loader.dataset
+        self.size = (loader.batch_size or 1) * distributed.replicas
+        self._collate, self._drop_last, self._seed = get_collate_fn(loader), loader.drop_last, seed
         self._replica, self._replicas = distributed.replica, distributed.replicas
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that persist must see it change
-        self._from: tuple[int, StateDict] | None = None
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers must see it change
+        self._resume_state: tuple[int, StateDict] | None = None
 
-    def begin(self, epoch: int) -> None:
-        """Say which epoch is read next."""
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that is read next."""
         self._epoch.fill_(epoch)
 
-    def begin_from(self, batch: int, state: StateDict) -> None:
-        """Have the next reading, in this process, begin with a batch of the epoch, where the dataset was at `state`."""
-        self._from = (batch, state)
+    def resume_from(self, batch: int, state: StateDict) -> None:
+        """Start the next iteration, in this process, at a batch of the epoch and the dataset's state there."""
+        self._resume_state = (batch, state)
 
     def num_batches(self, workers: int) -> int | None:
-        """Return the batches of an epoch where the stream has a length; workers may each end in a short one."""
+        """Return the largest number of batches of an epoch, None if the stream has no length."""
         try:
             samples = len(self.dataset)
         except TypeError:
             return None
         return workers * count_global_batches(-(-samples // workers), self.size, drop_last=self._drop_last)
 
-    def check_length(self, batches: int, expected: int, gave: str) -> None:
+    def check_length(self, batches: int, expected: int, given: str) -> None:
         """Raise `DataError` if the stream gave another number of batches than its length promised."""
         if batches != expected:
             raise DataError(
                 f"{type(self.dataset).__name__} said it has {len(self.dataset)} samples, which are {expected} batches, "
-                f"and it gave {gave}. Correct its __len__, or leave it out and give max_steps."
+                f"and it gave {given}. Correct its __len__, or leave it out and give max_steps."
             )
 
     @override
     def __iter__(self) -> Iterator[tuple[object, int, int]]:
-        """Iterate over (batch, samples in it that count, samples of the global batch)."""
+        """Iterate over (batch, number of its samples or 0 for padding, number of samples in the global batch)."""
         epoch = int(self._epoch)
-        setter = getattr(self.dataset, "set_epoch", None)
-        if callable(setter):
-            setter(epoch)
+        set_epoch(self.dataset, epoch)
         worker = get_worker_info()
-        first, self._from = self._from, None
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        if first is not None:
-            index = first[0]
-            self.dataset.load_state_dict(first[1])
+        if self._resume_state is not None:
+            index, state = self._resume_state
+            self._resume_state = None
+            self.dataset.load_state_dict(state)
         samples: Iterator[Any] | None = None
         while True:
             with seeded_loading(derive_seed(self._seed, epoch, index)):
@@ -167,7 +158,7 @@ class SharedStream(IterableDataset[Any]):
                 chunk = list(islice(samples, self.size))
                 if not chunk or (self._drop_last and len(chunk) < self.size):
                     return
-                mine = list(local_range(range(len(chunk)), self._replica, self._replicas))
-                batch = self._collate([chunk[i] for i in mine] or chunk)
-            yield batch, len(mine), len(chunk)
+                local = local_range(chunk, self._replica, self._replicas)
+                batch = self._collate(list(local or chunk))
+            yield batch, len(local), len(chunk)
             index += stride

@@ -1,22 +1,22 @@
-"""Loading one batch: the datasets that a dealt loader reads from, in this process or in a worker."""
+"""Loading one batch, in this process or in a worker: seeding, collating and pinning."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
-from typing_extensions import TypeVar
 
 from ptacc.errors import DataError
 from ptacc.rng import seed_everything, streams_seeded
 from ptacc.tensors.structures import pinned
+from ptacc.types.aliases import T
 
-Collate = Callable[[list[Any]], object]
+CollateFn: TypeAlias = Callable[[list[Any]], object]
 
 
 def identity(batch: object) -> object:
@@ -32,7 +32,7 @@ def default_collate(samples: list[Any]) -> object:
 
 @contextlib.contextmanager
 def seeded_loading(seed: int) -> Iterator[None]:
-    """Seed the global generators for loading one batch: a worker's are its own, this process's are put back."""
+    """Seed the global generators while one batch is loaded. Only in the main process are they restored afterwards."""
     if get_worker_info() is not None:
         seed_everything(seed)
         yield
@@ -41,31 +41,28 @@ def seeded_loading(seed: int) -> Iterator[None]:
             yield
 
 
-ResultT = TypeVar("ResultT")
-
-
 def set_epoch(target: object, epoch: int) -> None:
-    """Tell a sampler, dataset or loader that wants to know which epoch it is."""
+    """Pass the epoch to a sampler, dataset or loader that has a `set_epoch` method."""
     setter = getattr(target, "set_epoch", None)
     if callable(setter):
         setter(epoch)
 
 
-def get_collate_fn(loader: DataLoader[Any]) -> Callable[[list[Any]], object]:
-    """Return the user's collate function, or torch's own with tuples left tuples."""
-    return default_collate if is_torchs_collate(loader) else loader.collate_fn
+def get_collate_fn(loader: DataLoader[Any]) -> CollateFn:
+    """Return the loader's collate function, with torch's own replaced by one that keeps tuples."""
+    return default_collate if has_default_collate(loader) else loader.collate_fn
 
 
-def is_torchs_collate(loader: DataLoader[Any]) -> bool:
-    """Say whether a batch has all samples that were loaded for it: a collate function of the user's may drop some."""
+def has_default_collate(loader: DataLoader[Any]) -> bool:
+    """Return whether the loader collates as torch does by default. A user's function may leave out samples."""
     return loader.collate_fn is torch.utils.data.default_collate
 
 
-def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return the settings of a loader that have nothing to do with which samples are in which batch."""
-    of_batch = pinnable_first if isinstance(loader.dataset, IterableDataset) else Pinnable
+def get_loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the settings of a loader for one that is given collated batches: all but those on the order of samples."""
+    wrap_batch = wrap_first if isinstance(loader.dataset, IterableDataset) else Pinnable
     settings: dict[str, Any] = {
-        "collate_fn": of_batch if loader.pin_memory else identity,
+        "collate_fn": wrap_batch if loader.pin_memory else identity,
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
@@ -79,23 +76,27 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Pinnable:
-    """A batch on its way to be pinned: torch's loaders look into fewer kinds of structures than batches may have."""
+    """Wraps a batch so that torch's loader pins tensors in every structure that a batch may have."""
 
     batch: Any
 
     def pin_memory(self) -> Pinnable:
-        """Return the batch pinned. Loaders call this, in a thread of their own where they have workers."""
+        """Return the batch in pinned memory. Called by torch's loader."""
         return Pinnable(pinned(self.batch))
 
 
-def pinnable_first(part: tuple[object, int, int]) -> tuple[object, int, int]:
-    """Have the batch pinned that a stream gives with its numbers of samples."""
-    batch, mine, total = part
-    return Pinnable(batch), mine, total
+def wrap_first(item: tuple[object, int, int]) -> tuple[object, int, int]:
+    """Wrap the batch of an item of a stream, which holds numbers of samples, too."""
+    batch, samples, total = item
+    return Pinnable(batch), samples, total
 
 
-def require_batch(data: ResultT | None) -> ResultT:
-    """Return a batch, unless the collate function forgot to."""
+def require_batch(data: T | None) -> T:
+    """Return the batch that was loaded, unwrapped.
+
+    Raises:
+        DataError: The collate function returned None.
+    """
     if isinstance(data, Pinnable):
         data = data.batch
     if data is None:

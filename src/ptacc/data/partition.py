@@ -1,7 +1,7 @@
-"""Which samples are in which batch of which process: pure functions from an epoch's order to each rank's plan.
+"""Which samples are in which batch of which rank: pure functions of an epoch's order.
 
-A *global batch* is what all processes train on at the same time. The order of the samples knows nothing of the number
-of processes; the world size only deals each global batch out.
+A *global batch* consists of the batches that all ranks train on at the same time. The order of the samples does not
+depend on the world size, which only determines how each global batch is split.
 """
 
 from __future__ import annotations
@@ -10,42 +10,39 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from typing_extensions import TypeVar
-
 from ptacc.rng import derive_seed
-
-T = TypeVar("T")
+from ptacc.types.aliases import T
 
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """One batch of one process.
+    """What a rank needs to load one of its batches.
 
     Args:
         indices: Indices of its samples in the dataset.
-        total: Number of samples in the global batch, over all processes.
-        origin: Run seed, epoch, number of the global batch and replica, of which the batch's own seed is derived.
-        is_padding: Whether the samples only keep this process in step with the others, and count nowhere.
+        total: Number of samples in the global batch.
+        seed_path: Run seed, epoch, number of the global batch and replica, from which the batch's seed is derived.
+        is_padding: Whether the batch only gives this rank as many batches as the others have.
     """
 
     indices: Sequence[int]
     total: int
-    origin: tuple[int, ...]
+    seed_path: tuple[int, ...]
     is_padding: bool = False
 
     @property
     def seed(self) -> int:
-        """Seed of whatever randomness is in loading this batch."""
-        return derive_seed(*self.origin)
+        """Seed of the random numbers drawn while the batch is loaded."""
+        return derive_seed(*self.seed_path)
 
     @property
     def samples(self) -> int:
-        """Number of samples that count."""
+        """Number of samples, 0 for a padding batch."""
         return 0 if self.is_padding else len(self.indices)
 
 
-def local_range(samples: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
-    """Return the part of a global batch that a rank gets: contiguous, and as even as can be.
+def local_range(samples: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """Return a rank's part of a global batch. Parts are contiguous, and their sizes differ by at most 1.
 
     Example:
         >>> [list(local_range(range(7), rank, 3)) for rank in range(3)]
@@ -55,7 +52,7 @@ def local_range(samples: Sequence[int], rank: int, world_size: int) -> Sequence[
 
 
 def global_batches(order: Sequence[T], size: int, *, drop_last: bool) -> list[Sequence[T]]:
-    """Cut an epoch's order into global batches of `size` of its parts; the last may be shorter, or is dropped."""
+    """Split an epoch's order into global batches of `size`. The last one may be smaller, or is dropped."""
     end = len(order) - len(order) % size if drop_last else len(order)
     return [order[start : start + size] for start in range(0, end, size)]
 
@@ -65,15 +62,15 @@ def count_global_batches(samples: int, size: int, *, drop_last: bool) -> int:
     return samples // size if drop_last else math.ceil(samples / size)
 
 
-def assign_samples(batch: Sequence[int], rank: int, world_size: int, origin: tuple[int, ...]) -> BatchKey:
-    """Deal one global batch to a rank; a rank that gets none repeats the batch as a phantom."""
-    mine = local_range(batch, rank, world_size)
-    return BatchKey(mine or batch, len(batch), origin, is_padding=not mine)
+def assign_samples(batch: Sequence[int], rank: int, world_size: int, seed_path: tuple[int, ...]) -> BatchKey:
+    """Assign a rank its part of a global batch. A rank without a part gets the whole batch as padding."""
+    local = local_range(batch, rank, world_size)
+    return BatchKey(local or batch, len(batch), seed_path, is_padding=not local)
 
 
-def assign_batches(group: Sequence[Sequence[int]], rank: int, origin: tuple[int, ...]) -> BatchKey:
-    """Deal one ready batch of a group to a rank; a rank beyond the group's end repeats the first as a phantom."""
+def assign_batches(group: Sequence[Sequence[int]], rank: int, seed_path: tuple[int, ...]) -> BatchKey:
+    """Assign a rank its batch of a group of batches. A rank without a batch gets the first one as padding."""
     total = sum(map(len, group))
     if rank < len(group):
-        return BatchKey(group[rank], total, origin)
-    return BatchKey(group[0], total, origin, is_padding=True)
+        return BatchKey(group[rank], total, seed_path)
+    return BatchKey(group[0], total, seed_path, is_padding=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
 from ptacc.data.loading import require_batch, set_epoch
@@ -16,50 +17,52 @@ from ptacc.rng import derive_seed, streams_seeded
 
 
 class PrebatchedSource(ReplaySource):
-    """A loader that cannot be taken apart: its batches are dealt whole, one to each process in turn."""
+    """A loader that is used as it is: each rank takes whole batches of it, in turn. Offsets are numbers of batches."""
 
     def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
-        """Keep the loader."""
         super().__init__(loader)
-        self._loader, self._peers, self._seed = loader, distributed, seed
+        self._loader, self._seed = loader, seed
+        self._replica, self._replicas = distributed.replica, distributed.replicas
 
+    @override
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches of an epoch from `start` on, None where the loader has no length."""
         try:
-            return count_global_batches(max(len(self._loader) - start, 0), self._peers.replicas, drop_last=False)
+            return count_global_batches(max(len(self._loader) - start, 0), self._replicas, drop_last=False)
         except TypeError:
             return None
 
-    def place_after(self, batches: int) -> int:
-        """Return the number of the loader's batches."""
-        return batches * self._peers.replicas
+    @override
+    def offset_after(self, batches: int) -> int:
+        return batches * self._replicas
 
     @property
+    @override
     def partition_scheme(self) -> PartitionScheme:
-        """Batches are whole, and can be dealt to any number of processes."""
-        return PartitionScheme(f"batches of {type(self._loader).__name__}", f"{self._peers.replicas} at a time", True)
+        data = f"batches of {type(self._loader).__name__}"
+        return PartitionScheme(data, f"{self._replicas} at a time", allows_rebatching=True)
 
+    @override
     def fingerprint(self) -> str:
-        """Tell nothing: loaders of one's own may have any form."""
-        return ""
+        return ""  # a loader of another type need not describe itself
 
+    @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch."""
         set_epoch(self._loader, epoch)
-        expected = self._begin(start)
+        expected = self._start_epoch(start)
         batches: Iterator[Any] | None = None
         end = 0
         while True:
-            size = min(self._peers.replicas, start - end) if end < start else self._peers.replicas
-            with streams_seeded(derive_seed(self._seed, epoch, end // self._peers.replicas)):
+            size = min(self._replicas, start - end) if end < start else self._replicas
+            with streams_seeded(derive_seed(self._seed, epoch, end // self._replicas)):
                 batches = iter(self._loader) if batches is None else batches
                 group = [batch for _, batch in zip(range(size), batches, strict=False)]
             if not group:
                 return
             end += len(group)
-            is_padding = self._peers.replica >= len(group)
-            mine = require_batch(group[0 if is_padding else self._peers.replica])
+            is_padding = self._replica >= len(group)
+            batch = require_batch(group[0 if is_padding else self._replica])
             if end > start:
-                yield HostBatch(self._give(mine), None, None, None, is_padding, end)
+                self._last_batch = batch
+                yield HostBatch(batch, None, None, None, is_padding, end)
             elif end == start:
-                self._check(mine, expected)
+                self._check_replayed(batch, expected)

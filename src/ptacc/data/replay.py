@@ -1,78 +1,81 @@
-"""Replaying: data that cannot say where it is, is read anew up to where a run goes on, and compared there."""
+"""Replay: data without a saved position is read again from its beginning when a run resumes within an epoch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from ptacc.data.batch import BatchSource
 from ptacc.errors import DataError
 from ptacc.tensors.structures import as_bytes, iterate_tensors
 from ptacc.types.protocols import StateDict
 
 
-class ReplaySource:
+class ReplaySource(BatchSource):
     """The base of sources that are replayed.
 
-    They remember the batch that was given last, and where the loader's own generators were when the epoch began. A
-    replay that comes to another batch would train on samples twice, or never: it is refused.
+    Their state holds a digest of the last batch, and the loader's own generators as they were when the epoch began. A
+    replay that ends in another batch would repeat or skip samples, and raises an error.
+
+    Args:
+        owner: A loader or a dataset, which is searched for generators.
     """
 
     def __init__(self, owner: object) -> None:
-        """Look for generators in `owner`: a loader, its sampler, its batch sampler."""
-        self._owner = type(owner).__name__
+        self._owner_name = type(owner).__name__
         self._generators = list(find_generators(owner))
-        self._before: list[Tensor] = []
-        self._last: object = None
+        self._states_at_start: list[Tensor] = []
+        self._last_batch: object = None
         self._saved: StateDict = {}
 
-    def _begin(self, start: int) -> str | None:
-        """Begin an epoch from `start` on; return the digest of the last batch before it, where one is known."""
+    def _start_epoch(self, start: int) -> str | None:
+        """Restore a saved state. Return the digest of the last batch before `start`, None if unknown."""
         saved, self._saved = self._saved, {}
         for generator, state in zip(self._generators, saved.get("before" if start else "now", []), strict=False):
             generator.set_state(state)
-        self._before = [generator.get_state() for generator in self._generators]
+        self._states_at_start = [generator.get_state() for generator in self._generators]
         return saved.get("last") if start else None
 
-    def _give(self, batch: Any) -> Any:
-        """Remember a batch that is trained on."""
-        self._last = batch
-        return batch
-
-    def _check(self, batch: object, expected: str | None) -> None:
-        """Compare the last batch that a replay leaves out.
+    def _check_replayed(self, batch: object, expected: str | None) -> None:
+        """Compare the last batch that a replay skips with the one after which the run was saved.
 
         Raises:
-            DataError: It is another than the run was saved after.
+            DataError: They differ.
         """
         if expected is not None and compute_digest(batch) != expected:
             raise DataError(
-                f"{self._owner} was read anew up to where the run was saved, and another batch came there: its order "
-                "is not the same each time. Derive it from the epoch, which `set_epoch` tells, or from torch's, "
-                "NumPy's or Python's generator."
+                f"{self._owner_name} was read again up to where the run was saved, and gave another batch there: its "
+                "order differs each time it is read. Derive the order from the epoch, which `set_epoch` receives, or "
+                "from torch's, NumPy's or Python's generator."
             )
-        self._last = batch
+        self._last_batch = batch
 
+    @override
     def state_dict(self) -> StateDict:
-        """Return the generators' states at the epoch's beginning and now, and a digest of the last batch."""
         now = [generator.get_state() for generator in self._generators]
-        return {"before": self._before, "now": now, "last": compute_digest(self._last)}
+        return {"before": self._states_at_start, "now": now, "last": compute_digest(self._last_batch)}
 
+    @override
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Read anew from where the generators were, when an epoch begins next."""
         self._saved = state_dict
 
 
 def find_generators(owner: object) -> Iterator[torch.Generator]:
     """Iterate over the generators of a loader, of its samplers and of its dataset, each once."""
     batch_sampler = getattr(owner, "batch_sampler", None)
-    places = (owner, getattr(owner, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    held = (getattr(place, "generator", None) for place in (*places, getattr(owner, "dataset", None)))
-    found = {id(generator): generator for generator in held if isinstance(generator, torch.Generator)}
-    yield from found.values()
+    objects = (
+        owner,
+        getattr(owner, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+        getattr(owner, "dataset", None),
+    )
+    generators = (getattr(obj, "generator", None) for obj in objects)
+    yield from {id(found): found for found in generators if isinstance(found, torch.Generator)}.values()
 
 
 def compute_digest(batch: object) -> str:

@@ -1,7 +1,7 @@
-"""Sources: a loader is taken apart, and its batches are dealt to the processes.
+"""From a DataLoader to this rank's batches.
 
-Its dataset, order and collate function are kept. Loading a batch draws from generators seeded for that batch alone,
-wherever it is loaded.
+The loader's dataset, order and collate function are kept. The random numbers drawn while a batch is loaded depend on
+the run's seed and the batch only, wherever it is loaded.
 """
 
 from __future__ import annotations
@@ -28,42 +28,39 @@ def make_source(
     data_is_sharded: bool = False,
     limit: int | None = None,
 ) -> BatchSource:
-    """Take a loader apart into the batches of this process, which hears nothing of the others yet: see `level`.
+    """Make the source of this rank's batches, without communication: call `sync_lengths` before it is used.
 
     Args:
-        loader: The loader, made by a trainer or by the user.
-        distributed: The processes to deal to.
-        seed: The run's seed, from which orders and loading draw.
-        data_is_sharded: Whether the loader of each process has its own data already.
-        limit: Batches to take of each epoch, all if None.
+        loader: The loader, made by the trainer or by the user.
+        distributed: The ranks to split the data over.
+        seed: The run's seed, which determines the order of samples and all random numbers drawn in loading.
+        data_is_sharded: Whether the loader of each rank has its own part of the data already.
+        limit: Number of batches to take of each epoch, all if None.
 
     Raises:
-        DataError: Processes that share a replica of the model have data of their own.
+        DataError: Each rank has its own data, but several ranks share a replica of the model.
     """
-    dealt_to = DistributedRuntime() if data_is_sharded else distributed
     sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not distributed.is_single_process and not data_is_sharded:
-        dealt_to = DistributedRuntime()
-    if dealt_to is not distributed and distributed.replica_size > 1:
+    if isinstance(sampler, DistributedSampler) and not distributed.is_single_process:
+        data_is_sharded = True
+    if data_is_sharded and distributed.replica_size > 1:
         raise DataError(
             f"Each process has its own data, but {distributed.replica_size} processes share a replica of the model and "
             "need the same batches. Give every process the whole data, without data_is_sharded and samplers."
         )
+    split_over = DistributedRuntime() if data_is_sharded else distributed
     if type(loader) is not DataLoader or loader.batch_sampler is None:
-        source: BatchSource = PrebatchedSource(loader, dealt_to, seed)
+        source: BatchSource = PrebatchedSource(loader, split_over, seed)
     elif isinstance(loader.dataset, IterableDataset):
-        source = IterableSource(loader, dealt_to, seed)
+        source = IterableSource(loader, split_over, seed)
     else:
-        source = MapStyleSource(loader, dealt_to, seed)
+        source = MapStyleSource(loader, split_over, seed)
     if limit is not None:
         source = LimitedSource(source, limit)
-    return (
-        PaddedSource(source, distributed)
-        if dealt_to is not distributed and not distributed.is_single_process
-        else source
-    )
+    needs_padding = data_is_sharded and not distributed.is_single_process
+    return PaddedSource(source, distributed) if needs_padding else source
 
 
 def fingerprints(sources: Mapping[str, BatchSource]) -> list[str]:
-    """Tell of several sets of data what has to be the same on all processes."""
-    return [f"{name} {told}".strip() for name, source in sources.items() if (told := source.fingerprint())]
+    """Describe what must be the same on all ranks, for each dataset that all ranks share."""
+    return [f"{name} {shared}".strip() for name, source in sources.items() if (shared := source.fingerprint())]

@@ -1,13 +1,13 @@
-"""Transfer: how batches come to the device, on a GPU beside the computation.
+"""Copying batches to the device. On a GPU, large tensors are copied while the previous batch is computed.
 
 ```
-host        | 1 | 2 | 3 | 4 |                    loads, and gives orders: it is ahead of the GPU, and waits for nothing
-copying         | 1 |    | 2 |      | 3 |
-computing           |    1    |    2    |    3   |
+host         | 1 | 2 | 3 | 4 |                    loads and enqueues, ahead of the GPU, without waiting for it
+copy stream      | 1 |    | 2 |      | 3 |
+compute stream       |    1    |    2    |    3   |
 ```
 
-A batch is copied while the one before it is computed, into memory that was set aside before that began: the stream that
-computes owns it, as any other tensor's, and one more batch is all that it takes.
+The buffer for the next batch is allocated on the compute stream before the current batch is computed, so that it
+belongs to that stream as any other tensor does. This takes the memory of one additional batch.
 """
 
 from __future__ import annotations
@@ -23,85 +23,72 @@ from ptacc.types.aliases import BatchT
 
 Event: TypeAlias = torch.cuda.Event | torch.Event
 
-LEAST_BYTES = 1 << 20
-"""Of a tensor that is copied beside the computation. Less takes about the time in which two streams are ordered."""
+MIN_STREAMED_BYTES = 1 << 20
+"""Smallest tensor copied on the copy stream. Copying less takes about as long as synchronizing two streams."""
 
 
-def transfer_to(device: torch.device) -> Transfer:
-    """Return how the batches of one loop come to a device."""
-    if device.type == "cpu":
-        return Transfer()
-    return StreamedTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+def make_transfer(device: torch.device) -> Transfer:
+    """Return what copies the batches of one loop to `device`."""
+    return StreamedTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
 class Transfer:
-    """Leaves batches where they are: on the host, which is the device."""
-
-    def bring(self, batch: BatchT) -> BatchT:
-        """Return a batch on the device."""
-        return batch
-
-
-class PlainTransfer(Transfer):
-    """Copies each batch to where it is computed on."""
+    """Copies each batch to `device`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Bring batches to `device`."""
         self._device = device
 
-    @override
-    def bring(self, batch: BatchT) -> BatchT:
-        """Return a batch on the device."""
-        return to_device(batch, self._device)
+    def to_device(self, batch: BatchT) -> BatchT:
+        """Return the batch on the device. On the CPU it is the same object."""
+        return batch if self._device.type == "cpu" else to_device(batch, self._device)
 
 
-class StreamedTransfer(PlainTransfer):
-    """Copies large tensors from pinned memory on a stream of its own."""
+class StreamedTransfer(Transfer):
+    """Copies pinned tensors of at least `min_bytes` on a separate CUDA stream."""
 
-    def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES) -> None:
-        """Bring batches to `device`, and tensors of at least `least_bytes` by a stream of their own."""
+    def __init__(self, device: torch.device, min_bytes: int = MIN_STREAMED_BYTES) -> None:
         super().__init__(device)
-        self._least_bytes = least_bytes
-        self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self._rooms: list[Tensor] = []
-        self._set_aside: Event | None = None
+        self._min_bytes = min_bytes
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._buffers: list[Tensor] = []
+        self._buffers_are_free: Event | None = None
 
     @override
-    def bring(self, batch: BatchT) -> BatchT:
-        """Return a batch on the device, and set memory aside for one like it."""
-        rooms, computing = iter(self._rooms), torch.cuda.current_stream(self._device)
-        brought: list[Tensor] = []
+    def to_device(self, batch: BatchT) -> BatchT:
+        """Return the batch on the device, and allocate buffers for the next one."""
+        buffers, compute_stream = iter(self._buffers), torch.cuda.current_stream(self._device)
+        large: list[Tensor] = []
 
         def move(tensor: Tensor) -> Tensor:
-            if not self._is_worth_it(tensor):
+            if not self._is_large(tensor):
                 return tensor.to(self._device, non_blocking=True)
-            room = next(rooms, None)
-            if room is None or not are_alike(room, tensor):
-                brought.append(tensor.to(self._device, non_blocking=True))
+            buffer = next(buffers, None)
+            if buffer is None or not have_same_layout(buffer, tensor):
+                large.append(tensor.to(self._device, non_blocking=True))
             else:
-                self._copy(tensor, room, computing)
-                brought.append(room)
-            return brought[-1]
+                self._copy(tensor, buffer, compute_stream)
+                large.append(buffer)
+            return large[-1]
 
         moved = to_device(batch, self._device, move)
-        self._rooms = [torch.empty_like(tensor) for tensor in brought]
-        if self._rooms:
-            # What computes at present may have had this memory before. It is free once this event is reached.
-            self._set_aside = computing.record_event()
+        self._buffers = [torch.empty_like(tensor) for tensor in large]
+        if self._buffers:
+            # The memory may be in use by work that is enqueued on the compute stream. It is free after this event.
+            self._buffers_are_free = compute_stream.record_event()
         return moved
 
-    def _is_worth_it(self, tensor: Tensor) -> bool:
+    def _is_large(self, tensor: Tensor) -> bool:
         is_plain = tensor.is_cpu and tensor.layout is torch.strided
-        return is_plain and tensor.nbytes >= self._least_bytes and tensor.is_pinned()
+        return is_plain and tensor.nbytes >= self._min_bytes and tensor.is_pinned()
 
-    def _copy(self, tensor: Tensor, room: Tensor, computing: torch.cuda.Stream) -> None:
-        assert self._set_aside is not None
-        self._copying.wait_event(self._set_aside)
-        with torch.cuda.stream(self._copying):
-            room.copy_(tensor, non_blocking=True)
-        computing.wait_stream(self._copying)
+    def _copy(self, tensor: Tensor, buffer: Tensor, compute_stream: torch.cuda.Stream) -> None:
+        assert self._buffers_are_free is not None
+        self._copy_stream.wait_event(self._buffers_are_free)
+        with torch.cuda.stream(self._copy_stream):
+            buffer.copy_(tensor, non_blocking=True)
+        compute_stream.wait_stream(self._copy_stream)
 
 
-def are_alike(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors take the same memory, in the same order."""
+def have_same_layout(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and strides."""
     return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()

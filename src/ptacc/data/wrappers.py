@@ -1,4 +1,4 @@
-"""Watching how the batches of a run are loaded: where a step waits for its data, no hook of the loop can look."""
+"""Sources that wrap another source: observed, limited, or padded to an equal number of batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
 
+from typing_extensions import override
+
 from ptacc.data.batch import BatchSource, HostBatch, PartitionScheme
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.types.protocols import StateDict
@@ -14,163 +16,158 @@ from ptacc.types.protocols import StateDict
 Batches: TypeAlias = Iterator[HostBatch[Any]]
 
 
-class ObservedSource:
-    """A source of batches, and somebody who sees each come: `run.data = ObservedSource(run.data, watch)`."""
+class SourceWrapper(BatchSource):
+    """A source that behaves like the one it wraps, where subclasses do not override it."""
 
-    def __init__(self, source: BatchSource, watch: Callable[[Batches], Batches]) -> None:
-        """Watch a source.
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
 
-        Args:
-            source: What has the batches.
-            watch: Given the batches of an epoch that are to come, yields the same.
-        """
-        self._source, self._watch = source, watch
-
-    def epoch(self, epoch: int, start: int = 0) -> Batches:
-        """Iterate over the batches of one epoch from `start` on, as they are watched."""
-        return self._watch(self._source.epoch(epoch, start))
-
-    @property
-    def partition_scheme(self) -> PartitionScheme:
-        """How the data is dealt."""
-        return self._source.partition_scheme
-
+    @override
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches of an epoch from `start` on, None where the data has no length."""
         return self._source.num_batches(start)
 
-    def place_after(self, batches: int) -> int:
-        """Return the place in an epoch's data after so many batches of each process."""
-        return self._source.place_after(batches)
+    @override
+    def offset_after(self, batches: int) -> int:
+        return self._source.offset_after(batches)
 
+    @property
+    @override
+    def partition_scheme(self) -> PartitionScheme:
+        return self._source.partition_scheme
+
+    @override
     def fingerprint(self) -> str:
-        """Tell of the data what has to be the same on all processes."""
         return self._source.fingerprint()
 
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
+        return self._source.epoch(epoch, start)
+
+    @override
     def state_dict(self) -> StateDict:
-        """Return the state of the source."""
         return self._source.state_dict()
 
+    @override
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Let the source go on from a state."""
         self._source.load_state_dict(state_dict)
 
 
-def level(sources: Iterable[BatchSource]) -> None:
-    """Let processes with data of their own hear of each other's. A collective: every process makes the same call."""
-    for source in sources:
-        if isinstance(source, PaddedSource):
-            source.level()
+class ObservedSource(SourceWrapper):
+    """A source whose batches pass through an observer: `run.data = ObservedSource(run.data, observe)`.
+
+    Args:
+        source: The source.
+        observe: Takes the iterator over an epoch's batches, and yields the same batches.
+    """
+
+    def __init__(self, source: BatchSource, observe: Callable[[Batches], Batches]) -> None:
+        super().__init__(source)
+        self._observe = observe
+
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
+        return self._observe(self._source.epoch(epoch, start))
 
 
-def counted_once(batches: Iterator[HostBatch[Any]], distributed: DistributedRuntime) -> Iterator[HostBatch[Any]]:
-    """Have batches that several processes of a replica take count for the first of them; for the others, phantoms."""
-    return batches if distributed.leads_replica else (replace(batch, is_padding=True) for batch in batches)
+class LimitedSource(SourceWrapper):
+    """The first `limit` batches of each epoch, for a smoke run. Offsets are numbers of batches."""
 
+    def __init__(self, source: BatchSource, limit: int) -> None:
+        super().__init__(source)
+        self._limit = limit
 
-class PaddedSource:
-    """Data that each process has for itself: a process that runs out early repeats its last batch as a phantom."""
-
-    def __init__(self, source: BatchSource, distributed: DistributedRuntime) -> None:
-        """Level `source` over the processes."""
-        self._source, self._peers = source, distributed
-        self._num_batches: int | None = None
-        self._of = ""
-
-    def level(self) -> None:
-        """Learn what the others have, and how many batches the process with most of them has."""
-        self._of = ", ".join(self._peers.gather(self._source.partition_scheme.of))
-        lengths = self._peers.gather(self._source.num_batches())
-        known = [length for length in lengths if length is not None]
-        self._num_batches = max(known) if len(known) == len(lengths) else None
-
+    @override
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches from `start` on of the process that has most, None where one of them does not know."""
-        return None if self._num_batches is None else max(self._num_batches - start, 0)
+        available = self._source.num_batches()
+        return None if available is None else max(min(available, self._limit) - start, 0)
 
-    def place_after(self, batches: int) -> int:
-        """Return the number of batches."""
+    @override
+    def offset_after(self, batches: int) -> int:
         return batches
 
     @property
+    @override
     def partition_scheme(self) -> PartitionScheme:
-        """What each process has is its own."""
-        return PartitionScheme(
-            self._of, f"{self._source.partition_scheme.how} on each of {self._peers.world_size} processes", False
-        )
+        scheme = self._source.partition_scheme
+        return replace(scheme, batching=f"{scheme.batching} up to {self._limit}", allows_rebatching=False)
 
+    @override
     def fingerprint(self) -> str:
-        """Tell nothing: each process has data of its own."""
+        return f"{self._source.fingerprint()} up to {self._limit}".strip()
+
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
+        batches = self._source.epoch(epoch, self._source.offset_after(start))
+        for end, batch in zip(range(start + 1, self._limit + 1), batches, strict=False):
+            yield replace(batch, end=end)
+
+
+class PaddedSource(SourceWrapper):
+    """Data of which each rank has its own part. A rank that runs out early repeats its last batch as padding.
+
+    Offsets are numbers of batches. `sync_lengths` must be called before the source is used.
+    """
+
+    def __init__(self, source: BatchSource, distributed: DistributedRuntime) -> None:
+        super().__init__(source)
+        self._distributed = distributed
+        self._num_batches: int | None = None
+        self._data = ""
+
+    def sync_lengths(self) -> None:
+        """Exchange the number of batches with the other ranks. A collective."""
+        self._data = ", ".join(self._distributed.gather(self._source.partition_scheme.data))
+        lengths = self._distributed.gather(self._source.num_batches())
+        known = [length for length in lengths if length is not None]
+        self._num_batches = max(known) if len(known) == len(lengths) else None
+
+    @override
+    def num_batches(self, start: int = 0) -> int | None:
+        """Return the number of batches left on the rank that has most, None if one of the ranks has no length."""
+        return None if self._num_batches is None else max(self._num_batches - start, 0)
+
+    @override
+    def offset_after(self, batches: int) -> int:
+        return batches
+
+    @property
+    @override
+    def partition_scheme(self) -> PartitionScheme:
+        batching = f"{self._source.partition_scheme.batching} on each of {self._distributed.world_size} processes"
+        return PartitionScheme(self._data, batching, allows_rebatching=False)
+
+    @override
+    def fingerprint(self) -> str:
         return ""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch."""
-        known = self._source.num_batches()
-        first = 0 if known is None else min(start, max(known - 1, 0))  # the last one may be needed as a phantom
-        batches = self._source.epoch(epoch, self._source.place_after(first))
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Batches:
+        available = self._source.num_batches()
+        first = 0 if available is None else min(start, max(available - 1, 0))  # the last one may be needed as padding
+        batches = self._source.epoch(epoch, self._source.offset_after(first))
         last: HostBatch[Any] | None = None
         for _ in range(first, start):
             last = next(batches, last)
         for end in count(start + 1):
-            mine = next(batches, None)
-            holder = self._peers.maximum(self._peers.rank if mine is not None else -1)
-            if holder < 0:
+            batch = next(batches, None)
+            source_rank = self._distributed.maximum(self._distributed.rank if batch is not None else -1)
+            if source_rank < 0:
                 return
-            last = mine or last
-            if self._peers.maximum(int(last is None)):
-                spare = self._peers.broadcast(last, source=holder)
-                last = last or spare
+            last = batch or last
+            if self._distributed.maximum(int(last is None)):
+                received = self._distributed.broadcast(last, source=source_rank)
+                last = last or received
             assert last is not None
-            yield HostBatch(last.data, None, None, None, is_padding=mine is None, end=end)
-
-    def state_dict(self) -> StateDict:
-        """Return the state of this process's data."""
-        return self._source.state_dict()
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a state."""
-        self._source.load_state_dict(state_dict)
+            yield HostBatch(last.data, None, None, None, is_padding=batch is None, end=end)
 
 
-class LimitedSource:
-    """The first batches of each epoch, for a smoke run."""
+def sync_lengths(sources: Iterable[BatchSource]) -> None:
+    """Exchange the numbers of batches of sources whose data differs between ranks. A collective."""
+    for source in sources:
+        if isinstance(source, PaddedSource):
+            source.sync_lengths()
 
-    def __init__(self, source: BatchSource, limit: int) -> None:
-        """Take `limit` batches of each epoch of `source`."""
-        self._source, self._limit = source, limit
 
-    def num_batches(self, start: int = 0) -> int | None:
-        """Return the batches of an epoch from `start` on, None where the data has no length."""
-        known = self._source.num_batches()
-        return None if known is None else max(min(known, self._limit) - start, 0)
-
-    def place_after(self, batches: int) -> int:
-        """Return the number of batches."""
-        return batches
-
-    @property
-    def partition_scheme(self) -> PartitionScheme:
-        """The limit is in batches."""
-        return replace(
-            self._source.partition_scheme,
-            how=f"{self._source.partition_scheme.how} up to {self._limit}",
-            goes_on_anew=False,
-        )
-
-    def fingerprint(self) -> str:
-        """Tell what the source does, and the limit."""
-        return f"{self._source.fingerprint()} up to {self._limit}".strip()
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of one epoch."""
-        batches = self._source.epoch(epoch, self._source.place_after(start))
-        for end, batch in zip(range(start + 1, self._limit + 1), batches, strict=False):
-            yield replace(batch, end=end)
-
-    def state_dict(self) -> StateDict:
-        """Return the state of the data."""
-        return self._source.state_dict()
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a state."""
-        self._source.load_state_dict(state_dict)
+def count_once_per_replica(batches: Batches, distributed: DistributedRuntime) -> Batches:
+    """Mark the batches as padding on all ranks of a model replica but the first, which have the same batches."""
+    return batches if distributed.leads_replica else (replace(batch, is_padding=True) for batch in batches)

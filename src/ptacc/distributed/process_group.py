@@ -10,14 +10,12 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from typing_extensions import TypeVar
 
 from ptacc.distributed.failure import Failure, FailureMonitor, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
 from ptacc.distributed.shutdown import rest_before_exit
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
-
-T = TypeVar("T")
+from ptacc.types.aliases import T
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import Unpack
 
@@ -18,8 +19,8 @@ from ptacc.core.checks import check_eval_output, check_not_wrapped
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
-from ptacc.data.transfer import Transfer, transfer_to
-from ptacc.data.wrappers import counted_once, level
+from ptacc.data.transfer import Transfer, make_transfer
+from ptacc.data.wrappers import count_once_per_replica, sync_lengths
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
@@ -29,33 +30,35 @@ from ptacc.run.state import LossSum
 from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
-from ptacc.types.outputs import EvalResult, Predictions, StepOutput
+from ptacc.types.outputs import EvalResult, StepOutput
 from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
 EVALUATION_SEED = 0
-"""Loading evaluation data that draws at random gives the same each time."""
+"""Seed of the random numbers drawn while evaluation data is loaded, the same in each evaluation."""
 
+TrainData: TypeAlias = SizedDataset[RawT] | DataLoader[object]
 EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | DataLoader[object]
 EvalSets: TypeAlias = Mapping[str, EvalData[RawT]]
+AnyEval: TypeAlias = EvalData[RawT] | EvalSets[RawT] | None
 
 
 class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, SampleT]):
-    """Evaluating and predicting: the part of the loop that changes no weight."""
+    """The part of the loop that changes no weights: evaluation and prediction."""
 
     _role: ClassVar[Role] = "core"
 
-    if not TYPE_CHECKING:  # checkers know the rule that this carries out
+    if not TYPE_CHECKING:  # type checkers apply this rule by themselves
 
         def __class_getitem__(cls, arguments: Any) -> Any:
-            """Let a type parameter that is left out be its default, also where that names an earlier parameter."""
+            """Fill in the defaults of type parameters, also those that refer to an earlier parameter."""
             return super().__class_getitem__(fill_type_defaults(cls, arguments))
 
     # ---- what to override
 
     @hook("factory")
     def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Make the loader of an evaluation or a prediction."""
+        """Factory hook: build the DataLoader of an evaluation or a prediction."""
         return request.build(shuffle=False)
 
     # ---- what to call
@@ -76,71 +79,69 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def evaluate(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
     ) -> EvalResult | dict[str, EvalResult]:
-        """Evaluate on a dataset, every sample once.
+        """Evaluate on a dataset, counting every sample once.
 
         Args:
             dataset: A dataset or a DataLoader, or several of them by name.
-            collate_fn: Makes a batch of a list of samples; torch's own if not given.
+            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
             options: See `EvalOptions`.
 
         Returns:
-            The result, the same on every process; for several sets, a mapping of them.
+            The result, the same on every process. For several datasets, a dict of results.
 
         Raises:
-            DataError: No data, an empty dataset, or one that is not what it says.
-            OptionError: A count below 1.
+            DataError: The dataset is empty, or not a dataset.
+            OptionError: A count below 1, or dataset options given together with a DataLoader.
         """
-        with self._distributed.synced("evaluate()") as told:
+        with self._distributed.synced("evaluate()") as must_match:
             check_not_wrapped(type(self).__name__, self.unwrapped_model)
             check_call("evaluate", dataset, collate_fn, options)
             limit = limit_from_environment(options.get("limit_batches"))
             sources = self._eval_sources(dataset, collate_fn, options, limit)
-            told += fingerprints(sources)
+            must_match += fingerprints(sources)
         with self._prepared(sources.values()):
             results = {name: self._evaluate(name, source) for name, source in sources.items()}
         return results if isinstance(dataset, Mapping) else results[""]
 
     @overload
-    def predict(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Predictions[OutputT]: ...
+    def predict(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> list[OutputT]: ...
     @overload
     def predict(
-        self: EvaluationLoop[Pair, OutputT, PairSample],
-        dataset: EvalData[torch.Tensor],
-        **options: Unpack[EvalOptions],
-    ) -> Predictions[OutputT]: ...
+        self: EvaluationLoop[Pair, OutputT, PairSample], dataset: EvalData[Tensor], **options: Unpack[EvalOptions]
+    ) -> list[OutputT]: ...
     @overload
     def predict(
         self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
-    ) -> Predictions[OutputT]: ...
+    ) -> list[OutputT]: ...
     @final
     def predict(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
-    ) -> Predictions[OutputT]:
-        """Predict for a dataset: one output for each sample, in the dataset's order, on the host.
+    ) -> list[OutputT]:
+        """Compute the output for every sample of a dataset.
 
         Args:
             dataset: A dataset or a DataLoader.
-            collate_fn: Makes a batch of a list of samples; torch's own if not given.
+            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
             options: See `EvalOptions`.
 
         Returns:
-            The outputs, the same on every process.
+            One output for each sample, in the dataset's order, on the CPU. The list is the same on every process.
+            `torch.stack(predictions)` makes one tensor of outputs that are tensors.
 
         Raises:
-            DataError: No data, an empty dataset, or `predict_step` does not give one output for each sample.
+            DataError: The dataset is empty, or `predict_step` does not return one output for each sample.
+            OptionError: A count below 1, or dataset options given together with a DataLoader.
         """
         indexed = list(self._predictions(dataset, collate_fn, options))
         if sorted(index for index, _ in indexed) == list(range(len(indexed))):
             indexed.sort(key=lambda pair: pair[0])
-        return Predictions([output for _, output in indexed])
+        return [output for _, output in indexed]
 
     @overload
     def stream_predictions(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(
-        self: EvaluationLoop[Pair, OutputT, PairSample],
-        dataset: EvalData[torch.Tensor],
-        **options: Unpack[EvalOptions],
+        self: EvaluationLoop[Pair, OutputT, PairSample], dataset: EvalData[Tensor], **options: Unpack[EvalOptions]
     ) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(
@@ -150,29 +151,30 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def stream_predictions(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
     ) -> Iterator[OutputT]:
-        """Predict as `predict` does, one sample at a time, for data whose outputs do not fit in memory."""
+        """Yield the outputs of `predict` one by one, for outputs that do not fit in memory together."""
         for _, output in self._predictions(dataset, collate_fn, options):
             yield output
 
-    # ---- how it is done
+    # ---- evaluating
 
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
         events = self._events()
         with (
             self._distributed.failing_together(f"evaluating {name}".rstrip()),
-            self._evaluating(),
+            self._eval_mode(),
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
-            losses, transfer = LossSum(self.device), transfer_to(self.device)
-            for batches, host in enumerate(counted_once(source.epoch(0), self._distributed), start=1):
+            losses, transfer = LossSum(self.device), make_transfer(self.device)
+            batches = count_once_per_replica(source.epoch(0), self._distributed)
+            for number, host in enumerate(batches, start=1):
                 self._distributed.count_progress()
-                if batches == 1:
+                if number == 1:
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
-                    _add(losses, output, self.count_items(host.data))
-                if self._may_break_off() and self.run.agree_to_terminate(batches):
+                    _add_loss(losses, output, self.count_items(host.data))
+                if self._is_interruptible() and self.run.agree_to_terminate(number):
                     raise CoordinatedExit
             total, items = self.distributed.sum([float(losses.total), losses.items])
             if not items:
@@ -186,46 +188,51 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.evaluation_end(name, result)
         return result
 
-    def _may_break_off(self) -> bool:
-        """Say whether the run may end within this evaluation: not within a hook's, where it is to be saved after."""
-        return self.is_running and (self.run.is_scheduled_evaluation or not isinstance(self, SupportsCheckpoint))
-
     def _evaluate_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> StepOutput[OutputT]:
-        batch = transfer.bring(host.data)
+        batch = transfer.to_device(host.data)
         output = self.eval_step(batch)
         check_eval_output(type(self).__name__, output)
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output
 
+    def _is_interruptible(self) -> bool:
+        """Return whether a termination signal may end the run within this evaluation.
+
+        An evaluation that a hook calls is completed if the run can be saved after it.
+        """
+        return self.is_running and (self.run.is_scheduled_evaluation or not isinstance(self, SupportsCheckpoint))
+
+    # ---- predicting
+
     def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
-        """Iterate over (index in the dataset, output): in loading order, the same on every process."""
-        with self._distributed.synced("predict()") as told:
+        """Iterate over (index in the dataset, output) in the order of loading, the same on every process."""
+        with self._distributed.synced("predict()") as must_match:
             check_not_wrapped(type(self).__name__, self.unwrapped_model)
             if isinstance(dataset, Mapping):
-                raise DataError("predict() takes one dataset: got a mapping. Call it for each set.")
+                raise DataError("predict() takes one dataset: got a mapping. Call it for each dataset.")
             check_call("predict", dataset, collate_fn, options)
-            # A smoke run by the environment variable leaves predictions whole: scripts line them up with their data.
+            # Not limited by the environment variable: scripts match predictions with their data.
             sources = self._eval_sources(dataset, collate_fn, options, options.get("limit_batches"))
-            told += fingerprints(sources)
+            must_match += fingerprints(sources)
         (source,) = sources.values()
         events = self._events()
-        position, transfer = 0, transfer_to(self.device)
-        together = self._distributed.failing_together("in a prediction")
-        with self._prepared([source]), together, self._evaluating(), self.around_prediction():
+        position, transfer = 0, make_transfer(self.device)
+        failing_together = self._distributed.failing_together("in a prediction")
+        with self._prepared([source]), failing_together, self._eval_mode(), self.around_prediction():
             events.prediction_start()
-            for host in counted_once(source.epoch(0), self._distributed):
-                outputs = self._predict_batch(host, transfer)
-                # Batch by batch, and not sample by sample: a view of a batch is sent with the whole of it.
-                for indices, batch in filter(None, self.distributed.gather(None if host.is_padding else outputs)):
-                    for index, output in zip(indices, unbind(batch, len(indices)), strict=True):
+            for host in count_once_per_replica(source.epoch(0), self._distributed):
+                local = self._predict_batch(host, transfer)
+                # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
+                for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
+                    for index, output in zip(indices, unbind(outputs, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
             events.prediction_end()
 
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
-        """Return the indices of a batch's samples, -1 for those that have none, and their outputs on the host."""
-        outputs = map_tensors(to_host, self.predict_step(transfer.bring(host.data)))
+        """Return the indices of a batch's samples, -1 if unknown, and their outputs on the CPU."""
+        outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
         count = leading_dimension(outputs)
         if host.indices is None:
             return [-1] * count, outputs
@@ -236,10 +243,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             )
         return host.indices, outputs
 
+    # ---- data and model
+
     def _eval_sources(
         self, dataset: Any, collate_fn: Any, options: EvalOptions, limit: int | None
     ) -> dict[str, BatchSource]:
-        """Return the batches of each evaluation set by name, those of a single set under an empty name."""
+        """Return the source of each evaluation set by name, that of a single set under an empty name."""
         sets = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
         if not sets:
             raise DataError("No evaluation data was given: the mapping is empty. Leave it out to evaluate nothing.")
@@ -256,25 +265,23 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _eval_loader(self, data: Any, collate_fn: Any, options: EvalOptions) -> DataLoader[object]:
         check_dataset(data)
-        if isinstance(data, DataLoader):
-            if (
-                isinstance(getattr(data.batch_sampler, "sampler", None), DistributedSampler)
-                and not self._distributed.is_single_process
-            ):
-                raise DataError(
-                    "The evaluation data comes with a DistributedSampler, whose padding would count samples twice. "
-                    "Leave the sampler out: samples are dealt to the processes."
-                )
-            return data
-        kwargs = options.get("dataloader_kwargs", {})
-        request = DataLoaderConfig(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
-        return self.make_eval_dataloader(request)
+        if not isinstance(data, DataLoader):
+            kwargs = options.get("dataloader_kwargs", {})
+            request = DataLoaderConfig(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
+            return self.make_eval_dataloader(request)
+        sampler = getattr(data.batch_sampler, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and not self._distributed.is_single_process:
+            raise DataError(
+                "The evaluation data comes with a DistributedSampler, whose padding would count samples twice. "
+                "Leave the sampler out: the samples are split over the processes."
+            )
+        return data
 
     @contextlib.contextmanager
     def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
-        """Have the data levelled and the model on the device; a run has it there already."""
+        """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
         with self._distributed.failing_together("setting an evaluation up"):
-            level(sources)
+            sync_lengths(sources)
         if self.is_running:
             yield
             return
@@ -284,49 +291,49 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     @contextlib.contextmanager
     def _wrapped_model(self) -> Iterator[None]:
-        """Let the block wrap and patch the user's model, and give it back as it was."""
-        accelerator = self.accelerator  # first: where the launch is refused, nothing was borrowed
-        bare = self.model
-        remembered = ModelState.capture(bare)
-        self._state.unwrapped_model = bare
+        """Restore the user's model after a block that may wrap and patch it."""
+        accelerator = self.accelerator  # raises for an unsupported launch, before the model is touched
+        unwrapped = self.model
+        saved = ModelState.capture(unwrapped)
+        self._state.unwrapped_model = unwrapped
         try:
             yield
         finally:
-            self._set_model(bare)
+            self._set_model(unwrapped)
             self._state.unwrapped_model = None
-            remembered.restore(bare)
+            saved.restore(unwrapped)
             forget_prepared(accelerator)
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Be in eval mode without gradients, and leave flags and random streams as they were."""
-        remembered = ModelState.capture(self.model)
+    def _eval_mode(self) -> Iterator[None]:
+        """Disable gradients and training mode for the block. Train flags and random streams are restored after it."""
+        saved = ModelState.capture(self.model)
         streams = preserved_streams(devices=self.device.type != "cpu")
         try:
             with torch.no_grad(), streams, self.around_evaluation_weights():
                 self.model.eval()
                 yield
         finally:
-            remembered.restore_flags()
+            saved.restore_flags()
 
 
 def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
-    """Raise for options there are not, and for a ready DataLoader beside what only a dataset needs to be told."""
+    """Raise for invalid options, and for dataset options given together with a DataLoader."""
     check_keywords(f"{call}()", options, EvalOptions.__annotations__)
     check_data_is_sharded(call, options.get("data_is_sharded", False))
     for name in ("per_device_batch_size", "limit_batches"):
         if options.get(name) is not None:
             check_at_least(call, name, options.get(name), 1)
     sets = data.values() if isinstance(data, Mapping) else [data]
-    of_dataset = collate_fn or options.keys() & {"per_device_batch_size", "dataloader_kwargs"}
-    if of_dataset and any(isinstance(part, DataLoader) for part in sets):
+    has_dataset_options = collate_fn or options.keys() & {"per_device_batch_size", "dataloader_kwargs"}
+    if has_dataset_options and any(isinstance(part, DataLoader) for part in sets):
         raise OptionError(
-            f"{call}() got a ready DataLoader, and per_device_batch_size, dataloader_kwargs or collate_fn beside it: "
-            "the loader has its own. Give the dataset instead, or leave them out."
+            f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
+            "loader has its own. Give the dataset instead, or leave them out."
         )
 
 
-def _add(losses: LossSum, output: StepOutput[Any], count: int) -> None:
+def _add_loss(losses: LossSum, output: StepOutput[Any], count: int) -> None:
     if output.is_sum:
         losses.total.add_(output.loss)
         losses.items += count

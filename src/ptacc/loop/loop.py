@@ -1,4 +1,4 @@
-"""`TrainingLoop`: the loop. Its pseudocode stands in the documentation and is the specification."""
+"""`TrainingLoop`: the training loop, specified by its pseudocode in the documentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import field
 from typing import Any, ClassVar, Generic, Self, final, overload
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
@@ -18,33 +17,42 @@ from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
+from ptacc.core.hooks import TrainerCore
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
-from ptacc.data.transfer import Transfer, transfer_to
+from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
 from ptacc.errors import DataError, NestedRunError
-from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
-from ptacc.loop.setup import RunSetUp, marking_forwards
+from ptacc.loop.setup import RunSetup, forwards_counted
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
 from ptacc.run.window import Window, make_windows
 from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
-from ptacc.types.arguments import RunOptions, TrainOptions
+from ptacc.types.arguments import (
+    DEFAULT_CADENCE,
+    EpochLimited,
+    RunOptions,
+    StepLimited,
+    TimeLimited,
+    TrainOptions,
+    check_run_options,
+)
 from ptacc.types.outputs import EpochRecord, StepOutput
-from ptacc.types.protocols import SizedDataset
 from ptacc.validation import check_keywords
 
 
-class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
-    """The core loop, generic in the batch and in what a step puts out.
+class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
+    """The training loop, generic in the types of batches and of a step's outputs.
 
-    `TrainingLoop[BatchT, OutputT]` takes datasets of `BatchT`, as the default collate function keeps a sample's type.
-    Where it does not, a third argument names the samples: `TrainingLoop[Pair, Tensor, tuple[Tensor, int]]`.
+    `TrainingLoop[BatchT, OutputT]` takes datasets whose samples are of type `BatchT`, which torch's default collate
+    function often preserves. If the samples are of another type, it is the third argument:
+    `TrainingLoop[Pair, Tensor, tuple[Tensor, int]]`.
 
     Options:
-        default_callbacks: A progress bar, printed metrics and a stop at the first loss that is no number, in front of
-            `callbacks`. `default_callbacks=()` leaves them out.
+        default_callbacks: Callbacks that come before `callbacks`: a progress bar, printed metrics, and a stop at the
+            first loss that is NaN or infinite. `default_callbacks=()` leaves them out.
 
     Example:
         >>> import torch
@@ -74,100 +82,71 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     @override
     def check_options(self) -> None:
-        """Refuse default callbacks that are none."""
         check_callbacks(type(self).__name__, self.default_callbacks, Callback)
 
     # ---- what to write, and what to override
 
     @abstractmethod
     def train_step(self, batch: BatchT) -> StepOutput[OutputT]:
-        """Compute the loss and the outputs of one batch: a scalar, the mean over the batch's items, with its graph."""
+        """Abstract hook: compute the loss and the outputs of one batch.
+
+        The loss is a scalar, the mean over the batch's items, with its graph.
+        """
 
     @override
     def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
-        """Compute the loss and the outputs of one batch: by default as `train_step` does."""
+        """Default hook: compute the loss and the outputs of one batch in evaluation, by default with `train_step`."""
         return self.train_step(batch)
 
     @hook("default")
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a batch's loss, which is scaled to its share of the step."""
+        """Default hook: compute the gradients of a batch's loss, which is scaled to its share of the step's loss."""
         self.run.engine.backward(loss)
 
     @override
     def all_callbacks(self) -> Sequence[Callback[Any]]:
-        """Return the callbacks of a run, the default ones first."""
         return (*self.default_callbacks, *self.callbacks)
 
-    # ---- what to call: sized data ends by epochs, steps or time; a stream by steps or time
+    # ---- what to call. Data with a length is limited by epochs, steps or time; a stream by steps or time
 
     @overload
     def train(
-        self,
-        train_dataset: SizedDataset[SampleT] | DataLoader[object],
-        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
-        *,
-        num_epochs: int,
-        max_steps: int | None = None,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
+        self, train_dataset: TrainData[SampleT], eval_dataset: AnyEval[SampleT] = ..., **options: Unpack[EpochLimited]
     ) -> RunHistory: ...
     @overload
     def train(
         self,
-        train_dataset: SizedDataset[RawT] | DataLoader[object],
-        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+        train_dataset: TrainData[RawT],
+        eval_dataset: AnyEval[RawT] = ...,
         *,
         collate_fn: Callable[[list[RawT]], BatchT],
-        num_epochs: int,
-        max_steps: int | None = None,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
+        **options: Unpack[EpochLimited],
     ) -> RunHistory: ...
     @overload
     def train(
-        self,
-        train_dataset: EvalData[SampleT],
-        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
-        *,
-        num_epochs: int | None = None,
-        max_steps: int,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
+        self, train_dataset: EvalData[SampleT], eval_dataset: AnyEval[SampleT] = ..., **options: Unpack[StepLimited]
     ) -> RunHistory: ...
     @overload
     def train(
         self,
         train_dataset: EvalData[RawT],
-        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+        eval_dataset: AnyEval[RawT] = ...,
         *,
         collate_fn: Callable[[list[RawT]], BatchT],
-        num_epochs: int | None = None,
-        max_steps: int,
-        max_time: Duration | None = None,
-        **options: Unpack[TrainOptions],
+        **options: Unpack[StepLimited],
     ) -> RunHistory: ...
     @overload
     def train(
-        self,
-        train_dataset: EvalData[SampleT],
-        eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
-        *,
-        num_epochs: int | None = None,
-        max_steps: int | None = None,
-        max_time: Duration,
-        **options: Unpack[TrainOptions],
+        self, train_dataset: EvalData[SampleT], eval_dataset: AnyEval[SampleT] = ..., **options: Unpack[TimeLimited]
     ) -> RunHistory: ...
     @overload
     def train(
         self,
         train_dataset: EvalData[RawT],
-        eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+        eval_dataset: AnyEval[RawT] = ...,
         *,
         collate_fn: Callable[[list[RawT]], BatchT],
-        num_epochs: int | None = None,
-        max_steps: int | None = None,
-        max_time: Duration,
-        **options: Unpack[TrainOptions],
+        **options: Unpack[TimeLimited],
     ) -> RunHistory: ...
     @final
     def train(
@@ -185,41 +164,44 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
         Args:
             train_dataset: A dataset, map-style or iterable, or a DataLoader.
-            eval_dataset: Likewise, or several of them by name.
-            collate_fn: Makes a batch of a list of samples; torch's own if not given.
-            num_epochs: Passes over the data at most.
-            max_steps: Optimizer steps at most.
-            max_time: Seconds at most, or a `timedelta`.
+            eval_dataset: A dataset or DataLoader, or several of them by name. Default: no evaluation.
+            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
+            num_epochs: Largest number of passes over the data.
+            max_steps: Largest number of optimizer steps.
+            max_time: Longest duration, in seconds or as a `timedelta`. The run ends after the step that reaches it.
             options: See `TrainOptions`.
 
         Returns:
-            The history of the run. Whichever limit comes first ended it; `stop_reason` says if it was the clock, or
-            something else than these limits.
+            The history of the run, which ends at the first limit that is reached. `stop_reason` names it if it was
+            `max_time`, or another reason for which the run was stopped; otherwise it is None.
 
         Raises:
             OptionError: A count below 1, or no limit at all.
-            DataError: No data, an empty dataset, or one that is not what it says.
+            DataError: The training data is empty, not a dataset, or does not match its length.
             ModelError: A model or optimizer that cannot be trained as given.
             LossError: The first step's loss cannot be minimised.
             NestedRunError: This is called within a run of the same trainer.
             RankFailedError: Another process of the launch failed, or was killed.
-            SystemExit: A process was asked to terminate: all stopped at one step, and exit with 128 and the signal's
-                number, 143 for SIGTERM.
+            SystemExit: A process was asked to terminate. All processes stop after the same step, and exit with 128 plus
+                the signal's number: 143 for SIGTERM.
         """
         with self._distributed.synced("train()"):
             self._check_not_running()
             check_not_wrapped(type(self).__name__, self.model)
             check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
-            asked = RunOptions(num_epochs, max_steps, max_time, collate_fn, **options)
+            run_options = RunOptions(
+                num_epochs=num_epochs, max_steps=max_steps, max_time=max_time, collate_fn=collate_fn, **options
+            )
+            check_run_options(run_options)
         with self._wrapped_model():
-            run = self._state.run = self._make_run(train_dataset, eval_dataset, asked)
+            run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
             try:
                 self._set_model(run.model)
                 self.model.train()
-                together = run.distributed.failing_together(lambda: f"after step {run.progress.steps}")
-                heeded = signal_handlers(self.stop_signals(), run.request_termination)
-                with together, heeded, marking_forwards(run):
-                    with contextlib.suppress(CoordinatedExit):  # from an evaluation that a hook asked for
+                failing_together = run.distributed.failing_together(lambda: f"after step {run.progress.steps}")
+                handlers = signal_handlers(self.stop_signals(), run.request_termination)
+                with failing_together, handlers, forwards_counted(run):
+                    with contextlib.suppress(CoordinatedExit):  # raised by an evaluation that a hook called
                         self._loop(run)
                     run.apply_pending_signal()
             except BaseException as error:
@@ -261,78 +243,65 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     # ---- the loop
 
     def _loop(self, run: Run) -> None:
-        """Go through a run, as the pseudocode has it."""
-        tell, around_step, transfer = self._events(), self._context("around_step"), transfer_to(run.device)
-        with self.around_run(), self._rescuing(run):
-            tell.run_start()
-            self._enter(run)
+        """Run the loop, as its pseudocode in the documentation specifies."""
+        events, transfer = self._events(), make_transfer(run.device)
+        around_step = self.around_step if overrides(self, TrainerCore, "around_step") else contextlib.nullcontext
+        with self.around_run(), self._saving_on_exception(run):
+            events.run_start()
+            self._start_or_resume(run)
             while run.is_within_epoch or not run.is_done():
                 run.begin_epoch()
                 with self.around_epoch():
-                    tell.epoch_start()
-                    if run.is_within_epoch:  # it goes on from a checkpoint
+                    events.epoch_start()
+                    if run.is_within_epoch:  # resumed within it
                         self.load_run_state()
-                        self._between_steps(run)
+                        self._after_step(run)
                     for window in self._windows(run):
                         run.is_consistent = False
-                        tell.step_start()
+                        events.step_start()
                         with around_step():
-                            step, happened = self._step(run, window, transfer)
-                        run.count(window, step, happened=happened)
-                        if happened:
-                            tell.step_end(step)
-                        self._between_steps(run)
+                            step, was_updated = self._step(run, window, transfer)
+                        run.count(window, step, happened=was_updated)
+                        if was_updated:
+                            events.step_end(step)
+                        self._after_step(run)
                     record = self._end_epoch(run)
-                tell.epoch_end(record)
-                self._between_epochs(run)
-                if run.is_within_epoch:  # the end came there
+                events.epoch_end(record)
+                self._after_epoch(run)
+                if run.is_within_epoch:  # the run ends within it
                     break
             run.engine.sync_buffers()
-            tell.run_end()
+            events.run_end()
             run.engine.release()
 
-    def _enter(self, run: Run) -> None:
-        """Come to the first step, or to where a saved run goes on."""
-        if run.saved is not None:
-            self.load_run_state()
-            run.is_consistent = True
-            if not run.is_within_epoch:
-                run.agree_to_stop(self.should_stop(), at_boundary=True)
-        is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
-        if run.options.evaluate_first and is_new:
-            run.is_consistent = True
-            if self._evaluate_sets(run):
-                run.history.initial.update(run.epoch.evaluations)
-            self.save_run_state()
-
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
-        """Take one optimizer step over the batches of a window. Say whether it happened: a scaler may skip it."""
+        """Take one optimizer step over the batches of a window. Return whether a gradient scaler did not skip it."""
         run.distributed.count_progress()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
-        is_heard = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
+        needs_output = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
-                batch = transfer.bring(host.data)
+                batch = transfer.to_device(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss, logged = window.share(index, output), output.logged
-                heard = output if is_heard and not host.is_padding else None
-                del output  # where nobody hears of it, the backward pass can have its memory
+                retained = output if needs_output and not host.is_padding else None
+                del output  # unless it is retained, the backward pass can use its memory
                 run.distributed.count_progress()
                 self.backward(loss)
             step.add(loss.detach(), logged, window.weight(index))
-            if heard is not None:
-                self.on_batch_end(batch, heard)
-            del batch, heard, loss  # the next forward pass needs their memory
+            if retained is not None:
+                self.on_batch_end(batch, retained)
+            del batch, retained, loss  # the next forward pass needs their memory
         run.batch = None
         run.engine.unscale_gradients()
         self.on_gradients_ready(step)
         return step, run.engine.update()
 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
-        """Iterate over the windows that are left of an epoch."""
+        """Iterate over the remaining windows of an epoch."""
         if run.is_within_epoch and run.is_epoch_complete:
             return
         batches = run.data.epoch(run.progress.epochs, run.progress.offset)
@@ -348,27 +317,39 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self.check_batch(window.batches[0].data)
             yield window
 
-    def _between_steps(self, run: Run) -> None:
-        """Evaluate where it is time to, agree on the end, and let the run be saved: with the epoch's end at its end."""
+    # ---- between steps and epochs: evaluate, agree on stopping, save
+
+    def _start_or_resume(self, run: Run) -> None:
+        if run.saved is not None:
+            self.load_run_state()
+            run.is_consistent = True
+            if not run.is_within_epoch:
+                run.agree_to_stop(self.should_stop(), at_boundary=True)
+        is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
+        if run.options.get("evaluate_first", False) and is_new:
+            run.is_consistent = True
+            if self._evaluate_sets(run):
+                run.history.initial.update(run.epoch.evaluations)
+            self.save_run_state()
+
+    def _after_step(self, run: Run) -> None:
         run.is_consistent = True
-        if run.is_due(run.options.evaluate_every, run.evaluated_at):
+        if is_evaluation_due(run):
             self._evaluate_sets(run)
         run.agree_to_stop(self.should_stop())
-        if not run.is_epoch_complete:
+        if not run.is_epoch_complete:  # else after the epoch
             if run.lacks_last_evaluation:
                 self._evaluate_sets(run)
             self.save_run_state()
 
     def _end_epoch(self, run: Run) -> EpochRecord:
-        """Count the epoch, evaluate where it is time to, and put its record together."""
-        number, within = run.progress.epochs + 1, run.progress
+        number, before = run.progress.epochs + 1, run.progress
         if run.is_epoch_complete:
             if not run.is_within_epoch:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-            is_due = run.lacks_last_evaluation or run.is_due(run.options.evaluate_every, run.evaluated_at)
-            if is_due and not self._evaluate_sets(run):
-                run.uncount_epoch(within)
+            if (run.lacks_last_evaluation or is_evaluation_due(run)) and not self._evaluate_sets(run):
+                run.uncount_epoch(before)
                 self.save_run_state()
         run.is_consistent = False
         run.history.read_steps(run.distributed)
@@ -376,15 +357,14 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.history.add_epoch(record)
         return record
 
-    def _between_epochs(self, run: Run) -> None:
-        """Agree on the end, and let the run be saved."""
+    def _after_epoch(self, run: Run) -> None:
         run.agree_to_stop(self.should_stop(), at_boundary=True)
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()
 
     def _evaluate_sets(self, run: Run) -> bool:
-        """Evaluate every set. Return False where that was broken off, to end the run: nothing of it is kept then."""
+        """Evaluate every set. Return False if a termination signal interrupted that: the results are discarded."""
         run.is_scheduled_evaluation = True
         try:
             for name, source in run.eval_data.items():
@@ -400,11 +380,16 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return True
 
     @contextlib.contextmanager
-    def _rescuing(self, run: Run) -> Iterator[None]:
-        """Let a run be saved that ends by an exception between two steps: other processes would be elsewhere."""
+    def _saving_on_exception(self, run: Run) -> Iterator[None]:
+        """Save a single-process run when an exception ends it between steps. Other processes would be elsewhere."""
         try:
             yield
         except BaseException as error:
             if run.is_consistent and run.distributed.is_single_process and not isinstance(error, CoordinatedExit):
                 self.save_on_exception(error)
             raise
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Return whether `evaluate_every` requires an evaluation now."""
+    return run.is_due(run.options.get("evaluate_every", DEFAULT_CADENCE), run.evaluated_at)

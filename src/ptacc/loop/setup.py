@@ -1,10 +1,10 @@
-"""Setting a run up: everything that it is given is checked before any weight is touched."""
+"""From the arguments of `train()` to the state of a run. All arguments are checked before any weight is changed."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Generic
 
@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.callback import overrides
 from ptacc.core.checks import check_monitor, check_trainable
-from ptacc.core.hooks import TrainerCore
 from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
-from ptacc.data.wrappers import level
+from ptacc.data.wrappers import sync_lengths
 from ptacc.distributed.stop_vote import StopConsensus
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
@@ -26,45 +24,49 @@ from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
-from ptacc.types.arguments import EvalOptions, RunOptions
+from ptacc.types.arguments import EvalOptions, RunOptions, options_fingerprint
 from ptacc.types.outputs import EvalResult
 from ptacc.types.progress import Progress, RunPlan
 
 
-class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
-    """From the arguments of `train()` to the state of a run."""
+class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
+    """The part of the loop that makes the state of a run from the arguments of `train()`."""
 
     _role: ClassVar[Role] = "core"
 
     @hook("factory")
     def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Make the loader of a run. Its dataset, order and collate function are kept, its batches are dealt."""
+        """Factory hook: build the training DataLoader. ptacc splits its batches over the processes.
+
+        Its dataset, order and collate function are kept.
+        """
         return request.build(shuffle=True)
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
-        """Check everything that a run is given, and make its state; no weight is touched."""
+        """Check everything that a run depends on, and make its state."""
         distributed = self._distributed
         self._state.num_runs += 1
         with distributed.failing_together("drawing a seed"):
             saved = self.find_resume_state()
             seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed
-        with distributed.synced("the set-up of train()") as told:
+        with distributed.synced("the set-up of train()") as must_match:
             check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
-            limit = limit_from_environment(options.limit_batches)
-            loader = self._train_loader(train_data, options)
-            data = make_source(loader, distributed, seed, data_is_sharded=options.data_is_sharded, limit=limit)
+            limit = limit_from_environment(options.get("limit_batches"))
+            loader, is_sharded = self._train_loader(train_data, options), options.get("data_is_sharded", False)
+            data = make_source(loader, distributed, seed, data_is_sharded=is_sharded, limit=limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)
             values = self._reported_names(eval_sets)
-            for watcher, monitored in self.monitors():
-                check_monitor(monitored, values, watcher)
-            told += [
+            for owner, monitor in self.monitors():
+                check_monitor(monitor, values, owner)
+            must_match += [
                 *fingerprints({"train": data}),
                 *fingerprints(eval_sets),
-                options.fingerprint(),
+                options_fingerprint(options),
                 f"accumulation_steps={self.accumulation_steps()}",
             ]
         with distributed.failing_together("setting a run up"):
-            level([data, *eval_sets.values()])
+            sync_lengths([data, *eval_sets.values()])
+            scheme, check_every = data.partition_scheme, options.get("stop_check_every")
             return Run(
                 options=options,
                 plan=self._plan(data, options, saved),
@@ -75,102 +77,99 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 data=data,
                 eval_data=eval_sets,
                 history=RunHistory(self.history_file if distributed.rank == 0 else None),
-                vote=StopConsensus(distributed, options.stop_check_every),
-                eval_vote=StopConsensus(distributed, options.stop_check_every),
+                vote=StopConsensus(distributed, check_every),
+                eval_vote=StopConsensus(distributed, check_every),
                 accumulation_steps=self.accumulation_steps(),
                 values=values,
-                conditions={
-                    **self.resume_invariants(),
-                    "data": data.partition_scheme.of,
-                    "batch_size": data.partition_scheme.how,
-                },
+                conditions={**self.resume_invariants(), "data": scheme.data, "batch_size": scheme.batching},
                 saved=saved,
             )
+
+    def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
+        check_dataset(data)
+        batch_size, collate_fn = options.get("per_device_batch_size"), options["collate_fn"]
+        kwargs = options.get("train_dataloader_kwargs", {})
+        if not isinstance(data, DataLoader):
+            return self.make_train_dataloader(DataLoaderConfig(data, batch_size, collate_fn, kwargs, self.device))
+        if batch_size is not None or kwargs or collate_fn:
+            raise OptionError(
+                "train() got a DataLoader together with per_device_batch_size, train_dataloader_kwargs or collate_fn: "
+                "the loader has its own. Give the dataset instead, or leave them out."
+            )
+        return data
 
     def _run_eval_sources(self, data: Any, options: RunOptions, limit: int | None) -> dict[str, BatchSource]:
         if data is None:
             return {}
-        evaluation = EvalOptions(
-            per_device_batch_size=options.per_device_batch_size,
-            dataloader_kwargs=options.eval_dataloader_kwargs,
+        eval_options = EvalOptions(
+            per_device_batch_size=options.get("per_device_batch_size"),
+            dataloader_kwargs=options.get("eval_dataloader_kwargs", {}),
         )
-        return self._eval_sources(data, options.collate_fn, evaluation, limit)
+        return self._eval_sources(data, options["collate_fn"], eval_options, limit)
 
-    def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
-        check_dataset(data)
-        if not isinstance(data, DataLoader):
-            kwargs = options.train_dataloader_kwargs
-            request = DataLoaderConfig(data, options.per_device_batch_size, options.collate_fn, kwargs, self.device)
-            return self.make_train_dataloader(request)
-        if options.per_device_batch_size is not None or options.train_dataloader_kwargs or options.collate_fn:
+    def _reported_names(self, set_names: Iterable[str]) -> frozenset[str]:
+        """Return the names of all values that the run will report."""
+        result = EvalResult(0.0, dict.fromkeys(self.eval_value_names(), 0.0))
+        train_names = self.train_value_names()
+        eval_names = frozenset().union(*(result.values(name) for name in set_names))
+        if duplicates := train_names & eval_names:
             raise OptionError(
-                "train() got a ready DataLoader, and per_device_batch_size, train_dataloader_kwargs or collate_fn "
-                "beside it: the loader has its own. Give the dataset instead, or leave them out."
+                f"{type(self).__name__}: two values would be reported as {min(duplicates)!r}, one of training and one "
+                "of an evaluation. Give the metric, or the evaluation set, another name."
             )
-        return data
+        return train_names | eval_names
+
+    # ---- the length of the run
 
     def _plan(self, data: BatchSource, options: RunOptions, saved: ResumeState | None) -> RunPlan:
-        """Work out how long the run is, in steps."""
+        """Compute the length of the run in steps."""
         num_batches = data.num_batches()
         if num_batches == 0:
             raise DataError(
                 "The training data gives no batch: it is empty, or drop_last dropped the only one. Give smaller "
                 "batches, or keep it."
             )
-        if num_batches is None and options.max_steps is None and options.max_time is None:
+        if num_batches is None and options["max_steps"] is None and options["max_time"] is None:
             raise OptionError(
-                f"train(num_epochs={options.num_epochs}) on data without a length: nobody can tell how many steps that "
-                "is. Give max_steps or max_time, or give the dataset a __len__."
+                f"train(num_epochs={options['num_epochs']}) on data without a length: the number of steps is unknown. "
+                "Give max_steps or max_time, or give the dataset a __len__."
             )
         steps = None if num_batches is None else math.ceil(num_batches / self.accumulation_steps())
-        plan = RunPlan.compute(options.num_epochs, steps, options.max_steps)
-        now = (data.partition_scheme.of, data.partition_scheme.how, str(self.accumulation_steps()))
-        if saved is None or now == tuple(
-            saved.conditions[name] for name in ("data", "batch_size", "accumulation_steps")
-        ):
+        plan = RunPlan.compute(options["num_epochs"], steps, options["max_steps"])
+        if saved is None:
             return plan
-        return self._replan_epoch(plan, data, saved.progress, options)
-
-    def _replan_epoch(self, plan: RunPlan, data: BatchSource, now: Progress, options: RunOptions) -> RunPlan:
-        """Count the steps behind, which took other batches than those ahead."""
-        if plan.known_steps_per_epoch is None or options.num_epochs is None:
+        scheme, before = data.partition_scheme, saved.conditions
+        was_split_alike = (scheme.data, scheme.batching) == (before["data"], before["batch_size"])
+        if was_split_alike and before["accumulation_steps"] == str(self.accumulation_steps()):
             return plan
-        left = math.ceil((data.num_batches(now.offset) or 0) / self.accumulation_steps()) if now.batches else 0
-        whole_epochs = options.num_epochs - now.epochs - (now.batches > 0)
-        total = now.steps + left + whole_epochs * plan.known_steps_per_epoch
-        return replace(plan, known_epochs=options.num_epochs, known_total_steps=min(total, options.max_steps or total))
+        return self._replan(plan, data, saved.progress, options)
 
-    def _reported_names(self, set_names: Iterable[str]) -> frozenset[str]:
-        """Return the names of all values that will be reported."""
-        result = EvalResult(0.0, dict.fromkeys(self.eval_value_names(), 0.0))
-        reported = self.train_value_names()
-        evaluated = frozenset().union(*(result.values(name) for name in set_names))
-        if twice := reported & evaluated:
-            raise OptionError(
-                f"{type(self).__name__}: two values would be reported as {min(twice)!r}, one of training and one of "
-                "an evaluation. Give the metric, or the evaluation set, another name."
-            )
-        return reported | evaluated
-
-    def _context(self, name: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Return the context manager hook `name`, or one that costs nothing where nobody overrides it."""
-        context: Callable[[], contextlib.AbstractContextManager[None]] = getattr(self, name)
-        return context if overrides(self, TrainerCore, name) else contextlib.nullcontext
+    def _replan(self, plan: RunPlan, data: BatchSource, progress: Progress, options: RunOptions) -> RunPlan:
+        """Correct the plan of a resumed run whose steps so far had another number of samples."""
+        if plan.known_steps_per_epoch is None or options["num_epochs"] is None:
+            return plan
+        is_within_epoch = progress.batches > 0
+        batches_left = (data.num_batches(progress.offset) or 0) if is_within_epoch else 0
+        epochs_left = options["num_epochs"] - progress.epochs - is_within_epoch
+        steps_left = math.ceil(batches_left / self.accumulation_steps()) + epochs_left * plan.known_steps_per_epoch
+        total = progress.steps + steps_left
+        limited = min(total, options["max_steps"] or total)
+        return replace(plan, known_epochs=options["num_epochs"], known_total_steps=limited)
 
 
 @contextlib.contextmanager
-def marking_forwards(run: Run) -> Iterator[None]:
-    """Mark forward passes of training steps, in which wrapped models wait for each other."""
+def forwards_counted(run: Run) -> Iterator[None]:
+    """Count the forward passes of training steps as progress of this rank: wrapped models synchronize in them."""
     if run.distributed.rendezvous is None:
         yield
         return
     counter = run.distributed.rendezvous.progress
 
-    def mark(*_: object) -> None:
-        if run.batch is not None:  # outside of steps, a process may call the model by itself
+    def count(*_: object) -> None:
+        if run.batch is not None:  # outside of steps, a rank may call the model alone
             counter.half_step()
 
-    handle = run.model.register_forward_pre_hook(mark)
+    handle = run.model.register_forward_pre_hook(count)
     try:
         yield
     finally:

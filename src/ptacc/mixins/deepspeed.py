@@ -107,7 +107,7 @@ class DeepSpeedMixin(Mixin):
     def on_run_start(self) -> None:
         """Refuse a configuration for batches of another size."""
         super().on_run_start()
-        size, processes = self.run.options.per_device_batch_size, self.distributed.world_size
+        size, processes = self.run.options.get("per_device_batch_size"), self.distributed.world_size
         try:
             self._zero_config().check_batch_size(size, self.accumulation_steps(), processes)
         except OptionError:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.profiler import profile, record_function
-from typing_extensions import TypeVar
 
 from ptacc.data.wrappers import Batches
 from ptacc.model.patching import Patch
-
-T = TypeVar("T")
+from ptacc.types.aliases import T
 
 
 @dataclass(frozen=True)

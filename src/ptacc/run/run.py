@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from typing_extensions import TypeVar
 
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.distributed.process_group import DistributedRuntime
@@ -19,12 +18,11 @@ from ptacc.errors import LossError, NoRunError
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
 from ptacc.run.window import Window
-from ptacc.types.arguments import RunOptions
+from ptacc.types.aliases import T
+from ptacc.types.arguments import RunOptions, max_seconds
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
 from ptacc.types.protocols import StateDict
-
-T = TypeVar("T")
 
 MAX_SKIPPED_STEPS = 200
 """Steps in a row that a gradient scaler skips at most: halved as often, its factor would be 0."""
@@ -280,7 +278,7 @@ class Run:
             reason: Why the trainer wants to stop, None if it does not; what was asked for earlier counts as well.
             at_boundary: Whether all processes are at the same place anyway, and can wait for the answer.
         """
-        limit = self.options.max_seconds
+        limit = max_seconds(self.options)
         if limit is not None and self.progress.seconds >= limit:
             self.request_stop(self._time_is_up)
         if reason is not None:
@@ -311,7 +309,7 @@ class Run:
 
     @property
     def _time_is_up(self) -> str:
-        return f"max_time={self.options.max_time} reached"
+        return f"max_time={self.options['max_time']} reached"
 
     @property
     def ends_as_planned(self) -> bool:

@@ -9,13 +9,11 @@ from typing import Generic, cast
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeVar
 
+from ptacc.types.aliases import T
 from ptacc.types.outputs import EvalResult
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import StateDict
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import AnyLoop
-from ptacc.testing.subset import BatchT, OutputT, RawT, SampleT, Subset, check_map_style
+from ptacc.testing.subset import Subset, check_map_style
+from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset, Stateful
 from ptacc.validation import check_at_least

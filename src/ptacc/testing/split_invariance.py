@@ -13,7 +13,8 @@ from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
 from ptacc.testing.comparison import AnyLoop, Split, Tolerance, TrainingResult, causes, differences, select_tolerance
-from ptacc.testing.subset import BatchT, OutputT, RawT, SampleT, Subset, check_map_style
+from ptacc.testing.subset import Subset, check_map_style
+from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Generic
 
 from torch.utils.data import DataLoader, IterableDataset
-from typing_extensions import TypeVar
 
 from ptacc.data.dataloader_config import check_dataset
 from ptacc.errors import DataError
+from ptacc.types.aliases import T_co
 from ptacc.types.protocols import SizedDataset
-
-# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
-BatchT = TypeVar("BatchT")
-OutputT = TypeVar("OutputT")
-SampleT = TypeVar("SampleT")
-RawT = TypeVar("RawT")
-T_co = TypeVar("T_co", covariant=True)
 
 
 class Subset(Generic[T_co]):

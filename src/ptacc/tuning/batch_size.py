@@ -8,7 +8,6 @@ from typing import Any, overload
 
 from torch.distributed import is_initialized
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from typing_extensions import TypeVar
 
 from ptacc.core.base import get_distributed_runtime
 from ptacc.data.dataloader_config import check_dataset
@@ -17,15 +16,10 @@ from ptacc.errors import DataError, ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.tuning.memory import out_of_memory_message, reserve_memory, total_memory
 from ptacc.tuning.trial import AnyLoop, trial_of
+from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least
-
-# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
-BatchT = TypeVar("BatchT")
-OutputT = TypeVar("OutputT")
-SampleT = TypeVar("SampleT")
-RawT = TypeVar("RawT")
 
 BATCHES = 2
 """Batches of a tried step, at most: from the second one on, a forward pass finds gradients in memory."""

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import TypeVar, override
+from typing_extensions import override
 
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.evaluation import EvalData
@@ -18,14 +18,9 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import StepResult
 from ptacc.tuning.lr_curve import FEWEST, DivergenceDetector, geometric, smoothed, steepest
 from ptacc.tuning.trial import AnyLoop, trial_of
+from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
-
-# As in `ptacc.types.aliases`, but without defaults: those of a function cannot follow a parameter with one.
-BatchT = TypeVar("BatchT")
-OutputT = TypeVar("OutputT")
-SampleT = TypeVar("SampleT")
-RawT = TypeVar("RawT")
 
 
 @dataclass(frozen=True, repr=False)

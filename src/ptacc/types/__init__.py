@@ -1,1 +1,1 @@
-"""The values, protocols and arguments that users see."""
+"""Values, protocols and arguments that users see."""

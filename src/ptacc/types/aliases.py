@@ -1,8 +1,4 @@
-"""Values: what steps put out, what a run reports, how its length and its cadences are told.
-
-Terms: a *batch* is one item of a loader, a *step* is one optimizer update, an *epoch* is one pass over the data. An
-*item* is what the loss is a mean over: a sample, or a token. Counts are of completed things.
-"""
+"""Type variables and aliases that several packages share."""
 
 from __future__ import annotations
 
@@ -12,19 +8,21 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 from typing_extensions import TypeVar
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
 SampleT = TypeVar("SampleT", default=BatchT)
-"""Samples that the default collate function turns into a batch: of the batch's own type, if not said otherwise."""
-RawT = TypeVar("RawT")
-"""Samples that a collate function of the user's own takes."""
+"""Samples that the default collate function turns into a batch. By default of the same type as the batch."""
+RawT = TypeVar("RawT", default=object)
+"""Samples that the user's collate function takes. The default only lets it follow type variables with defaults."""
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A supervised batch: inputs `(items, ...)` and targets `(items, ...)`."""
 
 PairSample: TypeAlias = tuple[Tensor, int] | tuple[Tensor, float] | tuple[Tensor, ...]
-"""Samples that torch's own collate function turns into a `Pair`."""
+"""Samples that torch's default collate function turns into a `Pair`."""
 
 Precision: TypeAlias = Literal["no", "fp16", "bf16"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]

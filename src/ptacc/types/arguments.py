@@ -1,11 +1,10 @@
-"""Keywords: what `train`, `evaluate` and `predict` take beside the data, and what loaders take."""
+"""The keyword arguments of `train`, `evaluate` and `predict`, and of DataLoaders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 from torch.utils.data import Sampler
 
@@ -16,7 +15,22 @@ from ptacc.validation import check_at_least, check_positive
 
 
 class DataLoaderKwargs(TypedDict, total=False):
-    """Keywords of `torch.utils.data.DataLoader` that a trainer passes on. The number of workers is 0 if not given."""
+    """Keywords of `torch.utils.data.DataLoader`, with torch's meaning and defaults where not noted otherwise.
+
+    Keys:
+        shuffle: Shuffle the samples in each epoch. Default: True for training data, False for evaluation data.
+        sampler: Determines the order of the samples, in place of `shuffle`.
+        batch_sampler: Determines the samples of each batch, in place of `per_device_batch_size`, `shuffle`, `sampler`
+            and `drop_last`.
+        drop_last: Leave out the last batch of an epoch if it is smaller than the others. Default: False.
+        num_workers: Processes that load batches. Default: 0, loading in the main process.
+        pin_memory: Copy batches to pinned memory. Default: True if the device is a GPU.
+        prefetch_factor: Batches that each worker loads in advance.
+        persistent_workers: Keep the workers running between epochs. Default: False.
+        timeout: Seconds to wait for a batch from a worker. Default: 0, no limit.
+        worker_init_fn: Called in each worker with its number.
+        multiprocessing_context: How workers are started: `"fork"`, `"spawn"` or `"forkserver"`.
+    """
 
     shuffle: bool
     sampler: Sampler[int]
@@ -32,14 +46,15 @@ class DataLoaderKwargs(TypedDict, total=False):
 
 
 class EvalOptions(TypedDict, total=False):
-    """Options of `evaluate` and `predict`.
+    """Options of `evaluate`, `predict` and `stream_predictions`.
 
     Keys:
-        per_device_batch_size: Samples a batch and process; 8 if not given.
+        per_device_batch_size: Samples per batch and process. Default: 8.
         dataloader_kwargs: Keywords for the DataLoader.
-        data_is_sharded: Whether each process has its own data already. False if not given.
-        limit_batches: Stop after this many batches a process: a smoke run. The environment variable
-            `PTACC_LIMIT_BATCHES` does the same to `evaluate`; predictions stay whole.
+        data_is_sharded: Whether each process has its own part of the data already. Default: False, each process has
+            all of the data, and ptacc splits it.
+        limit_batches: Use only this many batches per process, for a smoke run. Default: the environment variable
+            `PTACC_LIMIT_BATCHES` in `evaluate`, which predictions ignore; otherwise no limit.
     """
 
     per_device_batch_size: int | None
@@ -49,17 +64,20 @@ class EvalOptions(TypedDict, total=False):
 
 
 class TrainOptions(TypedDict, total=False):
-    """Options of `train` beside the data and the length of the run.
+    """Options of `train`, in addition to the data and the length of the run.
 
     Keys:
-        per_device_batch_size: Samples a batch and process; 8 if not given.
-        train_dataloader_kwargs: Keywords for the training DataLoader; it shuffles if not told otherwise.
+        per_device_batch_size: Samples per batch and process, in training and evaluation. Default: 8.
+        train_dataloader_kwargs: Keywords for the training DataLoader, which shuffles by default.
         eval_dataloader_kwargs: Keywords for the DataLoaders of the evaluation sets.
-        data_is_sharded: Whether each process has its own data already. False if not given.
-        evaluate_every: `Epochs(1)` if not given, and always at the end of the run.
-        evaluate_first: Evaluate before the first step, too.
-        limit_batches: Take this many batches a process of each epoch and evaluation: a smoke run, schedule included.
-            The environment variable `PTACC_LIMIT_BATCHES` does the same for a script that is not to be edited.
+        data_is_sharded: Whether each process has its own part of the training data already. Default: False, each
+            process has all of the data, and ptacc splits it.
+        evaluate_every: How often to evaluate: `Steps(n)`, `Epochs(n)` or `Minutes(n)`. Default: `Epochs(1)`. A run
+            that ends as planned is always evaluated at its end.
+        evaluate_first: Also evaluate before the first step. Default: False.
+        limit_batches: Use only this many batches per process of each epoch and each evaluation, for a smoke run. The
+            schedule is planned for the limited epochs. Default: the environment variable `PTACC_LIMIT_BATCHES`,
+            otherwise no limit.
         stop_check_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
             cost below a hundredth, worked out in the first steps: 1 where steps are long. One process needs none.
     """
@@ -74,64 +92,79 @@ class TrainOptions(TypedDict, total=False):
     stop_check_every: int | None
 
 
+class EpochLimited(TrainOptions, total=False):
+    """Options of a run that is limited by epochs, and optionally by steps or time."""
+
+    num_epochs: Required[int]
+    max_steps: int | None
+    max_time: Duration | None
+
+
+class StepLimited(TrainOptions, total=False):
+    """Options of a run that is limited by steps, and optionally by epochs or time."""
+
+    num_epochs: int | None
+    max_steps: Required[int]
+    max_time: Duration | None
+
+
+class TimeLimited(TrainOptions, total=False):
+    """Options of a run that is limited by time, and optionally by epochs or steps."""
+
+    num_epochs: int | None
+    max_steps: int | None
+    max_time: Required[Duration]
+
+
+class RunOptions(TrainOptions):
+    """All arguments of a call of `train` except for the datasets."""
+
+    num_epochs: int | None
+    max_steps: int | None
+    max_time: Duration | None
+    collate_fn: Callable[[list[Any]], object] | None
+
+
+DEFAULT_CADENCE = Epochs(1)
+"""How often a run is evaluated by default."""
+
+
 def check_data_is_sharded(call: str, value: object) -> None:
-    """Raise `OptionError` for anything but a bool."""
+    """Raise `OptionError` for a value that is not a bool."""
     if not isinstance(value, bool):
         raise OptionError(f"{call}(data_is_sharded={value!r}): must be True where each process has its own data.")
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What `train()` was asked for; the options are those of `TrainOptions`.
+def check_run_options(options: RunOptions) -> None:
+    """Raise `OptionError` for invalid values, and for a run without a limit."""
+    for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"):
+        if (value := options.get(name)) is not None:
+            check_at_least("train", name, value, 1)
+    if options["max_time"] is not None:
+        check_positive("train", "max_time", max_seconds(options), "It is in seconds, or a timedelta.")
+    check_data_is_sharded("train", options.get("data_is_sharded", False))
+    collate_fn, cadence = options["collate_fn"], options.get("evaluate_every", DEFAULT_CADENCE)
+    if collate_fn is not None and not callable(collate_fn):
+        raise OptionError(f"train(collate_fn={collate_fn!r}): must be a function of a list of samples.")
+    if not isinstance(cadence, Cadence):
+        raise OptionError(
+            f"train(evaluate_every={cadence!r}): must be a cadence: Steps(500), Epochs(1) or Minutes(10)."
+        )
+    if options["num_epochs"] is None and options["max_steps"] is None and options["max_time"] is None:
+        raise OptionError(
+            "train() does not know when to end: give num_epochs or max_steps, or max_time, or several of them; "
+            "whichever comes first ends the run."
+        )
 
-    Args:
-        num_epochs: Passes over the data at most.
-        max_steps: Optimizer steps at most.
-        max_time: Duration at most, in seconds or as a `timedelta`.
-        collate_fn: The user's collate function.
-    """
 
-    num_epochs: int | None = None
-    max_steps: int | None = None
-    max_time: Duration | None = None
-    collate_fn: Callable[[list[Any]], object] | None = None
-    per_device_batch_size: int | None = None
-    train_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
-    eval_dataloader_kwargs: DataLoaderKwargs = field(default_factory=DataLoaderKwargs)
-    data_is_sharded: bool = False
-    evaluate_every: Cadence = field(default_factory=lambda: Epochs(1))
-    evaluate_first: bool = False
-    limit_batches: int | None = None
-    stop_check_every: int | None = None
+def options_fingerprint(options: RunOptions) -> str:
+    """Describe the options that must be the same on all ranks."""
+    names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "stop_check_every")
+    with_defaults = {"evaluate_every": DEFAULT_CADENCE, "evaluate_first": False, **options}
+    return ", ".join(f"{name}={with_defaults.get(name)}" for name in names)
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be right."""
-        for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"):
-            value = getattr(self, name)
-            if value is not None:
-                check_at_least("train", name, value, 1)
-        if self.max_time is not None:
-            check_positive("train", "max_time", self.max_seconds, "It is in seconds, or a timedelta.")
-        check_data_is_sharded("train", self.data_is_sharded)
-        if self.collate_fn is not None and not callable(self.collate_fn):
-            raise OptionError(f"train(collate_fn={self.collate_fn!r}): must be a function of a list of samples.")
-        if not isinstance(self.evaluate_every, Cadence):
-            raise OptionError(
-                f"train(evaluate_every={self.evaluate_every!r}): must be a cadence: Steps(500), Epochs(1) or "
-                "Minutes(10)."
-            )
-        if self.num_epochs is None and self.max_steps is None and self.max_time is None:
-            raise OptionError(
-                "train() does not know when to end: give num_epochs or max_steps, or max_time, or several of them; "
-                "whichever comes first ends the run."
-            )
 
-    def fingerprint(self) -> str:
-        """Tell what has to be the same on all processes."""
-        names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "stop_check_every")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-    @property
-    def max_seconds(self) -> float | None:
-        """`max_time` in seconds."""
-        return self.max_time.total_seconds() if isinstance(self.max_time, timedelta) else self.max_time
+def max_seconds(options: RunOptions) -> float | None:
+    """Return `max_time` in seconds."""
+    max_time = options["max_time"]
+    return max_time.total_seconds() if isinstance(max_time, timedelta) else max_time

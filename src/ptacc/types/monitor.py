@@ -1,4 +1,4 @@
-"""Which reported value to follow, and what counts as better."""
+"""Monitors: a reported value, and whether a lower or a higher one is better."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ptacc.errors import OptionError
-from ptacc.types.aliases import (
-    Mode,
-)
+from ptacc.types.aliases import Mode
 from ptacc.validation import check_at_least
 
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """A handle for a value that is reported, declared once by whoever reports it and then passed about, not spelt.
+    """A reported value to monitor. Define it once, next to the code that reports the value, and pass it around.
 
     Args:
         name: The value's name, as in `EpochRecord.values()`.
-        mode: Whether less or more is better.
+        mode: Whether the best value is the lowest (`"min"`) or the highest (`"max"`).
 
     Example:
         >>> ACCURACY = Monitor("accuracy", mode="max")
@@ -35,25 +33,25 @@ class Monitor:
             raise OptionError(f'Monitor({self.name!r}, mode={self.mode!r}): must be "min" or "max".')
 
     def is_better(self, value: float, than: float) -> bool:
-        """Say whether `value` beats `than`. NaN never does; anything beats NaN."""
+        """Return whether `value` is better than another one. NaN is worse than any number."""
         if math.isnan(value):
             return False
         return math.isnan(than) or (value < than if self.mode == "min" else value > than)
 
 
 def as_monitor(monitor: str | Monitor, mode: Mode = "min") -> Monitor:
-    """Return the handle for `monitor`; a name takes `mode` along, a handle knows its own."""
+    """Return the monitor of a name and `mode`. A monitor is returned as it is, with its own mode."""
     return monitor if isinstance(monitor, Monitor) else Monitor(monitor, mode)
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best by a value that is reported: what `keep_best` keeps.
+    """Which checkpoints `keep_best` keeps: the best ones by a reported value.
 
     Args:
-        monitor: The value, by its name or handle.
-        mode: Whether less or more is better; a handle knows that itself.
-        count: How many, at least 1.
+        monitor: The value's name, or a `Monitor`.
+        mode: Whether the best value is the lowest or the highest. Unused if `monitor` is a `Monitor`.
+        count: Number of checkpoints to keep, at least 1.
     """
 
     monitor: str | Monitor
@@ -66,5 +64,5 @@ class Best:
 
     @property
     def monitored(self) -> Monitor:
-        """The handle of the value."""
+        """The value as a `Monitor`."""
         return as_monitor(self.monitor, self.mode)

@@ -1,20 +1,19 @@
-"""What a step, an evaluation, a prediction and an epoch return."""
+"""Values that steps return, and that evaluations and runs report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, overload
+from typing import Generic
 
 from torch import Tensor
-from typing_extensions import override
 
 from ptacc.types.aliases import (
     OutputT,
     OutputT_co,
 )
 
-# ---- what a step puts out
+# ---- what a step returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +21,11 @@ class StepOutput(Generic[OutputT_co]):
     """What `train_step` and `eval_step` return.
 
     Args:
-        loss: Scalar, the mean over the batch's items (or their sum, see `from_sum`), with its graph when training.
-        outputs: Whatever the step computed that metrics and predictions need, such as logits `(items, classes)`.
+        loss: Scalar, the mean over the batch's items (or their sum, see `from_sum`), with its graph in training.
+        outputs: What metrics and predictions need, such as logits `(items, classes)`.
         logged: Further scalars to report, each a mean over the batch's items. They are averaged over all items of
-            the step, and read from the device only when the history is.
-        is_sum: Whether `loss` is a sum over the batch's items; set by `from_sum`.
+            the step, and are copied from the device together with the history.
+        is_sum: Whether `loss` is a sum over the batch's items. Set by `from_sum`.
 
     Example:
         >>> import torch
@@ -43,36 +42,35 @@ class StepOutput(Generic[OutputT_co]):
     def from_sum(
         loss_sum: Tensor, *, outputs: OutputT, logged: Mapping[str, Tensor] | None = None
     ) -> StepOutput[OutputT]:
-        """Make the output of a step whose loss is a sum over the items, right also for a batch with no items.
+        """Return the output of a step whose loss is a sum over the batch's items. The batch may have no items.
 
         Args:
             loss_sum: Scalar, the sum of the items' losses (`reduction="sum"`).
             outputs: As for `StepOutput`.
-            logged: As for `StepOutput`; these remain means.
-
-        Returns:
-            An output that counts the same as one with the mean, wherever a batch has items.
+            logged: As for `StepOutput`: means over the batch's items.
         """
         return StepOutput(loss=loss_sum, outputs=outputs, logged=logged or {}, is_sum=True)
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """What one evaluation found, the same on every process.
+    """The result of one evaluation, the same on every process.
 
     Args:
         loss: Mean over all items of the data, each counted once.
-        metrics: The computed metrics by name.
+        metrics: Values of the metrics by name.
     """
 
     loss: float
     metrics: Mapping[str, float]
 
     def values(self, prefix: str = "") -> dict[str, float]:
-        """Name the results as monitors do: `eval_loss` and the metrics' own names, or `<set>/loss`, `<set>/<metric>`.
+        """Return the results by the names that monitors use.
+
+        They are `eval_loss` and the metrics' names, or `<prefix>/loss` and `<prefix>/<metric>`.
 
         Args:
-            prefix: The name of the evaluation set where there are several; empty where there is one.
+            prefix: The name of the evaluation set, empty for a single set without a name.
 
         Example:
             >>> EvalResult(loss=0.5, metrics={"accuracy": 0.9}).values()
@@ -85,60 +83,20 @@ class EvalResult:
         return {f"{prefix}/loss": self.loss} | {f"{prefix}/{name}": value for name, value in self.metrics.items()}
 
 
-class Predictions(Sequence[OutputT_co]):
-    """The outputs for a dataset, one for each sample, in the dataset's order.
-
-    `torch.stack(list(predictions))` makes one tensor of tensors.
-
-    Example:
-        >>> import torch
-        >>> predictions = Predictions([torch.tensor([0.1, 0.9]), torch.tensor([0.8, 0.2])])
-        >>> [int(scores.argmax()) for scores in predictions]
-        [1, 0]
-    """
-
-    def __init__(self, outputs: Sequence[OutputT_co]) -> None:
-        """Hold `outputs`, one for each sample."""
-        self._outputs = outputs
-
-    @overload
-    def __getitem__(self, index: int) -> OutputT_co: ...
-    @overload
-    def __getitem__(self, index: slice) -> Predictions[OutputT_co]: ...
-    @override
-    def __getitem__(self, index: int | slice) -> OutputT_co | Predictions[OutputT_co]:
-        """Return the output for one sample, or the predictions for a slice of them."""
-        return Predictions(self._outputs[index]) if isinstance(index, slice) else self._outputs[index]
-
-    @override
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._outputs)
-
-    @override
-    def __iter__(self) -> Iterator[OutputT_co]:
-        """Iterate over the samples' outputs in the dataset's order."""
-        return iter(self._outputs)
-
-    @override
-    def __repr__(self) -> str:
-        return f"Predictions({len(self)} samples)"
-
-
 # ---- what a run reports
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step.
+    """The record of one optimizer step.
 
     Args:
         step: The number of this step, counted from 1.
         epoch: The number of its epoch, counted from 1.
         loss: Mean over all items of the step: all its batches, all processes.
         learning_rate: Learning rate of the first parameter group, as used by this step.
-        items: Number of those items.
-        logged: Further values by name, such as `grad_norm` and what `StepOutput.logged` gave.
+        items: Number of items of the step.
+        logged: Further values by name, such as `grad_norm` and those of `StepOutput.logged`.
     """
 
     step: int
@@ -151,19 +109,19 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One pass over the data, with what was evaluated in it.
+    """The record of one epoch and its evaluations.
 
     Args:
         epoch: The number of this epoch, counted from 1.
         step: Optimizer steps completed at its end.
         train_loss: Mean over all items trained on in this epoch.
-        items: Number of those items.
-        seconds: Duration of the epoch with its evaluations.
+        items: Number of items trained on in this epoch.
+        seconds: Duration of the epoch, including its evaluations.
         learning_rate: Learning rate of the first parameter group at the epoch's last step.
-        is_complete: False where the run ended within the epoch.
-        evaluations: The last evaluation of each set in this epoch, by name (`""` where there is one unnamed set).
-        logged: Means over the epoch's steps of what steps logged, such as `grad_norm`.
-        train_metrics: Metrics over the training batches, where a mixin computes any.
+        is_complete: False if the run ended within the epoch.
+        evaluations: The last evaluation of each set in this epoch, by name (`""` for a single set without a name).
+        logged: Means of the steps' logged values, such as `grad_norm`.
+        train_metrics: Metrics over the training batches.
     """
 
     epoch: int
@@ -179,18 +137,18 @@ class EpochRecord:
 
     @property
     def eval_loss(self) -> float | None:
-        """Loss of the one unnamed evaluation set, None where it was not evaluated in this epoch."""
+        """Loss of the single evaluation set without a name, None if it was not evaluated in this epoch."""
         result = self.evaluations.get("")
         return None if result is None else result.loss
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics of the one unnamed evaluation set, empty where it was not evaluated in this epoch."""
+        """Metrics of the single evaluation set without a name, empty if it was not evaluated in this epoch."""
         result = self.evaluations.get("")
         return {} if result is None else result.metrics
 
     def values(self) -> dict[str, float]:
-        """Return every value of the epoch by the name that a monitor calls it by."""
+        """Return every value of the epoch by the name that monitors use."""
         values = {"train_loss": self.train_loss, "learning_rate": self.learning_rate}
         values |= self.logged
         values |= {f"train/{name}": value for name, value in self.train_metrics.items()}

@@ -1,4 +1,4 @@
-"""Progress of a run, its plan, and cadences: how often something is due."""
+"""Progress of a run, its planned length, and cadences such as `Steps(100)`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TypeAlias
 from ptacc.errors import OptionError
 from ptacc.validation import check_at_least, check_positive
 
-# ---- how far a run is, and how long it will be
+# ---- progress and plan
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. Every count is of completed things.
+    """The progress of a run. Every count is of completed things.
 
     Args:
-        steps: Optimizer updates that happened.
-        epochs: Whole passes over the data.
+        steps: Optimizer updates.
+        epochs: Complete passes over the data.
         batches: Batches of the current epoch that were trained on, per process.
-        offset: Where the processes are in the epoch's data: samples that they took together, or batches of a loader.
+        offset: Position in the epoch's data: samples used by all processes together, or batches of a loader or stream.
         items: Items trained on, over all processes.
-        seconds: Time since the run started, as this process sees it at the end of the last step.
+        seconds: Time since the run started, measured by this process at the end of the last step.
     """
 
     steps: int = 0
@@ -35,17 +35,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """The length of a run in optimizer steps, the same for any number of processes.
+    """The planned length of a run in optimizer steps.
+
+    `num_epochs`, `steps_per_epoch` and `total_steps` raise an `OptionError` if the number is unknown, as for a stream
+    without a length. The arguments are None in that case.
 
     Args:
-        known_epochs: Number of epochs, where it is known.
-        known_steps_per_epoch: Steps of one epoch, where it is known.
-        known_total_steps: Steps of the whole run, where it is known.
-        epoch_limit: Epochs at most, where the run was given a limit. Steps that a gradient scaler skips count
-            nowhere, so that as many steps may take more epochs than were planned.
-
-    A length that nobody can know (a stream has no epochs' ends to plan with) raises when it is asked for, so that a
-    schedule never gets a made-up number.
+        known_epochs: Number of epochs.
+        known_steps_per_epoch: Steps of one epoch.
+        known_total_steps: Steps of the run.
+        epoch_limit: Largest number of epochs, as given to `train`. `known_epochs` may be exceeded: steps that a
+            gradient scaler skips do not count, so that the same number of steps takes more epochs.
 
     Example:
         >>> plan = RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25)
@@ -60,7 +60,7 @@ class RunPlan:
 
     @classmethod
     def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
-        """Work the plan out from what is known: whichever of `num_epochs` and `max_steps` comes first."""
+        """Compute the plan of a run that ends at the first of its limits. None means no limit, or an unknown one."""
         limits = [max_steps] if max_steps is not None else []
         if num_epochs is not None and steps_per_epoch is not None:
             limits.append(num_epochs * steps_per_epoch)
@@ -72,7 +72,7 @@ class RunPlan:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs of the run, a last partial one included."""
+        """Epochs of the run, including a partial one at the end."""
         return self._known(self.known_epochs, "num_epochs")
 
     @property
@@ -82,7 +82,7 @@ class RunPlan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in the whole run."""
+        """Optimizer steps in the run."""
         return self._known(self.known_total_steps, "total_steps")
 
     def _known(self, value: int | None, name: str) -> int:
@@ -94,7 +94,7 @@ class RunPlan:
         return value
 
 
-# ---- cadences: the same for evaluating, saving, logging
+# ---- cadences, for evaluating, saving and logging
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +107,13 @@ class Steps:
         check_at_least("Steps", "n", self.n, 1)
 
     def is_due(self, now: Progress, last: Progress) -> bool:
-        """Say whether this is due at `now`, when it was last done at `last`."""
+        """Return whether something is due at `now` that was last done at `last`."""
         return now.steps > last.steps and now.steps % self.n == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Epochs:
-    """Every `n` epochs, at their end."""
+    """Every `n` epochs, at the end of the epoch."""
 
     n: int
 
@@ -121,13 +121,13 @@ class Epochs:
         check_at_least("Epochs", "n", self.n, 1)
 
     def is_due(self, now: Progress, last: Progress) -> bool:
-        """Say whether this is due at `now`, when it was last done at `last`."""
+        """Return whether something is due at `now` that was last done at `last`."""
         return now.epochs > last.epochs and now.epochs % self.n == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Minutes:
-    """Every `n` minutes, at the first step or epoch end after that, by the clock of rank 0."""
+    """Every `n` minutes by the clock of rank 0, at the end of a step or an epoch."""
 
     n: float
 
@@ -135,7 +135,7 @@ class Minutes:
         check_positive("Minutes", "n", self.n)
 
     def is_due(self, now: Progress, last: Progress) -> bool:
-        """Say whether this is due at `now`, when it was last done at `last`."""
+        """Return whether something is due at `now` that was last done at `last`."""
         return now.seconds - last.seconds >= 60 * self.n
 
 
