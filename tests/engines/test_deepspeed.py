@@ -701,7 +701,7 @@ def test_that_it_is_not_installed_is_told_by_name() -> None:
 
 
 def test_another_device_than_the_trainers_is_named() -> None:
-    from ptacc.engines.deepspeed.checks import join
+    from ptacc.engines.deepspeed.checks import init_distributed
 
     with pytest.raises(LaunchError, match=r"computes on cpu, and this launch on cuda. Set DS_ACCELERATOR=cuda"):
-        join(torch.device("cuda"))
+        init_distributed(torch.device("cuda"))

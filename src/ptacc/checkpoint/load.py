@@ -15,8 +15,8 @@ from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import get_weights, load_optimizer, load_weights
-from ptacc.tensors.dtensor import is_dtensor, map_state, whole_tensor
+from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
+from ptacc.tensors.dtensor import is_dtensor, map_state, full_tensor
 from ptacc.types.protocols import Stateful
 
 
@@ -33,7 +33,7 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.optimizer_slots():
-            load_optimizer(slot.optimizer, shared.take(slot.name))
+            load_optimizer_state(slot.optimizer, shared.take(slot.name))
     return found.directory / found.name
 
 
@@ -60,7 +60,7 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, An
     def for_first(value: Any) -> Any:
         if not is_dtensor(value):
             return value
-        whole = whole_tensor(value)
+        whole = full_tensor(value)
         return whole.cpu() if is_first else None
 
     whole_states: dict[str, Any] = map_state(states, for_first)

@@ -33,7 +33,7 @@ class CheckpointRef:
     name: str
 
 
-def find(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | None:
+def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | None:
     """Find the checkpoint that a run goes on from, None where it starts afresh.
 
     Args:
@@ -112,7 +112,7 @@ class Resumption:
                 shards = mine.states.get(SHARDS, {})
             else:
                 theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
-                mine = Snapshot({RUN: merge_runs([one.take(RUN) for one in theirs])})
+                mine = Snapshot({RUN: merge_run_states([one.take(RUN) for one in theirs])})
                 shards = shards_together(theirs)
         return cls(store.directory / name, manifest, shared.joined(shards), mine)
 
@@ -120,7 +120,7 @@ class Resumption:
         """Return it with the tensors that were saved in shards as an engine holds them."""
         return replace(self, shared=self.shared.mapped(engine.localize))
 
-    def saved_run(self, *, with_file: bool) -> ResumeState:
+    def resume_state(self, *, with_file: bool) -> ResumeState:
         """Return the run, for the core to go on with.
 
         Args:
@@ -131,7 +131,7 @@ class Resumption:
         return ResumeState({**run, "history": history}, self.own.take(RUN))
 
 
-def merge_runs(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Make of what each of several processes had of the run what each of another number of them goes on with."""
     wishes = [run["wish"] for run in runs if run["wish"] is not None]
     return {

@@ -30,24 +30,24 @@ class RunSaver:
     """
 
     trainer: TrainerCore
-    line: CheckpointManager
+    manager: CheckpointManager
     every: Cadence | None
     signals: Collection[signal.Signals]
-    saves_non_finite: bool
-    tell: Callable[[Path], None]
-    _asked: list[tuple[Path | None, str]] = field(default_factory=list)
+    allows_non_finite: bool
+    on_saved: Callable[[Path], None]
+    _requests: list[tuple[Path | None, str]] = field(default_factory=list)
 
-    def ask(self, path: Path | None, label: str) -> Path:
+    def request(self, path: Path | None, label: str) -> Path:
         """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
-        self._asked.append((path, label))
-        store, distributed, steps = self.line.store, self.trainer.distributed, self.trainer.progress.steps
+        self._requests.append((path, label))
+        store, distributed, steps = self.manager.store, self.trainer.distributed, self.trainer.progress.steps
         return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
 
     def save_if_due(self) -> None:
         """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
-        self.line.check()
+        self.manager.check()
         run = self.trainer.run
-        if not (self._asked or self._is_due()):
+        if not (self._requests or self._is_due()):
             return
         if run.exit_code is None and run.is_within_epoch:
             run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # a vote of before may be under way
@@ -55,7 +55,7 @@ class RunSaver:
 
     def save(self) -> None:
         """Save the run, unless its weights are no numbers."""
-        asked, self._asked = self._asked or [(None, "")], []
+        asked, self._requests = self._requests or [(None, "")], []
         run = self.trainer.run
         run.history.read_steps(run.distributed)
         for path, label in asked:
@@ -63,8 +63,8 @@ class RunSaver:
 
     def finish(self) -> None:
         """Wait for a checkpoint that is under way, and tell of it. A collective."""
-        if (path := self.line.finish()) is not None:
-            self.tell(path)
+        if (path := self.manager.finish()) is not None:
+            self.on_saved(path)
 
     def save_on_exception(self) -> None:
         """Save the run before an exception ends it, whatever has become of the checkpoint before.
@@ -78,7 +78,7 @@ class RunSaver:
                 warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
 
     def _is_due(self) -> bool:
-        run, last = self.trainer.run, self.line.saved_at
+        run, last = self.trainer.run, self.manager.saved_at
         now = run.progress
         if (now.steps, now.epochs, now.batches) == (last.steps, last.epochs, last.batches):
             return False
@@ -88,13 +88,13 @@ class RunSaver:
 
     def _save(self, path: Path | None, label: str) -> None:
         self.finish()
-        now, before = self.trainer.progress, self.line.saved_at
+        now, before = self.trainer.progress, self.manager.saved_at
         if path is None:
-            self.line.saved_at = now  # as the checkpoint itself has it
+            self.manager.saved_at = now  # as the checkpoint itself has it
         shared, mine, versions = parts_to_save(self.trainer)
         manifest = Manifest(
             name="",
-            run=self.line.identity,
+            run=self.manager.identity,
             step=now.steps,
             epoch=now.epochs,
             offset=now.offset,
@@ -103,19 +103,19 @@ class RunSaver:
             parts=versions,
             metrics=self.trainer.run.fresh_values(),
         )
-        weights = () if self.saves_non_finite else tuple(self.trainer.run.engine.held_parameters())
-        saved = self.line.begin(now, manifest, shared, mine, path, weights)
+        weights = () if self.allows_non_finite else tuple(self.trainer.run.engine.held_parameters())
+        saved = self.manager.begin(now, manifest, shared, mine, path, weights)
         if saved is not None:
-            self.tell(saved)
-        elif not self.line.is_saving:
-            self.line.saved_at = before
+            self.on_saved(saved)
+        elif not self.manager.is_saving:
+            self.manager.saved_at = before
 
     # ---- what a checkpoint holds of it
 
     def state_dict(self) -> StateDict:
         """Return the state of the line."""
-        return self.line.state_dict()
+        return self.manager.state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on with the line of a saved run."""
-        self.line.load_state_dict(state_dict)
+        self.manager.load_state_dict(state_dict)

@@ -16,7 +16,7 @@ from torch import nn
 from ptacc.checkpoint.parts import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError, MissingPartError
-from ptacc.model.state_dict import canonical, differing_weights
+from ptacc.model.state_dict import canonical_name, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.protocols import StateDict, Stateful
@@ -38,7 +38,7 @@ def shared_parts(trainer: TrainerCore) -> list[Part]:
         *(Part(name, state) for name, state in run.engine.optimizer_states().items()),
         *(
             Part(name, state.state_dict(), get_state_version(state))
-            for name, state in stateful(trainer, each_rank=False)
+            for name, state in named_states(trainer, each_rank=False)
         ),
     ]
 
@@ -51,7 +51,7 @@ def own_parts(trainer: TrainerCore) -> list[Part]:
         Part(RANDOM, get_random_streams(trainer).state_dict()),
         *(
             Part(name, state.state_dict(), get_state_version(state))
-            for name, state in stateful(trainer, each_rank=True)
+            for name, state in named_states(trainer, each_rank=True)
         ),
     ]
 
@@ -79,7 +79,7 @@ def holds_shards(state: object) -> bool:
     return is_dtensor(state)
 
 
-def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
+def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
     """Iterate over what mixins and callbacks keep, by the names of its parts."""
     for key, state in trainer.run.states():
         if key.each_rank == each_rank and isinstance(state, Stateful):
@@ -106,21 +106,21 @@ def get_random_streams(trainer: TrainerCore) -> RandomStreams:
 def read_flags(model: nn.Module) -> StateDict:
     """Return which modules are in eval mode, and which parameters are frozen."""
     return {
-        "eval": [canonical(name) for name, module in model.named_modules() if not module.training],
-        "frozen": [canonical(name) for name, p in model.named_parameters() if not p.requires_grad],
+        "eval": [canonical_name(name) for name, module in model.named_modules() if not module.training],
+        "frozen": [canonical_name(name) for name, p in model.named_parameters() if not p.requires_grad],
     }
 
 
 # ---- from parts to a trainer
 
 
-def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str]) -> None:
+def check_resume(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str]) -> None:
     """Compare a checkpoint with the trainer that is to go on from it.
 
     Raises:
         CheckpointError: They differ; the message has each difference, with the name to waive it by.
     """
-    found = [(name, what) for name, what in differences(trainer, shared, own) if name not in waived]
+    found = [(name, what) for name, what in resume_differences(trainer, shared, own) if name not in waived]
     if found:
         names = ", ".join(repr(name) for name in dict.fromkeys(name for name, _ in found))
         raise CheckpointError(
@@ -137,7 +137,7 @@ def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived:
         )
 
 
-def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
+def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
     """Iterate over what differs between a checkpoint and a trainer: the name to waive it by, and what it is."""
     run = trainer.run
     for name, value in run.conditions.items():
@@ -148,13 +148,13 @@ def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterat
     yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.states.keys()))
     unknown = sorted(shared.states.keys() - needed.keys())
     yield from ((name, f"nothing here takes the part {name!r} of the checkpoint") for name in unknown)
-    for name, _ in stateful(trainer, each_rank=True):
+    for name, _ in named_states(trainer, each_rank=True):
         if name not in own.states and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this process"
-    yield from ((MODEL, what) for what in differing_weights(needed[MODEL], shared.states.get(MODEL, {})))
+    yield from ((MODEL, what) for what in weight_differences(needed[MODEL], shared.states.get(MODEL, {})))
 
 
-def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str] = ()) -> None:
+def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str] = ()) -> None:
     """Put parts back into a trainer, the random streams last.
 
     Args:
@@ -173,7 +173,7 @@ def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Coll
     if ENGINE in own.states:
         run.engine.load_own_state_dict(own.take(ENGINE))
     for snapshot, each_rank in ((shared, False), (own, True)):
-        for name, state in stateful(trainer, each_rank=each_rank):
+        for name, state in named_states(trainer, each_rank=each_rank):
             if name in snapshot.states:
                 state.load_state_dict(snapshot.take(name))
             elif name not in waived and not each_rank:
@@ -188,7 +188,7 @@ def load_flags(model: nn.Module, flags: StateDict) -> None:
     """Put each module's train flag back, and which parameters are frozen."""
     in_eval, frozen = set(flags["eval"]), set(flags["frozen"])
     for name, module in model.named_modules():
-        module.training = canonical(name) not in in_eval
+        module.training = canonical_name(name) not in in_eval
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (canonical(name) in frozen):
-            parameter.requires_grad_(canonical(name) not in frozen)
+        if parameter.requires_grad == (canonical_name(name) in frozen):
+            parameter.requires_grad_(canonical_name(name) not in frozen)

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ptacc.errors import DataError
 from ptacc.rng import seed_everything, streams_seeded
-from ptacc.tensors.structures import pinned
+from ptacc.tensors.structures import pin_memory
 
 Collate = Callable[[list[Any]], object]
 
@@ -85,7 +85,7 @@ class Pinnable:
 
     def pin_memory(self) -> Pinnable:
         """Return the batch pinned. Loaders call this, in a thread of their own where they have workers."""
-        return Pinnable(pinned(self.batch))
+        return Pinnable(pin_memory(self.batch))
 
 
 def pinnable_first(part: tuple[object, int, int]) -> tuple[object, int, int]:

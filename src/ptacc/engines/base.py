@@ -53,7 +53,7 @@ class Engine(Protocol):
         """The optimizers."""
         ...
 
-    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Return the context of one batch: gradients are averaged over the processes in the step's last."""
         ...
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give all processes rank 0's buffers: those of each dtype in one message."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in model.buffers():

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from ptacc.engines.base import OptimizerSlot
-from ptacc.model.state_dict import get_weights, held_parameters, load_optimizer, load_weights
+from ptacc.model.state_dict import get_weights, held_parameters, load_optimizer_state, load_weights
 from ptacc.model.wrapping import find_ddp_module
 from ptacc.tensors.dtensor import unwrap
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
@@ -61,7 +61,7 @@ class TorchEngine:
         """The optimizers."""
         return self._slots
 
-    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Return the context of one batch."""
         return contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model)
 
@@ -135,7 +135,7 @@ class TorchEngine:
 
     def load_optimizer_state(self, name: str, state: StateDict) -> None:
         """Let an optimizer of the user's take over a state."""
-        load_optimizer(next(slot.optimizer for slot in self.slots if slot.name == name), state)
+        load_optimizer_state(next(slot.optimizer for slot in self.slots if slot.name == name), state)
 
     def own_state_dict(self) -> StateDict:
         """Return nothing: all processes have the same, or parts of it that know their place."""

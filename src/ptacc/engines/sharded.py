@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import remove_hooks, share_buffers
+from ptacc.engines.common import remove_hooks, broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import CheckpointError
 from ptacc.tensors.dtensor import (
@@ -42,12 +42,12 @@ from ptacc.tensors.dtensor import (
     local_index_ranges,
     match_placement,
     slice_local,
-    whole_tensor,
+    full_tensor,
 )
 from ptacc.types.protocols import AcceleratorProtocol
 
 Sharding: TypeAlias = Callable[[nn.Module], object]
-HOOKING = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
+SHARDING_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
 """The modules whose hooks a sharded model carries."""
 
 
@@ -63,7 +63,7 @@ class OptimizerState:
     state: Mapping[str, dict[str, Any]]
 
     @classmethod
-    def taken_from(cls, optimizer: Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:
+    def detach(cls, optimizer: Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:
         """Take an optimizer's parameters and state away, so that their memory is free."""
         groups = tuple(tuple(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups)
         state = {names[parameter]: dict(entry) for parameter, entry in optimizer.state.items()}
@@ -72,7 +72,7 @@ class OptimizerState:
             group["params"] = []
         return cls(optimizer, groups, state)
 
-    def give(self, parameters: Mapping[str, Parameter]) -> None:
+    def attach(self, parameters: Mapping[str, Parameter]) -> None:
         """Let the optimizer hold the parameters of these names, and what it keeps of each in the form that it has."""
         for group, names in zip(self.optimizer.param_groups, self.names, strict=True):
             group["params"] = [parameters[name] for name in names]
@@ -107,7 +107,7 @@ class ModuleSnapshot:
         _module_state_mapping.pop(module, None)
         for name in added:
             vars(module).pop(name, None)
-        remove_hooks(module, HOOKING)
+        remove_hooks(module, SHARDING_PACKAGES)
 
 
 class ShardedModel:
@@ -118,7 +118,7 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, device: torch.device, shard: Sharding) -> None:
         """Have `shard` replace the parameters of `model`. A collective."""
-        share_from_first(model, device)
+        broadcast_model(model, device)
         self._model = model
         self._looks = {module: ModuleSnapshot.capture(module) for module in model.modules()}
         self._places = [
@@ -150,7 +150,7 @@ class ShardedModel:
         self._resharding.remove()
         shards = {original: getattr(module, name) for module, name, original in self._places}
         for original, shard in shards.items():
-            original.data = whole_tensor(shard.detach()).to(self._devices[original])
+            original.data = full_tensor(shard.detach()).to(self._devices[original])
             original.requires_grad_(shard.requires_grad)
             original.grad = None
         for module, looks in self._looks.items():
@@ -162,7 +162,7 @@ class ShardedModel:
 
 
 @torch.no_grad()
-def share_from_first(model: nn.Module, device: torch.device) -> None:
+def broadcast_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes rank 0's weights and buffers: else what is put together would be parts of different models."""
     for tensor in (*model.parameters(), *model.buffers()):
         value = tensor.detach().to(device)
@@ -202,14 +202,14 @@ class ShardedEngine(TorchEngine):
         self._sharded: ShardedModel | None = None
         self._gives_back = gives_back
         if not any(map(is_dtensor, model.parameters())):
-            with moving_optimizers(model, slots):
+            with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         # For the precision, and the compiler. It wraps nothing: DDP is for models that are whole.
-        super().__init__(accelerator, model, present(slots), in_replicas=False)
+        super().__init__(accelerator, model, refresh_slots(slots), in_replicas=False)
         self._forms = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
 
     @override
-    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Have the gradients averaged in the last batch alone."""
         if isinstance(self._bare_model, FSDPModule):
             self._bare_model.set_requires_gradient_sync(is_last)
@@ -238,52 +238,52 @@ class ShardedEngine(TorchEngine):
         """Step every optimizer, clear the gradients, and give all processes rank 0's buffers, as DDP does."""
         with implicit_replication():  # a plan may leave tensors whole, which optimizers take together with dealt ones
             happened = super().update()
-        share_buffers(self._bare_model)
+        broadcast_buffers(self._bare_model)
         return happened
 
     @override
     def release(self) -> None:
         """Have the user's model whole again, and what the optimizers keep. A collective."""
         if self._sharded is not None and self._gives_back:
-            with moving_optimizers(self._bare_model, self._slots):
+            with rebinding_optimizers(self._bare_model, self._slots):
                 self._sharded.release()
             # The run outlives this, and the shards need not.
-            self._sharded, self._slots, self._forms = None, present(self._slots), {}
+            self._sharded, self._slots, self._forms = None, refresh_slots(self._slots), {}
 
     @override
     def localize(self, value: Any) -> Any:
         """Return what was saved of a tensor, whole or this process's part of it, as one that is dealt."""
         if not isinstance(value, Shard | AssembledTensor):
             return value
-        form = self._forms.get(value.dealing)
+        form = self._forms.get(value.sharding)
         if form is None:
             known = ", ".join(map(str, self._forms))
-            raise CheckpointError(f"A tensor was dealt as {value.dealing}, and this engine deals them as {known}.")
+            raise CheckpointError(f"A tensor was dealt as {value.sharding}, and this engine deals them as {known}.")
         mesh, placements = form.device_mesh, form.placements
         shape = value.shape if isinstance(value, Shard) else tuple(value.tensor.shape)
         runs = local_index_ranges(shape, mesh, placements)
-        if isinstance(value, Shard) and value.runs != runs:
+        if isinstance(value, Shard) and value.index_ranges != runs:
             raise CheckpointError(f"A part of a tensor of shape {shape} was saved for another place than this one's.")
         local = value.local if isinstance(value, Shard) else slice_local(value.tensor, runs)
         return from_local(mesh, placements, shape, local)
 
 
-def present(slots: Sequence[OptimizerSlot]) -> tuple[OptimizerSlot, ...]:
+def refresh_slots(slots: Sequence[OptimizerSlot]) -> tuple[OptimizerSlot, ...]:
     """Return the slots of the same optimizers with the parameters that these hold now."""
     return tuple(OptimizerSlot.create(slot.name, slot.optimizer) for slot in slots)
 
 
 @contextlib.contextmanager
-def moving_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
+def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
     """Let the optimizers hold after the block what stands in the model then."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    held = [OptimizerState.taken_from(slot.optimizer, names) for slot in slots]
+    held = [OptimizerState.detach(slot.optimizer, names) for slot in slots]
     try:
         yield
     finally:
         parameters = dict(model.named_parameters())
         for holding in held:
-            holding.give(parameters)
+            holding.attach(parameters)
 
 
 def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from ptacc.errors import ModelError
-from ptacc.model.selection import is_match, unmatched
+from ptacc.model.selection import is_match, describe_no_match
 from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
@@ -49,7 +49,7 @@ def resolve_layers(
     for choice, split in plan.items():
         found = {name: module for name, module in submodules.items() if is_match(choice, name, module)}
         if not found:
-            raise ModelError(f"{option}: {unmatched(choice, model, submodules)}")
+            raise ModelError(f"{option}: {describe_no_match(choice, model, submodules)}")
         for name, module in found.items():
             if isinstance(split, str):
                 check_can_be_split(module, split, size, f"{option}: {name}")

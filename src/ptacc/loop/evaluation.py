@@ -26,7 +26,7 @@ from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
-from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
+from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, split_samples
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
 from ptacc.types.outputs import EvalResult, Predictions, StepOutput
@@ -218,7 +218,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 outputs = self._predict_batch(host, transfer)
                 # Batch by batch, and not sample by sample: a view of a batch is sent with the whole of it.
                 for indices, batch in filter(None, self.distributed.gather(None if host.is_padding else outputs)):
-                    for index, output in zip(indices, unbind(batch, len(indices)), strict=True):
+                    for index, output in zip(indices, split_samples(batch, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
             events.prediction_end()

@@ -13,7 +13,7 @@ from typing_extensions import override
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.errors import LaunchError, OptionError
 from ptacc.mixins.model_sharding import DATA, ShardFn, ShardingMixin
-from ptacc.model.selection import check_choices, chosen_submodules
+from ptacc.model.selection import check_selectors, select_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +64,7 @@ class FSDPMixin(ShardingMixin):
         """Refuse what is no list of units, and no dtype."""
         owner = type(self).__name__
         if self.fsdp_wrap is not None:
-            check_choices(owner, "fsdp_wrap", self.fsdp_wrap)
+            check_selectors(owner, "fsdp_wrap", self.fsdp_wrap)
         for name in ("fsdp_param_dtype", "fsdp_reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -87,9 +87,9 @@ class FSDPMixin(ShardingMixin):
         return {**super().shard_functions(), DATA: self._shard_units}
 
     @override
-    def gives_model_back(self) -> bool:
+    def should_unshard_after_run(self) -> bool:
         """Give it back if asked for."""
-        return self.fsdp_unshard_after_run and super().gives_model_back()
+        return self.fsdp_unshard_after_run and super().should_unshard_after_run()
 
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
@@ -109,7 +109,7 @@ class FSDPMixin(ShardingMixin):
         """Return the submodules that are units, beside the model itself."""
         model = self.unwrapped_model
         if self.fsdp_wrap is not None:
-            return chosen_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
+            return select_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
         names = set(getattr(model, "_no_split_modules", None) or ())
         if names:
             return [module for module in model.modules() if type(module).__name__ in names]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.tensors.dtensor import match_placement, whole_tensor
+from ptacc.tensors.dtensor import match_placement, full_tensor
 
 
 class AveragedWeights:
@@ -22,7 +22,7 @@ class AveragedWeights:
         """Start from the present weights of `model`, under its canonical names."""
         self.updates = 0
         self._is_applied = False
-        self._averages = {name: tensor.detach().clone() for name, tensor in iterate_tensors(model)}
+        self._averages = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -33,21 +33,21 @@ class AveragedWeights:
     def update(self, model: nn.Module, weight: float) -> None:
         """Move each average towards the model's present tensor by `weight`, from 0 to 1."""
         floating: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for name, tensor in iterate_tensors(model):
+        for name, tensor in named_tensors(model):
             if tensor.is_floating_point():
                 floating[0].append(self._averages[name])
                 floating[1].append(tensor.detach())
             else:
                 self._averages[name].copy_(tensor)
-        for averages, tensors in by_kind(*floating):
+        for averages, tensors in foreach_groups(*floating):
             # torch's own name for it has no public twin.
             torch._foreach_lerp_(averages, tensors, weight)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     @torch.no_grad()
-    def exchange(self, model: nn.Module) -> None:
+    def swap(self, model: nn.Module) -> None:
         """Exchange the model's tensors and the averages. Twice is nothing."""
-        for name, tensor in iterate_tensors(model):
+        for name, tensor in named_tensors(model):
             raw = tensor.detach().clone()
             tensor.copy_(self._averages[name])
             self._averages[name].copy_(raw)
@@ -58,24 +58,24 @@ class AveragedWeights:
         if self._is_applied:
             yield
             return
-        self.exchange(model)
+        self.swap(model)
         self._is_applied = True
         try:
             yield
         finally:
             self._is_applied = False
-            self.exchange(model)
+            self.swap(model)
 
     @torch.no_grad()
-    def start_from(self, model: nn.Module) -> None:
+    def copy_from(self, model: nn.Module) -> None:
         """Take the model's present tensors for the averages."""
-        for name, tensor in iterate_tensors(model):
+        for name, tensor in named_tensors(model):
             self._averages[name].copy_(tensor)
 
     @torch.no_grad()
-    def make_whole(self) -> None:
+    def unshard(self) -> None:
         """Have no average in shards, as the model is that it is of. A collective where one is."""
-        self._averages = {name: whole_tensor(average) for name, average in self._averages.items()}
+        self._averages = {name: full_tensor(average) for name, average in self._averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates and the averages."""
@@ -88,13 +88,13 @@ class AveragedWeights:
             average.copy_(match_placement(average, state_dict["averages"][name]))
 
 
-def iterate_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the parameters and the buffers of a model, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def by_kind(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def foreach_groups(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Group pairs of tensors as foreach kernels want them: by their dtype, and the mesh that they are dealt over."""
     groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for pair in zip(left, right, strict=True):

@@ -11,12 +11,12 @@ from torch import nn
 from ptacc.errors import ModelError, OptionError
 from ptacc.validation import closest, value_text
 
-Choice: TypeAlias = type[nn.Module] | str
+ModuleSelector: TypeAlias = type[nn.Module] | str
 SHOWN = 10
 """Names that an error shows at most."""
 
 
-def check_choices(owner: str, option: str, choices: object) -> None:
+def check_selectors(owner: str, option: str, choices: object) -> None:
     """Raise `OptionError` for what is no list of classes and names."""
     if isinstance(choices, str | type) or not isinstance(choices, Sequence):
         raise OptionError(
@@ -31,7 +31,7 @@ def check_choices(owner: str, option: str, choices: object) -> None:
             )
 
 
-def chosen_submodules(model: nn.Module, choices: Sequence[Choice], option: str) -> list[nn.Module]:
+def select_submodules(model: nn.Module, choices: Sequence[ModuleSelector], option: str) -> list[nn.Module]:
     """Return the outermost submodules that are chosen.
 
     Lists of modules are passed over: they are never called, only what is in them.
@@ -53,13 +53,13 @@ def chosen_submodules(model: nn.Module, choices: Sequence[Choice], option: str) 
     for choice in choices:
         found = {name for name, module in submodules.items() if is_match(choice, name, module)}
         if not found:
-            raise ModelError(f"{option}: {unmatched(choice, model, submodules)}")
+            raise ModelError(f"{option}: {describe_no_match(choice, model, submodules)}")
         chosen |= found
     outermost = (name for name in submodules if name in chosen and chosen.isdisjoint(list_parents(name)))
     return list(dict.fromkeys(submodules[name] for name in outermost))  # one module may have several names
 
 
-def is_match(choice: Choice, name: str, module: nn.Module) -> bool:
+def is_match(choice: ModuleSelector, name: str, module: nn.Module) -> bool:
     """Say whether a submodule is meant by a choice."""
     return fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
 
@@ -75,7 +75,7 @@ def list_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def unmatched(choice: Choice, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
+def describe_no_match(choice: ModuleSelector, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
     """Say that no submodule matches a choice, and what there is."""
     by_name = isinstance(choice, str)
     asked = repr(choice) if isinstance(choice, str) else choice.__name__

@@ -17,19 +17,19 @@ COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module's tensors."""
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return the name that a tensor or a module has in the bare, uncompiled model."""
     return name.replace(COMPILED, "")
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return the names in a model's `state_dict()`, by their canonical names: those of the bare, uncompiled model."""
-    return {canonical(name): name for name in model.state_dict()}
+    return {canonical_name(name): name for name in model.state_dict()}
 
 
 def get_weights(model: nn.Module) -> StateDict:
     """Return a model's `state_dict()` under canonical names."""
-    return {canonical(name): value for name, value in model.state_dict().items()}
+    return {canonical_name(name): value for name, value in model.state_dict().items()}
 
 
 def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -> None:
@@ -39,13 +39,13 @@ def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -
         CheckpointError: They are not the model's; the message has each difference.
     """
     mine, names = get_weights(model), canonical_names(model)
-    if strict and (different := sorted(differing_weights(mine, weights))):
+    if strict and (different := sorted(weight_differences(mine, weights))):
         raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
     fitting = {name: match_placement(mine[name], value) if name in mine else value for name, value in weights.items()}
     model.load_state_dict({names.get(name, name): value for name, value in fitting.items()}, strict=strict)
 
 
-def differing_weights(mine: Mapping[str, Any], weights: Mapping[str, Any]) -> Iterator[str]:
+def weight_differences(mine: Mapping[str, Any], weights: Mapping[str, Any]) -> Iterator[str]:
     """Iterate over the differences between a model's own tensors and those that are to be loaded, both by name."""
     yield from (f"the model's {name} is not in the checkpoint" for name in mine if name not in weights)
     yield from (f"the checkpoint's {name} is not in the model" for name in weights if name not in mine)
@@ -66,7 +66,7 @@ def describe_tensor(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
     """Load an optimizer's state, each tensor in the dtype it was saved in: torch's own way casts it to the parameter's.
 
     Raises:
@@ -93,7 +93,7 @@ def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
 def held_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over what this process holds of each of a model's parameters."""
     for name, parameter in model.named_parameters():
-        yield canonical(name), parameter.to_local() if is_dtensor(parameter) else parameter
+        yield canonical_name(name), parameter.to_local() if is_dtensor(parameter) else parameter
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-MAPPINGS = (dict, OrderedDict)
-SEQUENCES = (list, tuple)
+_MAPPINGS = (dict, OrderedDict)
+_SEQUENCES = (list, tuple)
 """Containers that may hold tensors which are dealt."""
 IndexRanges: TypeAlias = tuple[tuple[int, int], ...]
 """Indices of a dimension, as (start, stop) of each stretch, in the order in which a process holds them."""
@@ -76,18 +76,20 @@ class Shard:
 
     local: Tensor
     shape: tuple[int, ...]
-    runs: tuple[IndexRanges, ...]
-    dealing: ShardingSpec
+    index_ranges: tuple[IndexRanges, ...]
+    sharding: ShardingSpec
 
     @property
     def is_consistent(self) -> bool:
         """Whether the part is of the size that its place has, and lies within the whole."""
-        if len(self.runs) != len(self.shape):
+        if len(self.index_ranges) != len(self.shape):
             return False
         inside = all(
-            0 <= start < stop <= size for runs, size in zip(self.runs, self.shape, strict=True) for start, stop in runs
+            0 <= start < stop <= size
+            for runs, size in zip(self.index_ranges, self.shape, strict=True)
+            for start, stop in runs
         )
-        return inside and tuple(self.local.shape) == tuple(sum(b - a for a, b in runs) for runs in self.runs)
+        return inside and tuple(self.local.shape) == tuple(sum(b - a for a, b in runs) for runs in self.index_ranges)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return all of a tensor. A collective where it is dealt: one for each dimension of the mesh."""
     if not is_dtensor(tensor):
         return tensor
@@ -171,7 +173,7 @@ def match_placement(parameter: Tensor, value: Any) -> Any:
     if not isinstance(value, Tensor) or is_dtensor(parameter) == is_dtensor(value):
         return value
     if is_dtensor(value):
-        return whole_tensor(value).to(parameter.device)
+        return full_tensor(value).to(parameter.device)
     if not value.dim():
         return value
     assert is_dtensor(parameter)
@@ -190,7 +192,7 @@ def assemble(shards: Sequence[Shard]) -> AssembledTensor:
         CheckpointError: They are of different tensors, overlap, or leave something out.
     """
     first = shards[0]
-    parts = {shard.runs: shard for shard in shards}
+    parts = {shard.index_ranges: shard for shard in shards}
     if any(shard.shape != first.shape or shard.local.dtype != first.local.dtype for shard in shards):
         raise CheckpointError(f"Parts of different tensors, the first of shape {first.shape}, do not make one.")
     if sum(part.local.numel() for part in parts.values()) != math.prod(first.shape):
@@ -203,7 +205,7 @@ def assemble(shards: Sequence[Shard]) -> AssembledTensor:
             is_there[there] = True
     if not is_there.all():
         raise CheckpointError(f"{len(parts)} parts of a tensor of shape {first.shape} overlap.")
-    return AssembledTensor(whole, first.dealing)
+    return AssembledTensor(whole, first.sharding)
 
 
 def slice_local(whole: Tensor, runs: tuple[IndexRanges, ...]) -> Tensor:
@@ -227,9 +229,9 @@ def _blocks(runs: tuple[IndexRanges, ...]) -> Iterator[tuple[tuple[slice, ...], 
 
 def map_state(state: Any, change: Callable[[Any], Any]) -> Any:
     """Return a state with each value that is no container of tensors changed."""
-    if type(state) in MAPPINGS:
+    if type(state) in _MAPPINGS:
         return type(state)((key, map_state(part, change)) for key, part in state.items())
-    if type(state) in SEQUENCES:
+    if type(state) in _SEQUENCES:
         return type(state)(map_state(part, change) for part in state)
     return change(state)
 
@@ -245,11 +247,11 @@ def merge_states(states: Sequence[Any]) -> Any:
         if not all(isinstance(state, Shard) for state in states):
             raise CheckpointError("What is a part of a tensor for one process is none for another.")
         return assemble(states)
-    if type(first) in MAPPINGS:
+    if type(first) in _MAPPINGS:
         if any(type(state) is not type(first) or state.keys() != first.keys() for state in states):
             raise CheckpointError("The states of the processes have different names.")
         return type(first)((key, merge_states([state[key] for state in states])) for key in first)
-    if type(first) in SEQUENCES:
+    if type(first) in _SEQUENCES:
         if any(type(state) is not type(first) or len(state) != len(first) for state in states):
             raise CheckpointError("The states of the processes have different lengths.")
         return type(first)(merge_states(parts) for parts in zip(*states, strict=True))

@@ -26,7 +26,7 @@ def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *arg
     """Rebuild a structure; objects whose class has `method` are asked to do it by themselves."""
     if isinstance(structure, Tensor):
         return change(structure)
-    if method and has_own(structure, method):
+    if method and has_method(structure, method):
         return getattr(structure, method)(*args)
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         return type(structure)(*(_map(change, part, method, *args) for part in structure))
@@ -45,7 +45,7 @@ def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *arg
     return structure
 
 
-def has_own(structure: object, method: str) -> bool:
+def has_method(structure: object, method: str) -> bool:
     """Say whether an object's class has a method of this name, such as the `to` of packed sequences and of graphs."""
     kind = type(structure)
     return kind not in PLAIN_CONTAINERS and callable(getattr(kind, method, None))
@@ -63,7 +63,7 @@ def to_device(batch: NestedT, device: torch.device, move: Callable[[Tensor], Ten
     return cast(NestedT, _map(move, batch, "to", device))
 
 
-def pinned(batch: NestedT) -> NestedT:
+def pin_memory(batch: NestedT) -> NestedT:
     """Copy a batch to memory from which a device copies by itself; by its own `pin_memory()`, where it has one."""
     return cast(NestedT, _map(Tensor.pin_memory, batch, "pin_memory"))
 
@@ -116,7 +116,7 @@ def leading_dimension(batch: object) -> int:
     )
 
 
-def unbind(outputs: NestedT, count: int) -> list[NestedT]:
+def split_samples(outputs: NestedT, count: int) -> list[NestedT]:
     """Split the outputs of a batch of `count` samples into one for each sample."""
     return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
 
@@ -137,11 +137,11 @@ def concatenate(parts: Sequence[NestedT], device: torch.device) -> NestedT:
         if other.keys() != first.keys():
             raise DataError(f"gather(): rank 0 gave values at {list(first)}, and rank {rank} at {list(other)}.")
     columns = ([leaves[path] for leaves in (first, *others)] for path in first)
-    joined = iter([join(column).to(device) for column in columns])
+    joined = iter([concatenate_leaf(column).to(device) for column in columns])
     return map_tensors(lambda _: next(joined), parts[0])
 
 
-def join(values: Sequence[object]) -> Tensor:
+def concatenate_leaf(values: Sequence[object]) -> Tensor:
     """Concatenate the tensors of all processes, given in the order of their ranks."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) < len(values):

@@ -16,11 +16,11 @@ from ptacc.errors import LaunchError, ModelError
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Rprop", "ASGD", "Adadelta")
 """torch's optimizers that treat each entry by itself: parts are cut across the borders of parameters."""
-FAILED_TO_BUILD = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+BUILD_ERRORS = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 """What is raised where DeepSpeed cannot compile what it needs."""
 
 
-def join(device: torch.device) -> None:
+def init_distributed(device: torch.device) -> None:
     """Let DeepSpeed use the launch's own process group.
 
     Raises:
@@ -34,7 +34,7 @@ def join(device: torch.device) -> None:
         )
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False)
-    except FAILED_TO_BUILD as error:
+    except BUILD_ERRORS as error:
         raise LaunchError(
             f"DeepSpeed does not start: {str(error).strip().splitlines()[0]} On a CPU it first compiles a part of "
             "itself: install ninja (`pip install ninja`) and a C++ compiler."

@@ -21,8 +21,8 @@ from ptacc.types.aliases import ZeroStage
 STAGES: Final = get_args(ZeroStage)
 AUTO: Final = "auto"
 """What a configuration says where it leaves a value to the trainer, or to DeepSpeed."""
-ON_CPU: Final[Mapping[object, bool | None]] = {None: None, AUTO: None, "none": False, "cpu": True}
-REFUSED: Final[Mapping[str, str]] = {
+OFFLOAD_DEVICES: Final[Mapping[object, bool | None]] = {None: None, AUTO: None, "none": False, "cpu": True}
+UNSUPPORTED: Final[Mapping[str, str]] = {
     "optimizer": "The trainer has one.",
     "scheduler": "create_scheduler of LRSchedulerMixin makes one.",
     "amp": "mixed_precision of AMPMixin says what is computed in.",
@@ -36,12 +36,12 @@ REFUSED: Final[Mapping[str, str]] = {
     "zero_optimization.zero_hpz_partition_size": "What is dealt out is put together over all processes.",
 }
 """Keys that nothing can be done with here, each with the reason. Others are DeepSpeed's own concern."""
-IDLE: Final = (None, False, 0, 1, -1)
+DISABLED: Final = (None, False, 0, 1, -1)
 """What such a key says where it asks for nothing."""
 
 
 @dataclass(frozen=True)
-class Launched:
+class LaunchOptions:
     """What `accelerate launch --use_deepspeed` asks for: None where it says nothing."""
 
     config: str | None = None
@@ -50,7 +50,7 @@ class Launched:
     offload_param: str | None = None
 
     @classmethod
-    def from_environment(cls) -> Launched:
+    def from_environment(cls) -> LaunchOptions:
         """Read what the launcher left."""
         read = os.environ.get
         config, stage = read("ACCELERATE_DEEPSPEED_CONFIG_FILE"), read("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -94,18 +94,18 @@ class ZeroConfig:
         Raises:
             OptionError: The configuration cannot be read, sets what is refused, or says something else than an option.
         """
-        launched = Launched.from_environment()
+        launched = LaunchOptions.from_environment()
         given = read_config(owner, config if config is not None else launched.config)
-        for key, reason in REFUSED.items():
-            if not is_idle(value_at(given, key)):
+        for key, reason in UNSUPPORTED.items():
+            if not is_disabled(value_at(given, key)):
                 raise OptionError(f"{owner}: the DeepSpeed configuration sets {key}. {reason} Leave it out.")
         key = "zero_optimization.stage"
-        chosen = agreed(owner, ("zero_stage", stage), (key, value_at(given, key)))
+        chosen = resolve(owner, ("zero_stage", stage), (key, value_at(given, key)))
         resolved: Any = chosen if chosen is not None else launched.stage
         if resolved not in STAGES or isinstance(resolved, bool):
             raise OptionError(f"{owner}(zero_stage={resolved!r}): must be 0, 1, 2 or 3.")
-        optimizer = offloads(owner, "offload_optimizer", offload_optimizer, given, launched.offload_optimizer)
-        param = offloads(owner, "offload_param", offload_param, given, launched.offload_param)
+        optimizer = resolve_offload(owner, "offload_optimizer", offload_optimizer, given, launched.offload_optimizer)
+        param = resolve_offload(owner, "offload_param", offload_param, given, launched.offload_param)
         for name, is_asked, smallest in (("optimizer", optimizer, 1), ("param", param, 3)):
             if is_asked and resolved < smallest:
                 raise OptionError(
@@ -149,9 +149,9 @@ class ZeroConfig:
             ours = f"per_device_batch_size={size} x {accumulation} batches a step x {processes} processes"
             raise self._disagreement("train_batch_size", total, ours)
 
-    def for_deepspeed(self) -> dict[str, Any]:
+    def to_deepspeed(self) -> dict[str, Any]:
         """Return the configuration to give to DeepSpeed, in which windows, clipping and scaling are the trainer's."""
-        config = without_auto(self.given)
+        config = drop_auto(self.given)
         for key in ("train_batch_size", "fp16"):
             config.pop(key, None)
         zero = config.setdefault("zero_optimization", {})
@@ -222,17 +222,17 @@ def value_at(config: Mapping[str, Any], path: str) -> Any:
     return None if value == AUTO else value
 
 
-def is_idle(value: object) -> bool:
+def is_disabled(value: object) -> bool:
     """Say whether a value asks for nothing.
 
     Example:
         >>> is_idle({"enabled": False}), is_idle(True), is_idle(1)
         (True, False, True)
     """
-    return value.get("enabled") is False if isinstance(value, Mapping) else value is not True and value in IDLE
+    return value.get("enabled") is False if isinstance(value, Mapping) else value is not True and value in DISABLED
 
 
-def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+def drop_auto(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy without what is left open, which is then DeepSpeed's own default.
 
     Example:
@@ -240,13 +240,11 @@ def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
         {'zero_optimization': {'stage': 3}}
     """
     return {
-        key: without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value != AUTO
+        key: drop_auto(value) if isinstance(value, Mapping) else value for key, value in config.items() if value != AUTO
     }
 
 
-def agreed(owner: str, option: tuple[str, Any], there: tuple[str, Any]) -> Any:
+def resolve(owner: str, option: tuple[str, Any], there: tuple[str, Any]) -> Any:
     """Return what an option says, or else the configuration, both given with their names; None if neither does.
 
     Raises:
@@ -260,7 +258,7 @@ def agreed(owner: str, option: tuple[str, Any], there: tuple[str, Any]) -> Any:
     return there[1] if option[1] is None else option[1]
 
 
-def offloads(owner: str, name: str, option: bool | None, given: Mapping[str, Any], launched: str | None) -> bool:
+def resolve_offload(owner: str, name: str, option: bool | None, given: Mapping[str, Any], launched: str | None) -> bool:
     """Say whether something is kept on the host.
 
     Raises:
@@ -269,7 +267,7 @@ def offloads(owner: str, name: str, option: bool | None, given: Mapping[str, Any
     key = f"zero_optimization.{name}.device"
     in_config = value_at(given, key)
     for device in (in_config, launched):
-        if device not in ON_CPU:
+        if device not in OFFLOAD_DEVICES:
             raise OptionError(f'{owner}: {key}={device!r}: must be "cpu" or "none".')
-    chosen = agreed(owner, (f"zero_{name}", option), (key, ON_CPU[in_config]))
-    return bool(ON_CPU[launched] if chosen is None else chosen)
+    chosen = resolve(owner, (f"zero_{name}", option), (key, OFFLOAD_DEVICES[in_config]))
+    return bool(OFFLOAD_DEVICES[launched] if chosen is None else chosen)

@@ -24,14 +24,14 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import share_buffers
+from ptacc.engines.common import broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
-from ptacc.engines.deepspeed.checks import check_model, check_optimizer, join
+from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.original_model import OriginalModel
 from ptacc.engines.deepspeed.stages import STAGES
 from ptacc.errors import CheckpointError, ModelError
-from ptacc.model.state_dict import canonical, differing_weights, load_optimizer, load_weights
+from ptacc.model.state_dict import canonical_name, weight_differences, load_optimizer_state, load_weights
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -64,8 +64,8 @@ class DeepSpeedEngine(TorchEngine):
         (slot,) = slots
         check_model(model, config)
         check_optimizer(slot.optimizer, config)
-        join(accelerator.device)
-        self._where, self._optimizer, settings = where, slot.optimizer, config.for_deepspeed()
+        init_distributed(accelerator.device)
+        self._where, self._optimizer, settings = where, slot.optimizer, config.to_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
         self._before, self._grown = OriginalModel(model), set[int]()
         states = dict(slot.optimizer.state)
@@ -81,9 +81,9 @@ class DeepSpeedEngine(TorchEngine):
         self._zero = STAGES[config.stage](self._engine, slot, self._groups)
         self._zero.begin(model)
         self._zero.give_states(states)
-        self._before.note_what_was_added()
-        share_buffers(model)
-        self._names = {id(p): canonical(name) for name, p in model.named_parameters()}
+        self._before.record_added_attributes()
+        broadcast_buffers(model)
+        self._names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
             for p in self._zero.trained
@@ -99,7 +99,7 @@ class DeepSpeedEngine(TorchEngine):
 
     @override
     @contextlib.contextmanager
-    def batch_of_step(self, *, is_last: bool) -> Iterator[None]:
+    def around_batch(self, *, is_last: bool) -> Iterator[None]:
         """Let gradients be averaged in the last batch alone."""
         if hasattr(self._engine.optimizer, "clear_backward_seen_flag"):
             # DeepSpeed counts the batch when it is called, which a step may go around.
@@ -167,7 +167,7 @@ class DeepSpeedEngine(TorchEngine):
         """
         with self._zero.updating():
             self._engine.step()
-        share_buffers(self._bare_model)
+        broadcast_buffers(self._bare_model)
         return True
 
     @override
@@ -182,10 +182,10 @@ class DeepSpeedEngine(TorchEngine):
         weights = super().weights()
         whole: dict[Parameter, Tensor] = {}  # one for all names of a weight
         for name, parameter in self._bare_model.named_parameters(remove_duplicate=False):
-            if canonical(name) in weights and (self._is_sharded or self._zero.has_masters(parameter)):
+            if canonical_name(name) in weights and (self._is_sharded or self._zero.has_masters(parameter)):
                 if parameter not in whole:
-                    whole[parameter] = for_first(self._zero.whole(parameter))
-                weights[canonical(name)] = whole[parameter]
+                    whole[parameter] = to_rank_0(self._zero.whole(parameter))
+                weights[canonical_name(name)] = whole[parameter]
         return weights
 
     @property
@@ -197,18 +197,18 @@ class DeepSpeedEngine(TorchEngine):
     def load_weights(self, weights: StateDict, *, strict: bool = True) -> None:
         """Put whole weights back, which every process has."""
         mine = self.weights()
-        if strict and (different := sorted(differing_weights(mine, weights))):
+        if strict and (different := sorted(weight_differences(mine, weights))):
             raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
         fitting = {name: self.localize(weights[name]) for name in mine if name in weights}
         parameters = dict(self._bare_model.named_parameters(remove_duplicate=False))
-        by_name = {canonical(name): parameter for name, parameter in parameters.items()}
+        by_name = {canonical_name(name): parameter for name, parameter in parameters.items()}
         self._zero.set_weights({by_name[name]: value for name, value in fitting.items() if name in by_name})
         load_weights(self._bare_model, {n: v for n, v in fitting.items() if n not in by_name}, strict=False)
 
     @override
     def held_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """Iterate over what this process holds of each parameter."""
-        return ((canonical(name), self._zero.held(p)) for name, p in self._bare_model.named_parameters())
+        return ((canonical_name(name), self._zero.held(p)) for name, p in self._bare_model.named_parameters())
 
     @override
     def optimizer_states(self) -> Mapping[str, StateDict]:
@@ -237,7 +237,7 @@ class DeepSpeedEngine(TorchEngine):
         for name, value in state_dict["counters"].items():
             setattr(self._engine, name, value)
         if self._zero.deals_gradients:
-            load_optimizer(self._optimizer, state_dict["optimizer"])
+            load_optimizer_state(self._optimizer, state_dict["optimizer"])
 
     # ---- the end
 
@@ -257,7 +257,7 @@ class DeepSpeedEngine(TorchEngine):
         del self._engine, self._zero  # and with them the parts, which take as much memory as the whole
 
 
-def for_first(tensor: Tensor) -> Tensor:
+def to_rank_0(tensor: Tensor) -> Tensor:
     """Return a tensor on the host of rank 0, and elsewhere one of its form that takes no memory."""
     if dist.get_rank() == 0:
         return tensor.to("cpu")

@@ -13,7 +13,7 @@ from ptacc.engines.common import remove_hooks
 
 DEEPSPEED = ("deepspeed",)
 """The package whose hooks a model carries meanwhile."""
-LATER = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
+LAZY_ATTRIBUTES = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
 """How names begin of what DeepSpeed notes in a model as late as in its first forward pass."""
 
 
@@ -50,7 +50,7 @@ class OriginalModel:
         """Return the device that a parameter was on."""
         return self._places[parameter].device
 
-    def note_what_was_added(self) -> None:
+    def record_added_attributes(self) -> None:
         """Take what has come to the model since it was bare for DeepSpeed's: what comes later is the user's own."""
         self._added = {part: frozenset(vars(part)) - self._names[part] for part in self._parts()}
 
@@ -75,7 +75,7 @@ class OriginalModel:
 
     def _strip(self, part: object) -> None:
         names = vars(part)
-        later = {name for name in names if name.startswith(LATER)} - self._names[part]
+        later = {name for name in names if name.startswith(LAZY_ATTRIBUTES)} - self._names[part]
         for name in self._added.get(part, frozenset()) | later:
             names.pop(name, None)
 
