@@ -209,7 +209,6 @@ ANY_IS_RIGHT = {
     "CheckpointMixin.law_options": "as Mixin.law_options",
     "CompileMixin.law_options": "as for `Mixin.law_options`",
     "EMAMixin.law_options": "as for `Mixin.law_options`",
-    "Engine.localize": "a value of a state: tensors become this engine's, all else is as it is",
     "EvaluationLoop.__class_getitem__": "not seen by type checkers",
     "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
     "DataLoaderConfig.collate_fn": "the dataset and this function know what a sample is, the request does not",

@@ -562,7 +562,10 @@ def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.Monkey
         ({"deepspeed_config": 3}, "must be a mapping, or the path of a JSON file"),
         ({"deepspeed_config": "nowhere.json"}, "'nowhere.json'.* cannot be read"),
         ({"deepspeed_config": {"optimizer": {"type": "Adam"}}}, "sets optimizer. The trainer has one. Leave it out"),
-        ({"deepspeed_config": {"torch_autocast": {"enabled": True}}}, "sets torch_autocast. mixed_precision"),
+        (
+            {"deepspeed_config": {"torch_autocast": {"enabled": True}}},
+            "sets torch_autocast. Precision is set by mixed_precision",
+        ),
         (
             {"zero_stage": 3, "deepspeed_config": {"zero_optimization": {"stage": 2}}},
             r"zero_stage=3\), and the DeepSpeed configuration has zero_optimization.stage=2",
@@ -635,7 +638,10 @@ def of_dtype(dtype: torch.dtype) -> Deep:
 @pytest.mark.parametrize(
     ("make_trainer", "message"),
     [
-        (lambda: with_optimizer(lambda m: Adafactor(m.parameters())), "Adafactor under ZeRO 2 may look at whole"),
+        (
+            lambda: with_optimizer(lambda m: Adafactor(m.parameters())),
+            "Adafactor under ZeRO 2 may need full parameters",
+        ),
         (lambda: of_dtype(torch.float64), "enter.weight is float64, and DeepSpeed updates weights in float32"),
         (lambda: of_dtype(torch.bfloat16), "enter.weight is bfloat16, and DeepSpeed"),
         (

@@ -185,4 +185,4 @@ def test_each_run_begins_with_the_same_factor() -> None:
         engine = TorchEngine(accelerator, model, [OptimizerSlot.create("optimizer", optimizer)])
         engine.backward(model(torch.full((1, 4), torch.inf)).sum())
         assert not engine.update()
-        assert engine.state_dict()["scaler"]["scale"] == TOO_LARGE / 2
+        assert engine.get_state().shared["scaler"]["scale"] == TOO_LARGE / 2

@@ -46,5 +46,5 @@ def test_steps_that_the_scaler_skips_count_nowhere(device: torch.device) -> None
 
 def test_each_run_begins_with_the_same_factor(device: torch.device) -> None:
     once, twice = train("fp16"), train("fp16", runs=2)
-    first, last = (trainer.run.engine.state_dict()["scaler"]["scale"] for trainer in (once, twice))
+    first, last = (trainer.run.engine.get_state().shared["scaler"]["scale"] for trainer in (once, twice))
     assert first == last < torch.amp.GradScaler(device.type).get_scale()

@@ -1,32 +1,38 @@
-"""Saving a run: when it is due, whether it is fit to be saved, and what is told of it."""
+"""Saving a run: when a checkpoint is due, and what it contains."""
 
 from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
+from ptacc.checkpoint.parts import Part
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.trainer_state import parts_to_save
+from ptacc.checkpoint.trainer_state import MODEL, collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
+from ptacc.model.state_dict import canonical_name
+from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence
 from ptacc.types.protocols import StateDict
 
 
 @dataclass
 class RunSaver:
-    """Saves a trainer's run to a line of checkpoints.
+    """Saves the run of a trainer.
 
     Args:
-        trainer: Within its run.
-        line: Where to.
-        every: How often, None for the end alone.
-        signals: At which to save and end.
-        saves_non_finite: Whether weights that are no numbers are saved.
-        tell: Called with the path of each checkpoint that was made.
+        trainer: The trainer, within its run.
+        manager: The run's checkpoints.
+        every: How often to save; None for at the end only.
+        signals: Signals at which to save before the run ends.
+        allows_non_finite: Whether to save weights that hold NaN or infinity.
+        on_saved: Called with the path of each checkpoint that was saved.
     """
 
     trainer: TrainerCore
@@ -38,38 +44,38 @@ class RunSaver:
     _requests: list[tuple[Path | None, str]] = field(default_factory=list)
 
     def request(self, path: Path | None, label: str) -> Path:
-        """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
+        """Request a checkpoint as soon as the run can be saved, and return where it will be. A collective."""
         self._requests.append((path, label))
         store, distributed, steps = self.manager.store, self.trainer.distributed, self.trainer.progress.steps
         return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
 
     def save_if_due(self) -> None:
-        """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
+        """Save the run if a checkpoint is due or was requested. A collective, between two steps or epochs."""
         self.manager.check()
         run = self.trainer.run
         if not (self._requests or self._is_due()):
             return
         if run.exit_code is None and run.is_within_epoch:
-            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # a vote of before may be under way
+            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # completes a vote that is in progress
         self.save()
 
     def save(self) -> None:
-        """Save the run, unless its weights are no numbers."""
-        asked, self._requests = self._requests or [(None, "")], []
+        """Save the run, unless its weights are not finite."""
+        requests, self._requests = self._requests or [(None, "")], []
         run = self.trainer.run
         run.history.read_steps(run.distributed)
-        for path, label in asked:
+        for path, label in requests:
             self._save(path, label)
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is under way, and tell of it. A collective."""
+        """Wait for a checkpoint in the background, and report it. A collective."""
         if (path := self.manager.finish()) is not None:
             self.on_saved(path)
 
     def save_on_exception(self) -> None:
-        """Save the run before an exception ends it, whatever has become of the checkpoint before.
+        """Save the run before an exception ends it, even if the checkpoint before failed.
 
-        That exception is the one to raise; what goes wrong here is a warning.
+        Errors become warnings, since the exception itself is raised afterwards.
         """
         for act in (self.finish, self.save, self.finish):
             try:
@@ -90,8 +96,8 @@ class RunSaver:
         self.finish()
         now, before = self.trainer.progress, self.manager.saved_at
         if path is None:
-            self.manager.saved_at = now  # as the checkpoint itself has it
-        shared, mine, versions = parts_to_save(self.trainer)
+            self.manager.saved_at = now  # first, since the checkpoint contains it
+        shared, own = collect_parts(self.trainer)
         manifest = Manifest(
             name="",
             run=self.manager.identity,
@@ -100,22 +106,31 @@ class RunSaver:
             offset=now.offset,
             world_size=self.trainer.distributed.world_size,
             label=label,
-            parts=versions,
+            parts={part.name: part.version for part in shared},
             metrics=self.trainer.run.fresh_values(),
         )
-        weights = () if self.allows_non_finite else tuple(self.trainer.run.engine.held_parameters())
-        saved = self.manager.begin(now, manifest, shared, mine, path, weights)
+        parameters = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        saved = self.manager.begin(now, manifest, *move_shards(shared, own), path, parameters)
         if saved is not None:
             self.on_saved(saved)
         elif not self.manager.is_saving:
             self.manager.saved_at = before
 
-    # ---- what a checkpoint holds of it
-
     def state_dict(self) -> StateDict:
-        """Return the state of the line."""
+        """Return the state of the run's checkpoints."""
         return self.manager.state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on with the line of a saved run."""
+        """Load the state of the run's checkpoints."""
         self.manager.load_state_dict(state_dict)
+
+
+def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:
+    """Return the parameters in a checkpoint by name: this rank's shards, and on rank 0 those that are not sharded."""
+    names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
+    weights: Any = next(part.state for part in shared if part.name == MODEL)
+    return [
+        (name, tensor.to_local() if is_dtensor(tensor) else tensor)
+        for name, tensor in weights.items()
+        if name in names and (is_dtensor(tensor) or trainer.distributed.rank == 0)
+    ]

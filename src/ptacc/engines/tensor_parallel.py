@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from ptacc.errors import ModelError
-from ptacc.model.selection import is_match, describe_no_match
+from ptacc.model.selection import describe_no_match, is_match
 from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc

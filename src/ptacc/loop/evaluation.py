@@ -26,7 +26,7 @@ from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
-from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, split_samples
+from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
 from ptacc.types.outputs import EvalResult, Predictions, StepOutput

@@ -24,7 +24,7 @@ from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
-from ptacc.checkpoint.trainer_state import check_resume, own_parts, restore, shared_parts
+from ptacc.checkpoint.trainer_state import collect_parts, restore
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
@@ -227,8 +227,7 @@ class CheckpointMixin(Mixin):
         super().load_run_state()
         if self._resumption is None:
             return
-        check_resume(self, self._resumption.shared, self._resumption.own, self.resume_ignore)
-        saved = self._resumption = self._resumption.revived(self.run.engine)
+        saved = self._resumption
         restore(self, saved.shared, saved.own, self.resume_ignore)
         if self.run.is_consistent or not self.run.is_within_epoch:  # for the last time
             self._resumption = None
@@ -260,7 +259,8 @@ class CheckpointMixin(Mixin):
         """Check that everything can be saved, before it has to be."""
         super().on_epoch_start()
         if not self.progress.steps:
-            check_storable([*shared_parts(self), *own_parts(self)])
+            shared, own = collect_parts(self)
+            check_storable([*shared, *own])
 
     @override
     def on_step_end(self, step: StepResult) -> None:

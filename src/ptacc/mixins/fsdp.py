@@ -39,7 +39,7 @@ class FSDPMixin(ShardingMixin):
         fsdp_unshard_after_run: Whether every process has the whole model after the run. False leaves it in shards,
             where it is too large: evaluations, exports and further runs take it so.
 
-    Hooks: `configure_accelerator`, `shard_functions`, `gives_model_back`, `make_engine`, `around_run`,
+    Hooks: `configure_accelerator`, `shard_functions`, `should_unshard_after_run`, `make_engine`, `around_run`,
     `resume_invariants`.
 
     Combines with: everything but another engine. Precision by `AMPMixin`, kept activations by `GradCheckpointMixin`.
@@ -94,16 +94,17 @@ class FSDPMixin(ShardingMixin):
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
             raise OptionError(f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: everything is there already.")
-        from ptacc.engines.fsdp import Units, shard_units  # importing it takes longer than all of ptacc
+        from ptacc.engines.fsdp import shard_units  # importing it takes longer than all of ptacc
 
-        units = Units(
+        shard_units(
+            model,
+            mesh,
             self._units(),
-            self.fsdp_reshard_after_forward,
-            self.fsdp_param_dtype,
-            self.fsdp_reduce_dtype,
-            offloads=self.fsdp_cpu_offload,
+            reshard_after_forward=self.fsdp_reshard_after_forward,
+            param_dtype=self.fsdp_param_dtype,
+            reduce_dtype=self.fsdp_reduce_dtype,
+            cpu_offload=self.fsdp_cpu_offload,
         )
-        shard_units(model, mesh, units)
 
     def _units(self) -> list[nn.Module]:
         """Return the submodules that are units, beside the model itself."""

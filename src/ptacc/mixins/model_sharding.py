@@ -77,7 +77,7 @@ class ShardingMixin(Mixin):
             self.unwrapped_model,
             self.optimizer_slots(),
             deal,
-            gives_back=self.should_unshard_after_run(),
+            unshard_after_run=self.should_unshard_after_run(),
         )
 
     @override

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptacc.tensors.dtensor import match_placement, full_tensor
+from ptacc.tensors.dtensor import full_tensor, match_placement
 
 
 class AveragedWeights:
