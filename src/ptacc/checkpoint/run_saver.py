@@ -16,7 +16,7 @@ from ptacc.checkpoint.parts import Part
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import MODEL, collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
-from ptacc.model.state_dict import canonical_name
+from ptacc.model.state_dict import canonical_name, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence
 from ptacc.types.protocols import StateDict
@@ -126,11 +126,11 @@ class RunSaver:
 
 
 def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:
-    """Return the parameters in a checkpoint by name: this rank's shards, and on rank 0 those that are not sharded."""
+    """Return the parameters of a checkpoint that this rank has, in full or as its shards, by name."""
     names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
     weights: Any = next(part.state for part in shared if part.name == MODEL)
     return [
         (name, tensor.to_local() if is_dtensor(tensor) else tensor)
         for name, tensor in weights.items()
-        if name in names and (is_dtensor(tensor) or trainer.distributed.rank == 0)
+        if name in names and not is_placeholder(tensor)
     ]

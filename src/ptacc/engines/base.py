@@ -45,8 +45,8 @@ class EngineState:
     """The state of an engine, as checkpoints hold it. Tensors are references or `DTensor`s; saving copies them.
 
     Args:
-        weights: The model's `state_dict()` by canonical names, as `ptacc.model.state_dict` defines them. An engine that
-            has to gather the weights may return them on rank 0 alone, and placeholders of the same shapes elsewhere.
+        weights: The model's `state_dict()`, by the names it has without `torch.compile`. An engine that has to gather
+            the weights returns them on rank 0, and on other ranks zeros that are expanded to the same shape.
         optimizers: The state of each optimizer by its slot's name; without those whose state is in `own`.
         shared: Further state that is equal on all ranks, such as that of a gradient scaler.
         own: State of this rank alone. It is empty when a run resumes with another number of ranks.

@@ -94,6 +94,16 @@ def load_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
                 optimizer.state[parameter][name] = saved.to(loaded.device, copy=True)
 
 
+def make_placeholder(tensor: Tensor) -> Tensor:
+    """Return zeros on the host with the dtype and shape of `tensor`, which take no memory. Engines gather to rank 0."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def is_placeholder(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for one that was gathered on rank 0."""
+    return 0 in tensor.stride()
+
+
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity, None if all are finite. Reads from the device."""
     floating = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]

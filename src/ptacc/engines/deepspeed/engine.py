@@ -32,7 +32,7 @@ from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.original_model import OriginalModel
 from ptacc.engines.deepspeed.stages import STAGES, Stage3
 from ptacc.errors import CheckpointError, ModelError
-from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights
+from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -233,7 +233,5 @@ class DeepSpeedEngine(TorchEngine):
 
 
 def to_rank_0(tensor: Tensor) -> Tensor:
-    """Return a tensor on the host of rank 0, and a placeholder of the same shape without memory on other ranks."""
-    if dist.get_rank() == 0:
-        return tensor.to("cpu")
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    """Return a tensor on the host of rank 0, and a placeholder on other ranks."""
+    return tensor.to("cpu") if dist.get_rank() == 0 else make_placeholder(tensor)
