@@ -350,7 +350,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
     plan = {"head": "colwise_gather_output"}
     assert "head shares a parameter with another module" in refusal(Split, {"tensor_parallel_plan": plan}, Tied())
     for said in run_ranks(refusal, 4, Split, {"tensor_parallel_size": 2}, timeout=40):
-        assert "which are 2 replicas, and nothing deals those out. Compose FSDPMixin" in said
+        assert "2 replicas, and no mixin shards those. Compose FSDPMixin" in said
     for said in run_ranks(refusal, 3, Split, {"tensor_parallel_size": 2}):
         assert "2 processes are to share each replica of the model, and 3 were launched" in said
 

@@ -24,17 +24,17 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
     """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
 
     Raises:
-        CheckpointError: There is no checkpoint at the path, or it is of another model.
+        CheckpointError: The path has no checkpoint, or one of another model.
     """
     found = find_at(path, store_at(path, key))
-    store = store_at(found.directory, key)
+    store = store_at(found.parent, key)
     with as_checkpoint_error(path):
         shared = read_whole(store, store.manifest(found.name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.optimizer_slots():
             load_optimizer_state(slot.optimizer, shared.take(slot.name))
-    return found.directory / found.name
+    return found
 
 
 def check_export(path: Path, *, overwrite: bool) -> None:

@@ -19,21 +19,8 @@ from ptacc.errors import CheckpointError
 from ptacc.run.state import ResumeState
 
 
-@dataclass(frozen=True)
-class CheckpointRef:
-    """The place of a checkpoint.
-
-    Args:
-        directory: The directory of its run.
-        name: Its name in that directory.
-    """
-
-    directory: Path
-    name: str
-
-
-def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | None:
-    """Find the checkpoint that a run resumes from; None if the run starts from the beginning.
+def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Path | None:
+    """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:
         store: The store of the run.
@@ -41,7 +28,7 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Checkp
             them.
 
     Raises:
-        CheckpointError: There is none at the path, or `resume` is False and another run uses the directory.
+        CheckpointError: The path has no checkpoint, or `resume` is False and another run uses the directory.
         DamagedCheckpointError: The checkpoint at the path is damaged.
 
     Warns:
@@ -59,19 +46,19 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Checkp
     return None
 
 
-def find_at(path: Path, like: CheckpointStore) -> CheckpointRef:
-    """Find the checkpoint at a path, or the newest one in the directory at the path."""
+def find_at(path: Path, like: CheckpointStore) -> Path:
+    """Return the path of a checkpoint, verified, or that of the newest one in a directory."""
     with as_checkpoint_error(path):
         if (path / MANIFEST).exists():
-            return CheckpointRef(path.parent, store_beside(like, path.parent).verify(path.name).name)
+            return path.parent / store_beside(like, path.parent).verify(path.name).name
     found = find_newest(store_beside(like, path))
     if found is None:
-        raise CheckpointError(f"resume={str(path)!r}: there is no intact checkpoint.")
+        raise CheckpointError(f"resume={str(path)!r}: no intact checkpoint was found.")
     return found
 
 
-def find_newest(store: CheckpointStore) -> CheckpointRef | None:
-    """Find the newest intact checkpoint. None if there are no checkpoints; an error if all are damaged."""
+def find_newest(store: CheckpointStore) -> Path | None:
+    """Return the path of the newest intact checkpoint; None if a store is empty. Raise if all are damaged."""
     with as_checkpoint_error(store.directory):  # an unreachable checkpoint is an error, not a damaged one
         manifest, damaged = store.newest()
     for name, error in damaged.items():
@@ -82,7 +69,7 @@ def find_newest(store: CheckpointStore) -> CheckpointRef | None:
             f"{store.directory} has {len(damaged)} checkpoints, and none of them is intact. The newest, {name}: "
             f"{error} Move them away to start from the beginning."
         )
-    return None if manifest is None else CheckpointRef(store.directory, manifest.name)
+    return None if manifest is None else store.directory / manifest.name
 
 
 @dataclass(frozen=True)

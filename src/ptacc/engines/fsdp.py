@@ -58,4 +58,4 @@ def clone_views(_: nn.Module, __: object, outputs: Any) -> Any:
 
 def is_view(tensor: Tensor) -> bool:
     """Return whether a tensor that requires a gradient is a view of another."""
-    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # there is no public way to ask
+    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # torch has no public property for it

@@ -18,7 +18,7 @@ from typing_extensions import override
 from ptacc.checkpoint.load import check_export, export_to, load_into, states_to_export
 from ptacc.checkpoint.manager import CheckpointManager, OnError
 from ptacc.checkpoint.parts import Part, check_storable
-from ptacc.checkpoint.resume import CheckpointRef, Resumption, find_checkpoint
+from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.remote_filesystem import parse_path
@@ -192,11 +192,11 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_resume_state()
-        store = store_at(found.directory, self.checkpoint_key)
+        store = store_at(found.parent, self.checkpoint_key)
         self._resumption = Resumption.read(store, found.name, self.distributed.rank, self.distributed.world_size)
         return self._resumption.resume_state(with_file="history" not in self.resume_ignore)
 
-    def _find(self) -> CheckpointRef | None:
+    def _find(self) -> Path | None:
         is_first = self._state.runs == 1
         return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 

@@ -115,7 +115,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def get_shard(tensor: DTensor) -> Shard:
     """Return this rank's part of a DTensor, by reference."""
-    ranges = local_index_ranges(tensor.shape, tensor.device_mesh, tensor.placements)
+    ranges = local_index_ranges(tensor.shape, tensor)
     return Shard(tensor.to_local().detach(), tuple(tensor.shape), ranges, ShardingSpec.from_tensor(tensor))
 
 
@@ -127,11 +127,10 @@ def full_ranges(shape: Sequence[int]) -> tuple[IndexRanges, ...]:
     return tuple(((0, size),) if size else () for size in shape)
 
 
-def local_index_ranges(
-    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
-) -> tuple[IndexRanges, ...]:
-    """Return the indices that this rank holds of a sharded tensor, for each dimension."""
-    return tuple(_local_ranges(len(shape), dim, size, mesh, tuple(placements)) for dim, size in enumerate(shape))
+def local_index_ranges(shape: Sequence[int], like: DTensor) -> tuple[IndexRanges, ...]:
+    """Return the indices that this rank holds of a tensor that is sharded as `like` is, for each dimension."""
+    mesh, placements = like.device_mesh, tuple(like.placements)
+    return tuple(_local_ranges(len(shape), dim, size, mesh, placements) for dim, size in enumerate(shape))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,9 +170,8 @@ def from_local(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequenc
 
 def distribute_like(like: DTensor, tensor: Tensor) -> DTensor:
     """Shard a full tensor, equal on all ranks, as `like` is sharded. This does not communicate."""
-    mesh, placements = like.device_mesh, like.placements
-    local = slice_local(tensor, local_index_ranges(like.shape, mesh, placements))
-    return from_local(mesh, placements, like.shape, local)
+    local = slice_local(tensor, local_index_ranges(tensor.shape, like))
+    return from_local(like.device_mesh, like.placements, tensor.shape, local)
 
 
 def match_placement(parameter: Tensor, value: Any) -> Any:
@@ -220,11 +218,11 @@ def localize(value: Any, dtensors: Mapping[ShardingSpec, DTensor]) -> Any:
         known = ", ".join(map(str, dtensors))
         raise CheckpointError(f"A tensor was sharded as {value.sharding}, and this run shards as {known}.")
     like = dtensors[value.sharding]
-    ranges = local_index_ranges(value.shape, like.device_mesh, like.placements)
-    if value.index_ranges != ranges and not value.is_full:
+    if value.is_full:
+        return distribute_like(like, value.local)
+    if value.index_ranges != local_index_ranges(value.shape, like):
         raise CheckpointError(f"A shard of a tensor of shape {value.shape} holds indices of another rank.")
-    local = value.local if value.index_ranges == ranges else slice_local(value.local, ranges)
-    return from_local(like.device_mesh, like.placements, value.shape, local)
+    return from_local(like.device_mesh, like.placements, value.shape, value.local)
 
 
 # ---- states of all ranks
@@ -278,17 +276,21 @@ def merge_states(states: Sequence[Any]) -> Any:
     Raises:
         CheckpointError: The states differ in structure, or their shards cannot be assembled.
     """
-    first = states[0]
-    if isinstance(first, Shard):
-        if not all(isinstance(state, Shard) for state in states):
-            raise CheckpointError("A tensor is sharded on one rank and not on another.")
+    first, kind = states[0], type(states[0])
+    if len(set(map(_structure, states))) > 1:
+        raise CheckpointError("The states of the ranks differ in structure.")
+    if kind is Shard:
         return assemble(states)
-    if type(first) in _MAPPINGS:
-        if any(type(state) is not type(first) or state.keys() != first.keys() for state in states):
-            raise CheckpointError("The states of the ranks have different names.")
-        return type(first)((key, merge_states([state[key] for state in states])) for key in first)
-    if type(first) in _SEQUENCES:
-        if any(type(state) is not type(first) or len(state) != len(first) for state in states):
-            raise CheckpointError("The states of the ranks have different lengths.")
-        return type(first)(merge_states(parts) for parts in zip(*states, strict=True))
+    if kind in _MAPPINGS:
+        return kind((key, merge_states([state[key] for state in states])) for key in first)
+    if kind in _SEQUENCES:
+        return kind(merge_states(parts) for parts in zip(*states, strict=True))
     return first
+
+
+def _structure(state: Any) -> object:
+    """Return what has to be equal in the states of all ranks at one place."""
+    kind = type(state)
+    if kind in _MAPPINGS:
+        return kind, frozenset(state)
+    return (kind, len(state)) if kind in _SEQUENCES else kind is Shard

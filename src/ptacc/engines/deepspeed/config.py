@@ -41,28 +41,6 @@ DISABLED: Final = (None, False, 0, 1, -1)
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
-    """The options of `accelerate launch --use_deepspeed`; None for those that were not given."""
-
-    config: str | None = None
-    stage: int | str = 2
-    offload_optimizer: str | None = None
-    offload_param: str | None = None
-
-    @classmethod
-    def from_environment(cls) -> LaunchOptions:
-        """Read the environment variables that the launcher sets."""
-        variable = os.environ.get
-        config, stage = variable("ACCELERATE_DEEPSPEED_CONFIG_FILE"), variable("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        return cls(
-            None if config in ("", "none") else config,
-            int(stage) if stage.isdigit() else stage,
-            variable("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
-            variable("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
-        )
-
-
-@dataclass(frozen=True)
 class ZeroConfig:
     """The settings of ZeRO, resolved from options, configuration and launch.
 
@@ -94,18 +72,18 @@ class ZeroConfig:
         Raises:
             OptionError: The configuration cannot be read, has an unsupported key, or contradicts an option.
         """
-        launched = LaunchOptions.from_environment()
-        given = read_config(owner, config if config is not None else launched.config)
+        given = read_config(owner, config if config is not None else launch_option("CONFIG_FILE"))
         for key, reason in UNSUPPORTED.items():
             if not is_disabled(value_at(given, key)):
                 raise OptionError(f"{owner}: the DeepSpeed configuration sets {key}. {reason} Leave it out.")
         key = "zero_optimization.stage"
         chosen = resolve(owner, ("zero_stage", stage), (key, value_at(given, key)))
-        resolved: Any = chosen if chosen is not None else launched.stage
+        launched = launch_option("ZERO_STAGE") or "2"
+        resolved: Any = chosen if chosen is not None else int(launched) if launched.isdigit() else launched
         if resolved not in get_args(ZeroStage) or isinstance(resolved, bool):
             raise OptionError(f"{owner}(zero_stage={resolved!r}): must be 0, 1, 2 or 3.")
-        optimizer = resolve_offload(owner, "offload_optimizer", offload_optimizer, given, launched.offload_optimizer)
-        param = resolve_offload(owner, "offload_param", offload_param, given, launched.offload_param)
+        optimizer = resolve_offload(owner, "offload_optimizer", offload_optimizer, given)
+        param = resolve_offload(owner, "offload_param", offload_param, given)
         for name, is_offloaded, smallest in (("optimizer", optimizer, 1), ("param", param, 3)):
             if is_offloaded and resolved < smallest:
                 raise OptionError(
@@ -188,6 +166,12 @@ class ZeroConfig:
 # ---- reading
 
 
+def launch_option(name: str) -> str | None:
+    """Return an option of `accelerate launch --use_deepspeed`, which it sets in the environment; None if not given."""
+    value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name}")
+    return None if value in ("", "none") else value
+
+
 def read_config(owner: str, config: Mapping[str, object] | str | Path | None) -> Mapping[str, Any]:
     """Return a configuration, read from its JSON file if it is a path.
 
@@ -258,14 +242,14 @@ def resolve(owner: str, option: tuple[str, Any], configured: tuple[str, Any]) ->
     return configured[1] if option[1] is None else option[1]
 
 
-def resolve_offload(owner: str, name: str, option: bool | None, given: Mapping[str, Any], launched: str | None) -> bool:
+def resolve_offload(owner: str, name: str, option: bool | None, given: Mapping[str, Any]) -> bool:
     """Return whether the optimizer or the parameters are kept in host memory.
 
     Raises:
         OptionError: The device is neither `"cpu"` nor `"none"`, or the option and the configuration contradict.
     """
     key = f"zero_optimization.{name}.device"
-    configured = value_at(given, key)
+    configured, launched = value_at(given, key), launch_option(f"{name.upper()}_DEVICE")
     for device in (configured, launched):
         if device not in OFFLOAD_DEVICES:
             raise OptionError(f'{owner}: {key}={device!r}: must be "cpu" or "none".')

@@ -122,10 +122,6 @@ class DeepSpeedEngine(TorchEngine):
         self._with_gradient.add(id(parameter))
 
     @override
-    def unscale_gradients(self) -> None:
-        """Do nothing: there is no scaler, and the last backward pass averaged the gradients."""
-
-    @override
     @torch.no_grad()
     def clip_norm(self, max_norm: float) -> Tensor:
         gradients = self._stage.gradients()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,6 @@ LAZY_ATTRIBUTES = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
 """Prefixes of the attributes that DeepSpeed adds as late as in the first forward pass."""
 
 
-@dataclass(frozen=True)
-class ParameterLocation:
-    """Dtype and device of a parameter."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
 class OriginalModel:
     """Records what DeepSpeed changes in a model besides its weights, and undoes it."""
 
@@ -32,14 +23,14 @@ class OriginalModel:
         """Record the state of `model`, which DeepSpeed has not changed yet."""
         self._model = model
         self._attributes = AddedAttributes((*model.modules(), *model.parameters()))
-        self._locations = {p: ParameterLocation(p.dtype, p.device) for p in model.parameters()}
+        self._devices = {parameter: parameter.device for parameter in model.parameters()}
         self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
         # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
         self._parameters = {module: module._parameters for module in model.modules()}  # noqa: SLF001
 
     def original_device(self, parameter: Parameter) -> torch.device:
         """Return the device that a parameter was on."""
-        return self._locations[parameter].device
+        return self._devices[parameter]
 
     def record_added_attributes(self) -> None:
         """Take the attributes added so far as DeepSpeed's. Those added later are the user's."""
@@ -52,9 +43,10 @@ class OriginalModel:
         Args:
             gather: Returns the full weight of a parameter: a collective, called in the same order on all ranks.
         """
-        for parameter, location in self._locations.items():
-            weight = gather(parameter).detach().to(location.device, location.dtype, copy=True)
-            parameter.data, parameter.grad = weight, None
+        for parameter, device in self._devices.items():
+            # `check_model` requires float32.
+            parameter.data = gather(parameter).detach().to(device, torch.float32, copy=True)
+            parameter.grad = None
             self._attributes.remove(parameter, LAZY_ATTRIBUTES)
         for module, parameters in self._parameters.items():
             parameters.update(vars(module)["_parameters"])

@@ -138,10 +138,6 @@ class Partitioned(Stage):
         """Return each flat buffer of the optimizer with the parameters it has partitions of."""
 
     @abstractmethod
-    def full_shape(self, parameter: Parameter) -> torch.Size:
-        """Return the shape of the full parameter."""
-
-    @abstractmethod
     def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
         """Write this rank's partition of a full tensor of the optimizer's state."""
 
@@ -158,7 +154,7 @@ class Partitioned(Stage):
             for name, value in self.optimizer.state.get(flat, {}).items():
                 for parameter in parameters:
                     if is_entrywise(value, flat.shape):
-                        full = safe_get_full_optimizer_state(parameter, name).reshape(self.full_shape(parameter))
+                        full = safe_get_full_optimizer_state(parameter, name).reshape(full_shape(parameter))
                         state = full.to(original_device(parameter))
                     else:
                         state = copy.deepcopy(value)
@@ -171,7 +167,7 @@ class Partitioned(Stage):
             stepped = [parameter for parameter in parameters if parameter in states]
             if not stepped:
                 continue
-            example, shape = states[stepped[0]], self.full_shape(stepped[0])
+            example, shape = states[stepped[0]], full_shape(stepped[0])
             entrywise = {name for name, value in example.items() if is_entrywise(value, shape)}
             self.optimizer.state[flat] = {
                 name: torch.zeros_like(flat, dtype=value.dtype) if name in entrywise else copy.deepcopy(value)
@@ -213,10 +209,6 @@ class Stage1And2(Partitioned):
         return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
 
     @override
-    def full_shape(self, parameter: Parameter) -> torch.Size:
-        return parameter.shape
-
-    @override
     def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
         safe_set_full_optimizer_state(parameter, full, name)
 
@@ -254,7 +246,7 @@ class Stage3(Partitioned):
     @override
     def gather_weight(self, parameter: Parameter) -> Tensor:
         if self.has_master_weight(parameter):
-            return safe_get_full_fp32_param(parameter).reshape(self.full_shape(parameter))
+            return safe_get_full_fp32_param(parameter).reshape(full_shape(parameter))
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
@@ -290,11 +282,6 @@ class Stage3(Partitioned):
         return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
 
     @override
-    def full_shape(self, parameter: Parameter) -> torch.Size:
-        shape: torch.Size = as_partitioned(parameter).ds_shape
-        return shape
-
-    @override
     def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
         safe_set_local_optimizer_state(parameter, slice_partition(parameter, full), name)
 
@@ -304,8 +291,14 @@ STAGES: tuple[type[Stage], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
 
 
 def as_partitioned(parameter: Parameter) -> Any:
-    """Return a parameter of ZeRO 3, untyped: DeepSpeed adds `ds_tensor`, `ds_numel` and `ds_shape` to it."""
+    """Return a parameter of ZeRO 3, untyped: DeepSpeed adds `ds_tensor` and `ds_numel` to it."""
     return parameter
+
+
+def full_shape(parameter: Parameter) -> torch.Size:
+    """Return the shape of a full parameter, which ZeRO 3 leaves empty."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def slice_partition(parameter: Parameter, full: Tensor) -> Tensor:
