@@ -99,13 +99,12 @@ class ZeroConfig:
 
     def check_agrees(self, *, accumulation: int, max_grad_norm: float | None, precision: str) -> None:
         """Raise `OptionError` if the configuration contradicts an option of the trainer."""
-        clipping = value_at(self.given, "gradient_clipping")
-        self._compare("gradient_accumulation_steps", "gradient_accumulation_steps", accumulation)
-        if clipping is not None and (clipping or None) != max_grad_norm:
-            raise self._disagreement("gradient_clipping", clipping, f"max_grad_norm={max_grad_norm}")
+        steps, clipping = f"gradient_accumulation_steps={accumulation}", f"max_grad_norm={max_grad_norm}"
+        self._check("gradient_accumulation_steps", accumulation, steps)
+        self._check("gradient_clipping", max_grad_norm or 0.0, clipping)
         for name in ("bf16", "fp16"):
-            if value_at(self.given, f"{name}.enabled") is True and precision != name:
-                raise self._disagreement(f"{name}.enabled", True, f"mixed_precision={precision!r}")
+            if precision != name:
+                self._check(f"{name}.enabled", False, f"mixed_precision={precision!r}")
         if precision == "fp16":
             raise OptionError(
                 f'{self.owner}(mixed_precision="fp16"): loss scaling is not supported with DeepSpeed. Use "bf16", or '
@@ -121,11 +120,10 @@ class ZeroConfig:
         """Raise `OptionError` if the configuration has another batch size than `train()` was given."""
         if size is None:
             return
-        self._compare("train_micro_batch_size_per_gpu", "per_device_batch_size", size)
-        total = value_at(self.given, "train_batch_size")
-        if total not in (None, size * accumulation * processes):
-            expected = f"per_device_batch_size={size} x {accumulation} batches a step x {processes} processes"
-            raise self._disagreement("train_batch_size", total, expected)
+        batches = f"per_device_batch_size={size}"
+        self._check("train_micro_batch_size_per_gpu", size, batches)
+        total = f"{batches} x {accumulation} batches a step x {processes} processes"
+        self._check("train_batch_size", size * accumulation * processes, total)
 
     def to_deepspeed(self) -> dict[str, Any]:
         """Return the configuration for DeepSpeed. Accumulation, clipping and loss scaling are left to the trainer."""
@@ -151,16 +149,14 @@ class ZeroConfig:
             "zero_allow_untested_optimizer": True,
         }
 
-    def _compare(self, key: str, option: str, value: int) -> None:
+    def _check(self, key: str, expected: object, option: str) -> None:
+        """Raise `OptionError` if the configuration sets a key, but not to what an option of the trainer implies."""
         configured = value_at(self.given, key)
-        if configured is not None and configured != value:
-            raise self._disagreement(key, configured, f"{option}={value}")
-
-    def _disagreement(self, key: str, configured: object, expected: str) -> OptionError:
-        return OptionError(
-            f"{self.owner}: the DeepSpeed configuration has {key}={configured}, and the trainer {expected}. Set it "
-            f'to "{AUTO}", or leave it out.'
-        )
+        if configured not in (None, expected):
+            raise OptionError(
+                f"{self.owner}: the DeepSpeed configuration has {key}={configured}, and the trainer {option}. Set it "
+                f'to "{AUTO}", or leave it out.'
+            )
 
 
 # ---- reading

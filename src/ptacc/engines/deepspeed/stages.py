@@ -50,8 +50,8 @@ ParameterState = dict[str, Any]
 """The optimizer's state of one parameter."""
 
 
-class Stage(ABC):
-    """Access to the weights, gradients and optimizer state of one stage of ZeRO.
+class Stage0:
+    """Access to weights, gradients and optimizer state under ZeRO 0: replicas. Other stages override it.
 
     Args:
         engine: DeepSpeed's engine.
@@ -59,7 +59,7 @@ class Stage(ABC):
         groups: Those parameters by the optimizer's parameter groups.
     """
 
-    is_partitioned: bool = True
+    is_partitioned: bool = False
     """Whether gradients and the optimizer's state are partitioned over ranks."""
 
     def __init__(
@@ -74,9 +74,9 @@ class Stage(ABC):
     def prepare(self, model: nn.Module) -> None:
         """Prepare the partitions for the first step."""
 
-    @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Return this rank's gradients. `set_gradients` has to be called after a change in them."""
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Write changed gradients back, where `gradients` returned copies."""
@@ -85,9 +85,10 @@ class Stage(ABC):
         """Return the full weight that the optimizer updates. A collective, unless the parameter itself is that."""
         return parameter.detach()
 
-    @abstractmethod
     def set_weights(self, weights: Mapping[Parameter, Tensor]) -> None:
         """Replace weights by full ones, equal on all ranks. A collective."""
+        for parameter, weight in weights.items():
+            parameter.copy_(weight)
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -115,23 +116,10 @@ class Stage(ABC):
         self.optimizer.state.update(states)
 
 
-class Stage0(Stage):
-    """ZeRO 0: replicas. The optimizer steps on the user's parameters."""
-
-    is_partitioned = False
-
-    @override
-    def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
-
-    @override
-    def set_weights(self, weights: Mapping[Parameter, Tensor]) -> None:
-        for parameter, weight in weights.items():
-            parameter.copy_(weight)
-
-
-class Partitioned(Stage):
+class Partitioned(Stage0, ABC):
     """A stage in which the optimizer steps on flat buffers."""
+
+    is_partitioned = True
 
     @abstractmethod
     def flat_buffers(self) -> list[tuple[Parameter, list[Parameter]]]:
@@ -286,7 +274,7 @@ class Stage3(Partitioned):
         safe_set_local_optimizer_state(parameter, slice_partition(parameter, full), name)
 
 
-STAGES: tuple[type[Stage], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
+STAGES: tuple[type[Stage0], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
 """The class of each stage by its number."""
 
 
