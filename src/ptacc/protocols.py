@@ -4,7 +4,7 @@ Functions and callbacks ask for a protocol, not for a mixin: `Callback[SupportsM
 """
 
 import ptacc.public
-from ptacc.engines.base import Engine
+from ptacc.engines.base import Engine, EngineState
 from ptacc.types.aliases import CompileBackend, CompileMode, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
@@ -32,6 +32,7 @@ __all__ = [
     "CompileMode",
     "DataLoaderKwargs",
     "Engine",
+    "EngineState",
     "EvalOptions",
     "LRSchedulerLike",
     "MetricLike",
