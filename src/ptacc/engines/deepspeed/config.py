@@ -206,7 +206,7 @@ def is_disabled(value: object) -> bool:
     """Return whether a value leaves its feature disabled.
 
     Example:
-        >>> is_idle({"enabled": False}), is_idle(True), is_idle(1)
+        >>> is_disabled({"enabled": False}), is_disabled(True), is_disabled(1)
         (True, False, True)
     """
     return value.get("enabled") is False if isinstance(value, Mapping) else value is not True and value in DISABLED
@@ -216,7 +216,7 @@ def drop_auto(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy without `"auto"` values, for which DeepSpeed then takes its defaults.
 
     Example:
-        >>> without_auto({"zero_optimization": {"stage": 3, "overlap_comm": "auto"}, "train_batch_size": "auto"})
+        >>> drop_auto({"zero_optimization": {"stage": 3, "overlap_comm": "auto"}, "train_batch_size": "auto"})
         {'zero_optimization': {'stage': 3}}
     """
     return {
