@@ -41,7 +41,7 @@ class Timed(CheckpointMixin, Trainer):
 
     @override
     def save_run_state(self) -> None:
-        line, number = self.run[SAVER].line, len(self.turns)
+        line, number = self.run[SAVER].manager, len(self.turns)
         turn: dict[str, float] = {}
         for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
             line.in_background, line.saved_at = kind == "background", Progress()  # or it would be saved already

@@ -209,7 +209,6 @@ ALLOWED_ANY = {
     "CheckpointMixin.law_options": "as Mixin.law_options",
     "CompileMixin.law_options": "as for `Mixin.law_options`",
     "EMAMixin.law_options": "as for `Mixin.law_options`",
-    "Engine.localize": "a value of a state: tensors are converted, and other values are returned",
     "EvaluationLoop.__class_getitem__": "hidden from type checkers",
     "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
     "DataLoaderConfig.collate_fn": "the type of samples is known to the dataset and to this function only",

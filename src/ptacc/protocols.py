@@ -5,7 +5,7 @@ trainer that has metrics.
 """
 
 import ptacc.public
-from ptacc.engines.base import Engine
+from ptacc.engines.base import Engine, EngineState
 from ptacc.types.aliases import CompileBackend, CompileMode, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
@@ -33,6 +33,7 @@ __all__ = [
     "CompileMode",
     "DataLoaderKwargs",
     "Engine",
+    "EngineState",
     "EvalOptions",
     "LRSchedulerLike",
     "MetricLike",

@@ -120,7 +120,7 @@ def test_a_stream_goes_on_in_the_same_batches_only(tmp_path: Path) -> None:
     samples, _ = legs(tmp_path / "same", [(1, 8, 2), (2, 4, 9), (1, 8, None)], data=Stream())
     assert samples == list(range(SAMPLES)) * 2
     legs(tmp_path / "other", [(1, 8, 2)], data=Stream())
-    with pytest.raises(RankFailed, match="nobody can tell which samples are left"):
+    with pytest.raises(RankFailed, match="the remaining samples are unknown"):
         legs(tmp_path / "other", [(2, 8, None)], data=Stream(), despite={"batch_size"})
 
 

@@ -17,7 +17,7 @@ from ptacc.data.sources import make_source
 from ptacc.data.transfer import Transfer, have_same_layout, make_transfer
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
-from ptacc.tensors.structures import pinned, to_device
+from ptacc.tensors.structures import pin_memory, to_device
 from ptacc.types.arguments import DataLoaderKwargs
 
 NOWHERE = torch.device("meta")
@@ -146,7 +146,7 @@ def test_batches_of_a_pinning_loader_are_what_was_collated(dataset: Any, workers
 
 
 def test_what_pins_itself_is_asked_to() -> None:
-    batch: tuple[Graph, list[Graph]] = pinned((Graph(), [Graph()]))
+    batch: tuple[Graph, list[Graph]] = pin_memory((Graph(), [Graph()]))
     assert [batch[0].path, batch[1][0].path] == [("pinned",), ("pinned",)]
     graph: Any = require_batch(Pinnable(Graph()).pin_memory())
     assert graph.path == ("pinned",)

@@ -1,4 +1,4 @@
-"""What engines are tested with: a net of blocks on scanned digits, trained in ragged windows, clipped."""
+"""Models, data and trainer for tests of engines: ragged windows of scanned digits, and clipped gradients."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Of widths that no two processes share evenly."""
+    """Has widths that two ranks cannot share evenly."""
 
     def __init__(self, *, has_batch_norm: bool = False) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two layers that are split against each other, with a norm before them that is not."""
+    """A column-wise and a row-wise split layer, after a norm that is not split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Pair(nn.Module):
 
 
 SPLIT: Mapping[str, SplitName] = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
-"""How processes share a net of pairs."""
+"""How the layers of a net of pairs are split."""
 
 
 class PairNet(nn.Module):
@@ -100,7 +100,7 @@ def digits(samples: int = 281) -> TensorDataset:
 
 
 class Usual(SeedMixin, GradAccumMixin, GradClipMixin, Trainer):
-    """What every engine is tested beneath: ragged windows of two batches on each process, and clipped gradients."""
+    """The trainer below every engine: ragged windows of two batches on each rank, and clipped gradients."""
 
     seed: int | None = 1
     gradient_accumulation_steps: int = 2
@@ -113,7 +113,7 @@ class Averaging(EMAMixin, Usual):
 
 @dataclass(frozen=True)
 class Numbers:
-    """What came of a run.
+    """The results of a run.
 
     Args:
         losses: Of each step.
@@ -129,7 +129,7 @@ class Numbers:
 
 
 def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5) -> None:
-    """Check that all processes have the same numbers, and which; of weights more is let pass, for Adam divides them."""
+    """Check that all ranks have the expected numbers. Weights have a larger tolerance: Adam amplifies rounding."""
     for one in numbers:
         assert one.losses == pytest.approx(expected.losses, rel=rtol)
         assert one.norms == pytest.approx(expected.norms, rel=rtol)
@@ -138,7 +138,7 @@ def check_equal(numbers: list[Numbers], expected: Numbers, *, rtol: float = 1e-5
         assert one.losses == numbers[0].losses
 
 
-def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=0.01)
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -158,7 +158,7 @@ def train(
     trainer = kind(
         model,
         loss_func=nn.CrossEntropyLoss(),
-        optimizer=optimizer_of(model, optimizer),
+        optimizer=make_optimizer(model, optimizer),
         default_callbacks=(),
         **options,
     )

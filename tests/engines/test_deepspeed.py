@@ -1,4 +1,4 @@
-"""DeepSpeed: the numbers of one process in every stage, a model plain again after it, exact resume, and refusals."""
+"""DeepSpeed: the losses of one process in every stage, a restored model after the run, exact resume, and errors."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ from ptacc import (
 )
 from ptacc.errors import CheckpointError, CompositionError, LaunchError, OptionError
 from ptacc.protocols import ZeroStage
-from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, optimizer_of, train
+from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, make_optimizer, train
 from tests.marks import DEEPSPEED
 from tests.ranks import find_free_port, launch, run_ranks
 
@@ -82,7 +82,7 @@ def parts(model: nn.Module) -> dict[str, Any]:
         pytest.param(2, {"deepspeed_config": {"zero_optimization": {"overlap_comm": True}}}, marks=prove),
     ],
 )
-def test_where_parts_are_kept_changes_no_number(stage: int, options: dict[str, Any]) -> None:
+def test_the_device_of_partitions_changes_no_number(stage: int, options: dict[str, Any]) -> None:
     check_equal(run_ranks(lambda: train(Deep, zero_stage=stage, **options), 2), train(Usual))
 
 
@@ -124,9 +124,9 @@ OPTIONS: Mapping[type[Any], Mapping[str, Any]] = {
         pytest.param(EarlyStoppingMixin, 3, 1e-5, marks=prove),
     ],
 )
-def test_it_combines(mixin: type[Any], stage: int, rtol: float) -> None:
+def test_it_combines_with_other_mixins(mixin: type[Any], stage: int, rtol: float) -> None:
     replicas, deep = type("Replicas", (mixin, Usual), {}), type("Deep", (mixin, DeepSpeedMixin, Usual), {})
-    norm = mixin is not CompileMixin  # DDP's way with buffers is not traced
+    norm = mixin is not CompileMixin  # dynamo does not trace how DDP broadcasts buffers
     expected = run_ranks(lambda: train(replicas, has_batch_norm=norm, **OPTIONS[mixin]), 2)
     got = run_ranks(lambda: train(deep, has_batch_norm=norm, zero_stage=stage, **OPTIONS[mixin]), 2)
     check_equal(got, expected[0], rtol=rtol)
@@ -202,7 +202,7 @@ def losses_with_a_nan(stage: ZeroStage) -> tuple[str, list[float]]:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=prove), pytest.param(2, marks=prove), 3])
-def test_a_loss_that_is_none_ends_the_run_by_name(stage: ZeroStage) -> None:
+def test_a_non_finite_loss_ends_the_run(stage: ZeroStage) -> None:
     for reason, losses in run_ranks(losses_with_a_nan, 2, stage):
         assert "non-finite loss" in reason
         assert math.isnan(losses[2])
@@ -217,7 +217,7 @@ def test_a_process_that_no_launcher_started_trains_as_without_it() -> None:
 
 
 def seen_model() -> tuple[list[float], str]:
-    class Looking(Deep):
+    class Observing(Deep):
         seen: str = ""
 
         @override
@@ -225,7 +225,7 @@ def seen_model() -> tuple[list[float], str]:
             type(self).seen = type(self.model).__module__
             return super().train_step(batch)
 
-    return train(Looking, zero_stage=3, zero_offload_optimizer=True).losses, Looking.seen
+    return train(Observing, zero_stage=3, zero_offload_optimizer=True).losses, Observing.seen
 
 
 def test_a_single_process_that_a_launcher_started_has_deepspeed() -> None:
@@ -234,7 +234,7 @@ def test_a_single_process_that_a_launcher_started_has_deepspeed() -> None:
     assert losses == pytest.approx(train(Usual).losses, rel=1e-5)
 
 
-def test_offloading_without_a_launcher_is_refused() -> None:
+def test_offloading_without_a_launcher_raises() -> None:
     with pytest.raises(LaunchError, match=r"DeepSpeed needs a launcher, also for one process: `torchrun"):
         train(Deep, zero_offload_optimizer=True)
 
@@ -242,7 +242,7 @@ def test_offloading_without_a_launcher_is_refused() -> None:
 # ---- the model and the optimizer are the user's
 
 
-def looks_of(model: nn.Module) -> list[Any]:
+def describe_attributes(model: nn.Module) -> list[Any]:
     return [
         (
             name,
@@ -257,14 +257,14 @@ def looks_of(model: nn.Module) -> list[Any]:
 
 def two_runs(kind: type[Usual], **options: Any) -> tuple[list[float], dict[str, Any]]:
     model = make(has_batch_norm=True)
-    looks, parameters = looks_of(model), list(model.parameters())
+    looks, parameters = describe_attributes(model), list(model.parameters())
     trainer = kind(
-        model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer_of(model), default_callbacks=(), **options
+        model, loss_func=nn.CrossEntropyLoss(), optimizer=make_optimizer(model), default_callbacks=(), **options
     )
     histories = []
     for _ in range(2):
         histories.append(trainer.train(digits(), digits(70), num_epochs=1, max_steps=7, per_device_batch_size=6))
-        assert looks_of(model) == looks
+        assert describe_attributes(model) == looks
         assert [*map(id, model.parameters())] == [*map(id, parameters)]
         assert [*map(id, trainer.optimizer.param_groups[0]["params"])] == [*map(id, parameters)]
         assert all(p.grad is None and not vars(p) for p in parameters)
@@ -276,27 +276,27 @@ def two_runs(kind: type[Usual], **options: Any) -> tuple[list[float], dict[str, 
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=prove) for stage in (0, 1, 2)), 3])
-def test_model_and_optimizer_are_plain_after_each_of_two_runs(stage: int) -> None:
+def test_model_and_optimizer_are_restored_after_each_of_two_runs(stage: int) -> None:
     losses, moments = run_ranks(lambda: two_runs(Usual), 2)[0]
     for got in run_ranks(lambda: two_runs(Deep, zero_stage=stage), 2):
         assert got[0] == pytest.approx(losses, rel=1e-5)
         torch.testing.assert_close(got[1], moments, rtol=1e-4, atol=1e-6)
 
 
-def trains_beside_a_plain_trainer() -> tuple[list[float], ...]:
+def train_two_trainers() -> tuple[list[float], ...]:
     plain, deep = Usual(**parts(make())), Deep(**parts(make()), zero_stage=3)
     runs = [trainer.train(digits(), max_steps=5, per_device_batch_size=6) for trainer in (deep, plain)]
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
     return tuple([step.loss for step in run.steps] for run in runs)
 
 
-def test_a_plain_trainer_trains_after_it_in_the_same_process() -> None:
-    for deep, plain in run_ranks(trains_beside_a_plain_trainer, 2):
+def test_a_plain_trainer_trains_afterwards_in_the_same_process() -> None:
+    for deep, plain in run_ranks(train_two_trainers, 2):
         assert deep == pytest.approx(plain, rel=1e-5)
 
 
 class Tied(nn.Module):
-    """Of weights that are tied, frozen, and in three groups of the optimizer."""
+    """Has tied and frozen weights, for an optimizer of three groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def trained_tied(kind: type[Any], directory: Path, **options: Any) -> tuple[list
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=prove) for stage in (0, 1, 2)), 3])
-def test_tied_and_frozen_weights_and_groups_are_as_they_were(stage: int, tmp_path: Path) -> None:
+def test_tied_and_frozen_weights_and_groups_are_restored(stage: int, tmp_path: Path) -> None:
     plain = type("Plain", (CheckpointMixin, Usual), {})
     losses, weights, names = run_ranks(lambda: trained_tied(plain, tmp_path / "plain"), 2)[0]
     for got in run_ranks(lambda: trained_tied(DeepSaving, tmp_path / "deep", zero_stage=stage), 2):
@@ -354,7 +354,7 @@ def saving(
     trainer = kind(
         model,
         loss_func=nn.CrossEntropyLoss(),
-        optimizer=optimizer_of(model),
+        optimizer=make_optimizer(model),
         default_callbacks=(),
         checkpoint_dir=directory,
         resume=resume,
@@ -376,20 +376,20 @@ def check_resumes(tmp_path: Path, kind: type[Any], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=prove), pytest.param(1, marks=prove), 2, 3])
-def test_a_run_goes_on_in_new_processes_to_the_last_bit(stage: int, tmp_path: Path) -> None:
+def test_a_run_resumes_in_new_processes_to_the_last_bit(stage: int, tmp_path: Path) -> None:
     check_resumes(tmp_path, DeepSaving, zero_stage=stage)
 
 
 @prove
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_with_weights_in_bfloat16_goes_on_to_the_last_bit(stage: int, tmp_path: Path) -> None:
+def test_a_run_with_bfloat16_weights_resumes_to_the_last_bit(stage: int, tmp_path: Path) -> None:
     kind = type("Saving", (CheckpointMixin, DeepAMP), {})
     check_resumes(tmp_path, kind, zero_stage=stage, deepspeed_config=BF16_WEIGHTS, has_batch_norm=False)
 
 
 @prove
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_that_keeps_parts_on_the_host_goes_on_to_the_last_bit(stage: int, tmp_path: Path) -> None:
+def test_a_run_with_offloading_resumes_to_the_last_bit(stage: int, tmp_path: Path) -> None:
     check_resumes(tmp_path, DeepSaving, zero_stage=stage, zero_offload_optimizer=True)
 
 
@@ -407,7 +407,7 @@ def saved_and_evaluated(directory: Path, stage: ZeroStage) -> float:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=prove), 3])
-def test_its_checkpoints_load_as_weights_everywhere(stage: ZeroStage, tmp_path: Path) -> None:
+def test_checkpoints_load_as_weights_with_any_engine(stage: ZeroStage, tmp_path: Path) -> None:
     evaluated = run_ranks(saved_and_evaluated, 2, tmp_path / "run", stage)[0]
     plain = loaded(Trainer, tmp_path / "run", tmp_path / "plain.safetensors")
     sharded = type("Sharded", (FSDPMixin, Trainer), {})
@@ -431,27 +431,27 @@ def exported_within(directory: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def test_the_model_is_exported_whole_within_a_run(tmp_path: Path) -> None:
+def test_full_weights_are_exported_within_a_run(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     weights = run_ranks(exported_within, 2, tmp_path)[0]
     torch.testing.assert_close(load_file(tmp_path / "weights"), weights, rtol=0, atol=0)
 
 
-def refused_resume(directory: Path, options: dict[str, Any]) -> str:
+def error_of_resume(directory: Path, options: dict[str, Any]) -> str:
     with pytest.raises(CheckpointError) as refused:
         saving(DeepSaving, directory, 20, resume=True, **options)
     return str(refused.value)
 
 
-def test_a_run_goes_on_with_the_same_stage_and_number_of_processes_alone(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_stage_and_number_of_ranks_only(tmp_path: Path) -> None:
     run_ranks(lambda: saving(DeepSaving, tmp_path, 4, zero_stage=2), 2)
     there = "'deepspeed zero 2, 2 processes'"
-    for said in run_ranks(refused_resume, 2, tmp_path, {"zero_stage": 1}):
+    for said in run_ranks(error_of_resume, 2, tmp_path, {"zero_stage": 1}):
         assert f"engine was {there} and is 'deepspeed zero 1, 2 processes'" in said
-    for said in run_ranks(refused_resume, 2, tmp_path, {"zero_stage": 1, "resume_ignore": ["engine"]}):
+    for said in run_ranks(error_of_resume, 2, tmp_path, {"zero_stage": 1, "resume_ignore": ["engine"]}):
         assert f"saved under {there}, and this is 'deepspeed zero 1, 2 processes'" in said
-    [said] = run_ranks(refused_resume, 1, tmp_path, {"zero_stage": 2})
+    [said] = run_ranks(error_of_resume, 1, tmp_path, {"zero_stage": 2})
     assert f"engine was {there} and is 'deepspeed zero 2, 1 processes'" in said
 
 
@@ -476,7 +476,7 @@ def stage_trained_with(options: dict[str, Any]) -> tuple[list[float], str]:
     return [step.loss for step in history.steps], trainer.run.conditions["engine"]
 
 
-def test_a_configuration_is_taken_from_a_file_and_filled_in(tmp_path: Path) -> None:
+def test_a_configuration_is_read_from_a_file_and_completed(tmp_path: Path) -> None:
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(FULL))
     for losses, engine in run_ranks(stage_trained_with, 2, {"deepspeed_config": str(path)}):
@@ -493,13 +493,13 @@ def launched_with(environment: dict[str, str], options: dict[str, Any]) -> str:
     ("options", "stage"),
     [({}, 3), pytest.param({"zero_stage": 1}, 1, marks=prove)],
 )
-def test_a_launch_that_asks_for_it_is_taken_at_its_word(options: dict[str, Any], stage: int) -> None:
+def test_the_options_of_the_launch_apply(options: dict[str, Any], stage: int) -> None:
     environment = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_GRADIENT_CLIPPING": "0.5"}
     for engine in run_ranks(launched_with, 2, environment, options):
         assert engine == f"deepspeed zero {stage}, 2 processes"
 
 
-def test_a_launch_that_clips_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_with_other_gradient_clipping_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
     with pytest.raises(LaunchError, match=r"ACCELERATE_GRADIENT_CLIPPING=1.0, and Deep has max_grad_norm=0.5"):
@@ -512,10 +512,10 @@ def accelerate_was_first() -> str:
     os.environ.update(ACCELERATE_USE_DEEPSPEED="true")
     del os.environ["ACCELERATE_USE_CPU"]
     PartialState(backend="gloo")
-    return refusal(lambda: Deep(**parts(make())), (LaunchError,))
+    return error_message(lambda: Deep(**parts(make())), (LaunchError,))
 
 
-def test_a_launch_that_accelerate_has_heard_of_before_is_refused() -> None:
+def test_an_accelerate_state_created_before_the_trainer_raises() -> None:
     for said in run_ranks(accelerate_was_first, 2):
         assert "Accelerate has set it up by itself, for an Accelerator or a PartialState" in said
 
@@ -547,7 +547,7 @@ def test_a_real_launch_trains(tmp_path: Path) -> None:
     assert [float(word) for word in line.split()[1:]] == pytest.approx(train(Usual).losses, rel=1e-5)
 
 
-def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_without_the_mixin_rejects_such_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(LaunchError, match="it needs DeepSpeedMixin"):
         Trainer(**parts(Net())).train(digits(), num_epochs=1)
@@ -562,7 +562,10 @@ def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.Monkey
         ({"deepspeed_config": 3}, "must be a mapping, or the path of a JSON file"),
         ({"deepspeed_config": "nowhere.json"}, "'nowhere.json'.* cannot be read"),
         ({"deepspeed_config": {"optimizer": {"type": "Adam"}}}, "sets optimizer. The trainer has one. Leave it out"),
-        ({"deepspeed_config": {"torch_autocast": {"enabled": True}}}, "sets torch_autocast. mixed_precision"),
+        (
+            {"deepspeed_config": {"torch_autocast": {"enabled": True}}},
+            "sets torch_autocast. Precision is set by mixed_precision",
+        ),
         (
             {"zero_stage": 3, "deepspeed_config": {"zero_optimization": {"stage": 2}}},
             r"zero_stage=3\), and the DeepSpeed configuration has zero_optimization.stage=2",
@@ -577,17 +580,17 @@ def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.Monkey
         ({"deepspeed_config": {"fp16": {"enabled": True}}}, "fp16.enabled=True, and the trainer mixed_precision='no'"),
     ],
 )
-def test_what_cannot_be_right_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Deep(**parts(make()), **options).train(digits(), num_epochs=1)
 
 
-def test_fp16_on_a_cpu_is_refused() -> None:
+def test_fp16_on_a_cpu_raises() -> None:
     with pytest.raises(OptionError, match='mixed_precision="fp16" on a CPU'):
         DeepAMP(**parts(make()), mixed_precision="fp16").train(digits(), num_epochs=1)
 
 
-def test_it_is_one_engine_of_one() -> None:
+def test_a_second_engine_raises() -> None:
     with pytest.raises(CompositionError, match="DeepSpeedMixin and FSDPMixin both define make_engine"):
         type("Both", (DeepSpeedMixin, FSDPMixin, Trainer), {})
 
@@ -601,24 +604,22 @@ def test_it_is_one_engine_of_one() -> None:
         (CompileMixin, {}, "CompileMixin traces whole weights, and ZeRO 3 has parts of them"),
     ],
 )
-def test_what_needs_whole_weights_does_not_go_with_the_third_stage(
-    mixin: type[Any], options: dict[str, Any], message: str
-) -> None:
+def test_stage_3_rejects_what_needs_full_weights(mixin: type[Any], options: dict[str, Any], message: str) -> None:
     kind = type("Deep", (DeepSpeedMixin, mixin) if issubclass(mixin, Trainer) else (mixin, DeepSpeedMixin, Usual), {})
     with pytest.raises(OptionError, match=message):
         kind(**parts(make()), zero_stage=3, **options)
 
 
-# ---- what shows at the start of a run
+# ---- errors at the start of a run
 
 
-def refusal(make_trainer: Callable[[], Any], kinds: tuple[type[Exception], ...]) -> str:
-    """Return what is said, and see that the model was left alone."""
+def error_message(make_trainer: Callable[[], Any], kinds: tuple[type[Exception], ...]) -> str:
+    """Return the message of the error, and check that the model is unchanged."""
     trainer = make_trainer()
-    before = looks_of(trainer.model)
+    before = describe_attributes(trainer.model)
     with pytest.raises(kinds) as refused:
         trainer.train(digits(), num_epochs=1, per_device_batch_size=6)
-    assert looks_of(trainer.model) == before
+    assert describe_attributes(trainer.model) == before
     assert all(p.numel() and not vars(p) for p in trainer.model.parameters())
     return str(refused.value)
 
@@ -635,7 +636,10 @@ def of_dtype(dtype: torch.dtype) -> Deep:
 @pytest.mark.parametrize(
     ("make_trainer", "message"),
     [
-        (lambda: with_optimizer(lambda m: Adafactor(m.parameters())), "Adafactor under ZeRO 2 may look at whole"),
+        (
+            lambda: with_optimizer(lambda m: Adafactor(m.parameters())),
+            "Adafactor under ZeRO 2 may need full parameters",
+        ),
         (lambda: of_dtype(torch.float64), "enter.weight is float64, and DeepSpeed updates weights in float32"),
         (lambda: of_dtype(torch.bfloat16), "enter.weight is bfloat16, and DeepSpeed"),
         (
@@ -648,13 +652,13 @@ def of_dtype(dtype: torch.dtype) -> Deep:
         ),
     ],
 )
-def test_it_is_refused_on_all_ranks(make_trainer: Callable[[], Any], message: str) -> None:
-    for said in run_ranks(lambda: refusal(make_trainer, (OptionError,)), 2):
+def test_the_error_is_raised_on_all_ranks(make_trainer: Callable[[], Any], message: str) -> None:
+    for said in run_ranks(lambda: error_message(make_trainer, (OptionError,)), 2):
         assert message in said
 
 
 class Choosing(Deep):
-    """Leaves a part of the model out, each process another."""
+    """Uses a part of the model in the loss, another one on each rank."""
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -671,37 +675,37 @@ def choosing(stage: ZeroStage) -> str:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=prove), 2])
-def test_parameters_that_take_no_part_are_named(stage: ZeroStage) -> None:
+def test_unused_parameters_are_named(stage: ZeroStage) -> None:
     for said in run_ranks(choosing, 2, stage):
         assert "The loss does not depend on enter.weight" in said
 
 
 def without(variable: str, value: str, directory: str) -> str:
     os.environ.update({variable: value, "TORCH_EXTENSIONS_DIR": directory})
-    return refusal(lambda: Deep(**parts(make())), (LaunchError,))
+    return error_message(lambda: Deep(**parts(make())), (LaunchError,))
 
 
 @pytest.mark.parametrize(
     ("variable", "message"),
     [("PATH", "install ninja"), ("CXX", "and a C++ compiler")],
 )
-def test_what_it_needs_to_compile_is_named(variable: str, message: str, tmp_path: Path) -> None:
+def test_missing_build_tools_are_named(variable: str, message: str, tmp_path: Path) -> None:
     for said in run_ranks(without, 2, variable, str(tmp_path / "nowhere"), str(tmp_path)):
         assert message in said
 
 
 def not_installed() -> str:
-    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # what Python takes for a module that is not there
-    return refusal(lambda: Deep(**parts(make())), (LaunchError,))
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Python treats None as a missing module
+    return error_message(lambda: Deep(**parts(make())), (LaunchError,))
 
 
-def test_that_it_is_not_installed_is_told_by_name() -> None:
+def test_a_missing_installation_is_named() -> None:
     for said in run_ranks(not_installed, 2):
         assert "pip install 'ptacc[deepspeed]'" in said
 
 
-def test_another_device_than_the_trainers_is_named() -> None:
-    from ptacc.engines.deepspeed.checks import join
+def test_the_wrong_device_is_named() -> None:
+    from ptacc.engines.deepspeed.checks import init_distributed
 
     with pytest.raises(LaunchError, match=r"computes on cpu, and this launch on cuda. Set DS_ACCELERATOR=cuda"):
-        join(torch.device("cuda"))
+        init_distributed(torch.device("cuda"))

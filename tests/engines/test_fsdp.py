@@ -1,4 +1,4 @@
-"""FSDP2: the numbers of one process, a model that is whole again after it, and what is refused."""
+"""FSDP2: the losses of one process, a restored model after the run, and errors."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ class ShardedAveraging(FSDPMixin, Averaging): ...
 
 
 @pytest.mark.parametrize("extra", [{}, {"fsdp_wrap": []}, {"fsdp_reshard_after_forward": False}])
-def test_units_and_resharding_change_no_number(extra: dict[str, Any]) -> None:
+def test_units_and_resharding_change_no_loss(extra: dict[str, Any]) -> None:
     check_equal(run_ranks(lambda: train(Sharded, **extra), 2), train(Usual))
 
 
@@ -40,7 +40,7 @@ def test_a_single_process_trains_as_without_it() -> None:
 
 # A difference in the last bit of float32 may be one of bfloat16 a step later, and that is 0.4 %.
 @pytest.mark.parametrize(("mixin", "rtol"), [(AMPMixin, 1e-2), (GradCheckpointMixin, 1e-5), (SWAMixin, 1e-5)])
-def test_it_combines(mixin: type[Any], rtol: float) -> None:
+def test_it_combines_with_other_mixins(mixin: type[Any], rtol: float) -> None:
     options: dict[type[Any], dict[str, Any]] = {
         AMPMixin: {"mixed_precision": "bf16"},
         GradCheckpointMixin: {"gradient_checkpointing": [Block]},
@@ -62,8 +62,8 @@ def test_the_last_pass_of_averaged_weights_may_end_unevenly() -> None:
 # ---- the model
 
 
-class Looking(Sharded):
-    """Notes what the model is in a step."""
+class Observing(Sharded):
+    """Records the model's classes and shards in a step."""
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -85,19 +85,17 @@ def parts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def shares_and_gives_back(units: Any) -> tuple[set[str], float]:
+def shards_and_restores(units: Any) -> tuple[set[str], float]:
     model = make()
     before, named = {id(p) for p in model.parameters()}, dict(model.named_parameters())
     looks = [(type(module), set(vars(module))) for module in model.modules()]
-    trainer = Looking(**parts(model), fsdp_wrap=units)
+    trainer = Observing(**parts(model), fsdp_wrap=units)
     trainer.train(digits(), num_epochs=1, max_steps=2)
     assert {id(p) for p in model.parameters()} == before
     assert dict(model.named_parameters()).keys() == named.keys()
     assert [(type(module), set(vars(module))) for module in model.modules()] == looks
     assert all(p.grad is None for p in model.parameters())
-    assert not any(
-        is_dtensor(p) for slot in trainer.run.engine.slots for p in slot.parameters
-    )  # nobody keeps the shards
+    assert not any(is_dtensor(p) for slot in trainer.run.engine.slots for p in slot.parameters)  # the shards are freed
     state = trainer.optimizer.state[named["enter.weight"]]
     assert state["momentum_buffer"].shape == (33, 64)
     assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 64)), model(torch.ones(1, 64)))
@@ -114,13 +112,13 @@ def shares_and_gives_back(units: Any) -> tuple[set[str], float]:
         (["blocks.*"], {"FSDPNet", "FSDPBlock"}),
     ],
 )
-def test_the_users_own_model_is_sharded_and_whole_again(units: Any, seen: set[str]) -> None:
-    for types, share in run_ranks(shares_and_gives_back, 2, units):
+def test_the_users_model_is_sharded_and_restored(units: Any, seen: set[str]) -> None:
+    for types, share in run_ranks(shards_and_restores, 2, units):
         assert types == seen
         assert 0.4 < share < 0.6
 
 
-def keeps_shards() -> tuple[list[str], list[float]]:
+def train_twice_sharded() -> tuple[list[str], list[float]]:
     model = make()
     trainer = ShardedAveraging(**parts(model), fsdp_unshard_after_run=False)
     first = trainer.train(digits(), num_epochs=1)
@@ -130,7 +128,7 @@ def keeps_shards() -> tuple[list[str], list[float]]:
     return kinds, [evaluated, *(step.loss for step in (*first.steps, *again.steps))]
 
 
-def gives_them_back() -> list[float]:
+def train_twice_restored() -> list[float]:
     trainer = ShardedAveraging(**parts(make()))
     first = trainer.train(digits(), num_epochs=1)
     evaluated = trainer.evaluate(digits(70)).loss
@@ -138,13 +136,13 @@ def gives_them_back() -> list[float]:
     return [evaluated, *(step.loss for step in (*first.steps, *again.steps))]
 
 
-def test_a_model_that_stays_in_shards_evaluates_and_goes_on() -> None:
-    (kinds, numbers), _ = run_ranks(keeps_shards, 2)
+def test_a_model_that_stays_sharded_evaluates_and_trains_again() -> None:
+    (kinds, numbers), _ = run_ranks(train_twice_sharded, 2)
     assert set(kinds) == {"DTensor"}
-    assert numbers == pytest.approx(run_ranks(gives_them_back, 2)[0])
+    assert numbers == pytest.approx(run_ranks(train_twice_restored, 2)[0])
 
 
-def ends_by_an_exception() -> list[str]:
+def fail_in_a_step() -> list[str]:
     class Failing(Sharded):
         fails: bool = True
 
@@ -161,12 +159,12 @@ def ends_by_an_exception() -> list[str]:
     return [type(p).__name__ for p in trainer.model.parameters()]
 
 
-def test_after_an_exception_the_model_is_left_in_shards() -> None:
-    for kinds in run_ranks(ends_by_an_exception, 2):
+def test_after_an_exception_the_model_stays_sharded() -> None:
+    for kinds in run_ranks(fail_in_a_step, 2):
         assert set(kinds) == {"DTensor"}
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -178,12 +176,12 @@ def test_after_an_exception_the_model_is_left_in_shards() -> None:
         ({"fsdp_reduce_dtype": "bf16"}, "fsdp_reduce_dtype='bf16'"),
     ],
 )
-def test_options_that_cannot_be_right_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Sharded(**{**parts(make()), **options})
 
 
-def refusal(options: dict[str, Any]) -> str:
+def error_message(options: dict[str, Any]) -> str:
     with pytest.raises((OptionError, ModelError)) as refused:
         Sharded(**parts(make()), **options).train(digits(), num_epochs=1)
     return str(refused.value)
@@ -196,12 +194,12 @@ def refusal(options: dict[str, Any]) -> str:
         ({"fsdp_wrap": ["bloks.*"]}, "Did you mean `blocks"),
     ],
 )
-def test_what_shows_at_the_start_of_a_run_is_refused_on_all_ranks(options: dict[str, Any], message: str) -> None:
-    for said in run_ranks(refusal, 2, options):
+def test_errors_at_the_start_of_a_run_are_raised_on_all_ranks(options: dict[str, Any], message: str) -> None:
+    for said in run_ranks(error_message, 2, options):
         assert message in said
 
 
-def test_a_launch_of_the_first_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_of_fsdp_1_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(LaunchError, match="FSDP of version 1, and Sharded shards by version 2"):
@@ -212,15 +210,15 @@ def losses_as_launched() -> list[float]:
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     losses = train(Sharded).losses
     del os.environ["ACCELERATE_USE_FSDP"]
-    assert train(Usual).losses == pytest.approx(losses, rel=1e-5)  # nothing of it is left in the process
+    assert train(Usual).losses == pytest.approx(losses, rel=1e-5)  # the launch has changed nothing in the process
     return losses
 
 
-def test_a_launch_that_asks_for_it_is_taken_at_its_word() -> None:
+def test_the_options_of_the_launch_apply() -> None:
     assert run_ranks(losses_as_launched, 2)[0] == pytest.approx(train(Usual).losses, rel=1e-5)
 
 
-def test_the_trainer_without_it_refuses_such_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_without_the_mixin_rejects_such_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LaunchError, match="it needs FSDPMixin"):
         Trainer(**parts(Net())).train(digits(), num_epochs=1)

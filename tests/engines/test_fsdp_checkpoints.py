@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded run: each process its shards; exact resume; whole for whoever else reads them."""
+"""Checkpoints of a sharded run: each rank writes its shards; exact resume; full tensors for other readers."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ from ptacc import CheckpointMixin, FSDPMixin, RestoreBestWeights, StepResult, St
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from tests.engines.nets import Averaging, digits, make, optimizer_of
+from tests.engines.nets import Averaging, digits, make, make_optimizer
 from tests.ranks import run_ranks
 
 
@@ -24,18 +24,18 @@ class Plain(CheckpointMixin, Averaging): ...
 class Sharded(FSDPMixin, Plain): ...
 
 
-LAST, BROKEN_OFF = 9, 5
-"""Steps of a whole run, and of one that ends within its first epoch."""
+LAST, INTERRUPTED_AFTER = 9, 5
+"""Steps of a complete run, and of one that ends within its first epoch."""
 
 
-def trainer_of(
+def make_trainer(
     kind: type[Plain], directory: Path, optimizer: str = "adamw", *, has_batch_norm: bool = True, **options: Any
 ) -> Plain:
     model = make(has_batch_norm=has_batch_norm)
     return kind(
         model,
         loss_func=nn.CrossEntropyLoss(),
-        optimizer=optimizer_of(model, optimizer),
+        optimizer=make_optimizer(model, optimizer),
         default_callbacks=(),
         checkpoint_dir=directory,
         checkpoint_every=Steps(2),
@@ -44,12 +44,12 @@ def trainer_of(
 
 
 Outcome: TypeAlias = tuple[list[float], dict[str, Tensor]]
-"""The losses of all steps; the weights, and what the optimizer keeps."""
+"""The losses of all steps; the weights, and the optimizer's state."""
 
 
 def train(kind: type[Plain], directory: Path, steps: int = LAST, **options: Any) -> Outcome:
-    """Train, or go on, to so many steps."""
-    trainer = trainer_of(kind, directory, **options)
+    """Train, or resume, up to a number of steps."""
+    trainer = make_trainer(kind, directory, **options)
     size = 12 // trainer.distributed.world_size
     history = trainer.train(digits(200), digits(70), num_epochs=2, max_steps=steps, per_device_batch_size=size)
     state = trainer.optimizer.state_dict()["state"]
@@ -64,20 +64,24 @@ def equal(these: dict[str, Tensor], those: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.prove)])
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.prove)])
-@pytest.mark.parametrize("broken_off", [BROKEN_OFF, *(pytest.param(n, marks=pytest.mark.prove) for n in (1, 2, 8))])
-def test_a_run_goes_on_to_the_last_bit(tmp_path: Path, optimizer: str, background: bool, broken_off: int) -> None:
+@pytest.mark.parametrize(
+    "interrupted_after", [INTERRUPTED_AFTER, *(pytest.param(n, marks=pytest.mark.prove) for n in (1, 2, 8))]
+)
+def test_a_run_resumes_to_the_last_bit(
+    tmp_path: Path, optimizer: str, background: bool, interrupted_after: int
+) -> None:
     options: dict[str, Any] = {"optimizer": optimizer, "checkpoint_in_background": background}
     whole = run_ranks(lambda: train(Sharded, tmp_path / "whole", **options), 2)
-    run_ranks(lambda: train(Sharded, tmp_path / "run", broken_off, **options), 2)
+    run_ranks(lambda: train(Sharded, tmp_path / "run", interrupted_after, **options), 2)
     again = run_ranks(lambda: train(Sharded, tmp_path / "run", resume=True, **options), 2)
     for (losses, tensors), (expected, theirs) in zip(again, whole, strict=True):
         assert losses == expected
         assert equal(tensors, theirs)
 
 
-def test_each_process_writes_its_own_shards_and_no_more(tmp_path: Path) -> None:
-    run_ranks(lambda: train(Sharded, tmp_path, BROKEN_OFF), 2)
-    run_ranks(lambda: train(Plain, tmp_path / "replicas", BROKEN_OFF), 2)
+def test_each_rank_writes_only_its_own_shards(tmp_path: Path) -> None:
+    run_ranks(lambda: train(Sharded, tmp_path, INTERRUPTED_AFTER), 2)
+    run_ranks(lambda: train(Plain, tmp_path / "replicas", INTERRUPTED_AFTER), 2)
     manifest, replicas = (
         CheckpointStore(tmp_path).manifests()[-1],
         CheckpointStore(tmp_path / "replicas").manifests()[-1],
@@ -90,26 +94,26 @@ def test_each_process_writes_its_own_shards_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_with_the_same_run(tmp_path: Path, before: int, after: int) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     def go(directory: str, steps: int = LAST, **options: Any) -> Outcome:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The run goes on with")
             return train(Sharded, tmp_path / directory, steps, has_batch_norm=False, **options)
 
     (losses, tensors), *_ = run_ranks(lambda: go("whole"), before)
-    run_ranks(lambda: go("run", BROKEN_OFF), before)
+    run_ranks(lambda: go("run", INTERRUPTED_AFTER), before)
     (again, mine), *_ = run_ranks(lambda: go("run", resume=True), after)
     assert again == pytest.approx(losses, rel=1e-4)
     torch.testing.assert_close(mine, tensors, rtol=1e-3, atol=1e-4)
 
 
 def evaluate(kind: type[Plain], path: Path, start_from: Path) -> float:
-    trainer = trainer_of(kind, path, ema_evaluates=False)
+    trainer = make_trainer(kind, path, ema_evaluates=False)
     trainer.load_checkpoint(start_from, weights_only=True)
     return trainer.evaluate(digits(70), per_device_batch_size=10).loss
 
 
-def test_whoever_reads_it_finds_whole_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readers_get_full_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (_, tensors), _ = run_ranks(lambda: train(Sharded, tmp_path / "run"), 2)
     weights = {name: tensor for name, tensor in tensors.items() if not name[0].isdigit()}
     assert main(["verify", str(tmp_path / "run")]) == 0
@@ -136,7 +140,7 @@ def exports_within_a_run(directory: Path) -> None:
     train(Exporting, directory / "run", 4)
 
 
-def test_a_model_in_shards_is_exported_whole(tmp_path: Path) -> None:
+def test_a_sharded_model_is_exported_in_full(tmp_path: Path) -> None:
     run_ranks(exports_within_a_run, 2, tmp_path)
     (_, tensors), _ = run_ranks(lambda: train(Sharded, tmp_path / "three", 3), 2)
     exported = load_file(tmp_path / "within.safetensors")
@@ -145,7 +149,7 @@ def test_a_model_in_shards_is_exported_whole(tmp_path: Path) -> None:
     assert load_file(tmp_path / "averages.safetensors").keys() == exported.keys()
 
 
-def test_a_callbacks_best_weights_go_on_too(tmp_path: Path) -> None:
+def test_the_best_weights_of_a_callback_are_resumed(tmp_path: Path) -> None:
     def best(directory: Path, steps: int, **options: Any) -> dict[str, Tensor]:
         _, tensors = train(Sharded, directory, steps, callbacks=[RestoreBestWeights("eval_loss")], **options)
         return tensors
@@ -156,21 +160,21 @@ def test_a_callbacks_best_weights_go_on_too(tmp_path: Path) -> None:
     assert equal(again, whole)
 
 
-def test_a_trainer_with_another_engine_is_told_so(tmp_path: Path) -> None:
-    run_ranks(lambda: train(Sharded, tmp_path, BROKEN_OFF), 2)
+def test_a_trainer_with_another_engine_raises(tmp_path: Path) -> None:
+    run_ranks(lambda: train(Sharded, tmp_path, INTERRUPTED_AFTER), 2)
 
-    def refusal() -> str:
+    def error_message() -> str:
         with pytest.raises(CheckpointError) as refused:
             train(Plain, tmp_path, resume=True)
         return str(refused.value)
 
-    for said in run_ranks(refusal, 2):
+    for said in run_ranks(error_message, 2):
         assert "engine was 'fsdp' and is 'torch'" in said
 
 
-def test_a_lost_shard_is_damage(tmp_path: Path) -> None:
+def test_a_missing_shard_is_damage(tmp_path: Path) -> None:
     run_ranks(lambda: train(Sharded, tmp_path, 2), 2)
     (name,) = CheckpointStore(tmp_path).names()
     (tmp_path / name / "rank-1.safetensors").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"rank-1\.safetensors"):
-        trainer_of(Plain, tmp_path / "other").load_checkpoint(tmp_path / name)
+        make_trainer(Plain, tmp_path / "other").load_checkpoint(tmp_path / name)

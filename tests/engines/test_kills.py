@@ -1,4 +1,4 @@
-"""A rank is killed under each engine, and the run goes on in new processes as if it had not been."""
+"""A rank is killed under each engine, and the run resumes in new processes to the same result."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ from typing_extensions import override
 
 from ptacc import CheckpointMixin, DeepSpeedMixin, FSDPMixin, StepResult, Steps, TensorParallelMixin
 from ptacc.errors import RankFailedError
-from tests.engines.nets import SPLIT, Usual, digits, make_pairs, optimizer_of
+from tests.engines.nets import SPLIT, Usual, digits, make_optimizer, make_pairs
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
 pytestmark = DEEPSPEED
 prove = pytest.mark.prove
 LAST, KILLED = 9, 5
-"""Steps of a whole run, and after which one a rank is killed: a checkpoint of step 4 is there."""
+"""Steps of a complete run, and the step after which a rank is killed: there is a checkpoint of step 4."""
 
 
 class Saving(CheckpointMixin, Usual):
-    """Kills rank 1 after a step, where it is told to.
+    """Kills rank 1 after a step, if asked to.
 
     Options:
         kill_at: The step.
@@ -64,7 +64,7 @@ def train(engine: str, directory: Path, **options: Any) -> tuple[list[float], di
     trainer = kind(
         model,
         loss_func=nn.CrossEntropyLoss(),
-        optimizer=optimizer_of(model),
+        optimizer=make_optimizer(model),
         default_callbacks=(),
         checkpoint_dir=directory,
         checkpoint_every=Steps(2),
@@ -83,7 +83,7 @@ def is_killed(engine: str, directory: Path) -> bool:
 
 
 @pytest.mark.parametrize("engine", [name if name in NORMALLY else pytest.param(name, marks=prove) for name in ENGINES])
-def test_a_run_whose_rank_was_killed_goes_on_to_the_last_bit(engine: str, tmp_path: Path) -> None:
+def test_a_run_whose_rank_was_killed_resumes_to_the_last_bit(engine: str, tmp_path: Path) -> None:
     whole = run_ranks(train, 2, engine, tmp_path / "whole")
     assert run_ranks(is_killed, 2, engine, tmp_path / "run", may_die={1}) == [True]
     again = run_ranks(lambda: train(engine, tmp_path / "run", resume=True), 2)

@@ -1,4 +1,4 @@
-"""Which mixins combine with which engine: the matrix in the docs is what comes out here."""
+"""Which mixins combine with which engine: the source of the matrix in the docs."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import ptacc
 from ptacc import DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
 from ptacc.errors import CompositionError, PtaccError
-from tests.engines.nets import Block, digits, make, optimizer_of
+from tests.engines.nets import Block, digits, make, make_optimizer
 from tests.ranks import run_ranks
 
 pytestmark = [  # of DeepSpeed and dynamo themselves
@@ -47,20 +47,20 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "SeedMixin": {"seed": 4},
     "SyncBatchNormMixin": {},
 }
-"""Every public mixin that is no engine, with options under which it does something."""
+"""Every public mixin without an engine, with options under which it has an effect."""
 YES, REFUSED = "yes", "refused"
 REFUSALS: Mapping[tuple[str, str], str] = {
     ("ZeRO 3", "CompileMixin"): "CompileMixin traces whole weights",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
     ("ZeRO 3", "SWAMixin"): "swa_start=1 averages or copies the weights",
 }
-"""Pairs that are refused, with what is said."""
+"""Pairs that raise an error, with its message."""
 
 
 def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> list[float] | str:
-    """Train a little; return the losses, or the words of a refusal."""
+    """Train a few steps; return the losses, or the message of the error."""
     model = make(has_batch_norm=True)
-    usual: dict[str, Any] = {"optimizer": optimizer_of(model), "loss_func": nn.CrossEntropyLoss()}
+    usual: dict[str, Any] = {"optimizer": make_optimizer(model), "loss_func": nn.CrossEntropyLoss()}
     usual |= {"default_callbacks": ()}
     place: dict[str, Any] = {"checkpoint_dir": directory} if issubclass(kind, ptacc.CheckpointMixin) else {}
     try:
@@ -76,16 +76,16 @@ def outcome(kind: type[Trainer], directory: Path, options: dict[str, Any]) -> li
 
 def with_engine(engine: str, partner: str, directory: Path) -> list[float] | str:
     its_mixin, its_options = ENGINES[engine]
-    bases, options = find_stateful_parts(partner)
+    bases, options = bases_and_options(partner)
     return outcome(type("WithEngine", (*bases, its_mixin, Trainer), {}), directory / "with", options | its_options)
 
 
 def without(partner: str, directory: Path) -> list[float] | str:
-    bases, options = find_stateful_parts(partner)
+    bases, options = bases_and_options(partner)
     return outcome(type("Without", (*bases, Trainer), {}), directory / "without", options)
 
 
-def find_stateful_parts(partner: str) -> tuple[tuple[type[Mixin], ...], dict[str, Any]]:
+def bases_and_options(partner: str) -> tuple[tuple[type[Mixin], ...], dict[str, Any]]:
     mixin = getattr(ptacc, partner)
     return (mixin,) if mixin is SeedMixin else (mixin, SeedMixin), {"seed": 4, **PARTNERS[partner]}
 
@@ -96,7 +96,7 @@ def test_every_public_mixin_is_in_the_matrix() -> None:
     assert public == {*engines, *PARTNERS, "Mixin", "BatchMixin"}
 
 
-def test_two_engines_are_refused() -> None:
+def test_two_engines_raise() -> None:
     for engine in (FSDPMixin, TensorParallelMixin):
         with pytest.raises(CompositionError, match=rf"{engine.__name__} and DeepSpeedMixin both define make_engine"):
             type("Both", (engine, DeepSpeedMixin, Trainer), {})
@@ -107,7 +107,7 @@ def test_two_engines_are_refused() -> None:
     "engine",
     [name if name == "FSDPMixin" else pytest.param(name, marks=pytest.mark.prove) for name in ENGINES],
 )
-def test_a_pair_gives_the_numbers_of_replicas_or_is_refused(
+def test_a_pair_gives_the_numbers_of_replicas_or_raises(
     engine: str, partner: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if engine.startswith("ZeRO"):

@@ -40,8 +40,8 @@ class Engine:
         kind: The trainer.
         options: What it is given, and a single process is not.
         make_model: Makes the net, for both.
-        rtol: How near the numbers beside the losses are. Where a layer's own sums are split, each activation is
-            rounded otherwise, and Adam divides gradients that are almost nothing by themselves.
+        rtol: Relative tolerance of the other numbers. If a layer's sums are split, activations are rounded
+            differently, and Adam amplifies the difference for gradients near zero.
     """
 
     kind: type[Usual]

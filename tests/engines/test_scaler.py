@@ -1,4 +1,4 @@
-"""The path of fp16, with a real gradient scaler on the CPU: steps that it skips count nowhere."""
+"""fp16 with a real gradient scaler, on the CPU: steps that it skips are not counted."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ from ptacc.mixins.ema import EMA_STATE
 from ptacc.protocols import DataLoaderKwargs, Engine
 
 TOO_LARGE = 2.0**30
-"""A factor at which gradients in fp16 overflow, so that the first steps are skipped until it is halved enough."""
+"""A scale at which fp16 gradients overflow, so that the first steps are skipped while it is halved."""
 EPOCHS, BATCH, ACCUMULATION = 8, 8, 2
 
 
-class HalfOnTheHost(Mixin):
-    """What Accelerate does on a GPU, on a CPU: autocast to fp16 and a gradient scaler."""
+class ScalerOnTheHost(Mixin):
+    """Does on a CPU what Accelerate does on a GPU: autocast to fp16 and a gradient scaler."""
 
     @override
     def make_engine(self) -> Engine:
@@ -32,7 +32,7 @@ class HalfOnTheHost(Mixin):
         return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), scaler)
 
 
-class Scaled(HalfOnTheHost, GradAccumMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, Trainer):
+class Scaled(ScalerOnTheHost, GradAccumMixin, GradClipMixin, LRSchedulerMixin, EMAMixin, Trainer):
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         with torch.autocast("cpu", torch.float16):
@@ -51,7 +51,7 @@ def make_parts(*, fused: bool = False) -> tuple[nn.Module, torch.optim.Optimizer
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
     data = TensorDataset(torch.randn(32, 4), torch.randint(0, 2, (32,)))
-    if fused:  # not SGD: its fused form begins with momenta that nobody has set, where its first step is skipped
+    if fused:  # not SGD: its fused form begins with unset momenta if its first step is skipped
         return model, torch.optim.Adam(model.parameters(), lr=0.1, fused=True), data
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), data
 
@@ -78,7 +78,7 @@ def train(*, fused: bool = False, max_steps: int | None = None) -> Scaled:
 
 
 def train_plainly(*, fused: bool = False) -> tuple[nn.Module, int, float]:
-    """Train as the documentation of torch says, and return the model, the steps that happened and the last rate."""
+    """Train as the documentation of torch does; return the model, the steps that happened and the last rate."""
     model, optimizer, data = make_parts(fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=TOO_LARGE)
     scheduler = StepLR(optimizer, 1, gamma=0.9)
@@ -112,7 +112,7 @@ def test_weights_equal_a_plain_loops_to_the_last_bit(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipped_steps_count_nowhere(fused: bool) -> None:
+def test_skipped_steps_are_not_counted(fused: bool) -> None:
     trainer, (_, happened, rate) = train(fused=fused), train_plainly(fused=fused)
     assert ended == list(range(1, happened + 1))
     assert trainer.run[EMA_STATE].updates == happened
@@ -121,19 +121,19 @@ def test_skipped_steps_count_nowhere(fused: bool) -> None:
     assert trainer.progress.epochs == EPOCHS
 
 
-def test_a_run_of_so_many_steps_takes_them_however_many_are_skipped() -> None:
+def test_max_steps_does_not_count_skipped_steps() -> None:
     assert train(max_steps=5).progress.steps == 5
 
 
-def test_gradients_that_are_no_numbers_end_the_run() -> None:
-    class Hopeless(HalfOnTheHost, Trainer):
+def test_non_finite_gradients_end_the_run() -> None:
+    class NeverFinite(ScalerOnTheHost, Trainer):
         @override
         def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
             outputs: Tensor = self.model(batch[0])
             return StepOutput(loss=outputs.sum() * float("nan"), outputs=outputs)
 
     model, optimizer, data = make_parts()
-    trainer = Hopeless(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=())
+    trainer = NeverFinite(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=())
     with pytest.raises(LossError, match="200 steps in a row were skipped"):
         trainer.train(data, max_steps=5)
 
@@ -148,7 +148,7 @@ def step_plainly(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
     optimizer.zero_grad()
 
 
-def reads_of(step: Callable[[torch.amp.GradScaler, torch.optim.Optimizer], object], loss: float) -> int:
+def count_reads(step: Callable[[torch.amp.GradScaler, torch.optim.Optimizer], object], loss: float) -> int:
     """Return how often a step reads a number from a tensor, of a loss that is finite or not."""
     weight = nn.Parameter(torch.ones(1))
     optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
@@ -159,17 +159,17 @@ def reads_of(step: Callable[[torch.amp.GradScaler, torch.optim.Optimizer], objec
 
 
 @pytest.mark.parametrize("loss", [1.0, float("inf")])
-def test_whether_a_step_happened_is_known_without_reading_more(loss: float) -> None:
+def test_whether_a_step_happened_costs_no_further_read(loss: float) -> None:
     def step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         engine = TorchEngine(
             Accelerator(cpu=True), nn.Linear(1, 1), [OptimizerSlot.create("optimizer", optimizer)], scaler
         )
         assert engine.update() is (loss == 1.0)
 
-    assert reads_of(step, loss) == reads_of(step_plainly, loss) > 0
+    assert count_reads(step, loss) == count_reads(step_plainly, loss) > 0
 
 
-def test_the_users_optimizer_is_hooked_for_no_longer_than_a_step() -> None:
+def test_the_optimizer_has_a_hook_during_the_step_only() -> None:
     model, optimizer, _ = make_parts()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(torch.ones(1, 4)).sum()).backward()
@@ -185,4 +185,4 @@ def test_each_run_begins_with_the_same_factor() -> None:
         engine = TorchEngine(accelerator, model, [OptimizerSlot.create("optimizer", optimizer)])
         engine.backward(model(torch.full((1, 4), torch.inf)).sum())
         assert not engine.update()
-        assert engine.state_dict()["scaler"]["scale"] == TOO_LARGE / 2
+        assert engine.get_state().shared["scaler"]["scale"] == TOO_LARGE / 2

@@ -1,4 +1,4 @@
-"""Tensor parallelism, alone and with FSDP2: the numbers of one process, and what is refused."""
+"""Tensor parallelism, alone and with FSDP2: the losses of one process, and errors."""
 
 import os
 import pickle
@@ -138,7 +138,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 @pytest.mark.parametrize(("kind", "processes"), [(Weighing, 2), (WeighingBoth, 4)])
-def test_what_processes_of_a_replica_take_counts_once(kind: type[Weighing], processes: int) -> None:
+def test_a_batch_shared_by_a_replica_counts_once(kind: type[Weighing], processes: int) -> None:
     expected = counts(Weighing)
     for numbers in run_ranks(lambda: counts(kind), processes):
         assert numbers == pytest.approx(expected, rel=1e-4)
@@ -154,35 +154,35 @@ def draws_alike(kind: type[Usual]) -> tuple[list[float], dict[str, Tensor]]:
     trainer = kind(**parts(model), seed=None)
     held: dict[str, Tensor] = {}
 
-    class Looking(Callback[Usual]):
+    class Observing(Callback[Usual]):
         @override
         def on_run_end(self, trainer: Usual) -> None:
             held.update({name: p.detach().clone() for name, p in model.named_parameters() if not is_dtensor(p)})
 
-    trainer.callbacks = [Looking()]
+    trainer.callbacks = [Observing()]
     history = trainer.train(digits(101), num_epochs=1, per_device_batch_size=8)
     return [step.loss for step in history.steps], held
 
 
-def test_the_processes_of_a_replica_draw_alike() -> None:
+def test_the_ranks_of_a_replica_draw_the_same_numbers() -> None:
     (losses, held), (others, theirs) = run_ranks(lambda: draws_alike(Split), 2)
     assert losses == others
     assert "enter.weight" in held
     assert all(torch.equal(held[name], theirs[name]) for name in held)
 
 
-def shares_and_gives_back(kind: type[Usual]) -> tuple[list[str], float]:
+def shards_and_restores(kind: type[Usual]) -> tuple[list[str], float]:
     model = make_pairs()
     before, looks = [id(p) for p in model.parameters()], [set(vars(module)) for module in model.modules()]
     held: list[float] = []
 
-    class Looking(Callback[Usual]):
+    class Observing(Callback[Usual]):
         @override
         def on_run_start(self, trainer: Usual) -> None:
             up = model.blocks[0].get_submodule("up").weight
             held.append(up.to_local().numel() / (33 * 48) if is_dtensor(up) else 1.0)
 
-    kind(**parts(model), callbacks=[Looking()]).train(digits(), num_epochs=1, max_steps=2)
+    kind(**parts(model), callbacks=[Observing()]).train(digits(), num_epochs=1, max_steps=2)
     assert [id(p) for p in model.parameters()] == before
     assert [set(vars(module)) for module in model.modules()] == looks
     assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(2, 64)), model(torch.ones(2, 64)))
@@ -190,14 +190,14 @@ def shares_and_gives_back(kind: type[Usual]) -> tuple[list[str], float]:
 
 
 @pytest.mark.parametrize(("kind", "processes"), [(Split, 1), (Split, 2), (Both, 4)])
-def test_the_users_own_model_is_split_and_whole_again(kind: type[Usual], processes: int) -> None:
-    for types, share in run_ranks(lambda: shares_and_gives_back(kind), processes):
+def test_the_users_model_is_split_and_restored(kind: type[Usual], processes: int) -> None:
+    for types, share in run_ranks(lambda: shards_and_restores(kind), processes):
         assert set(types) == {"Parameter"}
         assert share == pytest.approx(1 / processes, rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
-def test_optimizers_take_what_is_split_and_what_is_not_at_once(optimizer: Any) -> None:
+def test_optimizers_step_split_and_unsplit_parameters_together(optimizer: Any) -> None:
     def losses() -> list[float]:
         model = make_pairs()
         one = {**parts(model), "optimizer": optimizer(model.parameters(), lr=0.01, foreach=True)}
@@ -235,10 +235,12 @@ def go(kind: type[Saving], directory: Path, steps: int, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize(("kind", "processes"), [(Saving, 2), (SavingBoth, 4)])
-@pytest.mark.parametrize("broken_off", [5, pytest.param(8, marks=pytest.mark.prove)])
-def test_a_run_goes_on_to_the_last_bit(tmp_path: Path, kind: type[Saving], processes: int, broken_off: int) -> None:
+@pytest.mark.parametrize("interrupted_after", [5, pytest.param(8, marks=pytest.mark.prove)])
+def test_a_run_resumes_to_the_last_bit(
+    tmp_path: Path, kind: type[Saving], processes: int, interrupted_after: int
+) -> None:
     whole = run_ranks(lambda: go(kind, tmp_path / "whole", 9), processes)
-    run_ranks(lambda: go(kind, tmp_path / "run", broken_off), processes)
+    run_ranks(lambda: go(kind, tmp_path / "run", interrupted_after), processes)
     again = run_ranks(lambda: go(kind, tmp_path / "run", 9, resume=True), processes)
     for (losses, tensors), (expected, theirs) in zip(again, whole, strict=True):
         assert losses == expected
@@ -249,7 +251,7 @@ def test_a_run_goes_on_to_the_last_bit(tmp_path: Path, kind: type[Saving], proce
 
 
 @pytest.mark.parametrize(("kind", "before", "after"), [(Saving, 2, 1), (Saving, 1, 2), (SavingBoth, 4, 2)])
-def test_another_number_of_processes_goes_on_with_the_same_run(
+def test_a_run_resumes_with_another_number_of_ranks(
     tmp_path: Path, kind: type[Saving], before: int, after: int
 ) -> None:
     (losses, tensors), *_ = run_ranks(lambda: go(kind, tmp_path / "whole", 9), before)
@@ -293,7 +295,7 @@ def llama(kind: type[Usual]) -> list[float]:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_model_of_transformers_brings_its_own_plan(processes: int) -> None:
+def test_a_model_of_transformers_has_a_plan(processes: int) -> None:
     class WithPlan(FSDPMixin, TensorParallelMixin, Usual):
         tensor_parallel_size: int | None = 2
 
@@ -310,7 +312,7 @@ def test_a_model_of_transformers_brings_its_own_plan(processes: int) -> None:
         ({"tensor_parallel_plan": {"leave": "colwize"}}, r"\{'leave': 'colwize'\}\): must be one of colwise"),
     ],
 )
-def test_options_that_cannot_be_right_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Split(**parts(make_pairs()), **options)
 
@@ -322,7 +324,7 @@ class Tied(nn.Module):
         self.head.weight = self.tokens.weight
 
 
-def refusal(kind: type[Usual], options: dict[str, Any], model: nn.Module | None = None) -> str:
+def error_message(kind: type[Usual], options: dict[str, Any], model: nn.Module | None = None) -> str:
     trainer = kind(**parts(model or make_pairs()), **options)
     with pytest.raises(PtaccError) as caught:
         trainer.train(digits(64), num_epochs=1)
@@ -338,24 +340,24 @@ def refusal(kind: type[Usual], options: dict[str, Any], model: nn.Module | None 
         (None, "PairNet brings no plan of its own"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_on_one_process_too(plan: Any, message: str) -> None:
-    assert message in refusal(Split, {"tensor_parallel_plan": plan})
+def test_an_invalid_plan_raises_on_one_process_as_well(plan: Any, message: str) -> None:
+    assert message in error_message(Split, {"tensor_parallel_plan": plan})
 
 
-def test_what_cannot_be_shared_is_refused() -> None:
+def test_what_cannot_be_split_raises() -> None:
     assert (
         "enter has 33 rows, which 2 processes cannot share evenly"
-        in run_ranks(refusal, 2, Split, {"tensor_parallel_plan": {"enter": "colwise"}})[0]
+        in run_ranks(error_message, 2, Split, {"tensor_parallel_plan": {"enter": "colwise"}})[0]
     )
     plan = {"head": "colwise_gather_output"}
-    assert "head shares a parameter with another module" in refusal(Split, {"tensor_parallel_plan": plan}, Tied())
-    for said in run_ranks(refusal, 4, Split, {"tensor_parallel_size": 2}, timeout=40):
-        assert "which are 2 replicas, and nothing deals those out. Compose FSDPMixin" in said
-    for said in run_ranks(refusal, 3, Split, {"tensor_parallel_size": 2}):
-        assert "2 processes are to share each replica of the model, and 3 were launched" in said
+    assert "head shares a parameter with another module" in error_message(Split, {"tensor_parallel_plan": plan}, Tied())
+    for said in run_ranks(error_message, 4, Split, {"tensor_parallel_size": 2}, timeout=40):
+        assert "2 replicas, and no mixin shards those. Compose FSDPMixin" in said
+    for said in run_ranks(error_message, 3, Split, {"tensor_parallel_size": 2}):
+        assert "share each replica of the model, but 3 were launched" in said
 
 
-def test_data_of_their_own_is_refused() -> None:
+def test_sharded_data_raises() -> None:
     def trains() -> str:
         with pytest.raises(DataError) as caught:
             Split(**parts(make_pairs())).train(digits(64), num_epochs=1, data_is_sharded=True)
@@ -365,7 +367,7 @@ def test_data_of_their_own_is_refused() -> None:
         assert "2 processes share a replica of the model and need the same batches" in said
 
 
-def test_the_launch_says_how_many_share_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launch_sets_the_size_of_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     sizes = run_ranks(lambda: Both(**parts(make_pairs()), tensor_parallel_size=None).distributed.replicas, 4)
@@ -373,7 +375,7 @@ def test_the_launch_says_how_many_share_a_replica(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LaunchError, match=r"asks for a tensor parallel size of 2, and Split was given .*_size=4"):
         _ = Split(**parts(make_pairs()), tensor_parallel_size=4).distributed
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
-    for said in run_ranks(refusal, 4, Both, {"tensor_parallel_size": None}):
+    for said in run_ranks(error_message, 4, Both, {"tensor_parallel_size": None}):
         assert "asks for a dp_shard_size of 4, but 4 processes with 2 per replica give 2" in said
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split has nothing"):

@@ -46,5 +46,5 @@ def test_skipped_steps_are_not_counted(device: torch.device) -> None:
 
 def test_each_run_starts_with_the_same_loss_scale(device: torch.device) -> None:
     once, twice = train("fp16"), train("fp16", runs=2)
-    first, last = (trainer.run.engine.state_dict()["scaler"]["scale"] for trainer in (once, twice))
+    first, last = (trainer.run.engine.get_state().shared["scaler"]["scale"] for trainer in (once, twice))
     assert first == last < torch.amp.GradScaler(device.type).get_scale()

@@ -336,7 +336,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(damaged)
-    with pytest.warns(UserWarning, match="step-00000006 is passed over: .*hash differs"):
+    with pytest.warns(UserWarning, match="step-00000006 is skipped: .*hash differs"):
         again = train(tmp_path, resume=True)
     assert torch.equal(weights(again), weights(whole))
     assert (tmp_path / "step-00000006.01").is_dir()
@@ -347,7 +347,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
 def test_where_no_checkpoint_is_whole_a_run_does_not_start_afresh_in_silence(tmp_path: Path) -> None:
     train(tmp_path, num_epochs=1)
     (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError, match="none of them is whole"):
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(CheckpointError, match="none of them is intact"):
         train(tmp_path, resume=True)
 
 
@@ -400,7 +400,7 @@ def test_what_differs_can_be_waived_by_its_name(tmp_path: Path) -> None:
     train(tmp_path / "run", num_epochs=1)
     again = train(tmp_path / "run", Averaging, resume=True, resume_ignore={"ema", "data"}, data=tiny_data(16))
     assert again.progress.steps == 5
-    with pytest.raises(CheckpointError, match="nothing here takes the part 'ema'"):
+    with pytest.raises(CheckpointError, match="the checkpoint has an unexpected part 'ema'"):
         train(tmp_path / "run", resume=True, data=tiny_data(16))
 
 

@@ -25,7 +25,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.errors import ModelError, OptionError
-from ptacc.model.selection import chosen_submodules
+from ptacc.model.selection import select_submodules
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -198,7 +198,7 @@ def test_the_second_pass_is_for_training_alone_and_there_is_no_third(choices: Ch
 
 
 def names_of(choices: Choices, model: nn.Module) -> list[str]:
-    chosen = chosen_submodules(model, choices, "MyTrainer")
+    chosen = select_submodules(model, choices, "MyTrainer")
     return [name for name, module in model.named_modules() if module in chosen]
 
 
@@ -222,8 +222,8 @@ def test_the_outermost_submodules_of_those_named_are_chosen(choices: Choices, na
 def test_a_module_of_two_names_is_chosen_once_by_either() -> None:
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    assert chosen_submodules(model, ["0", "2"], "MyTrainer") == [shared]
-    assert chosen_submodules(model, ["2"], "MyTrainer") == [shared]
+    assert select_submodules(model, ["0", "2"], "MyTrainer") == [shared]
+    assert select_submodules(model, ["2"], "MyTrainer") == [shared]
 
 
 @pytest.mark.parametrize(

@@ -80,4 +80,4 @@ class RestoreBestWeights(Callback[TrainerCore]):
             trainer.unwrapped_model.load_state_dict(self._weights)
             for _, state in trainer.run.states():
                 if isinstance(state, AveragedWeights):
-                    state.start_from(trainer.unwrapped_model)
+                    state.copy_from(trainer.unwrapped_model)

@@ -1,4 +1,4 @@
-"""Loading and exporting outside of a run: weights, and an optimizer's state, by themselves."""
+"""Loading weights and the optimizer's state outside of a run, and exporting weights."""
 
 from __future__ import annotations
 
@@ -15,63 +15,64 @@ from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import get_weights, load_optimizer, load_weights
-from ptacc.tensors.dtensor import is_dtensor, map_state, whole_tensor
+from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
+from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
 from ptacc.types.protocols import Stateful
 
 
 def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_only: bool) -> Path:
-    """Load a checkpoint's weights, and the optimizer's state, into a trainer; return where it is.
+    """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
 
     Raises:
-        CheckpointError: There is none at the path, or it is of another model.
+        CheckpointError: The path has no checkpoint, or one of another model.
     """
     found = find_at(path, store_at(path, key))
-    store = store_at(found.directory, key)
+    store = store_at(found.parent, key)
     with as_checkpoint_error(path):
         shared = read_whole(store, store.manifest(found.name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.optimizer_slots():
-            load_optimizer(slot.optimizer, shared.take(slot.name))
-    return found.directory / found.name
+            load_optimizer_state(slot.optimizer, shared.take(slot.name))
+    return found
 
 
 def check_export(path: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` for a path that no weights are written to."""
+    """Raise `CheckpointError` if weights cannot be exported to a path."""
     with as_checkpoint_error(path):
         check_target(path, overwrite=overwrite)
 
 
 def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, Any]:
-    """Return a trainer's weights, and the averages of its last run, whole. All processes call it; rank 0 has them.
+    """Return a trainer's weights, and averages of its last run. A collective; rank 0 gets full tensors.
 
     Args:
-        trainer: Within a run, or outside of one.
-        averages: The part whose averages are wanted, too.
+        trainer: The trainer, within a run or not.
+        averages: The name of the averages' part, such as `"ema"`; None for the weights alone.
     """
-    weights = trainer.run.engine.weights() if trainer.is_running else get_weights(trainer.unwrapped_model)
+    is_running = trainer.is_running
+    weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
     states: dict[str, Any] = {MODEL: weights}
     if averages is not None and trainer.has_run:
-        kept = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
-        states |= {averages: kept[averages].state_dict()} if averages in kept else {}
-    is_first = trainer.distributed.rank == 0
+        by_name = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
+        states |= {averages: by_name[averages].state_dict()} if averages in by_name else {}
+    is_main = trainer.distributed.rank == 0
 
-    def for_first(value: Any) -> Any:
+    def gather(value: Any) -> Any:
         if not is_dtensor(value):
             return value
-        whole = whole_tensor(value)
-        return whole.cpu() if is_first else None
+        full = full_tensor(value)
+        return full.cpu() if is_main else None
 
-    whole_states: dict[str, Any] = map_state(states, for_first)
-    return whole_states
+    full_states: dict[str, Any] = map_state(states, gather)
+    return full_states
 
 
 def export_to(path: Path, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
     """Write weights, or averages in their place, to a safetensors file.
 
     Raises:
-        CheckpointError: There is a file already, or no such averages; or it cannot be written.
+        CheckpointError: The file exists, there are no such averages, or the file cannot be written.
     """
     try:
         write_weights(select_filesystem(path), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)

@@ -24,7 +24,7 @@ from ptacc.checkpoint.storage.filesystem import Written
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
-from ptacc.tensors.dtensor import map_state, merge_states, unwrap
+from ptacc.tensors.dtensor import localize, map_state, merge_states
 
 SHARED = "shared"
 """The name of the files that all processes read."""
@@ -157,7 +157,7 @@ def read_whole(store: CheckpointStore, manifest: Manifest) -> Snapshot:
     if manifest.parts.keys() <= shared.states.keys():
         return shared
     theirs = [read_parts(store, manifest, own(rank)) for rank in range(manifest.world_size)]
-    return shared.joined(shards_together(theirs)).mapped(unwrap)
+    return shared.joined(shards_together(theirs)).mapped(lambda value: localize(value, {}))
 
 
 def shards_together(theirs: Sequence[Snapshot]) -> dict[str, Any]:

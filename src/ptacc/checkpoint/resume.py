@@ -1,10 +1,10 @@
-"""Resuming: which checkpoint a run goes on from, and what of it each process takes."""
+"""Resuming: which checkpoint a run resumes from, and what each rank reads of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,85 +15,72 @@ from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_beside
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.checkpoint.trainer_state import RUN
-from ptacc.engines.base import Engine
 from ptacc.errors import CheckpointError
 from ptacc.run.state import ResumeState
 
 
-@dataclass(frozen=True)
-class CheckpointRef:
-    """A checkpoint to go on from.
+def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Path | None:
+    """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:
-        directory: Where it is, and others of its run.
-        name: Its name there.
-    """
-
-    directory: Path
-    name: str
-
-
-def find(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | None:
-    """Find the checkpoint that a run goes on from, None where it starts afresh.
-
-    Args:
-        store: The run's own.
-        resume: True for the newest that is whole, False for none, or the path of one, or of a directory of them.
+        store: The store of the run.
+        resume: True for the newest intact checkpoint, False for none, or the path of a checkpoint or of a directory of
+            them.
 
     Raises:
-        CheckpointError: There is none at the path; or a fresh run would share a directory with another.
-        DamagedCheckpointError: The one at the path is damaged.
+        CheckpointError: The path has no checkpoint, or `resume` is False and another run uses the directory.
+        DamagedCheckpointError: The checkpoint at the path is damaged.
 
     Warns:
-        UserWarning: A damaged checkpoint was passed over.
+        UserWarning: A damaged checkpoint is skipped.
     """
     if not isinstance(resume, bool):
         return find_at(parse_path(resume).absolute(), store)
     if resume:
         return find_newest(store)
-    if there := store.names():
+    if names := store.names():
         raise CheckpointError(
-            f"{store.directory} has checkpoints of another run, the last of them {there[-1]}. Give resume=True to go "
-            "on with that run, or a directory of its own to a new one."
+            f"{store.directory} has checkpoints of another run, the last of them {names[-1]}. Set resume=True to "
+            "resume that run, or give the new run a directory of its own."
         )
     return None
 
 
-def find_at(path: Path, like: CheckpointStore) -> CheckpointRef:
-    """Find the checkpoint at a path, or the newest in the directory that is there."""
+def find_at(path: Path, like: CheckpointStore) -> Path:
+    """Return the path of a checkpoint, verified, or that of the newest one in a directory."""
     with as_checkpoint_error(path):
         if (path / MANIFEST).exists():
-            return CheckpointRef(path.parent, store_beside(like, path.parent).verify(path.name).name)
+            return path.parent / store_beside(like, path.parent).verify(path.name).name
     found = find_newest(store_beside(like, path))
     if found is None:
-        raise CheckpointError(f"resume={str(path)!r}: there is no checkpoint that is whole.")
+        raise CheckpointError(f"resume={str(path)!r}: no intact checkpoint was found.")
     return found
 
 
-def find_newest(store: CheckpointStore) -> CheckpointRef | None:
-    """Find the newest checkpoint that is whole."""
-    with as_checkpoint_error(store.directory):  # what cannot be reached is not passed over
-        manifest, passed_over = store.newest()
-    for name, error in passed_over.items():
-        warnings.warn(f"{store.directory / name} is passed over: {error}", stacklevel=2)
-    if manifest is None and passed_over:
-        name, error = next(iter(passed_over.items()))
+def find_newest(store: CheckpointStore) -> Path | None:
+    """Return the path of the newest intact checkpoint; None if a store is empty. Raise if all are damaged."""
+    with as_checkpoint_error(store.directory):  # an unreachable checkpoint is an error, not a damaged one
+        manifest, damaged = store.newest()
+    for name, error in damaged.items():
+        warnings.warn(f"{store.directory / name} is skipped: {error}", stacklevel=2)
+    if manifest is None and damaged:
+        name, error = next(iter(damaged.items()))
         raise CheckpointError(
-            f"{store.directory} has {len(passed_over)} checkpoints, and none of them is whole; of {name}: {error} Move "
-            "them away to start afresh."
+            f"{store.directory} has {len(damaged)} checkpoints, and none of them is intact. The newest, {name}: "
+            f"{error} Move them away to start from the beginning."
         )
-    return None if manifest is None else CheckpointRef(store.directory, manifest.name)
+    return None if manifest is None else store.directory / manifest.name
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint as one process goes on from it.
+    """A checkpoint as one rank resumes from it.
 
     Args:
-        path: Where it is.
-        manifest: What it is.
-        shared: The parts that all processes have in common.
-        own: This process's own parts; where their number has changed, what can be made of all of theirs.
+        path: The checkpoint's directory.
+        manifest: The checkpoint's manifest.
+        shared: The parts that all ranks share.
+        own: The parts of this rank. If the number of ranks has changed: the run alone, merged from all ranks.
     """
 
     path: Path
@@ -103,40 +90,35 @@ class Resumption:
 
     @classmethod
     def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
-        """Read a checkpoint, each file checked before it is parsed."""
+        """Read a checkpoint. Each file is verified before it is parsed."""
         with as_checkpoint_error(store.directory / name):
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
             if manifest.world_size == world_size:
-                mine = read_parts(store, manifest, own(rank))
-                shards = mine.states.get(SHARDS, {})
+                own_parts = read_parts(store, manifest, own(rank))
+                shards = own_parts.states.get(SHARDS, {})
             else:
-                theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
-                mine = Snapshot({RUN: merge_runs([one.take(RUN) for one in theirs])})
-                shards = shards_together(theirs)
-        return cls(store.directory / name, manifest, shared.joined(shards), mine)
+                all_ranks = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
+                own_parts = Snapshot({RUN: merge_run_states([parts.take(RUN) for parts in all_ranks])})
+                shards = shards_together(all_ranks)
+        return cls(store.directory / name, manifest, shared.joined(shards), own_parts)
 
-    def revived(self, engine: Engine) -> Resumption:
-        """Return it with the tensors that were saved in shards as an engine holds them."""
-        return replace(self, shared=self.shared.mapped(engine.localize))
-
-    def saved_run(self, *, with_file: bool) -> ResumeState:
-        """Return the run, for the core to go on with.
+    def resume_state(self, *, with_file: bool) -> ResumeState:
+        """Return the state of the run.
 
         Args:
-            with_file: Whether the history goes on in the file that it was written to.
+            with_file: Whether the history continues in the file that it was written to.
         """
         run = self.shared.take(RUN)
         history = run["history"] if with_file else {**run["history"], "file": None}
         return ResumeState({**run, "history": history}, self.own.take(RUN))
 
 
-def merge_runs(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make of what each of several processes had of the run what each of another number of them goes on with."""
-    wishes = [run["wish"] for run in runs if run["wish"] is not None]
+def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge the run states of all ranks into one that each rank of another number of ranks resumes from."""
+    requests = [run["stop_request"] for run in runs if run["stop_request"] is not None]
     return {
-        # Each process's sum is of losses that are averaged over the processes.
-        "losses": sum(run["losses"] for run in runs) / len(runs),
-        "wish": wishes[0] if wishes else None,
+        "losses": sum(run["losses"] for run in runs) / len(runs),  # losses are summed per rank, and averaged over ranks
+        "stop_request": requests[0] if requests else None,
         "data": {name: value for name, value in runs[0]["data"].items() if name != "last"},
     }

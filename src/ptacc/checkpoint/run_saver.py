@@ -1,75 +1,81 @@
-"""Saving a run: when it is due, whether it is fit to be saved, and what is told of it."""
+"""Saving a run: when a checkpoint is due, and what it contains."""
 
 from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
+from ptacc.checkpoint.parts import Part
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.trainer_state import parts_to_save
+from ptacc.checkpoint.trainer_state import MODEL, collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
+from ptacc.model.state_dict import canonical_name, is_placeholder
+from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence
 from ptacc.types.protocols import StateDict
 
 
 @dataclass
 class RunSaver:
-    """Saves a trainer's run to a line of checkpoints.
+    """Saves the run of a trainer.
 
     Args:
-        trainer: Within its run.
-        line: Where to.
-        every: How often, None for the end alone.
-        signals: At which to save and end.
-        saves_non_finite: Whether weights that are no numbers are saved.
-        tell: Called with the path of each checkpoint that was made.
+        trainer: The trainer, within its run.
+        manager: The run's checkpoints.
+        every: How often to save; None for at the end only.
+        signals: Signals at which to save before the run ends.
+        allows_non_finite: Whether to save weights that hold NaN or infinity.
+        on_saved: Called with the path of each checkpoint that was saved.
     """
 
     trainer: TrainerCore
-    line: CheckpointManager
+    manager: CheckpointManager
     every: Cadence | None
     signals: Collection[signal.Signals]
-    saves_non_finite: bool
-    tell: Callable[[Path], None]
-    _asked: list[tuple[Path | None, str]] = field(default_factory=list)
+    allows_non_finite: bool
+    on_saved: Callable[[Path], None]
+    _requests: list[tuple[Path | None, str]] = field(default_factory=list)
 
-    def ask(self, path: Path | None, label: str) -> Path:
-        """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
-        self._asked.append((path, label))
-        store, distributed, steps = self.line.store, self.trainer.distributed, self.trainer.progress.steps
+    def request(self, path: Path | None, label: str) -> Path:
+        """Request a checkpoint as soon as the run can be saved, and return where it will be. A collective."""
+        self._requests.append((path, label))
+        store, distributed, steps = self.manager.store, self.trainer.distributed, self.trainer.progress.steps
         return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
 
     def save_if_due(self) -> None:
-        """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
-        self.line.check()
+        """Save the run if a checkpoint is due or was requested. A collective, between two steps or epochs."""
+        self.manager.check()
         run = self.trainer.run
-        if not (self._asked or self._is_due()):
+        if not (self._requests or self._is_due()):
             return
         if run.exit_code is None and run.is_within_epoch:
-            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # a vote of before may be under way
+            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # completes a vote that is in progress
         self.save()
 
     def save(self) -> None:
-        """Save the run, unless its weights are no numbers."""
-        asked, self._asked = self._asked or [(None, "")], []
+        """Save the run, unless its weights are not finite."""
+        requests, self._requests = self._requests or [(None, "")], []
         run = self.trainer.run
         run.history.read_steps(run.distributed)
-        for path, label in asked:
+        for path, label in requests:
             self._save(path, label)
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is under way, and tell of it. A collective."""
-        if (path := self.line.finish()) is not None:
-            self.tell(path)
+        """Wait for a checkpoint in the background, and report it. A collective."""
+        if (path := self.manager.finish()) is not None:
+            self.on_saved(path)
 
     def save_on_exception(self) -> None:
-        """Save the run before an exception ends it, whatever has become of the checkpoint before.
+        """Save the run before an exception ends it, even if the checkpoint before failed.
 
-        That exception is the one to raise; what goes wrong here is a warning.
+        Errors become warnings, since the exception itself is raised afterwards.
         """
         for act in (self.finish, self.save, self.finish):
             try:
@@ -78,7 +84,7 @@ class RunSaver:
                 warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
 
     def _is_due(self) -> bool:
-        run, last = self.trainer.run, self.line.saved_at
+        run, last = self.trainer.run, self.manager.saved_at
         now = run.progress
         if (now.steps, now.epochs, now.batches) == (last.steps, last.epochs, last.batches):
             return False
@@ -88,34 +94,43 @@ class RunSaver:
 
     def _save(self, path: Path | None, label: str) -> None:
         self.finish()
-        now, before = self.trainer.progress, self.line.saved_at
+        now, before = self.trainer.progress, self.manager.saved_at
         if path is None:
-            self.line.saved_at = now  # as the checkpoint itself has it
-        shared, mine, versions = parts_to_save(self.trainer)
+            self.manager.saved_at = now  # first, since the checkpoint contains it
+        shared, own = collect_parts(self.trainer)
         manifest = Manifest(
             name="",
-            run=self.line.identity,
+            run=self.manager.identity,
             step=now.steps,
             epoch=now.epochs,
             offset=now.offset,
             world_size=self.trainer.distributed.world_size,
             label=label,
-            parts=versions,
+            parts={part.name: part.version for part in shared},
             metrics=self.trainer.run.fresh_values(),
         )
-        weights = () if self.saves_non_finite else tuple(self.trainer.run.engine.held_parameters())
-        saved = self.line.begin(now, manifest, shared, mine, path, weights)
+        parameters = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        saved = self.manager.begin(now, manifest, *move_shards(shared, own), path, parameters)
         if saved is not None:
-            self.tell(saved)
-        elif not self.line.is_saving:
-            self.line.saved_at = before
-
-    # ---- what a checkpoint holds of it
+            self.on_saved(saved)
+        elif not self.manager.is_saving:
+            self.manager.saved_at = before
 
     def state_dict(self) -> StateDict:
-        """Return the state of the line."""
-        return self.line.state_dict()
+        """Return the state of the run's checkpoints."""
+        return self.manager.state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on with the line of a saved run."""
-        self.line.load_state_dict(state_dict)
+        """Load the state of the run's checkpoints."""
+        self.manager.load_state_dict(state_dict)
+
+
+def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a checkpoint that this rank has, in full or as its shards, by name."""
+    names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
+    weights: Any = next(part.state for part in shared if part.name == MODEL)
+    return [
+        (name, tensor.to_local() if is_dtensor(tensor) else tensor)
+        for name, tensor in weights.items()
+        if name in names and not is_placeholder(tensor)
+    ]

@@ -1,24 +1,27 @@
-"""What is in a checkpoint: the parts of a trainer and its run, and how they are put back.
+"""The contents of a checkpoint: parts are collected from a trainer and its run, and restored into them.
 
 ```
-run, model, flags, optimizer, engine, ema, scheduler, callback.Name, ...   what all processes have in common
-run, engine, random, train_metrics, shards, ...                           what each process has of its own
+run, model, flags, optimizer, engine, ema, scheduler, callback.Name, ...   shared: equal on all ranks, or sharded
+run, engine, random, train_metrics, ...                                    own: of each rank
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ptacc.checkpoint.parts import SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
-from ptacc.errors import CheckpointError, MissingPartError
-from ptacc.model.state_dict import canonical, differing_weights
+from ptacc.engines.base import EngineState
+from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import canonical_name, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
-from ptacc.tensors.dtensor import is_dtensor
+from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize
+from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.protocols import StateDict, Stateful
 
 RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
@@ -27,60 +30,34 @@ RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
 # ---- from a trainer to parts
 
 
-def shared_parts(trainer: TrainerCore) -> list[Part]:
-    """Return the parts that all processes have in common. Tensors in them are the trainer's own, not copies."""
-    run, model = trainer.run, trainer.unwrapped_model
-    return [
-        Part(RUN, run.state_dict()),
-        Part(MODEL, run.engine.weights()),
-        Part(FLAGS, read_flags(model)),
-        Part(ENGINE, run.engine.state_dict()),
-        *(Part(name, state) for name, state in run.engine.optimizer_states().items()),
-        *(
-            Part(name, state.state_dict(), get_state_version(state))
-            for name, state in stateful(trainer, each_rank=False)
-        ),
-    ]
+def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
+    """Return the parts of a trainer within a run: those that all ranks share, and those of this rank.
 
-
-def own_parts(trainer: TrainerCore) -> list[Part]:
-    """Return the parts that are this process's own."""
-    return [
-        Part(RUN, trainer.run.own_state_dict()),
-        Part(ENGINE, trainer.run.engine.own_state_dict()),
-        Part(RANDOM, get_random_streams(trainer).state_dict()),
-        *(
-            Part(name, state.state_dict(), get_state_version(state))
-            for name, state in stateful(trainer, each_rank=True)
-        ),
-    ]
-
-
-def parts_to_save(trainer: TrainerCore) -> tuple[list[Part], list[Part], dict[str, int]]:
-    """Return the parts that are in common, those that are this process's own, and the version of each in common.
-
-    A part in common that holds tensors in shards is saved by each process: it has its own of it.
+    Tensors in them are references. A collective where an engine gathers weights.
     """
-    shared, mine = shared_parts(trainer), own_parts(trainer)
-    versions = {part.name: part.version for part in shared}
-    if any(map(is_dtensor, trainer.unwrapped_model.parameters())):
-        dealt = {part.name: part.state for part in shared if holds_shards(part.state)}
-        shared = [part for part in shared if part.name not in dealt]
-        mine = [*mine, Part(SHARDS, dealt)]
-    return shared, mine, versions
+    run, state = trainer.run, trainer.run.engine.get_state()
+    shared = {
+        RUN: run.state_dict(),
+        MODEL: state.weights,
+        FLAGS: get_flags(trainer.unwrapped_model),
+        ENGINE: state.shared,
+        **state.optimizers,
+    }
+    own = {RUN: run.own_state_dict(), ENGINE: state.own, RANDOM: get_random_streams(trainer).state_dict()}
+    return (
+        [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
+        [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
+    )
 
 
-def holds_shards(state: object) -> bool:
-    """Say whether a state has a tensor in it of which this process holds a part."""
-    if isinstance(state, Mapping):
-        return any(map(holds_shards, state.values()))
-    if isinstance(state, list | tuple):
-        return any(map(holds_shards, state))
-    return is_dtensor(state)
+def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> Iterator[Part]:
+    """Yield the parts of mixins and callbacks."""
+    for name, state in named_states(trainer, each_rank=each_rank):
+        yield Part(name, state.state_dict(), getattr(state, "state_version", 1))
 
 
-def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
-    """Iterate over what mixins and callbacks keep, by the names of its parts."""
+def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
+    """Yield the states of mixins and callbacks, each with the name of its part."""
     for key, state in trainer.run.states():
         if key.each_rank == each_rank and isinstance(state, Stateful):
             yield key.name, state
@@ -92,104 +69,102 @@ def stateful(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, St
             yield f"{name}.{counts[name]}" if counts[name] > 1 else name, callback
 
 
-def get_state_version(state: Stateful) -> int:
-    """Return the version of a state's form: what its object has for `state_version`, else 1."""
-    version: int = getattr(state, "state_version", 1)
-    return version
+def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[Part]]:
+    """Move shared parts with DTensors to the parts of this rank, which saves its shards of them."""
+    sharded = {part.name: part.state for part in shared if any(map(is_dtensor, iterate_tensors(part.state)))}
+    if not sharded:
+        return shared, own
+    return [part for part in shared if part.name not in sharded], [*own, Part(SHARDS, sharded)]
 
 
 def get_random_streams(trainer: TrainerCore) -> RandomStreams:
-    """Return the generators that a run draws from."""
+    """Return the random generators that a run uses."""
     return RandomStreams(devices=trainer.device.type != "cpu")
 
 
-def read_flags(model: nn.Module) -> StateDict:
-    """Return which modules are in eval mode, and which parameters are frozen."""
+def get_flags(model: nn.Module) -> StateDict:
+    """Return the names of modules in eval mode, and of frozen parameters."""
     return {
-        "eval": [canonical(name) for name, module in model.named_modules() if not module.training],
-        "frozen": [canonical(name) for name, p in model.named_parameters() if not p.requires_grad],
+        "eval": [canonical_name(name) for name, module in model.named_modules() if not module.training],
+        "frozen": [canonical_name(name) for name, p in model.named_parameters() if not p.requires_grad],
     }
 
 
 # ---- from parts to a trainer
 
 
-def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str]) -> None:
-    """Compare a checkpoint with the trainer that is to go on from it.
+def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> None:
+    """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
+
+    Args:
+        trainer: The trainer.
+        shared: The parts that all ranks share.
+        own: The parts of this rank. Missing ones are not restored.
+        ignored: Names of parts that may be missing, and of differences that are allowed.
 
     Raises:
-        CheckpointError: They differ; the message has each difference, with the name to waive it by.
+        CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
     """
-    found = [(name, what) for name, what in differences(trainer, shared, own) if name not in waived]
+    check_matches(trainer, shared, own, ignored)
+    run, model = trainer.run, trainer.unwrapped_model
+    dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
+    states = shared.mapped(partial(localize, dtensors=dtensors)).states
+    optimizers = {slot.name: states[slot.name] for slot in run.engine.slots if slot.name in states}
+    own_state = own.states.get(ENGINE, {})
+    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own_state))
+    if FLAGS in states:
+        load_flags(model, states[FLAGS])
+    for parts, each_rank in ((states, False), (own.states, True)):
+        for name, state in named_states(trainer, each_rank=each_rank):
+            if name in parts:
+                state.load_state_dict(parts[name])
+    if RANDOM in own.states:
+        get_random_streams(trainer).load_state_dict(own.states[RANDOM])
+    else:  # saved by another number of ranks
+        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
+
+
+def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str]) -> None:
+    """Raise `CheckpointError` with each difference between a checkpoint and a trainer that is not ignored."""
+    found = [(name, text) for name, text in resume_differences(trainer, shared, own) if name not in ignored]
     if found:
         names = ", ".join(repr(name) for name in dict.fromkeys(name for name, _ in found))
         raise CheckpointError(
-            "The checkpoint does not go on here:\n  "
-            + "\n  ".join(what for _, what in found)
-            + f"\nMake it as it was, or go on nevertheless: resume_ignore={{{names}}}."
+            "The checkpoint does not match this trainer:\n  "
+            + "\n  ".join(text for _, text in found)
+            + f"\nCreate the trainer as it was, or resume despite the differences: resume_ignore={{{names}}}."
         )
-    run, dealing = trainer.run, trainer.run.data.partition_scheme
+    run, scheme = trainer.run, trainer.run.data.partition_scheme
     before = shared.states[RUN]["conditions"]["batch_size"]
-    if run.is_within_epoch and before != dealing.batching and not dealing.allows_rebatching:
+    if run.is_within_epoch and before != scheme.batching and not scheme.allows_rebatching:
         raise CheckpointError(
-            f"The checkpoint is within an epoch, whose data was dealt in {before} and is dealt in "
-            f"{dealing.batching} now: nobody can tell which samples are left. Go on from the end of an epoch, "
-            "or as it was."
+            f"The checkpoint is within an epoch whose data was split into {before}, and is now split into "
+            f"{scheme.batching}: the remaining samples are unknown. Resume from the end of an epoch, or with the same split."
         )
 
 
-def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
-    """Iterate over what differs between a checkpoint and a trainer: the name to waive it by, and what it is."""
+def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
+    """Yield each difference between a checkpoint and a trainer: the name to ignore it by, and a description."""
     run = trainer.run
     for name, value in run.conditions.items():
         before = shared.states[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"
-    needed: dict[str, Any] = {part.name: part.state for part in shared_parts(trainer)}
+    needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
     yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.states.keys()))
-    unknown = sorted(shared.states.keys() - needed.keys())
-    yield from ((name, f"nothing here takes the part {name!r} of the checkpoint") for name in unknown)
-    for name, _ in stateful(trainer, each_rank=True):
+    unexpected = sorted(shared.states.keys() - needed.keys())
+    yield from ((name, f"the checkpoint has an unexpected part {name!r}") for name in unexpected)
+    for name, _ in named_states(trainer, each_rank=True):
         if name not in own.states and run.is_within_epoch:
-            yield name, f"the checkpoint has no part {name!r} for this process"
-    yield from ((MODEL, what) for what in differing_weights(needed[MODEL], shared.states.get(MODEL, {})))
-
-
-def put_back(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived: Collection[str] = ()) -> None:
-    """Put parts back into a trainer, the random streams last.
-
-    Args:
-        trainer: Within its run.
-        shared: What all processes have in common.
-        own: What is this process's own; parts that are missing are left as they are.
-        waived: Names of parts that may be missing.
-    """
-    run, model = trainer.run, trainer.unwrapped_model
-    run.engine.load_weights(shared.take(MODEL), strict=MODEL not in waived)
-    load_flags(model, shared.take(FLAGS))
-    run.engine.load_state_dict(shared.take(ENGINE))
-    for name in run.engine.optimizer_states():
-        if name in shared.states or name not in waived:
-            run.engine.load_optimizer_state(name, shared.take(name))
-    if ENGINE in own.states:
-        run.engine.load_own_state_dict(own.take(ENGINE))
-    for snapshot, each_rank in ((shared, False), (own, True)):
-        for name, state in stateful(trainer, each_rank=each_rank):
-            if name in snapshot.states:
-                state.load_state_dict(snapshot.take(name))
-            elif name not in waived and not each_rank:
-                raise MissingPartError(f"The checkpoint has no part {name!r}.")
-    if RANDOM in own.states:
-        get_random_streams(trainer).load_state_dict(own.take(RANDOM))
-    else:  # another number of processes: each draws anew
-        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
+            yield name, f"the checkpoint has no part {name!r} for this rank"
+    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.states.get(MODEL, {})))
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:
-    """Put each module's train flag back, and which parameters are frozen."""
+    """Set the training flag of each module, and which parameters are frozen."""
     in_eval, frozen = set(flags["eval"]), set(flags["frozen"])
     for name, module in model.named_modules():
-        module.training = canonical(name) not in in_eval
+        module.training = canonical_name(name) not in in_eval
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (canonical(name) in frozen):
-            parameter.requires_grad_(canonical(name) not in frozen)
+        if parameter.requires_grad == (canonical_name(name) in frozen):
+            parameter.requires_grad_(canonical_name(name) not in frozen)

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate as torch_default_collate
 
 from ptacc.errors import DataError
 from ptacc.rng import seed_everything, streams_seeded
-from ptacc.tensors.structures import pinned
+from ptacc.tensors.structures import pin_memory
 from ptacc.types.aliases import T
 
 CollateFn: TypeAlias = Callable[[list[Any]], object]
@@ -82,7 +82,7 @@ class Pinnable:
 
     def pin_memory(self) -> Pinnable:
         """Return the batch in pinned memory. Called by torch's loader."""
-        return Pinnable(pinned(self.batch))
+        return Pinnable(pin_memory(self.batch))
 
 
 def wrap_first(item: tuple[object, int, int]) -> tuple[object, int, int]:

@@ -1,11 +1,11 @@
-"""The engine: what turns a loss into an update. One is made for each run; engine mixins bring their own."""
+"""The protocol of engines: an engine wraps the model for a run and turns losses into optimizer steps."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -19,9 +19,9 @@ class OptimizerSlot:
     """One optimizer with the parameters it updates. The core iterates over slots; there is one of them today.
 
     Args:
-        name: What checkpoints and logs call it.
+        name: Its name in checkpoints and logs.
         optimizer: The user's optimizer, never wrapped.
-        parameters: The parameters it holds, in its order.
+        parameters: The parameters of all its groups, in order.
     """
 
     name: str
@@ -30,43 +30,79 @@ class OptimizerSlot:
 
     @classmethod
     def create(cls, name: str, optimizer: Optimizer) -> OptimizerSlot:
-        """Make the slot of an optimizer."""
+        """Create the slot of an optimizer with the parameters it has at present."""
         return cls(name, optimizer, tuple(p for group in optimizer.param_groups for p in group["params"]))
 
     @property
     def learning_rate(self) -> float | Tensor:
-        """Learning rate of the first parameter group; a copy, where it is a tensor that will change."""
+        """Learning rate of the first parameter group. A tensor is copied, since schedulers change it in place."""
         rate: float | Tensor = self.optimizer.param_groups[0]["lr"]
         return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """The state of an engine, as checkpoints hold it. Tensors are references or `DTensor`s; saving copies them.
+
+    Args:
+        weights: The model's `state_dict()`, by the names it has without `torch.compile`. An engine that has to gather
+            the weights returns them on rank 0, and on other ranks zeros that are expanded to the same shape.
+        optimizers: The state of each optimizer by its slot's name; without those whose state is in `own`.
+        shared: Further state that is equal on all ranks, such as that of a gradient scaler.
+        own: State of this rank alone. It is empty when a run resumes with another number of ranks.
+    """
+
+    weights: StateDict
+    optimizers: Mapping[str, StateDict] = field(default_factory=dict)
+    shared: StateDict = field(default_factory=dict)
+    own: StateDict = field(default_factory=dict)
+
+
 class Engine(Protocol):
-    """What the loop asks of an engine."""
+    """Wraps the model for one run and steps its optimizers. A trainer's `make_engine` returns a new one for each run.
+
+    One step calls, on every rank:
+
+    ```
+    for each batch:  with engine.around_batch(is_last=...):  loss = f(engine.model); engine.backward(loss)
+    then:            engine.unscale_gradients(); clip_norm() or clip_value(), if asked for; engine.update()
+    ```
+
+    After the last step follow `sync_buffers()` and `release()`.
+    """
 
     @property
     def model(self) -> nn.Module:
-        """The model as steps call it: on the device, wrapped."""
+        """The model that steps call: on the device, and wrapped if the engine wraps it."""
         ...
 
     @property
     def slots(self) -> Sequence[OptimizerSlot]:
-        """The optimizers."""
+        """The optimizers, with the parameters that they update during the run."""
         ...
 
-    def batch_of_step(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Return the context of one batch: gradients are averaged over the processes in the step's last."""
+    def around_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return a context for the forward and backward pass of one batch.
+
+        Args:
+            is_last: Whether it is the last batch of its step. Gradients are averaged over ranks in that batch only.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`."""
+        """Run the backward pass: add the gradients of `loss` (a scalar, scaled for the step) to those of the step."""
         ...
 
     def unscale_gradients(self) -> None:
-        """Make the gradients what they are without the engine's own scaling."""
+        """Remove the engine's own scaling, such as a gradient scaler's, from the gradients of the step."""
         ...
 
     def clip_norm(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a norm of at most `max_norm`, and return the norm they had: a scalar on the device."""
+        """Scale the gradients to a global norm of at most `max_norm`.
+
+        Returns:
+            The norm before clipping: a scalar on the device, equal on all ranks.
+        """
         ...
 
     def clip_value(self, max_value: float) -> None:
@@ -74,59 +110,32 @@ class Engine(Protocol):
         ...
 
     def update(self) -> bool:
-        """Update the weights and clear the gradients. Return False where the scaler skipped the update."""
+        """Step the optimizers and clear the gradients.
+
+        Returns:
+            False if the step was skipped because the gradients overflowed. Skipped steps are not counted.
+        """
         ...
 
     def sync_buffers(self) -> None:
-        """Have the same model on every process, buffers included. A collective: every process makes the same call."""
+        """Copy rank 0's buffers to all ranks, if they may differ. A collective."""
         ...
 
     def release(self) -> None:
-        """Have the user's model and optimizers as they were, but for their values. A collective, after the run's end.
+        """Restore the user's model and optimizers, which keep their trained values. A collective.
 
-        After an exception this is not called, since other processes may be elsewhere.
+        It is called at the end of a run, and not after an exception, since other ranks may not reach the call.
         """
         ...
 
-    def localize(self, value: Any, /) -> Any:
-        """Return a value of a saved state as it is here: a tensor that was saved in parts, as this engine holds it."""
+    def get_state(self) -> EngineState:
+        """Return the state to save. A collective if weights have to be gathered."""
         ...
 
-    def weights(self) -> StateDict:
-        """Return the model's tensors by their canonical names, whole or dealt. All processes call it.
+    def load_state(self, state: EngineState, /) -> None:
+        """Load a state that `get_state` of the same engine returned, in another process if need be. A collective.
 
-        Where they are put together for this, rank 0 alone may have them.
+        The trainer has compared names and shapes of the weights before. What a user chose to ignore may be missing:
+        weights, or the state of an optimizer; the present values then stay.
         """
-        ...
-
-    def load_weights(self, weights: StateDict, /, *, strict: bool = True) -> None:
-        """Put such tensors back."""
-        ...
-
-    def held_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """Iterate over what this process holds of each parameter, with its name."""
-        ...
-
-    def optimizer_states(self) -> Mapping[str, StateDict]:
-        """Return the states of the optimizers by their slots' names, but for those that `own_state_dict` has."""
-        ...
-
-    def load_optimizer_state(self, name: str, state: StateDict, /) -> None:
-        """Put such a state back."""
-        ...
-
-    def own_state_dict(self) -> StateDict:
-        """Return what this process alone has of the weights' and the optimizers' state, and the others do not."""
-        ...
-
-    def load_own_state_dict(self, state_dict: StateDict, /) -> None:
-        """Put such a state back, after the weights."""
-        ...
-
-    def state_dict(self) -> StateDict:
-        """Return the state that is neither the model's nor an optimizer's."""
-        ...
-
-    def load_state_dict(self, state_dict: StateDict, /) -> None:
-        """Take over a state."""
         ...

@@ -1,6 +1,8 @@
-"""The buffers of models that each process has whole: kept equal, as DDP keeps them."""
+"""What engines share: equal buffers on all ranks, and removal of what other libraries add to a model."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -8,28 +10,47 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Give all processes rank 0's buffers: those of each dtype in one message."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to all ranks, in one broadcast for each dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in model.buffers():
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
         dist.broadcast(flat, src=0)
-        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
+        for buffer, part in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
 
 
 def remove_hooks(module: nn.Module, packages: tuple[str, ...]) -> None:
-    """Take the hooks off a module that are functions of some packages."""
+    """Remove the hooks of a module whose functions were defined in the given packages."""
     tables = [table for name, table in vars(module).items() if isinstance(table, dict) and "_hooks" in name]
-    theirs = [key for table in tables for key, hook in table.items() if is_from_package(packages, hook)]
-    for table in tables:  # a hook that takes keywords, or is always called, stands in a second table
-        for key in theirs:
+    keys = [
+        key
+        for table in tables
+        for key, hook in table.items()
+        if (getattr(hook, "__module__", None) or "").startswith(packages)
+    ]
+    for table in tables:  # torch lists hooks with keyword arguments, and hooks that are always called, in two tables
+        for key in keys:
             table.pop(key, None)
 
 
-def is_from_package(packages: tuple[str, ...], hook: object) -> bool:
-    """Say whether a hook comes from one of some packages."""
-    return callable(hook) and (getattr(hook, "__module__", None) or "").startswith(packages)
+class AddedAttributes:
+    """The attributes that a library adds to modules and parameters, so that they can be removed again."""
+
+    def __init__(self, objects: Iterable[object]) -> None:
+        """Record which attributes `objects` have before the library gets them."""
+        self._original = {owner: frozenset(vars(owner)) for owner in objects}
+        self._added: dict[object, frozenset[str]] = {}
+
+    def record(self) -> None:
+        """Take the attributes added so far as the library's. Those added later are the user's."""
+        self._added = {owner: frozenset(vars(owner)) - names for owner, names in self._original.items()}
+
+    def remove(self, owner: object, prefixes: tuple[str, ...] = ()) -> None:
+        """Remove the library's attributes from an object, and later ones that start with a prefix."""
+        names = vars(owner)
+        lazy = {name for name in names if name.startswith(prefixes)} - self._original[owner]
+        for name in self._added.get(owner, frozenset()) | lazy:
+            names.pop(name, None)

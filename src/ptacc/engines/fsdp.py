@@ -1,9 +1,8 @@
-"""FSDP2 by torch itself."""
+"""FSDP2: shards a model by torch's `fully_shard`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,45 +13,49 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from ptacc.tensors.structures import map_tensors
 
 
-@dataclass(frozen=True)
-class Units:
-    """What is put together by itself, and how.
+def shard_units(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    units: Sequence[nn.Module],
+    *,
+    reshard_after_forward: bool,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    cpu_offload: bool,
+) -> None:
+    """Shard a model over a mesh of one dimension, unit by unit. A collective.
 
     Args:
-        modules: Submodules, inner ones and outer ones in any order.
-        reshards: Whether they are let go between the forward and the backward pass.
-        param_dtype: What they compute in, their own if None.
-        reduce_dtype: What gradients are averaged in, that of the computation if None.
-        offloads: Whether shards stay in the host's memory.
+        model: The model; what lies in no unit of `units` is a unit with it.
+        mesh: The mesh.
+        units: Submodules whose parameters are gathered together, in any order.
+        reshard_after_forward: Whether a unit's parameters are freed between its forward and its backward pass.
+        param_dtype: Dtype in which units are gathered and computed; None for that of the parameters.
+        reduce_dtype: Dtype in which gradients are averaged; None for that of the computation.
+        cpu_offload: Whether shards stay in host memory.
     """
-
-    modules: Sequence[nn.Module]
-    reshards: bool = True
-    param_dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype | None = None
-    offloads: bool = False
-
-
-def shard_units(model: nn.Module, mesh: DeviceMesh, units: Units) -> None:
-    """Deal the tensors of a model out over a mesh of one dimension, unit by unit. A collective."""
-    precision = MixedPrecisionPolicy(param_dtype=units.param_dtype, reduce_dtype=units.reduce_dtype)
-    offload = CPUOffloadPolicy() if units.offloads else OffloadPolicy()
-    chosen = {id(module) for module in units.modules}
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    chosen = {id(module) for module in units}
     inner = [module for module in model.modules() if module is not model and id(module) in chosen]
     for module in (*reversed(inner), model):  # from the inside out
-        module.register_forward_hook(without_views)
+        module.register_forward_hook(clone_views)
         fully_shard(
-            module, mesh=mesh, reshard_after_forward=units.reshards, mp_policy=precision, offload_policy=offload
+            module,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=precision,
+            offload_policy=offload,
         )
 
 
-def without_views(_: nn.Module, __: object, outputs: Any) -> Any:
-    """Copy what a unit puts out as a view: torch's hook on that is lost once somebody changes it in place."""
+def clone_views(_: nn.Module, __: object, outputs: Any) -> Any:
+    """Clone outputs of a unit that are views: FSDP2's backward hook on a view is lost if it is modified in place."""
     if not torch.is_grad_enabled():
         return outputs
     return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Say whether a tensor with a gradient is a view of another."""
-    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # there is no public way to ask
+    """Return whether a tensor that requires a gradient is a view of another."""
+    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # torch has no public property for it

@@ -1,13 +1,14 @@
-"""Tensor parallelism: the matrices of single layers are split over processes, by torch itself.
+"""Tensor parallelism: the weight matrices of single layers are sharded over ranks, by torch's `parallelize_module`.
 
 ```
-colwise                 rows of the weight matrix: each process computes some of the layer's outputs
-rowwise                 its columns: each takes some inputs, as a colwise layer left them, and the parts are summed
-colwise_gather_output   as colwise, and every process has all outputs
-embedding_rowwise       rows of an embedding's table: each process looks up its own tokens, and the parts are summed
+colwise                 rows of the weight are sharded: each rank computes some of the layer's outputs
+rowwise                 columns of the weight are sharded: each rank takes the inputs that a colwise layer left on it,
+                        and the partial outputs are summed
+colwise_gather_output   as colwise, then every rank gathers all outputs
+embedding_rowwise       rows of an embedding's table are sharded: each rank looks up its tokens, and results are summed
 ```
 
-These are the names that transformers gives them in the plans of its models.
+The names are those of the plans of transformers' models.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from ptacc.errors import ModelError
-from ptacc.model.selection import is_match, unmatched
+from ptacc.model.selection import describe_no_match, is_match
 from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
@@ -33,24 +34,24 @@ Layers: TypeAlias = Mapping[str, tuple[nn.Module, SplitName | ParallelStyleLike]
 def resolve_layers(
     model: nn.Module, plan: Mapping[str, SplitName | ParallelStyleLike], size: int, option: str
 ) -> Layers:
-    """Return the layers that a plan means, by name, each with how it is split.
+    """Return the layers of a plan by name, each with how it is split.
 
     Args:
-        model: Where they are.
-        plan: Names of submodules, in which `*` stands for anything, each with a way to split.
-        size: Number of processes to split over.
-        option: What errors call the plan.
+        model: The model.
+        plan: Names of submodules, in which `*` stands for any characters, each with how to split them.
+        size: Number of ranks to split over.
+        option: The plan's name for error messages.
 
     Raises:
-        ModelError: A name that no submodule has, or a layer that cannot be split so.
+        ModelError: No submodule has a name of the plan, or a layer cannot be split in that way.
     """
     submodules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     layers: dict[str, tuple[nn.Module, SplitName | ParallelStyleLike]] = {}
-    for choice, split in plan.items():
-        found = {name: module for name, module in submodules.items() if is_match(choice, name, module)}
-        if not found:
-            raise ModelError(f"{option}: {unmatched(choice, model, submodules)}")
-        for name, module in found.items():
+    for pattern, split in plan.items():
+        matches = {name: module for name, module in submodules.items() if is_match(pattern, name, module)}
+        if not matches:
+            raise ModelError(f"{option}: {describe_no_match(pattern, model, submodules)}")
+        for name, module in matches.items():
             if isinstance(split, str):
                 check_can_be_split(module, split, size, f"{option}: {name}")
             layers[name] = (module, split)
@@ -59,12 +60,12 @@ def resolve_layers(
 
 
 def check_can_be_split(module: nn.Module, split: str, size: int, layer: str) -> None:
-    """Raise `ModelError` for a layer of another kind, or of a size that processes cannot share evenly."""
+    """Raise `ModelError` if a layer is of another class, or the ranks cannot share its weight evenly."""
     kind = nn.Embedding if split == "embedding_rowwise" else nn.Linear
     if not isinstance(module, kind):
         raise ModelError(
             f"{layer} is a {type(module).__name__}, and {split!r} splits a {kind.__name__}. Leave it out, or give a "
-            "ParallelStyle of torch that fits it."
+            "ParallelStyle of torch for it."
         )
     rows, columns = module.weight.shape
     length = columns if split == "rowwise" else rows
@@ -76,7 +77,7 @@ def check_can_be_split(module: nn.Module, split: str, size: int, layer: str) -> 
 
 
 def check_not_shared(submodules: Mapping[str, nn.Module], layers: Layers, option: str) -> None:
-    """Raise `ModelError` where a layer shares a parameter with another module: split, it would be one of its own."""
+    """Raise `ModelError` if a layer shares a parameter with another module: a split one would no longer be shared."""
     holders: dict[int, set[int]] = {}
     for module in submodules.values():
         for parameter in module.parameters(recurse=False):
@@ -84,8 +85,8 @@ def check_not_shared(submodules: Mapping[str, nn.Module], layers: Layers, option
     for name, (module, _) in layers.items():
         if any(len(holders[id(parameter)]) > 1 for parameter in module.parameters(recurse=False)):
             raise ModelError(
-                f"{option}: {name} shares a parameter with another module, as tied embeddings do, and split it would "
-                "be trained for itself. Leave it out of the plan, or untie the two."
+                f"{option}: {name} shares a parameter with another module, as tied embeddings do. Split, they would be "
+                "trained separately. Leave it out of the plan, or untie the two."
             )
 
 
@@ -100,7 +101,7 @@ def split_layers(mesh: DeviceMesh, layers: Layers) -> None:
 
 
 def make_parallel_style(split: SplitName) -> ParallelStyle:
-    """Return torch's own form of a way to split."""
+    """Return the `ParallelStyle` of torch for a way to split."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 

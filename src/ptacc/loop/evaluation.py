@@ -27,7 +27,7 @@ from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
-from ptacc.tensors.structures import leading_dimension, map_tensors, to_host, unbind
+from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
 from ptacc.types.outputs import EvalResult, StepOutput
@@ -225,7 +225,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 local = self._predict_batch(host, transfer)
                 # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                 for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
-                    for index, output in zip(indices, unbind(outputs, len(indices)), strict=True):
+                    for index, output in zip(indices, split_samples(outputs, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
             events.prediction_end()

@@ -282,7 +282,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         needs_output = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
-            with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
+            with run.engine.around_batch(is_last=index == len(window.batches) - 1):
                 batch = transfer.to_device(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)

@@ -18,13 +18,13 @@ from typing_extensions import override
 from ptacc.checkpoint.load import check_export, export_to, load_into, states_to_export
 from ptacc.checkpoint.manager import CheckpointManager, OnError
 from ptacc.checkpoint.parts import Part, check_storable
-from ptacc.checkpoint.resume import CheckpointRef, Resumption, find
+from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
-from ptacc.checkpoint.trainer_state import check_goes_on, own_parts, put_back, shared_parts
+from ptacc.checkpoint.trainer_state import collect_parts, restore
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
@@ -141,7 +141,7 @@ class CheckpointMixin(Mixin):
                 "itself at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].ask(None if path is None else parse_path(path), label)
+        return self.run[SAVER].request(None if path is None else parse_path(path), label)
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
@@ -192,13 +192,13 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_resume_state()
-        store = store_at(found.directory, self.checkpoint_key)
+        store = store_at(found.parent, self.checkpoint_key)
         self._resumption = Resumption.read(store, found.name, self.distributed.rank, self.distributed.world_size)
-        return self._resumption.saved_run(with_file="history" not in self.resume_ignore)
+        return self._resumption.resume_state(with_file="history" not in self.resume_ignore)
 
-    def _find(self) -> CheckpointRef | None:
+    def _find(self) -> Path | None:
         is_first = self._state.num_runs == 1
-        return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
+        return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
         directory = parse_path(self.checkpoint_dir).absolute()
@@ -227,9 +227,8 @@ class CheckpointMixin(Mixin):
         super().load_run_state()
         if self._resumption is None:
             return
-        check_goes_on(self, self._resumption.shared, self._resumption.own, self.resume_ignore)
-        saved = self._resumption = self._resumption.revived(self.run.engine)
-        put_back(self, saved.shared, saved.own, self.resume_ignore)
+        saved = self._resumption
+        restore(self, saved.shared, saved.own, self.resume_ignore)
         if self.run.is_consistent or not self.run.is_within_epoch:  # for the last time
             self._resumption = None
             if saved.manifest.world_size != self.distributed.world_size:
@@ -260,7 +259,8 @@ class CheckpointMixin(Mixin):
         """Check that everything can be saved, before it has to be."""
         super().on_epoch_start()
         if not self.progress.steps:
-            check_storable([*shared_parts(self), *own_parts(self)])
+            shared, own = collect_parts(self)
+            check_storable([*shared, *own])
 
     @override
     def on_step_end(self, step: StepResult) -> None:
@@ -284,7 +284,7 @@ class CheckpointMixin(Mixin):
                 yield
             finally:
                 if SAVER in self.run:
-                    self.run[SAVER].line.abandon()
+                    self.run[SAVER].manager.abandon()
 
     @override
     def stop_signals(self) -> frozenset[signal.Signals]:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.errors import LaunchError, OptionError
 from ptacc.mixins.model_sharding import DATA, ShardFn, ShardingMixin
-from ptacc.model.selection import check_choices, chosen_submodules
+from ptacc.model.selection import check_selectors, select_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,7 +39,7 @@ class FSDPMixin(ShardingMixin):
         fsdp_unshard_after_run: Whether every process has the whole model after the run. False leaves it in shards,
             where it is too large: evaluations, exports and further runs take it so.
 
-    Hooks: `configure_accelerator`, `shard_functions`, `gives_model_back`, `make_engine`, `around_run`,
+    Hooks: `configure_accelerator`, `shard_functions`, `should_unshard_after_run`, `make_engine`, `around_run`,
     `resume_invariants`.
 
     Combines with: everything but another engine. Precision by `AMPMixin`, kept activations by `GradCheckpointMixin`.
@@ -64,7 +64,7 @@ class FSDPMixin(ShardingMixin):
         """Refuse what is no list of units, and no dtype."""
         owner = type(self).__name__
         if self.fsdp_wrap is not None:
-            check_choices(owner, "fsdp_wrap", self.fsdp_wrap)
+            check_selectors(owner, "fsdp_wrap", self.fsdp_wrap)
         for name in ("fsdp_param_dtype", "fsdp_reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -87,29 +87,30 @@ class FSDPMixin(ShardingMixin):
         return {**super().shard_functions(), DATA: self._shard_units}
 
     @override
-    def gives_model_back(self) -> bool:
+    def should_unshard_after_run(self) -> bool:
         """Give it back if asked for."""
-        return self.fsdp_unshard_after_run and super().gives_model_back()
+        return self.fsdp_unshard_after_run and super().should_unshard_after_run()
 
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
             raise OptionError(f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: everything is there already.")
-        from ptacc.engines.fsdp import Units, shard_units  # importing it takes longer than all of ptacc
+        from ptacc.engines.fsdp import shard_units  # importing it takes longer than all of ptacc
 
-        units = Units(
+        shard_units(
+            model,
+            mesh,
             self._units(),
-            self.fsdp_reshard_after_forward,
-            self.fsdp_param_dtype,
-            self.fsdp_reduce_dtype,
-            offloads=self.fsdp_cpu_offload,
+            reshard_after_forward=self.fsdp_reshard_after_forward,
+            param_dtype=self.fsdp_param_dtype,
+            reduce_dtype=self.fsdp_reduce_dtype,
+            cpu_offload=self.fsdp_cpu_offload,
         )
-        shard_units(model, mesh, units)
 
     def _units(self) -> list[nn.Module]:
         """Return the submodules that are units, beside the model itself."""
         model = self.unwrapped_model
         if self.fsdp_wrap is not None:
-            return chosen_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
+            return select_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
         names = set(getattr(model, "_no_split_modules", None) or ())
         if names:
             return [module for module in model.modules() if type(module).__name__ in names]

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
 from ptacc.model.patching import Forward, patched_forwards
-from ptacc.model.selection import check_choices, chosen_submodules
+from ptacc.model.selection import check_selectors, select_submodules
 
 
 class GradCheckpointMixin(Mixin):
@@ -49,7 +49,7 @@ class GradCheckpointMixin(Mixin):
     @override
     def check_options(self) -> None:
         """Refuse what is no list of classes and names."""
-        check_choices(type(self).__name__, "gradient_checkpointing", self.gradient_checkpointing)
+        check_selectors(type(self).__name__, "gradient_checkpointing", self.gradient_checkpointing)
 
     @override
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class GradCheckpointMixin(Mixin):
         # After the other mixins have patched: what is computed anew is what was computed first.
         with super().around_run():
             option = f"{type(self).__name__}(gradient_checkpointing=[...])"
-            chosen = chosen_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
+            chosen = select_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
             with patched_forwards(chosen, checkpointed):
                 yield
 

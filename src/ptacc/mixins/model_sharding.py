@@ -42,7 +42,7 @@ class ShardingMixin(Mixin):
         return {}
 
     @hook("default")
-    def gives_model_back(self) -> bool:
+    def should_unshard_after_run(self) -> bool:
         """Return whether the model is whole after a run, on every process."""
         return True
 
@@ -73,7 +73,11 @@ class ShardingMixin(Mixin):
                     shard_functions[name](model, mesh[name])
 
         return ShardedEngine(
-            self.accelerator, self.unwrapped_model, self.optimizer_slots(), deal, gives_back=self.gives_model_back()
+            self.accelerator,
+            self.unwrapped_model,
+            self.optimizer_slots(),
+            deal,
+            unshard_after_run=self.should_unshard_after_run(),
         )
 
     @override
@@ -89,7 +93,7 @@ class ShardingMixin(Mixin):
         """Have what was averaged in shards whole, as the model is."""
         with super().around_run():
             yield
-        if self.gives_model_back():
+        if self.should_unshard_after_run():
             for _, state in self.run.states():
                 if isinstance(state, AveragedWeights):
-                    state.make_whole()
+                    state.unshard()

@@ -74,7 +74,7 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
     def on_run_end(self) -> None:
         """Put the average into the model."""
         if self.run[SWA_STATE].updates:
-            self.run[SWA_STATE].exchange(self.unwrapped_model)
+            self.run[SWA_STATE].swap(self.unwrapped_model)
             if self.swa_updates_batch_norm:
                 self._update_batch_norm()
         super().on_run_end()

@@ -1,4 +1,4 @@
-"""Patches: modules whose `forward` is another one for a while."""
+"""Temporary replacement of modules' `forward`."""
 
 from __future__ import annotations
 
@@ -14,47 +14,46 @@ Forward: TypeAlias = Callable[..., Any]
 
 
 class Patch:
-    """A forward in the place of another. Copies and pickles of the module have the other one back.
+    """A function that stands for another one. Copies and pickles of it contain the original function instead.
 
-    They belong to no run, and a closure would bind them to the weights of the module that they were made of.
+    A copied module must not run the patch: the patch belongs to a run, and is bound to the weights of one module.
     """
 
-    def __init__(self, replaced: Forward, forward: Forward) -> None:
-        """Call `forward`, and be `replaced` in copies."""
-        self._replaced, self._forward = replaced, forward
+    def __init__(self, original: Forward, replacement: Forward) -> None:
+        """Replace `original` by `replacement`."""
+        self._original, self._replacement = original, replacement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the forward."""
-        return self._forward(*args, **kwargs)
+        """Call the replacement."""
+        return self._replacement(*args, **kwargs)
 
     @override
     def __reduce__(self) -> tuple[Callable[[Forward], Forward], tuple[Forward]]:
-        """Copy the forward that this one stands for."""
-        return _as_is, (self._replaced,)
+        return _identity, (self._original,)
 
 
 @contextlib.contextmanager
 def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Iterator[None]:
-    """Patch modules for the block; at its end each has the attributes that it had.
+    """Patch the forwards of modules for the block, then restore their attributes.
 
-    Calls of the modules see the patch, also within wrappers such as `DistributedDataParallel`.
+    Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`.
 
     Args:
         modules: The modules, each once.
         patch: Returns the new forward of a module, given the module and its present forward.
     """
-    with contextlib.ExitStack() as undoing:
+    with contextlib.ExitStack() as stack:
         for module in modules:
-            own = {name: value for name, value in vars(module).items() if name == "forward"}
-            undoing.callback(_put_back, module, own)
+            attributes = {name: value for name, value in vars(module).items() if name == "forward"}
+            stack.callback(_restore, module, attributes)
             vars(module)["forward"] = Patch(module.forward, patch(module, module.forward))
         yield
 
 
-def _put_back(module: nn.Module, own: dict[str, Any]) -> None:
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
     vars(module).pop("forward", None)
-    vars(module).update(own)
+    vars(module).update(attributes)
 
 
-def _as_is(forward: Forward) -> Forward:
+def _identity(forward: Forward) -> Forward:
     return forward

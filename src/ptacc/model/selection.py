@@ -1,4 +1,4 @@
-"""Choices of submodules, by their classes and their names."""
+"""Selection of submodules by class and by name."""
 
 from __future__ import annotations
 
@@ -9,63 +9,64 @@ from typing import TypeAlias
 from torch import nn
 
 from ptacc.errors import ModelError, OptionError
-from ptacc.validation import did_you_mean, value_text
+from ptacc.validation import value_text
 
-Choice: TypeAlias = type[nn.Module] | str
+ModuleSelector: TypeAlias = type[nn.Module] | str
+"""A class of submodules, or their names as in `named_modules()`, in which `*` stands for any characters."""
 SHOWN = 10
-"""Names that an error shows at most."""
+"""The most names that an error message lists."""
 
 
-def check_choices(owner: str, option: str, choices: object) -> None:
-    """Raise `OptionError` for what is no list of classes and names."""
-    if isinstance(choices, str | type) or not isinstance(choices, Sequence):
+def check_selectors(owner: str, option: str, selectors: object) -> None:
+    """Raise `OptionError` if an option is not a list of classes and names."""
+    if isinstance(selectors, str | type) or not isinstance(selectors, Sequence):
         raise OptionError(
-            f"{owner}({option}={value_text(choices)}): must be a list of classes and names. Write `{option}=[...]`, "
+            f"{owner}({option}={value_text(selectors)}): must be a list of classes and names. Write `{option}=[...]`, "
             "also for a single one."
         )
-    for choice in choices:
-        if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
+    for selector in selectors:
+        if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
             raise OptionError(
-                f"{owner}({option}=[...]): {value_text(choice)} is neither a class of modules nor a name. Give the "
+                f"{owner}({option}=[...]): {value_text(selector)} is neither a class of modules nor a name. Give the "
                 "class itself, or the name of a submodule as in model.named_modules()."
             )
 
 
-def chosen_submodules(model: nn.Module, choices: Sequence[Choice], option: str) -> list[nn.Module]:
-    """Return the outermost submodules that are chosen.
+def select_submodules(model: nn.Module, selectors: Sequence[ModuleSelector], option: str) -> list[nn.Module]:
+    """Return the outermost submodules that match a selector.
 
-    Lists of modules are passed over: they are never called, only what is in them.
+    A `ModuleList` or `ModuleDict` is never selected, since it is not called; the modules in it are.
 
     Args:
-        model: Where they are.
-        choices: What is chosen.
-        option: What errors call the choices.
+        model: The model.
+        selectors: Classes and names.
+        option: The option's name for error messages.
 
     Raises:
-        ModelError: A choice that no submodule matches.
+        ModelError: No submodule matches one of the selectors.
     """
     submodules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if name and type(module).forward is not nn.Module.forward
     }
-    chosen: set[str] = set()
-    for choice in choices:
-        found = {name for name, module in submodules.items() if is_match(choice, name, module)}
-        if not found:
-            raise ModelError(f"{option}: {unmatched(choice, model, submodules)}")
-        chosen |= found
-    outermost = (name for name in submodules if name in chosen and chosen.isdisjoint(list_parents(name)))
-    return list(dict.fromkeys(submodules[name] for name in outermost))  # one module may have several names
+    selected: set[str] = set()
+    for selector in selectors:
+        matches = {name for name, module in submodules.items() if is_match(selector, name, module)}
+        if not matches:
+            raise ModelError(f"{option}: {describe_no_match(selector, model, submodules)}")
+        selected |= matches
+    outermost = (name for name in submodules if name in selected and selected.isdisjoint(list_parents(name)))
+    return list(dict.fromkeys(submodules[name] for name in outermost))  # a module may have several names
 
 
-def is_match(choice: Choice, name: str, module: nn.Module) -> bool:
-    """Say whether a submodule is meant by a choice."""
-    return fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
+def is_match(selector: ModuleSelector, name: str, module: nn.Module) -> bool:
+    """Return whether a selector matches a submodule."""
+    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
 
 
 def list_parents(name: str) -> list[str]:
-    """Return the names of the modules around a submodule.
+    """Return the names of the modules that contain a submodule.
 
     Example:
         >>> list_parents("encoder.layers.0")
@@ -75,14 +76,15 @@ def list_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def unmatched(choice: Choice, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
-    """Say that no submodule matches a choice, and what there is."""
-    by_name = isinstance(choice, str)
-    asked = repr(choice) if isinstance(choice, str) else choice.__name__
-    known = list(submodules) if by_name else sorted({type(module).__name__ for module in submodules.values()})
-    hint = did_you_mean(choice if isinstance(choice, str) else choice.__name__, known)
+def describe_no_match(selector: ModuleSelector, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
+    """Return an error message for a selector without a match: a suggestion, and the known names or classes."""
+    if isinstance(selector, str):
+        need, sought, known = f"has the name {selector!r}", selector, list(submodules)
+    else:
+        need, sought = f"is a {selector.__name__}", selector.__name__
+        known = sorted({type(module).__name__ for module in submodules.values()})
     shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
     return (
-        f"{type(model).__name__} calls no submodule that {'has the name' if by_name else 'is a'} {asked}. {hint}"
+        f"{type(model).__name__} calls no submodule that {need}. {did_you_mean(sought, known)}"
         f"There are: {shown or 'none at all'}."
     )

@@ -1,4 +1,4 @@
-"""A model's weights and an optimizer's state: under which names they are saved, and how they are put back."""
+"""Weights and optimizer state: the names under which they are saved, and loading them into sharded or plain tensors."""
 
 from __future__ import annotations
 
@@ -10,99 +10,107 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
-from ptacc.tensors.dtensor import AssembledTensor, Shard, is_dtensor, match_placement
+from ptacc.tensors.dtensor import Shard, match_placement
 from ptacc.types.protocols import StateDict
 
 COMPILED = "_orig_mod."
-"""What `torch.compile` puts into the names of a module's tensors."""
+"""What `torch.compile` adds to the names of a module's tensors."""
 
 
-def canonical(name: str) -> str:
-    """Return the name that a tensor or a module has in the bare, uncompiled model."""
+def canonical_name(name: str) -> str:
+    """Return the name that a tensor or a module has in the user's model, before it is compiled.
+
+    Example:
+        >>> canonical_name("blocks.0._orig_mod.weight")
+        'blocks.0.weight'
+    """
     return name.replace(COMPILED, "")
 
 
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Return the names in a model's `state_dict()`, by their canonical names: those of the bare, uncompiled model."""
-    return {canonical(name): name for name in model.state_dict()}
-
-
 def get_weights(model: nn.Module) -> StateDict:
-    """Return a model's `state_dict()` under canonical names."""
-    return {canonical(name): value for name, value in model.state_dict().items()}
+    """Return a model's `state_dict()` by canonical names."""
+    return {canonical_name(name): value for name, value in model.state_dict().items()}
 
 
 def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -> None:
-    """Load tensors by their canonical names.
+    """Load weights by canonical names. Plain tensors are sharded, and DTensors gathered, as the model's are.
+
+    Args:
+        model: The model.
+        weights: Tensors by canonical names.
+        strict: Whether all names, shapes and dtypes must be the model's. If not, names may be missing or unknown.
 
     Raises:
-        CheckpointError: They are not the model's; the message has each difference.
+        CheckpointError: They are of another model; the message lists each difference.
     """
-    mine, names = get_weights(model), canonical_names(model)
-    if strict and (different := sorted(differing_weights(mine, weights))):
+    present = get_weights(model)
+    if strict and (different := sorted(weight_differences(present, weights))):
         raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-    fitting = {name: match_placement(mine[name], value) if name in mine else value for name, value in weights.items()}
-    model.load_state_dict({names.get(name, name): value for name, value in fitting.items()}, strict=strict)
+    names = {canonical_name(name): name for name in model.state_dict()}
+    placed = {n: match_placement(present[n], value) if n in present else value for n, value in weights.items()}
+    model.load_state_dict({names.get(name, name): value for name, value in placed.items()}, strict=strict)
 
 
-def differing_weights(mine: Mapping[str, Any], weights: Mapping[str, Any]) -> Iterator[str]:
-    """Iterate over the differences between a model's own tensors and those that are to be loaded, both by name."""
-    yield from (f"the model's {name} is not in the checkpoint" for name in mine if name not in weights)
-    yield from (f"the checkpoint's {name} is not in the model" for name in weights if name not in mine)
-    for name in filter(weights.__contains__, mine):
-        here, there = describe_tensor(mine[name]), describe_tensor(weights[name])
+def weight_differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the differences in name, dtype and shape between a model's weights and saved ones."""
+    yield from (f"the model's {name} is not in the checkpoint" for name in present if name not in saved)
+    yield from (f"the checkpoint's {name} is not in the model" for name in saved if name not in present)
+    for name in filter(saved.__contains__, present):
+        here, there = describe_tensor(present[name]), describe_tensor(saved[name])
         if here != there:
             yield f"the model's {name} is {here}, and the checkpoint's {there}"
 
 
 def describe_tensor(value: object) -> str:
-    """Tell the dtype and the shape of a tensor, be it whole or dealt, and the type of anything else."""
-    if isinstance(value, Shard):
-        return f"{str(value.local.dtype).removeprefix('torch.')} {value.shape}"
-    if isinstance(value, AssembledTensor):
-        return describe_tensor(value.tensor)
-    if not isinstance(value, Tensor):
+    """Return the dtype and the full shape of a tensor or a shard, such as `float32 (4, 2)`; for others the type."""
+    tensor = value.local if isinstance(value, Shard) else value
+    if not isinstance(tensor, Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    shape = value.shape if isinstance(value, Shard) else tuple(tensor.shape)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}"
 
 
-def load_optimizer(optimizer: Optimizer, state: StateDict) -> None:
-    """Load an optimizer's state, each tensor in the dtype it was saved in: torch's own way casts it to the parameter's.
+def load_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
+    """Load an optimizer's state with the dtypes that were saved: torch itself casts them to the parameter's dtype.
 
     Raises:
-        CheckpointError: It is the state of other parameters.
+        CheckpointError: The state is of an optimizer with other parameters.
     """
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    fitting = {
-        number: {name: match_placement(parameter, value) for name, value in state["state"][number].items()}
-        for number, parameter in zip(numbers, parameters, strict=False)
-        if number in state["state"]
+    placed = {
+        index: {name: match_placement(parameter, value) for name, value in state["state"][index].items()}
+        for index, parameter in zip(indices, parameters, strict=False)
+        if index in state["state"]
     }
     try:
-        optimizer.load_state_dict({**state, "state": {**state["state"], **fitting}})
+        optimizer.load_state_dict({**state, "state": {**state["state"], **placed}})
     except ValueError as error:
         raise CheckpointError(f"The state of {type(optimizer).__name__} is of other parameters: {error}.") from error
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for name, saved in fitting.get(number, {}).items():
+    for index, parameter in zip(indices, parameters, strict=True):
+        for name, saved in placed.get(index, {}).items():
             loaded = optimizer.state[parameter].get(name)
             if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and saved.dtype != loaded.dtype:
                 optimizer.state[parameter][name] = saved.to(loaded.device, copy=True)
 
 
-def held_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over what this process holds of each of a model's parameters."""
-    for name, parameter in model.named_parameters():
-        yield canonical(name), parameter.to_local() if is_dtensor(parameter) else parameter
+def make_placeholder(tensor: Tensor) -> Tensor:
+    """Return zeros on the host with the dtype and shape of `tensor`, which take no memory. Engines gather to rank 0."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def is_placeholder(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for one that was gathered on rank 0."""
+    return 0 in tensor.stride()
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of a tensor that holds a number which is none, None if there is none. Reads the device."""
+    """Return the name of the first tensor that holds NaN or infinity, None if all are finite. Reads from the device."""
     floating = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not floating:
         return None
-    # NaN is both the least and the greatest there. A norm would be one call, and takes ten times as long on the CPU.
+    # A NaN is both minimum and maximum in torch. A norm would be one call, but takes ten times as long on the CPU.
     is_finite: list[bool] = torch.stack(
-        [torch.isfinite(torch.stack(torch.aminmax(p))).all() for _, p in floating]
+        [torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for _, tensor in floating]
     ).tolist()
     return next((name for (name, _), good in zip(floating, is_finite, strict=True) if not good), None)

@@ -1,4 +1,4 @@
-"""What is remembered of a model before it is wrapped, and how it is restored."""
+"""What wrapping a model for a run changes in it, and how that is undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a run may change of a user's model beside its weights, to be put back at its end."""
+    """The state of a user's model that a run changes besides weights, and restores at its end.
+
+    Args:
+        training: Each module with its training flag.
+        patched: The model's own attributes among those that Accelerate replaces.
+        syncing: The DDP wrapper, with whether its next forward pass broadcasts rank 0's buffers.
+    """
 
     training: tuple[tuple[nn.Module, bool], ...]
     patched: Mapping[str, object]
@@ -21,24 +27,21 @@ class ModelState:
 
     @classmethod
     def capture(cls, model: nn.Module) -> ModelState:
-        """Remember the state of `model`."""
+        """Record the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        replica = find_ddp_module(model)
-        syncing = None if replica is None else (replica, replica.require_forward_param_sync)
+        ddp = find_ddp_module(model)
+        syncing = None if ddp is None else (ddp, ddp.require_forward_param_sync)
         return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
 
     def restore_flags(self) -> None:
-        """Put each module's train flag back, and whether the next forward pass gives all processes rank 0's buffers.
-
-        A forward pass without gradients takes that away from the one after it.
-        """
+        """Restore the training flags and DDP's flag, which a forward pass without gradients clears."""
         for module, training in self.training:
             module.training = training
         if self.syncing is not None:
             self.syncing[0].require_forward_param_sync = self.syncing[1]
 
     def restore(self, model: nn.Module) -> None:
-        """Put everything back."""
+        """Restore flags and attributes."""
         for name in self.PATCHES:
             model.__dict__.pop(name, None)
         model.__dict__.update(self.patched)
@@ -46,6 +49,6 @@ class ModelState:
 
 
 def find_ddp_module(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the wrapper that averages gradients over the processes, be it compiled or not; None without one."""
+    """Return the model's DDP wrapper, compiled or not; None without one."""
     inner = model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, DistributedDataParallel) else None

@@ -218,7 +218,7 @@ class Run:
         was_heeded = self.history.stop_reason is not None and self.exit_code is None
         return {
             "losses": self.epoch.losses.total,
-            "wish": None if self._stop_request is None or was_heeded else self._stop_request.reason,
+            "stop_request": None if self._stop_request is None or was_heeded else self._stop_request.reason,
             "data": self.data.state_dict(),
         }
 
@@ -239,7 +239,7 @@ class Run:
         if self.is_within_epoch:
             left = self.data.num_batches(self.progress.offset)
             self.epoch.num_batches = None if left is None else self.progress.batches + left
-        if (reason := saved.own["wish"]) is not None:
+        if (reason := saved.own["stop_request"]) is not None:
             self.request_stop(reason)
         self.data.load_state_dict(saved.own["data"])
 

@@ -1,4 +1,4 @@
-"""Tensors in nested structures: tuples, lists, mappings, dataclasses, and objects with a `.to` of their own."""
+"""Tensors in nested structures: tuples, lists, mappings, dataclasses, and objects with their own `.to()`."""
 
 from __future__ import annotations
 
@@ -14,62 +14,54 @@ from ptacc.errors import DataError
 
 NestedT = TypeVar("NestedT")
 
-PLAIN_CONTAINERS = (tuple, list, dict)
-
 
 def map_tensors(change: Callable[[Tensor], Any], structure: NestedT) -> NestedT:
-    """Rebuild `structure` with `change` applied to each tensor in it; what is no tensor is kept as it is."""
+    """Rebuild `structure` with `change` applied to each tensor. Other values are kept."""
     return cast(NestedT, _map(change, structure))
 
 
 def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *args: Any) -> Any:
-    """Rebuild a structure; objects whose class has `method` are asked to do it by themselves."""
+    """Rebuild a structure. Objects with a method of that name, as graphs have `to`, are rebuilt by it with `args`."""
     if isinstance(structure, Tensor):
         return change(structure)
-    if method and has_own(structure, method):
+    if method and type(structure) not in (tuple, list, dict) and callable(getattr(type(structure), method, None)):
         return getattr(structure, method)(*args)
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         return type(structure)(*(_map(change, part, method, *args) for part in structure))
     if isinstance(structure, tuple | list):
         return type(structure)(_map(change, part, method, *args) for part in structure)
     if isinstance(structure, dict):
-        # A shallow copy first keeps the class and its attributes: OrderedDict, defaultdict, model outputs.
+        # A shallow copy keeps the class and its attributes, of a defaultdict or of model outputs.
         changed = structure.copy() if type(structure) is not dict else {}
         for key, part in structure.items():
             changed[key] = _map(change, part, method, *args)
         return changed
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
         fields = (f.name for f in dataclasses.fields(structure) if f.init)
-        own = {name: _map(change, getattr(structure, name), method, *args) for name in fields}
-        return dataclasses.replace(structure, **own)
+        values = {name: _map(change, getattr(structure, name), method, *args) for name in fields}
+        return dataclasses.replace(structure, **values)
     return structure
 
 
-def has_own(structure: object, method: str) -> bool:
-    """Say whether an object's class has a method of this name, such as the `to` of packed sequences and of graphs."""
-    kind = type(structure)
-    return kind not in PLAIN_CONTAINERS and callable(getattr(kind, method, None))
-
-
 def to_device(batch: NestedT, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> NestedT:
-    """Move a batch to `device`, without waiting where its memory is pinned.
+    """Move a batch to `device`, asynchronously from pinned memory.
 
     Args:
-        batch: A structure of tensors, and of objects that move themselves by a `to(device)` of their own.
-        device: Where to.
-        move: How to move a tensor.
+        batch: A structure of tensors, and of objects with their own `to(device)`.
+        device: The target device.
+        move: Moves a tensor, in place of `tensor.to(device, non_blocking=True)`.
     """
     move = move or (lambda tensor: tensor.to(device, non_blocking=True))
     return cast(NestedT, _map(move, batch, "to", device))
 
 
-def pinned(batch: NestedT) -> NestedT:
-    """Copy a batch to memory from which a device copies by itself; by its own `pin_memory()`, where it has one."""
+def pin_memory(batch: NestedT) -> NestedT:
+    """Copy a batch to pinned memory, by its own `pin_memory()` if it has one."""
     return cast(NestedT, _map(Tensor.pin_memory, batch, "pin_memory"))
 
 
 def children(structure: object) -> Iterable[tuple[object, Any]]:
-    """Return the parts of a container, each with its key; nothing for what is none."""
+    """Return the values of a container, each with its key; nothing for other objects."""
     if isinstance(structure, tuple | list):
         return enumerate(structure)
     if isinstance(structure, Mapping):
@@ -80,7 +72,7 @@ def children(structure: object) -> Iterable[tuple[object, Any]]:
 
 
 def iterate_tensors(structure: object) -> Iterator[Tensor]:
-    """Iterate over the tensors in `structure`, in order."""
+    """Yield the tensors in `structure`, in order."""
     if isinstance(structure, Tensor):
         yield structure
     else:
@@ -89,7 +81,7 @@ def iterate_tensors(structure: object) -> Iterator[Tensor]:
 
 
 def iterate_leaves(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Iterate over what is no container in `structure`, each with the keys that lead to it."""
+    """Yield each value in `structure` that is not a container, and empty containers, with the path of their keys."""
     is_leaf = True
     for key, part in children(structure):
         is_leaf = False
@@ -102,21 +94,21 @@ def leading_dimension(batch: object) -> int:
     """Return the size of the first dimension of the first tensor in `batch`.
 
     Raises:
-        DataError: No tensor with a dimension is in it.
+        DataError: The batch contains no tensor with a dimension.
     """
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if isinstance(first, Tensor) and first.dim():  # of most batches: this is asked of each
+    if isinstance(first, Tensor) and first.dim():  # fast, for most batches
         return first.shape[0]
     for tensor in iterate_tensors(batch):
         if tensor.dim():
             return tensor.shape[0]
     raise DataError(
         f"count_items: a batch of type {type(batch).__name__} holds no tensor whose leading dimension could be "
-        "counted. Override count_items(self, batch) to say how many items its loss is a mean over."
+        "counted. Override count_items(self, batch) to return the number of items that its loss is a mean over."
     )
 
 
-def unbind(outputs: NestedT, count: int) -> list[NestedT]:
+def split_samples(outputs: NestedT, count: int) -> list[NestedT]:
     """Split the outputs of a batch of `count` samples into one for each sample."""
     return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
 
@@ -127,22 +119,22 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def concatenate(parts: Sequence[NestedT], device: torch.device) -> NestedT:
-    """Concatenate structures of one form, tensor by tensor along the first dimension; scalars are stacked.
+    """Concatenate the structures of all ranks, tensor by tensor along the first dimension. Scalars are stacked.
 
     Raises:
-        DataError: Their forms differ, something in them is no tensor, or tensors differ in more than that dimension.
+        DataError: The structures differ, hold values that are not tensors, or tensors that differ in other dimensions.
     """
     first, *others = [dict(iterate_leaves(part)) for part in parts]
     for rank, other in enumerate(others, start=1):
         if other.keys() != first.keys():
             raise DataError(f"gather(): rank 0 gave values at {list(first)}, and rank {rank} at {list(other)}.")
     columns = ([leaves[path] for leaves in (first, *others)] for path in first)
-    joined = iter([join(column).to(device) for column in columns])
+    joined = iter([concatenate_leaf(column).to(device) for column in columns])
     return map_tensors(lambda _: next(joined), parts[0])
 
 
-def join(values: Sequence[object]) -> Tensor:
-    """Concatenate the tensors of all processes, given in the order of their ranks."""
+def concatenate_leaf(values: Sequence[object]) -> Tensor:
+    """Concatenate one tensor of each rank, in the order of ranks."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) < len(values):
         kind = next(type(value).__name__ for value in values if not isinstance(value, Tensor))
@@ -151,15 +143,15 @@ def join(values: Sequence[object]) -> Tensor:
             "for it."
         )
     if len({(tensor.dtype, tensor.shape[1:], tensor.dim()) for tensor in tensors}) > 1:
-        forms = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
-        raise DataError(f"gather(): tensors may differ in the first dimension only: got {forms}. Pad them before.")
+        found = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+        raise DataError(f"gather(): tensors may differ in the first dimension only: got {found}. Pad them first.")
     return torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in its order: without a copy, where it lies so on the host already."""
+    """Return the bytes of a tensor's entries in order. A contiguous tensor on the host is not copied."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
-    # A tensor of one number passes for contiguous with any stride.
+    # torch regards a tensor of one entry as contiguous with any stride, and view() does not.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data

@@ -194,7 +194,7 @@ class Attempt:
             vars(trial)["gradient_accumulation_steps"] = batches
             if trainer.distributed.world_size > 1:  # without the wrapper that exchanges gradients
                 vars(trial)["make_engine"] = lambda: TorchEngine(
-                    trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), in_replicas=False
+                    trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), is_replicated=False
                 )
 
             def train() -> None:

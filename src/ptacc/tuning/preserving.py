@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ptacc.loop.loop import TrainingLoop
-from ptacc.model.state_dict import load_optimizer
+from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import preserved_streams
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import Stateful
@@ -81,7 +81,7 @@ def keep_optimizer(optimizer: Optimizer) -> PutBack:
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
     def put_back() -> None:
-        load_optimizer(optimizer, state)
+        load_optimizer_state(optimizer, state)
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
 

@@ -88,7 +88,7 @@ READ, DAMAGED, REFUSED = "read", "damaged", "refused"
 def check_plain(state: object) -> None:
     """Check that something is data: exactly of a kind that does nothing."""
     if type(state) is Shard:
-        state = [state.local, state.shape, state.runs, state.dealing.placements, state.dealing.mesh]
+        state = [state.local, state.shape, state.index_ranges, state.sharding.placements, state.sharding.mesh]
     assert isinstance(state, np.generic | Manifest) or type(state) in (*LEAVES, *CONTAINERS), type(state)
     if isinstance(state, dict):
         state = [*state, *state.values()]

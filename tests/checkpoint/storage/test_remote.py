@@ -446,7 +446,7 @@ def test_what_has_lost_its_manifest_is_reported_and_never_swept(
     assert three.clean_up() == []
     assert main(["checkpoints", RUN]) == 1
     assert "step-00000006     -      -" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="step-00000006 is passed over: 'step-00000006' in .* has no manifest"):
+    with pytest.warns(UserWarning, match="step-00000006 is skipped: 'step-00000006' in .* has no manifest"):
         train(make(tmp_path / "three", checkpoint_dir=RUN, disk=RemoteFileSystem(), checkpoint_every=None, resume=True))
     assert (three.directory / "step-00000006" / "shared.json").exists()
 

@@ -86,7 +86,7 @@ def main(directory: str, killed_after: int | None) -> None:
         "weights": digest(net.state_dict()),
         "moments": digest(trainer.optimizer.state_dict()),
         "averages": digest(dict(trainer.run[EMA_STATE].tensors)),
-        "scaler": trainer.run.engine.state_dict(),
+        "scaler": trainer.run.engine.get_state().shared,
         "losses": [repr(step.loss) for step in history.steps],
     }
     print(json.dumps(final))  # noqa: T201

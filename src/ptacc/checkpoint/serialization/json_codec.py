@@ -138,8 +138,8 @@ class _Encoder:
 
     def _encode_shard(self, shard: Shard, place: str) -> Json:
         """Encode a part of a tensor with its place in the whole."""
-        runs: Json = [[list(run) for run in of_dimension] for of_dimension in shard.runs]
-        dealing: dict[str, Json] = {"placements": [*shard.dealing.placements], "mesh": [*shard.dealing.mesh]}
+        runs: Json = [[list(run) for run in of_dimension] for of_dimension in shard.index_ranges]
+        dealing: dict[str, Json] = {"placements": [*shard.sharding.placements], "mesh": [*shard.sharding.mesh]}
         key = self._keep(shard.local, place)
         return {TAG: "shard", "key": key, "shape": [*shard.shape], "runs": runs, **dealing}
 

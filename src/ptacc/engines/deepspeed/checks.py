@@ -1,4 +1,4 @@
-"""What DeepSpeed cannot run, or would run wrong in silence: it is looked for before a model is dealt out."""
+"""Checks, before a model is partitioned, for what DeepSpeed cannot run or would compute wrongly without an error."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ from ptacc.engines.deepspeed.config import ZeroConfig, value_at
 from ptacc.errors import LaunchError, ModelError
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Rprop", "ASGD", "Adadelta")
-"""torch's optimizers that treat each entry by itself: parts are cut across the borders of parameters."""
-FAILED_TO_BUILD = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
-"""What is raised where DeepSpeed cannot compile what it needs."""
+"""Optimizers of torch that update each entry independently. ZeRO's partitions do not end where parameters end."""
+BUILD_ERRORS = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+"""Raised if DeepSpeed cannot compile its extensions."""
 
 
-def join(device: torch.device) -> None:
-    """Let DeepSpeed use the launch's own process group.
+def init_distributed(device: torch.device) -> None:
+    """Initialise DeepSpeed with the launch's process group.
 
     Raises:
-        LaunchError: It computes on another device, or cannot compile what it needs.
+        LaunchError: DeepSpeed uses another device, or cannot compile its extensions.
     """
-    theirs = get_accelerator().device_name(None)
-    if theirs != device.type:
+    used = get_accelerator().device_name(None)
+    if used != device.type:
         raise LaunchError(
-            f"DeepSpeed computes on {theirs}, and this launch on {device.type}. Set DS_ACCELERATOR={device.type} in "
+            f"DeepSpeed computes on {used}, and this launch on {device.type}. Set DS_ACCELERATOR={device.type} in "
             "the environment."
         )
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False)
-    except FAILED_TO_BUILD as error:
+    except BUILD_ERRORS as error:
         raise LaunchError(
             f"DeepSpeed does not start: {str(error).strip().splitlines()[0]} On a CPU it first compiles a part of "
             "itself: install ninja (`pip install ninja`) and a C++ compiler."
         ) from error
     if "LOCAL_WORLD_SIZE" in os.environ:
-        # As DeepSpeed's own launcher says it, or on a CPU ZeRO 3 would start numactl at each step to ask it. Said
-        # before, processes would sum over memory that they share: who waits there for one that is gone waits for good,
-        # and the system keeps that memory after their end.
+        # DeepSpeed's launcher sets it. Without it, ZeRO 3 on a CPU starts numactl in each step. It is set after
+        # initialisation: set before, ranks would reduce over shared memory, where a rank that waits for a dead one
+        # waits forever, and the memory stays allocated after the processes have ended.
         os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
 
 
 def check_model(model: nn.Module, config: ZeroConfig) -> None:
-    """Raise `ModelError` for weights that DeepSpeed would make others of, or has already."""
+    """Raise `ModelError` for weights that are partitioned already, or not in float32."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ModelError(
-                f"{config.owner}: {name} is in parts already: from deepspeed.zero.Init(), or left so by a run that an "
-                "exception ended. Make the model anew, and whole: it is dealt out at the start of the run."
+                f"{config.owner}: {name} is partitioned already: by deepspeed.zero.Init(), or by a run that ended "
+                "with an exception. Create the model again, without zero.Init(): the run partitions it at its start."
             )
         if parameter.dtype != torch.float32:
             raise ModelError(
                 f"{config.owner}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and DeepSpeed updates "
-                'weights in float32. Call model.float(); mixed_precision="bf16" computes in less.'
+                'weights in float32. Call model.float(); mixed_precision="bf16" computes in bfloat16.'
             )
 
 
 def check_optimizer(optimizer: Optimizer, config: ZeroConfig) -> None:
-    """Raise `ModelError` for an optimizer that would compute something else on parts of parameters, in silence."""
+    """Raise `ModelError` for an optimizer that may not update each entry of a parameter independently."""
     kind = type(optimizer)
     is_known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
     if config.stage > 0 and not is_known and value_at(config.given, "zero_allow_untested_optimizer") is not True:
         raise ModelError(
-            f"{config.owner}: {kind.__name__} under ZeRO {config.stage} may look at whole parameters, and would get "
-            f"flat parts of them. Take one that treats each entry by itself ({', '.join(ELEMENTWISE)}), or "
-            "zero_stage=0. If yours does, say zero_allow_untested_optimizer in deepspeed_config."
+            f"{config.owner}: {kind.__name__} under ZeRO {config.stage} may need full parameters, and would get flat "
+            f"partitions of them. Use an optimizer that updates each entry independently ({', '.join(ELEMENTWISE)}), "
+            "or zero_stage=0. If yours does, set zero_allow_untested_optimizer in deepspeed_config."
         )

@@ -1,20 +1,21 @@
-"""DeepSpeed's engine, driven by ptacc's own windows.
+"""The engine for DeepSpeed's ZeRO.
 
 ```
-begin   what was plain is noted -> the optimizer's state is taken -> DeepSpeed deals out -> it is given back in parts
-step    gradients are averaged, and dealt out, within the backward pass of the step's last batch
-end     parts -> whole tensors, in the user's own parameters and optimizer; the model is what it was before
+start   record the original model -> remove the optimizer's state -> DeepSpeed partitions the model
+        -> load this rank's partition of the optimizer's state
+step    the backward pass of the last batch averages the gradients, and reduces them to each rank's partition
+end     gather weights and optimizer state into the user's own parameters and optimizer; undo all other changes
 ```
 
-Windows, clipping and the scale of the loss are ptacc's own: DeepSpeed is told of steps of one batch, whose last batch
-is the last of ptacc's, and of no clipping.
+The trainer itself accumulates, clips and scales. DeepSpeed is configured for steps of one batch without clipping;
+`around_batch` sets its accumulation boundary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import deepspeed
 import torch
@@ -23,22 +24,22 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import share_buffers
+from ptacc.engines.base import EngineState, OptimizerSlot
+from ptacc.engines.common import broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
-from ptacc.engines.deepspeed.checks import check_model, check_optimizer, join
+from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.original_model import OriginalModel
-from ptacc.engines.deepspeed.stages import STAGES
+from ptacc.engines.deepspeed.stages import STAGES, Stage3
 from ptacc.errors import CheckpointError, ModelError
-from ptacc.model.state_dict import canonical, differing_weights, load_optimizer, load_weights
+from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 class DeepSpeedEngine(TorchEngine):
-    """A model that DeepSpeed deals out by ZeRO, and the user's own optimizer, which works on parts meanwhile."""
+    """Trains a model that DeepSpeed partitions, with the user's own optimizer, which steps on the partitions."""
 
     def __init__(
         self,
@@ -46,219 +47,187 @@ class DeepSpeedEngine(TorchEngine):
         model: nn.Module,
         slots: Sequence[OptimizerSlot],
         config: ZeroConfig,
-        where: str,
+        layout: str,
     ) -> None:
-        """Deal a model out, and what its optimizer keeps. A collective.
+        """Partition a model and the state of its optimizer. A collective.
 
         Args:
-            accelerator: The device.
-            model: The bare model.
-            slots: The optimizers, of which there is one.
-            config: The stage, and all that DeepSpeed is to know.
-            where: What checkpoints say of the stage and the processes.
+            accelerator: The accelerator of the launch.
+            model: The user's model.
+            slots: The one optimizer.
+            config: The stage and DeepSpeed's configuration.
+            layout: Stage and number of ranks, which have to be the same to load an optimizer's partitions.
 
         Raises:
             LaunchError: DeepSpeed cannot run here.
-            ModelError: A model or an optimizer with which it would compute something else, in silence.
+            ModelError: DeepSpeed does not support the model or the optimizer.
         """
         (slot,) = slots
         check_model(model, config)
         check_optimizer(slot.optimizer, config)
-        join(accelerator.device)
-        self._where, self._optimizer, settings = where, slot.optimizer, config.for_deepspeed()
+        init_distributed(accelerator.device)
+        self._layout, self._optimizer, settings = layout, slot.optimizer, config.to_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
-        self._before, self._grown = OriginalModel(model), set[int]()
+        self._original, self._with_gradient = OriginalModel(model), set[int]()
         states = dict(slot.optimizer.state)
-        self._kept = {p: state for p, state in states.items() if not p.requires_grad}
+        self._frozen_states = {p: state for p, state in states.items() if not p.requires_grad}
         slot.optimizer.state.clear()
-        if config.stage == 3:  # one weight at a time: the whole model may be larger than the device
+        if config.stage == 3:  # partition one weight at a time: the model may be larger than the device
             dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
-        # For the device, the precision, and the compiler. It wraps nothing: DDP is for models that are trained whole.
-        super().__init__(accelerator, model, slots, in_replicas=False)
+        # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
+        super().__init__(accelerator, model, slots, is_replicated=False)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
-        self._wrapped: nn.Module = self._engine
-        self._zero = STAGES[config.stage](self._engine, slot, self._groups)
-        self._zero.begin(model)
-        self._zero.give_states(states)
-        self._before.note_what_was_added()
-        share_buffers(model)
-        self._names = {id(p): canonical(name) for name, p in model.named_parameters()}
+        self._model = self._engine
+        self._stage = STAGES[config.stage](self._engine, slot, self._groups)
+        self._stage.prepare(model)
+        self._stage.scatter_optimizer_state(states)
+        self._original.record_added_attributes()
+        broadcast_buffers(model)
+        self._names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
-            for p in self._zero.trained
+            for p in self._stage.trained
         ]
 
     # ---- a step
 
-    @property
-    @override
-    def model(self) -> nn.Module:
-        """The model as steps call it."""
-        return self._wrapped
-
     @override
     @contextlib.contextmanager
-    def batch_of_step(self, *, is_last: bool) -> Iterator[None]:
-        """Let gradients be averaged in the last batch alone."""
+    def around_batch(self, *, is_last: bool) -> Iterator[None]:
         if hasattr(self._engine.optimizer, "clear_backward_seen_flag"):
-            # DeepSpeed counts the batch when it is called, which a step may go around.
+            # DeepSpeed does so when its engine is called, which a user's step need not do.
             self._engine.optimizer.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(is_last)
         yield
 
     @override
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`.
+        """Run DeepSpeed's backward pass.
 
         Raises:
-            ModelError: It does not depend on all that is trained.
+            ModelError: The loss does not depend on all trained parameters, and gradients are partitioned.
         """
-        self._grown.clear()
+        self._with_gradient.clear()
         self._engine.backward(loss, scale_wrt_gas=False)
-        if self._zero.deals_gradients and len(self._grown) < len(self._zero.trained):
-            missing = [self._names.get(id(p), "?") for p in self._zero.trained if id(p) not in self._grown]
+        if self._stage.is_partitioned and len(self._with_gradient) < len(self._stage.trained):
+            missing = [self._names.get(id(p), "?") for p in self._stage.trained if id(p) not in self._with_gradient]
             raise ModelError(
-                f"The loss does not depend on {', '.join(missing)}. ZeRO adds gradients up in the order in which they "
-                "come, and would add those of different parameters where processes use different ones. Freeze what "
-                "takes no part, or use zero_stage=0."
+                f"The loss does not depend on {', '.join(missing)}. ZeRO reduces gradients in the order in which they "
+                "are computed, and would add gradients of different parameters if ranks use different ones. Freeze "
+                "the unused parameters, or use zero_stage=0."
             )
 
     def _note_gradient(self, parameter: Tensor) -> None:
-        self._grown.add(id(parameter))
-
-    @override
-    def unscale_gradients(self) -> None:
-        """Do nothing: they were averaged within the last backward pass."""
+        self._with_gradient.add(id(parameter))
 
     @override
     @torch.no_grad()
     def clip_norm(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a norm of at most `max_norm`, and return the norm they had."""
-        gradients = self._zero.gradients()
+        gradients = self._stage.gradients()
         total = torch.zeros((), device=self._accelerator.device)
         if gradients:
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             total = torch.stack(norms).square().sum().to(total.device)
-        if self._zero.deals_gradients:
+        if self._stage.is_partitioned:
             dist.all_reduce(total)
         norm = total.sqrt()
         if gradients and not math.isinf(max_norm):
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's own
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
-            self._zero.set_gradients(gradients)
+            self._stage.set_gradients(gradients)
         return norm
 
     @override
     @torch.no_grad()
     def clip_value(self, max_value: float) -> None:
-        """Clamp each entry of the gradients."""
-        if gradients := self._zero.gradients():
+        if gradients := self._stage.gradients():
             torch._foreach_clamp_min_(gradients, -max_value)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_clamp_max_(gradients, max_value)  # pyright: ignore[reportPrivateImportUsage]
-            self._zero.set_gradients(gradients)
+            self._stage.set_gradients(gradients)
 
     @override
     def update(self) -> bool:
-        """Update the weights, clear the gradients, and give all processes rank 0's buffers, as DDP does.
+        """Step, clear the gradients, and broadcast rank 0's buffers as DDP does.
 
-        Where gradients are no numbers, some stages leave the weights as they are. The step counts nevertheless, so
-        that what it reports is seen.
+        Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
+        is reported.
         """
-        with self._zero.updating():
+        with self._stage.stepping():
             self._engine.step()
-        share_buffers(self._bare_model)
+        broadcast_buffers(self._unwrapped_model)
         return True
 
-    @override
-    def sync_buffers(self) -> None:
-        """Do nothing: each update has levelled the buffers."""
-
-    # ---- what a checkpoint holds: whole weights, and each process's part of the optimizer's state
+    # ---- the state: full weights on rank 0, and each rank's partition of the optimizer's state
 
     @override
-    def weights(self) -> StateDict:
-        """Return the model's tensors. Those that are put together for it rank 0 alone has; others have their form."""
-        weights = super().weights()
-        whole: dict[Parameter, Tensor] = {}  # one for all names of a weight
-        for name, parameter in self._bare_model.named_parameters(remove_duplicate=False):
-            if canonical(name) in weights and (self._is_sharded or self._zero.has_masters(parameter)):
-                if parameter not in whole:
-                    whole[parameter] = for_first(self._zero.whole(parameter))
-                weights[canonical(name)] = whole[parameter]
+    def get_state(self) -> EngineState:
+        counters = {name: getattr(self._engine, name) for name in COUNTERS}
+        own: StateDict = {"layout": self._layout, "counters": counters}
+        optimizer = self._optimizer.state_dict()
+        if self._stage.is_partitioned:
+            return EngineState(self._gather_weights(), own={**own, "optimizer": optimizer})
+        return EngineState(self._gather_weights(), {self._slots[0].name: optimizer}, own=own)
+
+    def _gather_weights(self) -> StateDict:
+        weights = get_weights(self._unwrapped_model)
+        gathered: dict[Parameter, Tensor] = {}  # once for all names of a tied weight
+        for name, parameter in self._unwrapped_model.named_parameters(remove_duplicate=False):
+            is_local = not isinstance(self._stage, Stage3) and not self._stage.has_master_weight(parameter)
+            if canonical_name(name) not in weights or is_local:
+                continue
+            if parameter not in gathered:
+                gathered[parameter] = to_rank_0(self._stage.gather_weight(parameter))
+            weights[canonical_name(name)] = gathered[parameter]
         return weights
-
-    @property
-    def _is_sharded(self) -> bool:
-        return isinstance(self._zero, STAGES[3])
 
     @override
     @torch.no_grad()
-    def load_weights(self, weights: StateDict, *, strict: bool = True) -> None:
-        """Put whole weights back, which every process has."""
-        mine = self.weights()
-        if strict and (different := sorted(differing_weights(mine, weights))):
-            raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-        fitting = {name: self.localize(weights[name]) for name in mine if name in weights}
-        parameters = dict(self._bare_model.named_parameters(remove_duplicate=False))
-        by_name = {canonical(name): parameter for name, parameter in parameters.items()}
-        self._zero.set_weights({by_name[name]: value for name, value in fitting.items() if name in by_name})
-        load_weights(self._bare_model, {n: v for n, v in fitting.items() if n not in by_name}, strict=False)
-
-    @override
-    def held_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        """Iterate over what this process holds of each parameter."""
-        return ((canonical(name), self._zero.held(p)) for name, p in self._bare_model.named_parameters())
-
-    @override
-    def optimizer_states(self) -> Mapping[str, StateDict]:
-        """Return the state of an optimizer that is the same on every process."""
-        return {} if self._zero.deals_gradients else super().optimizer_states()
-
-    @override
-    def own_state_dict(self) -> StateDict:
-        """Return this process's part of the optimizer's state, and what DeepSpeed counts."""
-        counters = {name: getattr(self._engine, name) for name in COUNTERS}
-        part = {"optimizer": self._optimizer.state_dict()} if self._zero.deals_gradients else {}
-        return {"where": self._where, "counters": counters} | part
-
-    @override
-    def load_own_state_dict(self, state_dict: StateDict) -> None:
-        """Take over this process's part of the optimizer's state.
+    def load_state(self, state: EngineState) -> None:
+        """Load full weights, and this rank's partition of the optimizer's state.
 
         Raises:
-            CheckpointError: It is of another stage, or of another number of processes.
+            CheckpointError: The partition is of another stage or another number of ranks.
         """
-        if state_dict.get("where") != self._where:
+        parameters = self._unwrapped_model.named_parameters(remove_duplicate=False)
+        by_name = {canonical_name(name): parameter for name, parameter in parameters}
+        weights = {by_name[name]: weight for name, weight in state.weights.items() if name in by_name}
+        self._stage.set_weights(weights)
+        buffers = {name: value for name, value in state.weights.items() if name not in by_name}
+        load_weights(self._unwrapped_model, buffers, strict=False)
+        if not self._stage.is_partitioned and self._slots[0].name in state.optimizers:
+            load_optimizer_state(self._optimizer, state.optimizers[self._slots[0].name])
+        if state.own:
+            self._load_own(state.own)
+
+    def _load_own(self, own: StateDict) -> None:
+        if own.get("layout") != self._layout:
             raise CheckpointError(
-                f"The optimizer's state was saved under {state_dict.get('where')!r}, and this is {self._where!r}: the "
-                "parts do not fit. Load the weights alone by load_checkpoint(weights_only=True)."
+                f"The optimizer's state was saved under {own.get('layout')!r}, and this is {self._layout!r}: its "
+                "partitions do not fit. Load the weights alone by load_checkpoint(weights_only=True)."
             )
-        for name, value in state_dict["counters"].items():
+        for name, value in own["counters"].items():
             setattr(self._engine, name, value)
-        if self._zero.deals_gradients:
-            load_optimizer(self._optimizer, state_dict["optimizer"])
+        if self._stage.is_partitioned:
+            load_optimizer_state(self._optimizer, own["optimizer"])
 
     # ---- the end
 
     @override
     def release(self) -> None:
-        """Have the user's model and optimizer plain again, with all that was learnt. A collective."""
-        states = self._zero.take_states(self._before.original_device)
+        states = self._stage.gather_optimizer_state(self._original.original_device)
         for hook in self._hooks:
             hook.remove()
-        self._before.restore(self._zero.whole)
+        self._original.restore(self._stage.gather_weight)
         self._engine.destroy()
         for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["params"] = parameters
         self._optimizer.state.clear()
-        self._optimizer.state.update(self._kept | states)
-        self._wrapped = self._bare_model
-        del self._engine, self._zero  # and with them the parts, which take as much memory as the whole
+        self._optimizer.state.update(self._frozen_states | states)
+        self._model = self._unwrapped_model
+        del self._engine, self._stage  # frees the partitions
 
 
-def for_first(tensor: Tensor) -> Tensor:
-    """Return a tensor on the host of rank 0, and elsewhere one of its form that takes no memory."""
-    if dist.get_rank() == 0:
-        return tensor.to("cpu")
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+def to_rank_0(tensor: Tensor) -> Tensor:
+    """Return a tensor on the host of rank 0, and a placeholder on other ranks."""
+    return tensor.to("cpu") if dist.get_rank() == 0 else make_placeholder(tensor)

@@ -1,83 +1,57 @@
-"""A user's model as it was before DeepSpeed had it, and how it becomes that again."""
+"""A user's model as it was before DeepSpeed changed it, and how it is restored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ptacc.engines.common import remove_hooks
+from ptacc.engines.common import AddedAttributes, remove_hooks
 
-DEEPSPEED = ("deepspeed",)
-"""The package whose hooks a model carries meanwhile."""
-LATER = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
-"""How names begin of what DeepSpeed notes in a model as late as in its first forward pass."""
-
-
-@dataclass(frozen=True)
-class ParameterLocation:
-    """Where a parameter was."""
-
-    dtype: torch.dtype
-    device: torch.device
+HOOK_PACKAGES = ("deepspeed",)
+"""The package whose hooks a partitioned model has."""
+LAZY_ATTRIBUTES = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
+"""Prefixes of the attributes that DeepSpeed adds as late as in the first forward pass."""
 
 
-@dataclass
 class OriginalModel:
-    """What DeepSpeed changes of a model beside its weights, to be put back.
+    """Records what DeepSpeed changes in a model besides its weights, and undoes it."""
 
-    Args:
-        model: The user's model, which nothing has wrapped yet.
-    """
-
-    model: nn.Module
-    _names: Mapping[object, frozenset[str]] = field(init=False)
-    _places: Mapping[Parameter, ParameterLocation] = field(init=False)
-    _buffers: Mapping[str, torch.device] = field(init=False)
-    _tables: Mapping[nn.Module, dict[str, Parameter | None]] = field(init=False)
-    _added: Mapping[object, frozenset[str]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._names = {part: frozenset(vars(part)) for part in self._parts()}
-        self._places = {p: ParameterLocation(p.dtype, p.device) for p in self.model.parameters()}
-        self._buffers = {name: buffer.device for name, buffer in self.model.named_buffers()}
-        self._tables = {module: module._parameters for module in self.model.modules()}  # noqa: SLF001
+    def __init__(self, model: nn.Module) -> None:
+        """Record the state of `model`, which DeepSpeed has not changed yet."""
+        self._model = model
+        self._attributes = AddedAttributes((*model.modules(), *model.parameters()))
+        self._devices = {parameter: parameter.device for parameter in model.parameters()}
+        self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
+        # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
+        self._parameters = {module: module._parameters for module in model.modules()}  # noqa: SLF001
 
     def original_device(self, parameter: Parameter) -> torch.device:
         """Return the device that a parameter was on."""
-        return self._places[parameter].device
+        return self._devices[parameter]
 
-    def note_what_was_added(self) -> None:
-        """Take what has come to the model since it was bare for DeepSpeed's: what comes later is the user's own."""
-        self._added = {part: frozenset(vars(part)) - self._names[part] for part in self._parts()}
+    def record_added_attributes(self) -> None:
+        """Take the attributes added so far as DeepSpeed's. Those added later are the user's."""
+        self._attributes.record()
 
     @torch.no_grad()
-    def restore(self, whole: Callable[[Parameter], Tensor]) -> None:
-        """Put everything back, and give each parameter its whole tensor. A collective: one tensor at a time.
+    def restore(self, gather: Callable[[Parameter], Tensor]) -> None:
+        """Restore the model, with its trained weights. A collective.
 
         Args:
-            whole: Returns the tensor of a parameter. All processes call it in the same order.
+            gather: Returns the full weight of a parameter: a collective, called in the same order on all ranks.
         """
-        for parameter, place in self._places.items():
-            tensor = whole(parameter).detach().to(place.device, place.dtype, copy=True)
-            parameter.data, parameter.grad = tensor, None
-            self._strip(parameter)
-        for module, table in self._tables.items():
-            table.update(vars(module)["_parameters"])
-            self._strip(module)
-            vars(module)["_parameters"] = table
-            remove_hooks(module, DEEPSPEED)
-        for name, buffer in self.model.named_buffers():
-            buffer.data = buffer.data.to(self._buffers[name])
-
-    def _strip(self, part: object) -> None:
-        names = vars(part)
-        later = {name for name in names if name.startswith(LATER)} - self._names[part]
-        for name in self._added.get(part, frozenset()) | later:
-            names.pop(name, None)
-
-    def _parts(self) -> tuple[object, ...]:
-        return (*self.model.modules(), *self.model.parameters())
+        for parameter, device in self._devices.items():
+            # `check_model` requires float32.
+            parameter.data = gather(parameter).detach().to(device, torch.float32, copy=True)
+            parameter.grad = None
+            self._attributes.remove(parameter, LAZY_ATTRIBUTES)
+        for module, parameters in self._parameters.items():
+            parameters.update(vars(module)["_parameters"])
+            self._attributes.remove(module, LAZY_ATTRIBUTES)
+            vars(module)["_parameters"] = parameters
+            remove_hooks(module, HOOK_PACKAGES)
+        for name, buffer in self._model.named_buffers():
+            buffer.data = buffer.data.to(self._buffer_devices[name])

@@ -1,13 +1,20 @@
-"""ZeRO: where DeepSpeed has weights, gradients and the optimizer's state, and how they are reached there.
+"""The stages of ZeRO: where DeepSpeed keeps weights, gradients and the optimizer's state, and access to them.
 
 ```
-stage   weights                   gradients              the optimizer works on
-0       whole                     whole                  the user's parameters
-1, 2    whole                     flat, a part of each   a flat part of each group's parameters, joined
-3       a flat part of each       a flat part of each    those parts, joined
+stage   weights in forward passes        gradients                    what the optimizer steps on
+0       the user's parameters            the user's, averaged         the user's parameters
+1, 2    views of a flat buffer for       this rank's partition of     this rank's partition of each flat buffer,
+        each parameter group             each flat buffer             in float32
+3       gathered for each submodule;     this rank's partition of     flat buffers of this rank's partitions,
+        else this rank's partition       each parameter               in float32
+        of each parameter
 ```
 
-What is done to an optimizer's state here holds for those that treat each entry by itself.
+With bfloat16 weights, the float32 buffers are *master weights*: the optimizer updates them, and DeepSpeed casts them
+for forward passes.
+
+The optimizer's state is converted between flat buffers and parameters entry by entry, which is right for optimizers
+that update each entry independently.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_grad,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_grad,
@@ -38,21 +46,21 @@ from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
 
-State = dict[str, Any]
-"""What an optimizer keeps of one parameter."""
+ParameterState = dict[str, Any]
+"""The optimizer's state of one parameter."""
 
 
-class Zero(ABC):
-    """One stage of ZeRO.
+class Stage0:
+    """Access to weights, gradients and optimizer state under ZeRO 0: replicas. Other stages override it.
 
     Args:
-        engine: DeepSpeed's.
-        slot: The user's optimizer, and the parameters that it had before.
-        groups: Those parameters, by the optimizer's groups.
+        engine: DeepSpeed's engine.
+        slot: The user's optimizer, with its parameters before DeepSpeed replaced them.
+        groups: Those parameters by the optimizer's parameter groups.
     """
 
-    deals_gradients: bool = True
-    """Whether each process has other gradients."""
+    is_partitioned: bool = False
+    """Whether gradients and the optimizer's state are partitioned over ranks."""
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, slot: OptimizerSlot, groups: Sequence[Sequence[Parameter]]
@@ -60,177 +68,159 @@ class Zero(ABC):
         self.engine, self.optimizer, self.groups = engine, slot.optimizer, groups
         self.trained = [parameter for parameter in slot.parameters if parameter.requires_grad]
         self._trained_ids = frozenset(map(id, self.trained))
-        self.inner: Any = engine.optimizer
-        """DeepSpeed's wrapper of the optimizer, of which no type tells."""
+        self.zero_optimizer: Any = engine.optimizer
+        """DeepSpeed's wrapper of the optimizer. It is untyped."""
 
-    def begin(self, model: nn.Module) -> None:
-        """Make the engine ready, before the first step."""
+    def prepare(self, model: nn.Module) -> None:
+        """Prepare the partitions for the first step."""
 
-    @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """Return what this process has of the gradients; what is changed in it is to be given to `set_gradients`."""
+        """Return this rank's gradients. `set_gradients` has to be called after a change in them."""
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Let the update be made from changed gradients."""
+        """Write changed gradients back, where `gradients` returned copies."""
 
-    def held(self, parameter: Parameter) -> Tensor:
-        """Return what this process has of the weights that forward passes use."""
+    def gather_weight(self, parameter: Parameter) -> Tensor:
+        """Return the full weight that the optimizer updates. A collective, unless the parameter itself is that."""
         return parameter.detach()
 
-    def whole(self, parameter: Parameter) -> Tensor:
-        """Return a whole weight, as it is updated. A collective, where that is not the one of forward passes."""
-        return parameter.detach()
-
-    @abstractmethod
     def set_weights(self, weights: Mapping[Parameter, Tensor]) -> None:
-        """Put whole weights, which every process has, in the place of the present ones. A collective."""
+        """Replace weights by full ones, equal on all ranks. A collective."""
+        for parameter, weight in weights.items():
+            parameter.copy_(weight)
 
     @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
-        """Surround an update."""
+    def stepping(self) -> Iterator[None]:
+        """Surround a step of DeepSpeed's engine."""
         yield
 
-    def has_masters(self, parameter: Parameter) -> bool:
-        """Whether forward passes use a copy of a weight in less precision than it is updated in."""
+    def has_master_weight(self, parameter: Parameter) -> bool:
+        """Return whether forward passes use a copy of a weight, in less precision than the one that is updated."""
         return id(parameter) in self._trained_ids and parameter.dtype != torch.float32
 
     # ---- the optimizer's state
 
-    def take_states(self, original_device: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
-        """Return the optimizer's state by the user's parameters, whole. A collective: one tensor at a time.
+    def gather_optimizer_state(
+        self, original_device: Callable[[Parameter], torch.device]
+    ) -> dict[Tensor, ParameterState]:
+        """Return the full optimizer state by the user's parameters. A collective: one tensor at a time.
 
         Args:
-            original_device: Returns the device where the state of a parameter is to be.
+            original_device: Returns the device on which the state of a parameter belongs.
         """
         return dict(self.optimizer.state)
 
-    def give_states(self, states: Mapping[Tensor, State]) -> None:
-        """Let the optimizer have such a state."""
+    def scatter_optimizer_state(self, states: Mapping[Tensor, ParameterState]) -> None:
+        """Load this rank's partition of a full optimizer state."""
         self.optimizer.state.update(states)
 
 
-class Stage0(Zero):
-    """ZeRO 0: everything is whole on every process, and the gradients are averaged."""
+class Partitioned(Stage0, ABC):
+    """A stage in which the optimizer steps on flat buffers."""
 
-    deals_gradients = False
-
-    @override
-    def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
-
-    @override
-    def set_weights(self, weights: Mapping[Parameter, Tensor]) -> None:
-        for parameter, weight in weights.items():
-            parameter.copy_(weight)
-
-
-class Partitioned(Zero):
-    """A stage in which the optimizer works on flat parts."""
+    is_partitioned = True
 
     @abstractmethod
-    def flats(self) -> list[tuple[Parameter, list[Parameter]]]:
-        """Return each flat tensor that the optimizer works on, with the parameters of which it has a part."""
+    def flat_buffers(self) -> list[tuple[Parameter, list[Parameter]]]:
+        """Return each flat buffer of the optimizer with the parameters it has partitions of."""
 
     @abstractmethod
-    def shape(self, parameter: Parameter) -> torch.Size:
-        """Return the shape of a whole parameter."""
+    def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
+        """Write this rank's partition of a full tensor of the optimizer's state."""
 
-    @abstractmethod
-    def set_state(self, parameter: Parameter, name: str, whole: Tensor) -> None:
-        """Put what this process has of a state's whole tensor in its place."""
-
-    def link(self, flat: Parameter, parameters: Sequence[Parameter]) -> None:
-        """Let DeepSpeed know the state of a flat tensor."""
+    def link_state(self, flat: Parameter, parameters: Sequence[Parameter]) -> None:
+        """Map the state of a flat buffer to its parameters, for DeepSpeed's access functions."""
 
     @override
-    def take_states(self, original_device: Callable[[Parameter], torch.device]) -> dict[Tensor, State]:
-        states: dict[Tensor, State] = {}
-        for flat, parameters in self.flats():
-            self.link(flat, parameters)
+    def gather_optimizer_state(
+        self, original_device: Callable[[Parameter], torch.device]
+    ) -> dict[Tensor, ParameterState]:
+        states: dict[Tensor, ParameterState] = {}
+        for flat, parameters in self.flat_buffers():
+            self.link_state(flat, parameters)
             for name, value in self.optimizer.state.get(flat, {}).items():
                 for parameter in parameters:
                     if is_entrywise(value, flat.shape):
-                        whole = safe_get_full_optimizer_state(parameter, name).reshape(self.shape(parameter))
-                        state = whole.to(original_device(parameter))
+                        full = safe_get_full_optimizer_state(parameter, name).reshape(full_shape(parameter))
+                        state = full.to(original_device(parameter))
                     else:
                         state = copy.deepcopy(value)
                     states.setdefault(parameter, {})[name] = state
         return states
 
     @override
-    def give_states(self, states: Mapping[Tensor, State]) -> None:
-        for flat, parameters in self.flats():
-            known = [parameter for parameter in parameters if parameter in states]
-            if not known:
+    def scatter_optimizer_state(self, states: Mapping[Tensor, ParameterState]) -> None:
+        for flat, parameters in self.flat_buffers():
+            stepped = [parameter for parameter in parameters if parameter in states]
+            if not stepped:
                 continue
-            like, shape = states[known[0]], self.shape(known[0])
-            entrywise = {name for name, value in like.items() if is_entrywise(value, shape)}
+            example, shape = states[stepped[0]], full_shape(stepped[0])
+            entrywise = {name for name, value in example.items() if is_entrywise(value, shape)}
             self.optimizer.state[flat] = {
                 name: torch.zeros_like(flat, dtype=value.dtype) if name in entrywise else copy.deepcopy(value)
-                for name, value in like.items()
+                for name, value in example.items()
             }
-            self.link(flat, parameters)
-            for parameter in known:
+            self.link_state(flat, parameters)
+            for parameter in stepped:
                 for name in entrywise:
-                    self.set_state(parameter, name, states[parameter][name])
+                    self.set_local_state(parameter, name, states[parameter][name])
 
 
 class Stage1And2(Partitioned):
-    """ZeRO 1 and 2: weights are whole, and views of flat tensors; each process updates a part of these."""
+    """ZeRO 1 and 2: parameters are views of flat buffers, of which each rank updates its partition."""
 
     @override
     def gradients(self) -> list[Tensor]:
-        if not self.inner.cpu_offload:
-            return [piece for pieces in self.inner.averaged_gradients.values() for piece in pieces or ()]
+        if not self.zero_optimizer.cpu_offload:
+            return [piece for pieces in self.zero_optimizer.averaged_gradients.values() for piece in pieces or ()]
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to the host are under way
-        return [flat.grad for flat in self.inner.single_partition_of_fp32_groups if flat.grad is not None]
+            torch.cuda.synchronize()  # wait for the copies to the host
+        return [flat.grad for flat in self.zero_optimizer.single_partition_of_fp32_groups if flat.grad is not None]
 
     @override
-    def whole(self, parameter: Parameter) -> Tensor:
-        return safe_get_full_fp32_param(parameter) if self.has_masters(parameter) else parameter.detach()
+    def gather_weight(self, parameter: Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter) if self.has_master_weight(parameter) else parameter.detach()
 
     @override
     def set_weights(self, weights: Mapping[Parameter, Tensor]) -> None:
         for parameter, weight in weights.items():
             parameter.copy_(weight)
-            if self.has_masters(parameter):
-                deepspeed.utils.safe_set_full_fp32_param(parameter, weight.float())
-        if not any(map(self.has_masters, weights)):
-            self.inner.refresh_fp32_params()
+            if self.has_master_weight(parameter):
+                safe_set_full_fp32_param(parameter, weight.float())
+        if not any(map(self.has_master_weight, weights)):
+            self.zero_optimizer.refresh_fp32_params()
 
     @override
-    def flats(self) -> list[tuple[Parameter, list[Parameter]]]:
-        return list(zip(self.inner.single_partition_of_fp32_groups, self.inner.bit16_groups, strict=True))
+    def flat_buffers(self) -> list[tuple[Parameter, list[Parameter]]]:
+        zero = self.zero_optimizer
+        return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
 
     @override
-    def shape(self, parameter: Parameter) -> torch.Size:
-        return parameter.shape
+    def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
+        safe_set_full_optimizer_state(parameter, full, name)
 
     @override
-    def set_state(self, parameter: Parameter, name: str, whole: Tensor) -> None:
-        safe_set_full_optimizer_state(parameter, whole, name)
-
-    @override
-    def link(self, flat: Parameter, parameters: Sequence[Parameter]) -> None:
+    def link_state(self, flat: Parameter, parameters: Sequence[Parameter]) -> None:
         if flat in self.optimizer.state:
             lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
 
 
 class Stage3(Partitioned):
-    """ZeRO 3: of each weight, too, a process has a part alone, but for while it is used."""
+    """ZeRO 3: each rank has a partition of each parameter, and gathers the parameter while it is used."""
 
     @torch.no_grad()
     @override
-    def begin(self, model: nn.Module) -> None:
-        """Zero what fills the last parts up: it is what was in memory, and differs from run to run."""
+    def prepare(self, model: nn.Module) -> None:
+        """Zero the padding of the last partitions: it is uninitialised memory, which differs from run to run."""
         for parameter in model.parameters():
-            part = is_partitioned(parameter).ds_tensor
-            real = min(max(is_partitioned(parameter).ds_numel - dist.get_rank() * part.numel(), 0), part.numel())
-            part[real:].zero_()
+            partition = as_partitioned(parameter).ds_tensor
+            start = dist.get_rank() * partition.numel()
+            size = min(max(as_partitioned(parameter).ds_numel - start, 0), partition.numel())
+            partition[size:].zero_()
             if id(parameter) in self._trained_ids:
-                safe_get_local_fp32_param(parameter)[real:].zero_()
-        self.hold_flats()
+                safe_get_local_fp32_param(parameter)[size:].zero_()
+        self.bind_optimizer()
 
     @override
     def gradients(self) -> list[Tensor]:
@@ -242,14 +232,9 @@ class Stage3(Partitioned):
             safe_set_local_grad(parameter, gradient)
 
     @override
-    def held(self, parameter: Parameter) -> Tensor:
-        part: Tensor = is_partitioned(parameter).ds_tensor
-        return part
-
-    @override
-    def whole(self, parameter: Parameter) -> Tensor:
-        if self.has_masters(parameter):
-            return safe_get_full_fp32_param(parameter).reshape(self.shape(parameter))
+    def gather_weight(self, parameter: Parameter) -> Tensor:
+        if self.has_master_weight(parameter):
+            return safe_get_full_fp32_param(parameter).reshape(full_shape(parameter))
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
@@ -260,55 +245,58 @@ class Stage3(Partitioned):
                 parameter.copy_(weight)
             if id(parameter) in self._trained_ids:
                 safe_set_local_fp32_param(parameter, slice_partition(parameter, weight.to(self.engine.device).float()))
-        self.inner.checkpoint_event_epilogue()  # small weights are whole all the time
+        self.zero_optimizer.checkpoint_event_epilogue()  # gathers the small weights, which stay gathered
 
     @contextlib.contextmanager
     @override
-    def updating(self) -> Iterator[None]:
-        """Let DeepSpeed choose what the optimizer works on."""
+    def stepping(self) -> Iterator[None]:
+        """Empty the optimizer's groups: DeepSpeed steps on one flat buffer after the other, and sets each itself."""
         for group in self.optimizer.param_groups:
             group["params"] = []
         yield
-        self.hold_flats()
+        self.bind_optimizer()
 
-    def hold_flats(self) -> None:
-        """Let the optimizer hold what it works on, so that it can tell its state."""
+    def bind_optimizer(self) -> None:
+        """Set the flat buffers as the optimizer's parameters, so that its `state_dict()` includes their state."""
         for group in self.optimizer.param_groups:
             group["params"] = []
-        for flat, parameters in self.flats():
+        for flat, parameters in self.flat_buffers():
             number = next(n for n, group in enumerate(self.groups) if any(p is parameters[0] for p in group))
             self.optimizer.param_groups[number]["params"].append(flat)
 
     @override
-    def flats(self) -> list[tuple[Parameter, list[Parameter]]]:
-        return list(zip(self.inner.fp32_partitioned_groups_flat, self.inner.fp16_groups, strict=True))
+    def flat_buffers(self) -> list[tuple[Parameter, list[Parameter]]]:
+        zero = self.zero_optimizer
+        return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
 
     @override
-    def shape(self, parameter: Parameter) -> torch.Size:
-        shape: torch.Size = is_partitioned(parameter).ds_shape
-        return shape
-
-    @override
-    def set_state(self, parameter: Parameter, name: str, whole: Tensor) -> None:
-        safe_set_local_optimizer_state(parameter, slice_partition(parameter, whole), name)
+    def set_local_state(self, parameter: Parameter, name: str, full: Tensor) -> None:
+        safe_set_local_optimizer_state(parameter, slice_partition(parameter, full), name)
 
 
-STAGES: tuple[type[Zero], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
+STAGES: tuple[type[Stage0], ...] = (Stage0, Stage1And2, Stage1And2, Stage3)
+"""The class of each stage by its number."""
 
 
-def is_partitioned(parameter: Parameter) -> Any:
-    """Return a parameter of ZeRO 3 as one that has `ds_tensor`, `ds_numel` and `ds_shape`, of which no type tells."""
+def as_partitioned(parameter: Parameter) -> Any:
+    """Return a parameter of ZeRO 3, untyped: DeepSpeed adds `ds_tensor` and `ds_numel` to it."""
     return parameter
 
 
-def slice_partition(parameter: Parameter, whole: Tensor) -> Tensor:
-    """Cut this process's part of a parameter out of a whole tensor, the last one filled up with zeros."""
-    size: int = is_partitioned(parameter).ds_tensor.numel()
+def full_shape(parameter: Parameter) -> torch.Size:
+    """Return the shape of a full parameter, which ZeRO 3 leaves empty."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def slice_partition(parameter: Parameter, full: Tensor) -> Tensor:
+    """Return this rank's flat partition of a full tensor. The last partition is padded with zeros."""
+    size: int = as_partitioned(parameter).ds_tensor.numel()
     start = dist.get_rank() * size
-    piece = whole.flatten()[start : start + size]
-    return nn.functional.pad(piece, (0, size - piece.numel()))
+    partition = full.flatten()[start : start + size]
+    return nn.functional.pad(partition, (0, size - partition.numel()))
 
 
 def is_entrywise(value: object, shape: torch.Size) -> bool:
-    """Say whether a value of an optimizer's state has one entry for each of a tensor's."""
+    """Return whether a value of an optimizer's state has one entry for each entry of a tensor of this shape."""
     return isinstance(value, Tensor) and value.shape == shape and value.dim() > 0
