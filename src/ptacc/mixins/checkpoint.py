@@ -264,10 +264,10 @@ class CheckpointMixin(Mixin):
 
     @override
     def on_step_end(self, step: StepResult) -> None:
-        """Check what the optimizer keeps from its first step on."""
         super().on_step_end(step)
-        if step.step == 1:
-            check_storable(Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots)
+        if step.step == 1:  # optimizers and metrics have a state from here on
+            optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
+            check_storable([*optimizers, *own_parts(self)])
 
     @override
     def on_run_end(self) -> None:
