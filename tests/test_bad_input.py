@@ -458,7 +458,7 @@ def test_a_schedule_of_a_misspelt_value_is_refused() -> None:
 def test_a_schedule_in_place_of_what_makes_one_is_refused() -> None:
     schedule = StepLR(SGD(nn.Linear(1, 1).parameters(), lr=0.1), 1)
     for given in (schedule, StepLR, None):
-        not_made(OptionError, "must be a function that makes the schedule", Scheduled, create_scheduler=given)
+        not_made(OptionError, "must be a function that creates the scheduler", Scheduled, create_scheduler=given)
     not_made(OptionError, 'must be "step" or "epoch"', Scheduled, create_scheduler=len, scheduler_interval="batch")
 
 

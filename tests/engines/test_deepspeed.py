@@ -598,7 +598,7 @@ def test_it_is_one_engine_of_one() -> None:
         (EMAMixin, {"ema_decay": 0.9}, "EMAMixin averages or copies the weights, and under ZeRO 3"),
         (SWAMixin, {"swa_start": 1}, "swa_start=1 averages or copies the weights, and under ZeRO 3"),
         (Usual, {"callbacks": [RestoreBestWeights("eval_loss")]}, "RestoreBestWeights averages or copies"),
-        (CompileMixin, {}, "CompileMixin traces whole weights, and ZeRO 3 has parts of them"),
+        (CompileMixin, {}, "CompileMixin traces full parameters, and ZeRO 3 partitions them"),
     ],
 )
 def test_what_needs_whole_weights_does_not_go_with_the_third_stage(

@@ -93,7 +93,7 @@ def test_each_process_writes_its_own_shards_and_no_more(tmp_path: Path) -> None:
 def test_another_number_of_processes_goes_on_with_the_same_run(tmp_path: Path, before: int, after: int) -> None:
     def go(directory: str, steps: int = LAST, **options: Any) -> Outcome:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The run goes on with")
+            warnings.filterwarnings("ignore", "The run resumes with")
             return train(Sharded, tmp_path / directory, steps, has_batch_norm=False, **options)
 
     (losses, tensors), *_ = run_ranks(lambda: go("whole"), before)

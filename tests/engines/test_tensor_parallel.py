@@ -224,7 +224,7 @@ def go(kind: type[Saving], directory: Path, steps: int, **options: Any) -> tuple
     trainer = kind(**parts(model), checkpoint_dir=directory, checkpoint_every=Steps(2), **options)
     size = 12 // trainer.distributed.replicas
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The run goes on with")
+        warnings.filterwarnings("ignore", "The run resumes with")
         history = trainer.train(digits(200), digits(70), num_epochs=2, max_steps=steps, per_device_batch_size=size)
     trainer.export_model(directory / "model.safetensors", overwrite=True)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -335,7 +335,7 @@ def refusal(kind: type[Usual], options: dict[str, Any], model: nn.Module | None 
         ({"block.*.up": "colwise"}, "PairNet calls no submodule that has the name 'block.*.up'. Did you mean"),
         ({"blocks.0.norm": "colwise"}, "blocks.0.norm is a LayerNorm, and 'colwise' splits a Linear"),
         ({"enter": "embedding_rowwise"}, "enter is a Linear, and 'embedding_rowwise' splits a Embedding"),
-        (None, "PairNet brings no plan of its own"),
+        (None, "PairNet has no plan of its own"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_on_one_process_too(plan: Any, message: str) -> None:
@@ -350,7 +350,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
     plan = {"head": "colwise_gather_output"}
     assert "head shares a parameter with another module" in refusal(Split, {"tensor_parallel_plan": plan}, Tied())
     for said in run_ranks(refusal, 4, Split, {"tensor_parallel_size": 2}, timeout=40):
-        assert "which are 2 replicas, and nothing deals those out. Compose FSDPMixin" in said
+        assert "2 replicas, and no mixin shards those. Compose FSDPMixin" in said
     for said in run_ranks(refusal, 3, Split, {"tensor_parallel_size": 2}):
         assert "2 processes are to share each replica of the model, and 3 were launched" in said
 

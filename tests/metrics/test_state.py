@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from ptacc import CheckpointMixin, MetricsMixin, Trainer
 from ptacc.errors import CheckpointError
-from ptacc.metrics.state import MetricStates
 from ptacc.testing import tiny_data, tiny_parts
 from tests.checkpoint.test_packages import (
     BY_NAME,
@@ -26,7 +25,6 @@ from tests.checkpoint.test_packages import (
     data_for,
     feed,
     make,
-    rand,
     states,
     through,
 )
@@ -245,7 +243,7 @@ def test_a_run_that_could_not_be_saved_is_refused_at_its_start(
     trainer_class: Any, first_update: int, steps: int, tmp_path: Path
 ) -> None:
     trainer = trainer_class(**tiny_parts(), train_metrics={"sum": Held(first_update)}, checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="Held.held is a .*Counts that cannot be stored"):
+    with pytest.raises(CheckpointError, match=r"Held.held is a .*Counts that cannot be stored"):
         trainer.train(tiny_data(), num_epochs=1)
     assert trainer.progress.steps == steps
 
@@ -331,7 +329,7 @@ def test_an_attribute_that_update_makes_is_refused() -> None:
     before = states(metric)
     before.state_dict()
     metric.held = Counts()
-    with pytest.raises(CheckpointError, match="SumMetric.held is a .*Counts that cannot be stored"):
+    with pytest.raises(CheckpointError, match=r"SumMetric.held is a .*Counts that cannot be stored"):
         before.state_dict()
 
 

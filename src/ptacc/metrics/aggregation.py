@@ -39,13 +39,16 @@ class GatheredMetric:
         return self._metric.compute()
 
     def reset(self) -> None:
+        """Discard all batches."""
         self._batches.clear()
         self._metric.reset()
 
     def state_dict(self) -> StateDict:
+        """Return the batches of this rank."""
         return {"batches": list(self._batches)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load the batches of this rank."""
         self._batches = list(state_dict["batches"])
 
 

@@ -89,13 +89,13 @@ class MetricStates:
 def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Iterate over metrics, the metrics in them, and modules with buffers in them, each with its path."""
     for name, metric in metrics.items():
-        if is_metric(metric) or getattr(metric, "_buffers", None):
+        if _is_metric(metric) or getattr(metric, "_buffers", None):
             yield f"{prefix}{name}", metric
         if isinstance(metric, nn.Module):  # `named_modules()` would hash the states of metrics
             yield from iterate_metrics(metric._modules, f"{prefix}{name}.")  # noqa: SLF001
 
 
-def is_metric(value: object) -> bool:
+def _is_metric(value: object) -> bool:
     methods = ("update", "compute", "reset")
     return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
 
@@ -124,7 +124,7 @@ def group_attributes(metric: object) -> tuple[dict[str, Any], dict[str, Any], di
     others: dict[str, Any] = {}
     if not isinstance(metric, nn.Module):
         return values, arguments, others
-    own = (vars(metric) if is_metric(metric) else {}) | metric._buffers  # noqa: SLF001
+    own = (vars(metric) if _is_metric(metric) else {}) | metric._buffers  # noqa: SLF001
     common, states = vars(nn.Module()).keys(), frozenset[str]()
     if isinstance(metric, Metric):
         common, states = list_common_attributes(), frozenset(metric.metric_state)
@@ -133,7 +133,7 @@ def group_attributes(metric: object) -> tuple[dict[str, Any], dict[str, Any], di
     parameters = list_parameters(type(metric)) - states
     for name, value in own.items():
         if name not in common:
-            group = others if not is_storable(value) else arguments if name.lstrip("_") in parameters else values
+            group = others if not _is_storable(value) else arguments if name.lstrip("_") in parameters else values
             group[name] = value
     if type(metric).get_extra_state is not nn.Module.get_extra_state:
         values[EXTRA], others = metric.get_extra_state(), {}
@@ -156,7 +156,7 @@ def list_parameters(cls: type) -> frozenset[str]:
     return frozenset(name for constructor in constructors for name in inspect.signature(constructor).parameters)
 
 
-def is_storable(value: object) -> bool:
+def _is_storable(value: object) -> bool:
     try:
         encode(value)
     except CheckpointError:
@@ -166,7 +166,7 @@ def is_storable(value: object) -> bool:
 
 def is_constant(value: object) -> bool:
     """Whether an object that cannot be stored comes with the metric, and `update()` does not change it."""
-    if is_metric(value):
+    if _is_metric(value):
         return False
     parts = [part for _, part in children(value)]
     is_known = (
@@ -226,7 +226,7 @@ def check_metric_state(metric: object, state: Any) -> None:
         for name in state["values"].keys() - values.keys() - arguments.keys():
             # `update()` may set new attributes, and no attribute of another kind is replaced.
             is_new = str(name).isidentifier() and name not in vars(metric)
-            if not (is_new and is_storable(getattr(metric, name, None))):
+            if not (is_new and _is_storable(getattr(metric, name, None))):
                 raise CheckpointError(f"{kind}: the state has the value {name}, and this one cannot have it. {REMEDY}")
 
 

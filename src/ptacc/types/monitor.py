@@ -65,6 +65,6 @@ class Best:
         as_monitor(self.monitor, self.mode)
 
     @property
-    def monitored(self) -> Monitor:
-        """The handle of the value."""
+    def resolved_monitor(self) -> Monitor:
+        """The value as a `Monitor`."""
         return as_monitor(self.monitor, self.mode)
