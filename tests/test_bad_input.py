@@ -463,7 +463,7 @@ def test_a_schedule_with_a_misspelt_monitor_is_refused() -> None:
 def test_a_schedule_instead_of_a_factory_is_refused() -> None:
     schedule = StepLR(SGD(nn.Linear(1, 1).parameters(), lr=0.1), 1)
     for given in (schedule, StepLR, None):
-        refuse_options(OptionError, "must be a function that makes the schedule", Scheduled, create_scheduler=given)
+        refuse_options(OptionError, "must be a function that creates the scheduler", Scheduled, create_scheduler=given)
     refuse_options(
         OptionError, 'must be "step" or "epoch"', Scheduled, create_scheduler=len, scheduler_interval="batch"
     )

@@ -1,4 +1,4 @@
-"""Every metric of torchmetrics goes on from a checkpoint as if nothing had been, and so do metrics of one's own."""
+"""Every metric of torchmetrics resumes from a checkpoint with the same state and value, or is refused by name."""
 
 import importlib
 import inspect
@@ -18,7 +18,8 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 from typing_extensions import override
 
 from ptacc.checkpoint.parts import Part
-from ptacc.metrics.state import load_metric_state, metric_state
+from ptacc.errors import CheckpointError
+from ptacc.metrics.state import MetricStates
 from tests.checkpoint.test_parts import through_files
 
 # torchmetrics warns of memory, of names that will go, and of inputs that say little.
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def shipped() -> dict[str, Any]:
-    """Return every metric that stands anywhere in torchmetrics, exported or waiting for a package."""
+    """Return every metric in torchmetrics, exported or not."""
     modules = [each.name for each in pkgutil.walk_packages(torchmetrics.__path__, "torchmetrics.")]
     names = [name for name in modules if not {"functional", "utilities"} & set(name.split("."))]
     members = [member for name in names for member in vars(importlib.import_module(name)).values()]
@@ -36,11 +37,11 @@ def shipped() -> dict[str, Any]:
 
 def is_tried(value: object) -> bool:
     if not isinstance(value, type) or inspect.isabstract(value) or value.__name__ == "_ClassificationTaskWrapper":
-        return False  # that one is abstract too, and does not say so
+        return False  # abstract, without abstract methods
     return issubclass(value, Metric | MetricCollection | MetricTracker)
 
 
-# ---- what metrics are given: by name, by what the name begins with, by domain
+# ---- inputs of metrics: by name, by prefix of the name, by domain
 
 rand, randn = torch.rand, torch.randn
 WORDS = ["the", "small", "cat", "and", "a", "big", "dog", "sat", "on", "one", "mat"]
@@ -82,7 +83,7 @@ def sharpened() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def pictures() -> tuple[Tensor, bool]:
-    return ints(255, 6, 3, 2, 2).byte(), torch.initial_seed() % 2 == 0  # real ones and made ones, in turn
+    return ints(255, 6, 3, 2, 2).byte(), torch.initial_seed() % 2 == 0  # real and generated ones, in turn
 
 
 GIVEN: list[tuple[str, Callable[[], Any]]] = [
@@ -131,7 +132,7 @@ def data_for(name: str) -> Callable[[], Any]:
     return next(BY_NAME[key] for key in (kind, *beginnings, domain) if key in BY_NAME)
 
 
-# ---- what metrics are made with: by the parameters they need, and by name
+# ---- arguments of metrics: by required parameter, and by name
 
 
 class Features(nn.Module):
@@ -154,7 +155,7 @@ class Features(nn.Module):
 
 
 def arguments() -> dict[str, Any]:
-    """Return what parameters without a default are given."""
+    """Return a value for each parameter that has no default."""
     rates = dict.fromkeys(("beta", "min_precision", "min_recall", "min_sensitivity", "min_specificity"), 0.5)
     sizes = {"fs": 16000, "num_classes": 3, "num_groups": 2, "num_labels": 3, "num_outputs": 2, "p": 3}
     parts = {"metric_a": MeanMetric(), "metric_b": SumMetric(), "metric": MulticlassAccuracy(3, average=None)}
@@ -192,7 +193,7 @@ def make(name: str) -> Any:
     return kind(**needed | OPTIONS.get(kind.__name__.removeprefix("_"), dict)())
 
 
-# ---- what is not here: a star marks what downloads weights besides
+# ---- missing packages: a star marks metrics that also download weights
 
 MISSING = {
     "gammatone": "SpeechReverberationModulationEnergyRatio",
@@ -211,7 +212,7 @@ MISSING = {
 
 
 def skip_where_missing(name: str) -> None:
-    """Skip a metric that needs what is not here; that it does is seen from how it fails."""
+    """Skip a metric whose package is not installed, after checking that it fails because of that."""
     kind = SHIPPED[name].__name__
     for package, names in MISSING.items():
         if find_spec(package) is None and {kind, f"{kind}*"} & set(names.split()):
@@ -222,7 +223,7 @@ def skip_where_missing(name: str) -> None:
             pytest.skip(f"{kind} downloads its weights")
 
 
-# ---- they go on
+# ---- resuming
 
 
 def feed(metrics: Sequence[Any], give: Callable[[], Any], seeds: range, hows: str) -> None:
@@ -235,7 +236,7 @@ def feed(metrics: Sequence[Any], give: Callable[[], Any], seeds: range, hows: st
 
 
 def bits(value: object) -> object:
-    """Return what can be compared to the last bit."""
+    """Return a value that compares equal only if every bit is equal."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
     if isinstance(value, dict):
@@ -246,41 +247,51 @@ def bits(value: object) -> object:
 
 
 def computed(metric: Any) -> object:
-    torch.manual_seed(0)  # some draw as they compute
+    torch.manual_seed(0)  # some draw random numbers when they compute
     return bits(metric.compute())
 
 
-def through(directory: Path, metric: object) -> Any:
-    return through_files(directory, Part("metric", metric_state(metric))).take("metric")
+def states(metric: object) -> MetricStates:
+    return MetricStates({"metric": metric})
 
 
-def check_goes_on(make: Callable[[], Any], give: Callable[[], Any], directory: Path, hows: str = "ufufu") -> Any:
-    """Check that a metric goes on from its state; return it, and another that was fed what came later alone."""
-    whole, saved, resumed, late = make(), make(), make(), make()
-    feed([whole, saved], give, range(3), hows)
-    state = through(directory, saved)
-    before = bits(state)
-    load_metric_state(resumed, state)
-    assert bits(metric_state(resumed)) == bits(metric_state(whole))
-    assert computed(resumed) == computed(whole)
-    feed([whole, resumed, late], give, range(3, 5), hows)
-    assert computed(resumed) == computed(whole)
-    assert bits(metric_state(resumed)) == bits(metric_state(whole))
-    assert bits(state) == before, "a metric shares with the state that it was given"
-    return whole, late
+def through(directory: Path, saved: MetricStates) -> Any:
+    return through_files(directory, Part("metric", saved.state_dict())).take("metric")
+
+
+def check_resumes(make: Callable[[], Any], give: Callable[[], Any], directory: Path, hows: str = "ufufu") -> Any:
+    """Check that a metric resumes from its state; return one that ran through, and one with the later data only."""
+    through_run, saved, resumed, late = make(), make(), make(), make()
+    expected, before_save, after_load = map(states, (through_run, saved, resumed))
+    feed([through_run, saved], give, range(3), hows)
+    state = through(directory, before_save)
+    loaded = bits(state)
+    after_load.load_state_dict(state)
+    assert bits(after_load.state_dict()) == bits(expected.state_dict())
+    assert computed(resumed) == computed(through_run)
+    feed([through_run, resumed, late], give, range(3, 5), hows)
+    assert computed(resumed) == computed(through_run)
+    assert bits(after_load.state_dict()) == bits(expected.state_dict())
+    assert bits(state) == loaded, "a metric shares memory with the state that it has loaded"
+    return through_run, late
 
 
 SHIPPED = shipped()
-FORGETS = {"aggregation.BaseAggregator", "aggregation.MinMetric", "wrappers.tracker.MetricTracker"}
+FORGETS = {"aggregation.BaseAggregator", "aggregation.MinMetric"}
+REFUSED = {"wrappers.tracker.MetricTracker": r"added or removed during a run cannot be resumed: \['metric.1'"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_metric_goes_on(name: str, tmp_path: Path) -> None:
+def test_a_metric_resumes(name: str, tmp_path: Path) -> None:
     skip_where_missing(name)
-    # `forward` would compute half of the pictures alone, which cannot be; and a BootStrapper's forgets earlier batches.
+    if name in REFUSED:
+        with pytest.raises(CheckpointError, match=REFUSED[name]):
+            check_resumes(lambda: make(name), data_for(name), tmp_path)
+        return
+    # `forward` would compute one half of the pictures without the other; a BootStrapper's forgets earlier batches.
     hows = "uuuuu" if data_for(name) is pictures or name.endswith("BootStrapper") else "ufufu"
-    whole, late = check_goes_on(lambda: make(name), data_for(name), tmp_path, hows)
-    assert (computed(late) == computed(whole)) == (name in FORGETS), "the data do not tell whether a state was loaded"
+    through_run, late = check_resumes(lambda: make(name), data_for(name), tmp_path, hows)
+    assert (computed(late) == computed(through_run)) == (name in FORGETS), "the data do not show if a state was loaded"
 
 
 def test_every_export_is_tried() -> None:

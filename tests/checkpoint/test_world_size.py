@@ -91,7 +91,7 @@ def legs(directory: Path, plan: Plan, **options: Any) -> tuple[list[int], Any]:
 
 
 ORDER = epoch_order(SEED, 0, SAMPLES) + epoch_order(SEED, 1, SAMPLES)
-pytestmark = pytest.mark.filterwarnings("ignore:The run goes on with")
+pytestmark = pytest.mark.filterwarnings("ignore:The run resumes with")
 
 
 def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:

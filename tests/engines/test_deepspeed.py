@@ -601,7 +601,7 @@ def test_a_second_engine_raises() -> None:
         (EMAMixin, {"ema_decay": 0.9}, "EMAMixin averages or copies the weights, and under ZeRO 3"),
         (SWAMixin, {"swa_start": 1}, "swa_start=1 averages or copies the weights, and under ZeRO 3"),
         (Usual, {"callbacks": [RestoreBestWeights("eval_loss")]}, "RestoreBestWeights averages or copies"),
-        (CompileMixin, {}, "CompileMixin traces whole weights, and ZeRO 3 has parts of them"),
+        (CompileMixin, {}, "CompileMixin traces full parameters, and ZeRO 3 partitions them"),
     ],
 )
 def test_stage_3_rejects_what_needs_full_weights(mixin: type[Any], options: dict[str, Any], message: str) -> None:

@@ -97,7 +97,7 @@ def test_each_rank_writes_only_its_own_shards(tmp_path: Path) -> None:
 def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     def go(directory: str, steps: int = LAST, **options: Any) -> Outcome:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The run goes on with")
+            warnings.filterwarnings("ignore", "The run resumes with")
             return train(Sharded, tmp_path / directory, steps, has_batch_norm=False, **options)
 
     (losses, tensors), *_ = run_ranks(lambda: go("whole"), before)

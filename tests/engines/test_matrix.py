@@ -50,7 +50,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
 """Every public mixin without an engine, with options under which it has an effect."""
 YES, REFUSED = "yes", "refused"
 REFUSALS: Mapping[tuple[str, str], str] = {
-    ("ZeRO 3", "CompileMixin"): "CompileMixin traces whole weights",
+    ("ZeRO 3", "CompileMixin"): "CompileMixin traces full parameters",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
     ("ZeRO 3", "SWAMixin"): "swa_start=1 averages or copies the weights",
 }

@@ -224,7 +224,7 @@ def go(kind: type[Saving], directory: Path, steps: int, **options: Any) -> tuple
     trainer = kind(**parts(model), checkpoint_dir=directory, checkpoint_every=Steps(2), **options)
     size = 12 // trainer.distributed.replicas
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The run goes on with")
+        warnings.filterwarnings("ignore", "The run resumes with")
         history = trainer.train(digits(200), digits(70), num_epochs=2, max_steps=steps, per_device_batch_size=size)
     trainer.export_model(directory / "model.safetensors", overwrite=True)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -337,7 +337,7 @@ def error_message(kind: type[Usual], options: dict[str, Any], model: nn.Module |
         ({"block.*.up": "colwise"}, "PairNet calls no submodule that has the name 'block.*.up'. Did you mean"),
         ({"blocks.0.norm": "colwise"}, "blocks.0.norm is a LayerNorm, and 'colwise' splits a Linear"),
         ({"enter": "embedding_rowwise"}, "enter is a Linear, and 'embedding_rowwise' splits a Embedding"),
-        (None, "PairNet brings no plan of its own"),
+        (None, "PairNet has no plan of its own"),
     ],
 )
 def test_an_invalid_plan_raises_on_one_process_as_well(plan: Any, message: str) -> None:

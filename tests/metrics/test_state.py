@@ -1,30 +1,46 @@
-"""Metrics in each other, and metrics of one's own, go on from a checkpoint as if nothing had been."""
+"""Collections, wrappers and metrics of your own resume from a checkpoint; what cannot be stored is refused by name."""
 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, MetricTracker, SumMetric
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryPrecision, BinaryROC, MulticlassAccuracy
 from typing_extensions import override
 
+from ptacc import CheckpointMixin, MetricsMixin, Trainer
 from ptacc.errors import CheckpointError
-from ptacc.metrics.state import load_metric_state, metric_state
-from tests.checkpoint.test_packages import BY_NAME, bits, check_goes_on, computed, data_for, feed, make, rand, through
+from ptacc.testing import tiny_data, tiny_parts
+from tests.checkpoint.test_packages import (
+    BY_NAME,
+    bits,
+    check_resumes,
+    computed,
+    data_for,
+    feed,
+    make,
+    states,
+    through,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# ---- collections, wrappers in wrappers, and metrics of one's own
+# ---- collections, nested wrappers, and metrics of your own
+
+
+class Counts:
+    total = 0
 
 
 class PlainMean:
-    """Knows nothing of torchmetrics."""
+    """Does not use torchmetrics."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -48,7 +64,7 @@ class PlainMean:
 
 
 class Undeclared(Metric):
-    """Keeps what it sees in attributes of many kinds, and declares none of them."""
+    """Keeps its state in attributes of many kinds, none of them registered."""
 
     count = 0
     total: Tensor
@@ -58,7 +74,7 @@ class Undeclared(Metric):
         self.limit = limit
         self.words = Counter(words)
         self.kinds: set[float] = set()
-        self.inner: dict[str, list[Any]] = {"means": [MeanMetric(), PlainMean()]}
+        self.inner = nn.ModuleDict({"mean": MeanMetric()})
         self.choose = len
         self.generator = random.Random(0)
         self.register_buffer("total", torch.zeros(2))
@@ -69,14 +85,13 @@ class Undeclared(Metric):
         self.count += 1
         self.words.update(wanted.tolist())
         self.kinds.add(float(found.min()))
-        self.inner["means"][0].update(found)
-        self.inner["means"][1].update(found, wanted)
+        self.inner["mean"].update(found)
         self.total = self.total + self.generator.random()
 
     @override
     def compute(self) -> Any:
-        inner = [float(mean.compute()) for mean in self.inner["means"]]
-        return [self.limit, self.count, self.words[1], *sorted(self.kinds), *inner, *self.total.tolist()]
+        inner = float(self.inner["mean"].compute())
+        return [self.limit, self.count, self.words[1], *sorted(self.kinds), inner, *self.total.tolist()]
 
     @override
     def get_extra_state(self) -> Any:
@@ -88,13 +103,13 @@ class Undeclared(Metric):
 
 
 class Module(nn.Module):
-    """Is a module, and no metric of torchmetrics."""
+    """A module with the methods of a metric that is not derived from torchmetrics."""
 
     total: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self._cache = MeanMetric(), 0  # torchmetrics calls something of its own by that name
+        self.inner, self._cache = MeanMetric(), 0  # torchmetrics has an attribute of this name
         self.register_buffer("total", torch.zeros(()))
 
     def update(self, found: Tensor, _wanted: Tensor) -> None:
@@ -120,7 +135,6 @@ MORE: dict[str, Callable[[], Any]] = {
     "groups": collection,
     "groups by name": lambda: collection(compute_groups=[["a", "b"], ["c", "d"]]),
     "no groups": lambda: collection(compute_groups=False),
-    "tracked collection": lambda: MetricTracker(collection(prefix="x/"), maximize=[True] * 4),
     "composition": lambda: (BinaryAccuracy() + BinaryPrecision()) * torch.tensor(2.0),
     "not a number": lambda: MeanMetric(nan_strategy=float("nan")),
     "plain": PlainMean,
@@ -131,37 +145,21 @@ MORE: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("how", ["uuuuu", "ufufu"])
 @pytest.mark.parametrize("name", MORE)
-def test_what_is_made_of_metrics_goes_on(name: str, how: str, tmp_path: Path) -> None:
-    whole, late = check_goes_on(MORE[name], BY_NAME["Binary"], tmp_path, how)
-    assert computed(late) != computed(whole) or name == "tracked collection"
+def test_a_metric_made_of_metrics_resumes(name: str, how: str, tmp_path: Path) -> None:
+    through_run, late = check_resumes(MORE[name], BY_NAME["Binary"], tmp_path, how)
+    assert computed(late) != computed(through_run)
 
 
-# ---- what else a state is asked for
+# ---- what a state holds
 
 
 @pytest.mark.parametrize("name", ["aggregation.MeanMetric", "collections.MetricCollection", "wrappers.running.Running"])
-def test_a_metric_that_saw_nothing_goes_on(name: str, tmp_path: Path) -> None:
-    whole, resumed = make(name), make(name)
-    load_metric_state(resumed, through(tmp_path, make(name)))
-    assert bits(metric_state(resumed)) == bits(metric_state(whole))
-    feed([whole, resumed], data_for(name), range(2), "uu")
-    assert computed(resumed) == computed(whole)
-
-
-class Drawn(SumMetric):
-    @override
-    def compute(self) -> Tensor:
-        return rand(())
-
-
-def test_a_value_that_was_computed_is_not_computed_again(tmp_path: Path) -> None:
-    metric, resumed = Drawn(), Drawn()
-    metric.update(1.0)
-    value = metric.compute()
-    load_metric_state(resumed, through(tmp_path, metric))
-    assert torch.equal(resumed.compute(), value)
-    resumed.update(1.0)
-    assert not torch.equal(resumed.compute(), value)
+def test_a_metric_without_updates_resumes(name: str, tmp_path: Path) -> None:
+    expected, resumed = make(name), make(name)
+    states(resumed).load_state_dict(through(tmp_path, states(make(name))))
+    assert bits(states(resumed).state_dict()) == bits(states(expected).state_dict())
+    feed([expected, resumed], data_for(name), range(2), "uu")
+    assert computed(resumed) == computed(expected)
 
 
 class Described(SumMetric):
@@ -170,59 +168,102 @@ class Described(SumMetric):
         return {"value": self.sum_value, "by": object}
 
 
-def test_a_computed_value_that_cannot_be_stored_is_computed_again(tmp_path: Path) -> None:
+def test_a_computed_value_is_computed_again(tmp_path: Path) -> None:
     metric, resumed = Described(), Described()
     metric.update(2.0)
     metric.compute()
-    load_metric_state(resumed, through(tmp_path, metric))
+    states(resumed).load_state_dict(through(tmp_path, states(metric)))
     assert resumed.compute()["value"] == 2
 
 
-def test_a_tracker_follows_to_fewer_steps(tmp_path: Path) -> None:
-    short, long = make("wrappers.tracker.MetricTracker"), make("wrappers.tracker.MetricTracker")
-    feed([short], BY_NAME["regression"], range(2), "uu")
-    feed([long], BY_NAME["regression"], range(4), "uuuu")
-    load_metric_state(long, through(tmp_path, short))
-    assert (long.n_steps, bits(long.compute_all())) == (2, bits(short.compute_all()))
-
-
-def test_a_synchronised_metric_keeps_what_is_its_own() -> None:
+def test_a_synchronised_metric_keeps_the_states_of_its_rank() -> None:
     metric, resumed = SumMetric(), SumMetric()
     metric.update(3.0)
     metric.sync(dist_sync_fn=lambda value, group: [value, value], distributed_available=lambda: True)
     assert metric.sum_value == 6
-    load_metric_state(resumed, metric_state(metric))
+    states(resumed).load_state_dict(states(metric).state_dict())
     assert resumed.compute() == 3
 
 
-def test_groups_are_groups_at_once(tmp_path: Path) -> None:
+def test_the_metrics_of_a_compute_group_share_their_state_at_once(tmp_path: Path) -> None:
     saved, resumed = collection(), collection()
     feed([saved], BY_NAME["Binary"], range(1), "u")
-    load_metric_state(resumed, through(tmp_path, saved))
+    states(resumed).load_state_dict(through(tmp_path, states(saved)))
     assert resumed.get_submodule("a").tp is resumed.get_submodule("b").tp
     feed([resumed], BY_NAME["Binary"], range(1), "u")
     assert resumed.compute_groups == {0: ["a", "b"], 1: ["c", "d"]}
     assert [metric.update_count for metric in resumed.values(copy_state=False)] == [2, 2, 2, 2]
 
 
-def test_tensors_go_to_the_device_of_the_metric(tmp_path: Path) -> None:
-    saved, here, on_host = CatMetric(), CatMetric().to("meta"), CatMetric(compute_on_cpu=True).to("meta")
+def test_tensors_are_moved_to_the_device_of_the_metric(tmp_path: Path) -> None:
+    saved, resumed = CatMetric(), CatMetric().to("meta")
     saved.update(torch.ones(2))
-    saved.compute()
-    for metric in (here, on_host):
-        load_metric_state(metric, through(tmp_path / str(id(metric)), saved))
-    assert vars(here)["_computed"].is_meta
-    assert [metric.metric_state["value"][0].is_meta for metric in (here, on_host)] == [True, False]
+    states(resumed).load_state_dict(through(tmp_path, states(saved)))
+    assert resumed.metric_state["value"][0].is_meta
 
 
-# ---- what is refused
+def test_saving_leaves_the_metric_as_it_is() -> None:
+    metric = SumMetric()
+    metric.persistent(False)
+    before = dict(vars(metric))
+    states(metric).state_dict()
+    assert vars(metric) == before
+    assert metric.state_dict() == {}
+
+
+# ---- what is refused, and when
+
+
+class Held(SumMetric):
+    """Has an attribute that cannot be stored: from the start, or from an update on."""
+
+    def __init__(self, first_update: int) -> None:
+        super().__init__()
+        self.num_updates = 0
+        self.first_update = first_update
+        self.held = Counts() if first_update == 0 else None
+
+    @override
+    def update(self, outputs: Tensor, _targets: Tensor) -> None:
+        super().update(outputs)
+        self.num_updates += 1
+        if self.num_updates == self.first_update:
+            self.held = Counts()
+
+
+class SavedFirst(CheckpointMixin, MetricsMixin, Trainer): ...
+
+
+class MeasuredFirst(MetricsMixin, CheckpointMixin, Trainer): ...
+
+
+@pytest.mark.parametrize("trainer_class", [SavedFirst, MeasuredFirst])
+@pytest.mark.parametrize(("first_update", "steps"), [(0, 0), (1, 1)])
+def test_a_run_that_could_not_be_saved_is_refused_at_its_start(
+    trainer_class: Any, first_update: int, steps: int, tmp_path: Path
+) -> None:
+    trainer = trainer_class(**tiny_parts(), train_metrics={"sum": Held(first_update)}, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"Held.held is a .*Counts that cannot be stored"):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert trainer.progress.steps == steps
+
+
+def test_a_run_that_is_not_saved_needs_no_state() -> None:
+    class Measured(MetricsMixin, Trainer): ...
+
+    trainer = Measured(**tiny_parts(), train_metrics={"sum": Held(0)}, metrics={"sum": Held(1)})
+    assert "train/sum" in trainer.train(tiny_data(), num_epochs=1)[-1].values()
 
 
 MISMATCHES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
     (SumMetric, MeanMetric, "is a MeanMetric, and the state is that of a SumMetric"),
     (SumMetric, PlainMean, "is a PlainMean, and the state is that of a SumMetric"),
     (lambda: MetricCollection({"a": SumMetric()}), lambda: MetricCollection({"a": MeanMetric()}), "of a SumMetric"),
-    (lambda: MetricCollection([SumMetric()]), lambda: MetricCollection([MeanMetric()]), r"\['SumMetric'\]"),
+    (
+        lambda: MetricCollection([SumMetric()]),
+        lambda: MetricCollection([MeanMetric()]),
+        r"metric.SumMetric'\], and the run",
+    ),
     (
         lambda: MulticlassAccuracy(3),
         lambda: MulticlassAccuracy(3, average="micro"),
@@ -230,7 +271,13 @@ MISMATCHES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
     ),
     (lambda: BinaryROC(thresholds=5), BinaryROC, "thresholds=Tensor.* thresholds=None"),
     (lambda: BinaryROC(thresholds=5), lambda: BinaryROC(thresholds=6), "thresholds="),
-    (Undeclared, type("Undeclared", (SumMetric,), {}), r"Undeclared: the state has the (states|metrics)"),
+    (Undeclared, type("Undeclared", (SumMetric,), {}), r"metric.inner.mean'\], and the run"),
+    (type("SumMetric", (Module,), {"inner": None}), SumMetric, "the run"),
+    (
+        lambda: type("BinaryAUROC", (BinaryAccuracy,), {})(validate_args=False),
+        BinaryAUROC,
+        "the state lacks preds, target",
+    ),
     (lambda: MeanMetric(nan_strategy=float("nan")), MeanMetric, "nan_strategy=nan.* nan_strategy='warn'"),
 ]
 
@@ -238,34 +285,63 @@ MISMATCHES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
 @pytest.mark.parametrize(("saved", "made", "message"), MISMATCHES)
 def test_the_state_of_another_metric_is_refused(saved: Any, made: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_metric_state(made(), through(tmp_path, saved()))
-
-
-@pytest.mark.parametrize("values", [{"_modules": {}}, {"compute": 1}, {"x.y": 1}, {"__dict__": {}}, {3: 1}, []])
-def test_a_state_that_no_metric_returned_is_refused(values: Any) -> None:
-    state = metric_state(SumMetric()) | {"values": values}
-    for metric, damaged in ((SumMetric(), state), (collection(), {"type": "MetricCollection"}), (PlainMean(), values)):
-        with pytest.raises(CheckpointError, match=type(metric).__name__):
-            load_metric_state(metric, damaged)
-
-
-def test_an_object_without_a_state_is_refused() -> None:
-    for call in (lambda: metric_state(object()), lambda: load_metric_state(object(), {"type": "object", "own": {}})):
-        with pytest.raises(CheckpointError, match=r"A object has no state .* Give it state_dict\(self\)"):
-            call()
+        states(made()).load_state_dict(through(tmp_path, states(saved())))
 
 
 @pytest.mark.parametrize(
-    "value", [defaultdict(int), [object()], {1: {2: object()}}, random.Random(0), torch.Generator()]
+    "values",
+    [{"_modules": {}}, {"compute": 1}, {"x.y": 1}, {"__dict__": {}}, {3: 1}, [], {"sum_value": torch.ones(())}],
 )
-def test_what_fills_and_cannot_be_stored_is_refused(value: object) -> None:
-    metric = SumMetric()
-    metric.kept = value
-    with pytest.raises(CheckpointError, match=r"SumMetric.kept is a .* that cannot be stored.* get_extra_state"):
-        metric_state(metric)
+def test_a_state_that_no_metric_returned_is_refused(values: Any) -> None:
+    state = states(SumMetric()).state_dict()["metric"]
+    with_values = state["values"] | values if isinstance(values, dict) and "sum_value" not in values else values
+    for invalid in (state | {"values": with_values}, {"type": "SumMetric"}, values):
+        with pytest.raises(CheckpointError, match="SumMetric"):
+            states(SumMetric()).load_state_dict({"metric": invalid})
+    with pytest.raises(CheckpointError, match="PlainMean"):
+        states(PlainMean()).load_state_dict({"metric": state})
 
 
-def test_what_a_metric_is_made_of_is_left_out() -> None:
+def test_an_object_without_a_state_is_refused() -> None:
+    class Stateless(PlainMean):
+        state_dict = None  # type: ignore[assignment]
+
+    with pytest.raises(CheckpointError, match=r"A .*Stateless has no state .* Give it state_dict\(self\)"):
+        states(Stateless()).state_dict()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(defaultdict(int), [object()], {1: {2: object()}}, random.Random(0), torch.Generator()),
+        *(Counts(), PlainMean(), [MeanMetric()], {"mean": PlainMean()}, (MeanMetric(), len), (len, Counts())),
+    ],
+)
+def test_an_attribute_that_cannot_be_stored_is_refused_before_the_first_update(value: object) -> None:
     metric = SumMetric()
-    metric.functions, metric.where, metric.tokenizer = [len, SumMetric], torch.device("cpu"), object()
-    assert metric_state(metric)["values"].keys() == metric_state(SumMetric())["values"].keys()
+    metric.held = value
+    with pytest.raises(CheckpointError, match=r"SumMetric.held is a .* that cannot be stored.* get_extra_state"):
+        states(metric).state_dict()
+
+
+def test_an_attribute_that_update_makes_is_refused() -> None:
+    metric = SumMetric()
+    before = states(metric)
+    before.state_dict()
+    metric.held = Counts()
+    with pytest.raises(CheckpointError, match=r"SumMetric.held is a .*Counts that cannot be stored"):
+        before.state_dict()
+
+
+def test_a_tracker_that_adds_metrics_is_refused() -> None:
+    tracker = make("wrappers.tracker.MetricTracker")
+    before = states(tracker)
+    tracker.increment()
+    with pytest.raises(CheckpointError, match=r"added or removed during a run cannot be resumed: \['metric.1'\]"):
+        before.state_dict()
+
+
+def test_functions_enums_and_devices_come_with_the_metric() -> None:
+    metric = SumMetric()
+    metric.functions, metric.where, metric.kind = [len, SumMetric], torch.device("cpu"), Enum("Kind", "A").A
+    assert states(metric).state_dict() == states(SumMetric()).state_dict()

@@ -149,7 +149,7 @@ def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_outside_of_a_run_there_is_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(NestedRunError, match=r"save_checkpoint\(\) is for within a run.* export_model"):
+    with pytest.raises(NestedRunError, match=r"save_checkpoint\(\) must be called during a run.* export_model"):
         train(tmp_path).save_checkpoint()
 
 

@@ -53,7 +53,7 @@ def test_a_value_must_be_better_by_min_delta() -> None:
 
 def test_the_reason_names_the_value() -> None:
     reason = epochs_of((5.0, 6.0, 7.0), 1)[1]
-    assert reason == "eval_loss did not become better than 5 in 1 looks"
+    assert reason == "eval_loss did not improve on 5 in 1 checks"
 
 
 def test_a_value_of_training_is_looked_at_once_an_epoch() -> None:

@@ -1,10 +1,9 @@
-"""Metrics over processes: each sample counts once, on any number of ranks."""
+"""Metrics over all ranks: each sample counts once, whatever the number of ranks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -12,109 +11,81 @@ import torch
 from torch import Tensor, nn
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.metrics.state import load_metric_state, metric_state
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.protocols import MetricLike, StateDict
 
 
 class GatheredMetric:
-    """Stands in for a metric that knows nothing of other processes: it takes in what all of them were given.
+    """Wraps a metric that has no distributed support: every rank computes it from the batches of all ranks.
 
     Args:
         metric: The metric.
-        distributed: The processes.
+        distributed: The ranks.
     """
 
     def __init__(self, metric: MetricLike, distributed: DistributedRuntime) -> None:
-        """Start with nothing given."""
-        self._metric, self._peers = metric, distributed
-        self._given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._metric, self._distributed = metric, distributed
+        self._batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Keep what the metric is given, on the host."""
-        self._given.append(map_tensors(to_host, (args, kwargs)))
+        """Store the arguments of an update, with their tensors on the host."""
+        self._batches.append(map_tensors(to_host, (args, kwargs)))
 
     def compute(self) -> Any:
-        """Give the metric the batches of all processes, in the order of the data, and compute it."""
-        for batches in zip_longest(*self._peers.gather(self._given)):
+        """Update the metric with the batches of all ranks, in the order of the data, and compute it. A collective."""
+        for batches in zip_longest(*self._distributed.gather(self._batches)):
             for args, kwargs in filter(None, batches):
                 self._metric.update(*args, **kwargs)
         return self._metric.compute()
 
     def reset(self) -> None:
-        """Forget what was given."""
-        self._given.clear()
+        """Discard all batches."""
+        self._batches.clear()
         self._metric.reset()
 
     def state_dict(self) -> StateDict:
-        """Return what this process's metric was given."""
-        return {"given": list(self._given)}
+        """Return the batches of this rank."""
+        return {"batches": list(self._batches)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from what it was given."""
-        self._given = list(state_dict["given"])
+        """Load the batches of this rank."""
+        self._batches = list(state_dict["batches"])
 
 
-@dataclass(frozen=True)
-class MetricStates:
-    """The states of metrics that are under way, as a checkpoint holds them.
-
-    Args:
-        metrics: The metrics by name.
-    """
-
-    metrics: Mapping[str, MetricLike]
-
-    def state_dict(self) -> StateDict:
-        """Return what each metric has taken in."""
-        return {name: metric_state(metric) for name, metric in self.metrics.items()}
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from that."""
-        for name, metric in self.metrics.items():
-            load_metric_state(metric, state_dict[name])
-
-
-def started(
+def prepare_metrics(
     metrics: Mapping[str, MetricLike], device: torch.device, distributed: DistributedRuntime
 ) -> dict[str, MetricLike]:
-    """Reset metrics, have their states on `device`, and let those that need it stand in for all processes."""
-    for metric in metrics.values():
+    """Reset metrics, move them to a device, and wrap those that need it in a `GatheredMetric`."""
+    from torchmetrics import Metric, MetricCollection
+
+    prepared: dict[str, MetricLike] = {}
+    for name, metric in metrics.items():
         metric.reset()
         if isinstance(metric, nn.Module):
             metric.to(device)
-    return {
-        name: metric
-        if distributed.is_single_process or synchronises_itself(metric)
-        else GatheredMetric(metric, distributed)
-        for name, metric in metrics.items()
-    }
+        is_synced = distributed.is_single_process or isinstance(metric, Metric | MetricCollection)
+        prepared[name] = metric if is_synced else GatheredMetric(metric, distributed)
+    return prepared
 
 
-def synchronises_itself(metric: MetricLike) -> bool:
-    """Say whether a metric puts the processes' states together when it computes."""
-    from torchmetrics import Metric, MetricCollection
-
-    return isinstance(metric, Metric | MetricCollection)
-
-
-def compute(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> dict[str, float]:
-    """Compute metrics, and read their values from the device."""
+def compute_metrics(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> dict[str, float]:
+    """Compute metrics over all ranks, as numbers by name. A collective."""
     if not distributed.is_single_process:
-        fill_empty_lists(metrics, distributed)
+        pad_empty_list_states(metrics, distributed)
     values: dict[str, float] = {}
     with warnings.catch_warnings():
-        # A process may have had phantoms only; its empty state is right, and torchmetrics would warn of it.
+        # A rank with padding batches only has had no update. Its empty state is right, but torchmetrics would warn.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         for name, metric in metrics.items():
-            values |= dict(spell_out(name, metric.compute()))
+            values |= dict(flatten_value(name, metric.compute()))
     return values
 
 
-def fill_empty_lists(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> None:
-    """Put an empty tensor where a process has nothing in a list that others have: torchmetrics would leave it out.
+def pad_empty_list_states(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> None:
+    """Append an empty tensor to each list state that is empty on this rank, but not on all.
 
-    It would then make fewer collectives than they, each of which takes the numbers of the next.
+    torchmetrics gathers nothing for an empty list. A rank with one would call fewer collectives than the others, and
+    receive the values of another state.
     """
     from torchmetrics import Metric
 
@@ -123,31 +94,31 @@ def fill_empty_lists(metrics: Mapping[str, MetricLike], distributed: Distributed
         (metric, name)
         for metric in modules
         if isinstance(metric, Metric)
-        for name, default in metric._defaults.items()  # noqa: SLF001  # where torchmetrics says which are lists
+        for name, default in metric._defaults.items()  # noqa: SLF001  # torchmetrics has no public list of them
         if isinstance(default, list)
     ]
-    held: list[list[Tensor]] = [getattr(metric, name) for metric, name in lists]
-    forms = distributed.gather([(values[0].dtype, values[0].shape[1:]) if values else None for values in held])
-    for (metric, _), values, known in zip(lists, held, zip(*forms, strict=True), strict=True):
-        form = next(filter(None, known), None)
-        if form is not None and not values:
-            values.append(torch.empty((0, *form[1]), dtype=form[0], device=metric.device))
+    states: list[list[Tensor]] = [getattr(metric, name) for metric, name in lists]
+    layouts = distributed.gather([(state[0].dtype, state[0].shape[1:]) if state else None for state in states])
+    for (metric, _), state, over_ranks in zip(lists, states, zip(*layouts, strict=True), strict=True):
+        layout = next(filter(None, over_ranks), None)
+        if layout is not None and not state:
+            state.append(torch.empty((0, *layout[1]), dtype=layout[0], device=metric.device))
 
 
-def spell_out(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Iterate over the numbers in a metric's value: itself, or `name/key` for each of several.
+def flatten_value(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Iterate over the numbers in the value of a metric: `name`, or `name/key` for each of several.
 
     Example:
-        >>> dict(spell_out("f1", {"micro": torch.tensor(0.5), "each": torch.tensor([0.25, 0.75])}))
+        >>> dict(flatten_value("f1", {"micro": torch.tensor(0.5), "each": torch.tensor([0.25, 0.75])}))
         {'f1/micro': 0.5, 'f1/each/0': 0.25, 'f1/each/1': 0.75}
     """
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from spell_out(f"{name}/{key}", part)
+            yield from flatten_value(f"{name}/{key}", part)
     elif isinstance(value, Tensor) and value.dim() == 0:
         yield name, float(value)
     elif isinstance(value, Tensor | Sequence):
         for index, part in enumerate(value):
-            yield from spell_out(f"{name}/{index}", part)
+            yield from flatten_value(f"{name}/{index}", part)
     else:
         yield name, float(value)

@@ -13,15 +13,15 @@ from ptacc.validation import check_choice
 
 
 class AMPMixin(Mixin):
-    """Runs the forward pass in a lower precision, with a gradient scaler where it needs one.
+    """Runs the forward pass in lower precision, with a gradient scaler for fp16.
 
     Options:
-        mixed_precision: `"bf16"`, `"fp16"` or `"no"`; None for what the launch says, which is `"no"` if
-            it says nothing. fp16 needs a GPU.
+        mixed_precision: `"bf16"`, `"fp16"` or `"no"`; None for the setting of the launch, `"no"` if it has none. fp16
+            needs a GPU.
 
     Hooks: `configure_accelerator`.
 
-    Combines with: everything. The scaler's factor is out of the gradients before anyone clips or looks at them.
+    Combines with: everything. Gradients are unscaled before they are clipped, and before `on_gradients_ready`.
 
     Example:
         >>> from ptacc import AMPMixin, Trainer
@@ -34,13 +34,11 @@ class AMPMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse a precision that is none."""
         owner, choices = type(self).__name__, get_args(Precision)
-        check_choice(owner, "mixed_precision", self.mixed_precision, choices, "what the launch says")
+        check_choice(owner, "mixed_precision", self.mixed_precision, choices, "the setting of the launch")
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Set the accelerator's precision."""
         super().configure_accelerator(builder)
         if self.mixed_precision is not None:
             builder.write(AMPMixin, mixed_precision=self.mixed_precision)

@@ -24,7 +24,7 @@ from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.remote_filesystem import parse_path
 from ptacc.checkpoint.storage.remote_store import store_at
 from ptacc.checkpoint.storage.store import CheckpointStore
-from ptacc.checkpoint.trainer_state import collect_parts, restore
+from ptacc.checkpoint.trainer_state import collect_parts, restore, stateful_parts
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
@@ -34,47 +34,50 @@ from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
-KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+OPTION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "checkpoint_dir": ((str, Path), "a path"),
     "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
     "resume": ((bool, str, Path), "True, False, or the path of a checkpoint"),
     "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
     "checkpoint_key": ((bytes, NoneType), "bytes"),
 }
-COLLECTIONS: Mapping[str, tuple[type, str]] = {
+ITEM_TYPES: Mapping[str, tuple[type, str]] = {
     "resume_ignore": (str, "names: {'batch_size'}"),
     "checkpoint_signals": (signal.Signals, "signals: (signal.SIGTERM,)"),
 }
 
 
 class CheckpointMixin(Mixin):
-    """Saves a run so that it can be killed at any moment, and goes on as if it had not been.
+    """Saves checkpoints, from which a run resumes as if it had not been interrupted.
 
-    A checkpoint is a directory, there whole or not at all. It holds all that a run is made of: weights, optimizer,
-    schedule, averages, random streams of every process, the place in the data, history, and the state of each mixin
-    and callback that is `Stateful`. Loading one runs no code. A run is saved between steps; what falls on the last
-    step of an epoch is saved with the epoch's evaluation in it.
+    A checkpoint is a directory that is written atomically. It contains the complete state of the run: weights,
+    optimizer, scheduler, averages, random states of all ranks, position in the data, history, and the state of each
+    mixin and callback that is `Stateful`. Loading it executes no code. Checkpoints are written between steps; one that
+    is due at the last step of an epoch is written after the evaluation at the epoch's end.
 
     Options:
-        checkpoint_dir: A directory for the run, on a disk that all hosts share, or its URL for fsspec:
-            `"s3://bucket/runs/x"`. Later runs of the same trainer have their own in it: `run-2`, `run-3`.
-        checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None for none but the last. Every run is saved at
-            its end.
-        resume: True to go on from the newest checkpoint that is whole, or to start afresh where there is none; or the
-            path or URL of one, for the first run of the trainer.
-        resume_ignore: Names of differences to go on despite of, and of parts that may be missing.
-        keep_last: How many of the newest to keep.
-        keep_best: Which of the best to keep: `Best("accuracy", mode="max")`.
-        keep_every: Keep those whose step is a multiple of this. What any of the three keeps is kept; without one, all.
-        checkpoint_in_background: Write beside the steps, which wait for a copy of the state only.
-        checkpoint_signals: At which signals to save and end, with 128 and the signal's number as the exit code.
-        checkpoint_on_exception: Whether to save a run of one process that an exception ends between two steps.
-        checkpoint_errors: `"raise"`, or `"warn"` to go on where a checkpoint cannot be saved, on a full disk.
-        checkpoint_allows_non_finite: Whether to save weights that hold NaN or infinity.
-        checkpoint_key: Signs checkpoints (HMAC), and refuses those that are not signed with it.
+        checkpoint_dir: Directory for the checkpoints of the run, on a file system that all hosts share, or its URL for
+            fsspec: `"s3://bucket/runs/x"`. Later runs of the same trainer use `run-2`, `run-3`, ... in it.
+        checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None to save at the end of the run only. Every run
+            is saved at its end.
+        resume: True to resume from the newest intact checkpoint, or to start a new run if there is none; or the path or
+            URL of a checkpoint, for the first run of the trainer.
+        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
+        keep_last: Number of newest checkpoints to keep.
+        keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
+        keep_every: Keep checkpoints whose step is a multiple of this. A checkpoint is kept if any of the three options
+            keeps it. Without any of them, all are kept.
+        checkpoint_in_background: Whether to write files in a background thread. Steps wait only while the state is
+            copied to host memory.
+        checkpoint_signals: Signals at which the run is saved and stopped, with exit code 128 plus the signal number.
+        checkpoint_on_exception: Whether to save a single-process run when an exception ends it between two steps.
+        checkpoint_errors: What to do if a checkpoint cannot be saved, as on a full disk: `"raise"`, or `"warn"` and
+            continue.
+        checkpoint_allows_non_finite: Whether to save weights with NaN or infinity.
+        checkpoint_key: Key to sign checkpoints with (HMAC). Checkpoints without a valid signature are then refused.
 
     Hooks: `find_resume_state`, `load_run_state`, `save_run_state`, `save_on_exception`, `stop_signals`,
-    `around_run`, `on_run_start`, `on_step_end`, `on_run_end`, `monitors`.
+    `around_run`, `on_run_start`, `on_epoch_start`, `on_step_end`, `on_run_end`, `monitors`.
 
     Combines with: everything.
 
@@ -102,77 +105,74 @@ class CheckpointMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse what is no cadence, a count below 1, and what is none of the choices."""
         owner = type(self).__name__
         for name in ("keep_last", "keep_every"):
             if (count := getattr(self, name)) is not None:
                 check_at_least(owner, name, count, 1)
-        for name, (kinds, advice) in KINDS.items():
-            if not isinstance(value := getattr(self, name), kinds):
-                raise OptionError(f"{owner}({name}={value!r}): must be {advice}.")
+        for name, (types, needed) in OPTION_TYPES.items():
+            if not isinstance(value := getattr(self, name), types):
+                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
             if isinstance(value, str | Path):
-                check_place(owner, name, value)
-        for name, (kind, advice) in COLLECTIONS.items():
+                check_path(owner, name, value)
+        for name, (item_type, needed) in ITEM_TYPES.items():
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(part, kind) for part in value):
-                raise OptionError(f"{owner}({name}={value!r}): must be {advice}.")
+            if isinstance(value, str) or not all(isinstance(item, item_type) for item in value):
+                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
 
-    # ---- what to call
-
     def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
-        """Have the run saved as soon as the present step is done, and its evaluation if there is one. All processes.
+        """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
 
         Args:
-            path: Where to, or its URL; among the run's checkpoints, named by its step, if not given.
-            label: What it is saved for: the newest checkpoint of each label is always kept.
+            path: Path or URL of the checkpoint; by default one in `checkpoint_dir`, named by its step.
+            label: A name for its purpose. The newest checkpoint of each label is always kept.
 
         Returns:
             Where it will be.
 
         Raises:
-            NestedRunError: No run is under way: a run saves itself at its end.
-            CollectiveError: Another process did not call this.
+            NestedRunError: There is no current run. Every run is saved at its end.
+            CollectiveError: Another rank did not call this.
         """
         if not self.is_running:
             raise NestedRunError(
-                f"{type(self).__name__}.save_checkpoint() is for within a run, from a callback or a hook: a run saves "
-                "itself at its end. export_model() writes the weights alone."
+                f"{type(self).__name__}.save_checkpoint() must be called during a run, from a callback or a hook. "
+                "Every run is saved at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
         return self.run[SAVER].request(None if path is None else parse_path(path), label)
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
-        """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
+        """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
-        To go on with the run that was saved, give `resume=path` to the trainer.
+        To resume the saved run instead, pass `resume=path` to the trainer.
 
         Args:
-            path: A checkpoint, or a directory of them for the newest; or the URL of one.
-            weights_only: Whether to leave the optimizer as it is.
+            path: Path or URL of a checkpoint, or of a directory of checkpoints, whose newest is loaded.
+            weights_only: Whether to leave the optimizer unchanged.
 
         Raises:
-            CheckpointError: There is none, or it is of another model; the message has each difference.
-            DamagedCheckpointError: It is not what was written.
-            NestedRunError: A run is under way.
+            CheckpointError: There is no checkpoint, or it is of another model; the message lists each difference.
+            DamagedCheckpointError: A file of the checkpoint was changed or is missing.
+            NestedRunError: It was called during a run.
         """
         if self.is_running:
-            raise NestedRunError(f"{type(self).__name__}.load_checkpoint() within a run. Load before it.")
+            raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         with self._distributed.synced("load_checkpoint()"):
             loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
         self._events().load(loaded)
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
-        """Write the weights to a safetensors file that `model.load_state_dict` takes, each tensor under its name.
+        """Write the model's `state_dict()` to a safetensors file. A collective.
 
         Args:
-            path: Where to, or its URL.
-            averages: `"ema"` or `"swa"` for the averages of the last run in their place.
-            overwrite: Whether to replace a file that is there.
+            path: Path or URL of the file.
+            averages: `"ema"` or `"swa"` to write the averages of the last run instead of the weights.
+            overwrite: Whether to replace an existing file.
 
         Raises:
-            CheckpointError: There is a file already, or no such averages.
+            CheckpointError: The file exists, or there are no such averages.
         """
         target = parse_path(path)
         with self._distributed.synced("export_model()"):
@@ -183,11 +183,10 @@ class CheckpointMixin(Mixin):
             if self.distributed.rank == 0:
                 export_to(target, states, averages, overwrite=overwrite)
 
-    # ---- going on
+    # ---- resuming
 
     @override
     def find_resume_state(self) -> ResumeState | None:
-        """Find the checkpoint to go on from, on rank 0 for all, and read this process's part of it."""
         found = self.distributed.broadcast(self._find() if self.distributed.rank == 0 else None)
         self._resumption = None
         if found is None:
@@ -207,34 +206,32 @@ class CheckpointMixin(Mixin):
 
     @override
     def on_run_start(self) -> None:
-        """Open the run's line of checkpoints."""
         super().on_run_start()
         best = self.keep_best
-        of_best = (None, None) if best is None else (best.count, best.monitored)
-        retention = Retention(self.keep_last, of_best[0], self.keep_every, of_best[1])
+        num_best, monitor = (None, None) if best is None else (best.count, best.resolved_monitor)
+        retention = Retention(self.keep_last, num_best, self.keep_every, monitor)
         in_background = self.checkpoint_in_background
-        line = CheckpointManager(
+        manager = CheckpointManager(
             self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
         )
-        line.open(self._resumption)
-        tell = self._events().save
+        manager.open(self._resumption)
+        on_saved = self._events().save
         signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, line, self.checkpoint_every, signals, non_finite, tell)
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
 
     @override
     def load_run_state(self) -> None:
-        """Put everything back, after it was compared with what is here."""
         super().load_run_state()
         if self._resumption is None:
             return
         saved = self._resumption
         restore(self, saved.shared, saved.own, self.resume_ignore)
-        if self.run.is_consistent or not self.run.is_within_epoch:  # for the last time
+        if self.run.is_consistent or not self.run.is_within_epoch:  # otherwise it is called again at the epoch's start
             self._resumption = None
             if saved.manifest.world_size != self.distributed.world_size:
                 warnings.warn(
-                    f"The run goes on with {self.distributed.world_size} processes, and was saved with "
-                    f"{saved.manifest.world_size}: sums come out equal but for rounding, and random draws differ.",
+                    f"The run resumes with {self.distributed.world_size} processes, and was saved with "
+                    f"{saved.manifest.world_size}: results are equal up to rounding, except for random operations.",
                     stacklevel=2,
                 )
             self._events().load(saved.path)
@@ -243,42 +240,37 @@ class CheckpointMixin(Mixin):
 
     @override
     def save_run_state(self) -> None:
-        """Save the run, if that is due."""
         super().save_run_state()
         self.run[SAVER].save_if_due()
 
     @override
     def save_on_exception(self, error: BaseException) -> None:
-        """Save the run before it ends by an exception."""
         super().save_on_exception(error)
         if self.checkpoint_on_exception and SAVER in self.run and not isinstance(error, CheckpointError):
             self.run[SAVER].save_on_exception()
 
     @override
     def on_epoch_start(self) -> None:
-        """Check that everything can be saved, before it has to be."""
         super().on_epoch_start()
-        if not self.progress.steps:
+        if not self.progress.steps:  # a run that cannot be saved fails at its start
             shared, own = collect_parts(self)
             check_storable([*shared, *own])
 
     @override
     def on_step_end(self, step: StepResult) -> None:
-        """Check what the optimizer keeps from its first step on."""
         super().on_step_end(step)
-        if step.step == 1:
-            check_storable(Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots)
+        if step.step == 1:  # optimizers and metrics have a state from here on
+            optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
+            check_storable([*optimizers, *stateful_parts(self, each_rank=True)])
 
     @override
     def on_run_end(self) -> None:
-        """Wait for the last checkpoint."""
         self.run[SAVER].finish()
         super().on_run_end()
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Let a checkpoint that is under way end, also after an exception."""
         with super().around_run():
             try:
                 yield
@@ -288,14 +280,12 @@ class CheckpointMixin(Mixin):
 
     @override
     def stop_signals(self) -> frozenset[signal.Signals]:
-        """Heed the signals at which to save."""
         return super().stop_signals() | frozenset(self.checkpoint_signals)
 
     @override
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
-        """Watch the value by which some are best."""
-        mine = () if self.keep_best is None else ((self, self.keep_best.monitored),)
-        return (*super().monitors(), *mine)
+        own = () if self.keep_best is None else ((self, self.keep_best.resolved_monitor),)
+        return (*super().monitors(), *own)
 
     @override
     @classmethod
@@ -306,8 +296,8 @@ class CheckpointMixin(Mixin):
         return {"checkpoint_dir": directory.name}
 
 
-def check_place(owner: str, name: str, value: str | Path) -> None:
-    """Raise `OptionError` for an option that is a URL of no file system, or of one that is not installed."""
+def check_path(owner: str, name: str, value: str | Path) -> None:
+    """Raise `OptionError` for a URL whose file system is unknown or not installed."""
     try:
         parse_path(value)
     except OptionError as error:

@@ -15,25 +15,25 @@ from ptacc.validation import check_choice
 
 
 class CompileMixin(Mixin):
-    """Runs the model as `torch.compile` makes it: slow at the first batch of each shape, and faster from then on.
+    """Compiles the model with `torch.compile`: the first batch of each shape is slow, later ones are faster.
 
-    A run compiles what it calls, and gives the model back as it was; checkpoints and exports have the names of the bare
-    model. What a compiler makes of a model rounds differently: numbers agree with those of the bare one but for that.
+    The model is compiled for the run, and restored after it. Checkpoints and exports have the parameter names of the
+    original model. Compiled code rounds differently, so results equal those of the original model up to rounding.
 
     Options:
-        compile_backend: Of dynamo; None for what the launch says, which is `"inductor"` if it says nothing. `"eager"`
-            and `"aot_eager"` compile nothing, and show whether a model can be traced. `"inductor"` needs a C++
-            compiler on a CPU, and Triton on a GPU.
-        compile_mode: `"default"`, `"reduce-overhead"` or `"max-autotune"`; None for what the launch says.
-        compile_dynamic: Whether to trace sizes as symbols, so that batches of another size need no new compilation;
-            None to do so from the second size on.
-        compile_fullgraph: Whether a model that falls into several graphs is an error.
-        compile_regions: Whether to compile the repeated blocks of a model (`nn.ModuleList` of one class) one by one,
-            with the same code for each: there is no more to compile for more of them. None for what the launch says.
+        compile_backend: The backend of dynamo; None for the setting of the launch, `"inductor"` if it has none.
+            `"eager"` and `"aot_eager"` trace the model without generating code. `"inductor"` needs a C++ compiler on a
+            CPU, and Triton on a GPU.
+        compile_mode: `"default"`, `"reduce-overhead"` or `"max-autotune"`; None for the setting of the launch.
+        compile_dynamic: Whether to trace sizes as symbols, so that batches of another size are not compiled again; None
+            to do so from the second size on.
+        compile_fullgraph: Whether a graph break is an error.
+        compile_regions: Whether to compile repeated blocks of the model (an `nn.ModuleList` of one class) once, and
+            share the code. Compile time is then independent of their number. None for the setting of the launch.
 
     Hooks: `configure_accelerator`, `resume_invariants`.
 
-    Combines with: everything. The wrapper of several processes is compiled with the model.
+    Combines with: everything. With several processes, the DDP wrapper is compiled with the model.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler.html
 
@@ -51,22 +51,19 @@ class CompileMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse a backend and a mode that are none."""
-        owner, otherwise = type(self).__name__, "what the launch says"
+        owner, otherwise = type(self).__name__, "the setting of the launch"
         check_choice(owner, "compile_backend", self.compile_backend, get_args(CompileBackend), otherwise)
         check_choice(owner, "compile_mode", self.compile_mode, get_args(CompileMode), otherwise)
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Set how the accelerator compiles."""
         super().configure_accelerator(builder)
         builder.provide("dynamo")
         builder.write(CompileMixin, dynamo_plugin=self._plugin())
 
     @override
     def resume_invariants(self) -> dict[str, str]:
-        """Compile in one way: another rounds differently."""
-        plugin = self._plugin()
+        plugin = self._plugin()  # another backend or mode rounds differently
         return {**super().resume_invariants(), "compiled": f"{plugin.backend.value.lower()}, {plugin.mode}"}
 
     def _plugin(self) -> TorchDynamoPlugin:
@@ -77,7 +74,7 @@ class CompileMixin(Mixin):
             fullgraph=self.compile_fullgraph,
             use_regional_compilation=self.compile_regions,
         )
-        if self.compile_backend is None and plugin.backend is DynamoBackend.NO:  # what a launch says that says nothing
+        if self.compile_backend is None and plugin.backend is DynamoBackend.NO:  # the launch has no setting
             plugin.backend = DynamoBackend.INDUCTOR
         return plugin
 

@@ -22,28 +22,29 @@ from ptacc.types.protocols import SupportsGradClip, SupportsSWA
 
 
 class DeepSpeedMixin(Mixin):
-    """Deals the optimizer's state, gradients and weights out over the processes: DeepSpeed's ZeRO.
+    """Partitions optimizer state, gradients and parameters over the ranks: DeepSpeed's ZeRO.
 
-    Numbers are those of DDP but for rounding, with the user's own model and optimizer: both are plain again after the
-    run. Weights are updated in float32. Windows, clipping, schedules, precision and data are the trainer's. A single
-    process trains as without this mixin, unless a launcher started it. Without a GPU, DeepSpeed needs a C++ compiler.
+    Results equal those of DDP up to rounding. The model and the optimizer are the user's own, and are restored after
+    the run. Parameters are updated in float32. Accumulation, clipping, schedules, precision and data are handled by the
+    trainer. A single process trains as without this mixin, unless a launcher started it. Without a GPU, DeepSpeed needs
+    a C++ compiler.
 
     Options:
-        zero_stage: 0 for replicas, as DDP has them; 1 deals out the optimizer's state, 2 the gradients, too, 3 the
-            weights, too. None for what the configuration says, or the launch, or else 2.
-        zero_offload_optimizer: Whether the optimizer's state is in the host's memory, where the optimizer steps, too.
-        zero_offload_param: Whether weights are in the host's memory until they are needed. With ZeRO 3 only.
-        deepspeed_config: DeepSpeed's own configuration, or its JSON file, for what has no option. Where it says
-            `"auto"`, or nothing, the trainer fills in; where it says something else than the trainer, it is refused.
-            `bf16.enabled`, with `mixed_precision="bf16"`, has weights put together in bfloat16, beside those in
-            float32 that are updated: half the traffic and less memory, and gradients less exact.
+        zero_stage: 0 for replicas, as with DDP; 1 partitions the optimizer state, 2 also the gradients, 3 also the
+            parameters. None for the stage of the configuration or of the launch, 2 if neither has one.
+        zero_offload_optimizer: Whether the optimizer state is kept in host memory, where the optimizer also steps.
+        zero_offload_param: Whether parameters are kept in host memory until they are used. With ZeRO 3 only.
+        deepspeed_config: DeepSpeed's own configuration, or the path of its JSON file, for settings without an option.
+            The trainer fills in missing values and `"auto"`; values that contradict the trainer are refused. With
+            `mixed_precision="bf16"`, `bf16.enabled` gathers parameters in bfloat16 while float32 copies are updated:
+            half the communication and less memory, and less exact gradients.
 
     Hooks: `configure_accelerator`, `make_engine`, `on_run_start`, `resume_invariants`.
 
-    Combines with: everything but another engine. Precision by `AMPMixin`: bf16. The optimizer has to treat each entry
-    by itself, as Adam does. With ZeRO 1 to 3, `parameter.grad` is empty in `on_gradients_ready`; with ZeRO 3, there
-    are no averages of weights (`EMAMixin`, `SWAMixin`, `RestoreBestWeights`), and no `CompileMixin`. A run goes on with
-    the same stage and number of processes; its weights load everywhere.
+    Combines with: everything except another engine, with these limits. `AMPMixin`: bf16 only. The optimizer must be
+    elementwise, as Adam is. With ZeRO 1 to 3, `parameter.grad` is empty in `on_gradients_ready`. With ZeRO 3, weights
+    cannot be averaged (`EMAMixin`, `SWAMixin`, `RestoreBestWeights`) or compiled (`CompileMixin`). A run resumes with
+    the same stage and number of processes only; its weights can be loaded by any trainer.
 
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
 
@@ -61,25 +62,27 @@ class DeepSpeedMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse a configuration that cannot be right, and what does not go with weights in parts."""
-        config = self._zero_config()
-        check_composes(self, config)
+        check_composes(self, self._zero_config())
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Do what the launch asks of DeepSpeed without Accelerate, whose own state would be DeepSpeed's for good."""
+        """Handle the launch's DeepSpeed settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
         builder.take_over("deepspeed")
         clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
         if clipping != "auto" and float(clipping) != (get_max_grad_norm(self) or 0.0):
             raise LaunchError(
-                f"The launch set ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
-                f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, by GradClipMixin."
+                f"The launch sets ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
+                f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, with GradClipMixin."
             )
 
     @override
     def make_engine(self) -> Engine:
-        """Deal the model out, and what the optimizer keeps. A collective."""
+        """Partition the model and the optimizer's state. A collective.
+
+        Raises:
+            LaunchError: DeepSpeed is not installed, or was not started by a launcher and offloads.
+        """
         config = self._zero_config()
         accelerator = self.accelerator
         config.check_agrees(
@@ -91,41 +94,39 @@ class DeepSpeedMixin(Mixin):
         if not self._has_group:
             if config.offload_optimizer or config.offload_param:
                 raise LaunchError(
-                    f"{type(self).__name__} keeps part of the run in the host's memory, for which DeepSpeed needs a "
-                    "launcher, also for one process: `torchrun --nproc-per-node 1`, or `accelerate launch`."
+                    f"{type(self).__name__} offloads to host memory, for which DeepSpeed needs a launcher, "
+                    "also for one process: `torchrun --nproc-per-node 1`, or `accelerate launch`."
                 )
             return super().make_engine()
         if importlib.util.find_spec("deepspeed") is None:
             raise LaunchError(
-                f"{type(self).__name__} runs on DeepSpeed, which is not installed: pip install 'ptacc[deepspeed]'."
+                f"{type(self).__name__} needs DeepSpeed, which is not installed: pip install 'ptacc[deepspeed]'."
             )
         from ptacc.engines.deepspeed.engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(accelerator, self.unwrapped_model, self.optimizer_slots(), config, self._place())
+        return DeepSpeedEngine(accelerator, self.unwrapped_model, self.optimizer_slots(), config, self._layout())
 
     @override
     def on_run_start(self) -> None:
-        """Refuse a configuration for batches of another size."""
         super().on_run_start()
         size, processes = self.run.options.get("per_device_batch_size"), self.distributed.world_size
         try:
             self._zero_config().check_batch_size(size, self.accumulation_steps(), processes)
         except OptionError:
-            self.run.engine.release()  # all processes are here
+            self.run.engine.release()  # every rank raises
             raise
 
     @override
     def resume_invariants(self) -> dict[str, str]:
-        """Go on under the same engine: what each process holds of the state is its own."""
-        return super().resume_invariants() | {"engine": self._place()}
+        return super().resume_invariants() | {"engine": self._layout()}
 
     @property
     def _has_group(self) -> bool:
-        """Whether there are processes to deal to, as a launcher starts them: if only one."""
+        """Whether a launcher has started the ranks, even if only one."""
         return not self._distributed.is_single_process or is_initialized()
 
-    def _place(self) -> str:
-        """Tell what has to be the same where the optimizer's state is loaded."""
+    def _layout(self) -> str:
+        """Return how the optimizer state is partitioned. It can only be loaded into the same layout."""
         stage = self._zero_config().stage
         if not self._has_group:
             return "torch"
@@ -138,20 +139,20 @@ class DeepSpeedMixin(Mixin):
 
 @runtime_checkable
 class Averages(Protocol):
-    """Trainers that keep a moving average of the weights."""
+    """Trainers with `EMAMixin`."""
 
     ema_decay: float
 
 
 @runtime_checkable
 class Compiles(Protocol):
-    """Trainers that compile their model."""
+    """Trainers with `CompileMixin`."""
 
     compile_fullgraph: bool | None
 
 
 def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
-    """Raise `OptionError` for what looks at whole weights, where there are none to look at."""
+    """Raise `OptionError` for mixins and callbacks that need full float32 parameters if no rank has them."""
     found = [
         type(callback).__name__ for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)
     ]
@@ -162,16 +163,16 @@ def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
     where = "ZeRO 3" if config.stage == 3 else "bf16.enabled"
     if found and (config.stage == 3 or config.has_bf16_weights):
         raise OptionError(
-            f"{config.owner}: {found[0]} averages or copies the weights, and under {where} no process has them whole "
-            "in float32. Use zero_stage=2 without it, or FSDPMixin."
+            f"{config.owner}: {found[0]} averages or copies the weights, and under {where} no rank has all of them in "
+            "float32. Use zero_stage=2 without it, or FSDPMixin."
         )
     if config.stage == 3 and isinstance(trainer, Compiles):
         raise OptionError(
-            f"{config.owner}: CompileMixin traces whole weights, and ZeRO 3 has parts of them. Use zero_stage=2, or "
+            f"{config.owner}: CompileMixin traces full parameters, and ZeRO 3 partitions them. Use zero_stage=2, or "
             "FSDPMixin."
         )
 
 
 def get_max_grad_norm(trainer: TrainerCore) -> float | None:
-    """Return the norm that a trainer clips gradients to, None if it does not."""
+    """Return the `max_grad_norm` of a trainer, None without `GradClipMixin`."""
     return trainer.max_grad_norm if isinstance(trainer, SupportsGradClip) else None

@@ -19,54 +19,54 @@ from ptacc.validation import check_at_least
 
 @dataclass
 class Patience:
-    """How long a value has not become better.
+    """Counts observations since the last improvement of a value.
 
     Args:
-        monitored: The value.
-        min_delta: What it must become better by.
-        best: The best so far, NaN before the first.
-        waited: Observations since then.
+        monitor: The value, and whether lower or higher is better.
+        min_delta: The least change that counts as an improvement.
+        best: The best value so far, NaN before the first observation.
+        num_bad: Observations since the best one.
     """
 
-    monitored: Monitor
+    monitor: Monitor
     min_delta: float = 0.0
     best: float = math.nan
-    waited: int = 0
+    num_bad: int = 0
 
     def observe(self, value: float) -> None:
-        """Take a value in. NaN is never better, and waits like any other."""
-        bar = self.best + (self.min_delta if self.monitored.mode == "max" else -self.min_delta)
-        if self.monitored.is_better(value, than=bar):
-            self.best, self.waited = value, 0
+        """Compare a value with the best one. NaN is never an improvement."""
+        threshold = self.best + (self.min_delta if self.monitor.mode == "max" else -self.min_delta)
+        if self.monitor.is_better(value, than=threshold):
+            self.best, self.num_bad = value, 0
         else:
-            self.waited += 1
+            self.num_bad += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value, and how long ago it was."""
-        return {"best": self.best, "waited": self.waited}
+        """Return the best value, and the number of observations since then."""
+        return {"best": self.best, "num_bad": self.num_bad}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state."""
-        self.best, self.waited = state_dict["best"], state_dict["waited"]
+        """Load what `state_dict` returned."""
+        self.best, self.num_bad = state_dict["best"], state_dict["num_bad"]
 
 
 PATIENCE: StateKey[Patience] = StateKey("early_stopping")
 
 
 class EarlyStoppingMixin(Mixin):
-    """Stops a run whose monitored value does not become better any more.
+    """Stops the run when a monitored value has stopped improving.
 
-    A value of an evaluation is looked at after each evaluation of its set, any other at the end of each epoch.
+    A value of an evaluation set is checked after each evaluation of that set; any other value at the end of each epoch.
 
     Options:
-        early_stopping_monitor: The value, by its name or handle.
-        early_stopping_mode: Whether less or more is better; a handle knows that itself.
-        early_stopping_patience: Looks in a row without a better value before the run stops, at least 1.
-        early_stopping_min_delta: What a value must be better by, at least 0.
+        early_stopping_monitor: The value to monitor: a name or a `Monitor`.
+        early_stopping_mode: `"min"` if lower values are better, `"max"` if higher ones are. A `Monitor` has its own.
+        early_stopping_patience: Number of checks without improvement after which the run stops, at least 1.
+        early_stopping_min_delta: Minimum change that counts as an improvement, at least 0.
 
     Hooks: `on_run_start`, `on_evaluation_end`, `on_epoch_end`, `should_stop`, `monitors`.
 
-    Combines with: everything. All processes stop at the same step.
+    Combines with: everything. All ranks stop at the same step.
 
     Example:
         >>> from ptacc import EarlyStoppingMixin, Trainer
@@ -81,7 +81,6 @@ class EarlyStoppingMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse a patience below 1 and a negative difference."""
         owner = type(self).__name__
         check_at_least(owner, "early_stopping_patience", self.early_stopping_patience, 1)
         if not 0 <= self.early_stopping_min_delta < math.inf:
@@ -91,44 +90,33 @@ class EarlyStoppingMixin(Mixin):
 
     @override
     def on_run_start(self) -> None:
-        """Start to wait anew."""
         super().on_run_start()
-        monitored = as_monitor(self.early_stopping_monitor, self.early_stopping_mode)
-        self.run[PATIENCE] = Patience(monitored, self.early_stopping_min_delta)
+        monitor = as_monitor(self.early_stopping_monitor, self.early_stopping_mode)
+        self.run[PATIENCE] = Patience(monitor, self.early_stopping_min_delta)
 
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
-        """Look at a value of the evaluation."""
         super().on_evaluation_end(name, result)
-        values = result.values(name)
-        if (
-            self.has_run
-            and self.run.is_scheduled_evaluation
-            and (monitor := self.run[PATIENCE].monitored.name) in values
-        ):
-            self.run[PATIENCE].observe(values[monitor])
+        if self.has_run and self.run.is_scheduled_evaluation:
+            patience, values = self.run[PATIENCE], result.values(name)
+            if patience.monitor.name in values:
+                patience.observe(values[patience.monitor.name])
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
-        """Look at a value of the epoch that no evaluation gave."""
         super().on_epoch_end(record)
+        patience, values = self.run[PATIENCE], record.values()
         evaluated = {name for set_name, result in record.evaluations.items() for name in result.values(set_name)}
-        monitor = self.run[PATIENCE].monitored.name
-        if monitor not in evaluated and monitor in record.values():
-            self.run[PATIENCE].observe(record.values()[monitor])
+        if patience.monitor.name in values.keys() - evaluated:
+            patience.observe(values[patience.monitor.name])
 
     @override
     def should_stop(self) -> str | None:
-        """Stop when patience is at its end."""
-        return super().should_stop() or self._impatience()
-
-    def _impatience(self) -> str | None:
-        patience = self.run[PATIENCE]
-        if patience.waited < self.early_stopping_patience:
-            return None
-        return f"{patience.monitored.name} did not become better than {patience.best:.6g} in {patience.waited} looks"
+        reason, patience = super().should_stop(), self.run[PATIENCE]
+        if reason is not None or patience.num_bad < self.early_stopping_patience:
+            return reason
+        return f"{patience.monitor.name} did not improve on {patience.best:.6g} in {patience.num_bad} checks"
 
     @override
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
-        """Watch the monitored value."""
         return (*super().monitors(), (self, as_monitor(self.early_stopping_monitor, self.early_stopping_mode)))

@@ -20,29 +20,29 @@ if TYPE_CHECKING:  # importing it takes longer than all of ptacc
 
 
 class FSDPMixin(ShardingMixin):
-    """Deals weights, gradients and the optimizer's state out over the processes: FSDP2, torch's `fully_shard`.
+    """Shards parameters, gradients and optimizer state over the ranks: FSDP2, torch's `fully_shard`.
 
-    Each process holds a part of every tensor. A unit of the model is put together when it is called, and let go after
-    it, so that a model may be larger than a device. Numbers are those of DDP but for rounding. The user's model is
-    sharded in place for a run, and whole again after it. A single process has nothing to share, and trains as without
-    this mixin.
+    Each rank holds a shard of every tensor. The parameters of a unit are all-gathered before its forward and freed
+    after it, so a model may be larger than the memory of a device. Results equal those of DDP up to rounding. The model
+    is sharded in place for the run, and unsharded after it. A single process trains as without this mixin.
 
     Options:
-        fsdp_wrap: Classes of submodules, or their names as in `named_modules()`, in which `*` stands for anything:
-            each is put together by itself, with all that lies in it. None for the blocks that a model of transformers
-            names, or else for those in each `nn.ModuleList`; `[]` for the model as a whole.
-        fsdp_reshard_after_forward: Whether a unit is let go between the forward and the backward pass: less memory,
-            and one more exchange.
-        fsdp_param_dtype: What units compute in, and are put together in; their own if None.
-        fsdp_reduce_dtype: What gradients are averaged in; that of the computation if None.
-        fsdp_cpu_offload: Whether shards stay in the host's memory, where the optimizer steps, too. On a GPU only.
-        fsdp_unshard_after_run: Whether every process has the whole model after the run. False leaves it in shards,
-            where it is too large: evaluations, exports and further runs take it so.
+        fsdp_wrap: The units: classes of submodules, or names as in `named_modules()` with `*` as a wildcard. None for
+            the `_no_split_modules` of a transformers model, or the blocks in each `nn.ModuleList` of another model;
+            `[]` for a single unit, the model.
+        fsdp_reshard_after_forward: Whether a unit's parameters are freed between forward and backward: less memory, one
+            more all-gather.
+        fsdp_param_dtype: The dtype of all-gathered parameters and of the computation; None for that of the parameters.
+        fsdp_reduce_dtype: The dtype in which gradients are reduced; None for that of the computation.
+        fsdp_cpu_offload: Whether shards are kept in host memory, where the optimizer also steps. On a GPU only.
+        fsdp_unshard_after_run: Whether every rank has the full model after the run. False leaves it sharded, for models
+            that do not fit on a device: evaluations, exports and further runs use the sharded model.
 
     Hooks: `configure_accelerator`, `shard_functions`, `should_unshard_after_run`, `make_engine`, `around_run`,
     `resume_invariants`.
 
-    Combines with: everything but another engine. Precision by `AMPMixin`, kept activations by `GradCheckpointMixin`.
+    Combines with: everything except another engine. Use `AMPMixin` for mixed precision, and `GradCheckpointMixin` for
+    activation checkpointing.
 
     Source: Zhao et al., 2023, https://arxiv.org/abs/2304.11277
 
@@ -61,7 +61,6 @@ class FSDPMixin(ShardingMixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse what is no list of units, and no dtype."""
         owner = type(self).__name__
         if self.fsdp_wrap is not None:
             check_selectors(owner, "fsdp_wrap", self.fsdp_wrap)
@@ -72,7 +71,7 @@ class FSDPMixin(ShardingMixin):
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Do what the launch asks of FSDP without Accelerate, whose own state would be FSDP's for good."""
+        """Handle the launch's FSDP settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
         builder.take_over("fsdp")
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"} and os.environ.get("FSDP_VERSION") == "1":
@@ -83,17 +82,17 @@ class FSDPMixin(ShardingMixin):
 
     @override
     def shard_functions(self) -> Mapping[str, ShardFn]:
-        """Deal replicas out, unit by unit."""
         return {**super().shard_functions(), DATA: self._shard_units}
 
     @override
     def should_unshard_after_run(self) -> bool:
-        """Give it back if asked for."""
         return self.fsdp_unshard_after_run and super().should_unshard_after_run()
 
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":
-            raise OptionError(f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: everything is there already.")
+            raise OptionError(
+                f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: the shards are in host memory already."
+            )
         from ptacc.engines.fsdp import shard_units  # importing it takes longer than all of ptacc
 
         shard_units(
@@ -107,7 +106,7 @@ class FSDPMixin(ShardingMixin):
         )
 
     def _units(self) -> list[nn.Module]:
-        """Return the submodules that are units, beside the model itself."""
+        """Return the units, without the model itself."""
         model = self.unwrapped_model
         if self.fsdp_wrap is not None:
             return select_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")

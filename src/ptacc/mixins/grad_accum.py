@@ -13,17 +13,17 @@ from ptacc.validation import check_at_least
 
 
 class GradAccumMixin(Mixin):
-    """Takes several batches for one optimizer step.
+    """Accumulates the gradients of several batches for each optimizer step.
 
-    The gradient is that of the mean over all items of the step, however many batches they come in: a shorter last
-    step of an epoch and ragged batches are weighted by what is in them.
+    The gradient is that of the mean loss over all items of the step. Batches of different sizes, and a last step of the
+    epoch with fewer batches, are weighted by their items.
 
     Options:
-        gradient_accumulation_steps: Batches of each process for one step, at least 1.
+        gradient_accumulation_steps: Batches of each rank per optimizer step, at least 1.
 
     Hooks: `accumulation_steps`, `configure_accelerator`.
 
-    Combines with: everything. Between processes, gradients are exchanged once a step.
+    Combines with: everything. Gradients are reduced across ranks once per step.
 
     Example:
         >>> from ptacc import GradAccumMixin, Trainer
@@ -35,7 +35,6 @@ class GradAccumMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse a count below 1."""
         check_at_least(
             type(self).__name__,
             "gradient_accumulation_steps",
@@ -46,18 +45,16 @@ class GradAccumMixin(Mixin):
 
     @override
     def accumulation_steps(self) -> int:
-        """Return the number of batches of a step."""
         return self.gradient_accumulation_steps
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Refuse a launch that asks for another number; the accelerator itself knows nothing of accumulation."""
         super().configure_accelerator(builder)
         builder.provide("accumulation")
         variable = LAUNCH_FEATURES["accumulation"].variable
         launched = os.environ.get(variable)
         if launched and launched != str(self.gradient_accumulation_steps):
             raise LaunchError(
-                f"The launch set {variable}={launched}, and {type(self).__name__} has "
+                f"The launch sets {variable}={launched}, and {type(self).__name__} has "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Give both the same number."
             )

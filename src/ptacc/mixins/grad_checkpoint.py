@@ -19,16 +19,16 @@ from ptacc.model.selection import check_selectors, select_submodules
 
 
 class GradCheckpointMixin(Mixin):
-    """Computes the activations of chosen submodules anew in the backward pass, instead of keeping them.
+    """Recomputes the activations of selected submodules in the backward pass instead of storing them.
 
-    Less memory, more time, and the same losses and weights to the last bit. Of a chosen submodule only the inputs are
-    kept, and its forward runs twice: choose large ones whose activations fit in memory by themselves, such as the
-    blocks of a network. Dropout draws the same in both, and running statistics move once. Other buffers that a forward
-    changes would be changed twice.
+    This saves memory and takes time; losses and weights are equal to the bit. Only the inputs of a selected submodule
+    are stored, and its forward runs twice. Select large submodules, such as the blocks of a network, each of whose
+    activations fit in memory. Dropout draws the same mask both times, and the running statistics of norm layers are
+    updated once. Other buffers that the forward updates are updated twice.
 
     Options:
-        gradient_checkpointing: Classes of submodules, or their names as in `named_modules()`, in which `*` stands for
-            anything. What lies in a chosen submodule is not chosen again.
+        gradient_checkpointing: Classes of submodules, or names as in `named_modules()` with `*` as a wildcard.
+            Submodules within a selected one are not selected again.
 
     Hooks: `around_run`.
 
@@ -48,71 +48,66 @@ class GradCheckpointMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse what is no list of classes and names."""
         check_selectors(type(self).__name__, "gradient_checkpointing", self.gradient_checkpointing)
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Patch the chosen submodules."""
-        # After the other mixins have patched: what is computed anew is what was computed first.
+        # Patched after the other mixins, so that the recomputation includes their patches.
         with super().around_run():
             option = f"{type(self).__name__}(gradient_checkpointing=[...])"
-            chosen = select_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
-            with patched_forwards(chosen, checkpointed):
+            selected = select_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
+            with patched_forwards(selected, checkpointed_forward):
                 yield
 
 
 # ---- one module
 
 
-def checkpointed(module: nn.Module, forward: Forward) -> Forward:
-    """Return a forward that keeps its inputs alone, where there will be a backward pass in training."""
+def checkpointed_forward(module: nn.Module, forward: Forward) -> Forward:
+    """Return a forward that stores only its inputs in training."""
     norms = [part for part in module.modules() if isinstance(part, _NormBase)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return contextlib.nullcontext(), KeptStatistics(norms)
+        return contextlib.nullcontext(), CopiedStatistics(norms)
 
-    # Compiled code takes no other contexts than torch's own.
+    # Compiled code accepts only torch's own contexts.
     context_fn = contexts if norms else noop_context_fn
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
 
-        names, split = list(kwargs), len(args)
+        names, num_args = list(kwargs), len(args)
 
-        def positional(*values: Any) -> Any:
-            return forward(*values[:split], **dict(zip(names, values[split:], strict=True)))
+        def call_by_position(*values: Any) -> Any:
+            return forward(*values[:num_args], **dict(zip(names, values[num_args:], strict=True)))
 
-        # By position, since the devices whose random streams are preserved are those of positional tensors.
-        return checkpoint(positional, *args, *kwargs.values(), use_reentrant=False, context_fn=context_fn)
+        # torch preserves the random states of the devices of positional tensors only.
+        return checkpoint(call_by_position, *args, *kwargs.values(), use_reentrant=False, context_fn=context_fn)
 
     return call
 
 
-class KeptStatistics(AbstractContextManager[None]):
-    """Has norms move copies of their running statistics in the block, which can be entered again.
+class CopiedStatistics(AbstractContextManager[None]):
+    """Makes norm layers update copies of their running statistics within the block. Reentrant.
 
-    Copies, since writing the values back would count as a change of tensors that a graph may hold.
+    Restoring the values in place instead would be an in-place change of tensors that a graph may have saved.
     """
 
     def __init__(self, norms: Sequence[_NormBase]) -> None:
-        """Keep the statistics of `norms`."""
         self._norms = norms
-        self._kept: list[list[dict[str, Tensor]]] = []
+        self._saved: list[list[dict[str, Tensor]]] = []
 
     @override
     def __enter__(self) -> None:
-        """Put copies in their place."""
-        self._kept.append([dict(norm.named_buffers(recurse=False)) for norm in self._norms])
-        for norm, buffers in zip(self._norms, self._kept[-1], strict=True):
+        self._saved.append([dict(norm.named_buffers(recurse=False)) for norm in self._norms])
+        for norm, buffers in zip(self._norms, self._saved[-1], strict=True):
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer.clone())
 
     @override
     def __exit__(self, *_: object) -> None:
-        """Put them back."""
-        for norm, buffers in zip(self._norms, self._kept.pop(), strict=True):
+        for norm, buffers in zip(self._norms, self._saved.pop(), strict=True):
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)

@@ -12,12 +12,12 @@ from ptacc.validation import check_positive
 
 
 class GradClipMixin(Mixin):
-    """Clips gradients once a step: after all its batches, and free of the gradient scaler's factor.
+    """Clips gradients before each optimizer step, after accumulation and unscaling.
 
     Options:
-        max_grad_norm: Scale all gradients together to at most this 2-norm. The norm that they had is logged as
-            `grad_norm`; `math.inf` logs it and clips nothing.
-        max_grad_value: Clamp each entry of the gradients to at most this magnitude, before the norm is taken.
+        max_grad_norm: Maximum 2-norm of all gradients together. The norm before clipping is logged as `grad_norm`;
+            `math.inf` logs it without clipping.
+        max_grad_value: Maximum magnitude of each entry of the gradients, applied before the norm is computed.
 
     Hooks: `on_gradients_ready`, `train_value_names`.
 
@@ -34,8 +34,7 @@ class GradClipMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse limits that are NaN, zero or negative."""
-        owner, advice = type(self).__name__, "Leave it out to clip nothing."
+        owner, advice = type(self).__name__, "Leave it out to disable clipping."
         if self.max_grad_norm is not None and self.max_grad_norm != math.inf:
             check_positive(owner, "max_grad_norm", self.max_grad_norm, advice)
         if self.max_grad_value is not None:
@@ -43,7 +42,6 @@ class GradClipMixin(Mixin):
 
     @override
     def on_gradients_ready(self, step: StepResult) -> None:
-        """Clip."""
         super().on_gradients_ready(step)
         if self.max_grad_value is not None:
             self.run.engine.clip_value(self.max_grad_value)
@@ -52,5 +50,4 @@ class GradClipMixin(Mixin):
 
     @override
     def train_value_names(self) -> frozenset[str]:
-        """Report the norm."""
         return super().train_value_names() | ({"grad_norm"} if self.max_grad_norm is not None else frozenset())

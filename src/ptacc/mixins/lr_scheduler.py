@@ -27,18 +27,22 @@ SCHEDULER: StateKey[LRSchedulerLike | PlateauSchedulerLike] = StateKey("schedule
 
 
 class LRSchedulerMixin(Mixin):
-    """Schedules the learning rate: once a step that happened, or once an epoch, on any number of processes.
+    """Steps a learning-rate scheduler, after each optimizer step or after each epoch.
+
+    Each run creates a scheduler of its own. After the run, the learning rate and the other scheduled values of the
+    optimizer are restored.
 
     Options:
-        create_scheduler: Makes the schedule of a run from the optimizer and the `RunPlan`, whose `total_steps`,
-            `steps_per_epoch` and `num_epochs` are in optimizer steps. Any torch scheduler, `ReduceLROnPlateau` too.
-        scheduler_interval: `"step"`, or `"epoch"` for a schedule that is sized by `num_epochs`. A `ReduceLROnPlateau`
-            always steps at an epoch's end.
-        scheduler_monitor: The value that a `ReduceLROnPlateau` follows.
+        create_scheduler: Creates the scheduler of a run from the optimizer and the `RunPlan`, whose `total_steps` and
+            `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any torch scheduler, including
+            `ReduceLROnPlateau`.
+        scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps at the
+            end of an epoch.
+        scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
     Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `around_run`.
 
-    Combines with: everything. A step that the gradient scaler skipped does not move the schedule.
+    Combines with: everything. The scheduler does not step when the gradient scaler skips a step.
 
     Example:
         >>> from torch.optim import Optimizer
@@ -57,13 +61,12 @@ class LRSchedulerMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse an interval that is none, and a schedule in place of what makes one."""
         factory: object = self.create_scheduler
-        is_torchs_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
-        if is_torchs_class or not callable(factory):
+        is_torch_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
+        if is_torch_class or not callable(factory):
             raise OptionError(
-                f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that makes the "
-                "schedule of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
+                f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that creates "
+                "the scheduler of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
             )
         if self.scheduler_interval not in ("step", "epoch"):
             raise OptionError(
@@ -72,32 +75,29 @@ class LRSchedulerMixin(Mixin):
 
     @property
     def scheduler(self) -> LRSchedulerLike | PlateauSchedulerLike:
-        """The schedule of the current run, or of the last one."""
+        """The scheduler of the current or last run."""
         return self.run[SCHEDULER]
 
     @override
     def on_run_start(self) -> None:
-        """Make the run's schedule."""
         super().on_run_start()
         optimizer = self.run.engine.slots[0].optimizer
         scheduler = self.create_scheduler(optimizer, self.run.plan)
         check_scheduler(scheduler, optimizer, self.run.plan, self.scheduler_interval)
-        if follows_a_value(scheduler):
+        if needs_value(scheduler):
             check_monitor(as_monitor(self.scheduler_monitor), self.run.values, self, "scheduler_monitor")
         self.run[SCHEDULER] = scheduler
 
     @override
     def on_step_end(self, step: StepResult) -> None:
-        """Move a schedule of steps on."""
         super().on_step_end(step)
-        if self.scheduler_interval == "step" and not follows_a_value(self.scheduler):
+        if self.scheduler_interval == "step" and not needs_value(self.scheduler):
             cast(LRSchedulerLike, self.scheduler).step()
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
-        """Move a schedule of epochs on, or one that follows a value."""
         super().on_epoch_end(record)
-        if follows_a_value(self.scheduler):
+        if needs_value(self.scheduler):
             name = as_monitor(self.scheduler_monitor).name
             if name in record.values():
                 cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
@@ -107,18 +107,17 @@ class LRSchedulerMixin(Mixin):
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Put the scheduled values back to what they were, so that a second run starts like the first."""
-        remembered = [
+        saved = [
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]
         try:
             with super().around_run():
                 yield
         finally:
-            # Not the groups of before: a run that goes on from a checkpoint has loaded others.
-            for group, values in zip(self.optimizer.param_groups, remembered, strict=True):
+            # A resumed run has loaded other group objects.
+            for group, values in zip(self.optimizer.param_groups, saved, strict=True):
                 for name in group.keys() - values.keys() - {"params"}:
-                    del group[name]  # such as `initial_lr`, from which the next schedule would start
+                    del group[name]  # such as `initial_lr`, which the next scheduler would start from
                 group.update(values)
 
     @override
@@ -133,16 +132,15 @@ def constant_rate(optimizer: Optimizer, plan: RunPlan) -> LRSchedulerLike:
     return ConstantLR(optimizer, factor=1.0, total_iters=plan.known_total_steps or 1)
 
 
-def follows_a_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:
-    """Say whether the schedule's `step` has to be given a value, as that of `ReduceLROnPlateau`."""
-    return has_to_be_given_a_value(type(scheduler))
+def needs_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:
+    """Whether `scheduler.step` needs a value, as that of `ReduceLROnPlateau` does."""
+    return _class_needs_value(type(scheduler))
 
 
-@functools.cache
-def has_to_be_given_a_value(kind: type[LRSchedulerLike | PlateauSchedulerLike]) -> bool:
-    """Say so of a class of schedules: looking takes longer than a schedule's step."""
+@functools.cache  # inspecting a signature takes longer than a step of a scheduler
+def _class_needs_value(cls: type[LRSchedulerLike | PlateauSchedulerLike]) -> bool:
     try:
-        inspect.signature(kind.step).bind(None)
+        inspect.signature(cls.step).bind(None)
     except TypeError:
         return True
     return False
@@ -151,19 +149,19 @@ def has_to_be_given_a_value(kind: type[LRSchedulerLike | PlateauSchedulerLike]) 
 def check_scheduler(
     scheduler: LRSchedulerLike | PlateauSchedulerLike, optimizer: Optimizer, plan: RunPlan, interval: str
 ) -> None:
-    """Raise `SchedulerError` for a schedule of another optimizer, or one that ends before the run does."""
+    """Raise `SchedulerError` for a scheduler of another optimizer, and for one with fewer steps than the run."""
     name = type(scheduler).__name__
     if not hasattr(scheduler, "step"):
-        raise SchedulerError(f"create_scheduler returned {name}: it must return the schedule. Check its `return`.")
+        raise SchedulerError(f"create_scheduler returned {name}: it must return the scheduler. Check its `return`.")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise SchedulerError(
-            f"create_scheduler made a {name} for another optimizer than the trainer's. Use the one it is given: "
+            f"create_scheduler returned a {name} for an optimizer other than the trainer's. Use its argument: "
             f"`create_scheduler=lambda optimizer, plan: {name}(optimizer, ...)`."
         )
     needed = plan.known_total_steps if interval == "step" else plan.known_epochs
     length = getattr(scheduler, "total_steps", None)
     if isinstance(length, int) and needed is not None and length < needed:
         raise SchedulerError(
-            f"create_scheduler made a {name} of {length} steps, and the run has {needed} {interval}s. Size it by the "
-            f"plan: `total_steps=plan.{'total_steps' if interval == 'step' else 'num_epochs'}`."
+            f"create_scheduler returned a {name} of {length} steps, and the run has {needed} {interval}s. Take the "
+            f"length from the plan: `total_steps=plan.{'total_steps' if interval == 'step' else 'num_epochs'}`."
         )

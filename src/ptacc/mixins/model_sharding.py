@@ -1,4 +1,4 @@
-"""What the mixins that deal a model out over processes have in common: one mesh of them, and one engine on it."""
+"""The base of the mixins that shard a model over ranks: one device mesh, and one engine on it."""
 
 from __future__ import annotations
 
@@ -19,39 +19,38 @@ if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
 
 ShardFn: TypeAlias = Callable[[nn.Module, "DeviceMesh"], None]
-"""Deals a model out over one dimension of the mesh, in place."""
+"""Shards a model over one dimension of the mesh, in place."""
 TENSOR, DATA = "tp", "dp_shard"
-"""The mesh's dimensions, named as Accelerate names them, in the order in which a model is dealt out over them.
+"""The mesh dimensions, with Accelerate's names, in the order in which a model is sharded over them.
 
-Processes along the first share a replica of the model and take the same batches; those along the second have replicas
-of their own, dealt out.
+Ranks along the first share a replica of the model and get the same batches; the replicas are sharded along the second.
 """
-WAYS = {DATA: "fsdp", TENSOR: "tensor parallel"}
-"""What checkpoints call an engine that deals out over a dimension."""
+ENGINE_NAMES = {DATA: "fsdp", TENSOR: "tensor parallel"}
+"""The name of an engine in checkpoints, by the dimension that it shards over."""
 
 
 class ShardingMixin(Mixin):
-    """Runs a model that is dealt out over the processes. Those who derive from it say how.
+    """Trains a sharded model; the base of `FSDPMixin` and `TensorParallelMixin`.
 
-    A single process has nothing to share, and trains as without this mixin.
+    A single process trains as without this mixin.
     """
 
     @hook("fold")
     def shard_functions(self) -> Mapping[str, ShardFn]:
-        """Return what deals a model out, by the mesh's dimension, that of `super()` included."""
+        """Return the functions that shard the model, by mesh dimension. A fold: extend the result of `super()`."""
         return {}
 
     @hook("default")
     def should_unshard_after_run(self) -> bool:
-        """Return whether the model is whole after a run, on every process."""
+        """Return whether every rank has the full model after the run. A default hook: True."""
         return True
 
     @override
     def make_engine(self) -> Engine:
-        """Deal out the model and what the optimizer holds. A collective.
+        """Shard the model and the optimizer's state. A collective.
 
         Raises:
-            LaunchError: There are replicas, and nothing that deals them out.
+            LaunchError: There are several replicas, and no mixin that shards them.
         """
         if self._distributed.is_single_process:
             return super().make_engine()
@@ -62,12 +61,12 @@ class ShardingMixin(Mixin):
             raise LaunchError(
                 f"{type(self).__name__}: {self._distributed.replica_size} processes share a replica of the model, and "
                 f"{self.distributed.world_size} were launched: {replicas} replicas, and no mixin shards those. "
-                "Compose FSDPMixin, too, or launch fewer processes."
+                "Compose FSDPMixin as well, or launch fewer processes."
             )
         sizes = {DATA: replicas, TENSOR: self._distributed.replica_size}
         mesh = make_mesh(self.device, {name: size for name, size in sizes.items() if name in shard_functions})
 
-        def deal(model: nn.Module) -> None:
+        def shard(model: nn.Module) -> None:
             for name in (TENSOR, DATA):
                 if name in shard_functions:
                     shard_functions[name](model, mesh[name])
@@ -76,24 +75,21 @@ class ShardingMixin(Mixin):
             self.accelerator,
             self.unwrapped_model,
             self.optimizer_slots(),
-            deal,
+            shard,
             unshard_after_run=self.should_unshard_after_run(),
         )
 
     @override
     def resume_invariants(self) -> dict[str, str]:
-        """Go on under the same engine, by however many processes."""
-        return super().resume_invariants() | {
-            "engine": " and ".join(WAYS[name] for name in sorted(self.shard_functions()))
-        }
+        engine = " and ".join(ENGINE_NAMES[name] for name in sorted(self.shard_functions()))
+        return super().resume_invariants() | {"engine": engine}
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Have what was averaged in shards whole, as the model is."""
         with super().around_run():
             yield
-        if self.should_unshard_after_run():
+        if self.should_unshard_after_run():  # the averages are unsharded with the model
             for _, state in self.run.states():
                 if isinstance(state, AveragedWeights):
                     state.unshard()

@@ -22,47 +22,49 @@ from ptacc.run.state import StateKey
 from ptacc.validation import check_at_least
 
 DATA, EVALUATION = "ptacc/data", "ptacc/evaluation"
-OF_THE_TRAINER = {
+TRAINER_RANGES = {
     "train_step": "ptacc/forward",
     "backward": "ptacc/backward",
     "on_gradients_ready": "ptacc/gradients_ready",
     "save_run_state": "ptacc/checkpoint",
 }
-OF_THE_ENGINE = {"update": "ptacc/optimizer"}
-"""Methods that the loop calls, each with the range that stands for its calls in a trace."""
+ENGINE_RANGES = {"update": "ptacc/optimizer"}
+"""Methods that the loop calls, each with the name of its range in the trace."""
 
 PROFILER: StateKey[StepProfiler] = StateKey("profiler")
 
 
 class ProfilerMixin(Mixin):
-    """Profiles a few steps early in a run: a trace file of each process, and a table of the operators that cost most.
+    """Profiles a few steps with `torch.profiler`: a trace file per rank, and a table of the most expensive operators.
 
-    The first steps are no measure: kernels are chosen and compiled, memory is reserved. So some are let pass, some warm
-    the profiler itself up, and then a few are recorded. What is counted are the steps of this `train()`, also where it
-    goes on with a saved run. A profiled step reaches from the end of the step before to its own: whatever lies in
-    between, then waiting for its data, forward, backward, update.
+    The first steps of a run are not representative: kernels are selected and compiled, and memory is reserved. Some
+    steps are therefore skipped, some warm up the profiler, and the next ones are recorded. Steps are counted from the
+    start of this `train()`, even if it resumes a run. A profiled step lasts from the end of the previous step to its
+    own end, and includes evaluations and checkpoints between the two.
 
-    In a trace, ranges tell these apart: `ptacc/data`, `ptacc/forward`, `ptacc/backward`, `ptacc/gradients_ready`
-    (hooks, such as clipping), `ptacc/optimizer`, and between steps `ptacc/evaluation` and `ptacc/checkpoint`.
+    Named ranges in the trace: `ptacc/data`, `ptacc/forward`, `ptacc/backward`, `ptacc/gradients_ready` (hooks, such as
+    clipping), `ptacc/optimizer`, `ptacc/evaluation` and `ptacc/checkpoint`.
 
-    Rank 0 prints the table; `trainer.profiles` has it too. An exception ends the recording, and what there is of it is
-    written. No number changes by a bit, and once the last cycle is over nothing is left but a look at a flag each step.
+    Rank 0 prints the table, which is also in `trainer.profiles`. If an exception ends the run, the steps recorded so
+    far are written. Losses and weights are equal to the bit with and without profiling. After the last cycle, the only
+    cost is one check per step.
 
     Options:
-        profile_dir: Where trace files go, as `rank0_step8.pt.trace.json.gz`, which https://ui.perfetto.dev and
-            TensorBoard read; None writes none. A later run replaces the files of the same steps.
-        profile_wait: Steps that are let pass first, at least 0.
-        profile_warmup: Steps with the profiler on, whose events are thrown away, at least 1.
-        profile_active: Steps that are recorded, at least 1.
-        profile_repeat: Cycles of waiting, warming up and recording, at least 1.
-        profile_memory: Whether to record what is allocated.
-        profile_shapes: Whether to record the shapes that operators get, and have the table tell them apart.
-        profile_stacks: Whether to record the Python functions around the operators; the trace has them, the table not.
-        profile_rows: Rows of the table, at least 1.
+        profile_dir: Directory for trace files such as `rank0_step8.pt.trace.json.gz`, for https://ui.perfetto.dev and
+            TensorBoard; None to write none. A later run overwrites the files of the same steps.
+        profile_wait: Number of steps to skip, at least 0.
+        profile_warmup: Number of steps with the profiler on whose events are discarded, at least 1.
+        profile_active: Number of steps to record, at least 1.
+        profile_repeat: Number of cycles of skipping, warming up and recording, at least 1.
+        profile_memory: Whether to record memory allocations.
+        profile_shapes: Whether to record the input shapes of operators, and to group the table by them.
+        profile_stacks: Whether to record the Python call stacks of operators, in the trace only.
+        profile_rows: Number of rows of the table, at least 1.
 
     Hooks: `around_run`, `around_evaluation`, `on_step_end`.
 
-    Combines with: everything. Of other mixins' work after a step, only that of those behind this one is in the step.
+    Combines with: everything. Of the `on_step_end` hooks of other mixins, a profiled step includes those of classes
+    after this one in the method resolution order.
 
     Example:
         >>> from ptacc import ProfilerMixin, Trainer
@@ -88,28 +90,28 @@ class ProfilerMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse counts that are too small, and a remote store for the traces."""
         owner = type(self).__name__
         check_at_least(owner, "profile_wait", self.profile_wait, 0)
         for name in ("profile_warmup", "profile_active", "profile_repeat", "profile_rows"):
             check_at_least(owner, name, getattr(self, name), 1)
         if "://" in str(self.profile_dir):
             raise OptionError(
-                f"{owner}(profile_dir={str(self.profile_dir)!r}): torch writes traces to local files alone. Give a "
+                f"{owner}(profile_dir={str(self.profile_dir)!r}): torch writes traces to local files only. Give a "
                 "local path, and copy them from there."
             )
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
-        """What was found in the present run, or the last one, on this process: one profile for each cycle."""
+        """The profiles of the current or last run on this rank, one per cycle."""
         return tuple(self.run[PROFILER].profiles)
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Start the profiler, and stop it wherever it is."""
         if self.profile_dir is not None:
-            Path(self.profile_dir).mkdir(parents=True, exist_ok=True)  # before the first step: it may be refused
+            Path(self.profile_dir).mkdir(
+                parents=True, exist_ok=True
+            )  # raises before the first step if it cannot be created
         make = functools.partial(make_profiler, self)
         profiler = StepProfiler(make, functools.partial(report, self), self.profile_repeat)
         self.run[PROFILER] = profiler
@@ -125,62 +127,58 @@ class ProfilerMixin(Mixin):
                 profiler.stop()
         if not profiler.profiles:
             waited, warmup = self.profile_wait, self.profile_warmup
-            self.print(f"No step was profiled: the run ended within {waited} steps of waiting and {warmup} of warm-up.")
+            self.print(f"No step was profiled: the run ended within {waited} skipped and {warmup} warm-up steps.")
 
     @override
     @contextlib.contextmanager
     def around_evaluation(self) -> Iterator[None]:
-        """Mark the evaluation."""
-        with (
-            record_function(EVALUATION) if profiles_now(self) else contextlib.nullcontext(),
-            super().around_evaluation(),
-        ):
+        range_ = record_function(EVALUATION) if is_profiling(self) else contextlib.nullcontext()
+        with range_, super().around_evaluation():
             yield
 
     @override
     def on_step_end(self, step: StepResult) -> None:
-        """Move the profiler on."""
         super().on_step_end(step)
         self.run[PROFILER].step()
 
 
-def profiles_now(trainer: ProfilerMixin) -> bool:
-    """Say whether a run is under way that has more to profile."""
+def is_profiling(trainer: ProfilerMixin) -> bool:
+    """Whether there is a current run with steps left to profile."""
     return trainer.is_running and PROFILER in trainer.run and trainer.run[PROFILER].is_on
 
 
-def make_profiler(trainer: ProfilerMixin, take: Callable[[profile], None]) -> profile:
-    """Make torch's profiler for one cycle: of the host, and of whatever device torch was built for."""
+def make_profiler(trainer: ProfilerMixin, on_trace_ready: Callable[[profile], None]) -> profile:
+    """Create torch's profiler for one cycle, of the host and of the devices that torch supports."""
     waited, warmup, active = trainer.profile_wait, trainer.profile_warmup, trainer.profile_active
     return profile(
         schedule=schedule(wait=waited, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=take,
+        on_trace_ready=on_trace_ready,
         record_shapes=trainer.profile_shapes,
         profile_memory=trainer.profile_memory,
         with_stack=trainer.profile_stacks,
     )
 
 
-# ---- what was found
+# ---- the report
 
 
 def report(trainer: ProfilerMixin, profiler: profile, steps: int) -> Profile | None:
-    """Write the trace of a cycle that saw so many steps, and print its table on rank 0."""
+    """Write the trace of a cycle of `steps` steps, and print its table on rank 0."""
     num_steps = steps - trainer.profile_wait - trainer.profile_warmup
     if not num_steps and not trainer.run[PROFILER].was_interrupted:
         return None
     first = trainer.progress.steps - num_steps + 1
-    found = Profile(first, num_steps, format_table(trainer, profiler), write_trace(trainer, profiler, first))
-    where = "" if found.trace is None else f" Trace: {found.trace}"
-    trainer.print(f"Profile of {num_steps} steps, from step {first} on.{where}\n{found.table}")
-    return found
+    result = Profile(first, num_steps, format_table(trainer, profiler), write_trace(trainer, profiler, first))
+    location = "" if result.trace is None else f" Trace: {result.trace}"
+    trainer.print(f"Profile of {num_steps} steps, from step {first} on.{location}\n{result.table}")
+    return result
 
 
 def format_table(trainer: ProfilerMixin, profiler: profile) -> str:
-    """Return the table of the operators, by the time that they took themselves on the device where there is one."""
+    """Return the table of operators, sorted by their self time on the device, or on the CPU without a device."""
     averages = profiler.key_averages(group_by_input_shape=trainer.profile_shapes)
-    if trainer.profile_stacks:  # then Python's functions are among the events, and they are no operators
-        events = profiler.events() or ()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    if trainer.profile_stacks:  # the events then include Python functions, which are not operators
+        events = profiler.events() or ()  # type: ignore[no-untyped-call]  # not annotated in torch
         functions = {event.name for event in events if event.is_python_function}
         averages[:] = [average for average in averages if average.key not in functions]
     kind = "cpu" if trainer.device.type == "cpu" else "device"
@@ -189,14 +187,14 @@ def format_table(trainer: ProfilerMixin, profiler: profile) -> str:
 
 
 def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path | None:
-    """Write the trace of this process, and return where it is."""
+    """Write the trace of this rank, and return its path."""
     if trainer.profile_dir is None:
         return None
     path = Path(trainer.profile_dir) / f"rank{trainer.distributed.rank}_step{first}.pt.trace.json.gz"
     try:
         profiler.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"The trace {path} could not be written, and the run goes on: {error}", stacklevel=2)
+        warnings.warn(f"The trace {path} could not be written, and the run continues: {error}", stacklevel=2)
         return None
     return path
 
@@ -205,13 +203,13 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
 
 
 def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
-    """Mark the parts of steps until there is no more to see."""
-    written = {method: name for method, name in OF_THE_TRAINER.items() if not is_empty(trainer, method)}
-    profiler.ranges.enter_context(annotate_calls(trainer, written))
-    profiler.ranges.enter_context(annotate_calls(trainer.run.engine, OF_THE_ENGINE))
+    """Record a named range around each part of a step until the last cycle has ended."""
+    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_hook(trainer, method)}
+    profiler.ranges.enter_context(annotate_calls(trainer, ranges))
+    profiler.ranges.enter_context(annotate_calls(trainer.run.engine, ENGINE_RANGES))
     trainer.run.data = ObservedSource(trainer.run.data, functools.partial(annotate_loading, profiler, DATA))
 
 
-def is_empty(trainer: TrainerCore, method: str) -> bool:
-    """Say whether a method is a hook in which nobody does anything."""
+def is_empty_hook(trainer: TrainerCore, method: str) -> bool:
+    """Whether a method is a hook that no class and no callback overrides."""
     return hasattr(TrainerCore, method) and not overrides(trainer, TrainerCore, method)

@@ -14,16 +14,16 @@ from ptacc.rng import derive_seed, preserved_streams, seed_everything
 
 
 class SeedMixin(Mixin):
-    """Makes a run reproducible: the order of its data, randomness in loading it, and what steps draw.
+    """Makes a run reproducible: the order of the data, data loading, and random operations in steps.
+
+    The model is created before the trainer: call `torch.manual_seed` before that for reproducible initial weights.
+    During a seeded run each rank has its own random stream. The states of the global generators are restored after it.
 
     Options:
-        seed: Seeds a run, from 0 to 2**32 - 1. None leaves the global generators alone, and draws a seed for the
-            data, which `trainer.run.seed` tells.
-        deterministic: Refuse kernels whose result varies from call to call, as torch does: some need
+        seed: The seed of the run, from 0 to 2**32 - 1. None leaves the global generators alone and draws a seed for the
+            order of the data, `trainer.run.seed`.
+        deterministic: Whether to allow deterministic kernels only (`torch.use_deterministic_algorithms`). Some need
             `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the environment.
-
-    The model is made before the trainer, so its initial weights need `torch.manual_seed` before that. While a run is
-    seeded, each process draws from a stream of its own; afterwards the global generators are where they were.
 
     Hooks: `make_seed`, `resume_invariants`, `around_run`.
 
@@ -40,26 +40,22 @@ class SeedMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        """Refuse what cannot seed."""
         seed: object = self.seed
-        is_whole = isinstance(seed, int) and not isinstance(seed, bool)  # a float in a range is searched for one by one
-        if seed is not None and not (is_whole and seed in range(2**32)):
+        is_valid = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
+        if seed is not None and not is_valid:
             raise OptionError(f"{type(self).__name__}(seed={self.seed!r}): must be a whole number from 0 to 2**32 - 1.")
 
     @override
     def make_seed(self) -> int:
-        """Return the seed that was given."""
         return super().make_seed() if self.seed is None else self.seed
 
     @override
     def resume_invariants(self) -> dict[str, str]:
-        """Have a run go on with the seed it began with."""
         return super().resume_invariants() | {"seed": str(self.seed)}
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Seed the global generators, and put them back."""
         with contextlib.ExitStack() as stack:
             if self.seed is not None:
                 stack.enter_context(preserved_streams(devices=True))
@@ -72,7 +68,7 @@ class SeedMixin(Mixin):
 
 @contextlib.contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """Have torch use deterministic kernels only, and put its flags back."""
+    """Allow deterministic kernels only; restore torch's settings afterwards."""
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

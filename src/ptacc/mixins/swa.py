@@ -26,18 +26,19 @@ SWA_STATE: StateKey[AveragedWeights] = StateKey("swa")
 
 
 class SWAMixin(BatchMixin[BatchT, OutputT]):
-    """Averages the weights of the last epochs, with equal weight, and ends the run with the average.
+    """Averages the weights at the ends of the last epochs (SWA), and loads the average into the model after the run.
 
-    The statistics of batch norm belong to other weights then, so they are taken anew in a last pass over the
-    training data, without gradients.
+    The running statistics of batch norm layers do not match the averaged weights. They are recomputed in one more pass
+    over the training data, like `torch.optim.swa_utils.update_bn`.
 
     Options:
-        swa_start: The first epoch, counted from 1, at whose end the weights are taken into the average; None for none.
-        swa_updates_batch_norm: Whether to make that last pass where the model has batch norm.
+        swa_start: The first epoch whose weights are averaged, counted from 1; None to disable averaging.
+        swa_updates_batch_norm: Whether to recompute the running statistics of batch norm layers.
 
     Hooks: `on_run_start`, `on_epoch_end`, `on_run_end`.
 
-    Combines with: everything. A schedule that ends high and flat suits it: `torch.optim.swa_utils.SWALR`.
+    Combines with: everything. Use a schedule that ends with a constant, high learning rate, such as
+    `torch.optim.swa_utils.SWALR`.
 
     Source: Izmailov et al., 2018, https://arxiv.org/abs/1803.05407
 
@@ -52,19 +53,16 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
 
     @override
     def check_options(self) -> None:
-        """Refuse an epoch before the first."""
         if self.swa_start is not None:
             check_at_least(type(self).__name__, "swa_start", self.swa_start, 1)
 
     @override
     def on_run_start(self) -> None:
-        """Start an average of nothing."""
         super().on_run_start()
         self.run[SWA_STATE] = AveragedWeights(self.unwrapped_model)
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
-        """Take the epoch's weights into the average."""
         super().on_epoch_end(record)
         if self.swa_start is not None and record.is_complete and record.epoch >= self.swa_start:
             average = self.run[SWA_STATE]
@@ -72,7 +70,6 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
 
     @override
     def on_run_end(self) -> None:
-        """Put the average into the model."""
         if self.run[SWA_STATE].updates:
             self.run[SWA_STATE].swap(self.unwrapped_model)
             if self.swa_updates_batch_norm:
@@ -80,40 +77,42 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         super().on_run_end()
 
     def _update_batch_norm(self) -> None:
-        norms = norms_with_statistics(self.unwrapped_model)
+        """Recompute the running statistics of batch norm layers from the training data. A collective."""
+        norms = find_tracking_norms(self.unwrapped_model)
         if not norms:
             return
-        # With synchronised norms all processes call the model alike, phantoms included; else each for itself, and not
-        # the wrapped one, which talks to the others in its forward. A model in shards does that, too.
+        # Synchronised norms and sharded models communicate in the forward pass: then every rank runs padding batches
+        # too. Otherwise each rank runs its own batches with the unwrapped model, since the forward of the DDP wrapper
+        # communicates as well.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
         is_sharded = any(is_dtensor(parameter) for parameter in self.unwrapped_model.parameters())
         run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
         self._set_model(self.unwrapped_model)
         try:
-            with torch.no_grad(), streams, cumulative(norms):
+            with torch.no_grad(), streams, cumulative_statistics(norms):
                 for host in run.data.epoch(0):
                     run.batch = host if is_synchronised else None
                     if is_synchronised or not host.is_padding:
                         self.predict_step(to_device(host.data, self.device))
                     elif is_sharded:
-                        with kept(norms):
+                        with preserved_statistics(norms):
                             self.predict_step(to_device(host.data, self.device))
         finally:
             run.batch = None
             self._set_model(wrapped)
         if not is_synchronised:
-            average_over(norms, self._distributed)
+            average_statistics(norms, self._distributed)
 
 
-def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norms that track statistics; those that were set to eval mode are to keep theirs."""
+def find_tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norm layers that track running statistics. Layers in eval mode keep theirs."""
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     return [norm for norm in norms if norm.training and norm.running_mean is not None]
 
 
 @contextlib.contextmanager
-def cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Have batch norms average all batches of the block with equal weight."""
+def cumulative_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Reset the running statistics, and average all batches of the block with equal weight."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -126,27 +125,27 @@ def cumulative(norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Put the statistics of batch norms back after the block."""
+def preserved_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Restore the running statistics after the block."""
     buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
+    saved = [buffer.clone() for buffer in buffers]
     yield
-    for buffer, value in zip(buffers, before, strict=True):
+    for buffer, value in zip(buffers, saved, strict=True):
         buffer.copy_(value)
 
 
-def average_over(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:
-    """Average the statistics of the processes, by the number of batches that each has seen."""
+def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:
+    """Average the running statistics over ranks, weighted by their numbers of batches. A collective."""
     if distributed.is_single_process:
         return
-    share = int(distributed.leads_replica)  # the others of a replica have seen the same
+    share = int(distributed.leads_replica)  # all ranks of a replica have the same batches
     for norm in norms:
         mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         assert mean is not None
         assert variance is not None
         assert batches is not None
         for statistic in (mean, variance):
-            *total, seen = distributed.sum([*(statistic * batches * share).tolist(), int(batches) * share])
-            if seen:  # else no process has called this norm
-                statistic.copy_(torch.tensor(total, dtype=torch.float64) / seen)
+            *total, count = distributed.sum([*(statistic * batches * share).tolist(), int(batches) * share])
+            if count:  # 0 if no rank has called this layer
+                statistic.copy_(torch.tensor(total, dtype=torch.float64) / count)
         batches.fill_(distributed.sum([int(batches) * share])[0])

@@ -22,29 +22,28 @@ from ptacc.validation import check_at_least, value_text
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
 
-UNKNOWN = ("DP_REPLICATE", "CP", "SP")
-"""Sizes of a launch's parallelism that no mixin provides."""
+UNSUPPORTED = ("DP_REPLICATE", "CP", "SP")
+"""Kinds of parallelism that a launch may set, and no mixin provides."""
 
 
 class TensorParallelMixin(ShardingMixin):
-    """Splits the matrices of single layers over processes, which compute each batch together.
+    """Splits the weight matrices of layers over the ranks of a replica, which compute each batch together.
 
-    For models whose layers are too large, or too slow, for one device; processes that share a replica should be near
-    each other, since they exchange activations in each layer. Numbers are those of one process but for rounding.
-
-    With more processes than share a replica, replicas are dealt out by `FSDPMixin`, which is composed beside this. The
-    user's model is split in place for a run, and whole again after it. A single process trains as without this mixin.
+    This is for models whose layers are too large, or too slow, for one device. The ranks of a replica exchange
+    activations in each layer and need a fast interconnect. Results equal those of one process up to rounding. With
+    several replicas, compose `FSDPMixin` as well: it shards them. The model is sharded in place for the run, and
+    unsharded after it. A single process trains as without this mixin.
 
     Options:
-        tensor_parallel_size: Processes that share a replica of the model; None for as many as launched with
-            `parallelism_config_tp_size`, or else all.
-        tensor_parallel_plan: Which layers are split, and how: names as in `named_modules()`, in which `*` stands for
-            anything, each with `"colwise"`, `"rowwise"`, `"colwise_gather_output"`, `"embedding_rowwise"` or a
-            `ParallelStyle` of torch. None for the plan that a model of transformers brings, `{}` to split nothing.
+        tensor_parallel_size: Ranks per replica of the model; None for the launch's `parallelism_config_tp_size`, or for
+            all ranks if it has none.
+        tensor_parallel_plan: How to split layers: a mapping from names as in `named_modules()`, with `*` as a wildcard,
+            to `"colwise"`, `"rowwise"`, `"colwise_gather_output"`, `"embedding_rowwise"` or a `ParallelStyle` of torch.
+            None for the plan of a transformers model, `{}` to split no layer.
 
     Hooks: `configure_accelerator`, `shard_functions`, `make_engine`, `around_run`.
 
-    Combines with: `FSDPMixin`, and everything that it combines with.
+    Combines with: everything that `FSDPMixin` combines with, and `FSDPMixin` itself.
 
     Source: Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053
 
@@ -60,12 +59,11 @@ class TensorParallelMixin(ShardingMixin):
     @classmethod
     @override
     def law_options(cls) -> Mapping[str, Any]:
-        """Return a plan that leaves all layers whole: models of the laws have none."""
+        """Return a plan that splits no layer: the models of the laws have no plan."""
         return {"tensor_parallel_plan": {}}
 
     @override
     def check_options(self) -> None:
-        """Refuse a size below 1, and what is no plan."""
         owner = type(self).__name__
         if self.tensor_parallel_size is not None:
             check_at_least(owner, "tensor_parallel_size", self.tensor_parallel_size, 1)
@@ -84,18 +82,17 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-        """Have processes share replicas, and do without Accelerate what the launch asks of parallelism."""
         super().configure_accelerator(builder)
         builder.take_over("parallelism")
         builder.replica_size = self._size()
 
     def _size(self) -> int | None:
-        """Return the processes of a replica, None for all."""
+        """Return the number of ranks per replica, None for all."""
         sizes = launched_sizes()
-        if unknown := [name for name in UNKNOWN if sizes.get(name, 1) > 1]:
+        if unknown := [name for name in UNSUPPORTED if sizes.get(name, 1) > 1]:
             raise LaunchError(
                 f"The launch sets PARALLELISM_CONFIG_{unknown[0]}_SIZE={sizes[unknown[0]]}, and {type(self).__name__} "
-                "has nothing that would do it. Launch with tp_size and dp_shard_size alone."
+                "does not support it. Launch with tp_size and dp_shard_size alone."
             )
         asked, launched = self.tensor_parallel_size, sizes.get("TP")
         if None not in (asked, launched) and asked != launched:
@@ -107,8 +104,7 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     def make_engine(self) -> Engine:
-        """Look at the plan and at the launch first, also where there is one process."""
-        self._layers()
+        self._layers()  # raises for an invalid plan, even with a single process
         shards = launched_sizes().get("DP_SHARD", 1)
         if shards not in (1, self.distributed.replicas):
             raise LaunchError(
@@ -120,7 +116,6 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     def shard_functions(self) -> Mapping[str, ShardFn]:
-        """Split layers over the processes of a replica."""
         return {**super().shard_functions(), TENSOR: self._split_layers}
 
     def _split_layers(self, _: nn.Module, mesh: DeviceMesh) -> None:
@@ -129,24 +124,24 @@ class TensorParallelMixin(ShardingMixin):
     def _layers(self) -> Layers:
         """Return the layers to split."""
         model, owner = self.unwrapped_model, type(self).__name__
-        given = self.tensor_parallel_plan
-        plan: Any = getattr(model, "tp_plan", {}) if given is None else given
-        if given is None and not plan:
+        option = self.tensor_parallel_plan
+        plan: Any = getattr(model, "tp_plan", {}) if option is None else option
+        if option is None and not plan:
             raise ModelError(
-                f"{type(model).__name__} brings no plan of its own, and {owner} was given none: say which layers are "
-                'split, tensor_parallel_plan={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}.'
+                f"{type(model).__name__} has no plan of its own, and {owner} was given none. Name the layers to split: "
+                'tensor_parallel_plan={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}.'
             )
-        if strange := {split for split in plan.values() if isinstance(split, str)} - SPLITS:
+        if unknown := {split for split in plan.values() if isinstance(split, str)} - SPLITS:
             raise ModelError(
-                f"{type(model).__name__} brings a plan with {min(strange)!r}, which {owner} does not know. Give it a "
-                f"tensor_parallel_plan of {', '.join(sorted(SPLITS))}."
+                f"{type(model).__name__} has a plan with {min(unknown)!r}, which {owner} does not support. Give it "
+                f"a tensor_parallel_plan of {', '.join(sorted(SPLITS))}."
             )
         return resolve_layers(model, plan, self._distributed.replica_size, f"{owner}(tensor_parallel_plan=...)")
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        """Have the processes of a replica draw alike, as its first does."""
+        """Give the ranks of a replica the random states of its first rank."""
         distributed = self._distributed
         if distributed.replica_size > 1:
             for stream in (RandomStreams(), DeviceStream(self.device)):
@@ -156,8 +151,8 @@ class TensorParallelMixin(ShardingMixin):
 
 
 def launched_sizes() -> dict[str, int]:
-    """Return the sizes of the parallelism that `accelerate launch` was asked for, by their names."""
+    """Return the sizes in the parallelism config of `accelerate launch`, by name."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() not in {"1", "true"}:
         return {}
-    names = ("TP", "DP_SHARD", *UNKNOWN)
+    names = ("TP", "DP_SHARD", *UNSUPPORTED)
     return {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in names}

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from ptacc.errors import ModelError, OptionError
-from ptacc.validation import value_text
+from ptacc.validation import did_you_mean, value_text
 
 ModuleSelector: TypeAlias = type[nn.Module] | str
 """A class of submodules, or their names as in `named_modules()`, in which `*` stands for any characters."""

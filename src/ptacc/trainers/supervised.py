@@ -14,13 +14,13 @@ from ptacc.types.outputs import StepOutput
 
 
 class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
-    """Trains a model on batches `(inputs, targets)` by a loss of its outputs and the targets.
+    """Trains a model on batches `(inputs, targets)` with a loss function of its outputs and the targets.
 
     Options:
-        loss_func: Returns the mean loss over a batch, a scalar, from `(outputs, targets)`.
+        loss_func: Returns the mean loss of a batch, a scalar, from `(outputs, targets)`.
 
-    Hooks: `compute_train_loss` and `compute_eval_loss` are separate, so that smoothing or mixing in one never reaches
-    the other.
+    Hooks: `compute_train_loss` and `compute_eval_loss`. They are separate, so that label smoothing or mixup in training
+    does not affect evaluation.
 
     Example:
         >>> import torch
@@ -39,7 +39,6 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
 
     @override
     def check_options(self) -> None:
-        """Refuse a loss function that cannot be called, or its class."""
         if isinstance(self.loss_func, type) or not callable(self.loss_func):
             raise OptionError(
                 f"{type(self).__name__}(loss_func={self.loss_func!r}): must be a function of (outputs, targets), "
@@ -47,36 +46,33 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
             )
 
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a training batch, a scalar."""
+        """Return the mean loss of a training batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
         return self.loss_func(outputs, targets)
 
     def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of an evaluation batch, a scalar."""
+        """Return the mean loss of an evaluation batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
         return self.loss_func(outputs, targets)
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
-        """Compute the model's outputs and their loss."""
         inputs, targets = batch
         outputs: Tensor = self.model(inputs)
         return StepOutput(loss=self.compute_train_loss(outputs, targets), outputs=outputs)
 
     @override
     def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
-        """Compute the model's outputs and their loss."""
         inputs, targets = batch
         outputs: Tensor = self.model(inputs)
         return StepOutput(loss=self.compute_eval_loss(outputs, targets), outputs=outputs)
 
     @override
     def predict_step(self, batch: Pair | Tensor) -> Tensor:
-        """Compute the model's outputs, for inputs with or without targets."""
+        """Compute the model's outputs from a batch `(inputs, targets)`, or from inputs alone."""
         outputs: Tensor = self.model(batch if isinstance(batch, Tensor) else batch[0])
         return outputs
 
     @override
     def check_batch(self, batch: object) -> None:
-        """Refuse batches that are no pair of tensors."""
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
             raise DataError(
                 f"{type(self).__name__} trains on batches (inputs, targets), two tensors, and the data gives "
@@ -86,7 +82,7 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
 
 
 def describe(batch: object) -> str:
-    """Say what a batch is, in an error.
+    """Describe the type of a batch, for an error message.
 
     Example:
         >>> describe({"x": 1})

@@ -63,6 +63,6 @@ class Best:
         as_monitor(self.monitor, self.mode)
 
     @property
-    def monitored(self) -> Monitor:
+    def resolved_monitor(self) -> Monitor:
         """The value as a `Monitor`."""
         return as_monitor(self.monitor, self.mode)
