@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/*.md: what is in it, what it prints, and what is refused of it.
+"""The Python in README.md and docs/**/*.md: what is in it, what it prints, and what is refused of it.
 
 A fence marked python is run, all of a page's in one namespace, and type-checked. A comment above a fence changes that:
 
@@ -26,7 +26,7 @@ from ptacc.errors import PtaccError
 from tests.ranks import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 WIDTH = 112
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>python|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL

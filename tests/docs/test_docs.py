@@ -23,7 +23,7 @@ def test_the_pages_type_check_but_for_the_mistakes_they_show() -> None:
 
 
 def test_the_reference_has_every_public_name_once() -> None:
-    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     named = re.findall(r"^\.\. auto\w+:: (ptacc\.[\w.]+)(?=\(|$)", reference, re.MULTILINE)
     errors = [f"ptacc.errors.{name}" for name, value in vars(ptacc.errors).items() if isinstance(value, type)]
     modules = (ptacc, ptacc.protocols, ptacc.testing)

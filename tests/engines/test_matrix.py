@@ -24,7 +24,7 @@ pytestmark = [  # of DeepSpeed and dynamo themselves
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
 ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
     "FSDPMixin": (FSDPMixin, {}),
     "TensorParallelMixin": (TensorParallelMixin, {"tensor_parallel_plan": {"leave": "colwise_gather_output"}}),
