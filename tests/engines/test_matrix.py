@@ -48,7 +48,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "SyncBatchNormMixin": {},
 }
 """Every public mixin that is no engine, with options under which it does something."""
-YES, REFUSED = "yes", "refused"
+YES, REFUSED = "yes", "no"
 REFUSALS: Mapping[tuple[str, str], str] = {
     ("ZeRO 3", "CompileMixin"): "CompileMixin traces whole weights",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
