@@ -1,10 +1,10 @@
 """Run and type-check the Python code blocks in README.md and docs/.
 
-All code blocks of a page marked `python` run in one namespace and are type-checked. A comment above a block changes that:
+All `python` blocks of a page run in one namespace and are type-checked. A comment above a block changes that:
 
 - `<!-- not run: reason -->`: the block is neither run nor checked.
-- `<!-- mypy errors -->`: the block is checked and not run. Each `# error:` in it is mypy's message about the line above.
-- `<!-- raises -->`: the block is run and not checked. It raises a `PtaccError`, whose message is in the next text block.
+- `<!-- mypy errors -->`: the block is checked, not run. Each `# error:` in it is mypy's message about the line above.
+- `<!-- raises -->`: the block is run, not checked. It raises a `PtaccError`, whose message is in the next text block.
 - `<!-- output -->`, above a text block: the text is the output of the block before it.
 
 `python -m tests.docs.pages` writes the current outputs and messages into the pages. Review the diff.
