@@ -142,9 +142,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-at", type=int, help="stop at this step; a later call resumes the run")
     parser.add_argument("--per-device-batch-size", type=int, default=16, help="batch size of one process")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/gpt"), help="checkpoint directory; resumes a run in it"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpt"), help="checkpoint directory; resumes a run in it")
     parser.add_argument("--prompt", default="The ", help="start of the generated text")
     return parser.parse_args(arguments)
 
