@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import ptacc.errors
 import ptacc.protocols
 import ptacc.testing
 from tests.docs.pages import PAGES, ROOT, collapse_whitespace, collect_mypy_errors, collect_outputs, read_blocks
