@@ -1,9 +1,9 @@
-# Needs Python 3.11 or newer with pip, and make; everything else is installed into $(VENV).
+# Requires Python 3.11 or newer with pip, and make. Everything else is installed into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
-# What else to tell the benchmarks: BENCH="--workload step --contender ptacc"
+# Options for the benchmarks: BENCH="--workload step --contender ptacc"
 BENCH ?=
 
 BIN := $(VENV)/bin
@@ -15,15 +15,15 @@ STUBBED := accelerate deepspeed fsspec
 define REPORT_TORCH
 import os, torch
 print("torch", torch.__version__)
-assert torch.version.cuda is None or os.environ.get("CI") != "true", "CI wants the CPU build of torch"
+assert torch.version.cuda is None or os.environ.get("CI") != "true", "CI requires the CPU build of torch"
 endef
 export REPORT_TORCH
 
-# Else pyright asks the network at every run whether there is a newer one.
+# Otherwise pyright checks for a newer version over the network in every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-# The steps share one environment, and their order is the order in which a mistake is cheapest to find.
+# The steps share one environment and run from the fastest to the slowest check.
 .NOTPARALLEL:
 .PHONY: help quickstart test check docs prove bench format clean
 
@@ -33,34 +33,34 @@ help: ## list the targets
 quickstart: $(VENV)/.installed-examples ## install the library and train on the digits
 	$(BIN)/python examples/digits.py
 
-test: check docs ## everything that has to pass: the checks, the docs and the tests
+test: check docs ## run all checks: static checks, documentation, tests
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-dev ## the static checks alone
+check: $(VENV)/.installed-dev ## run the static checks only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	MYPYPATH=stubs $(BIN)/python -m mypy.stubtest $(STUBBED) --concise --ignore-missing-stub --mypy-config-file mypy.ini
 
-docs: $(VENV)/.installed-dev ## build the documentation; a warning is an error
+docs: $(VENV)/.installed-dev ## build the documentation; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
 
-prove: $(VENV)/.installed-dev ## the long proofs
+prove: $(VENV)/.installed-dev ## run the long tests
 	$(BIN)/python -m pytest -m prove
 
-bench: $(BENCH_VENV)/.installed ## measure ptacc beside plain PyTorch and its peers
+bench: $(BENCH_VENV)/.installed ## compare the speed of ptacc, plain PyTorch and other trainers
 	$(BENCH_PYTHON) -m benchmarks.speed $(BENCH)
 
-format: $(VENV)/.installed-dev ## rewrite the code in the house's form
+format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what was built and cached, but not the environment
+clean: ## remove build outputs and caches, but not the environment
 	rm -rf docs/_build dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes in first and pinned: resolved together with the rest, it can bring gigabytes that nobody asked for.
+# torch is installed first and pinned. Resolved together with the rest, pip can select a build with gigabytes of CUDA.
 $(VENV)/.installed-torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -1,12 +1,13 @@
-"""What a checkpoint costs: against `torch.save`, and in the background against the foreground.
+"""Measure the time to save a checkpoint, compared with `torch.save`.
 
-A trainer saves its run after each step: in the foreground, in the background, or not at all while `torch.save` writes
-the same weights and optimizer's state to the same file system, flushed and synced. The three take turns, in an order
-that turns as well, and each ratio is of neighbours: the machine's other load is in both. What is timed is all that the
-loop waits for (`save_run_state`): the check of the weights for NaN, encoding, hashing, writing, syncing, manifest,
-rename. The write behind a background save is awaited before the next turn, and not counted. Every save keeps its
-files until its turn is over, so that no removal is timed; `--rotate` has the checkpoints rotated instead (each is read
-back and verified before an older one is removed), and the older file of `torch.save` removed.
+After each step, a trainer saves its run in the foreground, saves it in the background, and writes the same weights and
+optimizer state with `torch.save`, flushed and synced. The order of the three rotates. Each ratio compares saves of the
+same step, so other load on the machine affects both.
+
+The measured time is the time that the loop waits in `save_run_state`: the check for NaN, encoding, hashing, writing,
+syncing, the manifest and the rename. The next save waits for a background write to finish, and this wait is not
+measured. Files are removed after each turn, outside the measurement. With `--rotate`, the measurement includes the
+rotation: a new checkpoint is verified before the older one is removed, and the older file of `torch.save` is removed.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoints.py --directory /path/on/the/disk
 """
@@ -30,32 +31,35 @@ from ptacc.mixins.checkpoint import SAVER
 
 KINDS = ("foreground", "background", "torch.save")
 WIDTH = 512
-"""Of the model's layers, each of which has a mebibyte of weights."""
+"""The width of the layers. Each layer has a mebibyte of weights."""
 
 
 class Timed(CheckpointMixin, Trainer):
-    """Takes turns among the ways to save, and times each."""
+    """A trainer that saves in each way after each step, and measures the times."""
 
     rotates: bool = False
     turns: list[dict[str, float]] = field(init=False, default_factory=list)
 
     @override
     def save_run_state(self) -> None:
-        line, number = self.run[SAVER].manager, len(self.turns)
+        manager, number = self.run[SAVER].manager, len(self.turns)
         turn: dict[str, float] = {}
         for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
-            line.in_background, line.saved_at = kind == "background", Progress()  # or it would be saved already
+            manager.in_background, manager.saved_at = (
+                kind == "background",
+                Progress(),
+            )  # otherwise the second save would be skipped
             started = time.perf_counter()
             if kind == "torch.save":
                 self._torch_save()
             else:
                 super().save_run_state()
             turn[kind] = time.perf_counter() - started
-            line.finish()
+            manager.finish()
         self.turns.append(turn)
         if not self.rotates:
-            for checkpoint in line.store.names():
-                line.store.remove(checkpoint)
+            for checkpoint in manager.store.names():
+                manager.store.remove(checkpoint)
 
     def _torch_save(self) -> None:
         new = Path(self.checkpoint_dir) / f"{len(self.turns)}.pt"
@@ -68,8 +72,8 @@ class Timed(CheckpointMixin, Trainer):
 
 
 def measure(megabytes: int, turns: int, directory: Path, *, rotates: bool) -> list[dict[str, float]]:
-    """Return the seconds that each way to save took, in each turn."""
-    layers = max(1, round(megabytes / 3))  # Adam keeps two tensors for each of the weights
+    """Return the seconds of each kind of save, for each turn."""
+    layers = max(1, round(megabytes / 3))  # Adam stores two tensors per weight
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     trainer = Timed(
         model,
@@ -86,31 +90,38 @@ def measure(megabytes: int, turns: int, directory: Path, *, rotates: bool) -> li
     return trainer.turns[:turns]
 
 
-def tell(name: str, ratios: Iterable[float]) -> None:
-    """Print the median of some ratios, and how they spread."""
+def print_ratios(name: str, ratios: Iterable[float]) -> None:
+    """Print the median, the quartiles and the range of some ratios."""
     values = sorted(ratios)
-    low, middle, high = statistics.quantiles(values, n=4)
-    print(f"  {name:40} {middle:.3f} (quartiles {low:.3f} to {high:.3f}, all {values[0]:.3f} to {values[-1]:.3f})")
+    low, median, high = statistics.quantiles(values, n=4)
+    print(f"  {name:40} {median:.3f} (quartiles {low:.3f} to {high:.3f}, all {values[0]:.3f} to {values[-1]:.3f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 500], help="sizes of the state")
-    parser.add_argument("--turns", type=int, default=12, help="saves of each kind, the first of them not counted")
-    parser.add_argument("--directory", type=Path, help="on the disk that is meant; the temporary one if not given")
-    parser.add_argument("--rotate", action="store_true", help="verify each checkpoint, and remove the one before")
-    asked = parser.parse_args()
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 500], help="sizes of the state in MB")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=12,
+        help="saves of each kind, in addition to a first one that is reported separately",
+    )
+    parser.add_argument(
+        "--directory", type=Path, help="directory on the disk to measure; default: the temporary directory"
+    )
+    parser.add_argument("--rotate", action="store_true", help="verify each checkpoint, and remove the previous one")
+    args = parser.parse_args()
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for megabytes in asked.megabytes:
-        with tempfile.TemporaryDirectory(dir=asked.directory) as directory:
-            first, *turns = measure(megabytes, asked.turns + 1, Path(directory), rotates=asked.rotate)
+    for megabytes in args.megabytes:
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            first, *turns = measure(megabytes, args.turns + 1, Path(directory), rotates=args.rotate)
         medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
         print(f"{megabytes} MB, {len(turns)} turns: " + ", ".join(f"{kind} {medians[kind]:.3f} s" for kind in KINDS))
-        tell("foreground / torch.save", (turn["foreground"] / turn["torch.save"] for turn in turns))
-        tell("stall in the background / foreground", (turn["background"] / turn["foreground"] for turn in turns))
-        print(f"  {'the same, at the first save':40} {first['background'] / first['foreground']:.3f}")
+        print_ratios("foreground / torch.save", (turn["foreground"] / turn["torch.save"] for turn in turns))
+        print_ratios("wait in the background / foreground", (turn["background"] / turn["foreground"] for turn in turns))
+        print(f"  {'the same ratio for the first save':40} {first['background'] / first['foreground']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What a trainer costs on one GPU, beside a plain PyTorch loop that does the same.
+"""Compare a trainer on one GPU with a plain PyTorch loop.
 
-A trainer runs, and after each block of its steps a plain loop runs a block of as many, in the same process, on a
-model of its own: each ratio is of two neighbouring blocks, and what else the machine does is in both. The clock is
-read before and after a block, when the GPU is done, and nothing waits for it within a block. A ratio comes with the
-95 % interval of its median (bootstrap). Peaks of memory are taken before that, each side alone; the calls for which
-the host waits for the GPU are counted after it, as far as torch notices them.
+The trainer and the plain loop run alternating blocks of steps in the same process, each with its own model. Each ratio
+compares two consecutive blocks, so other load on the machine affects both. The benchmark synchronizes with the GPU
+before and after a block, but not within it. It reports the 95 % bootstrap interval of the median ratio. It measures the
+peak memory of each loop separately, before the blocks. After the blocks it counts the synchronizations with the GPU
+that torch reports.
 
-The plain loop is a fast one: it indexes its data a batch at a time, and copies from pinned memory without waiting.
+The plain loop is optimized: it indexes its data one batch at a time, and copies asynchronously from pinned memory.
 
     python -m benchmarks.gpu --json gpu.json
-    python -m benchmarks.gpu --device cpu --quick     # only shows that it runs
+    python -m benchmarks.gpu --device cpu --quick     # only verifies that it runs
 """
 
 import argparse
@@ -35,11 +35,11 @@ from benchmarks.gpu_tasks import CASES, Case, Task
 from ptacc import AMPMixin, Callback, CompileMixin, StepResult, StopOnNonFinite, Trainer, TrainerCore
 
 WARM_STEPS = 20
-"""Before anything is measured: kernels are chosen, and models compiled."""
+"""Steps before the measurement, in which kernels are selected and models are compiled."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# ---- the two sides
+# ---- the two loops
 
 
 class Mixed(AMPMixin, Trainer): ...
@@ -48,8 +48,8 @@ class Mixed(AMPMixin, Trainer): ...
 class Compiled(CompileMixin, Mixed): ...
 
 
-def train(case: Case, task: Task, pins: bool, listener: Callback[Trainer]) -> None:
-    """Let a trainer run until the listener stops it."""
+def train(case: Case, task: Task, pins: bool, callback: Callback[Trainer]) -> None:
+    """Run a trainer until the callback stops it."""
     model = task.make_model()
     kind = Compiled if case.is_compiled else Mixed
     trainer = kind(
@@ -58,7 +58,7 @@ def train(case: Case, task: Task, pins: bool, listener: Callback[Trainer]) -> No
         optimizer=task.make_optimizer(model),
         mixed_precision=case.precision,
         default_callbacks=[StopOnNonFinite()],
-        callbacks=[listener],
+        callbacks=[callback],
     )
     kwargs: Any = {"pin_memory": pins}
     trainer.train(
@@ -67,11 +67,11 @@ def train(case: Case, task: Task, pins: bool, listener: Callback[Trainer]) -> No
 
 
 def plain_steps(case: Case, task: Task, pins: bool, device: torch.device) -> Iterator[None]:
-    """Take a step of a loop of one's own each time."""
+    """Run one step of a plain loop per iteration."""
     model = task.make_model().to(device)
     optimizer, dtype = task.make_optimizer(model), DTYPES.get(case.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
-    called: Any = torch.compile(model) if case.is_compiled else model
+    forward: Any = torch.compile(model) if case.is_compiled else model
     data = task.make_data()
     batches: Sampler[Any] = BatchSampler(RandomSampler(data), task.batch_size, drop_last=False)
     loader = DataLoader(data, batch_size=None, sampler=batches, pin_memory=pins)
@@ -79,7 +79,7 @@ def plain_steps(case: Case, task: Task, pins: bool, device: torch.device) -> Ite
         for inputs, targets in loader:
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = task.loss(called(inputs), targets)
+                loss = task.loss(forward(inputs), targets)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             scaler.step(optimizer)
             scaler.update()
@@ -91,20 +91,20 @@ def plain_steps(case: Case, task: Task, pins: bool, device: torch.device) -> Ite
 # ---- measuring
 
 
-class Machine:
-    """What differs between a GPU and a host."""
+class Device:
+    """Operations that differ between a GPU and a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.is_gpu = device, device.type == "cuda"
+        self.torch_device, self.is_gpu = device, device.type == "cuda"
 
     def now(self) -> float:
-        """Return the time, once everything that was ordered is done."""
+        """Synchronize with the GPU, and return the time."""
         if self.is_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak_of(self, body: Callable[[], object]) -> int | None:
-        """Return the bytes that a body has on the GPU at most; None for a host."""
+    def measure_peak_memory(self, body: Callable[[], object]) -> int | None:
+        """Return the peak of the additional GPU memory of a function in bytes, or None on a CPU."""
         gc.collect()
         if not self.is_gpu:
             return None
@@ -117,8 +117,8 @@ class Machine:
         return torch.cuda.max_memory_allocated() - before
 
     @contextlib.contextmanager
-    def counting_waits(self, counts: list[int]) -> Iterator[None]:
-        """Append how often the host waited for the GPU in the block; nothing on a host."""
+    def count_syncs(self, counts: list[int]) -> Iterator[None]:
+        """Append the number of synchronizations with the GPU within the context. On a CPU, append nothing."""
         if not self.is_gpu:
             yield
             return
@@ -133,7 +133,7 @@ class Machine:
 
 
 class StopAfter(Callback[TrainerCore]):
-    """Ends a run after so many steps."""
+    """Stops a run after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -145,54 +145,54 @@ class StopAfter(Callback[TrainerCore]):
 
 
 @dataclass
-class Turns(Callback[TrainerCore]):
-    """Lets a plain loop take a turn after each block of the trainer's steps, and times both.
+class AlternatingBlocks(Callback[TrainerCore]):
+    """Runs a block of the plain loop after each block of the trainer, and measures both.
 
     Args:
-        machine: What to time on.
-        plain: The plain loop, one step each.
-        block_seconds: About how long a block takes.
-        pairs: Pairs of blocks.
+        device: The device to measure.
+        plain: The plain loop, one step per iteration.
+        block_seconds: The approximate duration of a block.
+        pairs: The number of pairs of blocks.
     """
 
-    machine: Machine
+    device: Device
     plain: Iterator[None]
     block_seconds: float
     pairs: int
     size: int = WARM_STEPS
     seconds: list[tuple[float, float]] = field(default_factory=list)
-    waits: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
-    _blocks: int = 0
-    _left: int = WARM_STEPS
+    syncs: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    _finished_blocks: int = 0
+    _remaining_steps: int = WARM_STEPS
     _started: float = 0.0
-    _watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _sync_counter: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._watching.close()
-            self._end_block(self.machine.now() - self._started)
-            if self._blocks == self.pairs + 2:
+        self._remaining_steps -= 1
+        if self._remaining_steps == 0:
+            self._sync_counter.close()
+            self._end_block(self.device.now() - self._started)
+            if self._finished_blocks == self.pairs + 2:
                 trainer.stop("measured")
-            elif self._blocks == self.pairs + 1:
-                self._watching.enter_context(self.machine.counting_waits(self.waits[0]))
-            self._left, self._started = self.size, self.machine.now()
+            elif self._finished_blocks == self.pairs + 1:
+                self._sync_counter.enter_context(self.device.count_syncs(self.syncs[0]))
+            self._remaining_steps, self._started = self.size, self.device.now()
 
     def _end_block(self, seconds: float) -> None:
-        """Give the plain loop its turn: the first is to get warm, in the last waits are counted."""
-        is_first, is_last = self._blocks == 0, self._blocks == self.pairs + 1
-        started = self.machine.now()
-        with self.machine.counting_waits(self.waits[1]) if is_last else contextlib.nullcontext():
+        """Run a block of the plain loop. The first block is a warm-up, and the last counts synchronizations."""
+        is_first, is_last = self._finished_blocks == 0, self._finished_blocks == self.pairs + 1
+        started = self.device.now()
+        with self.device.count_syncs(self.syncs[1]) if is_last else contextlib.nullcontext():
             self._run_plain()
-        plain = self.machine.now() - started
+        plain = self.device.now() - started
         if is_first:
-            started = self.machine.now()
+            started = self.device.now()
             self._run_plain()
-            self.size = max(1, round(self.block_seconds * self.size / (self.machine.now() - started)))
+            self.size = max(1, round(self.block_seconds * self.size / (self.device.now() - started)))
         elif not is_last:
             self.seconds.append((seconds / self.size, plain / self.size))
-        self._blocks += 1
+        self._finished_blocks += 1
 
     def _run_plain(self) -> None:
         for _ in range(self.size):
@@ -201,7 +201,7 @@ class Turns(Callback[TrainerCore]):
 
 @dataclass(frozen=True)
 class Figure:
-    """What came of a case: times of a step in microseconds, ratios of the trainer to the plain loop."""
+    """The result of a case: microseconds per step, and ratios of the trainer to the plain loop."""
 
     case: str
     plain_us: float
@@ -211,49 +211,52 @@ class Figure:
     ratio_high: float
     steps: int
     memory_ratio: float | None
-    waits_per_step: tuple[float, float] | None
+    syncs_per_step: tuple[float, float] | None
 
 
-def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
-    """Return the 95 % interval of the median, by bootstrap."""
+def bootstrap_interval(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median."""
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
     return medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
 
 
-def measure(name: str, machine: Machine, pairs: int, block_seconds: float, *, quick: bool) -> Figure:
+def measure(name: str, device: Device, pairs: int, block_seconds: float, *, quick: bool) -> Figure:
     case = CASES[name]
-    task, pins = case.make_task(quick), case.pins and machine.is_gpu
+    task, pins = case.make_task(quick), case.pins and device.is_gpu
 
-    def run_plainly() -> None:
-        steps = plain_steps(case, task, pins, machine.device)
+    def run_plain_loop() -> None:
+        steps = plain_steps(case, task, pins, device.torch_device)
         for _ in range(WARM_STEPS):
             next(steps)
 
-    peaks = [machine.peak_of(side) for side in (run_plainly, lambda: train(case, task, pins, StopAfter(WARM_STEPS)))]
-    turns = Turns(machine, plain_steps(case, task, pins, machine.device), block_seconds, pairs)
-    train(case, task, pins, turns)
-    ratios = [ours / plain for ours, plain in turns.seconds]
+    def run_trainer() -> None:
+        train(case, task, pins, StopAfter(WARM_STEPS))
+
+    peaks = [device.measure_peak_memory(body) for body in (run_plain_loop, run_trainer)]
+    blocks = AlternatingBlocks(device, plain_steps(case, task, pins, device.torch_device), block_seconds, pairs)
+    train(case, task, pins, blocks)
+    ratios = [trainer / plain for trainer, plain in blocks.seconds]
     memory = peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
-    waits = (turns.waits[0][0] / turns.size, turns.waits[1][0] / turns.size) if machine.is_gpu else None
-    ours_us, plain_us = (1e6 * statistics.median(column) for column in zip(*turns.seconds, strict=True))
-    middle, (low, high) = statistics.median(ratios), interval(ratios)
-    return Figure(name, plain_us, ours_us, middle, low, high, turns.size * pairs, memory, waits)
+    syncs = (blocks.syncs[0][0] / blocks.size, blocks.syncs[1][0] / blocks.size) if device.is_gpu else None
+    ptacc_us, plain_us = (1e6 * statistics.median(column) for column in zip(*blocks.seconds, strict=True))
+    median, (low, high) = statistics.median(ratios), bootstrap_interval(ratios)
+    return Figure(name, plain_us, ptacc_us, median, low, high, blocks.size * pairs, memory, syncs)
 
 
-def tell(figure: Figure) -> None:
+def print_figure(figure: Figure) -> None:
     memory = "-" if figure.memory_ratio is None else f"{figure.memory_ratio:.3f}"
-    waits = "-" if figure.waits_per_step is None else "{:.2f} / {:.2f}".format(*figure.waits_per_step)
+    syncs = "-" if figure.syncs_per_step is None else "{:.2f} / {:.2f}".format(*figure.syncs_per_step)
     spread = f"{figure.ratio:.3f} ({figure.ratio_low:.3f} to {figure.ratio_high:.3f})"
     print(
-        f"{figure.case:20} {figure.plain_us:10.0f} {figure.ptacc_us:10.0f}   {spread:24} {memory:>7}   {waits}",
+        f"{figure.case:20} {figure.plain_us:10.0f} {figure.ptacc_us:10.0f}   {spread:24} {memory:>7}   {syncs}",
         flush=True,
     )
 
 
-def surroundings(device: torch.device) -> dict[str, str]:
+def describe_environment(device: torch.device) -> dict[str, str]:
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, a CPU",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "accelerate": version("accelerate"),
@@ -263,31 +266,33 @@ def surroundings(device: torch.device) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="the one that trainers will find")
-    parser.add_argument("--quick", action="store_true", help="tiny models and few blocks: no figures to report")
-    parser.add_argument("--only", nargs="+", choices=CASES, help="these cases alone")
-    parser.add_argument("--pairs", type=int, default=40, help="pairs of blocks of a case")
-    parser.add_argument("--seconds", type=float, default=0.25, help="about how long a block takes")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
-    asked = parser.parse_args()
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="the device to measure")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few blocks, only to verify that it runs")
+    parser.add_argument("--only", nargs="+", choices=CASES, help="run only these cases")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of blocks per case")
+    parser.add_argument("--seconds", type=float, default=0.25, help="approximate duration of a block")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
 
-    device = torch.device(asked.device)
-    about = surroundings(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    device = torch.device(args.device)
+    environment = describe_environment(device)
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
     print(
-        f"{'':20} {'plain us':>10} {'ptacc us':>10}   {'ratio (95 %)':24} {'memory':>7}   waits a step, ptacc / plain"
+        f"{'':20} {'plain us':>10} {'ptacc us':>10}   {'ratio (95 %)':24} {'memory':>7}   syncs per step, ptacc / plain"
     )
-    pairs, seconds = (4, 0.02) if asked.quick else (asked.pairs, asked.seconds)
+    pairs, seconds = (4, 0.02) if args.quick else (args.pairs, args.seconds)
     figures: list[Figure] = []
-    for name in asked.only or CASES:
+    for name in args.only or CASES:
         if CASES[name].precision == "fp16" and device.type == "cpu":
             print(f"{name:20} needs a GPU")
             continue
         torch.manual_seed(0)
-        figures.append(measure(name, Machine(device), pairs, seconds, quick=asked.quick))
-        tell(figures[-1])
-    if asked.json:
-        asked.json.write_text(json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=2) + "\n")
+        figures.append(measure(name, Device(device), pairs, seconds, quick=args.quick))
+        print_figure(figures[-1])
+    if args.json:
+        args.json.write_text(
+            json.dumps({**environment, "figures": [asdict(figure) for figure in figures]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

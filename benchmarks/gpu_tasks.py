@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` trains: a perceptron, convolutions, and a small GPT."""
+"""The models of `benchmarks.gpu`: a perceptron, a convolutional net and a small GPT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ptacc.protocols import Precision
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each beside a residual."""
+    """A transformer block: attention and a perceptron with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -33,17 +33,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (batch, tokens) to logits (batch, tokens, vocabulary)."""
+    """Maps tokens (batch, tokens) to logits (batch, tokens, vocabulary)."""
 
     def __init__(self, vocabulary: int, tokens: int, width: int, layers: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(vocabulary, width), nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Parameter(0.02 * torch.randn(tokens, width))
         self.blocks = nn.Sequential(*(Block(width, width // 64) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.head(self.norm(self.blocks(self.token(tokens) + self.place)))
+        output: Tensor = self.head(self.norm(self.blocks(self.token(tokens) + self.position)))
         return output
 
 
@@ -53,7 +53,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, and data for it."""
+    """A model with its data and optimizer."""
 
     make_model: Callable[[], nn.Module]
     make_data: Callable[[], TensorDataset]
@@ -62,11 +62,11 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
 
 
-def momentum(model: nn.Module) -> Optimizer:
+def make_sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 
-def adam(model: nn.Module) -> Optimizer:
+def make_adam(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-4)
 
 
@@ -77,7 +77,7 @@ def perceptron(_: bool) -> Task:
     def make_data() -> TensorDataset:
         return TensorDataset(torch.randn(32 * 1024, 64), torch.randint(10, (32 * 1024,)))
 
-    return Task(make_model, make_data, momentum, batch_size=32)
+    return Task(make_model, make_data, make_sgd, batch_size=32)
 
 
 def convolutions(quick: bool) -> Task:
@@ -93,7 +93,7 @@ def convolutions(quick: bool) -> Task:
     def make_data() -> TensorDataset:
         return TensorDataset(torch.randn(size * batches, 3, side, side), torch.randint(10, (size * batches,)))
 
-    return Task(make_model, make_data, momentum, size)
+    return Task(make_model, make_data, make_sgd, size)
 
 
 def language(quick: bool) -> Task:
@@ -103,12 +103,12 @@ def language(quick: bool) -> Task:
         text = torch.randint(vocabulary, (size * 64, tokens + 1))
         return TensorDataset(text[:, :-1].contiguous(), text[:, 1:].contiguous())
 
-    return Task(lambda: GPT(vocabulary, tokens, width, layers), make_data, adam, size, token_loss)
+    return Task(lambda: GPT(vocabulary, tokens, width, layers), make_data, make_adam, size, token_loss)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured of a task."""
+    """A task with the settings to measure."""
 
     make_task: Callable[[bool], Task]
     precision: Precision = "no"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as version_of
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 import ptacc.errors
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
 
-PUBLIC = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
+PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__ for module in (ptacc, ptacc.protocols, ptacc.testing) for name in module.__all__
 }
 
 project = "ptacc"
 copyright = "the ptacc authors"
-release = version_of("ptacc")
+release = importlib.metadata.version("ptacc")
 version = release
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -32,7 +32,7 @@ html_theme = "furo"
 html_title = f"ptacc {release}"
 html_copy_source = False
 
-# `name` in a docstring is code.
+# `name` in a docstring is formatted as code.
 default_role = "code"
 python_maximum_signature_line_length = 88
 
@@ -46,14 +46,14 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Options", "params_style"), ("Keys", "params_style")]
 
-# The build needs no network, so no inventory of another project: names from outside stay plain text.
+# The build must work without a network, so there is no intersphinx. External names are plain text.
 nitpick_ignore_regex = [
     (
         r"py:.*",
         r"(torch|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
-    # Signatures name types that are not public, such as type parameters. Those have no page.
+    # Signatures contain non-public types, such as type parameters, which are not documented.
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?"),
 ]
@@ -62,14 +62,14 @@ nitpick_ignore_regex = [
 def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Any) -> Any:
     """Resolve a reference to the module that defines a public name to its entry in the reference."""
     name = node["reftarget"].rpartition(".")[2]
-    if node["refdomain"] != "py" or name not in PUBLIC:
+    if node["refdomain"] != "py" or name not in PUBLIC_MODULES:
         return None
     domain = env.get_domain("py")
-    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"{PUBLIC[name]}.{name}", node, content)
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", f"{PUBLIC_MODULES[name]}.{name}", node, content)
 
 
 def keep_colons(_app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
-    """Put back what stood before a colon in a property's sentence, which napoleon takes for its type."""
+    """Restore the text before a colon in the docstring of a property. napoleon parses it as the type."""
     types = [line for line in lines if line.startswith(":type: ")]
     if what == "property" and types:
         lines.remove(types[0])
@@ -77,6 +77,6 @@ def keep_colons(_app: Sphinx, what: str, _name: str, _object: object, _options: 
 
 
 def setup(app: Sphinx) -> None:
-    """Register what is above."""
+    """Register the functions above."""
     app.connect("missing-reference", find_public_name)
     app.connect("autodoc-process-docstring", keep_colons, priority=600)

@@ -1,12 +1,12 @@
-"""Tell scanned handwritten digits apart: 1,797 images of 8 x 8 pixels, which come with scikit-learn.
+"""Classify scanned handwritten digits: 1,797 images of 8 x 8 pixels from scikit-learn.
 
-One process, as many as `accelerate config` was told, or two on a CPU, which share each batch of 32:
+Run it on one process, on the processes set by `accelerate config`, or on two CPU processes that share each batch of 32:
 
     python examples/digits.py
     accelerate launch examples/digits.py
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/digits.py --per-device-batch-size 16
 
-The results are the same but for rounding. `digits_plain.py` beside this does the training by hand.
+The results are equal up to rounding. `digits_plain.py` does the same training in plain PyTorch.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
 
 
 def make_model() -> nn.Module:
-    # No batch norm and no dropout: what an image adds to the gradient depends on no other image of its batch.
+    # Without batch norm and dropout, the gradient of an image does not depend on the other images of its batch.
     return nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),  # (items, 32, 8, 8)
         nn.ReLU(),
@@ -66,7 +66,7 @@ def make_model() -> nn.Module:
 
 
 def load_data(dtype: torch.dtype) -> list[TensorDataset]:
-    """Return 1,257 digits to train on, 180 to validate with and 360 to test with: always the same ones."""
+    """Return 1,257 training, 180 validation and 360 test digits. The split is always the same."""
     images, labels = map(torch.tensor, load_digits(return_X_y=True))
     images = images.to(dtype).view(-1, 1, 8, 8) / 16
     rest, test = train_test_split(range(len(labels)), test_size=360, stratify=labels, random_state=0)
@@ -74,40 +74,46 @@ def load_data(dtype: torch.dtype) -> list[TensorDataset]:
     return [TensorDataset(images[part], labels[part]) for part in (train, validation, test)]
 
 
-def draw(history: RunHistory, mistakes: list[tuple[Tensor, Tensor, Tensor]], path: Path) -> None:
-    """Draw the curves, and up to nine digits that were taken for others: images, labels and what they were read as."""
+def plot(history: RunHistory, mistakes: list[tuple[Tensor, Tensor, Tensor]], path: Path) -> None:
+    """Plot the curves and up to nine misclassified digits.
+
+    Args:
+        history: The history of the training.
+        mistakes: Images, labels and predictions of the misclassified digits.
+        path: The file to write.
+    """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplot_mosaic("LLLLAAAA012;LLLLAAAA345;LLLLAAAA678")
     epochs, rows = [record.epoch for record in history], [record.values() for record in history]
-    for panel, name, label, colour in (
+    for panel, name, label, color in (
         ("L", "train_loss", "training (smoothed labels)", "tab:blue"),
         ("L", "eval_loss", "validation", "tab:orange"),
         ("A", "accuracy", "validation", "tab:orange"),
     ):
-        axes[panel].plot(epochs, [row[name] for row in rows], ".-", label=label, color=colour)
+        axes[panel].plot(epochs, [row[name] for row in rows], ".-", label=label, color=color)
         axes[panel].set(title={"L": "loss", "A": "accuracy"}[panel], xlabel="epoch")
         axes[panel].locator_params(axis="x", integer=True)
         axes[panel].grid(alpha=0.3)
         axes[panel].legend()
 
-    for place in "012345678":
-        axes[place].set_axis_off()
-    for place, (image, digit, guess) in zip("012345678", mistakes, strict=False):
-        axes[place].imshow(image[0].numpy(), cmap="gray_r")
-        axes[place].set_title(f"{digit}, read as {guess}", fontsize="small")
-    figure.suptitle(f"{len(mistakes)} test digits are read wrongly")
+    for panel in "012345678":
+        axes[panel].set_axis_off()
+    for panel, (image, digit, prediction) in zip("012345678", mistakes, strict=False):
+        axes[panel].imshow(image[0].numpy(), cmap="gray_r")
+        axes[panel].set_title(f"{digit}, predicted {prediction}", fontsize="small")
+    figure.suptitle(f"{len(mistakes)} misclassified test digits")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small net to tell scanned digits apart.")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--per-device-batch-size", type=int, default=32)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of each process for one step")
-    parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], help="as launched, if not given")
+    parser = argparse.ArgumentParser(description="Train a small convolutional net on scanned digits.")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training data")
+    parser.add_argument("--per-device-batch-size", type=int, default=32, help="batch size of one process")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step on each process")
+    parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: as set by the launch")
     parser.add_argument("--double", action="store_true", help="compute in float64")
-    parser.add_argument("--history", type=Path, help="append every step and epoch to this file, as JSON lines")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="where to draw curves and mistakes")
+    parser.add_argument("--history", type=Path, help="append all steps and epochs to this JSON Lines file")
+    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="file for the plot of curves and errors")
     args = parser.parse_args()
 
     dtype = torch.float64 if args.double else torch.float32
@@ -130,11 +136,14 @@ def main() -> None:
     )
     history = trainer.train(train, validation, num_epochs=args.epochs, per_device_batch_size=args.per_device_batch_size)
     result = trainer.evaluate(test, per_device_batch_size=64)
-    guesses = [scores.argmax() for scores in trainer.predict(test, per_device_batch_size=64)]
-    trainer.print(f"test: loss {result.loss:.4f}, accuracy {result.metrics['accuracy']:.2%} of {len(guesses)} digits")
-    if trainer.accelerator.is_main_process:
-        read = zip(*test.tensors, guesses, strict=False)
-        draw(history, [(image, label, guess) for image, label, guess in read if guess != label], args.out)
+    predictions = [scores.argmax() for scores in trainer.predict(test, per_device_batch_size=64)]
+    trainer.print(
+        f"test: loss {result.loss:.4f}, accuracy {result.metrics['accuracy']:.2%} of {len(predictions)} digits"
+    )
+    if trainer.distributed.is_main:
+        results = zip(*test.tensors, predictions, strict=False)
+        mistakes = [(image, label, prediction) for image, label, prediction in results if prediction != label]
+        plot(history, mistakes, args.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The training of `digits.py` in plain PyTorch, to be read beside it: the same net, data, loss, schedule and table.
+"""The training of `digits.py` in plain PyTorch: the same net, data, loss, schedule and table.
 
     python examples/digits_plain.py
 
-It runs on one CPU or GPU, seeds the initial weights and the order of the data, and draws nothing.
+It runs on one CPU or GPU, with seeds for the initial weights and the order of the data. It does not plot.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Batch = tuple[Tensor, ...]
 
 
 def make_model() -> nn.Module:
-    # No batch norm and no dropout: what an image adds to the gradient depends on no other image of its batch.
+    # Without batch norm and dropout, the gradient of an image does not depend on the other images of its batch.
     return nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),  # (items, 32, 8, 8)
         nn.ReLU(),
@@ -42,7 +42,7 @@ def make_model() -> nn.Module:
 
 
 def load_data(dtype: torch.dtype) -> list[TensorDataset]:
-    """Return 1,257 digits to train on, 180 to validate with and 360 to test with: always the same ones."""
+    """Return 1,257 training, 180 validation and 360 test digits. The split is always the same."""
     images, labels = map(torch.tensor, load_digits(return_X_y=True))
     images = images.to(dtype).view(-1, 1, 8, 8) / 16
     rest, test = train_test_split(range(len(labels)), test_size=360, stratify=labels, random_state=0)
@@ -51,7 +51,7 @@ def load_data(dtype: torch.dtype) -> list[TensorDataset]:
 
 
 def windows(loader: DataLoader[Batch], accumulate: int) -> Iterator[list[Batch]]:
-    """Iterate over the batches of each step; at the end of an epoch there may be fewer."""
+    """Yield the batches of each step. The last step of an epoch may have fewer."""
     batches = iter(loader)
     while window := list(islice(batches, accumulate)):
         yield window
@@ -66,7 +66,7 @@ def train(
     accumulate: int = 1,
     bf16: bool = False,
 ) -> list[dict[str, float]]:
-    """Train, print a row of a table for each epoch, and return the rows."""
+    """Train, print a table with one row per epoch, and return the rows."""
     device = next(model.parameters()).device
     optimizer = AdamW(model.parameters(), weight_decay=0.05)
     steps_per_epoch = math.ceil(len(train_loader) / accumulate)
@@ -86,7 +86,7 @@ def train(
                 images, labels = images.to(device), labels.to(device)
                 with autocast(device, enabled=bf16):
                     loss = cross_entropy(model(images), labels, label_smoothing=0.1)
-                # The batches of a step may differ in size, so the mean over the step is no mean of their means.
+                # Batches may differ in size, so the mean over the step is not the mean of the batch means.
                 (loss * (len(labels) / items)).backward()  # type: ignore[no-untyped-call]
                 loss_sum += loss.detach() * len(labels)
             norm_sum += nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -137,10 +137,10 @@ def autocast(device: torch.device, *, enabled: bool) -> contextlib.AbstractConte
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small net to tell scanned digits apart.")
+    parser = argparse.ArgumentParser(description="Train a small convolutional net on scanned digits, in plain PyTorch.")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches for one step")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     args = parser.parse_args()

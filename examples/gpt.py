@@ -1,8 +1,8 @@
-"""Train a small GPT-2 on the English text that every Python carries: its own documentation, byte by byte.
+"""Train a small byte-level GPT-2 on the text of Python's own documentation.
 
-The engine is an option: replicas on every process (DDP), or one model dealt out over them, by torch (FSDP2) or by
-DeepSpeed (ZeRO 3). The numbers are the same but for rounding, and so is what a run leaves: checkpoints to go on from,
-and weights that transformers reads.
+The engine is an option: a replica on every process (DDP), or one model sharded over the processes by torch (FSDP2) or
+DeepSpeed (ZeRO 3). All engines give the same results up to rounding, checkpoints to resume from, and weights that
+transformers can load.
 
     python examples/gpt.py
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/gpt.py --engine fsdp --per-device-batch-size 8
@@ -39,19 +39,19 @@ from ptacc import (
 from ptacc.protocols import ZeroStage
 
 LENGTH = 96
-"""Bytes of a sample at most; the loss of each is predicted from those before it."""
+"""The maximum number of bytes in a sample."""
 END = 0
-"""A byte that the text does not have."""
+"""The start and padding token: a byte that does not occur in the text."""
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Samples of different lengths, filled up.
+    """Samples of different lengths, padded to the longest.
 
     Args:
-        tokens: What the model reads, (samples, length).
-        targets: What comes next, (samples, length); `IGNORED` where nothing does.
+        tokens: The input of the model, (samples, length).
+        targets: The next token at each position, (samples, length); `IGNORED` in the padding.
     """
 
     tokens: Tensor
@@ -70,7 +70,7 @@ def collate(samples: list[bytes]) -> TokenBatch:
 
 
 def load_text() -> tuple[list[bytes], list[bytes]]:
-    """Return paragraphs to train on and to evaluate with, cut where they are too long."""
+    """Return paragraphs for training and evaluation, cut to `LENGTH` bytes."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     paragraphs = [" ".join(part.split()).encode("ascii", "ignore") for part in text.split("\n\n")]
     samples = [part[start : start + LENGTH] for part in paragraphs for start in range(0, len(part), LENGTH)]
@@ -81,18 +81,18 @@ def load_text() -> tuple[list[bytes], list[bytes]]:
 class GPTTrainer(
     SeedMixin, LRSchedulerMixin, GradAccumMixin, GradClipMixin, CheckpointMixin, TrainingLoop[TokenBatch, Tensor]
 ):
-    """The loss is a mean over tokens, however they are split into batches and processes.
+    """A loop whose loss is a mean over tokens, for any split into batches and processes.
 
     Options:
-        stop_at: A step at which to end the run before its time.
+        stop_at: Stop the run early, after this step.
     """
 
     stop_at: int | None = None
 
     @override
     def should_stop(self) -> str | None:
-        is_there = self.stop_at is not None and self.progress.steps >= self.stop_at
-        return super().should_stop() or (f"stop_at={self.stop_at}" if is_there else None)
+        is_reached = self.stop_at is not None and self.progress.steps >= self.stop_at
+        return super().should_stop() or (f"stop_at={self.stop_at}" if is_reached else None)
 
     @override
     def count_items(self, batch: TokenBatch) -> int:
@@ -137,44 +137,44 @@ def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=sorted(ENGINES), default="torch")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="torch", help="how the model is distributed")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--stop-at", type=int, help="end the run at this step, to go on with it later")
-    parser.add_argument("--per-device-batch-size", type=int, default=16)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
-    parser.add_argument("--runs", type=Path, default=Path("runs/gpt"), help="where checkpoints go; a run there goes on")
-    parser.add_argument("--prompt", default="The ", help="what the model is to continue")
+    parser.add_argument("--stop-at", type=int, help="stop at this step; a later call resumes the run")
+    parser.add_argument("--per-device-batch-size", type=int, default=16, help="batch size of one process")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpt"), help="checkpoint directory; resumes a run in it")
+    parser.add_argument("--prompt", default="The ", help="start of the generated text")
     return parser.parse_args(arguments)
 
 
-def train(asked: argparse.Namespace) -> GPTTrainer:
+def train(args: argparse.Namespace) -> GPTTrainer:
     torch.manual_seed(0)
     model = make_model()
     samples, held_out = load_text()
-    trainer = ENGINES[asked.engine](
+    trainer = ENGINES[args.engine](
         model,
         optimizer=AdamW(model.parameters(), lr=3e-3, weight_decay=0.01),
         create_scheduler=one_cycle,
         seed=0,
-        checkpoint_dir=asked.runs / asked.engine,
+        checkpoint_dir=args.runs / args.engine,
         resume=True,
         keep_last=2,
-        stop_at=asked.stop_at,
-        gradient_accumulation_steps=asked.accumulate,
+        stop_at=args.stop_at,
+        gradient_accumulation_steps=args.accumulate,
         max_grad_norm=1.0,
     )
     trainer.train(
         samples,
         held_out[:200],
         collate_fn=collate,
-        max_steps=asked.steps,
-        per_device_batch_size=asked.per_device_batch_size,
+        max_steps=args.steps,
+        per_device_batch_size=args.per_device_batch_size,
     )
     return trainer
 
 
 def generate(weights: Path, prompt: str) -> str:
-    """Continue a prompt with the weights in a file, as anybody does who has transformers and no ptacc."""
+    """Continue a prompt with exported weights, using transformers without ptacc."""
     model = make_model()
     model.load_state_dict(load_file(weights))
     model.train(mode=False)
@@ -187,14 +187,14 @@ def generate(weights: Path, prompt: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = parse(arguments)
-    trainer = train(asked)
+    args = parse(arguments)
+    trainer = train(args)
     last = trainer.history[-1]
-    trainer.print(f"step {last.step}: {last.train_loss:.4f} a byte in training, {last.eval_loss:.4f} in evaluation")
-    weights = asked.runs / f"{asked.engine}.safetensors"
+    trainer.print(f"step {last.step}: {last.train_loss:.4f} per byte in training, {last.eval_loss:.4f} in evaluation")
+    weights = args.runs / f"{args.engine}.safetensors"
     trainer.export_model(weights, overwrite=True)
-    if trainer.distributed.rank == 0:
-        print(generate(weights, asked.prompt))
+    if trainer.distributed.is_main:
+        print(generate(weights, args.prompt))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How fast ptacc is, beside a plain PyTorch loop and its peers, in one run: `python -m benchmarks.speed --help`.
+"""Compare the speed of ptacc, a plain PyTorch loop and other trainers: `python -m benchmarks.speed --help`.
 
-A *contender* is a way to train: the plain loop, ptacc, or a peer. A *workload* is what all of them are to do. Each
-contender runs in a process of its own, next to one of the plain loop; the two take turns, and every figure is a ratio
-of neighbours. `docs/speed.md` tells the method and the results.
+A *contender* is the plain loop, ptacc or another trainer. A *workload* is the work that each contender runs. Each
+contender runs in its own process, next to a process of the plain loop. The two take turns, and each ratio compares two
+consecutive turns. `docs/reference/speed.md` describes the method and the results.
 """

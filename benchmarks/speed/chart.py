@@ -1,4 +1,4 @@
-"""The chart of the docs: what everybody's step costs, as a ratio to the plain loop's."""
+"""The chart of the documentation: the time per step of each contender, relative to the plain loop."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ SHOWN = ("step", "convnet", "gpt", "evaluate")
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draw `chart.svg` and `chart.png`: bars of the workloads that peers took on, or else ptacc's, with intervals."""
+    """Write `chart.svg` and `chart.png`, with one panel per workload.
+
+    The chart has the workloads with several contenders. If there are none, it has the workloads of ptacc.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    found = [name for name in SHOWN if any(workload == name for workload, _ in results.comparisons)]
-    panels = [name for name in found if has_peers(results, name)] or found
+    names = [name for name in SHOWN if any(workload == name for workload, _ in results.comparisons)]
+    panels = [name for name in names if has_other_contenders(results, name)] or names
     if not panels:
         return
-    mpl.rcParams["svg.hashsalt"] = "speed"  # or two drawings of the same would differ
+    mpl.rcParams["svg.hashsalt"] = "speed"  # makes the file reproducible
     figure = Figure(figsize=(10, 0.6 + 2.9 * len(panels)), layout="constrained")
     for axes, workload in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         bars = [each for each in results.comparisons.values() if each.workload == workload]
         ratios = {CONTENDERS[each.contender].title: each.ratio("cpu") for each in bars}
-        names = sorted(ratios, key=lambda name: -ratios[name].median)
-        medians = [ratios[name].median for name in names]
-        spread = [[ratios[n].median - ratios[n].low for n in names], [ratios[n].high - ratios[n].median for n in names]]
-        colours = ["tab:orange" if name == CONTENDERS["ptacc"].title else "tab:blue" for name in names]
-        axes.barh(names, medians, xerr=spread, color=colours, capsize=2)
+        titles = sorted(ratios, key=lambda title: -ratios[title].median)
+        medians = [ratios[title].median for title in titles]
+        errors = [
+            [ratios[title].median - ratios[title].low for title in titles],
+            [ratios[title].high - ratios[title].median for title in titles],
+        ]
+        colors = ["tab:orange" if title == CONTENDERS["ptacc"].title else "tab:blue" for title in titles]
+        axes.barh(titles, medians, xerr=errors, color=colors, capsize=2)
         axes.axvline(1.0, color="black", linewidth=1)
-        axes.set(title=WORKLOADS[workload].title.replace("`", ""), xlabel="CPU time, times plain PyTorch")
+        axes.set(title=WORKLOADS[workload].title.replace("`", ""), xlabel="CPU time, relative to plain PyTorch")
     figure.savefig(folder / "chart.svg", metadata={"Date": None})
     figure.savefig(folder / "chart.png", dpi=100)
 
 
-def has_peers(results: Results, name: str) -> bool:
-    """Say whether anyone but ptacc took on a workload."""
+def has_other_contenders(results: Results, name: str) -> bool:
+    """Return whether a workload has a contender other than ptacc."""
     return any(workload == name and contender != "ptacc" for workload, contender in results.comparisons)

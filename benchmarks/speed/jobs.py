@@ -1,4 +1,4 @@
-"""A job: one model to train or to evaluate, as every contender is given it."""
+"""A job: the model, the optimizer and the data that each contender receives."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender is handed: it trains this very model with this very optimizer on this loader's batches.
+    """A model to train with an optimizer on the batches of a loader.
 
     Args:
-        model: The model, with its initial weights.
-        optimizer: Its optimizer, with a constant learning rate unless `make_schedule` is asked for one.
-        loss_func: The mean loss of a batch from (outputs, targets).
-        loader: The batches `(inputs, targets)`, in an order of its own in each epoch.
-        eval_loader: Further batches, for workloads that evaluate.
-        epochs: Passes over the loader; an evaluation is one pass, over data that was repeated so often.
-        folder: Where files may be written.
+        model: The model with its initial weights.
+        optimizer: The optimizer. Its learning rate is constant unless `make_schedule` is used.
+        loss_func: Returns the mean loss of a batch from (outputs, targets).
+        loader: The batches `(inputs, targets)`, in a different order in each epoch.
+        eval_loader: The batches for evaluations during training.
+        epochs: The number of passes over the loader. An evaluation is one pass over data repeated this many times.
+        folder: A folder for files.
     """
 
     model: nn.Module
@@ -41,35 +41,35 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Batches of all epochs together."""
+        """The number of batches in all epochs."""
         return self.epochs * len(self.loader)
 
     @property
     def dataset(self) -> TensorDataset:
-        """The data in memory, for whoever makes a loader of it."""
+        """The in-memory dataset of the loader."""
         assert isinstance(self.loader.dataset, TensorDataset)
         return self.loader.dataset
 
     @property
     def batch_size(self) -> int:
-        """Samples of a batch."""
+        """The number of samples per batch."""
         assert self.loader.batch_size is not None
         return self.loader.batch_size
 
     def make_schedule(self, optimizer: Optimizer) -> CosineAnnealingLR:
-        """Make the schedule of the workload that has one."""
+        """Create the schedule for workloads with a schedule."""
         return CosineAnnealingLR(optimizer, T_max=self.steps)
 
 
 Run = Callable[[Job], float]
-"""Does a job, and returns its mean loss as the contender knows it; NaN where it keeps none."""
+"""Runs a job, and returns the mean loss that the contender reports, or NaN if it reports none."""
 
 
-class Shuffled(Sampler[int]):
-    """What `shuffle=True` does, in an order that depends on nothing but the epoch.
+class FixedShuffle(Sampler[int]):
+    """A shuffled order that depends only on the epoch.
 
-    A class of its own, since several contenders put a sampler of theirs in the place of torch's `RandomSampler`: the
-    order, and with it the weights, would not be the same any more.
+    Several contenders replace torch's `RandomSampler` with their own sampler. This class prevents that, so that all
+    contenders use the same order and end with the same weights.
     """
 
     def __init__(self, samples: int) -> None:
@@ -84,8 +84,8 @@ class Shuffled(Sampler[int]):
         yield from torch.randperm(self.samples, generator=self._generator).tolist()
 
 
-class AsPtaccShuffles(Sampler[int]):
-    """The order in which ptacc shuffles by default, for a plain loop that is to train on the same batches."""
+class PtaccOrder(Sampler[int]):
+    """The shuffled order of ptacc, for a plain loop that trains on the same batches."""
 
     def __init__(self, samples: int) -> None:
         self.samples, self._epoch = samples, 0
@@ -102,10 +102,10 @@ class AsPtaccShuffles(Sampler[int]):
         yield from order
 
 
-class Dealt(Sampler[int]):
-    """One rank's part of each global batch."""
+class RankShard(Sampler[int]):
+    """The share of one rank of each global batch."""
 
-    def __init__(self, order: Shuffled, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, order: FixedShuffle, batch_size: int, rank: int, world_size: int) -> None:
         self._order, self._size, self._rank, self._world_size = order, batch_size, rank, world_size
 
     def __len__(self) -> int:
@@ -113,13 +113,13 @@ class Dealt(Sampler[int]):
 
     @override
     def __iter__(self) -> Iterator[int]:
-        for place, index in enumerate(self._order):
-            if place // self._size % self._world_size == self._rank:
+        for position, index in enumerate(self._order):
+            if position // self._size % self._world_size == self._rank:
                 yield index
 
 
-class SampleBySample(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset of the user's own, asked for one sample after the other."""
+class SampleDataset(Dataset[tuple[Tensor, Tensor]]):
+    """A custom dataset that returns single samples."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self.inputs, self.targets = inputs, targets
@@ -132,14 +132,14 @@ class SampleBySample(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[index], self.targets[index]
 
 
-class BatchAtOnce(SampleBySample):
-    """A dataset of the user's own that takes a whole batch out of its tensors at once: see `as_it_is`."""
+class BatchDataset(SampleDataset):
+    """A custom dataset that returns a collated batch in `__getitems__`. Use it with `return_unchanged`."""
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(indices)
-        return self.inputs[chosen], self.targets[chosen]
+        selected = torch.tensor(indices)
+        return self.inputs[selected], self.targets[selected]
 
 
-def as_it_is(batch: Any) -> Any:
-    """Collate what is a batch already."""
+def return_unchanged(batch: Any) -> Any:
+    """Collate a batch that is already collated."""
     return batch

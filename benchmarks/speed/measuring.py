@@ -1,4 +1,4 @@
-"""Measuring: a contender and the plain loop take turns, and every ratio is of neighbours."""
+"""Measure contenders: a contender and the plain loop take turns, and each ratio compares two consecutive turns."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speed.contenders import PLAIN
-from benchmarks.speed.processes import Taken, Worker, WorkerError, begin
+from benchmarks.speed.processes import Timing, Worker, WorkerError, run_startup
 from benchmarks.speed.ratios import Estimate, estimate
 from benchmarks.speed.workloads import WORKLOADS, Workload
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a contender: a short run and a long one."""
+    """One turn of a contender: a short run and a long run."""
 
-    short: Taken
-    long: Taken
+    short: Timing
+    long: Timing
 
     def seconds(self, clock: str) -> float:
-        """Return the time of what the long run does more, by `"cpu"` or by `"wall"`."""
-        taken: float = getattr(self.long, clock) - getattr(self.short, clock)
-        return taken
+        """Return the time of the long run minus the time of the short run, for the clock `"cpu"` or `"wall"`."""
+        difference: float = getattr(self.long, clock) - getattr(self.short, clock)
+        return difference
 
 
 @dataclass
 class Comparison:
-    """A contender beside the plain loop in one workload.
+    """A contender compared with the plain loop in one workload.
 
     Args:
-        workload: The workload's name.
-        contender: The contender's name.
-        difference: The largest difference between their weights after the same short run, or, in an evaluation,
-            between the losses.
-        pairs: Turns of the plain loop and of the contender, next to each other.
+        workload: The name of the workload.
+        contender: The name of the contender.
+        difference: The largest difference between their weights after the same short run. In an evaluation, the
+            difference between their losses.
+        pairs: Consecutive turns of the plain loop and of the contender.
     """
 
     workload: str
@@ -47,111 +47,117 @@ class Comparison:
     pairs: list[tuple[Turn, Turn]] = field(default_factory=list)
 
     def ratio(self, clock: str) -> Estimate:
-        """Return the contender's time over the plain loop's."""
-        return estimate([theirs.seconds(clock) / plain.seconds(clock) for plain, theirs in self.pairs])
+        """Return the ratio of the contender's time to the plain loop's."""
+        return estimate([contender.seconds(clock) / plain.seconds(clock) for plain, contender in self.pairs])
 
     def quiet_ratio(self) -> Estimate | None:
-        """Return the ratio of steps that nothing came between, None where there are none."""
-        steps = [(plain.long.quiet_step, theirs.long.quiet_step) for plain, theirs in self.pairs]
-        return estimate([theirs / plain for plain, theirs in steps]) if all(map(all, steps)) else None
+        """Return the ratio of the quiet steps, or None if there are none."""
+        steps = [(plain.long.quiet_step, contender.long.quiet_step) for plain, contender in self.pairs]
+        return estimate([contender / plain for plain, contender in steps]) if all(map(all, steps)) else None
 
     def microseconds(self, clock: str) -> tuple[float, float]:
-        """Return the median time of a batch: the plain loop's, and the contender's."""
+        """Return the median time per batch of the plain loop and of the contender."""
         batches = WORKLOADS[self.workload].batches
-        plain, theirs = (np.median([turn.seconds(clock) for turn in turns]) for turns in zip(*self.pairs, strict=True))
-        return 1e6 * float(plain) / batches, 1e6 * float(theirs) / batches
+        medians = (np.median([turn.seconds(clock) for turn in turns]) for turns in zip(*self.pairs, strict=True))
+        plain, contender = (1e6 * float(median) / batches for median in medians)
+        return plain, contender
 
 
 @dataclass
-class Beginning:
-    """What it costs a contender to begin.
+class Startup:
+    """The startup cost of a contender.
 
     Args:
-        contender: Its name.
-        samples: What fresh processes told: seconds and MiB, by what they are of.
+        contender: The name of the contender.
+        samples: Seconds and MiB by name, one sample per fresh process.
     """
 
     contender: str
     samples: list[dict[str, dict[str, float]]] = field(default_factory=list)
 
-    def of(self, what: str, part: str) -> Estimate:
-        """Return one of the figures: `"import", "cpu"`, for one."""
-        return estimate([sample[what][part] for sample in self.samples])
+    def estimate(self, name: str, part: str) -> Estimate:
+        """Return one figure, such as `"import", "cpu"`."""
+        return estimate([sample[name][part] for sample in self.samples])
 
 
 @dataclass
 class Results:
-    """All that was measured, and why some of it was not."""
+    """All measurements, and the reasons for missing ones."""
 
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
-    beginnings: dict[str, Beginning] = field(default_factory=dict)
+    startups: dict[str, Startup] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def note_versions(self, versions: dict[str, str]) -> None:
-        """Note what is compared; figures of several versions of one library cannot be put together.
+    def add_versions(self, versions: dict[str, str]) -> None:
+        """Store the versions of the contenders.
 
         Raises:
-            WorkerError: There are figures of another version.
+            WorkerError: There are results of another version.
         """
-        known = self.versions | versions
-        if changed := [name for name, version in self.versions.items() if known[name] != version]:
-            raise WorkerError(f"{', '.join(changed)}: the results so far are of another version")
-        self.versions = known
+        merged = self.versions | versions
+        if changed := [name for name, version in self.versions.items() if merged[name] != version]:
+            raise WorkerError(f"{', '.join(changed)}: the existing results are of another version")
+        self.versions = merged
 
 
 def compare(contender: str, names: Collection[str], pairs: int, folder: Path, results: Results) -> None:
-    """Take some pairs of turns in each workload that the contender takes on, in processes started for it."""
-    for processes, group in by_processes(names):
-        with Worker(PLAIN, folder, processes=processes) as plain, Worker(contender, folder, processes=processes) as one:
-            results.note_versions({PLAIN: plain.version, contender: one.version})
+    """Measure pairs of turns in each workload that the contender supports, in new processes."""
+    for processes, group in group_by_processes(names):
+        with (
+            Worker(PLAIN, folder, processes=processes) as plain,
+            Worker(contender, folder, processes=processes) as worker,
+        ):
+            results.add_versions({PLAIN: plain.version, contender: worker.version})
             for workload in group:
-                if workload.name in one.workloads:
-                    measure(plain, one, workload, pairs, folder, results)
+                if workload.name in worker.workloads:
+                    measure(plain, worker, workload, pairs, folder, results)
 
 
-def by_processes(names: Iterable[str]) -> Iterator[tuple[int, list[Workload]]]:
-    """Group workloads by the number of their processes."""
-    asked = sorted((WORKLOADS[name] for name in names), key=lambda workload: workload.processes)
-    for processes, group in itertools.groupby(asked, key=lambda workload: workload.processes):
+def group_by_processes(names: Iterable[str]) -> Iterator[tuple[int, list[Workload]]]:
+    """Group workloads by their number of processes."""
+    workloads = sorted((WORKLOADS[name] for name in names), key=lambda workload: workload.processes)
+    for processes, group in itertools.groupby(workloads, key=lambda workload: workload.processes):
         yield processes, list(group)
 
 
-def measure(plain: Worker, one: Worker, workload: Workload, pairs: int, folder: Path, results: Results) -> None:
-    """Take pairs of turns in one workload, the first to begin changing from pair to pair."""
-    key = workload.name, one.contender
+def measure(plain: Worker, worker: Worker, workload: Workload, pairs: int, folder: Path, results: Results) -> None:
+    """Measure pairs of turns in one workload. The order within a pair alternates."""
+    key = workload.name, worker.contender
     try:
-        difference = warm_up(plain, one, workload, folder)
+        difference = warm_up(plain, worker, workload, folder)
         comparison = results.comparisons.setdefault(key, Comparison(*key, difference))
         comparison.difference = max(comparison.difference, difference)
         for _ in range(pairs):
-            comparison.pairs.append(take_turns(plain, one, workload, plain_first=len(comparison.pairs) % 2 == 0))
+            plain_first = len(comparison.pairs) % 2 == 0
+            comparison.pairs.append(measure_pair(plain, worker, workload, plain_first=plain_first))
     except WorkerError as error:
-        results.failures[f"{workload.name}, {one.contender}"] = str(error)
+        results.failures[f"{workload.name}, {worker.contender}"] = str(error)
         results.comparisons.pop(key, None)
 
 
-def warm_up(plain: Worker, one: Worker, workload: Workload, folder: Path) -> float:
-    """Do the same short run with both, and return the largest difference in what came of it."""
-    files = [folder / f"{worker.contender}.npy" for worker in (plain, one)]
-    taken = [worker.do(workload.name, workload.short, file) for worker, file in zip((plain, one), files, strict=True)]
+def warm_up(plain: Worker, worker: Worker, workload: Workload, folder: Path) -> float:
+    """Run the same short run with both, and return the largest difference between the weights or losses."""
+    workers = (plain, worker)
+    files = [folder / f"{each.contender}.npy" for each in workers]
+    timings = [each.run(workload.name, workload.short, file) for each, file in zip(workers, files, strict=True)]
     if workload.evaluates:
-        return abs(taken[0].loss - taken[1].loss)
+        return abs(timings[0].loss - timings[1].loss)
     weights = [np.load(file) for file in files]
     return float(np.abs(weights[0] - weights[1]).max())
 
 
-def take_turns(plain: Worker, one: Worker, workload: Workload, *, plain_first: bool) -> tuple[Turn, Turn]:
-    """Take one pair of turns: both long runs stand next to each other, and so does the load of the machine in them."""
-    order = (plain, one) if plain_first else (one, plain)
-    shorts = {worker.contender: worker.do(workload.name, workload.short) for worker in order}
-    longs = {worker.contender: worker.do(workload.name, workload.long) for worker in reversed(order)}
-    turns = [Turn(shorts[worker.contender], longs[worker.contender]) for worker in (plain, one)]
+def measure_pair(plain: Worker, worker: Worker, workload: Workload, *, plain_first: bool) -> tuple[Turn, Turn]:
+    """Measure one pair of turns. The long runs are consecutive, so both see the same load of the machine."""
+    order = (plain, worker) if plain_first else (worker, plain)
+    shorts = {each.contender: each.run(workload.name, workload.short) for each in order}
+    longs = {each.contender: each.run(workload.name, workload.long) for each in reversed(order)}
+    turns = [Turn(shorts[each.contender], longs[each.contender]) for each in (plain, worker)]
     return turns[0], turns[1]
 
 
-def begin_afresh(contender: str, results: Results) -> None:
-    """Begin once in a fresh process, and note what it cost."""
-    told = begin(contender)
-    assert all(math.isfinite(value) for part in told.values() for value in part.values())
-    results.beginnings.setdefault(contender, Beginning(contender)).samples.append(told)
+def measure_startup(contender: str, results: Results) -> None:
+    """Start a contender once in a fresh process, and store its startup cost."""
+    sample = run_startup(contender)
+    assert all(math.isfinite(value) for part in sample.values() for value in part.values())
+    results.startups.setdefault(contender, Startup(contender)).samples.append(sample)

@@ -1,4 +1,4 @@
-"""The processes that contenders run in, as the measuring process sees them."""
+"""The processes that run the contenders, seen from the measuring process."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from types import TracebackType
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300.0
+TIMEOUT = 300.0
 """Seconds to wait for an answer."""
 MODULE = "benchmarks.speed.worker"
 
 
 class WorkerError(Exception):
-    """A contender is absent, failed, or did not answer."""
+    """A contender is not installed, failed, or did not answer."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The time that a workload took once.
+class Timing:
+    """The time of one run of a workload.
 
     Args:
-        cpu: Seconds of CPU, all threads and processes together.
-        wall: Seconds on the clock.
-        loss: The mean loss that the contender told.
-        quiet_step: Seconds of a step that nothing else came between; 0 where there are no steps, or few.
+        cpu: Seconds of CPU time, over all threads and processes.
+        wall: Seconds of elapsed time.
+        loss: The mean loss that the contender reports.
+        quiet_step: Seconds of a step without interruption, or 0 if there are few or no steps.
     """
 
     cpu: float
@@ -44,10 +44,10 @@ class Taken:
 
 
 class Worker:
-    """The processes of one contender, which take turns with those of another: several where they share their steps."""
+    """The processes of one contender. Several processes share each step."""
 
     def __init__(self, contender: str, folder: Path, *, processes: int = 1) -> None:
-        """Start them, and wait until they are ready.
+        """Start the processes and wait until they are ready.
 
         Raises:
             WorkerError: The contender's library is not installed.
@@ -55,13 +55,13 @@ class Worker:
         self.contender, self._folder = contender, folder
         self._errors = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115 - closed by `end`
         command = [sys.executable, "-m", MODULE, contender]
-        port = free_port()
+        port = find_free_port()
         self._ranks = [
-            start(command, environment(rank, processes, port), self._errors, stdin=subprocess.PIPE)
+            start(command, make_environment(rank, processes, port), self._errors, stdin=subprocess.PIPE)
             for rank in range(processes)
         ]
         try:
-            first, *_ = [self._answer(rank) for rank in self._ranks]
+            first, *_ = [self._read_answer(rank) for rank in self._ranks]
         except WorkerError:
             self.end()
             raise
@@ -76,26 +76,26 @@ class Worker:
     ) -> None:
         self.end()
 
-    def do(self, workload: str, epochs: int, weights: Path | None = None) -> Taken:
-        """Do a workload once.
+    def run(self, workload: str, epochs: int, weights: Path | None = None) -> Timing:
+        """Run a workload once.
 
         Args:
-            workload: Its name.
-            epochs: How much of it.
-            weights: Where to leave the weights that come of it.
+            workload: The name of the workload.
+            epochs: The number of epochs.
+            weights: The file for the final weights.
 
         Raises:
             WorkerError: The contender failed.
         """
-        named = None if weights is None else str(weights)
-        request = {"workload": workload, "epochs": epochs, "weights": named, "folder": str(self._folder)}
+        weights_path = None if weights is None else str(weights)
+        request = {"workload": workload, "epochs": epochs, "weights": weights_path, "folder": str(self._folder)}
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps(request) + "\n")
             rank.stdin.flush()
-        told = [self._answer(rank) for rank in self._ranks]
-        cpu, wall = sum(each["cpu"] for each in told), max(each["wall"] for each in told)
-        return Taken(cpu, wall, told[0]["loss"], told[0]["quiet_step"])
+        answers = [self._read_answer(rank) for rank in self._ranks]
+        cpu, wall = sum(answer["cpu"] for answer in answers), max(answer["wall"] for answer in answers)
+        return Timing(cpu, wall, answers[0]["loss"], answers[0]["quiet_step"])
 
     def end(self) -> None:
         """End the processes."""
@@ -107,41 +107,41 @@ class Worker:
                     pipe.close()
         self._errors.close()
 
-    def _answer(self, rank: subprocess.Popen[str]) -> dict[str, Any]:
+    def _read_answer(self, rank: subprocess.Popen[str]) -> dict[str, Any]:
         assert rank.stdout is not None
-        ready, _, _ = select.select([rank.stdout], [], [], PATIENCE)
+        ready, _, _ = select.select([rank.stdout], [], [], TIMEOUT)
         line = rank.stdout.readline() if ready else ""
-        return understood(self.contender, line, self._errors)
+        return parse_answer(self.contender, line, self._errors)
 
 
-def begin(contender: str) -> dict[str, dict[str, float]]:
-    """Return what it costs a contender to begin, in a fresh process.
+def run_startup(contender: str) -> dict[str, dict[str, float]]:
+    """Return the startup cost of a contender in a fresh process.
 
     Raises:
-        WorkerError: It is absent or failed.
+        WorkerError: The contender is not installed or failed.
     """
     with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", MODULE, contender, "--cold", "--started", str(time.time())]
-        process = start(command, environment(0, 1, 0), errors, stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-m", MODULE, contender, "--startup", "--started", str(time.time())]
+        process = start(command, make_environment(0, 1, 0), errors, stdin=subprocess.DEVNULL)
         try:
-            out, _ = process.communicate(timeout=PATIENCE)
+            output, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
-            out, _ = process.communicate()
-        return understood(contender, out, errors)
+            output, _ = process.communicate()
+        return parse_answer(contender, output, errors)
 
 
-def understood(contender: str, line: str, errors: IO[str]) -> dict[str, Any]:
-    """Read an answer.
+def parse_answer(contender: str, line: str, errors: IO[str]) -> dict[str, Any]:
+    """Parse the answer of a worker.
 
     Raises:
-        WorkerError: There is none, or it tells of a failure.
+        WorkerError: The answer is missing or reports a failure.
     """
     if not line:
         errors.seek(0)
         raise WorkerError(f"{contender} did not answer: {errors.read()[-2000:].strip()}")
     answer: dict[str, Any] = json.loads(line)
-    for failure in ("absent", "error"):
+    for failure in ("missing", "error"):
         if failure in answer:
             raise WorkerError(f"{contender}: {answer[failure]}")
     return answer
@@ -153,8 +153,8 @@ def start(command: Sequence[str], variables: dict[str, str], errors: IO[str], *,
     )
 
 
-def environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """Return the variables of a process: one thread, a CPU, no network, and a launcher's where there are several."""
+def make_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return the environment of a process: one thread, CPU only, no network, and a launcher's variables if needed."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if processes > 1:
@@ -163,7 +163,7 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
     return variables
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

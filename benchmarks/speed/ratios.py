@@ -1,4 +1,4 @@
-"""Ratios of neighbours, and how sure they are: pure functions of what was measured."""
+"""Medians with bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median with the interval that holds it in 95 of 100 resamplings.
+    """A median with its 95 % bootstrap interval.
 
     Args:
         median: The median.
-        low: The interval's lower end.
-        high: Its upper end.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
     """
 
     median: float
@@ -26,12 +26,12 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the median of some values with its bootstrap interval, always the same for the same values.
+    """Return the median of some values with its bootstrap interval. The result is deterministic.
 
     Example:
         >>> estimate([1.0, 1.0, 1.0])
         Estimate(median=1.0, low=1.0, high=1.0)
     """
-    drawn = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    resampled = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
     return Estimate(float(np.median(values)), float(low), float(high))

@@ -1,4 +1,4 @@
-"""What was measured, as JSON and as tables in Markdown."""
+"""The results as JSON and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
-from benchmarks.speed.measuring import Beginning, Comparison, Results, Turn
-from benchmarks.speed.processes import Taken
+from benchmarks.speed.measuring import Comparison, Results, Startup, Turn
+from benchmarks.speed.processes import Timing
 from benchmarks.speed.ratios import Estimate
 from benchmarks.speed.workloads import WORKLOADS, Workload
 
 IMPORT_GOAL = 0.3
-"""Seconds on top of torch and Accelerate."""
+"""Maximum seconds in addition to torch and Accelerate."""
 MEMORY_GOAL = 1.02
-"""Times the plain loop's."""
-PEERS_HEAD = ("us", "ratio (CPU)", "ratio (clock)", "quiet steps")
+"""Maximum ratio to the plain loop."""
 
 
 @dataclass
-class Circumstances:
-    """Where and when it was measured.
+class Conditions:
+    """The machine, and the time and load of the measurements.
 
     Args:
         machine: The processor.
-        cores: How many of it this process may use.
+        cores: The number of cores that this process may use.
         python: The version of Python.
-        started: When it began, on the monotonic clock.
-        loads: How many processes wanted to run, whenever something was written.
-        seconds: How long it took up to then, with the time of earlier runs that this one adds to.
+        started: The start on the monotonic clock.
+        loads: The load of the machine at the start and after each write.
+        seconds: The duration so far, including earlier runs.
     """
 
     machine: str
@@ -45,21 +44,21 @@ class Circumstances:
     seconds: float = 0.0
 
     @classmethod
-    def now(cls) -> Circumstances:
-        """Look at the machine."""
+    def current(cls) -> Conditions:
+        """Return the current conditions."""
         cores = len(os.sched_getaffinity(0))
-        return cls(processor(), cores, platform.python_version(), time.monotonic(), [os.getloadavg()[0]])
+        return cls(read_processor_name(), cores, platform.python_version(), time.monotonic(), [os.getloadavg()[0]])
 
-    def look(self) -> None:
-        """Look at its load again."""
+    def update(self) -> None:
+        """Store the current load and duration."""
         self.loads.append(os.getloadavg()[0])
         self.seconds = time.monotonic() - self.started
 
-    def go_on_from(self, earlier: Circumstances) -> None:
-        """Count an earlier run in.
+    def add_earlier(self, earlier: Conditions) -> None:
+        """Add the duration and loads of an earlier run.
 
         Raises:
-            ValueError: It was made on another machine.
+            ValueError: The earlier run was on another machine.
         """
         here, there = ((each.machine, each.cores, each.python) for each in (self, earlier))
         if here != there:
@@ -68,204 +67,213 @@ class Circumstances:
         self.loads = [*earlier.loads, *self.loads]
 
 
-def processor() -> str:
-    """Return the processor's name."""
+def read_processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
-def to_json(circumstances: Circumstances, results: Results) -> str:
-    """Return everything, each single turn with it."""
-    told = {
-        "circumstances": dataclasses.asdict(circumstances),
+# ---- JSON
+
+
+def to_json(conditions: Conditions, results: Results) -> str:
+    """Return all results, including each turn."""
+    data = {
+        "conditions": dataclasses.asdict(conditions),
         "versions": results.versions,
         "failures": results.failures,
         "comparisons": [
             dataclasses.asdict(each)
             | {
-                "epochs": epochs_of(each.workload),
+                "epochs": run_epochs(each.workload),
                 "ratio": {clock: dataclasses.asdict(each.ratio(clock)) for clock in ("cpu", "wall")},
                 "quiet ratio": None if (quiet := each.quiet_ratio()) is None else dataclasses.asdict(quiet),
                 "microseconds": {clock: each.microseconds(clock) for clock in ("cpu", "wall")},
             }
             for each in results.comparisons.values()
         ],
-        "beginnings": [dataclasses.asdict(each) for each in results.beginnings.values()],
+        "startups": [dataclasses.asdict(each) for each in results.startups.values()],
     }
-    return json.dumps(told, indent=1) + "\n"
+    return json.dumps(data, indent=1) + "\n"
 
 
-def from_json(text: str) -> tuple[Circumstances, Results]:
-    """Return what `to_json` was given, but for the failures: what failed may be tried again.
+def from_json(text: str) -> tuple[Conditions, Results]:
+    """Return the arguments of `to_json`, except for the failures, which may be measured again.
 
     Raises:
-        ValueError: A workload has another length by now, so that its turns cannot be put together with new ones.
+        ValueError: The length of a workload has changed, so its turns cannot be combined with new ones.
     """
-    told = json.loads(text)
-    results = Results(versions=told["versions"])
-    for each in told["comparisons"]:
-        if each["epochs"] != epochs_of(each["workload"]):
-            raise ValueError(f"The turns of {each['workload']} had other lengths: write to another folder.")
-        pairs = [(turn_of(plain), turn_of(theirs)) for plain, theirs in each["pairs"]]
+    data = json.loads(text)
+    results = Results(versions=data["versions"])
+    for each in data["comparisons"]:
+        if each["epochs"] != run_epochs(each["workload"]):
+            raise ValueError(f"The turns of {each['workload']} have other lengths: write to another folder.")
+        pairs = [(parse_turn(plain), parse_turn(contender)) for plain, contender in each["pairs"]]
         comparison = Comparison(each["workload"], each["contender"], each["difference"], pairs)
         results.comparisons[comparison.workload, comparison.contender] = comparison
-    results.beginnings = {
-        each["contender"]: Beginning(each["contender"], each["samples"]) for each in told["beginnings"]
-    }
-    return Circumstances(**told["circumstances"]), results
+    results.startups = {each["contender"]: Startup(each["contender"], each["samples"]) for each in data["startups"]}
+    return Conditions(**data["conditions"]), results
 
 
-def epochs_of(workload: str) -> list[int]:
+def run_epochs(workload: str) -> list[int]:
     """Return the epochs of the two runs of a turn."""
     return [WORKLOADS[workload].short, WORKLOADS[workload].long]
 
 
-def turn_of(told: dict[str, dict[str, float]]) -> Turn:
-    return Turn(Taken(**told["short"]), Taken(**told["long"]))
+def parse_turn(data: dict[str, dict[str, float]]) -> Turn:
+    return Turn(Timing(**data["short"]), Timing(**data["long"]))
 
 
-def tables(circumstances: Circumstances, results: Results) -> str:
-    """Return all tables, each under a line that says what it is."""
-    parts = [conditions(circumstances, results), goals(results), *map(str, beside_peers(results)), begin_table(results)]
-    parts.append(begin_goals(results))
+# ---- tables
+
+
+def format_report(conditions: Conditions, results: Results) -> str:
+    """Return all tables."""
+    parts = [
+        format_conditions(conditions, results),
+        format_goals(results),
+        *format_comparisons(results),
+        format_startups(results),
+        format_startup_goals(results),
+    ]
     if results.failures:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in results.failures.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def conditions(circumstances: Circumstances, results: Results) -> str:
-    """Say where it was measured, and what."""
-    loads = f"{min(circumstances.loads):.1f} to {max(circumstances.loads):.1f}"
+def format_conditions(conditions: Conditions, results: Results) -> str:
+    """Return a line with the number of pairs, the machine, the load and the versions."""
+    loads = f"{min(conditions.loads):.1f} to {max(conditions.loads):.1f}"
     versions = ", ".join(f"{CONTENDERS[name].title} {version}" for name, version in results.versions.items())
     pairs = sorted({len(each.pairs) for each in results.comparisons.values()})
-    told = f"{' to '.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} pairs; " if pairs else ""
-    machine = f"{circumstances.machine}, {circumstances.cores} cores"
+    count = f"{' to '.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} pairs; " if pairs else ""
+    machine = f"{conditions.machine}, {conditions.cores} cores"
     return (
-        f"{told}{machine}, one thread a process, Python {circumstances.python}; "
-        f"{circumstances.seconds / 60:.0f} minutes, the load of the machine {loads}. {versions}."
+        f"{count}{machine}, one thread per process, Python {conditions.python}; "
+        f"{conditions.seconds / 60:.0f} minutes, load of the machine {loads}. {versions}."
     )
 
 
-def goals(results: Results) -> str:
-    """Return ptacc's own table: each workload with its goal."""
+def format_goals(results: Results) -> str:
+    """Return the table of ptacc: each workload with its goal."""
     rows = [
         (
             WORKLOADS[each.workload].title,
-            *times(each),
-            shown(each.ratio("cpu")),
-            shown(each.ratio("wall")),
-            shown(each.quiet_ratio()),
-            goal_of(each),
-            sameness(each),
+            *format_times(each),
+            format_ratio(each.ratio("cpu")),
+            format_ratio(each.ratio("wall")),
+            format_ratio(each.quiet_ratio()),
+            format_goal(each),
+            format_difference(each),
         )
         for name in WORKLOADS
         if (each := results.comparisons.get((name, "ptacc"))) is not None
     ]
     head = ("ptacc", "plain, us", "ptacc, us", "ratio (CPU)", "ratio (clock)", "quiet steps", "goal", "weights or loss")
-    return table(head, rows)
+    return format_table(head, rows)
 
 
-def beside_peers(results: Results) -> Iterable[str]:
-    """Yield a table for each workload that a peer took on, the fastest first."""
+def format_comparisons(results: Results) -> Iterator[str]:
+    """Yield a table for each workload with several contenders, the fastest first."""
     for workload in WORKLOADS.values():
-        found = [each for each in results.comparisons.values() if each.workload == workload.name]
-        if any(each.contender != "ptacc" for each in found):
-            yield table(
-                (
-                    workload.title,
-                    "us",
-                    "ratio (CPU)",
-                    "ratio (clock)",
-                    "quiet steps",
-                    "loss" if workload.evaluates else "weights",
-                ),
+        comparisons = [each for each in results.comparisons.values() if each.workload == workload.name]
+        if any(each.contender != "ptacc" for each in comparisons):
+            last = "loss" if workload.evaluates else "weights"
+            yield format_table(
+                (workload.title, "us", "ratio (CPU)", "ratio (clock)", "quiet steps", last),
                 [
                     (
                         CONTENDERS[each.contender].title,
-                        times(each)[1],
-                        shown(each.ratio("cpu")),
-                        shown(each.ratio("wall")),
-                        shown(each.quiet_ratio()),
-                        sameness(each),
+                        format_times(each)[1],
+                        format_ratio(each.ratio("cpu")),
+                        format_ratio(each.ratio("wall")),
+                        format_ratio(each.quiet_ratio()),
+                        format_difference(each),
                     )
-                    for each in sorted(found, key=lambda each: each.ratio("cpu").median)
+                    for each in sorted(comparisons, key=lambda each: each.ratio("cpu").median)
                 ],
             )
 
 
-def begin_table(results: Results) -> str:
+def format_startups(results: Results) -> str:
     """Return the table of imports, first steps and memory."""
     rows: list[tuple[str, ...]] = []
-    for name, beginning in results.beginnings.items():
+    for name, startup in results.startups.items():
         packages = CONTENDERS[name].packages
         rows.append(
             (
                 CONTENDERS[name].title,
-                f"{beginning.of('import', 'cpu').median:.2f}" if packages else "",
-                f"{beginning.of('import', 'wall').median:.2f}" if packages else "",
-                f"{beginning.of('first step', 'cpu').median:.2f}",
-                f"{beginning.of('first step', 'wall').median:.2f}",
-                f"{beginning.of('memory', 'of training').median:.0f}",
-                f"{beginning.of('memory', 'peak').median:.0f}",
+                f"{startup.estimate('import', 'cpu').median:.2f}" if packages else "",
+                f"{startup.estimate('import', 'wall').median:.2f}" if packages else "",
+                f"{startup.estimate('first step', 'cpu').median:.2f}",
+                f"{startup.estimate('first step', 'wall').median:.2f}",
+                f"{startup.estimate('memory', 'of training').median:.0f}",
+                f"{startup.estimate('memory', 'peak').median:.0f}",
             )
         )
-    head = ("", "import, s CPU", "s", "first step, s CPU", "s", "peak of training, MiB", "of the process, MiB")
-    return table(head, rows)
+    head = (
+        "",
+        "import, s CPU",
+        "import, s",
+        "first step, s CPU",
+        "first step, s",
+        "peak of training, MiB",
+        "peak of the process, MiB",
+    )
+    return format_table(head, rows)
 
 
-def begin_goals(results: Results) -> str:
-    """Say whether ptacc's import and its memory reach their goals."""
-    if not {PLAIN, "ptacc"} <= results.beginnings.keys():
+def format_startup_goals(results: Results) -> str:
+    """Return whether the import time and the memory of ptacc reach their goals."""
+    if not {PLAIN, "ptacc"} <= results.startups.keys():
         return ""
-    plain, ours = results.beginnings[PLAIN], results.beginnings["ptacc"]
-    seconds = ours.of("import", "wall").median
+    plain, ptacc = results.startups[PLAIN], results.startups["ptacc"]
+    seconds = ptacc.estimate("import", "wall").median
     parts = [
-        f"Importing ptacc takes {seconds:.2f} s, at most {IMPORT_GOAL}: {verdict(reached=seconds <= IMPORT_GOAL)}.",
+        f"Importing ptacc takes {seconds:.2f} s; goal {IMPORT_GOAL}: {format_verdict(seconds <= IMPORT_GOAL)}.",
     ]
-    for part, what in (("of training", "The peak of training"), ("peak", "The peak of the process")):
-        ratio = ours.of("memory", part).median / plain.of("memory", part).median
-        told = verdict(reached=ratio <= MEMORY_GOAL)
-        parts.append(f"{what} is {ratio:.3f} of the plain loop's, at most {MEMORY_GOAL}: {told}.")
+    for part, name in (("of training", "peak of training"), ("peak", "peak of the process")):
+        ratio = ptacc.estimate("memory", part).median / plain.estimate("memory", part).median
+        verdict = format_verdict(ratio <= MEMORY_GOAL)
+        parts.append(f"The {name} is {ratio:.3f} of the plain loop's; goal {MEMORY_GOAL}: {verdict}.")
     return " ".join(parts)
 
 
-def verdict(*, reached: bool) -> str:
-    return "reached" if reached else "missed"
+def format_verdict(is_reached: bool) -> str:
+    return "reached" if is_reached else "missed"
 
 
-def goal_of(comparison: Comparison) -> str:
-    """Say what the goal is, and whether it was reached."""
+def format_goal(comparison: Comparison) -> str:
+    """Return the goal and whether it was reached."""
     workload = WORKLOADS[comparison.workload]
     if workload.goal is None:
         return ""
-    told = verdict(reached=reaches(workload, comparison.ratio("cpu")))
-    what = "" if workload.goal_is_for == "median" else "upper end "
-    return f"{what}{workload.goal:.2f}: {told}"
+    verdict = format_verdict(is_goal_reached(workload, comparison.ratio("cpu")))
+    statistic = "" if workload.goal_statistic == "median" else "upper end "
+    return f"{statistic}{workload.goal:.2f}: {verdict}"
 
 
-def reaches(workload: Workload, ratio: Estimate) -> bool:
-    """Say whether a ratio reaches the workload's goal."""
+def is_goal_reached(workload: Workload, ratio: Estimate) -> bool:
     assert workload.goal is not None
-    return ratio.median <= workload.goal if workload.goal_is_for == "median" else ratio.high < workload.goal
+    return ratio.median <= workload.goal if workload.goal_statistic == "median" else ratio.high < workload.goal
 
 
-def sameness(comparison: Comparison) -> str:
-    """Say how far the weights are from the plain loop's after the same run, or the loss in an evaluation."""
+def format_difference(comparison: Comparison) -> str:
+    """Return the difference to the plain loop's weights, or to its loss in an evaluation."""
     return "equal" if comparison.difference == 0 else f"within {comparison.difference:.0e}"
 
 
-def times(comparison: Comparison) -> tuple[str, str]:
-    plain, theirs = comparison.microseconds("cpu")
-    return f"{plain:.0f}", f"{theirs:.0f}"
+def format_times(comparison: Comparison) -> tuple[str, str]:
+    plain, contender = comparison.microseconds("cpu")
+    return f"{plain:.0f}", f"{contender:.0f}"
 
 
-def shown(ratio: Estimate | None) -> str:
+def format_ratio(ratio: Estimate | None) -> str:
     return "" if ratio is None else f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, nothing where it has no rows."""
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, or an empty string if it has no rows."""
     if not rows:
         return ""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]

@@ -1,4 +1,4 @@
-"""Tasks: models with data to train them on, the same on every machine."""
+"""Tasks: models with their training data, the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from typing_extensions import override
 
 LENGTH = 64
-"""Characters of a sample of text."""
+"""The number of characters in a text sample."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Task:
     """A model, its data and its optimizer.
 
     Args:
-        make_model: Makes the model; seeded by whoever calls.
-        make_data: Returns inputs and targets, a sample a row.
-        make_optimizer: Makes the optimizer of a model.
-        batch_size: Samples of a batch.
+        make_model: Creates the model. The caller sets the seed.
+        make_data: Returns inputs and targets, one sample per row.
+        make_optimizer: Creates the optimizer of a model.
+        batch_size: The number of samples per batch.
     """
 
     make_model: Callable[[], nn.Module]
@@ -33,26 +33,26 @@ class Task:
     batch_size: int
 
 
-# ---- a tiny perceptron: a step is so short that what is around it shows
+# ---- a tiny perceptron: its steps are short, so the overhead is visible
 
 
 def make_perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def momentum(model: nn.Module) -> Optimizer:
+def make_sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
 @functools.cache
-def make_noise() -> tuple[Tensor, Tensor]:
+def make_random_data() -> tuple[Tensor, Tensor]:
     """Return 256 batches of 32."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(8192, 64, generator=generator), torch.randint(10, (8192,), generator=generator)
 
 
 def make_one_batch() -> tuple[Tensor, Tensor]:
-    inputs, targets = make_noise()
+    inputs, targets = make_random_data()
     return inputs[:32], targets[:32]
 
 
@@ -71,7 +71,7 @@ def make_convnet() -> nn.Module:
     )
 
 
-def adam(model: nn.Module) -> Optimizer:
+def make_adam(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-3)
 
 
@@ -84,15 +84,15 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return images[:1280].to(torch.float32).view(-1, 1, 8, 8) / 16, labels[:1280]
 
 
-# ---- a small GPT on the English text that every Python carries
+# ---- a small GPT on the text of Python's documentation
 
 
 class SmallGPT(nn.Module):
-    """Predicts each character's successor from the characters up to it."""
+    """Predicts the next character from the previous ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(128, 64), nn.Embedding(LENGTH, 64)
+        self.characters, self.positions = nn.Embedding(128, 64), nn.Embedding(LENGTH, 64)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
         )
@@ -100,8 +100,8 @@ class SmallGPT(nn.Module):
 
     @override
     def forward(self, text: Tensor) -> Tensor:
-        """Return logits, (samples, characters to choose from, length)."""
-        hidden = self.characters(text) + self.places.weight
+        """Return logits (samples, characters, length)."""
+        hidden = self.characters(text) + self.positions.weight
         mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
         for block in self.blocks:
             hidden = block(hidden, src_mask=mask, is_causal=True)
@@ -111,13 +111,13 @@ class SmallGPT(nn.Module):
 
 @functools.cache
 def load_text() -> tuple[Tensor, Tensor]:
-    """Return 16 batches of 8 pieces of Python's documentation."""
+    """Return 16 batches of 8 samples of Python's documentation."""
     text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
-    pieces = torch.tensor(list(text[: 128 * LENGTH + 1]))
-    return pieces[:-1].view(128, LENGTH), pieces[1:].view(128, LENGTH)
+    samples = torch.tensor(list(text[: 128 * LENGTH + 1]))
+    return samples[:-1].view(128, LENGTH), samples[1:].view(128, LENGTH)
 
 
-# ---- a model that takes memory, and time to save
+# ---- a large model for memory and checkpoints
 
 
 def make_wide(width: int) -> nn.Module:
@@ -125,19 +125,19 @@ def make_wide(width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def make_wide_noise(width: int) -> tuple[Tensor, Tensor]:
+def make_wide_data(width: int) -> tuple[Tensor, Tensor]:
     """Return one batch of 128."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(128, width, generator=generator), torch.randint(10, (128,), generator=generator)
 
 
 def make_wide_task(width: int) -> Task:
-    return Task(functools.partial(make_wide, width), functools.partial(make_wide_noise, width), adam, 128)
+    return Task(functools.partial(make_wide, width), functools.partial(make_wide_data, width), make_adam, 128)
 
 
-PERCEPTRON = Task(make_perceptron, make_noise, momentum, 32)
-CONVNET = Task(make_convnet, load_digits, adam, 32)
-GPT = Task(SmallGPT, load_text, adam, 8)
-ONE_STEP = Task(make_perceptron, make_one_batch, adam, 32)
+PERCEPTRON = Task(make_perceptron, make_random_data, make_sgd, 32)
+CONVNET = Task(make_convnet, load_digits, make_adam, 32)
+GPT = Task(SmallGPT, load_text, make_adam, 8)
+ONE_STEP = Task(make_perceptron, make_one_batch, make_adam, 32)
 SAVED = make_wide_task(2048)
 LARGE = make_wide_task(4096)

@@ -1,4 +1,4 @@
-"""Workloads: what every contender is asked to do, and what ptacc is to reach."""
+"""Workloads: the work of the contenders, and the goals for ptacc."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.speed.jobs import SEED, AsPtaccShuffles, BatchAtOnce, Job, SampleBySample, Shuffled, as_it_is
+from benchmarks.speed.jobs import SEED, BatchDataset, FixedShuffle, Job, PtaccOrder, SampleDataset, return_unchanged
 from benchmarks.speed.tasks import CONVNET, GPT, LARGE, ONE_STEP, PERCEPTRON, SAVED, Task
 
 Loading = Literal["tensors", "samples", "batches"]
-DATASETS = {"tensors": TensorDataset, "samples": SampleBySample, "batches": BatchAtOnce}
+DATASETS = {"tensors": TensorDataset, "samples": SampleDataset, "batches": BatchDataset}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to measure: the time of `long` epochs less that of `short` ones, so that what surrounds them cancels.
+    """A workload. Its time is the time of `long` epochs minus the time of `short` epochs, which cancels setup.
 
     Args:
-        name: What the command line and contenders call it.
-        title: What the table calls it.
+        name: The name on the command line and in the contenders.
+        title: The title in the tables.
         task: The model and its data.
-        short: Epochs of the short run.
-        long: Epochs of the long run.
-        loading: How samples come out of the dataset.
-        evaluates: Whether it is an evaluation, of data repeated so often, and no training.
-        in_ptaccs_order: Whether the plain loop's order is ptacc's own, and not everyone's.
-        processes: Processes that share each step.
-        goal: The ratio to plain PyTorch that ptacc is to stay below.
-        goal_is_for: Whether that is the median, or the upper end of the interval.
+        short: The number of epochs of the short run.
+        long: The number of epochs of the long run.
+        loading: How the dataset returns samples.
+        evaluates: Whether the workload is an evaluation of repeated data instead of training.
+        uses_ptacc_order: Whether the plain loop uses the order of ptacc instead of the fixed one.
+        processes: The number of processes that share each step.
+        goal: The maximum ratio of ptacc to plain PyTorch.
+        goal_statistic: The statistic of the ratio that the goal applies to.
     """
 
     name: str
@@ -43,34 +43,34 @@ class Workload:
     long: int
     loading: Loading = "tensors"
     evaluates: bool = False
-    in_ptaccs_order: bool = False
+    uses_ptacc_order: bool = False
     processes: int = 1
     goal: float | None = None
-    goal_is_for: Literal["median", "upper end"] = "median"
+    goal_statistic: Literal["median", "upper end"] = "median"
 
     def make_job(self, epochs: int, folder: Path) -> Job:
-        """Make the model, its optimizer and its data, the same in every process."""
+        """Create the model, its optimizer and its data, the same in every process."""
         torch.manual_seed(SEED)
         model = self.task.make_model()
         inputs, targets = self.task.make_data()
         if self.evaluates:
             inputs, targets = (part.repeat(epochs, *[1] * (part.dim() - 1)) for part in (inputs, targets))
         dataset = DATASETS[self.loading](inputs, targets)
-        sampler = AsPtaccShuffles(len(inputs)) if self.in_ptaccs_order else Shuffled(len(inputs))
+        sampler = PtaccOrder(len(inputs)) if self.uses_ptacc_order else FixedShuffle(len(inputs))
         loader = DataLoader(
             dataset,
             batch_size=self.task.batch_size,
             sampler=None if self.evaluates else sampler,
-            collate_fn=as_it_is if self.loading == "batches" else None,
+            collate_fn=return_unchanged if self.loading == "batches" else None,
         )
-        few = TensorDataset(inputs[:512], targets[:512])
-        eval_loader = DataLoader(few, batch_size=self.task.batch_size)
+        eval_data = TensorDataset(inputs[:512], targets[:512])
+        eval_loader = DataLoader(eval_data, batch_size=self.task.batch_size)
         optimizer = self.task.make_optimizer(model)
         return Job(model, optimizer, nn.CrossEntropyLoss(), loader, eval_loader, epochs, folder)
 
     @property
     def batches(self) -> int:
-        """Batches between the short run and the long one, of one process."""
+        """The difference in batches between the long and the short run, per process."""
         samples = len(self.task.make_data()[0])
         return (self.long - self.short) * samples // self.task.batch_size // self.processes
 
@@ -81,30 +81,32 @@ WORKLOADS = {
     for workload in (
         STEP,
         dataclasses.replace(
-            STEP, name="step-samples", title="a step, a dataset of one's own, sample by sample", loading="samples"
+            STEP, name="step-samples", title="a step, custom dataset, single samples", loading="samples"
         ),
         dataclasses.replace(
             STEP,
             name="step-batches",
-            title="a step, a dataset of one's own, whole batches",
+            title="a step, custom dataset, collated batches",
             loading="batches",
         ),
         dataclasses.replace(STEP, name="callbacks", title="a step with the default callbacks", goal=1.10),
-        dataclasses.replace(STEP, name="composed", title="a step with eight mixins composed", goal=1.10),
+        dataclasses.replace(STEP, name="composed", title="a step with eight mixins", goal=1.10),
         dataclasses.replace(
             STEP,
             name="in-memory",
-            title="a `TensorDataset`, default settings, against `DataLoader(TensorDataset)`",
-            in_ptaccs_order=True,
+            title="a step, `TensorDataset` and default settings, compared with `DataLoader(TensorDataset)`",
+            uses_ptacc_order=True,
             long=9,
             goal=0.75,
         ),
-        Workload("convnet", "a small convolutional net on digits", CONVNET, 1, 9, goal=1.02, goal_is_for="upper end"),
-        Workload("gpt", "a small GPT on text", GPT, 1, 17, goal=1.02, goal_is_for="upper end"),
+        Workload(
+            "convnet", "a small convolutional net on digits", CONVNET, 1, 9, goal=1.02, goal_statistic="upper end"
+        ),
+        Workload("gpt", "a small GPT on text", GPT, 1, 17, goal=1.02, goal_statistic="upper end"),
         Workload("evaluate", "evaluation of the perceptron", PERCEPTRON, 1, 5, evaluates=True, goal=1.05),
         Workload(
             "evaluate-samples",
-            "evaluation, a dataset of one's own, sample by sample",
+            "evaluation, custom dataset, single samples",
             PERCEPTRON,
             1,
             5,
@@ -113,9 +115,9 @@ WORKLOADS = {
             goal=1.05,
         ),
         dataclasses.replace(STEP, name="two-processes", title="a step of two processes", long=9, processes=2),
-        Workload("saves", "a checkpoint each step, of 150 MB", SAVED, 1, 3),
+        Workload("saves", "a checkpoint of 150 MB per step", SAVED, 1, 3),
     )
 }
-# Both are trained once, in a fresh process.
+# Both run once in a fresh process.
 FIRST_STEP = Workload("first-step", "the first step", ONE_STEP, 0, 1)
-MEMORY = Workload("memory", "training a model that takes memory", LARGE, 0, 3)
+MEMORY = Workload("memory", "training a large model", LARGE, 0, 3)

@@ -1,4 +1,4 @@
-"""The part of Accelerate that ptacc uses. It ships no types of its own; stubtest holds these against the real package."""
+"""The part of Accelerate that ptacc uses. Accelerate has no types; stubtest compares these stubs with the package."""
 
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,4 +1,4 @@
-"""The part of DeepSpeed that ptacc uses. It ships no types of its own; stubtest holds these against the real package."""
+"""The part of DeepSpeed that ptacc uses. DeepSpeed has no types; stubtest compares these stubs with the package."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What makes `make bench` honest: contenders end with the same weights, and what is absent is said to be."""
+"""The benchmark is fair: contenders end with the same weights, and missing contenders are reported."""
 
 import importlib.util
 import json
@@ -10,45 +10,45 @@ import torch
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Comparison, Results, Turn
-from benchmarks.speed.processes import Taken, WorkerError
+from benchmarks.speed.processes import Timing, WorkerError
 from benchmarks.speed.ratios import estimate
-from benchmarks.speed.report import from_json, goals
+from benchmarks.speed.report import format_goals, from_json
 from benchmarks.speed.workloads import WORKLOADS
 from tests.ranks import run_ranks
 
-ALONE = [name for name, workload in WORKLOADS.items() if workload.processes == 1]
-SHARED = [name for name, workload in WORKLOADS.items() if workload.processes == 2]
+SINGLE_PROCESS = [name for name, workload in WORKLOADS.items() if workload.processes == 1]
+TWO_PROCESSES = [name for name, workload in WORKLOADS.items() if workload.processes == 2]
 
 
-def done(contender: str, workload: str, folder: Path) -> tuple[float, torch.Tensor]:
-    """Return the loss that a contender tells of a short run, and the weights that come of it."""
+def run_short(contender: str, workload: str, folder: Path) -> tuple[float, torch.Tensor]:
+    """Return the loss that a contender reports for a short run, and its final weights."""
     (folder / contender).mkdir(exist_ok=True)
     job = WORKLOADS[workload].make_job(WORKLOADS[workload].short, folder / contender)
     loss = CONTENDERS[contender].load().RUNS[workload](job)
     return loss, torch.nn.utils.parameters_to_vector(job.model.parameters()).detach()
 
 
-@pytest.mark.parametrize("workload", ALONE)
-def test_ptacc_does_what_the_plain_loop_does(workload: str, tmp_path: Path) -> None:
-    (loss, weights), (same_loss, same_weights) = (done(name, workload, tmp_path) for name in (PLAIN, "ptacc"))
+@pytest.mark.parametrize("workload", SINGLE_PROCESS)
+def test_ptacc_trains_like_the_plain_loop(workload: str, tmp_path: Path) -> None:
+    (loss, weights), (same_loss, same_weights) = (run_short(name, workload, tmp_path) for name in (PLAIN, "ptacc"))
     initial = torch.nn.utils.parameters_to_vector(WORKLOADS[workload].make_job(1, tmp_path).model.parameters())
     assert torch.equal(weights, same_weights)
     assert torch.equal(weights, initial) == WORKLOADS[workload].evaluates
     assert same_loss == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("workload", SHARED)
-def test_two_processes_do_what_plain_ddp_does(workload: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workload", TWO_PROCESSES)
+def test_two_processes_train_like_plain_ddp(workload: str, tmp_path: Path) -> None:
     def worker() -> float:
-        return float((done(PLAIN, workload, tmp_path)[1] - done("ptacc", workload, tmp_path)[1]).abs().max())
+        return float((run_short(PLAIN, workload, tmp_path)[1] - run_short("ptacc", workload, tmp_path)[1]).abs().max())
 
     assert run_ranks(worker, 2) == [0.0, 0.0]
 
 
-def test_one_command_measures_and_writes_all_three(tmp_path: Path) -> None:
+def test_one_command_measures_and_writes_all_files(tmp_path: Path) -> None:
     main(["--contender", "ptacc", "--workload", "step", "--pairs", "1", "--launches", "1", "--out", str(tmp_path)])
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert [(each["workload"], each["difference"]) for each in told["comparisons"]] == [("step", 0.0)]
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [(each["workload"], each["difference"]) for each in data["comparisons"]] == [("step", 0.0)]
     assert "ptacc" in (tmp_path / "tables.txt").read_text()
     assert (tmp_path / "chart.svg").exists()
     assert (tmp_path / "chart.png").exists()
@@ -60,40 +60,40 @@ def test_pairs_are_added_to_those_of_an_earlier_run(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "results.json").read_text())
     main([*part, "--add"])
     both = json.loads((tmp_path / "results.json").read_text())
-    (pairs,), (more,) = ([each["pairs"] for each in told["comparisons"]] for told in (first, both))
+    (pairs,), (more,) = ([each["pairs"] for each in data["comparisons"]] for data in (first, both))
     assert more[: len(pairs)] == pairs
     assert len(more) == 2
-    assert both["circumstances"]["seconds"] > first["circumstances"]["seconds"]
-    told = {**both, "circumstances": {**both["circumstances"], "machine": "another"}}
-    (tmp_path / "results.json").write_text(json.dumps(told))
+    assert both["conditions"]["seconds"] > first["conditions"]["seconds"]
+    changed = {**both, "conditions": {**both["conditions"], "machine": "another"}}
+    (tmp_path / "results.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"The results are of \('another'"):
         main([*part, "--add"])
     both["comparisons"][0]["epochs"] = [1, 2]
-    with pytest.raises(ValueError, match="The turns of evaluate had other lengths"):
+    with pytest.raises(ValueError, match="The turns of evaluate have other lengths"):
         from_json(json.dumps(both))
 
 
-def test_figures_of_two_versions_are_not_put_together() -> None:
+def test_figures_of_two_versions_are_not_combined() -> None:
     results = Results()
-    results.note_versions({PLAIN: "1", "ptacc": "1"})
-    results.note_versions({PLAIN: "1", "skorch": "1"})
-    with pytest.raises(WorkerError, match="ptacc: the results so far are of another version"):
-        results.note_versions({PLAIN: "1", "ptacc": "2"})
+    results.add_versions({PLAIN: "1", "ptacc": "1"})
+    results.add_versions({PLAIN: "1", "skorch": "1"})
+    with pytest.raises(WorkerError, match="ptacc: the existing results are of another version"):
+        results.add_versions({PLAIN: "1", "ptacc": "2"})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skorch") is not None, reason="skorch is installed here")
-def test_a_peer_that_is_not_installed_is_absent(tmp_path: Path) -> None:
+def test_a_contender_that_is_not_installed_is_reported(tmp_path: Path) -> None:
     main(["--contender", "skorch", "--workload", "step", "--pairs", "1", "--out", str(tmp_path)])
     assert "skorch: No module named 'skorch'" in (tmp_path / "tables.txt").read_text()
 
 
-def test_a_ratio_is_of_what_the_long_run_does_more() -> None:
+def test_a_ratio_compares_the_long_runs_minus_the_short_runs() -> None:
     def turn(short: float, long: float) -> Turn:
-        return Turn(Taken(short, short, 0.0), Taken(long, long, 0.0))
+        return Turn(Timing(short, short, 0.0), Timing(long, long, 0.0))
 
     comparison = Comparison("step", "ptacc", 0.0, [(turn(1.0, 3.0), turn(11.0, 14.0))] * 3)
     assert comparison.ratio("cpu").median == 1.5
-    assert "1.05: missed" in goals(Results({("step", "ptacc"): comparison}))
+    assert "1.05: missed" in format_goals(Results({("step", "ptacc"): comparison}))
 
 
 def test_an_interval_holds_the_median_and_narrows_with_more_pairs() -> None:

@@ -1,13 +1,13 @@
-"""The Python in README.md and docs/*.md: what is in it, what it prints, and what is refused of it.
+"""Run and type-check the Python code blocks in README.md and docs/.
 
-A fence marked python is run, all of a page's in one namespace, and type-checked. A comment above a fence changes that:
+All `python` blocks of a page run in one namespace and are type-checked. A comment above a block changes that:
 
-- `<!-- not run: why -->`: neither run nor checked.
-- `<!-- refused by mypy -->`: checked and not run; each `# error:` in it is what mypy says of the lines above.
-- `<!-- refused -->`: run and not checked; it raises an error of ptacc, whose message is the text fence that follows.
-- `<!-- output -->`, above a text fence: what the fence before it prints.
+- `<!-- not run: reason -->`: the block is neither run nor checked.
+- `<!-- mypy errors -->`: the block is checked, not run. Each `# error:` in it is mypy's message about the line above.
+- `<!-- raises -->`: the block is run, not checked. It raises a `PtaccError`, whose message is in the next text block.
+- `<!-- output -->`, above a text block: the text is the output of the block before it.
 
-`python -m tests.docs.pages` writes into the pages what the code of today prints and refuses. Read the difference.
+`python -m tests.docs.pages` writes the current outputs and messages into the pages. Review the diff.
 """
 
 import os
@@ -26,16 +26,16 @@ from ptacc.errors import PtaccError
 from tests.ranks import RankFailed, run_ranks
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 WIDTH = 112
-FENCE = re.compile(
+BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>python|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 ERROR = re.compile(r"^(?P<indent> *)# error: (?P<message>.*(?:\n *#  .*)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Fence:
+class CodeBlock:
     mark: str
     language: str
     body: str
@@ -43,124 +43,124 @@ class Fence:
 
     @property
     def is_run(self) -> bool:
-        return self.language == "python" and self.mark in ("", "refused")
+        return self.language == "python" and self.mark in ("", "raises")
 
     @property
-    def is_checked(self) -> bool:
-        return self.language == "python" and self.mark in ("", "refused by mypy")
+    def is_type_checked(self) -> bool:
+        return self.language == "python" and self.mark in ("", "mypy errors")
 
     @property
-    def errors(self) -> list[str]:
-        return [re.sub(r"\n *# +", " ", found["message"]) for found in ERROR.finditer(self.body)]
+    def mypy_errors(self) -> list[str]:
+        return [re.sub(r"\n *# +", " ", match["message"]) for match in ERROR.finditer(self.body)]
 
 
-def fences_of(page: Path) -> Iterator[Fence]:
+def read_blocks(page: Path) -> Iterator[CodeBlock]:
     text = page.read_text(encoding="utf-8")
-    for found in FENCE.finditer(text):
-        mark = (found["mark"] or "").split(":")[0]
-        yield Fence(mark, found["language"], found["body"], text.count("\n", 0, found.start("body")))
+    for match in BLOCK.finditer(text):
+        mark = (match["mark"] or "").split(":")[0]
+        yield CodeBlock(mark, match["language"], match["body"], text.count("\n", 0, match.start("body")))
 
 
-def on_their_lines(fences: Iterable[Fence]) -> str:
-    """Join fences with each line where it stands in its page, so that errors point there."""
+def join_at_page_lines(blocks: Iterable[CodeBlock]) -> str:
+    """Join code blocks, each at its line of the page, so that line numbers in errors refer to the page."""
     lines: list[str] = []
-    for fence in fences:
-        lines += [""] * (fence.line - len(lines)) + fence.body.splitlines()
+    for block in blocks:
+        lines += [""] * (block.line - len(lines)) + block.body.splitlines()
     return "\n".join(lines) + "\n"
 
 
-def squeeze(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     return " ".join(text.split())
 
 
 # ---- running
 
 
-def said_by(page: Path) -> dict[int, str]:
-    """Run a page in a process of its own, and return what should stand in each text fence, by the fence's line."""
+def collect_outputs(page: Path) -> dict[int, str]:
+    """Run a page in a separate process, and return the expected content of text blocks by their line."""
     with tempfile.TemporaryDirectory() as folder:
-        (said,) = run_ranks(run_page, 1, page, folder)
-    return said
+        (outputs,) = run_ranks(run_page, 1, page, folder)
+    return outputs
 
 
 def run_page(page: Path, folder: str) -> dict[int, str]:
     os.chdir(folder)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]  # readers begin without a launcher
-    said: dict[int, str] = {}
+        del os.environ[name]  # the pages assume no launcher
+    outputs: dict[int, str] = {}
     namespace: dict[str, object] = {"__name__": "__main__"}
-    fences = list(fences_of(page))
-    for fence, following in zip(fences, [*fences, None][1:], strict=True):
-        if fence.is_run:
-            text = run_fence(page, fence, namespace)
-            if following is not None and (fence.mark == "refused" or following.mark == "output"):
-                said[following.line] = text
-    return said
+    blocks = list(read_blocks(page))
+    for block, following in zip(blocks, [*blocks, None][1:], strict=True):
+        if block.is_run:
+            text = run_block(page, block, namespace)
+            if following is not None and (block.mark == "raises" or following.mark == "output"):
+                outputs[following.line] = text
+    return outputs
 
 
-def run_fence(page: Path, fence: Fence, namespace: dict[str, object]) -> str:
-    code = compile(on_their_lines([fence]), str(page), "exec")
+def run_block(page: Path, block: CodeBlock, namespace: dict[str, object]) -> str:
+    code = compile(join_at_page_lines([block]), str(page), "exec")
     try:
         with redirect_stdout(StringIO()) as printed:
             exec(code, namespace)
     except PtaccError as error:
-        if fence.mark != "refused":
+        if block.mark != "raises":
             raise
         return str(error)
-    if fence.mark == "refused":
-        raise AssertionError(f"{page.name}:{fence.line}: is not refused")
+    if block.mark == "raises":
+        raise AssertionError(f"{page.name}:{block.line}: raises no PtaccError")
     return printed.getvalue()
 
 
 # ---- type-checking
 
 
-def refusals() -> dict[tuple[str, int], list[str]]:
-    """Type-check all pages at once, and return mypy's errors by page and line of the fence that they are in."""
+def collect_mypy_errors() -> dict[tuple[str, int], list[str]]:
+    """Type-check all pages in one run, and return mypy's errors by page and line of the code block."""
     with tempfile.TemporaryDirectory() as folder:
         for page in PAGES:
-            checked = on_their_lines(fence for fence in fences_of(page) if fence.is_checked)
-            Path(folder, page.with_suffix(".py").name).write_text(checked, encoding="utf-8")
+            code = join_at_page_lines(block for block in read_blocks(page) if block.is_type_checked)
+            Path(folder, page.with_suffix(".py").name).write_text(code, encoding="utf-8")
         command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", *map(str, sorted(Path(folder).iterdir()))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    starts = {page.stem: [fence.line for fence in fences_of(page)] for page in PAGES}
-    refused: dict[tuple[str, int], list[str]] = {}
-    for found in re.finditer(r"^([^:\n]+):(\d+): error: (.*)  \[[\w-]+\]$", done.stdout, re.MULTILINE):
-        stem = Path(found[1]).stem
-        start = max(line for line in starts[stem] if line < int(found[2]))
-        refused.setdefault((stem, start), []).append(found[3])
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return refused
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    block_lines = {page.stem: [block.line for block in read_blocks(page)] for page in PAGES}
+    errors: dict[tuple[str, int], list[str]] = {}
+    for match in re.finditer(r"^([^:\n]+):(\d+): error: (.*)  \[[\w-]+\]$", result.stdout, re.MULTILINE):
+        stem = Path(match[1]).stem
+        block_line = max(line for line in block_lines[stem] if line < int(match[2]))
+        errors.setdefault((stem, block_line), []).append(match[3])
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return errors
 
 
 # ---- writing
 
 
-def refresh(page: Path, said: dict[int, str], refused: dict[tuple[str, int], list[str]]) -> None:
+def update_page(page: Path, outputs: dict[int, str], mypy_errors: dict[tuple[str, int], list[str]]) -> None:
     text = page.read_text(encoding="utf-8")
 
-    def renew(found: re.Match[str]) -> str:
-        line = text.count("\n", 0, found.start("body"))
-        body = found["body"]
-        if line in said:
-            is_output = (found["mark"] or "") == "output"
-            body = said[line].rstrip("\n") + "\n" if is_output else textwrap.fill(said[line], WIDTH) + "\n"
-        elif found["mark"] == "refused by mypy":
-            body = renew_errors(body, refused.get((page.stem, line), []))
-        return found[0].replace(found["body"], body) if found["body"] else found[0]
+    def update_block(match: re.Match[str]) -> str:
+        line = text.count("\n", 0, match.start("body"))
+        body = match["body"]
+        if line in outputs:
+            is_output = (match["mark"] or "") == "output"
+            body = (outputs[line].rstrip("\n") if is_output else textwrap.fill(outputs[line], WIDTH)) + "\n"
+        elif match["mark"] == "mypy errors":
+            body = update_mypy_errors(body, mypy_errors.get((page.stem, line), []))
+        return match[0].replace(match["body"], body) if match["body"] else match[0]
 
-    page.write_text(FENCE.sub(renew, text), encoding="utf-8")
+    page.write_text(BLOCK.sub(update_block, text), encoding="utf-8")
 
 
-def renew_errors(body: str, messages: Sequence[str]) -> str:
-    left = list(messages)
+def update_mypy_errors(body: str, messages: Sequence[str]) -> str:
+    remaining = list(messages)
 
-    def renew(found: re.Match[str]) -> str:
-        if not left:
-            return found[0]
-        indent = found["indent"]
+    def update_error(match: re.Match[str]) -> str:
+        if not remaining:
+            return match[0]
+        indent = match["indent"]
         return textwrap.fill(
-            f"error: {left.pop(0)}",
+            f"error: {remaining.pop(0)}",
             WIDTH,
             initial_indent=f"{indent}# ",
             subsequent_indent=f"{indent}#   ",
@@ -168,15 +168,15 @@ def renew_errors(body: str, messages: Sequence[str]) -> str:
             break_on_hyphens=False,
         )
 
-    renewed = ERROR.sub(renew, body)
-    return renewed + "".join(f"# error: {message}\n" for message in left)
+    updated = ERROR.sub(update_error, body)
+    return updated + "".join(f"# error: {message}\n" for message in remaining)
 
 
 if __name__ == "__main__":
-    all_refused = refusals()
+    all_mypy_errors = collect_mypy_errors()
     for page in PAGES:
         try:
-            said = said_by(page)
+            page_outputs = collect_outputs(page)
         except RankFailed as failure:
             sys.exit(f"{page}: {failure}")
-        refresh(page, said, all_refused)
+        update_page(page, page_outputs, all_mypy_errors)

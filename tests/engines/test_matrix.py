@@ -24,7 +24,7 @@ pytestmark = [  # of DeepSpeed and dynamo themselves
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
 ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
     "FSDPMixin": (FSDPMixin, {}),
     "TensorParallelMixin": (TensorParallelMixin, {"tensor_parallel_plan": {"leave": "colwise_gather_output"}}),
@@ -48,7 +48,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "SyncBatchNormMixin": {},
 }
 """Every public mixin without an engine, with options under which it has an effect."""
-YES, REFUSED = "yes", "refused"
+YES, REFUSED = "yes", "no"
 REFUSALS: Mapping[tuple[str, str], str] = {
     ("ZeRO 3", "CompileMixin"): "CompileMixin traces full parameters",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",

@@ -1,4 +1,4 @@
-"""The configurations of `accelerate launch`: those that can run here run, and Accelerate reads them all."""
+"""The configurations for `accelerate launch`: those for a CPU run, and Accelerate reads all of them."""
 
 import re
 import sys
@@ -16,21 +16,21 @@ pytestmark = DEEPSPEED
 EXAMPLES = Path(digits_plain.__file__).parent
 LAUNCH = EXAMPLES / "launch"
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-HERE = {"one_cpu": "torch", "cpus": "torch", "fsdp": "fsdp", "deepspeed": "deepspeed"}
-"""Those that need no GPU, with the engine that they are for."""
-ELSEWHERE = {"gpus", "hosts"}
+CPU_CONFIGS = {"one_cpu": "torch", "cpus": "torch", "fsdp": "fsdp", "deepspeed": "deepspeed"}
+"""Configurations that run on a CPU, with their engine."""
+OTHER_CONFIGS = {"gpus", "hosts"}
 
 
-def processes_of(config: str) -> int:
-    read: Any = load_config_from_file(str(LAUNCH / f"{config}.yaml"))
-    return int(read.num_processes)
+def read_num_processes(config: str) -> int:
+    config_values: Any = load_config_from_file(str(LAUNCH / f"{config}.yaml"))
+    return int(config_values.num_processes)
 
 
-def losses_under(config: str, runs: Path) -> tuple[float, float]:
-    """Train the small GPT-2 for a few steps; return the losses that it reports."""
-    processes = processes_of(config)
-    options = ("--engine", HERE[config], "--steps", "6", "--runs", str(runs / config))
-    ended = launch(
+def train_and_read_losses(config: str, runs: Path) -> tuple[float, float]:
+    """Train the small GPT-2 for a few steps, and return its training and evaluation loss."""
+    processes = read_num_processes(config)
+    options = ("--engine", CPU_CONFIGS[config], "--steps", "6", "--runs", str(runs / config))
+    process = launch(
         (
             *(ACCELERATE, "launch", "--config_file", str(LAUNCH / f"{config}.yaml")),
             *("--num_cpu_threads_per_process", "1", "--main_process_port", str(find_free_port())),
@@ -39,25 +39,25 @@ def losses_under(config: str, runs: Path) -> tuple[float, float]:
         env={"HF_HUB_OFFLINE": "1", **({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {})},
         timeout=100,
     )
-    assert ended.returncode == 0, ended.stderr
-    (found,) = re.findall(r"step 6: ([\d.]+) a byte in training, ([\d.]+) in evaluation", ended.stdout)
-    return float(found[0]), float(found[1])
+    assert process.returncode == 0, process.stderr
+    (losses,) = re.findall(r"step 6: ([\d.]+) per byte in training, ([\d.]+) in evaluation", process.stdout)
+    return float(losses[0]), float(losses[1])
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
-    return losses_under("one_cpu", tmp_path_factory.mktemp("alone"))
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
+    return train_and_read_losses("one_cpu", tmp_path_factory.mktemp("single_process"))
 
 
-@pytest.mark.parametrize("config", sorted(HERE.keys() - {"one_cpu"}))
-def test_a_configuration_gives_the_numbers_of_one_process(
-    config: str, tmp_path: Path, alone: tuple[float, float]
+@pytest.mark.parametrize("config", sorted(CPU_CONFIGS.keys() - {"one_cpu"}))
+def test_a_configuration_gives_the_losses_of_one_process(
+    config: str, tmp_path: Path, single_process: tuple[float, float]
 ) -> None:
-    assert losses_under(config, tmp_path) == pytest.approx(alone, abs=2e-4)
+    assert train_and_read_losses(config, tmp_path) == pytest.approx(single_process, abs=2e-4)
 
 
 def test_accelerate_reads_every_configuration() -> None:
-    there = {path.stem for path in LAUNCH.glob("*.yaml")}
-    assert there == HERE.keys() | ELSEWHERE
-    for name in there:
-        assert processes_of(name) >= 1
+    configs = {path.stem for path in LAUNCH.glob("*.yaml")}
+    assert configs == CPU_CONFIGS.keys() | OTHER_CONFIGS
+    for name in configs:
+        assert read_num_processes(name) >= 1

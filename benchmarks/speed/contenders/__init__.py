@@ -1,7 +1,7 @@
-"""The contenders, a module each: `RUNS` says which workloads it takes on, and how.
+"""The contenders, one module each. `RUNS` in a module maps workloads to functions.
 
-A module imports its library at the top, and is itself imported in the contender's own process alone: where the library
-is not installed, the contender is absent from the results, and nothing else happens.
+A module imports its library at the top, and only the process of the contender imports the module. If the library is not
+installed, the results omit the contender.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from benchmarks.speed.jobs import Run
 
 
 class Contender(Protocol):
-    """A module of this package."""
+    """The interface of a module in this package."""
 
     RUNS: Mapping[str, Run]
-    """How it does each workload that it takes on, by name."""
+    """A function for each supported workload, by name."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a contender is found.
+    """The location of a contender.
 
     Args:
-        title: What the table calls it.
-        module: Its module in this package.
-        packages: What it imports, whose import is timed; torch comes before them.
-        distribution: What pip calls it.
+        title: The title in the tables.
+        module: The module in this package.
+        packages: The packages whose import is timed, after torch.
+        distribution: The name for pip.
     """
 
     title: str

@@ -1,7 +1,4 @@
-"""A plain PyTorch loop, as short as it can be written: it sums its loss, and does nothing else beside training.
-
-In two processes it is plain DDP.
-"""
+"""A minimal plain PyTorch loop that trains and sums its loss. With two processes it uses plain DDP."""
 
 import os
 
@@ -11,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from benchmarks.speed.jobs import Dealt, Job, Shuffled
+from benchmarks.speed.jobs import FixedShuffle, Job, RankShard
 
 
 def train(job: Job) -> float:
@@ -30,14 +27,14 @@ def train(job: Job) -> float:
 
 
 def train_composed(job: Job) -> float:
-    """Train, move a schedule on, and evaluate each epoch with a metric; stop when the loss becomes no better."""
+    """Train with a schedule, evaluate each epoch with a metric, and stop when the loss no longer improves."""
     from torchmetrics.classification import MulticlassAccuracy
 
     model, optimizer, loss_func, loader = job.model, job.optimizer, job.loss_func, job.loader
     schedule = job.make_schedule(optimizer)
     accuracy = MulticlassAccuracy(num_classes=10, average="micro")
     loss_sum, items = torch.zeros((), dtype=torch.float64), 0
-    best, waited = float("inf"), 0
+    best, epochs_without_improvement = float("inf"), 0
     for _ in range(job.epochs):
         model.train()
         for inputs, targets in loader:
@@ -51,8 +48,9 @@ def train_composed(job: Job) -> float:
         accuracy.reset()
         eval_loss = mean_loss(model, job, job.eval_loader, accuracy)
         accuracy.compute()
-        best, waited = (eval_loss, 0) if eval_loss < best else (best, waited + 1)
-        if waited == 100:
+        is_better = eval_loss < best
+        best, epochs_without_improvement = min(best, eval_loss), 0 if is_better else epochs_without_improvement + 1
+        if epochs_without_improvement == 100:
             break
     return float(loss_sum) / items
 
@@ -61,9 +59,9 @@ def train_in_processes(job: Job) -> float:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    assert isinstance(job.loader.sampler, Shuffled)
-    dealt = Dealt(job.loader.sampler, job.batch_size, rank, world_size)
-    loader = DataLoader(job.loader.dataset, batch_size=job.batch_size, sampler=dealt)
+    assert isinstance(job.loader.sampler, FixedShuffle)
+    sampler = RankShard(job.loader.sampler, job.batch_size, rank, world_size)
+    loader = DataLoader(job.loader.dataset, batch_size=job.batch_size, sampler=sampler)
     wrapped = DistributedDataParallel(job.model)
     return train(Job(wrapped, job.optimizer, job.loss_func, loader, job.eval_loader, job.epochs, job.folder))
 
@@ -86,7 +84,7 @@ def evaluate(job: Job) -> float:
 
 
 def train_and_save(job: Job) -> float:
-    """Train, and write everything to a file after each epoch: flushed and synced, in place of the one before."""
+    """Train, and replace a synced file with the state after each epoch."""
     loss_sum, items = torch.zeros((), dtype=torch.float64), 0
     job.model.train()
     for epoch in range(job.epochs):

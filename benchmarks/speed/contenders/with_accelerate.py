@@ -1,4 +1,4 @@
-"""A plain loop with Accelerate, as its documentation has it."""
+"""A plain loop with Accelerate, as in its documentation."""
 
 from typing import Any
 

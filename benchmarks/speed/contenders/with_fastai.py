@@ -1,4 +1,4 @@
-"""fastai's Learner, without logs and validation; bars come with an import that is not made here."""
+"""fastai's Learner, without logs, validation and progress bars."""
 
 # pyright: reportMissingImports=false
 

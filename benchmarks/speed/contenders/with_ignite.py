@@ -1,4 +1,4 @@
-"""ignite, with an update function of one's own."""
+"""ignite, with a handwritten update function."""
 
 # pyright: reportMissingImports=false
 

@@ -1,4 +1,4 @@
-"""Lightning, in the mode that it has for measuring its own overhead: `barebones` turns everything off."""
+"""Lightning in `barebones` mode, its mode for measuring overhead."""
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 
@@ -22,7 +22,7 @@ class Module(LightningModule):
         self.model, self.job = job.model, job
         self.loss_sum, self.items = torch.zeros((), dtype=torch.float64), 0
 
-    def take_in(self, batch: Any) -> Tensor:
+    def add_loss(self, batch: Any) -> Tensor:
         inputs, targets = batch
         loss = self.job.loss_func(self.model(inputs), targets)
         self.loss_sum.add_(loss.detach(), alpha=len(targets))
@@ -31,11 +31,11 @@ class Module(LightningModule):
 
     @override
     def training_step(self, batch: Any, index: int) -> Tensor:
-        return self.take_in(batch)
+        return self.add_loss(batch)
 
     @override
     def validation_step(self, batch: Any, index: int) -> None:
-        self.take_in(batch)
+        self.add_loss(batch)
 
     @override
     def configure_optimizers(self) -> Optimizer:

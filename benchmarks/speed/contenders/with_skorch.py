@@ -1,4 +1,4 @@
-"""skorch, without callbacks and without a validation set. It reads its loss back at every batch."""
+"""skorch, without callbacks and without a validation set. It reads the loss at every batch."""
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 
@@ -14,7 +14,7 @@ from benchmarks.speed.jobs import Job
 
 
 class Net(NeuralNet):
-    """Takes the job's own loader and optimizer in place of those that it makes."""
+    """Uses the loader and the optimizer of the job."""
 
     @override
     def initialize_optimizer(self, *_: Any, **__: Any) -> "Net":

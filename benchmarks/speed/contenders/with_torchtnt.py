@@ -1,4 +1,4 @@
-"""torchtnt, with a unit whose step is written by hand."""
+"""torchtnt, with a handwritten step."""
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 
@@ -23,7 +23,7 @@ class Unit(TrainUnit[Batch], EvalUnit[Batch]):
         self.model, self.optimizer, self.job = job.model, job.optimizer, job
         self.loss_sum, self.items = torch.zeros((), dtype=torch.float64), 0
 
-    def take_in(self, batch: Batch) -> Tensor:
+    def add_loss(self, batch: Batch) -> Tensor:
         inputs, targets = batch
         loss = self.job.loss_func(self.model(inputs), targets)
         self.loss_sum.add_(loss.detach(), alpha=len(targets))
@@ -32,13 +32,13 @@ class Unit(TrainUnit[Batch], EvalUnit[Batch]):
 
     @override
     def train_step(self, state: State, data: Batch) -> Any:
-        self.take_in(data).backward()  # type: ignore[no-untyped-call]
+        self.add_loss(data).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @override
     def eval_step(self, state: State, data: Batch) -> Any:
-        self.take_in(data)
+        self.add_loss(data)
 
 
 def train(job: Job) -> float:

@@ -17,11 +17,11 @@ class JobTrainer(Trainer):
 
     @override
     def get_train_dataloader(self) -> DataLoader[Any]:
-        return prepared(self, self.job.loader)
+        return prepare_loader(self, self.job.loader)
 
     @override
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        return prepared(self, self.job.loader)
+        return prepare_loader(self, self.job.loader)
 
     @override
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, return_outputs: bool = False, **_: Any) -> Any:
@@ -36,8 +36,8 @@ class JobTrainer(Trainer):
             return self.compute_loss(model, inputs), None, None
 
 
-def prepared(trainer: Any, loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Do with the job's loader what the trainer does with one of its own."""
+def prepare_loader(trainer: Any, loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Prepare the loader of the job as the trainer prepares its own."""
     return trainer.accelerator.prepare(loader)
 
 
@@ -56,7 +56,7 @@ def make_trainer(job: Job) -> JobTrainer:
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    constant = LambdaLR(job.optimizer, lambda _: 1.0)  # it steps a schedule in any case
+    constant = LambdaLR(job.optimizer, lambda _: 1.0)  # the trainer always steps a schedule
     trainer = JobTrainer(job.model, arguments, train_dataset=job.loader.dataset, optimizers=(job.optimizer, constant))
     trainer.job = job
     return trainer

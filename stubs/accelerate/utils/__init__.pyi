@@ -1,7 +1,7 @@
 from enum import Enum
 from typing import Any, Self
 
-class DynamoBackend(str, Enum):  # noqa: UP042  # as it is written there
+class DynamoBackend(str, Enum):  # noqa: UP042  # as in Accelerate
     def __new__(cls, value: object) -> Self: ...
     NO = "NO"
     INDUCTOR = "INDUCTOR"
@@ -16,7 +16,7 @@ class GradientAccumulationPlugin:
     ) -> None: ...
 
 class TorchDynamoPlugin:
-    # A `DynamoBackend` and a string, once it is made; of the class's own None, stubtest would complain.
+    # A `DynamoBackend` and a string after construction. The class attributes are None, so stubtest requires Any.
     backend: Any
     mode: Any
     def __init__(
