@@ -206,18 +206,11 @@ def revealed(answer: str) -> list[str]:
 # ---- no `Any` in a public signature
 
 ANY_IS_RIGHT = {
-    "CheckpointMixin.law_options": "as Mixin.law_options",
-    "CompileMixin.law_options": "as for `Mixin.law_options`",
-    "EMAMixin.law_options": "as for `Mixin.law_options`",
     "Engine.localize": "a value of a state: tensors become this engine's, all else is as it is",
     "EvaluationLoop.__class_getitem__": "not seen by type checkers",
-    "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
     "DataLoaderConfig.collate_fn": "the dataset and this function know what a sample is, the request does not",
     "MetricLike.compute": "each metric computes values of its own type",
     "MetricLike.update": "each metric takes arguments of its own",
-    "Mixin.law_options": "options of every type, handed on as keywords",
-    "ProfilerMixin.law_options": "as for `Mixin.law_options`",
-    "TensorParallelMixin.law_options": "as for `Mixin.law_options`",
     "Run.batch": "a run knows no batches, whatever they are",
     "Run.count": "counts the batches of a step, whatever they are",
     "Run.states": "the type of each state stands in its key",

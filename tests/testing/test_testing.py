@@ -193,7 +193,7 @@ def test_items_that_depend_on_the_split_are_told() -> None:
     ("layer", "named"),
     [
         (nn.BatchNorm1d(4), "0 is a BatchNorm1d, which takes mean and variance"),
-        (nn.Dropout(0.3), "0 is a Dropout, which draws anew"),
+        (nn.Dropout(0.3), "0 is a Dropout, which draws random numbers"),
     ],
 )
 def test_a_layer_that_depends_on_the_batch_is_refused_by_its_name(layer: nn.Module, named: str) -> None:
@@ -284,10 +284,11 @@ def test_trainers_that_start_with_other_weights_are_refused() -> None:
         assert_split_invariant(lambda: Trainer(**tiny_with(nn.Linear(4, 4))), tiny_data(100))
 
 
-def test_one_trainer_handed_out_twice_is_refused() -> None:
+def test_one_trainer_may_be_returned_at_each_call_and_is_left_unchanged() -> None:
     trainer = Trainer(**tiny_parts())
-    with pytest.raises(OptionError, match=r"two fresh trainers differ in 'weight', .*anew at each call"):
-        assert_split_invariant(lambda: trainer, tiny_data(100))
+    assert_split_invariant(lambda: trainer, tiny_data(100))
+    assert torch.equal(trainer.model.state_dict()["weight"], tiny_parts()["model"].weight)
+    assert not trainer.has_run
 
 
 class Stream(IterableDataset[tuple[Tensor, ...]]):
@@ -300,7 +301,7 @@ class Stream(IterableDataset[tuple[Tensor, ...]]):
     ("data", "options", "message"),
     [
         (tiny_data(12), {}, "got 12 samples, and needs at least 13"),
-        (Stream(), {}, r"data=Stream\(\.\.\.\)\): takes some samples .*islice"),
+        (Stream(), {}, r"data=Stream\(\.\.\.\)\): makes its own batches .*islice"),
         (tiny_data(100), {"window": 1}, "window=1.*at least 2"),
         (tiny_data(100), {"rel": 0.0}, r"rel=0\.0"),
     ],

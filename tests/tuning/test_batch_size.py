@@ -309,9 +309,9 @@ def search_in_shards() -> str:
     return str(refused.value)
 
 
-def test_weights_that_are_dealt_out_are_refused_on_all_ranks() -> None:
+def test_sharded_weights_are_refused_on_all_ranks() -> None:
     for message in run_ranks(search_in_shards, 2):
-        assert "the weights of Sharded are dealt out over the processes" in message
+        assert "the weights of Sharded are sharded over the processes" in message
 
 
 def test_a_loader_is_refused() -> None:

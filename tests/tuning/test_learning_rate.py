@@ -44,6 +44,7 @@ from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import ModelError, NestedRunError, OptionError
 from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
+from ptacc.testing.mixin_options import make_options
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
@@ -197,7 +198,7 @@ def test_with_any_mixin_a_search_leaves_no_trace(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kind: Any = type("Composed", (mixin, Trainer), {})
-    options = mixin.law_options()
+    options = make_options(mixin)
     trainer: Trainer = kind(**tiny_parts(), **options)
     before = copy_state(trainer)
     search = find_learning_rate(trainer, tiny_data(), steps=20)
@@ -506,7 +507,7 @@ class Searching(Callback[Trainer]):
 
 
 def test_a_search_within_a_run_is_refused() -> None:
-    with pytest.raises(NestedRunError, match="A search within a run of Trainer"):
+    with pytest.raises(NestedRunError, match="within a run of Trainer"):
         Trainer(**iris_parts(), callbacks=[Searching()]).train(iris(), num_epochs=1)
 
 

@@ -67,6 +67,8 @@ class Components(Composable):
     optimizer: Optimizer
     callbacks: Sequence[Callback[Self]] = ()
     history_file: str | Path | None = None
+    is_isolated: ClassVar[bool] = False
+    """Whether this is a copy that a search or an assertion trains: mixins then write no files and report nothing."""
     _state: TrainerState = field(init=False, default_factory=TrainerState)
 
     @override
@@ -216,8 +218,3 @@ class Components(Composable):
             self.configure_accelerator(builder)
             self._state.runtime, self._state.process = accelerator_for(self, builder), os.getpid()
         return self._state.runtime
-
-
-def get_distributed_runtime(trainer: Components) -> DistributedRuntime:
-    """Return what mixins reach as `self._distributed`, for functions outside of the trainer."""
-    return trainer._distributed  # noqa: SLF001

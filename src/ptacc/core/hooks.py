@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -241,8 +241,3 @@ class Mixin(TrainerCore):
     def _mixins_stand_before_the_loop(self) -> int:
         """Exist for type checkers, which refuse a mixin behind the loop: there this returns `object`."""
         return 0
-
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return the options that tests of the laws give this mixin: those that have no default."""
-        return {}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from typing_extensions import override
 
@@ -72,9 +71,3 @@ class EMAMixin(Mixin):
         averages = self.averaged_weights() if self.ema_evaluates and has_averages else contextlib.nullcontext()
         with averages, super().around_evaluation_weights():
             yield
-
-    @override
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a decay at which the averages are the present weights."""
-        return {"ema_decay": 0.0}

@@ -89,7 +89,7 @@ class FSDPMixin(ShardingMixin):
     @override
     def gives_model_back(self) -> bool:
         """Give it back if asked for."""
-        return self.fsdp_unshard_after_run and super().gives_model_back()
+        return (self.fsdp_unshard_after_run or self.is_isolated) and super().gives_model_back()
 
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":

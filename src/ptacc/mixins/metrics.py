@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 
@@ -40,8 +41,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
             `update`, `compute` and `reset`. A metric that computes several values reports `name/key`.
         train_metrics: Metrics over the training batches of each epoch, reported as `train/name`.
 
-    Hooks: `update_metrics`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`, `on_epoch_start`,
-    `compute_metrics`, `compute_train_metrics`, `eval_value_names`, `train_value_names`.
+    Hooks: `update_metrics`, `on_run_start`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`,
+    `on_epoch_start`, `compute_metrics`, `compute_train_metrics`, `eval_value_names`, `train_value_names`.
 
     Combines with: everything. The default `update_metrics` is for batches `(inputs, targets)`.
 
@@ -90,6 +91,13 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
             )
         for metric in metrics:
             metric.update(output.outputs, batch[1])
+
+    @override
+    def on_run_start(self) -> None:
+        """Leave the user's own metrics alone in an isolated copy."""
+        super().on_run_start()
+        if self.is_isolated:
+            self.metrics, self.train_metrics = copy.deepcopy((self.metrics, self.train_metrics))
 
     @override
     def on_eval_batch_end(self, batch: BatchT, output: StepOutput[OutputT]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
@@ -80,12 +79,6 @@ class ProfilerMixin(Mixin):
     profile_stacks: bool = False
     profile_rows: int = 15
 
-    @classmethod
-    @override
-    def law_options(cls) -> Mapping[str, Any]:
-        """Profile within the few steps that the laws are tested on."""
-        return {"profile_wait": 1, "profile_warmup": 1}
-
     @override
     def check_options(self) -> None:
         """Refuse counts that are too small, and a remote store for the traces."""
@@ -108,6 +101,10 @@ class ProfilerMixin(Mixin):
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
         """Start the profiler, and stop it wherever it is."""
+        if self.is_isolated:
+            with super().around_run():
+                yield
+            return
         if self.profile_dir is not None:
             Path(self.profile_dir).mkdir(parents=True, exist_ok=True)  # before the first step: it may be refused
         make = functools.partial(make_profiler, self)
@@ -141,7 +138,8 @@ class ProfilerMixin(Mixin):
     def on_step_end(self, step: StepResult) -> None:
         """Move the profiler on."""
         super().on_step_end(step)
-        self.run[PROFILER].step()
+        if PROFILER in self.run:
+            self.run[PROFILER].step()
 
 
 def profiles_now(trainer: ProfilerMixin) -> bool:

@@ -57,12 +57,6 @@ class TensorParallelMixin(ShardingMixin):
     tensor_parallel_size: int | None = None
     tensor_parallel_plan: Mapping[str, SplitName | ParallelStyleLike] | None = None
 
-    @classmethod
-    @override
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a plan that leaves all layers whole: models of the laws have none."""
-        return {"tensor_parallel_plan": {}}
-
     @override
     def check_options(self) -> None:
         """Refuse a size below 1, and what is no plan."""

@@ -17,7 +17,7 @@ OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
 SampleT = TypeVar("SampleT", default=BatchT)
 """Samples that the default collate function turns into a batch: of the batch's own type, if not said otherwise."""
-RawT = TypeVar("RawT")
+RawT = TypeVar("RawT", default=object)
 """Samples that a collate function of the user's own takes."""
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
