@@ -472,6 +472,13 @@ def test_data_is_at_its_former_position(check: Callable[..., object]) -> None:
     assert data.reads == 0
 
 
+def test_evaluation_data_is_at_its_former_position() -> None:
+    data = Counting([tiny_data(100)[index] for index in range(100)])
+    assert_overfits_one_batch(Accumulating(**tiny_parts()), tiny_data(), eval_dataset={"a": data, "b": tiny_data()})
+    assert_split_invariant(lambda: Accumulating(**tiny_parts()), tiny_data(100), eval_dataset=data)
+    assert data.reads == 0
+
+
 def test_a_sampler_is_at_its_former_position() -> None:
     generator = torch.Generator().manual_seed(0)
     sampler = RandomSampler(tiny_data(), generator=generator)
@@ -495,7 +502,7 @@ def test_the_copy_is_not_stopped_early() -> None:
         assert trial.train(tiny_data(), num_epochs=4).stop_reason is None
 
 
-def test_a_run_of_the_copy_calls_no_hook_of_the_original_run(check: Callable[..., object]) -> None:
+def test_a_call_within_a_run_is_an_error(check: Callable[..., object]) -> None:
     class Nesting(Callback[Accumulating]):
         @override
         def on_epoch_end(self, trainer: Accumulating, record: object) -> None:

@@ -43,7 +43,7 @@ def tiny_data(samples: int = 24) -> TensorDataset:
 
 
 def tiny_parts() -> dict[str, Any]:
-    """Return options for `tiny_data`: a model, a loss function and an optimizer, the same at each call, no callbacks."""
+    """Return a model, a loss function, an optimizer and no default callbacks for `tiny_data`, the same at each call."""
     model = nn.Linear(4, 2, dtype=torch.float64)
     with torch.no_grad():
         model.weight.copy_(torch.linspace(-0.5, 0.5, 8, dtype=torch.float64).reshape(2, 4))
@@ -100,7 +100,7 @@ def iris_split() -> tuple[TensorDataset, TensorDataset]:
 
 
 def iris_parts() -> dict[str, Any]:
-    """Return options for `iris`: a model, a loss function and an optimizer, the same at each call, no callbacks.
+    """Return a model, a loss function, an optimizer and no default callbacks for `iris`, the same at each call.
 
     The model maps `(items, 4)` to logits `(items, 3)`, in float32. Its initial weights do not depend on the global
     generators, which keep their state.

@@ -15,6 +15,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import copy_parameters
 from ptacc.tuning.isolated import AnyLoop, isolated_copy
+from ptacc.tuning.preserving import list_eval_sets
 from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
@@ -98,7 +99,7 @@ def assert_overfits_one_batch(
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
     check_map_style(owner, "data", data)
     options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
-    with isolated_copy(trainer, data, eval_dataset) as trial:
+    with isolated_copy(trainer, data, *list_eval_sets(eval_dataset)) as trial:
         replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
         size = max(1, min(batch_size, len(data) // replicas))
         before = copy_parameters(trial.unwrapped_model)

@@ -22,7 +22,7 @@ from ptacc.testing.comparison import (
     select_tolerance,
 )
 from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.preserving import copy_to_host
+from ptacc.tuning.preserving import copy_to_host, list_eval_sets
 from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
@@ -187,7 +187,7 @@ def train_split(
     trainer: AnyLoop, split: BatchSplit, data: SizedDataset[Any], samples: int, options: Mapping[str, Any]
 ) -> TrainingResult:
     """Train an isolated copy of a trainer with one split."""
-    with isolated_copy(trainer, data, options["eval_dataset"]) as trial:
+    with isolated_copy(trainer, data, *list_eval_sets(options["eval_dataset"])) as trial:
         vars(trial)["accumulation_steps"] = lambda: split.batches
         if isinstance(trial, SupportsGradAccum):
             trial.gradient_accumulation_steps = split.batches

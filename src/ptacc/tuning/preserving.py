@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -107,6 +107,11 @@ def save_position(part: object) -> Restore:
         position = generator.get_state()
         return lambda: generator.set_state(position)
     return lambda: None
+
+
+def list_eval_sets(eval_dataset: object) -> list[object]:
+    """Return the evaluation sets of a call: one, or several by name."""
+    return list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
 
 
 def find_stateful_parts(data: Sequence[object]) -> list[object]:
