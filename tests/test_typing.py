@@ -206,17 +206,10 @@ def revealed(output: str) -> list[str]:
 # ---- no `Any` in a public signature
 
 ALLOWED_ANY = {
-    "CheckpointMixin.law_options": "as Mixin.law_options",
-    "CompileMixin.law_options": "as for `Mixin.law_options`",
-    "EMAMixin.law_options": "as for `Mixin.law_options`",
     "EvaluationLoop.__class_getitem__": "hidden from type checkers",
-    "LRSchedulerMixin.law_options": "options of every type, handed on as keywords",
     "DataLoaderConfig.collate_fn": "the type of samples is known to the dataset and to this function only",
     "MetricLike.compute": "each metric has its own type of values",
     "MetricLike.update": "each metric has its own arguments",
-    "Mixin.law_options": "options of every type, handed on as keywords",
-    "ProfilerMixin.law_options": "as for `Mixin.law_options`",
-    "TensorParallelMixin.law_options": "as for `Mixin.law_options`",
     "Run.batch": "a run does not depend on the type of batches",
     "Run.count": "a run does not depend on the type of batches",
     "Run.states": "the type of each state is in its key",

@@ -1,4 +1,4 @@
-"""Every public mixin keeps the laws of composition, from the moment that it is public."""
+"""The laws of composition hold for every public mixin."""
 
 import itertools
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import ptacc
-from ptacc import DeepSpeedMixin, Mixin, StateKey, StepResult, testing
+from ptacc import CheckpointMixin, DeepSpeedMixin, Mixin, StateKey, StepResult, testing
 from ptacc.testing.laws import same
 
 MIXINS = [
@@ -21,14 +21,14 @@ ENGINES = {mixin for mixin in MIXINS if mixin.make_engine is not Mixin.make_engi
 PAIRS = [
     pair
     for pair in itertools.combinations(MIXINS, 2)
-    if not (DeepSpeedMixin in pair and ENGINES.issuperset(pair))  # of engines there is one, whatever the order
+    if not (DeepSpeedMixin in pair and ENGINES.issuperset(pair))  # a trainer has one engine
 ]
 EXEMPT: dict[str, str] = {}
-"""The mixins that a law cannot hold for, each with the reason."""
+"""Mixins for which a law cannot hold, each with the reason."""
 
 
 @pytest.mark.parametrize("mixin", [m for m in MIXINS if m.__name__ not in EXEMPT])
-def test_a_mixin_keeps_the_laws(mixin: type[Mixin]) -> None:
+def test_the_laws_hold_for_a_mixin(mixin: type[Mixin]) -> None:
     testing.check_mixin(mixin)
 
 
@@ -42,16 +42,16 @@ def test_no_public_mixin_is_left_out() -> None:
     assert set(EXEMPT) <= {mixin.__name__ for mixin in MIXINS}
 
 
-# ---- the laws are not empty: each refuses a mixin that breaks it
+# ---- each law fails for a mixin that breaks it
 
 
-class Deaf(Mixin):
+class Dropping(Mixin):
     @ptacc.replaces_super
     @override
     def on_step_end(self, step: StepResult) -> None: ...
 
 
-class Meddling(Mixin):
+class Doubling(Mixin):
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
@@ -99,28 +99,39 @@ class Shifting(Mixin):
             parameter.grad = None if parameter.grad is None else parameter.grad + 1
 
 
+class Suffixed(CheckpointMixin):
+    """A user's mixin that derives from one of ptacc's, and adds an option that has no default."""
+
+    suffix: str
+
+
 def halved(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient / 2
 
 
-def test_the_first_law_refuses_a_hook_that_ends_the_chain() -> None:
-    with pytest.raises(AssertionError, match=r"Deaf\.on_step_end does not reach"):
-        testing.check_mixin(Deaf)
+def test_the_first_law_fails_for_a_hook_that_does_not_call_super() -> None:
+    with pytest.raises(AssertionError, match=r"Dropping\.on_step_end does not reach"):
+        testing.check_mixin(Dropping)
 
 
-def test_the_second_law_refuses_a_mixin_that_changes_losses_by_default() -> None:
-    with pytest.raises(AssertionError, match="Meddling with default options changes losses"):
-        testing.check_mixin(Meddling)
+def test_the_second_law_fails_for_a_mixin_that_changes_losses_by_default() -> None:
+    with pytest.raises(AssertionError, match="Doubling with default options changes losses"):
+        testing.check_mixin(Doubling)
 
 
-def test_the_third_law_refuses_a_state_that_is_not_loaded() -> None:
+def test_the_third_law_fails_for_a_state_that_is_not_loaded() -> None:
     with pytest.raises(AssertionError, match="counter is not the same after loading"):
         testing.check_mixin(Forgetful)
 
 
-def test_the_fourth_law_refuses_mixins_whose_order_matters() -> None:
+def test_the_fourth_law_fails_for_mixins_whose_order_matters() -> None:
     with pytest.raises(AssertionError, match="depend on whether Halving or Shifting comes first"):
         testing.check_order_changes_nothing(Halving, Shifting)
+
+
+def test_options_of_a_derived_mixin_are_added_to_those_of_its_base() -> None:
+    testing.check_mixin(Suffixed, options={"suffix": "a"})
+    testing.check_order_changes_nothing(Suffixed, Halving, {"suffix": "a"})
 
 
 @pytest.mark.parametrize("pair", [(torch.tensor(float("nan")), torch.tensor(float("nan"))), (1.0, True)])

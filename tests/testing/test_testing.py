@@ -1,4 +1,4 @@
-"""The public assertions accept what is right and refuse what is wrong by name; the real problem is real."""
+"""The public assertions accept correct trainers and name what is wrong with others; the real dataset is real."""
 
 import contextlib
 import copy
@@ -58,7 +58,7 @@ def padded(samples: list[list[int]]) -> Tensor:
 
 
 class TextLoop(TrainingLoop[Tensor, Tensor]):
-    """Learns to say each token again: losses are means over the tokens that are no padding."""
+    """Learns to repeat each token. Losses are means over the tokens that are not padding."""
 
     @override
     def count_items(self, batch: Tensor) -> int:
@@ -101,7 +101,7 @@ def tiny_with(*layers: nn.Module) -> dict[str, Any]:
     return tiny_parts() | {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
 
 
-# ---- splitting: what is accepted
+# ---- splits: accepted trainers
 
 
 def test_the_supervised_trainer_is_split_invariant_in_both_precisions() -> None:
@@ -128,8 +128,8 @@ def test_accumulation_clipping_and_a_schedule_are_split_invariant() -> None:
     assert_split_invariant(lambda: Everything(**tiny_parts(), create_scheduler=one_cycle), data, eval_dataset=data)
 
 
-class OneForAll(nn.Module):
-    """Adds one number to all logits, which changes no loss: its gradient is nothing but rounding."""
+class SharedShift(nn.Module):
+    """Adds one number to all logits, which changes no loss. Its gradient is only rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class OneForAll(nn.Module):
 
 def test_a_weight_that_moves_by_rounding_alone_is_accepted() -> None:
     def make() -> Trainer:
-        model = OneForAll()
+        model = SharedShift()
         parts: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
         return Trainer(**tiny_parts() | parts)
 
@@ -164,27 +164,27 @@ def test_mixed_precision_has_a_tolerance_of_its_own() -> None:
 def test_a_split_over_processes_is_tested_in_a_launch() -> None:
     def check() -> str:
         assert_split_invariant(lambda: SummedTextLoop(**text_parts()), texts(), collate_fn=padded, window=6)
-        with pytest.raises(AssertionError) as refused:
+        with pytest.raises(AssertionError) as raised:
             assert_split_invariant(lambda: CountsTexts(**text_parts()), texts(), collate_fn=padded, window=6)
-        return str(refused.value)
+        return str(raised.value)
 
     first, second = run_ranks(check, 2)
     assert first == second
     assert "in 2 batches of 3 on each of 2 replicas, and" in first
 
 
-# ---- splitting: what is refused
+# ---- splits: failing trainers
 
 
-def test_tokens_counted_as_samples_are_refused() -> None:
-    wanted = (
+def test_tokens_counted_as_samples_fail() -> None:
+    message = (
         r"CountsTexts: the loss of step 1 is 1\.\d+ in 2 batches of 6, and 1\.\d+ in one batch of 12: .*count_items"
     )
-    with pytest.raises(AssertionError, match=wanted):
+    with pytest.raises(AssertionError, match=message):
         assert_split_invariant(lambda: CountsTexts(**text_parts()), texts(), collate_fn=padded)
 
 
-def test_items_that_depend_on_the_split_are_told() -> None:
+def test_items_that_depend_on_the_split_are_reported() -> None:
     with pytest.raises(AssertionError, match="count_items counts 78 items in the step, and 84 where it is one batch"):
         assert_split_invariant(lambda: CountsPadding(**text_parts()), texts(), collate_fn=padded)
 
@@ -193,10 +193,10 @@ def test_items_that_depend_on_the_split_are_told() -> None:
     ("layer", "named"),
     [
         (nn.BatchNorm1d(4), "0 is a BatchNorm1d, which takes mean and variance"),
-        (nn.Dropout(0.3), "0 is a Dropout, which draws anew"),
+        (nn.Dropout(0.3), "0 is a Dropout, which draws random numbers"),
     ],
 )
-def test_a_layer_that_depends_on_the_batch_is_refused_by_its_name(layer: nn.Module, named: str) -> None:
+def test_a_layer_that_depends_on_the_batch_is_named(layer: nn.Module, named: str) -> None:
     with pytest.raises(AssertionError, match=f"the loss of step 1 is .*{named}"):
         assert_split_invariant(lambda: Trainer(**tiny_with(copy.deepcopy(layer))), tiny_data(100))
 
@@ -205,15 +205,15 @@ def test_dropout_that_drops_nothing_is_accepted() -> None:
     assert_split_invariant(lambda: Trainer(**tiny_with(nn.Dropout(0.0))), tiny_data(100))
 
 
-class DividesAgain(GradAccumMixin, Trainer):
+class DividesTwice(GradAccumMixin, Trainer):
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return super().compute_train_loss(outputs, targets) / self.gradient_accumulation_steps
 
 
-def test_a_loss_that_is_divided_by_the_accumulation_once_more_is_refused() -> None:
+def test_a_loss_that_is_divided_by_the_accumulation_twice_fails() -> None:
     with pytest.raises(AssertionError, match=r"relative difference of 5\.0e-01, .*divided by the number of batches"):
-        assert_split_invariant(lambda: DividesAgain(**tiny_parts()), tiny_data(100))
+        assert_split_invariant(lambda: DividesTwice(**tiny_parts()), tiny_data(100))
 
 
 class ClipsEachBatch(Trainer):
@@ -223,7 +223,7 @@ class ClipsEachBatch(Trainer):
         nn.utils.clip_grad_norm_(self.model.parameters(), 0.05)
 
 
-def test_clipping_batch_by_batch_is_refused_from_the_second_step_on() -> None:
+def test_clipping_each_batch_fails_at_the_second_step() -> None:
     with pytest.raises(AssertionError, match=r"the loss of step 2 is .*done to the gradients of each batch"):
         assert_split_invariant(lambda: ClipsEachBatch(**tiny_parts()), tiny_data(100))
 
@@ -239,7 +239,7 @@ class Shifting(Mixin):
 class ShiftingTrainer(Shifting, Trainer): ...
 
 
-def test_weights_that_end_elsewhere_are_refused_by_the_name_of_the_tensor() -> None:
+def test_different_final_weights_fail_with_the_name_of_the_tensor() -> None:
     with pytest.raises(AssertionError, match="the losses agree, but 'bias' ends with the norm"):
         assert_split_invariant(lambda: ShiftingTrainer(**tiny_parts()), tiny_data(100))
 
@@ -251,7 +251,7 @@ class NeedsThree(Trainer):
         return super().compute_train_loss(outputs, targets)
 
 
-def test_a_training_that_fails_in_one_split_alone_is_refused() -> None:
+def test_a_training_that_fails_with_one_split_alone_fails() -> None:
     with pytest.raises(
         AssertionError, match="fails in 2 batches of 6, and not in one batch of 12: AssertionError: too"
     ):
@@ -265,29 +265,30 @@ class DropsLast(Trainer):
         return super().make_train_dataloader(request)
 
 
-def test_another_number_of_steps_is_refused() -> None:
+def test_another_number_of_steps_fails() -> None:
     with pytest.raises(AssertionError, match=r"takes 6 steps in 3 batches of 4, and 4 in .* Look for drop_last"):
         assert_split_invariant(lambda: DropsLast(**tiny_parts()), tiny_data(29))
 
 
-def test_a_loss_that_is_no_number_is_no_reference() -> None:
+def test_a_nan_loss_cannot_be_a_reference() -> None:
     data = TensorDataset(torch.full((40, 4), torch.nan, dtype=torch.float64), torch.zeros(40, dtype=torch.int64))
     with pytest.raises(AssertionError, match="the loss of step 1 is nan in one batch of 12"):
         assert_split_invariant(lambda: Trainer(**tiny_parts()), data)
 
 
-# ---- splitting: how it is called
+# ---- splits: arguments
 
 
-def test_trainers_that_start_with_other_weights_are_refused() -> None:
+def test_trainers_with_different_initial_weights_are_invalid() -> None:
     with pytest.raises(OptionError, match=r"two fresh trainers differ in '0\.weight', .*torch\.manual_seed\(0\)"):
         assert_split_invariant(lambda: Trainer(**tiny_with(nn.Linear(4, 4))), tiny_data(100))
 
 
-def test_one_trainer_handed_out_twice_is_refused() -> None:
+def test_one_trainer_may_be_returned_at_each_call_and_is_left_unchanged() -> None:
     trainer = Trainer(**tiny_parts())
-    with pytest.raises(OptionError, match=r"two fresh trainers differ in 'weight', .*anew at each call"):
-        assert_split_invariant(lambda: trainer, tiny_data(100))
+    assert_split_invariant(lambda: trainer, tiny_data(100))
+    assert torch.equal(trainer.model.state_dict()["weight"], tiny_parts()["model"].weight)
+    assert not trainer.has_run
 
 
 class Stream(IterableDataset[tuple[Tensor, ...]]):
@@ -300,12 +301,12 @@ class Stream(IterableDataset[tuple[Tensor, ...]]):
     ("data", "options", "message"),
     [
         (tiny_data(12), {}, "got 12 samples, and needs at least 13"),
-        (Stream(), {}, r"data=Stream\(\.\.\.\)\): takes some samples .*islice"),
+        (Stream(), {}, r"data=Stream\(\.\.\.\)\): makes its own batches .*islice"),
         (tiny_data(100), {"window": 1}, "window=1.*at least 2"),
         (tiny_data(100), {"rel": 0.0}, r"rel=0\.0"),
     ],
 )
-def test_what_cannot_be_split_is_refused(data: Any, options: dict[str, Any], message: str) -> None:
+def test_data_or_numbers_that_cannot_be_split_are_invalid(data: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         assert_split_invariant(lambda: Trainer(**tiny_parts()), data, **options)
 
@@ -317,7 +318,7 @@ def test_a_smoke_run_does_not_cut_the_windows(monkeypatch: pytest.MonkeyPatch) -
     assert_overfits_one_batch(Trainer(**tiny_parts()), tiny_data())
 
 
-# ---- learning one batch by heart
+# ---- overfitting one batch
 
 
 class Scheduled(GradAccumMixin, GradClipMixin, LRSchedulerMixin, Trainer):
@@ -325,14 +326,14 @@ class Scheduled(GradAccumMixin, GradClipMixin, LRSchedulerMixin, Trainer):
     max_grad_norm: float | None = 1.0
 
 
-def test_what_can_learn_is_accepted() -> None:
+def test_trainers_that_learn_pass() -> None:
     assert_overfits_one_batch(Trainer(**tiny_parts()), tiny_data())
     assert_overfits_one_batch(Trainer(**iris_parts()), iris())
     assert_overfits_one_batch(TextLoop(**text_parts()), texts(), collate_fn=padded)
     assert_overfits_one_batch(Scheduled(**tiny_parts(), create_scheduler=one_cycle), tiny_data())
 
 
-def test_a_batch_a_process_is_learnt_in_a_launch() -> None:
+def test_each_process_overfits_its_own_batch_in_a_launch() -> None:
     def check() -> list[float]:
         trainer = Trainer(**tiny_parts())
         assert_overfits_one_batch(trainer, tiny_data(11))
@@ -350,10 +351,10 @@ def frozen() -> Trainer:
     return Trainer(**parts)
 
 
-def test_what_does_not_learn_is_refused_with_what_to_look_at() -> None:
-    with pytest.raises(AssertionError) as refused:
+def test_a_trainer_that_does_not_learn_fails_with_what_to_check() -> None:
+    with pytest.raises(AssertionError) as raised:
         assert_overfits_one_batch(frozen(), tiny_data(), steps=20)
-    text = str(refused.value)
+    text = str(raised.value)
     assert text.startswith("Trainer, on one batch of 8 samples: the loss began at ")
     for part in ("at step 20, not below", "learning rate (1e-09 in the first", "(0.weight, 0.bias)", "shifted by one?"):
         assert part in text
@@ -373,20 +374,20 @@ def test_parameters_without_a_gradient_are_named() -> None:
         assert_overfits_one_batch(Detached(**parts), tiny_data(), steps=2)
 
 
-def test_a_loss_that_grows_beyond_all_numbers_is_refused_as_such() -> None:
+def test_a_loss_that_becomes_infinite_fails() -> None:
     parts: dict[str, Any] = tiny_parts() | {"loss_func": lambda outputs, targets: outputs.square().mean()}
     parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=100.0)
     with pytest.raises(AssertionError, match=r"the loss began at 0\.\d+ and is inf at step \d+\."):
         assert_overfits_one_batch(Trainer(**parts), tiny_data())
 
 
-def test_a_loss_that_is_nan_from_the_start_is_refused_as_such() -> None:
+def test_a_loss_that_is_nan_from_the_start_fails() -> None:
     data = TensorDataset(torch.full((8, 4), torch.nan, dtype=torch.float64), torch.zeros(8, dtype=torch.int64))
     with pytest.raises(AssertionError, match="the loss is nan at step 1"):
         assert_overfits_one_batch(Trainer(**tiny_parts()), data, steps=2)
 
 
-def test_a_loss_below_zero_has_no_part_to_reach() -> None:
+def test_a_loss_below_zero_fails() -> None:
     parts: dict[str, Any] = tiny_parts() | {"loss_func": lambda outputs, targets: -outputs.square().mean() - 1}
     with pytest.raises(AssertionError, match=r"the loss begins at -\d.*Add a constant"):
         assert_overfits_one_batch(Trainer(**parts), tiny_data(), steps=2)
@@ -394,7 +395,7 @@ def test_a_loss_below_zero_has_no_part_to_reach() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_weights_and_optimizer_are_put_back(make_optimizer: Callable[..., torch.optim.Optimizer], fails: bool) -> None:
+def test_weights_and_optimizer_are_restored(make_optimizer: Callable[..., torch.optim.Optimizer], fails: bool) -> None:
     parts = tiny_parts()
     parts["optimizer"] = make_optimizer(parts["model"].parameters(), lr=0.1)
     trainer = Trainer(**parts)
@@ -405,7 +406,7 @@ def test_weights_and_optimizer_are_put_back(make_optimizer: Callable[..., torch.
     assert str((trainer.model.state_dict(), trainer.optimizer.state_dict(), trainer.progress)) == str(before)
 
 
-def test_nobody_hears_of_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_callback_is_called_and_no_file_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best: Callback[TrainerCore] = RestoreBestWeights("eval_loss")
     parts = tiny_parts()
     del parts["default_callbacks"]
@@ -417,7 +418,7 @@ def test_nobody_hears_of_the_check(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"steps": 1}, {"steps": 1001}, {"to": 1.0}, {"to": 0.0}])
-def test_numbers_out_of_their_range_are_refused(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_invalid(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(OptionError, match=f"{name}={options[name]!r}"):
         assert_overfits_one_batch(Trainer(**tiny_parts()), tiny_data(), **options)
@@ -435,7 +436,7 @@ def test_neither_assertion_moves_the_global_generators() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- the real problem
+# ---- the real dataset
 
 
 def test_iris_is_scikit_learns() -> None:
@@ -445,7 +446,7 @@ def test_iris_is_scikit_learns() -> None:
     np.testing.assert_allclose(inputs.numpy(), (measures - measures.mean(axis=0)) / measures.std(axis=0), rtol=1e-5)
 
 
-def test_iris_is_learnt_well_enough_for_flowers_not_seen() -> None:
+def test_iris_is_learned_well_enough_to_classify_held_out_flowers() -> None:
     train, held_out = iris_split()
     trainer = Trainer(**iris_parts())
     trainer.train(train, num_epochs=20)
@@ -454,9 +455,9 @@ def test_iris_is_learnt_well_enough_for_flowers_not_seen() -> None:
 
 
 def test_no_flower_is_both_trained_on_and_held_out() -> None:
-    whole, (train, held_out) = iris(), iris_split()
+    full, (train, held_out) = iris(), iris_split()
     rebuilt = torch.cat([held_out.tensors[0].reshape(30, 1, 4), train.tensors[0].reshape(30, 4, 4)], dim=1)
-    assert torch.equal(rebuilt.reshape(150, 4), whole.tensors[0])
+    assert torch.equal(rebuilt.reshape(150, 4), full.tensors[0])
 
 
 def test_iris_parts_are_the_same_whatever_was_drawn_and_draw_nothing() -> None:

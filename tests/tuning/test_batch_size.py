@@ -19,12 +19,12 @@ class Accumulating(GradAccumMixin, Trainer): ...
 
 
 class Small(nn.Module):
-    """A model for which there is memory for so many samples, and for fewer beside gradients."""
+    """A model that runs out of memory above a number of samples, which is smaller if there are gradients."""
 
-    def __init__(self, capacity: int, beside_gradients: int | None = None) -> None:
+    def __init__(self, capacity: int, with_gradients: int | None = None) -> None:
         super().__init__()
         self.body: nn.Linear = tiny_parts()["model"]
-        self.capacities: tuple[int, ...] = capacity, capacity if beside_gradients is None else beside_gradients
+        self.capacities: tuple[int, ...] = capacity, capacity if with_gradients is None else with_gradients
         self.sizes: list[int] = []
 
     @override
@@ -42,21 +42,21 @@ def make(model: nn.Module, **options: Any) -> Accumulating:
     return Accumulating(**parts, **options)
 
 
-# ---- what it finds
+# ---- results
 
 
 @pytest.mark.parametrize(
-    ("capacity", "asked", "size", "batches"),
+    ("capacity", "global_batch", "size", "batches"),
     [(100, 24, 24, 1), (23, 24, 12, 2), (5, 24, 4, 6), (1, 7, 1, 7), (9, 30, 6, 5)],
 )
 def test_the_largest_batch_that_fits_and_divides_the_global_one(
-    capacity: int, asked: int, size: int, batches: int
+    capacity: int, global_batch: int, size: int, batches: int
 ) -> None:
-    found = find_batch_size(make(Small(capacity)), tiny_data(), global_batch_size=asked)
+    found = find_batch_size(make(Small(capacity)), tiny_data(), global_batch_size=global_batch)
     assert (found.per_device_batch_size, found.gradient_accumulation_steps, found.processes) == (size, batches, 1)
 
 
-def test_what_did_not_fit_is_told() -> None:
+def test_sizes_that_did_not_fit_are_reported() -> None:
     found = find_batch_size(make(Small(5)), tiny_data(), global_batch_size=12)
     assert found.did_not_fit == {
         12: "rank 0: CUDA out of memory. Tried 12 samples.",
@@ -65,16 +65,16 @@ def test_what_did_not_fit_is_told() -> None:
 
 
 def test_batches_after_the_first_of_a_step_find_gradients_in_memory() -> None:
-    found = find_batch_size(make(Small(12, beside_gradients=4)), tiny_data(), global_batch_size=24)
+    found = find_batch_size(make(Small(12, with_gradients=4)), tiny_data(), global_batch_size=24)
     assert found.per_device_batch_size == 4
 
 
-def test_a_batch_that_is_a_whole_step_finds_no_gradients() -> None:
-    found = find_batch_size(make(Small(24, beside_gradients=4)), tiny_data(), global_batch_size=24)
+def test_a_batch_that_is_a_full_step_finds_no_gradients() -> None:
+    found = find_batch_size(make(Small(24, with_gradients=4)), tiny_data(), global_batch_size=24)
     assert found.per_device_batch_size == 24
 
 
-def test_steps_of_the_sizes_are_taken_whole_from_data_that_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_full_with_fewer_samples_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PTACC_LIMIT_BATCHES", "1")
     model = Small(30)
     find_batch_size(make(model), tiny_data(7), global_batch_size=60, steps=2)
@@ -82,11 +82,11 @@ def test_steps_of_the_sizes_are_taken_whole_from_data_that_is_smaller(monkeypatc
 
 
 def test_training_with_what_was_found_is_the_same_training() -> None:
-    whole, split = make(Small(100)), make(Small(5))
-    losses = [step.loss for step in whole.train(tiny_data(), num_epochs=3, per_device_batch_size=12).steps]
+    unsplit, split = make(Small(100)), make(Small(5))
+    losses = [step.loss for step in unsplit.train(tiny_data(), num_epochs=3, per_device_batch_size=12).steps]
     found = find_batch_size(split, tiny_data(), global_batch_size=12)
     split.gradient_accumulation_steps = found.gradient_accumulation_steps
-    vars(split)["make_seed"] = vars(whole)["make_seed"] = lambda: whole.run.seed
+    vars(split)["make_seed"] = vars(unsplit)["make_seed"] = lambda: unsplit.run.seed
     history = split.train(tiny_data(), num_epochs=3, per_device_batch_size=found.per_device_batch_size)
     assert found.gradient_accumulation_steps == 3
     assert [step.loss for step in history.steps] == pytest.approx(losses, rel=1e-12)
@@ -109,11 +109,11 @@ def test_the_collate_function_makes_the_batches() -> None:
     assert collate.sizes == [6, 3, 3, 3, 3]
 
 
-# ---- what says that memory ran out
+# ---- errors that mean that memory ran out
 
 
 class Failing(Small):
-    """Fails above its capacity, in its backward pass, by the error that it is given."""
+    """Raises the given error in its backward pass, above its capacity."""
 
     def __init__(self, capacity: int, error: Exception) -> None:
         super().__init__(100)
@@ -141,7 +141,7 @@ class Failing(Small):
         MemoryError(),
     ],
 )
-def test_every_error_that_says_so_is_one_of_memory_and_leaves_no_trace(error: Exception) -> None:
+def test_every_out_of_memory_error_is_recognised_and_leaves_no_trace(error: Exception) -> None:
     trainer = make(Failing(4, error))
     trainer.train(tiny_data(), num_epochs=1, per_device_batch_size=4)
     before = [str(value) for value in (trainer.model.state_dict(), trainer.optimizer.state_dict())]
@@ -153,12 +153,12 @@ def test_every_error_that_says_so_is_one_of_memory_and_leaves_no_trace(error: Ex
     assert trainer.gradient_accumulation_steps == 1
 
 
-def test_any_other_error_is_raised_as_it_is() -> None:
+def test_any_other_error_is_raised_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         find_batch_size(make(Failing(4, RuntimeError("shapes cannot be multiplied"))), tiny_data(), global_batch_size=8)
 
 
-def test_a_model_that_does_not_fit_at_all_is_refused() -> None:
+def test_a_model_that_does_not_fit_at_all_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"batches of one sample does not fit in memory: rank 0: CUDA out of memory"):
         find_batch_size(make(Small(0)), tiny_data(), global_batch_size=4)
 
@@ -167,7 +167,7 @@ def test_a_model_that_does_not_fit_at_all_is_refused() -> None:
 
 
 class Wide(nn.Module):
-    """Takes 8 MB for a sample, at least: 4 for its activations, and as much for their gradients."""
+    """Takes at least 8 MB for each sample: 4 for its activations, and as much for their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,28 +180,28 @@ class Wide(nn.Module):
 
 
 def search_with_memory(megabytes: int, spare: int) -> BatchSizeSearch:
-    """Search with so many megabytes beside what is held already, of which some are to be left over."""
+    """Search with some megabytes in addition to those in use. `spare` of them have to stay free."""
     torch.set_num_threads(1)
     data = TensorDataset(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))
     model = Wide()
     parts: dict[str, Any] = {"model": model, "loss_func": nn.CrossEntropyLoss(), "default_callbacks": ()}
     trainer = Accumulating(**parts, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    trainer.train(data, num_epochs=1, per_device_batch_size=1)  # what is loaded only once
+    trainer.train(data, num_epochs=1, per_device_batch_size=1)  # allocates what is loaded only once
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    allowed = held + megabytes * 2**20
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    allowed = used + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (allowed, resource.RLIM_INFINITY))
     return find_batch_size(trainer, data, global_batch_size=32, steps=2, margin=spare * 2**20 / allowed)
 
 
-def test_memory_that_really_runs_out_is_found_out() -> None:
+def test_real_lack_of_memory_is_detected() -> None:
     (little,), (more,) = (run_ranks(search_with_memory, 1, megabytes, 0) for megabytes in (100, 400))
     assert "can't allocate memory" in little.did_not_fit[32]
     assert 8 * little.per_device_batch_size < 100
     assert little.per_device_batch_size < more.per_device_batch_size
 
 
-def test_a_margin_is_left_over() -> None:
+def test_a_margin_stays_free() -> None:
     (without,), (with_margin,) = (run_ranks(search_with_memory, 1, 400, spare) for spare in (0, 250))
     assert with_margin.per_device_batch_size < without.per_device_batch_size
 
@@ -266,18 +266,18 @@ def search_that_fails_on_one_rank() -> str:
     return "nothing"
 
 
-def test_another_error_on_one_rank_is_raised_on_all_which_can_go_on() -> None:
+def test_another_error_on_one_rank_is_raised_on_all_ranks_which_can_continue() -> None:
     first, second = run_ranks(search_that_fails_on_one_rank, 2)
     assert second == "RuntimeError: a mistake"
     assert first.startswith("RankFailedError: rank 1 failed in a try of find_batch_size()")
     assert first.endswith("RuntimeError: a mistake")
 
 
-# ---- what is refused
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize("options", [{"global_batch_size": 0}, {"steps": 1}, {"margin": 1.0}, {"margin": -0.1}])
-def test_numbers_out_of_their_range_are_refused(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_invalid(options: dict[str, Any]) -> None:
     (name,) = options
     call: dict[str, Any] = {"global_batch_size": 8} | options
     with pytest.raises(OptionError, match=f"find_batch_size.{name}="):
@@ -285,17 +285,17 @@ def test_numbers_out_of_their_range_are_refused(options: dict[str, Any]) -> None
 
 
 def search_of_an_odd_size() -> str:
-    with pytest.raises(OptionError) as refused:
+    with pytest.raises(OptionError) as raised:
         find_batch_size(make(Small(9)), tiny_data(), global_batch_size=25)
-    return str(refused.value)
+    return str(raised.value)
 
 
-def test_a_global_batch_that_cannot_be_shared_is_refused_on_all_ranks() -> None:
+def test_a_global_batch_that_cannot_be_split_is_invalid_on_all_ranks() -> None:
     for message in run_ranks(search_of_an_odd_size, 2):
         assert message.endswith("Give a multiple of 2, such as 26.")
 
 
-def test_a_trainer_that_cannot_accumulate_is_refused() -> None:
+def test_a_trainer_that_cannot_accumulate_is_invalid() -> None:
     with pytest.raises(OptionError, match="Compose GradAccumMixin"):
         find_batch_size(Trainer(**tiny_parts()), tiny_data(), global_batch_size=8)
 
@@ -304,17 +304,17 @@ class Sharded(FSDPMixin, Accumulating): ...
 
 
 def search_in_shards() -> str:
-    with pytest.raises(OptionError) as refused:
+    with pytest.raises(OptionError) as raised:
         find_batch_size(Sharded(**tiny_parts()), tiny_data(), global_batch_size=8)
-    return str(refused.value)
+    return str(raised.value)
 
 
-def test_weights_that_are_dealt_out_are_refused_on_all_ranks() -> None:
+def test_sharded_weights_are_invalid_on_all_ranks() -> None:
     for message in run_ranks(search_in_shards, 2):
-        assert "the weights of Sharded are dealt out over the processes" in message
+        assert "the weights of Sharded are sharded over the processes" in message
 
 
-def test_a_loader_is_refused() -> None:
+def test_a_loader_is_invalid() -> None:
     data: Any = DataLoader(tiny_data())
     with pytest.raises(DataError, match=r"train_dataset=DataLoader\(...\)"):
         find_batch_size(make(Small(9)), data, global_batch_size=8)

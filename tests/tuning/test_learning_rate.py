@@ -19,7 +19,6 @@ import ptacc
 from ptacc import (
     AMPMixin,
     Best,
-    Callback,
     CheckpointMixin,
     DeepSpeedMixin,
     EarlyStoppingMixin,
@@ -30,20 +29,18 @@ from ptacc import (
     LearningRateSearch,
     LRSchedulerMixin,
     Mixin,
-    ProfilerMixin,
     RunPlan,
     SeedMixin,
     StepOutput,
-    StepResult,
     SWAMixin,
     Trainer,
-    TrainerCore,
     find_learning_rate,
 )
 from ptacc.engines.ddp import TorchEngine
-from ptacc.errors import ModelError, NestedRunError, OptionError
+from ptacc.errors import ModelError, OptionError
 from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
+from ptacc.testing.mixin_options import make_options
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
@@ -60,7 +57,7 @@ def in_deepspeed(test: TestT) -> TestT:
 
 
 class Drawing(nn.Module):
-    """Draws, counts and remembers in its forward: in buffers of both kinds, and in extra state."""
+    """Draws random numbers in its forward, and keeps state in buffers of both kinds and in extra state."""
 
     count: Tensor
     seen: Tensor
@@ -129,7 +126,7 @@ def make_everything(folder: Path, make_optimizer: Callable[..., Optimizer]) -> E
 
 
 def copy_state(trainer: Trainer) -> list[object]:
-    """Return all that a search could have changed, as text with every digit."""
+    """Return all that a search could change, as text with every digit."""
     torch.set_printoptions(precision=17, threshold=10_000)  # type: ignore[no-untyped-call]  # torch leaves it so
     model = trainer.model
     return [
@@ -145,11 +142,11 @@ def copy_state(trainer: Trainer) -> list[object]:
     ]
 
 
-# ---- it leaves no trace
+# ---- it leaves no trace: see also test_isolated
 
 
 @pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_run_after_a_search_is_the_one_without_it_to_the_last_bit(
+def test_a_run_after_a_search_equals_one_without_it_to_the_last_bit(
     tmp_path: Path, make_optimizer: Callable[..., Optimizer]
 ) -> None:
     ends = []
@@ -197,7 +194,7 @@ def test_with_any_mixin_a_search_leaves_no_trace(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kind: Any = type("Composed", (mixin, Trainer), {})
-    options = mixin.law_options()
+    options = make_options(mixin)
     trainer: Trainer = kind(**tiny_parts(), **options)
     before = copy_state(trainer)
     search = find_learning_rate(trainer, tiny_data(), steps=20)
@@ -208,30 +205,7 @@ def test_with_any_mixin_a_search_leaves_no_trace(
         assert list(Path(options["checkpoint_dir"]).iterdir()) == []
 
 
-class Profiled(ProfilerMixin, Trainer): ...
-
-
-def test_nothing_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = Profiled(**tiny_parts(), profile_dir=tmp_path / "profile", profile_wait=0)
-    find_learning_rate(trainer, tiny_data(), steps=20)
-    assert (list(tmp_path.iterdir()), *capsys.readouterr()) == ([], "", "")
-
-
-class Shouting(Callback[TrainerCore]):
-    @override
-    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        raise AssertionError("heard of a step")
-
-
-def test_nobody_hears_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts: dict[str, Any] = iris_parts()
-    del parts["default_callbacks"]
-    trainer = Trainer(**parts, callbacks=[Shouting()], history_file=tmp_path / "history.jsonl")
-    find_learning_rate(trainer, iris(), steps=10)
-    assert (list(tmp_path.iterdir()), *capsys.readouterr()) == ([], "", "")
-
-
-def test_samplers_are_where_they_were() -> None:
+def test_samplers_keep_their_position() -> None:
     generator = torch.Generator().manual_seed(0)
     sampler = RandomSampler(iris(), True, 100, generator)
     loader: DataLoader[object] = DataLoader(iris(), batch_size=16, sampler=sampler)
@@ -251,7 +225,7 @@ def test_a_rate_in_a_tensor_stays_that_tensor() -> None:
     assert float(rate) == pytest.approx(0.05)
 
 
-# ---- what it sees
+# ---- results
 
 
 def in_two_groups(model: nn.Module) -> Optimizer:
@@ -260,7 +234,7 @@ def in_two_groups(model: nn.Module) -> Optimizer:
 
 
 def plain_search(steps: int) -> list[float]:
-    """Return the losses of a plain loop over iris in its order, in batches of 50, with rates from 0.01 to 1."""
+    """Return the losses of a plain loop over iris in order, in batches of 50, with rates from 0.01 to 1."""
     parts: dict[str, Any] = iris_parts()
     model, loss_func = parts["model"], parts["loss_func"]
     optimizer = in_two_groups(model)
@@ -322,14 +296,14 @@ def test_two_searches_find_the_same() -> None:
     assert find_learning_rate(trainer, iris(), steps=20) == find_learning_rate(trainer, iris(), steps=20)
 
 
-def test_losses_that_run_away_end_the_search() -> None:
+def test_diverging_losses_end_the_search() -> None:
     search = find_learning_rate(Trainer(**iris_parts()), iris(), max_lr=1e4, per_device_batch_size=16)
     assert search.stopped is not None
     assert search.rates[-1] < 1e3
     assert "after a step with" in search.stopped
 
 
-def test_a_loss_that_is_no_number_ends_the_search() -> None:
+def test_a_nan_loss_ends_the_search() -> None:
     data = TensorDataset(torch.full((8, 4), torch.nan), torch.zeros(8, dtype=torch.int64))
     search = find_learning_rate(Trainer(**iris_parts()), data)
     assert search == LearningRateSearch((), (), "the loss is nan before the first step")
@@ -346,7 +320,7 @@ def test_a_loss_below_zero_does_not_end_the_search() -> None:
     assert shifted.suggestion == plain.suggestion
 
 
-def test_nothing_is_suggested_where_the_loss_is_noise() -> None:
+def test_nothing_is_suggested_if_the_loss_is_noise() -> None:
     parts: dict[str, Any] = iris_parts()
     parts["loss_func"] = lambda outputs, targets: outputs.mean() * 0 + torch.randn(())
     search = find_learning_rate(Trainer(**parts), iris(), max_rise=100.0)
@@ -357,7 +331,7 @@ def test_nothing_is_suggested_where_the_loss_is_noise() -> None:
 
 
 class Scaling(Trainer):
-    """Trains with a real gradient scaler, whose first factor is too large for float16: the first steps are skipped."""
+    """Trains with a real gradient scaler, whose initial scale is too large for float16: the first steps are skipped."""
 
     @override
     def make_engine(self) -> Engine:
@@ -370,12 +344,12 @@ class Scaling(Trainer):
             return super().train_step(batch)
 
 
-def test_steps_that_a_scaler_skips_are_taken_again() -> None:
+def test_steps_that_a_scaler_skips_are_repeated() -> None:
     search = find_learning_rate(Scaling(**iris_parts()), iris(), steps=12, max_lr=0.1, per_device_batch_size=16)
     assert (len(search.rates), len(search.losses), search.stopped) == (12, 12, None)
 
 
-def test_a_loss_that_is_no_number_ends_a_search_in_which_a_scaler_skips_every_step() -> None:
+def test_a_nan_loss_ends_a_search_in_which_a_scaler_skips_every_step() -> None:
     data = TensorDataset(torch.full((8, 4), torch.nan), torch.zeros(8, dtype=torch.int64))
     assert find_learning_rate(Scaling(**iris_parts()), data).stopped == "the loss is nan before the first step"
 
@@ -387,7 +361,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         yield from zip(inputs, targets, strict=True)
 
 
-def test_streams_are_taken_too() -> None:
+def test_streams_are_accepted() -> None:
     assert find_learning_rate(Trainer(**iris_parts()), Stream(), steps=10).stopped is None
 
 
@@ -419,25 +393,25 @@ def search_on_rank(folder: Path) -> tuple[LearningRateSearch, bool]:
     return search, is_as_before
 
 
-def test_processes_find_the_same_and_are_left_as_they_were(tmp_path: Path) -> None:
+def test_processes_find_the_same_and_keep_their_state(tmp_path: Path) -> None:
     (first, is_first), (second, is_second) = run_ranks(search_on_rank, 2, tmp_path)
     assert first == second
     assert is_first
     assert is_second
 
 
-def search_alone_or_not(size: int) -> LearningRateSearch:
+def search_with_batch_size(size: int) -> LearningRateSearch:
     trainer = Trainer(**tiny_parts())
     return find_learning_rate(trainer, tiny_data(), steps=15, max_lr=1.0, per_device_batch_size=size)
 
 
 def test_the_loss_is_that_of_all_processes() -> None:
-    (alone,) = run_ranks(search_alone_or_not, 1, 8)
-    first, _ = run_ranks(search_alone_or_not, 2, 4)
-    assert first.losses == pytest.approx(alone.losses, rel=1e-12)
+    (single,) = run_ranks(search_with_batch_size, 1, 8)
+    first, _ = run_ranks(search_with_batch_size, 2, 4)
+    assert first.losses == pytest.approx(single.losses, rel=1e-12)
 
 
-def test_processes_stop_together_where_the_loss_runs_away() -> None:
+def test_processes_stop_together_if_the_loss_diverges() -> None:
     def worker() -> LearningRateSearch:
         return find_learning_rate(Trainer(**iris_parts()), iris(), max_lr=1e4, per_device_batch_size=8)
 
@@ -452,7 +426,7 @@ class Sharded(FSDPMixin, Trainer): ...
 class Deep(DeepSpeedMixin, Trainer): ...
 
 
-def search_in_parts(kind: Any, options: dict[str, Any]) -> tuple[LearningRateSearch, bool]:
+def search_in_shards(kind: Any, options: dict[str, Any]) -> tuple[LearningRateSearch, bool]:
     parts = iris_parts()
     parts["optimizer"] = torch.optim.Adam(parts["model"].parameters())
     trainer: Trainer = kind(**parts, **options)
@@ -462,55 +436,44 @@ def search_in_parts(kind: Any, options: dict[str, Any]) -> tuple[LearningRateSea
     return search, copy_state(trainer) == before
 
 
-def check_parts(kind: type[Trainer], options: dict[str, Any]) -> None:
-    (first, is_first), (second, is_second) = run_ranks(search_in_parts, 2, kind, options)
+def check_shards(kind: type[Trainer], options: dict[str, Any]) -> None:
+    (first, is_first), (second, is_second) = run_ranks(search_in_shards, 2, kind, options)
     assert first == second
     assert first.stopped is None
     assert is_first
     assert is_second
 
 
-def test_a_model_in_shards_is_whole_and_as_it_was_after_a_search() -> None:
-    check_parts(Sharded, {})
+def test_an_fsdp_model_is_unsharded_and_unchanged_after_a_search() -> None:
+    check_shards(Sharded, {})
 
 
 @in_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_model_under_zero_is_plain_and_as_it_was_after_a_search(stage: int) -> None:
-    check_parts(Deep, {"zero_stage": stage})
+def test_a_zero_model_is_plain_and_unchanged_after_a_search(stage: int) -> None:
+    check_shards(Deep, {"zero_stage": stage})
 
 
-# ---- what is refused
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize(
     "options", [{"steps": 9}, {"min_lr": 0.0}, {"max_lr": float("nan")}, {"max_rise": -1.0}, {"max_lr": 1e-8}]
 )
-def test_numbers_out_of_their_range_are_refused(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_invalid(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(OptionError, match=f"find_learning_rate.{name}="):
         find_learning_rate(Trainer(**iris_parts()), iris(), **options)
 
 
-def test_a_first_group_without_a_rate_is_refused_and_nothing_has_changed() -> None:
+def test_a_first_group_without_a_rate_is_invalid() -> None:
     parts: dict[str, Any] = iris_parts()
     parts["optimizer"].param_groups[0]["lr"] = 0.0
     with pytest.raises(ModelError, match="first has to be above 0"):
         find_learning_rate(Trainer(**parts), iris())
 
 
-class Searching(Callback[Trainer]):
-    @override
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        find_learning_rate(trainer, iris())
-
-
-def test_a_search_within_a_run_is_refused() -> None:
-    with pytest.raises(NestedRunError, match="A search within a run of Trainer"):
-        Trainer(**iris_parts(), callbacks=[Searching()]).train(iris(), num_epochs=1)
-
-
-def test_options_of_the_trainer_are_as_they_were(tmp_path: Path) -> None:
+def test_options_of_the_trainer_are_unchanged(tmp_path: Path) -> None:
     trainer = make_everything(tmp_path, torch.optim.SGD)
     before = copy.copy(vars(trainer))
     find_learning_rate(trainer, iris(), steps=10)

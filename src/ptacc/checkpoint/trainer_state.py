@@ -139,7 +139,8 @@ def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored
     if run.is_within_epoch and before != scheme.batching and not scheme.allows_rebatching:
         raise CheckpointError(
             f"The checkpoint is within an epoch whose data was split into {before}, and is now split into "
-            f"{scheme.batching}: the remaining samples are unknown. Resume from the end of an epoch, or with the same split."
+            f"{scheme.batching}: the remaining samples are unknown. Resume from the end of an epoch, or with the same "
+            "split."
         )
 
 

@@ -67,6 +67,8 @@ class TrainerBase(Composable):
     optimizer: Optimizer
     callbacks: Sequence[Callback[Self]] = ()
     history_file: str | Path | None = None
+    is_isolated: ClassVar[bool] = False
+    """Whether this is a copy that a search or an assertion trains: mixins then write no files and report nothing."""
     _state: TrainerState = field(init=False, default_factory=TrainerState)
 
     @override
@@ -219,8 +221,3 @@ class TrainerBase(Composable):
             self.configure_accelerator(builder)
             self._state.runtime, self._state.runtime_pid = accelerator_for(self, builder), os.getpid()
         return self._state.runtime
-
-
-def get_distributed_runtime(trainer: TrainerBase) -> DistributedRuntime:
-    """Return `trainer._distributed`, for functions that are not methods of a trainer."""
-    return trainer._distributed  # noqa: SLF001

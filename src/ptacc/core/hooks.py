@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -286,8 +286,3 @@ class Mixin(TrainerCore):
         first in the MRO, and they name the method in the error.
         """
         return 0
-
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return the options that tests of the laws give this mixin: those that have no default."""
-        return {}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import signal
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from typing_extensions import override
 
@@ -214,7 +212,8 @@ class CheckpointMixin(Mixin):
         manager = CheckpointManager(
             self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
         )
-        manager.open(self._resumption)
+        if not self.is_isolated:
+            manager.open(self._resumption)
         on_saved = self._events().save
         signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
         self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
@@ -286,14 +285,6 @@ class CheckpointMixin(Mixin):
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         own = () if self.keep_best is None else ((self, self.keep_best.resolved_monitor),)
         return (*super().monitors(), *own)
-
-    @override
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a directory that is removed when the process ends."""
-        directory = tempfile.TemporaryDirectory(prefix="ptacc-")
-        atexit.register(directory.cleanup)
-        return {"checkpoint_dir": directory.name}
 
 
 def check_path(owner: str, name: str, value: str | Path) -> None:

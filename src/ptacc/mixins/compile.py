@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from typing_extensions import override
@@ -77,9 +76,3 @@ class CompileMixin(Mixin):
         if self.compile_backend is None and plugin.backend is DynamoBackend.NO:  # the launch has no setting
             plugin.backend = DynamoBackend.INDUCTOR
         return plugin
-
-    @override
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return the backend that traces and compiles nothing."""
-        return {"compile_backend": "eager"}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from typing_extensions import override
 
@@ -71,9 +70,3 @@ class EMAMixin(Mixin):
         weights = self.averaged_weights() if self.ema_evaluates and has_average else contextlib.nullcontext()
         with weights, super().around_evaluation_weights():
             yield
-
-    @override
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a decay at which the averages are the present weights."""
-        return {"ema_decay": 0.0}

@@ -86,7 +86,7 @@ class FSDPMixin(ShardingMixin):
 
     @override
     def should_unshard_after_run(self) -> bool:
-        return self.fsdp_unshard_after_run and super().should_unshard_after_run()
+        return (self.fsdp_unshard_after_run or self.is_isolated) and super().should_unshard_after_run()
 
     def _shard_units(self, model: nn.Module, mesh: DeviceMesh) -> None:
         if self.fsdp_cpu_offload and self.device.type == "cpu":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Iterator
+from typing import Literal, cast
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
 from ptacc.core.checks import check_monitor
@@ -119,17 +118,6 @@ class LRSchedulerMixin(Mixin):
                 for name in group.keys() - values.keys() - {"params"}:
                     del group[name]  # such as `initial_lr`, which the next scheduler would start from
                 group.update(values)
-
-    @override
-    @classmethod
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a schedule that changes nothing."""
-        return {"create_scheduler": constant_rate}
-
-
-def constant_rate(optimizer: Optimizer, plan: RunPlan) -> LRSchedulerLike:
-    """Make a schedule that changes nothing, whatever the plan."""
-    return ConstantLR(optimizer, factor=1.0, total_iters=plan.known_total_steps or 1)
 
 
 def needs_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
@@ -38,7 +39,7 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
             `compute` and `reset`. A metric with several values reports `name/key`.
         train_metrics: Metrics over the training batches of each epoch, reported as `train/name`.
 
-    Hooks: `update_metrics`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`, `on_run_start`,
+    Hooks: `update_metrics`, `on_run_start`, `on_eval_batch_end`, `on_batch_end`, `on_evaluation_start`,
     `on_epoch_start`, `compute_metrics`, `compute_train_metrics`, `eval_value_names`, `train_value_names`.
 
     Combines with: everything. The default `update_metrics` is for batches `(inputs, targets)`.
@@ -109,6 +110,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
+        if self.is_isolated:
+            self.metrics, self.train_metrics = copy.deepcopy((self.metrics, self.train_metrics))
         self._epoch_metrics = prepare_metrics(self.train_metrics, self.device, self._distributed)
         if self._epoch_metrics:
             self.run[TRAIN_METRICS] = MetricStates(self._epoch_metrics)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
@@ -82,12 +81,6 @@ class ProfilerMixin(Mixin):
     profile_stacks: bool = False
     profile_rows: int = 15
 
-    @classmethod
-    @override
-    def law_options(cls) -> Mapping[str, Any]:
-        """Profile within the few steps that the laws are tested on."""
-        return {"profile_wait": 1, "profile_warmup": 1}
-
     @override
     def check_options(self) -> None:
         owner = type(self).__name__
@@ -108,6 +101,10 @@ class ProfilerMixin(Mixin):
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
+        if self.is_isolated:
+            with super().around_run():
+                yield
+            return
         if self.profile_dir is not None:
             Path(self.profile_dir).mkdir(
                 parents=True, exist_ok=True
@@ -139,7 +136,8 @@ class ProfilerMixin(Mixin):
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        self.run[PROFILER].step()
+        if PROFILER in self.run:
+            self.run[PROFILER].step()
 
 
 def is_profiling(trainer: ProfilerMixin) -> bool:

@@ -56,12 +56,6 @@ class TensorParallelMixin(ShardingMixin):
     tensor_parallel_size: int | None = None
     tensor_parallel_plan: Mapping[str, SplitName | ParallelStyleLike] | None = None
 
-    @classmethod
-    @override
-    def law_options(cls) -> Mapping[str, Any]:
-        """Return a plan that splits no layer: the models of the laws have no plan."""
-        return {"tensor_parallel_plan": {}}
-
     @override
     def check_options(self) -> None:
         owner = type(self).__name__

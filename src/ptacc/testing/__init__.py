@@ -1,16 +1,16 @@
-"""Tests for people who write mixins and trainers: laws, assertions, and small problems to try them on.
+"""Checks for authors of mixins and trainers, and small datasets to run them on.
 
 ```python
 @pytest.mark.parametrize("mixin", [MyMixin, MyOtherMixin])
-def test_laws(mixin: type[Mixin]) -> None:
+def test_my_mixins(mixin: type[Mixin]) -> None:
     check_mixin(mixin)
 
 
-def test_splitting_a_step_changes_nothing() -> None:
+def test_my_trainer_is_split_invariant() -> None:
     assert_split_invariant(make_my_trainer, my_data)
 
 
-def test_it_learns() -> None:
+def test_my_trainer_learns() -> None:
     assert_overfits_one_batch(make_my_trainer(), my_data)
 ```
 """

@@ -1,32 +1,30 @@
-"""What differs between two trainings, and why."""
+"""The differences between two trainings, and their usual causes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.loop.loop import TrainingLoop
+from ptacc.tuning.isolated import AnyLoop
+from ptacc.tuning.preserving import copy_to_host
 from ptacc.types.outputs import StepRecord
 
-AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
+NORM_FLOOR = 1e-3
+"""The smallest norm to which a tensor's difference is compared, as a fraction of the norm of all weights.
 
-WEIGHT_FLOOR = 1e-3
-"""A tensor whose norm is below this part of all weights' is compared on the scale of that part.
-
-Rounding is relative to the numbers that a gradient is computed from. Where they cancel, as in the gradient of a bias in
-front of a softmax over all that it is added to, the rest is nothing but rounding, far below every other weight.
+Rounding errors are relative to the numbers that a gradient is computed from. If these cancel, only rounding errors are
+left, far below every other weight: in the gradient of a bias that is added to all logits of a softmax.
 """
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What passes for rounding: relative differences of a loss, and of the norm of a tensor of weights."""
+    """The relative differences, of a loss and of the norm of a weight tensor, that count as rounding."""
 
     losses: float
     weights: float
@@ -37,12 +35,12 @@ TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(1e-5, 1e-5),
 }
 LOW_PRECISION = Tolerance(2e-2, 2e-2)
-"""For bf16 and fp16, whose numbers have 8 and 11 digits in base 2."""
+"""For bf16 and fp16, whose significands have 8 and 11 bits."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """How each process takes the samples of a window: in `batches` batches of `size`."""
+class BatchSplit:
+    """How each replica takes the samples of a step: in `batches` batches of `size`."""
 
     size: int
     batches: int
@@ -56,57 +54,65 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of a training."""
+    """The steps of a training and the weights at its end."""
 
-    split: Split
+    split: BatchSplit
     steps: Sequence[StepRecord]
     weights: Mapping[str, Tensor]
+
+
+def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a model's parameters on the host, by name."""
+    return {name: copy_to_host(parameter) for name, parameter in model.named_parameters()}
 
 
 # ---- comparing
 
 
 def select_tolerance(trainer: AnyLoop) -> Tolerance:
-    """Return what passes for rounding in the lowest precision that a trainer computes in."""
+    """Return the tolerance for the lowest precision that a trainer computes in."""
     if trainer.accelerator.mixed_precision != "no":
         return LOW_PRECISION
     dtypes = {parameter.dtype.to_real() for parameter in trainer.unwrapped_model.parameters()}
     return max((TOLERANCES.get(dtype, LOW_PRECISION) for dtype in dtypes), key=lambda tolerance: tolerance.losses)
 
 
-def differences(got: TrainingResult, expected: TrainingResult, tolerance: Tolerance) -> Iterator[str]:
-    """Yield what differs by more than rounding, the first cause of the rest first."""
-    ours, theirs = got.split, expected.split
+def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: Tolerance) -> Iterator[str]:
+    """Yield the differences above rounding. Earlier ones may cause later ones."""
     if len(got.steps) != len(expected.steps):
         yield (
-            f"it takes {len(got.steps)} steps in {ours}, and {len(expected.steps)} in {theirs}. Look for drop_last, a "
-            "loader that does not take per_device_batch_size, and what ends the run early."
+            f"it takes {len(got.steps)} steps in {got.split}, and {len(expected.steps)} in {expected.split}. Look for "
+            "drop_last, a loader that does not take per_device_batch_size, and what ends the run early."
         )
-    for step, other in zip(got.steps, expected.steps, strict=False):
-        if not math.isfinite(other.loss):
-            yield f"the loss of step {other.step} is {other.loss} in {theirs}, and there is nothing to compare it with."
-        relative = relative_difference(step.loss, other.loss)
-        if not relative <= tolerance.losses:
+    for step, reference in zip(got.steps, expected.steps, strict=False):
+        if not math.isfinite(reference.loss):
             yield (
-                f"the loss of step {step.step} is {step.loss:.9g} in {ours}, and {other.loss:.9g} in {theirs}: a "
-                f"relative difference of {relative:.1e}, and {tolerance.losses:.0e} passes for rounding."
-                f"{told_items(step, other)}{told_update(step)}"
+                f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits have "
+                "nothing to be compared with."
             )
-    floor = WEIGHT_FLOOR * math.hypot(*map(norm, expected.weights.values()))
-    for name, wanted in expected.weights.items():
-        distance = norm(got.weights[name] - wanted)
-        relative = distance / max(norm(wanted), floor) if distance else 0.0
-        if not relative <= tolerance.weights:
+        difference = relative_difference(step.loss, reference.loss)
+        if not difference <= tolerance.losses:
             yield (
-                f"the losses agree, but {name!r} ends with the norm {norm(got.weights[name]):.9g} in {ours}, and "
-                f"{norm(wanted):.9g} in {theirs}: the norm of the difference is {relative:.1e} of it, and "
-                f"{tolerance.weights:.0e} passes for rounding. If the optimizer is of Adam's kind, make the trainer "
-                "with SGD: a gradient that is nothing but rounding becomes a whole step there."
+                f"the loss of step {step.step} is {step.loss:.9g} in {got.split}, and {reference.loss:.9g} in "
+                f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} passes for "
+                f"rounding.{explain_items(step, reference)}{explain_step(step)}"
+            )
+    floor = NORM_FLOOR * math.hypot(*map(norm, expected.weights.values()))
+    for name, reference_weight in expected.weights.items():
+        weight = got.weights[name]
+        distance = norm(weight - reference_weight)
+        difference = distance / max(norm(reference_weight), floor) if distance else 0.0
+        if not difference <= tolerance.weights:
+            yield (
+                f"the losses agree, but {name!r} ends with the norm {norm(weight):.9g} in {got.split}, and "
+                f"{norm(reference_weight):.9g} in {expected.split}: the norm of the difference is {difference:.1e} of "
+                f"it, and {tolerance.weights:.0e} passes for rounding. If the optimizer is a variant of Adam, make the "
+                "trainer with SGD: Adam takes a full-sized step also along a gradient that is only rounding."
             )
 
 
 def relative_difference(left: float, right: float) -> float:
-    """Return how far two numbers are apart, as a part of the larger one.
+    """Return the distance of two numbers as a fraction of the larger one.
 
     Example:
         >>> relative_difference(1.0, 2.0), relative_difference(0.0, 0.0)
@@ -123,53 +129,53 @@ def norm(tensor: Tensor) -> float:
 # ---- explaining
 
 
-def told_items(step: StepRecord, other: StepRecord) -> str:
-    """Say that the items of a step depend on its split, where they do."""
-    if step.items == other.items:
+def explain_items(step: StepRecord, reference: StepRecord) -> str:
+    """Explain that the number of items of a step depends on its split; empty if it does not."""
+    if step.items == reference.items:
         return ""
     return (
-        f" count_items counts {step.items:g} items in the step, and {other.items:g} where it is one batch: it counts "
-        "what depends on the split, such as padding, or the batches are of other samples."
+        f" count_items counts {step.items:g} items in the step, and {reference.items:g} where it is one batch: it "
+        "counts what depends on the split, such as padding, or the batches have other samples."
     )
 
 
-def told_update(step: StepRecord) -> str:
-    """Say where to look as well when the losses before a step agree."""
+def explain_step(step: StepRecord) -> str:
+    """Explain what follows from equal losses in the earlier steps; empty for the first step."""
     if step.step == 1:
         return ""
     return (
-        " The losses of the steps before agree, so look also at what is done to the gradients of each batch (in "
-        "`backward`, in hooks of tensors) and at ragged batches."
+        " The losses of earlier steps agree, so check also what is done to the gradients of each batch (in `backward`, "
+        "in tensor hooks), and batches of unequal size."
     )
 
 
-def causes(trainer: AnyLoop) -> str:
-    """Name what usually causes a difference, first of all what is seen in the model."""
-    seen = [
-        f"{name or 'the model'} is a {type(module).__name__}, which {why}"
+def describe_causes(trainer: AnyLoop) -> str:
+    """Describe the usual causes of a difference, after those that are found in the model."""
+    found = [
+        f"{name or 'the model'} is a {type(module).__name__}, which {reason}"
         for name, module in trainer.unwrapped_model.named_modules()
-        if (why := mixes_samples(module))
+        if (reason := describe_batch_dependence(module))
     ]
-    more = f", and so are {len(seen) - 3} more" if len(seen) > 3 else ""
-    found = f"In the model, {'; '.join(seen[:3])}{more}. " if seen else ""
+    more = f", and so are {len(found) - 3} more" if len(found) > 3 else ""
+    in_model = f"In the model, {'; '.join(found[:3])}{more}. " if found else ""
     return (
-        f"{found}The usual causes: the loss is a mean over something else than what count_items says (override it, or "
-        "return StepOutput.from_sum); it is divided by the number of batches a step once more; batch norm; dropout; "
-        "samples that are compared with others of their batch; random transforms."
+        f"{in_model}The usual causes: the loss is a mean over something else than what count_items counts (override "
+        "it, or return StepOutput.from_sum); the loss is divided by the number of batches a step a second time; batch "
+        "norm; dropout; samples that are compared with others of their batch; random transforms."
     )
 
 
-def mixes_samples(module: nn.Module) -> str:
-    """Say why a module's outputs for a sample depend on more than the sample, empty if they do not.
+def describe_batch_dependence(module: nn.Module) -> str:
+    """Describe why a module's output for a sample depends on the rest of its batch; empty if it does not.
 
     Example:
-        >>> mixes_samples(nn.Dropout(0.1)), mixes_samples(nn.LSTM(2, 2))
-        ('draws anew for each batch', '')
+        >>> describe_batch_dependence(nn.Dropout(0.1)), describe_batch_dependence(nn.LSTM(2, 2))
+        ('draws random numbers for each batch', '')
     """
     name = type(module).__name__
-    if "BatchNorm" in name:  # by its name, for those of other libraries
+    if "BatchNorm" in name:  # by name, which finds those of other libraries
         return "takes mean and variance over a batch"
     rate = getattr(module, "p", 1.0) if "Dropout" in name else getattr(module, "dropout", 0.0)
-    if isinstance(rate, float) and rate > 0:  # attention and recurrent layers drop by themselves
-        return "draws anew for each batch"
+    if isinstance(rate, float) and rate > 0:  # attention and recurrent layers have dropout of their own
+        return "draws random numbers for each batch"
     return ""

@@ -1,4 +1,4 @@
-"""Small problems to train on: one that is made up, and one that is real."""
+"""Small datasets to train on, one synthetic and one real, with a model for each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptacc.rng import streams_seeded
 
 HELD_OUT_EVERY = 5
 
-# Four measures a flower, two digits each, in millimetres: 50 setosa, 50 versicolor, 50 virginica.
+# Four measurements of each flower, two digits each, in millimetres: 50 setosa, 50 versicolor, 50 virginica.
 FLOWERS = (
     "51351402493014024732130246311502503614025439170446341403503415024429140249311501"
     "54371502483416024830140143301101584012025744150454391304513514035738170351381503"
@@ -32,18 +32,18 @@ FLOWERS = (
 )
 
 
-# ---- made up
+# ---- synthetic
 
 
 def tiny_data(samples: int = 24) -> TensorDataset:
-    """Return a two-class problem that a linear model solves: inputs `(samples, 4)` in float64, targets `(samples,)`."""
+    """Return two linearly separable classes: inputs `(samples, 4)` in float64, targets `(samples,)`."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
     return TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
 
 
 def tiny_parts() -> dict[str, Any]:
-    """Return a model, a loss function and an optimizer for `tiny_data`, the same at each call; no default callbacks."""
+    """Return a model, a loss function, an optimizer and no default callbacks for `tiny_data`, the same at each call."""
     model = nn.Linear(4, 2, dtype=torch.float64)
     with torch.no_grad():
         model.weight.copy_(torch.linspace(-0.5, 0.5, 8, dtype=torch.float64).reshape(2, 4))
@@ -56,36 +56,37 @@ def tiny_parts() -> dict[str, Any]:
 
 
 def iris() -> TensorDataset:
-    """Return Fisher's iris: 150 flowers of three kinds, 50 of each, in this order.
+    """Return Fisher's iris dataset: 150 flowers of three species, 50 of each, sorted by species.
 
-    Inputs `(150, 4)` in float32: length and width of the sepals, length and width of the petals, each measured in
-    centimetres, and then shifted and scaled to mean 0 and standard deviation 1 over the 150. Targets `(150,)` in int64:
-    0 for setosa, 1 for versicolor, 2 for virginica.
+    Inputs `(150, 4)` in float32: length and width of the sepals, length and width of the petals, each standardised to
+    mean 0 and standard deviation 1 over all flowers. Targets `(150,)` in int64: 0 for setosa, 1 for versicolor, 2 for
+    virginica.
 
     Source: R. A. Fisher, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7 (1936),
-    https://doi.org/10.1111/j.1469-1809.1936.tb02137.x. The values are Fisher's, as scikit-learn has them; the UCI
-    repository's (https://archive.ics.uci.edu/dataset/53/iris) are wrong for two flowers.
+    https://doi.org/10.1111/j.1469-1809.1936.tb02137.x. The values are Fisher's, as in scikit-learn. The copy in
+    the UCI repository (https://archive.ics.uci.edu/dataset/53/iris) is wrong for two flowers.
 
     Example:
         >>> inputs, targets = iris().tensors
         >>> inputs.shape, targets.bincount().tolist()
         (torch.Size([150, 4]), [50, 50, 50])
     """
-    measures = iris_centimetres()
-    inputs = (measures - measures.mean(dim=0)) / measures.std(dim=0, correction=0)
+    centimetres = iris_centimetres()
+    inputs = (centimetres - centimetres.mean(dim=0)) / centimetres.std(dim=0, correction=0)
     return TensorDataset(inputs.float(), torch.arange(3).repeat_interleave(50))
 
 
 def iris_centimetres() -> Tensor:
-    """Return the measures of the flowers in centimetres: `(150, 4)` in float64."""
-    millimetres = [int(FLOWERS[place : place + 2]) for place in range(0, len(FLOWERS), 2)]
+    """Return the measurements in centimetres: `(150, 4)` in float64."""
+    millimetres = [int(FLOWERS[start : start + 2]) for start in range(0, len(FLOWERS), 2)]
     return torch.tensor(millimetres, dtype=torch.float64).reshape(150, 4) / 10
 
 
 def iris_split() -> tuple[TensorDataset, TensorDataset]:
-    """Return `iris()` in two parts: 120 flowers to train on, and the first of every five, 30 in all, held out.
+    """Split `iris()` in two: the first of every five flowers is held out (30), and the others are for training (120).
 
-    Both have equally many of each kind. A trainer of `iris_parts()` tells 29 of the 30 after 10 epochs.
+    Both parts have equally many flowers of each species. A trainer of `iris_parts()` classifies 29 of the 30 correctly
+    after 10 epochs.
 
     Example:
         >>> train, held_out = iris_split()
@@ -99,10 +100,10 @@ def iris_split() -> tuple[TensorDataset, TensorDataset]:
 
 
 def iris_parts() -> dict[str, Any]:
-    """Return a model, a loss function and an optimizer for `iris`, the same at each call; no default callbacks.
+    """Return a model, a loss function, an optimizer and no default callbacks for `iris`, the same at each call.
 
-    The model takes `(items, 4)` to logits `(items, 3)`, in float32. Neither the weights it starts with depend on the
-    global generator, nor does it draw from it.
+    The model maps `(items, 4)` to logits `(items, 3)`, in float32. Its initial weights do not depend on the global
+    generators, which keep their state.
 
     Example:
         >>> from ptacc import Trainer

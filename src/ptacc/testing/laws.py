@@ -1,4 +1,4 @@
-"""The laws of composition, which every mixin keeps."""
+"""The laws of composition, which hold for every mixin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,38 +18,36 @@ from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
 from ptacc.rng import permutation
 from ptacc.testing.datasets import tiny_data, tiny_parts
+from ptacc.testing.mixin_options import make_options
 from ptacc.trainers.supervised import Trainer
 from ptacc.types.protocols import Stateful
 
-Options: TypeAlias = Callable[[], Mapping[str, Any]]
-"""Makes the options of one trainer: a second trainer may need others, such as a directory of its own."""
-
 
 def check_mixin(mixin: type[Mixin], *, options: Mapping[str, Any] | None = None) -> None:
-    """Check that a mixin keeps the laws of composition.
+    """Check that the laws of composition hold for a mixin.
 
-    1. Every cooperative override reaches the class behind it.
-    2. With default options, losses equal the bare trainer's to the last bit.
-    3. Saving and loading its state is the identity.
-    4. The order of two unrelated mixins changes nothing: here, its own and one that overrides every hook.
+    1. Every cooperative override reaches the next class by `super()`.
+    2. With default options, losses equal those of the bare trainer to the last bit.
+    3. A state is the same after it was saved and loaded.
+    4. The order of two unrelated mixins changes nothing. The second mixin is one that overrides every hook.
 
     Args:
         mixin: The mixin.
-        options: The options that have no default; `mixin.law_options()` if not given.
+        options: Values for its options that have no default.
 
     Raises:
-        AssertionError: A law is broken; the message says which, and where.
+        AssertionError: A law does not hold. The message contains the law and the place.
     """
-    given = mixin.law_options if options is None else lambda: options
-    check_overrides_reach_behind(mixin, given)
+    given = options or {}
+    check_overrides_call_super(mixin, given)
     check_default_options_change_nothing(mixin, given)
     check_state_survives(mixin, given)
-    check_order_changes_nothing(mixin, Probe, options)
+    check_order_changes_nothing(mixin, Probe, given)
 
 
-def check_overrides_reach_behind(mixin: type[Mixin], options: Options) -> None:
-    """Check the first law, with a probe put behind the mixin that hears every cooperative hook."""
-    trainer = compose(mixin, Probe)(**tiny_parts(), **options())
+def check_overrides_call_super(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
+    """Check the first law, with a probe behind the mixin that records every cooperative hook."""
+    trainer = make_trainer(mixin, Probe, options=options)
     assert isinstance(trainer, Probe)
     train_tiny(trainer)
     trainer.on_exception(RuntimeError("a probe"))
@@ -59,47 +57,59 @@ def check_overrides_reach_behind(mixin: type[Mixin], options: Options) -> None:
     trainer.save_on_exception(RuntimeError("a probe"))
     for _ in trainer.stream_predictions(tiny_data()):
         break
-    shapes = declared_hooks(Probe)  # a base of the mixin may declare hooks of its own, behind which no probe can be
-    own = {name for base in mixin.__mro__ if is_users(base, mixin) for name in base.__dict__}
-    for name in sorted(own & {name for name, shape in shapes.items() if shape in COOPERATIVE_SHAPES}):
-        assert name in trainer.heard, f"{mixin.__name__}.{name} does not reach the class behind it: call super()"
+    # A hook that a base of the mixin itself declares never reaches the probe.
+    cooperative = {name for name, shape in declared_hooks(Probe).items() if shape in COOPERATIVE_SHAPES}
+    overridden = {name for base in mixin.__mro__ if is_under_test(base) for name in base.__dict__}
+    for name in sorted(overridden & cooperative):
+        assert name in trainer.recorded, f"{mixin.__name__}.{name} does not reach the class behind it: call super()"
 
 
-def check_default_options_change_nothing(mixin: type[Mixin], options: Options) -> None:
+def check_default_options_change_nothing(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
     """Check the second law."""
-    bare, mixed = train_tiny(Trainer(**tiny_parts())), train_tiny(compose(mixin)(**tiny_parts(), **options()))
+    bare, mixed = train_tiny(make_trainer(options={})), train_tiny(make_trainer(mixin, options=options))
     assert bare == mixed, f"{mixin.__name__} with default options changes losses: {bare} became {mixed}"
 
 
-def check_state_survives(mixin: type[Mixin], options: Options) -> None:
-    """Check the third law, for all that the mixin keeps in the run's state."""
-    trained, fresh = (compose(mixin)(**tiny_parts(), **options()) for _ in range(2))
+def check_state_survives(mixin: type[Mixin], options: Mapping[str, Any]) -> None:
+    """Check the third law, for every state of the mixin in the run."""
+    trained, fresh = (make_trainer(mixin, options=options) for _ in range(2))
     train_tiny(trained)
     fresh.train(tiny_data(), tiny_data(), num_epochs=1)
-    blank = {key.name: state for key, state in fresh.run.states()}
+    fresh_states = {key.name: state for key, state in fresh.run.states()}
     for key, state in trained.run.states():
         if isinstance(state, Stateful):
-            saved = state.state_dict()
-            blank[key.name].load_state_dict(saved)
-            assert same(blank[key.name].state_dict(), saved), (
-                f"{mixin.__name__}: {key.name} is not the same after loading"
-            )
+            saved, loaded = state.state_dict(), fresh_states[key.name]
+            loaded.load_state_dict(saved)
+            assert same(loaded.state_dict(), saved), f"{mixin.__name__}: {key.name} is not the same after loading"
 
 
 def check_order_changes_nothing(
     first: type[Mixin], second: type[Mixin], options: Mapping[str, Any] | None = None
 ) -> None:
-    """Check the fourth law, for two mixins of one's own."""
+    """Check the fourth law for two mixins.
 
-    def given() -> Mapping[str, Any]:
-        return {**first.law_options(), **second.law_options()} if options is None else options
+    Args:
+        first: A mixin.
+        second: A mixin that is unrelated to it.
+        options: Values for their options that have no default.
 
-    losses = [train_tiny(compose(*order)(**tiny_parts(), **given())) for order in ((first, second), (second, first))]
+    Raises:
+        AssertionError: Losses depend on the order of the two.
+    """
+    trainers = (make_trainer(*order, options=options or {}) for order in ((first, second), (second, first)))
+    losses = [train_tiny(trainer) for trainer in trainers]
     assert losses[0] == losses[1], f"losses depend on whether {first.__name__} or {second.__name__} comes first"
 
 
+def make_trainer(*mixins: type[Mixin], options: Mapping[str, Any]) -> Trainer:
+    """Make a supervised trainer with mixins, in this order."""
+    name = "".join(mixin.__name__ for mixin in mixins)
+    composed = cast(type[Trainer], type(f"{name}Trainer", (*mixins, Trainer), {}))
+    return composed(**tiny_parts() | make_options(*mixins) | dict(options))
+
+
 def train_tiny(trainer: Trainer) -> list[float]:
-    """Train two epochs of three steps with evaluations, in the data's order, and return every loss in it."""
+    """Train for two epochs of three steps with evaluations, in the order of the data, and return every loss."""
     data = tiny_data()
     history = trainer.train(
         data, data, num_epochs=2, per_device_batch_size=8, train_dataloader_kwargs={"shuffle": False}
@@ -109,36 +119,31 @@ def train_tiny(trainer: Trainer) -> list[float]:
 
 
 class Probe(BatchMixin):
-    """Hears every cooperative hook, and passes each on."""
+    """Overrides every cooperative hook, and records which of them are called."""
 
-    heard: set[str] = field(init=False, default_factory=set)
+    recorded: set[str] = field(init=False, default_factory=set)
 
 
-def _passing_on(name: str) -> Callable[..., Any]:
-    def hear(self: Probe, *args: object) -> object:
-        self.heard.add(name)
+def _make_recording_override(name: str) -> Callable[..., Any]:
+    def override(self: Probe, *args: object) -> object:
+        self.recorded.add(name)
         return getattr(super(Probe, self), name)(*args)
 
-    return hear
+    return override
 
 
 for _name, _shape in declared_hooks(Probe).items():
     if _shape in COOPERATIVE_SHAPES:
-        setattr(Probe, _name, _passing_on(_name))
+        setattr(Probe, _name, _make_recording_override(_name))
 
 
-def compose(*mixins: type[Mixin]) -> type[Trainer]:
-    """Compose a supervised trainer with mixins, in this order."""
-    return cast(type[Trainer], type("".join(m.__name__ for m in mixins) + "Trainer", (*mixins, Trainer), {}))
-
-
-def is_users(base: type, mixin: type) -> bool:
-    """Say whether a base of a mixin is part of what is tested, and not of the core."""
-    return Mixin in base.__mro__ and base not in (Mixin, BatchMixin) and base in mixin.__mro__
+def is_under_test(base: type) -> bool:
+    """Whether a base of a mixin is a mixin itself, and not part of the core."""
+    return Mixin in base.__mro__ and base not in (Mixin, BatchMixin)
 
 
 def same(left: Any, right: Any) -> bool:
-    """Say whether two states are equal: tensors to the last bit, NaN equal to NaN."""
+    """Whether two states are equal: tensors in every bit, and NaN to NaN."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):

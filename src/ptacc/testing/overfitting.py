@@ -1,11 +1,9 @@
-"""The assertion that a trainer can learn one batch by heart."""
+"""The assertion that a trainer can overfit one batch."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -14,13 +12,14 @@ from torch import Tensor
 from ptacc.errors import OptionError
 from ptacc.loop.evaluation import EvalData, EvalSets
 from ptacc.loop.loop import TrainingLoop
-from ptacc.rng import preserved_streams
 from ptacc.run.history import STEPS_IN_MEMORY
-from ptacc.testing.comparison import AnyLoop
-from ptacc.testing.subset import Subset, check_map_style
+from ptacc.testing.comparison import copy_parameters
+from ptacc.tuning.isolated import AnyLoop, isolated_copy
+from ptacc.tuning.preserving import list_eval_sets
+from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
-from ptacc.types.protocols import SizedDataset, Stateful
+from ptacc.types.protocols import SizedDataset
 from ptacc.validation import check_at_least
 
 
@@ -55,33 +54,33 @@ def assert_overfits_one_batch(
     steps: int = 200,
     to: float = 0.1,
 ) -> None:
-    """Assert that the loss falls where a trainer sees one batch over and over: it has to learn that by heart.
+    """Assert that a trainer can overfit one batch: its loss falls when every step trains on the same samples.
 
-    What cannot do this learns nothing from more data either. It takes seconds, and finds labels that stand beside
-    other inputs, parameters that get no gradient, and learning rates far off.
+    A trainer that fails this check will not learn from more data either. The check takes seconds. It finds labels that
+    do not belong to their inputs, parameters that get no gradient, and learning rates that are far off.
 
-    This is a check and no training: afterwards the weights, the optimizer's state and the global generators are what
-    they were, and the trainer's `run` is the one that it had. Callbacks hear nothing, and nothing is written to the
-    history file.
+    Afterwards the weights, the optimizer's state and the global generators have their former state, and `trainer.run`
+    is the same object. No callback is called, nothing is written, and nothing stops the training early.
 
-    All steps are one epoch of the run, so that a schedule of epochs stays where it begins. In a launch of several
-    processes, which all call this, each has a batch of its own.
+    All steps belong to one epoch, so a schedule that steps once an epoch stays at its first value. In a launch of
+    several processes, which all call this function, each process has its own batch.
 
     Args:
         trainer: The trainer, ready to train.
-        data: Its first samples are the batch.
-        eval_dataset: For trainers that need one, such as to stop early.
+        data: The batch consists of its first samples.
+        eval_dataset: Needed if a schedule follows an evaluated value.
         collate_fn: As for `train`.
-        batch_size: Samples of the batch, at least 1; all of the data where that has fewer.
+        batch_size: Samples of the batch, at least 1. A smaller dataset is used in full.
         steps: Optimizer steps, from 2 to 1,000.
-        to: The part of the first step's loss that the last step's has to reach, above 0 and below 1. A loss that
-            cannot come near 0, as with smoothed labels, needs a larger one.
+        to: The last step's loss has to be at most this fraction of the first step's loss. Above 0 and below 1. A loss
+            whose minimum is not 0, as with smoothed labels, needs a larger value.
 
     Raises:
-        AssertionError: The loss does not fall so far, is NaN or infinite, or does not begin above 0. The message has
-            the first and the last loss, and what to look at.
-        OptionError: A number out of its range.
+        AssertionError: The loss does not fall that far, is NaN or infinite, or does not start above 0. The message
+            contains the first and the last loss, and what to check.
+        OptionError: A number is out of its range.
         DataError: No samples, or data without a length and an index.
+        NestedRunError: The trainer is running.
 
     Source: "overfit one batch" in A. Karpathy, "A Recipe for Training Neural Networks" (2019),
     https://karpathy.github.io/2019/04/25/recipe/.
@@ -97,85 +96,63 @@ def assert_overfits_one_batch(
     if steps > STEPS_IN_MEMORY:
         raise OptionError(f"{owner}(steps={steps}): must be at most {STEPS_IN_MEMORY:,}, which a history holds.")
     if not 0 < to < 1:
-        raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a part of the first loss.")
-    check_map_style(owner, data)
-    checked = silent_copy(trainer)
-    replicas = checked.distributed.replicas
-    size = max(1, min(batch_size, len(data) // replicas))
-    samples = min(len(data), size * replicas)
-    call: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
-    with preserved_streams(devices=True), weights_put_back(checked):
-        before = {name: p.detach().to("cpu", copy=True) for name, p in checked.unwrapped_model.named_parameters()}
-        history = checked.train(
-            Subset(data, samples, size * replicas * checked.accumulation_steps() * steps),
+        raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
+    check_map_style(owner, "data", data)
+    options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
+    with isolated_copy(trainer, data, *list_eval_sets(eval_dataset)) as trial:
+        replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
+        size = max(1, min(batch_size, len(data) // replicas))
+        before = copy_parameters(trial.unwrapped_model)
+        history = trial.train(
+            Subset(data, min(len(data), size * replicas), size * replicas * num_batches),
             eval_dataset,
             max_steps=steps,
             per_device_batch_size=size,
             train_dataloader_kwargs={"shuffle": False},
-            limit_batches=checked.accumulation_steps() * steps,  # or a smoke run's environment variable would end it
-            **call,
+            limit_batches=num_batches,  # overrides the environment variable of smoke runs
+            **options,
         )
-        complaint = what_is_wrong(history.steps, to)
-        if complaint:
-            ended = f" The run was ended: {history.stop_reason}." if history.stop_reason else ""
+        problem = describe_problem(history.steps, to)
+        if problem:
+            ended = f" The run was stopped: {history.stop_reason}." if history.stop_reason else ""
             raise AssertionError(
-                f"{type(trainer).__name__}, on one batch of {size} samples: {complaint}{ended} "
-                f"{to_look_at(checked, before, history.steps)}"
+                f"{type(trainer).__name__}, on one batch of {size} samples: {problem}{ended} "
+                f"{describe_checks(trial, before, history.steps)}"
             )
 
 
-def silent_copy(trainer: AnyLoop) -> AnyLoop:
-    """Return a trainer of the same model and optimizer whose run is its own, and heard by nobody."""
-    copied = copy.copy(trainer)
-    copied.callbacks = copied.default_callbacks = ()
-    copied.history_file = None
-    return copied
-
-
-@contextlib.contextmanager
-def weights_put_back(trainer: AnyLoop) -> Iterator[None]:
-    """Put the states of the model and the optimizers back after the block."""
-    holders: list[Stateful] = [trainer.unwrapped_model, *(slot.optimizer for slot in trainer.optimizer_slots())]
-    states = [copy.deepcopy(holder.state_dict()) for holder in holders]
-    try:
-        yield
-    finally:
-        for holder, state in zip(holders, states, strict=True):
-            holder.load_state_dict(state)
-
-
-def what_is_wrong(steps: Sequence[StepRecord], to: float) -> str:
-    """Say what is wrong with the losses of some steps, empty if nothing is."""
+def describe_problem(steps: Sequence[StepRecord], to: float) -> str:
+    """Describe what is wrong with the losses of some steps; empty if nothing is."""
     first, last = steps[0].loss, steps[-1].loss
     for step in steps:
         if not math.isfinite(step.loss):
             began = f"began at {first:.4g} and " if step is not steps[0] else ""
             return f"the loss {began}is {step.loss} at step {step.step}."
     if first <= 0:
-        return f"the loss begins at {first:.4g}, and a part of what is not above 0 says nothing. Add a constant to it."
+        return f"the loss begins at {first:.4g}, and a fraction of it is not below it. Add a constant to the loss."
     if last > to * first:
         return f"the loss began at {first:.4g} and is {last:.4g} at step {steps[-1].step}, not below {to * first:.4g}."
     return ""
 
 
-def to_look_at(trainer: AnyLoop, before: Mapping[str, Tensor], steps: Sequence[StepRecord]) -> str:
-    """Say what to look at where a loss does not fall, with what is known of it."""
+def describe_checks(trainer: AnyLoop, before: Mapping[str, Tensor], steps: Sequence[StepRecord]) -> str:
+    """Describe what to check when a loss does not fall, with the trainer's own rates and parameters."""
     parameters = dict(trainer.unwrapped_model.named_parameters())
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    still = [name for name in parameters if name not in frozen and torch.equal(before[name], parameters[name].cpu())]
+    unchanged = [n for n in parameters if n not in frozen and torch.equal(before[n], parameters[n].cpu())]
     return (
-        f"Look at the learning rate ({steps[0].learning_rate:g} in the first step, {steps[-1].learning_rate:g} in the "
-        f"last); at trainable parameters that did not change, because they get no gradient or the optimizer does not "
-        f"hold them ({in_short(still)}); at frozen ones ({in_short(frozen)}); and at the labels: does each belong to "
-        "its input, or are they shifted by one?"
+        f"Check the learning rate ({steps[0].learning_rate:g} in the first step, {steps[-1].learning_rate:g} in the "
+        f"last); trainable parameters that did not change, because they get no gradient or the optimizer does not "
+        f"hold them ({abbreviate(unchanged)}); frozen ones ({abbreviate(frozen)}); and the labels: does each belong "
+        "to its input, or are they shifted by one?"
     )
 
 
-def in_short(names: Sequence[str]) -> str:
-    """Write a few names, and how many more there are.
+def abbreviate(names: Sequence[str]) -> str:
+    """List the first five names, and the number of the others.
 
     Example:
-        >>> in_short(list("abcdefg")), in_short([])
+        >>> abbreviate(list("abcdefg")), abbreviate([])
         ('a, b, c, d, e and 2 more', 'none')
     """
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

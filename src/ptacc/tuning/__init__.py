@@ -1,1 +1,1 @@
-"""Finders of a learning rate and of a batch size: they train for a few steps, and leave everything as it was."""
+"""Searches for a learning rate and a batch size: they train for a few steps, and leave no trace."""

@@ -7,33 +7,33 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 from torch.distributed import is_initialized
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ptacc.core.base import get_distributed_runtime
-from ptacc.data.dataloader_config import check_dataset
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.ddp import TorchEngine
-from ptacc.errors import DataError, ModelError, OptionError
+from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
+from ptacc.tuning.isolated import AnyLoop, search_copy
 from ptacc.tuning.memory import out_of_memory_message, reserve_memory, total_memory
-from ptacc.tuning.trial import AnyLoop, trial_of
+from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least
 
-BATCHES = 2
-"""Batches of a tried step, at most: from the second one on, a forward pass finds gradients in memory."""
+MAX_BATCHES = 2
+"""Batches of a step that are tried, at most. From the second one on, gradients already use memory in the forward pass.
+"""
 
 
 @dataclass(frozen=True)
 class BatchSizeSearch:
-    """What a search for a batch size found, the same on every process.
+    """The result of a search for a batch size, the same on every process.
 
     Args:
         per_device_batch_size: Samples of a batch of one process, for `train`.
         gradient_accumulation_steps: Batches of a step, for `GradAccumMixin`.
-        processes: Number of processes. The product of the three is the global batch that was asked for.
-        did_not_fit: The larger sizes that were tried, each with the rank that ran out of memory and what it said.
+        processes: Number of processes. The product of these three is the global batch size.
+        did_not_fit: The larger sizes that were tried, each with the rank that ran out of memory and its error.
     """
 
     per_device_batch_size: int
@@ -73,35 +73,35 @@ def find_batch_size(
     margin: float = 0.05,
     train_dataloader_kwargs: DataLoaderKwargs | None = None,
 ) -> BatchSizeSearch:
-    """Find the largest batches that fit in memory, with as many of them a step as keep the global batch what it is.
+    """Find the largest batch that fits in memory, and the number of batches a step that keeps the global batch.
 
-    A step is tried with the whole share of a process in one batch, then with the next smaller batch that divides it,
-    and so on. What is trained does not change with it, only the memory and the time that it takes. Afterwards the
-    weights, the optimizer and the random streams are what they were.
+    The search first tries one batch a step on each process, then the next smaller size that divides it, and so on. The
+    size changes memory use and speed, and not what is trained. Afterwards the weights, the optimizer and the random
+    streams have their former state.
 
-    All processes call it. Each tries by itself, since one that runs out of memory in the middle of an exchange could
-    not be waited for; after each try they agree, and a size fits if it does on all of them. What the exchange takes is
-    held back meanwhile: as much memory as the gradients. A `train_step` that talks to the other processes by means of
-    its own, and not by `self.gather`, cannot be tried so.
+    All processes call this function. Each tries a size without communicating, because a rank that runs out of memory
+    during a collective would block the others. After each try the processes exchange their results, and a size fits
+    if it fits on all. During a try, memory is reserved for the communication of gradients: as much as these take. A
+    `train_step` that calls collectives other than `self.gather` cannot be tried.
 
-    On a CPU, running out of memory is an error only where the memory of a process is limited (`ulimit -v`); elsewhere
-    the system ends the process.
+    On a CPU, running out of memory raises an error only if the memory of the process is limited (`ulimit -v`).
+    Otherwise the system kills the process.
 
     Args:
         trainer: The trainer, ready to train, with `GradAccumMixin`.
-        train_dataset: The tried batches are made of its first samples. Where samples differ in size, give the largest.
+        train_dataset: Tried batches consist of its first samples. If samples differ in size, put the largest first.
         collate_fn: As for `train`.
         global_batch_size: Samples of a step over all processes, a multiple of their number.
-        steps: Steps of each try, at least 2: optimizers take their memory in the first one.
-        margin: The part of a device's memory that has to be left over, from 0 to less than 1.
+        steps: Steps of each try, at least 2: optimizers allocate their state in the first one.
+        margin: The fraction of a device's memory that has to stay free, from 0 to less than 1.
         train_dataloader_kwargs: As for `train`.
 
     Raises:
-        OptionError: A number out of its range, a trainer that cannot accumulate, or an engine that deals weights out.
+        OptionError: A number is out of its range, the trainer cannot accumulate, or its engine shards the weights.
         DataError: No samples, or data without a length and an index.
         ModelError: Not even one sample fits.
-        RankFailedError: Another process failed by something else.
-        NestedRunError: A run of the trainer is under way.
+        RankFailedError: Another process failed with another error.
+        NestedRunError: The trainer is running.
 
     Example:
         >>> from ptacc import GradAccumMixin, Trainer
@@ -110,36 +110,31 @@ def find_batch_size(
         >>> find_batch_size(MyTrainer(**iris_parts()), iris(), global_batch_size=64)
         BatchSizeSearch(per_device_batch_size=64, gradient_accumulation_steps=1, processes=1, did_not_fit={})
     """
-    distributed = get_distributed_runtime(trainer)
-    with distributed.synced("find_batch_size()") as told:
+    distributed = trainer.distributed
+    assert isinstance(distributed, DistributedRuntime)
+    with distributed.synced("find_batch_size()") as must_match:
         check_search(trainer, train_dataset, global_batch_size, steps, margin)
-        told += [f"global_batch_size={global_batch_size}", f"steps={steps}"]
+        must_match += [f"global_batch_size={global_batch_size}", f"steps={steps}"]
     share = global_batch_size // distributed.world_size
     did_not_fit: dict[int, str] = {}
     for size in (size for size in range(share, 0, -1) if share % size == 0):
         attempt = Attempt(size, share // size, steps, margin, collate_fn, train_dataloader_kwargs or {})
         with distributed.synced("a try of find_batch_size()"):
-            complaint = attempt.make(trainer, train_dataset)
-        complaints = distributed.gather(complaint)
-        if not any(complaints):
+            message = attempt.run(trainer, train_dataset)
+        messages = distributed.gather(message)
+        if not any(messages):
             return BatchSizeSearch(size, share // size, distributed.world_size, did_not_fit)
-        did_not_fit[size] = next(f"rank {rank}: {said}" for rank, said in enumerate(complaints) if said)
+        did_not_fit[size] = next(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
     raise ModelError(
         f"find_batch_size: a step of {type(trainer).__name__} with batches of one sample does not fit in memory: "
-        f"{did_not_fit[1]}. Keep fewer activations (GradCheckpointMixin), or deal the weights out (FSDPMixin)."
+        f"{did_not_fit[1]}. Store fewer activations (GradCheckpointMixin), or shard the weights (FSDPMixin)."
     )
 
 
 def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: int, margin: float) -> None:
-    """Raise for a search that cannot be made."""
+    """Validate the arguments of a search."""
     owner, processes = "find_batch_size", trainer.distributed.world_size
-    if isinstance(data, DataLoader | IterableDataset):
-        raise DataError(
-            f"{owner}(train_dataset={type(data).__name__}(...)): batches are made of several sizes, which needs a "
-            "dataset with a length and an index. Give `list(itertools.islice(stream, 100))`, or the loader's dataset "
-            "and collate_fn."
-        )
-    check_dataset(data)
+    check_map_style(owner, "train_dataset", data)
     check_at_least(owner, "global_batch_size", global_batch_size, 1)
     check_at_least(owner, "steps", steps, 2)
     if global_batch_size % processes:
@@ -149,31 +144,31 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
             f"Give a multiple of {processes}, such as {below + processes}."
         )
     if not 0 <= margin < 1:
-        raise OptionError(f"{owner}(margin={margin!r}): must be from 0 to less than 1, a part of a device's memory.")
+        raise OptionError(f"{owner}(margin={margin!r}): must be from 0 to less than 1, a fraction of the memory.")
     if not isinstance(trainer, SupportsGradAccum):
         raise OptionError(
-            f"{owner}: {type(trainer).__name__} takes one batch a step, so that smaller batches would be another "
-            "training. Compose GradAccumMixin."
+            f"{owner}: {type(trainer).__name__} takes one batch a step, so smaller batches would change the training. "
+            "Compose GradAccumMixin."
         )
     engine = trainer.resume_invariants()["engine"]
     if engine != "torch" and is_initialized():
         raise OptionError(
-            f"{owner}: the weights of {type(trainer).__name__} are dealt out over the processes ({engine}), so that "
-            "none can try a step by itself. Try sizes with train(max_steps=3), each in a launch of its own."
+            f"{owner}: the weights of {type(trainer).__name__} are sharded over the processes ({engine}), so no "
+            "process can try a step alone. Try sizes with train(max_steps=3), each in its own launch."
         )
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A try of a batch size, by this process alone.
+    """One try of a batch size, by this process alone.
 
     Args:
         size: Samples of a batch.
-        batches: Batches of a step, of which two are tried at most.
+        batches: Batches of a step, of which at most two are tried.
         steps: Steps to take.
-        margin: The part of the device's memory that is held back.
+        margin: The fraction of the device's memory that is reserved.
         collate_fn: The user's collate function, None for torch's own.
-        kwargs: Keywords of the loader.
+        loader_kwargs: Keywords of the loader.
     """
 
     size: int
@@ -181,39 +176,43 @@ class Attempt:
     steps: int
     margin: float
     collate_fn: Callable[[list[Any]], Any] | None
-    kwargs: DataLoaderKwargs
+    loader_kwargs: DataLoaderKwargs
 
-    def make(self, trainer: AnyLoop, data: SizedDataset[Any]) -> str | None:
-        """Train for some steps, and return what is said as memory runs out; None if it does not."""
-        batches = min(self.batches, BATCHES)
-        count = self.size * batches * self.steps
-        # torch's types want a dataset of its own kind, and its code any with an index.
-        samples: Any = Subset(data, [i % len(data) for i in range(count)])  # type: ignore[arg-type]
-        call: dict[str, Any] = {} if self.collate_fn is None else {"collate_fn": self.collate_fn}
-        with trial_of(trainer, data, self.kwargs.get("sampler"), alone=True) as trial:
+    def run(self, trainer: AnyLoop, data: SizedDataset[Any]) -> str | None:
+        """Train for some steps, and return the error message if memory runs out; None if it does not."""
+        batches = min(self.batches, MAX_BATCHES)
+        options: dict[str, Any] = {} if self.collate_fn is None else {"collate_fn": self.collate_fn}
+        with search_copy(trainer, data, self.loader_kwargs.get("sampler")) as trial:
             vars(trial)["gradient_accumulation_steps"] = batches
-            if trainer.distributed.world_size > 1:  # without the wrapper that exchanges gradients
-                vars(trial)["make_engine"] = lambda: TorchEngine(
-                    trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), is_replicated=False
-                )
+            if trainer.distributed.world_size > 1:
+                make_independent(trial)
 
             def train() -> None:
-                with reserve_memory(self._bytes_held_back(trainer), trainer.device):
+                with reserve_memory(self._reserved_bytes(trainer), trainer.device):
                     trial.train(
-                        samples,
+                        Subset(data, len(data), self.size * batches * self.steps),
                         max_steps=self.steps,
                         per_device_batch_size=self.size,
-                        train_dataloader_kwargs=self.kwargs,
-                        limit_batches=batches * self.steps,  # or a smoke run's environment variable would cut steps
-                        **call,
+                        train_dataloader_kwargs=self.loader_kwargs,
+                        limit_batches=batches * self.steps,  # overrides the environment variable of smoke runs
+                        **options,
                     )
 
             return out_of_memory_message(train)
 
-    def _bytes_held_back(self, trainer: AnyLoop) -> int:
-        """Return the bytes of the margin, and of what processes copy gradients to as they exchange them."""
-        exchanged = [
+    def _reserved_bytes(self, trainer: AnyLoop) -> int:
+        """Return the bytes of the margin, and of the buffers to which ranks copy gradients to reduce them."""
+        reduced = [
             p for p in trainer.unwrapped_model.parameters() if p.requires_grad and trainer.distributed.world_size > 1
         ]
-        buckets = sum(parameter.numel() * parameter.element_size() for parameter in exchanged)
-        return buckets + int(self.margin * total_memory(trainer.device))
+        buffers = sum(parameter.numel() * parameter.element_size() for parameter in reduced)
+        return buffers + int(self.margin * total_memory(trainer.device))
+
+
+def make_independent(trial: AnyLoop) -> None:
+    """Make an isolated copy train as a single process, without the wrapper that reduces gradients over ranks."""
+    runtime = trial.accelerator, DistributedRuntime()
+    vars(trial)["_runtime"] = lambda: runtime
+    vars(trial)["make_engine"] = lambda: TorchEngine(
+        trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), in_replicas=False
+    )

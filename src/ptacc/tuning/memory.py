@@ -1,4 +1,4 @@
-"""Memory: which errors say that it ran out, how it is freed, and how some of it is held back."""
+"""Memory: recognising that it ran out, freeing it, and reserving some of it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-WORDS = ("out of memory", "can't allocate memory", "status_alloc_failed")
-"""What errors of devices, of the host's allocator, of cuBLAS and of cuDNN say that are no `OutOfMemoryError`."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
+"""Parts of the messages of devices, the host's allocator, cuBLAS and cuDNN, which do not raise `OutOfMemoryError`."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether an error, or what it was raised from, is that memory ran out.
+    """Whether an error, or a cause of it, means that memory ran out.
 
     Example:
         >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
@@ -27,26 +27,26 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    says_so = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in WORDS)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_so or is_out_of_memory(error.__cause__)
+    has_message = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or has_message or is_out_of_memory(error.__cause__)
 
 
 def out_of_memory_message(act: Callable[[], object]) -> str | None:
-    """Return the first line of what `act` says as it runs out of memory, which is freed then; None if it does not."""
-    complaint = None
+    """Call `act`, free memory, and return the first line of the error if memory ran out; None if it did not."""
+    message = None
     try:
         act()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        complaint = (str(error) or type(error).__name__).partition("\n")[0]
-    # Not in the block above, where the traceback still holds on to all that the forward pass made.
+        message = (str(error) or type(error).__name__).partition("\n")[0]
+    # Not in the block above, where the traceback still holds the tensors of the forward pass.
     free_memory()
-    return complaint
+    return message
 
 
 def free_memory() -> None:
-    """Give memory that nobody holds back to the device."""
+    """Return unused memory to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -54,21 +54,21 @@ def free_memory() -> None:
 
 @contextlib.contextmanager
 def reserve_memory(size: int, device: torch.device) -> Iterator[None]:
-    """Have `size` bytes less on a device, for the block."""
-    ballast = torch.empty(size, dtype=torch.uint8, device=device)
+    """Allocate `size` bytes on a device for the duration of the block."""
+    reserved = torch.empty(size, dtype=torch.uint8, device=device)
     try:
         yield
     finally:
-        del ballast
+        del reserved
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has, or that this process may have of the host's."""
+    """Return the bytes of memory of a device, or those of the host that this process may use."""
     if device.type != "cpu":
         total: int = torch.accelerator.get_memory_info(device)[1]
         return total
     if sys.platform == "win32":
-        return 0  # it does not tell
+        return 0  # unknown there
     import resource
 
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

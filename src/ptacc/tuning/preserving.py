@@ -1,11 +1,11 @@
-"""What a run changes of its user's objects, kept and put back."""
+"""Restoring what a run changes of the user's objects."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,97 +18,111 @@ from ptacc.rng import preserved_streams
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import Stateful
 
-PutBack = Callable[[], object]
+Restore: TypeAlias = Callable[[], object]
 
 
 @contextlib.contextmanager
-def preserve_state(trainer: TrainingLoop[Any, Any, Any], data: Iterable[object] = ()) -> Iterator[None]:
-    """Put back after the block what a run changes of a trainer's components, and all random streams.
+def preserve_state(trainer: TrainingLoop[Any, Any, Any], data: Sequence[object] = ()) -> Iterator[None]:
+    """Restore after the block the trainer's options, its optimizers, the data and the global random streams.
 
-    Copies lie on the host, so that a device has as much memory within the block as without it.
+    The saved copies are on the host, so that the block has all of the device's memory.
 
     Args:
-        trainer: Its model and other modules, and its optimizers.
-        data: Datasets, loaders and samplers, which may remember where they are.
+        trainer: The trainer. Of its options, modules, generators and `Stateful` objects are restored.
+        data: Datasets, loaders and samplers, which may keep a position.
     """
-    modules = [option for option in vars(trainer).values() if isinstance(option, nn.Module)]
+    options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(devices=True))
-        for module in modules:
-            stack.callback(keep_module(module))
+        for option in options:
+            if isinstance(option, nn.Module):
+                stack.callback(save_module(option))
         for slot in trainer.optimizer_slots():
-            stack.callback(keep_optimizer(slot.optimizer))
-        for part in data:
-            stack.callback(keep_position(part))
+            stack.callback(save_optimizer(slot.optimizer))
+        for part in (*options, *find_stateful_parts(data)):
+            if not isinstance(part, nn.Module | Optimizer | type):
+                stack.callback(save_position(part))
         yield
 
 
-def keep_module(module: nn.Module) -> PutBack:
-    """Keep the parameters, gradients, buffers and the extra state of a module; it has no gradients from here on."""
-    parameters = list(module.parameters())
-    values = [on_host(parameter) for parameter in parameters]
-    gradients = [parameter.grad for parameter in parameters]
+def save_module(module: nn.Module) -> Restore:
+    """Save parameters, buffers, extra state and flags of a module. Its gradients are saved and cleared."""
+    parameters = [(p, copy_to_host(p), p.grad, p.requires_grad) for p in module.parameters()]
     buffers = [
-        (owner, name, on_host(buffer))
+        (owner, name, copy_to_host(buffer))
         for owner in module.modules()
         for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    extras = [
+    extra_states = [
         (owner, copy.deepcopy(owner.get_extra_state()))
         for owner in module.modules()
         if type(owner).get_extra_state is not nn.Module.get_extra_state
     ]
-    for parameter in parameters:
+    flags = [(owner, owner.training) for owner in module.modules()]
+    for parameter in module.parameters():
         parameter.grad = None
 
     @torch.no_grad()
-    def put_back() -> None:
-        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
-            if parameter.shape == value.shape:  # else an error came between, and an engine holds the weights
+    def restore() -> None:
+        for parameter, value, gradient, requires_grad in parameters:
+            if parameter.shape == value.shape:  # else an error left the weights with the engine
                 parameter.copy_(value)
                 parameter.grad = gradient
-        for owner, name, value in buffers:
-            setattr(owner, name, value.to(getattr(owner, name).device))
-        for owner, state in extras:
+            parameter.requires_grad_(requires_grad)
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer.to(getattr(owner, name).device))
+        for owner, state in extra_states:
             owner.set_extra_state(state)
+        for owner, training in flags:
+            owner.training = training
 
-    return put_back
+    return restore
 
 
-def keep_optimizer(optimizer: Optimizer) -> PutBack:
-    """Keep the state of an optimizer and the values of its groups, the very objects where these are tensors."""
-    state = map_tensors(on_host, optimizer.state_dict())
+def save_optimizer(optimizer: Optimizer) -> Restore:
+    """Save the state, the groups and the attributes of an optimizer. Tensors in groups stay the same objects."""
+    state = map_tensors(copy_to_host, optimizer.state_dict())
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    attributes = set(vars(optimizer))
 
-    def put_back() -> None:
+    @torch.no_grad()
+    def restore() -> None:
         load_optimizer_state(optimizer, state)
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update(values)
+        for group, values, saved in zip(optimizer.param_groups, groups, state["param_groups"], strict=True):
+            for name, value in values.items():
+                group[name] = value.copy_(saved[name]) if isinstance(value, Tensor) else value
+        for name in vars(optimizer).keys() - attributes:
+            delattr(optimizer, name)  # a scheduler of torch's wraps `step`
 
-    return put_back
+    return restore
 
 
-def keep_position(part: object) -> PutBack:
-    """Keep where a dataset, a loader or a sampler is: its state, or that of its generator."""
-    generator = getattr(part, "generator", None)
+def save_position(part: object) -> Restore:
+    """Save the state of a dataset, a loader, a sampler or an option, or that of its generator, if it has one."""
+    generator = part if isinstance(part, torch.Generator) else getattr(part, "generator", None)
     if isinstance(part, Stateful):
         state = copy.deepcopy(part.state_dict())
         return lambda: part.load_state_dict(state)
     if isinstance(generator, torch.Generator):
-        drawn = generator.get_state()
-        return lambda: generator.set_state(drawn)
+        position = generator.get_state()
+        return lambda: generator.set_state(position)
     return lambda: None
 
 
-def find_stateful_parts(data: object, samplers: Iterable[object] = ()) -> list[object]:
-    """Return what may remember where it is: data, and what a loader or a batch sampler is made of."""
-    parts = [data, *samplers]
-    if isinstance(data, DataLoader):
-        parts += [data.dataset, data.sampler, data.batch_sampler]
-    parts += [getattr(part, "sampler", None) for part in parts if part is not data]
+def list_eval_sets(eval_dataset: object) -> list[object]:
+    """Return the evaluation sets of a call: one, or several by name."""
+    return list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+
+
+def find_stateful_parts(data: Sequence[object]) -> list[object]:
+    """Return the data itself and the parts of loaders and batch samplers, each once."""
+    parts = list(data)
+    for loader in filter(lambda part: isinstance(part, DataLoader), data):
+        parts += [getattr(loader, name) for name in ("dataset", "sampler", "batch_sampler")]
+    parts += [getattr(part, "sampler", None) for part in parts]
     return list({id(part): part for part in parts if part is not None}.values())
 
 
-def on_host(tensor: Tensor) -> Tensor:
+def copy_to_host(tensor: Tensor) -> Tensor:
     """Return a copy on the host."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""A few samples of a user's data, for assertions to train on."""
+"""The first samples of a user's data, for searches and assertions to train on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from ptacc.types.protocols import SizedDataset
 
 
 class Subset(Generic[T_co]):
-    """The first samples of a dataset, over and over.
+    """The first samples of a dataset, repeated.
 
     Args:
         data: The dataset.
-        samples: How many of it are taken.
-        length: How many there are in all, from the first one again after the last.
+        samples: How many of its samples are used.
+        length: The length of this dataset. After the last used sample, the first one follows again.
     """
 
     def __init__(self, data: SizedDataset[T_co], samples: int, length: int) -> None:
-        """Take samples of `data`."""
         self._data, self._samples, self._length = data, samples, length
 
     def __len__(self) -> int:
@@ -32,11 +31,11 @@ class Subset(Generic[T_co]):
         return self._data[index % self._samples]
 
 
-def check_map_style(assertion: str, data: object) -> None:
-    """Raise `DataError` for data whose samples cannot be asked for one by one."""
+def check_map_style(function: str, argument: str, data: object) -> None:
+    """Raise `DataError` for data without a length and an index: a stream, or a ready loader."""
     if isinstance(data, DataLoader | IterableDataset):
         raise DataError(
-            f"{assertion}(data={type(data).__name__}(...)): takes some samples and batches them in its own way, so it "
+            f"{function}({argument}={type(data).__name__}(...)): makes its own batches of some of the samples, so it "
             "needs a dataset with a length and an index. Give `list(itertools.islice(stream, 100))`, or the loader's "
             "dataset and collate_fn."
         )
