@@ -133,10 +133,10 @@ class Resumption:
 
 def merge_runs(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Make of what each of several processes had of the run what each of another number of them goes on with."""
-    wishes = [run["wish"] for run in runs if run["wish"] is not None]
+    stop_requests = [run["stop_request"] for run in runs if run["stop_request"] is not None]
     return {
         # Each process's sum is of losses that are averaged over the processes.
         "losses": sum(run["losses"] for run in runs) / len(runs),
-        "wish": wishes[0] if wishes else None,
+        "stop_request": stop_requests[0] if stop_requests else None,
         "data": {name: value for name, value in runs[0]["data"].items() if name != "last"},
     }

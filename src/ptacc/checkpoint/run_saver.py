@@ -50,7 +50,7 @@ class RunSaver:
         if not (self._asked or self._is_due()):
             return
         if run.exit_code is None and run.is_within_epoch:
-            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # a vote of before may be under way
+            run.agree_on_clock()  # a signal ends the run here, with one checkpoint
         self.save()
 
     def save(self) -> None:
@@ -101,7 +101,7 @@ class RunSaver:
             world_size=self.trainer.distributed.world_size,
             label=label,
             parts=versions,
-            metrics=self.trainer.run.fresh_values(),
+            metrics=self.trainer.run.current_values(),
         )
         weights = () if self.saves_non_finite else tuple(self.trainer.run.engine.held_parameters())
         saved = self.line.begin(now, manifest, shared, mine, path, weights)

@@ -46,7 +46,7 @@ def shared_parts(trainer: TrainerCore) -> list[Part]:
 def own_parts(trainer: TrainerCore) -> list[Part]:
     """Return the parts that are this process's own."""
     return [
-        Part(RUN, trainer.run.own_state_dict()),
+        Part(RUN, trainer.run.rank_state_dict()),
         Part(ENGINE, trainer.run.engine.own_state_dict()),
         Part(RANDOM, get_random_streams(trainer).state_dict()),
         *(
@@ -140,7 +140,7 @@ def check_goes_on(trainer: TrainerCore, shared: Snapshot, own: Snapshot, waived:
 def differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
     """Iterate over what differs between a checkpoint and a trainer: the name to waive it by, and what it is."""
     run = trainer.run
-    for name, value in run.conditions.items():
+    for name, value in run.invariants.items():
         before = shared.states[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"

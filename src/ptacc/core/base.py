@@ -19,7 +19,7 @@ from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
-from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
+from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NoRunError, OptionError
 from ptacc.run.history import RunHistory
@@ -202,7 +202,7 @@ class Components(Composable):
             CollectiveError: Another process did not come here.
         """
         self._distributed.sync("gather()")
-        with self._distributed.failing_together("in gather()"):
+        with self._distributed.propagate_failure("in gather()"):
             parts = self._distributed.gather(map_tensors(to_host, values))
         return concatenate(parts, self.device)
 
@@ -214,7 +214,7 @@ class Components(Composable):
         if self._state.runtime is None or self._state.process != os.getpid():
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
-            self._state.runtime, self._state.process = accelerator_for(self, builder), os.getpid()
+            self._state.runtime, self._state.process = acquire_accelerator(self, builder), os.getpid()
         return self._state.runtime
 
 

@@ -65,7 +65,7 @@ def level(sources: Iterable[BatchSource]) -> None:
 
 def counted_once(batches: Iterator[HostBatch[Any]], distributed: DistributedRuntime) -> Iterator[HostBatch[Any]]:
     """Have batches that several processes of a replica take count for the first of them; for the others, phantoms."""
-    return batches if distributed.leads_replica else (replace(batch, is_padding=True) for batch in batches)
+    return batches if distributed.is_replica_leader else (replace(batch, is_padding=True) for batch in batches)
 
 
 class PaddedSource:

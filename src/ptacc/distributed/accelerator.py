@@ -83,7 +83,7 @@ class AcceleratorBuilder:
 
 
 @dataclass(frozen=True)
-class LaunchFeature:
+class LaunchVariable:
     """Something that a launch can ask for by an environment variable, and a mixin has to provide."""
 
     variable: str
@@ -92,13 +92,13 @@ class LaunchFeature:
 
 
 OFF: Final = frozenset({"", "0", "no", "false"})
-LAUNCH_FEATURES: Final[Mapping[str, LaunchFeature]] = {
-    "accumulation": LaunchFeature("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", OFF | {"1"}, "GradAccumMixin"),
-    "deepspeed": LaunchFeature("ACCELERATE_USE_DEEPSPEED", OFF, "DeepSpeedMixin"),
-    "fsdp": LaunchFeature("ACCELERATE_USE_FSDP", OFF, "FSDPMixin"),
-    "dynamo": LaunchFeature("ACCELERATE_DYNAMO_BACKEND", OFF, "CompileMixin"),
-    "megatron": LaunchFeature("ACCELERATE_USE_MEGATRON_LM", OFF, "no mixin of ptacc"),
-    "parallelism": LaunchFeature("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "TensorParallelMixin"),
+LAUNCH_VARIABLES: Final[Mapping[str, LaunchVariable]] = {
+    "accumulation": LaunchVariable("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", OFF | {"1"}, "GradAccumMixin"),
+    "deepspeed": LaunchVariable("ACCELERATE_USE_DEEPSPEED", OFF, "DeepSpeedMixin"),
+    "fsdp": LaunchVariable("ACCELERATE_USE_FSDP", OFF, "FSDPMixin"),
+    "dynamo": LaunchVariable("ACCELERATE_DYNAMO_BACKEND", OFF, "CompileMixin"),
+    "megatron": LaunchVariable("ACCELERATE_USE_MEGATRON_LM", OFF, "no mixin of ptacc"),
+    "parallelism": LaunchVariable("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "TensorParallelMixin"),
 }
 
 
@@ -118,7 +118,7 @@ _connected_before: dict[int, frozenset[tuple[int, int]]] = {}
 """By process: a fork has other connections."""
 
 
-def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[AcceleratorProtocol, DistributedRuntime]:
+def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[AcceleratorProtocol, DistributedRuntime]:
     """Return the accelerator with these settings, made at the first call and shared by all who ask for the same.
 
     Args:
@@ -139,22 +139,22 @@ def accelerator_for(owner: object, builder: AcceleratorBuilder) -> tuple[Acceler
         others = [other for other in _shared[0].owners if other is not owner]
         if others:
             raise AcceleratorConflictError(
-                f"{type(owner).__name__} needs an accelerator with {_told(builder.settings)}, and "
-                f"{type(others[0]).__name__} holds this process's one with {_told(_shared[0].settings)}. "
+                f"{type(owner).__name__} needs an accelerator with {describe(builder.settings)}, and "
+                f"{type(others[0]).__name__} holds this process's one with {describe(_shared[0].settings)}. "
                 "Delete that trainer first, or give both the same options."
             )
         release_accelerator()
     if not _shared:
         plugin = GradientAccumulationPlugin(num_steps=1)  # or the launch's own number would scale the loss
         connected_before = connections_before_launch()
-        with unheard(builder.taken_over):
+        with hidden_environment(builder.taken_over):
             accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
         try:
             check_accelerator(accelerator)
         except Exception:
             release_accelerator()  # or the next trainer would inherit what was refused
             raise
-        distributed = DistributedRuntime.of_this_launch(connected_before)
+        distributed = DistributedRuntime.from_process_group(connected_before)
         _shared.append(_Shared(accelerator, distributed, builder.settings, weakref.WeakSet()))
     _shared[0].owners.add(owner)
     distributed = _shared[0].distributed
@@ -177,7 +177,7 @@ def release_accelerator() -> None:
 
 def check_launch_environment(builder: AcceleratorBuilder) -> None:
     """Raise `LaunchError` where the launch asks for something that no mixin of this trainer provides."""
-    for name, feature in LAUNCH_FEATURES.items():
+    for name, feature in LAUNCH_VARIABLES.items():
         value = os.environ.get(feature.variable, "")
         if value.lower() not in feature.idle and name not in builder.provided:
             raise LaunchError(
@@ -187,7 +187,7 @@ def check_launch_environment(builder: AcceleratorBuilder) -> None:
 
 
 @contextlib.contextmanager
-def unheard(features: Iterable[str]) -> Iterator[None]:
+def hidden_environment(features: Iterable[str]) -> Iterator[None]:
     """Keep what the launch asks for from Accelerate for the block.
 
     Raises:
@@ -198,7 +198,7 @@ def unheard(features: Iterable[str]) -> Iterator[None]:
             "The launch asks for DeepSpeed, and Accelerate has set it up by itself, for an Accelerator or a "
             "PartialState that was made before the trainer. Make none, or make it after `trainer.accelerator`."
         )
-    hidden = {LAUNCH_FEATURES[name].variable for name in features} & os.environ.keys()
+    hidden = {LAUNCH_VARIABLES[name].variable for name in features} & os.environ.keys()
     values = {name: os.environ.pop(name) for name in hidden}
     try:
         yield
@@ -286,5 +286,5 @@ def forget_prepared(accelerator: AcceleratorProtocol) -> None:
         accelerator._models.clear()  # noqa: SLF001
 
 
-def _told(settings: Mapping[str, object]) -> str:
+def describe(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "default settings"

@@ -62,7 +62,7 @@ class FailureMonitor:
         self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 
     @contextlib.contextmanager
-    def failing_together(self, where: str | Callable[[], str]) -> Iterator[None]:
+    def propagate_failure(self, where: str | Callable[[], str]) -> Iterator[None]:
         """Let an exception of the block end all processes; blocks may be nested.
 
         Args:
@@ -79,7 +79,7 @@ class FailureMonitor:
         except BaseException as error:
             if self.failure is not None:  # told by an inner block
                 raise
-            peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
+            peers_failure = self._await_other_failure() if is_broken_collective(error) else None
             if peers_failure is None:
                 self.report_failure(where if isinstance(where, str) else where(), error)
                 raise
@@ -98,9 +98,9 @@ class FailureMonitor:
         self.failure = failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
             self.store.set(f"failed/{self.rank}", json.dumps([failure.rank, failure.where, failure.what]))
-        self._cut()
+        self._shut_connections()
 
-    def _cut(self) -> None:
+    def _shut_connections(self) -> None:
         """Cut the connections to the other processes, so that what they wait for breaks."""
         for descriptor, inode in self._sockets:
             with contextlib.suppress(OSError):
@@ -108,15 +108,15 @@ class FailureMonitor:
                     with socket.socket(fileno=os.dup(descriptor)) as connection:
                         connection.shutdown(socket.SHUT_RDWR)
 
-    def _failure_of_a_peer(self) -> Failure | None:
+    def _await_other_failure(self) -> Failure | None:
         """Return what another process told, or that one is missing; None if all are there and none failed."""
         try:
             self.store.set(f"alive/{self.rank}", "yes")
-            self._cut()  # the others wait for this process, too, and come here by it
+            self._shut_connections()  # the others wait for this process, too, and come here by it
             deadline = time.monotonic() + GRACE_SECONDS
             while True:
                 found = self.find_failure()
-                silent = [rank for rank in self._others() if not self.store.check([f"alive/{rank}"])]
+                silent = [rank for rank in self._other_ranks() if not self.store.check([f"alive/{rank}"])]
                 if found is not None or not silent:
                     return found
                 if time.monotonic() > deadline:
@@ -130,18 +130,18 @@ class FailureMonitor:
         """Return what another process told of itself, or that one of this host is gone; None if neither."""
         return self._find_reported_failure() or self._find_dead_rank()
 
-    def _others(self) -> list[int]:
+    def _other_ranks(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def _find_reported_failure(self) -> Failure | None:
-        for rank in self._others():
+        for rank in self._other_ranks():
             if self.store.check([f"failed/{rank}"]):
                 return Failure(*json.loads(self.store.get(f"failed/{rank}")))
         return None
 
     def _find_dead_rank(self) -> Failure | None:
         """Return the failure of a process of this host that does not exist any more."""
-        for rank in self._others():
+        for rank in self._other_ranks():
             host, process = json.loads(self.store.get(f"process/{rank}"))
             if host == host_identity() and not is_running(process):
                 found = Failure(rank, "at an unknown place", "lost: its process has ended, or was killed")

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ptacc.distributed.failure import Failure, FailureMonitor, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
-from ptacc.distributed.shutdown import rest_before_exit
+from ptacc.distributed.shutdown import wait_for_gloo_at_exit
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class DistributedRuntime(Distributed):
     _failures: FailureMonitor | None = None
 
     @classmethod
-    def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
+    def from_process_group(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
         """Return the ranks of the initialised process group. A collective.
 
         Args:
@@ -98,7 +98,7 @@ class DistributedRuntime(Distributed):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        rest_before_exit()
+        wait_for_gloo_at_exit()
         failures = FailureMonitor(group, open_connections() - connected_before)
         return cls(dist.get_rank(), dist.get_world_size(), 1, group, Rendezvous(failures), failures)
 
@@ -143,7 +143,7 @@ class DistributedRuntime(Distributed):
         return self.replica * self._replica_size
 
     @property
-    def leads_replica(self) -> bool:
+    def is_replica_leader(self) -> bool:
         """Whether this rank is the one of its replica whose batches count."""
         return self.rank == self.leader
 
@@ -156,13 +156,13 @@ class DistributedRuntime(Distributed):
         """Return the failure of another rank: it reported one, or its process is gone. Not a collective."""
         return None if self._failures is None else self._failures.find_failure()
 
-    def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+    def propagate_failure(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Report an exception of the block to all ranks, which then raise `RankFailedError` with its text.
 
         Args:
             where: What this rank is doing, for the message.
         """
-        return contextlib.nullcontext() if self._failures is None else self._failures.failing_together(where)
+        return contextlib.nullcontext() if self._failures is None else self._failures.propagate_failure(where)
 
     def count_progress(self) -> None:
         """Count a place that all ranks pass before they wait for each other. It shows a rank that waits elsewhere."""
@@ -216,13 +216,13 @@ class DistributedRuntime(Distributed):
             return
         if self._rendezvous.inside:
             raise CollectiveError(f"{call} within {self._rendezvous.inside}: put one after the other.")
-        ranks = self._rendezvous.ranks_of_this_host() if local else range(self.world_size)
+        ranks = self._rendezvous.local_ranks() if local else range(self.world_size)
         if self.rank == ranks[0]:
-            with self.synced(call, ranks), self._rendezvous.within(call):
+            with self.synced(call, ranks), self._rendezvous._marking_call(call):
                 yield
         else:
             self.sync(call, ranks)
-            with self.failing_together(f"in {call}"), self._rendezvous.within(call):
+            with self.propagate_failure(f"in {call}"), self._rendezvous._marking_call(call):
                 yield
 
     def maximum(self, value: int) -> int:

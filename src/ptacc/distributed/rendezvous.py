@@ -116,15 +116,15 @@ class Rendezvous:
                 raise
             raise RankFailedError("lost rank 0: its rendezvous store does not answer") from failure
         if len(ranks) == len(everyone):
-            self._forget_former()
+            self._delete_old_records()
         for rank, word in zip(ranks, words, strict=True):
             if word.error is not None and rank != self._rank:
                 raise RankFailedError(f"rank {rank} failed in {word.call} ({word.place}): {word.error}")
         for rank, word in zip(ranks, words, strict=True):
-            check_same(self._rank, mine, rank, word)
+            check_same_call(self._rank, mine, rank, word)
 
     @contextlib.contextmanager
-    def within(self, call: str) -> Iterator[None]:
+    def _marking_call(self, call: str) -> Iterator[None]:
         """Say in `inside` that a call is under way."""
         self.inside = call
         try:
@@ -132,7 +132,7 @@ class Rendezvous:
         finally:
             self.inside = ""
 
-    def ranks_of_this_host(self) -> list[int]:
+    def local_ranks(self) -> list[int]:
         """Return the ranks of this host's processes."""
         return [rank for rank in range(self._board.world_size) if self._counter_path(rank) is not None]
 
@@ -141,7 +141,7 @@ class Rendezvous:
         self._store.set(self._record_key(self._rank), json.dumps(astuple(word)))
         self._kept.append(self._held)
 
-    def _forget_former(self) -> None:
+    def _delete_old_records(self) -> None:
         """Take this process's former words out of the store: everyone is here, and so has left those meetings."""
         for number in self._kept[:-1]:
             self._store.delete_key(f"meeting/{number}/{self._rank}")
@@ -158,19 +158,19 @@ class Rendezvous:
         pause, looked = FIRST_PAUSE, time.monotonic()
         while not self._store.check(keys):
             if time.monotonic() - looked > LOOK_EVERY:
-                self._look_for_proof(mine, ranks)
+                self._check_reachable(mine, ranks)
                 looked = time.monotonic()
             time.sleep(pause)  # the store's own waiting prints a warning each time that it ends without an answer
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _look_for_proof(self, mine: CallRecord, ranks: Sequence[int]) -> None:
+    def _check_reachable(self, mine: CallRecord, ranks: Sequence[int]) -> None:
         """Raise where one of `ranks` cannot come any more."""
         failure = self._board.find_failure()
         for rank in ranks:
             path = self._counter_path(rank)
             marks = read_counter(path) if path else -1  # before the next line: it may come, and go on, in between
             if self._store.check([self._record_key(rank)]):
-                check_same(self._rank, mine, rank, self._read_record(rank))
+                check_same_call(self._rank, mine, rank, self._read_record(rank))
             elif failure is not None:
                 self._board.failure = failure
                 raise RankFailedError(str(failure))
@@ -188,7 +188,7 @@ class Rendezvous:
         return (path or "") if host == host_identity() else None
 
 
-def check_same(rank: int, mine: CallRecord, other: int, theirs: CallRecord) -> None:
+def check_same_call(rank: int, mine: CallRecord, other: int, theirs: CallRecord) -> None:
     """Raise where two processes came to one meeting for different calls."""
     if mine.call != theirs.call:
         raise CollectiveError(
@@ -201,11 +201,11 @@ def check_same(rank: int, mine: CallRecord, other: int, theirs: CallRecord) -> N
 def user_location() -> str:
     """Return the file and line of the code that called into this package."""
     frame = sys._getframe(1)  # noqa: SLF001  # the documented way to a caller, for all its name
-    while frame.f_back is not None and is_ours(frame.f_code.co_filename):
+    while frame.f_back is not None and is_internal_file(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def is_ours(file: str) -> bool:
+def is_internal_file(file: str) -> bool:
     """Say whether a file is part of this package, or a context manager that stands between it and its users."""
     return file.startswith(PACKAGE) or file.endswith("contextlib.py")

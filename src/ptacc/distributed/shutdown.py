@@ -19,22 +19,22 @@ CALM_LOOKS = 3
 """Looks in a row at which no thread may have anything to do."""
 
 
-def rest_before_exit() -> None:
+def wait_for_gloo_at_exit() -> None:
     """Have the threads of the communication come to rest as the process ends. Calling it again changes nothing."""
-    atexit.unregister(come_to_rest)
-    atexit.register(come_to_rest)
+    atexit.unregister(wait_until_gloo_is_idle)
+    atexit.register(wait_until_gloo_is_idle)
 
 
-def come_to_rest() -> None:
+def wait_until_gloo_is_idle() -> None:
     """Leave the interpreter's lock to the threads of the communication until they are idle."""
     deadline = time.monotonic() + REST_SECONDS
     calm = 0
     while calm < CALM_LOOKS and time.monotonic() < deadline:
         time.sleep(PAUSE)  # without the lock
-        calm = 0 if is_communicating() else calm + 1
+        calm = 0 if is_gloo_busy() else calm + 1
 
 
-def is_communicating() -> bool:
+def is_gloo_busy() -> bool:
     """Say whether a thread of gloo has something to do; False where the system does not tell."""
     for thread in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):

@@ -159,7 +159,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
         events = self._events()
         with (
-            self._distributed.failing_together(f"evaluating {name}".rstrip()),
+            self._distributed.propagate_failure(f"evaluating {name}".rstrip()),
             self._evaluating(),
             self.around_evaluation(),
         ):
@@ -172,7 +172,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
                     _add(losses, output, self.count_items(host.data))
-                if self._may_break_off() and self.run.agree_to_terminate(batches):
+                if self._may_break_off() and self.run.agree_to_terminate():
                     raise CoordinatedExit
             total, items = self.distributed.sum([float(losses.total), losses.items])
             if not items:
@@ -180,7 +180,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
                 )
             result = EvalResult(total / items, self.compute_metrics())
-        with self._distributed.failing_together(f"after evaluating {name}".rstrip()):
+        with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
             events.evaluation_end(name, result)
@@ -211,7 +211,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         (source,) = sources.values()
         events = self._events()
         position, transfer = 0, transfer_to(self.device)
-        together = self._distributed.failing_together("in a prediction")
+        together = self._distributed.propagate_failure("in a prediction")
         with self._prepared([source]), together, self._evaluating(), self.around_prediction():
             events.prediction_start()
             for host in counted_once(source.epoch(0), self._distributed):
@@ -273,7 +273,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @contextlib.contextmanager
     def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
         """Have the data levelled and the model on the device; a run has it there already."""
-        with self._distributed.failing_together("setting an evaluation up"):
+        with self._distributed.propagate_failure("setting an evaluation up"):
             level(sources)
         if self.is_running:
             yield

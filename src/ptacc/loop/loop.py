@@ -216,7 +216,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             try:
                 self._set_model(run.model)
                 self.model.train()
-                together = run.distributed.failing_together(lambda: f"after step {run.progress.steps}")
+                together = run.distributed.propagate_failure(lambda: f"after step {run.progress.steps}")
                 heeded = signal_handlers(self.stop_signals(), run.request_termination)
                 with together, heeded, marking_forwards(run):
                     with contextlib.suppress(CoordinatedExit):  # from an evaluation that a hook asked for
@@ -278,7 +278,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         tell.step_start()
                         with around_step():
                             step, happened = self._step(run, window, transfer)
-                        run.count(window, step, happened=happened)
+                        run.count_window(window, step, happened=happened)
                         if happened:
                             tell.step_end(step)
                         self._between_steps(run)
@@ -293,11 +293,11 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _enter(self, run: Run) -> None:
         """Come to the first step, or to where a saved run goes on."""
-        if run.saved is not None:
+        if run.resume_state is not None:
             self.load_run_state()
             run.is_consistent = True
             if not run.is_within_epoch:
-                run.agree_to_stop(self.should_stop(), at_boundary=True)
+                run.agree_to_stop(self.should_stop(), at_epoch_end=True)
         is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
         if run.options.evaluate_first and is_new:
             run.is_consistent = True
@@ -310,14 +310,14 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.distributed.count_progress()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
-        is_heard = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
+        is_heard = run.distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.batch_of_step(is_last=index == len(window.batches) - 1):
                 batch = transfer.bring(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
-                loss, logged = window.share(index, output), output.logged
+                loss, logged = window.scale_loss(index, output), output.logged
                 heard = output if is_heard and not host.is_padding else None
                 del output  # where nobody hears of it, the backward pass can have its memory
                 run.distributed.count_progress()
@@ -355,7 +355,7 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             self._evaluate_sets(run)
         run.agree_to_stop(self.should_stop())
         if not run.is_epoch_complete:
-            if run.lacks_last_evaluation:
+            if run.should_evaluate_at_end:
                 self._evaluate_sets(run)
             self.save_run_state()
 
@@ -366,19 +366,19 @@ class TrainingLoop(RunSetUp[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             if not run.is_within_epoch:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-            is_due = run.lacks_last_evaluation or run.is_due(run.options.evaluate_every, run.evaluated_at)
+            is_due = run.should_evaluate_at_end or run.is_due(run.options.evaluate_every, run.evaluated_at)
             if is_due and not self._evaluate_sets(run):
-                run.uncount_epoch(within)
+                run.reopen_epoch(within)
                 self.save_run_state()
         run.is_consistent = False
         run.history.read_steps(run.distributed)
-        record = run.epoch_record(number, self.compute_train_metrics())
+        record = run.make_epoch_record(number, self.compute_train_metrics())
         run.history.add_epoch(record)
         return record
 
     def _between_epochs(self, run: Run) -> None:
         """Agree on the end, and let the run be saved."""
-        run.agree_to_stop(self.should_stop(), at_boundary=True)
+        run.agree_to_stop(self.should_stop(), at_epoch_end=True)
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()

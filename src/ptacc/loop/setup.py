@@ -45,7 +45,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         """Check everything that a run is given, and make its state; no weight is touched."""
         distributed = self._distributed
         self._state.runs += 1
-        with distributed.failing_together("drawing a seed"):
+        with distributed.propagate_failure("drawing a seed"):
             saved = self.find_resume_state()
             seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed
         with distributed.synced("the set-up of train()") as told:
@@ -63,7 +63,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 options.fingerprint(),
                 f"accumulation_steps={self.accumulation_steps()}",
             ]
-        with distributed.failing_together("setting a run up"):
+        with distributed.propagate_failure("setting a run up"):
             level([data, *eval_sets.values()])
             return Run(
                 options=options,
@@ -75,16 +75,15 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 data=data,
                 eval_data=eval_sets,
                 history=RunHistory(self.history_file if distributed.rank == 0 else None),
-                vote=StopConsensus(distributed, options.stop_check_every),
-                eval_vote=StopConsensus(distributed, options.stop_check_every),
+                consensus=StopConsensus(distributed, options.stop_check_every),
                 accumulation_steps=self.accumulation_steps(),
-                values=values,
-                conditions={
+                value_names=values,
+                invariants={
                     **self.resume_invariants(),
                     "data": data.partition_scheme.of,
                     "batch_size": data.partition_scheme.how,
                 },
-                saved=saved,
+                resume_state=saved,
             )
 
     def _run_eval_sources(self, data: Any, options: RunOptions, limit: int | None) -> dict[str, BatchSource]:
@@ -126,7 +125,7 @@ class RunSetUp(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         plan = RunPlan.compute(options.num_epochs, steps, options.max_steps)
         now = (data.partition_scheme.of, data.partition_scheme.how, str(self.accumulation_steps()))
         if saved is None or now == tuple(
-            saved.conditions[name] for name in ("data", "batch_size", "accumulation_steps")
+            saved.invariants[name] for name in ("data", "batch_size", "accumulation_steps")
         ):
             return plan
         return self._replan_epoch(plan, data, saved.progress, options)

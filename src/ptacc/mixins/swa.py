@@ -139,7 +139,7 @@ def average_over(norms: list[_BatchNorm], distributed: DistributedRuntime) -> No
     """Average the statistics of the processes, by the number of batches that each has seen."""
     if distributed.is_single_process:
         return
-    share = int(distributed.leads_replica)  # the others of a replica have seen the same
+    share = int(distributed.is_replica_leader)  # the others of a replica have seen the same
     for norm in norms:
         mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         assert mean is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.run.history_file import Journal
+from ptacc.run.history_file import HistoryFile
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STEPS_IN_MEMORY = 1000
 
 
-NOT_YET = torch.zeros(())
+NO_LOSS = torch.zeros(())
 """The loss of a step none of whose batches is through."""
 
 
@@ -48,13 +48,13 @@ class StepResult:
     epoch: int
     items: float
     learning_rate: float | Tensor
-    loss: Tensor = NOT_YET
+    loss: Tensor = NO_LOSS
     logged: dict[str, Tensor | float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
         """Add one batch: its share of the loss, and means over it with their weight in the step's."""
-        self.loss = loss if self.loss is NOT_YET else self.loss + loss
+        self.loss = loss if self.loss is NO_LOSS else self.loss + loss
         for name, value in logged.items() if weight else ():  # a mean over nothing is NaN, and counts for nothing
             self.logged[name] = self.logged.get(name, 0.0) + value.detach() * weight
             self.weights[name] = self.weights.get(name, 0.0) + weight
@@ -88,7 +88,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
         self._logged: dict[str, tuple[float, int]] = {}
-        self._journal = None if file is None else Journal(Path(file))
+        self._journal = None if file is None else HistoryFile(Path(file))
 
     @overload
     def __getitem__(self, index: int) -> EpochRecord: ...
@@ -123,7 +123,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._unread.append(result)
 
     @property
-    def is_full(self) -> bool:
+    def has_many_unread_steps(self) -> bool:
         """Whether so many steps are unread that they should be read now."""
         return len(self._unread) >= STEPS_IN_MEMORY
 
@@ -176,7 +176,7 @@ class RunHistory(Sequence[EpochRecord]):
         self.initial = _results(state_dict["initial"])
         self._logged = dict(state_dict["logged"])
 
-    def take_logged_means(self) -> dict[str, float]:
+    def pop_logged_means(self) -> dict[str, float]:
         """Return the means over the steps read since this was last asked, of what they logged."""
         logged, self._logged = self._logged, {}
         return {name: total / count for name, (total, count) in logged.items()}

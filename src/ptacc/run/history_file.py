@@ -13,7 +13,7 @@ from ptacc.errors import DamagedCheckpointError
 from ptacc.types.protocols import StateDict
 
 
-class Journal:
+class HistoryFile:
     """A file that a run appends lines to; what others wrote before it stays.
 
     Its state is how much of the file is the run's, with a hash. A run that goes on checks that, and cuts off what was

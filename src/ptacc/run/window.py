@@ -32,7 +32,7 @@ class Window(Generic[BatchT]):
     total: float
     replicas: int
 
-    def share(self, index: int, output: StepOutput[Any]) -> Tensor:
+    def scale_loss(self, index: int, output: StepOutput[Any]) -> Tensor:
         """Scale the loss of one batch so that the gradients, averaged over the replicas, are the step's.
 
         Raises:
@@ -85,7 +85,7 @@ def make_windows(
             total = sum(batch.total or 0 for batch in window)
             check_counts(window, counts)
         else:
-            (total,) = distributed.sum([sum(counts) if distributed.leads_replica else 0])
+            (total,) = distributed.sum([sum(counts) if distributed.is_replica_leader else 0])
         if not total:
             raise DataError(
                 f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "

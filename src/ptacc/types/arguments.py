@@ -60,8 +60,9 @@ class TrainOptions(TypedDict, total=False):
         evaluate_first: Evaluate before the first step, too.
         limit_batches: Take this many batches a process of each epoch and evaluation: a smoke run, schedule included.
             The environment variable `PTACC_LIMIT_BATCHES` does the same for a script that is not to be edited.
-        stop_check_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
-            cost below a hundredth, worked out in the first steps: 1 where steps are long. One process needs none.
+        stop_check_every: Steps between two votes of the ranks on requests to stop (early stopping, `trainer.stop()`);
+            16 if not given. Signals and `max_time` are voted on after each step that takes over half a second, too. One
+            process stops after the step that it is at.
     """
 
     per_device_batch_size: int | None
@@ -71,7 +72,7 @@ class TrainOptions(TypedDict, total=False):
     evaluate_every: Cadence
     evaluate_first: bool
     limit_batches: int | None
-    stop_check_every: int | None
+    stop_check_every: int
 
 
 def check_data_is_sharded(call: str, value: object) -> None:
@@ -102,13 +103,13 @@ class RunOptions:
     evaluate_every: Cadence = field(default_factory=lambda: Epochs(1))
     evaluate_first: bool = False
     limit_batches: int | None = None
-    stop_check_every: int | None = None
+    stop_check_every: int = 16
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be right."""
         for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "stop_check_every":
                 check_at_least("train", name, value, 1)
         if self.max_time is not None:
             check_positive("train", "max_time", self.max_seconds, "It is in seconds, or a timedelta.")
