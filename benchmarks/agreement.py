@@ -94,9 +94,9 @@ def main() -> None:
         vote = statistics.median(ratios)
         error = 1.2533 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median, for normal noise
         trainer.print(
-            f"{clock:9}: a step takes {step:.0f} us, a vote {step * vote:.0f} us ({100 * vote:.1f} % of a step, standard "
-            f"error {100 * error:.1f}); a vote every {every} steps costs {100 * vote / every:.2f} % of these steps, and "
-            f"1 % of steps of {step * vote / every / 10:.2f} ms"
+            f"{clock:9}: {step:.0f} us a step, {step * vote:.0f} us a vote ({100 * vote:.1f} % of a step, standard "
+            f"error {100 * error:.1f}); votes every {every} steps cost {100 * vote / every:.2f} % of these steps, and "
+            f"1 % of steps of {step * vote / every / 10:.1f} ms"
         )
 
 

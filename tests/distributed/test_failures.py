@@ -135,7 +135,7 @@ def fail_and_try_again() -> str:
     trainer = Failing(**tiny_parts(), rank=1)
     with pytest.raises((KeyError, RankFailedError)):
         trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2)
-    with pytest.raises(RankFailedError, match="cannot go on together"):
+    with pytest.raises(RankFailedError, match="cannot continue together"):
         trainer.train(tiny_data(24), num_epochs=1)
     return "as it should be"
 

@@ -109,7 +109,7 @@ def test_what_fails_on_the_main_process_fails_on_all_and_they_go_on() -> None:
 
     (kind, _, _), (others_kind, message, _) = run_ranks(fail_first, 2)
     assert (kind, others_kind) == ("FileNotFoundError", "RankFailedError")
-    assert "rank 0 failed in main_process_first() (test_meetings.py:" in message
+    assert "rank 0 failed in main_process_first() (test_rendezvous.py:" in message
     assert "no such archive" in message
 
 
@@ -138,8 +138,8 @@ def test_a_collective_on_one_rank_of_a_run_is_refused_by_name(rank: int) -> None
     results = run_ranks(gather_alone_in_a_run, 2, rank, timeout=30)
     kind, message, _ = results[rank]
     assert kind == "CollectiveError"
-    assert f"gather() was called on rank {rank} (test_meetings.py:" in message
-    assert f"rank {1 - rank} went on without it" in message
+    assert f"gather() was called on rank {rank} (test_rendezvous.py:" in message
+    assert f"rank {1 - rank} continued without it" in message
     kind, message, _ = results[1 - rank]
     assert kind == "RankFailedError"
     assert f"rank {rank} failed in gather(): CollectiveError: gather()" in message
@@ -160,7 +160,7 @@ def test_two_calls_at_one_place_are_refused_by_name_and_they_can_go_on() -> None
         assert (kind, seconds < SECONDS) == ("CollectiveError", True)
         mine, theirs = ("evaluate()", "predict()") if rank == 0 else ("predict()", "evaluate()")
         samples = "with 24 samples in global batches of 16"
-        assert message.startswith(f"{mine} {samples} was called on rank {rank} (test_meetings.py:")
+        assert message.startswith(f"{mine} {samples} was called on rank {rank} (test_rendezvous.py:")
         assert f"{theirs} {samples} on rank {1 - rank}" in message
 
 
@@ -325,7 +325,7 @@ def refuse_and_go_on() -> list[str]:
     trainer = Trainer(**tiny_parts())
     outcomes = [error_of(lambda: trainer.gather(torch.ones(1)))[0]] if trainer.distributed.rank == 0 else []
     if trainer.distributed.rank == 1:
-        trainer.run.distributed.count_progress()  # as every step and batch does
+        trainer._distributed.count_progress()  # noqa: SLF001  # as every step and batch does
         time.sleep(1)
     return [*outcomes, error_of(lambda: trainer.gather(torch.ones(1)))[0]]
 

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -78,17 +79,18 @@ def test_the_same_request_stops_all_ranks_after_the_same_step(kind: str, reason:
 
 @pytest.mark.parametrize("crashes_after", [9, 16])
 def test_a_resumed_run_stops_after_the_same_step(crashes_after: int, tmp_path: Path) -> None:
-    def make(**options: int) -> Requesting:
-        return Requesting(**tiny_parts(), checkpoint_dir=tmp_path, checkpoint_every=Steps(1), resume=True, **options)
+    def make(crashes_after: int | None) -> Requesting:
+        options: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": Steps(1), "resume": True}
+        return Requesting(**tiny_parts(), **options, crashes_after=crashes_after)
 
     def crash() -> int:
-        trainer = make(crashes_after=crashes_after)
+        trainer = make(crashes_after)
         with pytest.raises((KeyError, RankFailedError)):
             train(trainer)
         return trainer.progress.steps
 
     assert run_ranks(crash, 2) == [crashes_after] * 2
-    assert run_ranks(lambda: train(make()), 2) == [(STOPPED_AT, "early stop")] * 2
+    assert run_ranks(lambda: train(make(None)), 2) == [(STOPPED_AT, "early stop")] * 2
 
 
 def test_max_time_stops_soon_where_steps_are_long(tmp_path: Path) -> None:

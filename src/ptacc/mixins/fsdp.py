@@ -74,7 +74,7 @@ class FSDPMixin(ShardingMixin):
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         """Do what the launch asks of FSDP without Accelerate, whose own state would be FSDP's for good."""
         super().configure_accelerator(builder)
-        builder.take_over("fsdp")
+        builder.provide("fsdp", hide=True)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"} and os.environ.get("FSDP_VERSION") == "1":
             raise LaunchError(
                 f"The launch asks for FSDP of version 1, and {type(self).__name__} shards by version 2. Set "

@@ -7,7 +7,7 @@ import os
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.distributed.accelerator import LAUNCH_VARIABLES, AcceleratorBuilder
+from ptacc.distributed.accelerator import LAUNCH_FEATURES, AcceleratorBuilder
 from ptacc.errors import LaunchError
 from ptacc.validation import check_at_least
 
@@ -54,7 +54,7 @@ class GradAccumMixin(Mixin):
         """Refuse a launch that asks for another number; the accelerator itself knows nothing of accumulation."""
         super().configure_accelerator(builder)
         builder.provide("accumulation")
-        variable = LAUNCH_VARIABLES["accumulation"].variable
+        variable = LAUNCH_FEATURES["accumulation"].variable
         launched = os.environ.get(variable)
         if launched and launched != str(self.gradient_accumulation_steps):
             raise LaunchError(

@@ -86,7 +86,7 @@ class TensorParallelMixin(ShardingMixin):
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         """Have processes share replicas, and do without Accelerate what the launch asks of parallelism."""
         super().configure_accelerator(builder)
-        builder.take_over("parallelism")
+        builder.provide("parallelism", hide=True)
         builder.replica_size = self._size()
 
     def _size(self) -> int | None:

@@ -38,12 +38,8 @@ class Run:
         options: Arguments of `train()`.
         plan: Length of the run.
         seed: Seed of the data order, and of all randomness in loading the data.
-        engine: Computes gradients and updates the weights.
-        device: Device of this rank.
-        distributed: The ranks.
         data: Training batches of this rank.
-        eval_data: Batches of each evaluation set, by its name.
-        history: Reported values.
+        eval_data: Batches of each evaluation set on this rank, by the name of the set.
         consensus: Votes of the ranks on stopping.
         accumulation_steps: Batches of a step on each rank.
         value_names: Names of the reported values.
@@ -54,7 +50,6 @@ class Run:
         partial_evaluation: Results of the sets evaluated so far, in an evaluation that is in progress or interrupted.
         is_consistent: Whether the run is between two steps, with nothing of the next step done, and can be saved.
         is_scheduled_evaluation: Whether the evaluation in progress is the loop's own. False if a hook evaluates.
-        is_over: Whether the run has ended.
         exit_code: Exit code of the process, if a signal ended the run.
     """
 
@@ -147,9 +142,7 @@ class Run:
         self.progress = replace(self.progress, steps=step.step, items=progress.items + step.items)
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
-        if self.history.has_many_unread_steps:  # before this step is added: hooks may still log to it
-            self.history.read_steps(self.distributed)
-        self.history.add_step(step)
+        self.history.add_step(step, self.distributed)
 
     def complete_epoch(self) -> None:
         """Count the epoch, whose data is exhausted."""

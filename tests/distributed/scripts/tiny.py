@@ -53,7 +53,7 @@ def report(trainer: Seeing) -> dict[str, Any]:
 
 def order_from(step: int, trainer: Seeing) -> list[list[list[int]]]:
     """Return the places, [rank][step][sample], with nothing known of the run but its seed."""
-    distributed, steps_per_epoch = trainer.run.distributed, len(DATA) // GLOBAL_BATCH
+    distributed, steps_per_epoch = trainer._distributed, len(DATA) // GLOBAL_BATCH  # noqa: SLF001
     loader = DataLoaderConfig(DATA, GLOBAL_BATCH // distributed.world_size, None, {}).build(shuffle=True)
     source = make_source(loader, distributed, SEED)
     epoch, batch = divmod(step, steps_per_epoch)
