@@ -1,4 +1,4 @@
-"""The helpers of tests/ranks.py, tested like anything else."""
+"""Tests of the helpers in tests/ranks.py."""
 
 import os
 import sys
