@@ -158,10 +158,7 @@ class RunHistory(Sequence[EpochRecord]):
         """
         if self._file is not None and state_dict["file"] is not None:
             self._file.load_state_dict(state_dict["file"])
-        self._epochs = [
-            EpochRecord(**{**epoch, "evaluations": _decode_results(epoch["evaluations"])})
-            for epoch in state_dict["epochs"]
-        ]
+        self._epochs = [_decode_epoch(epoch) for epoch in state_dict["epochs"]]
         self._steps = deque((StepRecord(*row) for row in json.loads(state_dict["steps"])), STEPS_IN_MEMORY)
         self.initial = _decode_results(state_dict["initial"])
         self._logged = dict(state_dict["logged"])
@@ -219,6 +216,11 @@ def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list
         if weight:
             read[i][1][name] = value / weight
     return read
+
+
+def _decode_epoch(state: Mapping[str, Any]) -> EpochRecord:
+    values: dict[str, Any] = {**state, "evaluations": _decode_results(state["evaluations"])}
+    return EpochRecord(**values)
 
 
 def _decode_results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
