@@ -26,7 +26,7 @@ ResultT = TypeVar("ResultT")
 FORK = multiprocessing.get_context("fork")
 
 
-class RankFailed(Exception):  # noqa: N818 - reads as what happened: `with pytest.raises(RankFailed, match="rank 1")`
+class RankFailed(Exception):  # noqa: N818 - reads as an event: `with pytest.raises(RankFailed, match="rank 1")`
     """A rank raised, or ended without a result."""
 
     def __init__(self, rank: int, what: str) -> None:
@@ -43,7 +43,7 @@ class Rank(Generic[ResultT]):
         """Return the rank's result.
 
         Raises:
-            RankFailed: the worker raised, or the process ended without a word.
+            RankFailed: the worker raised, or the process ended without a result.
         """
         try:
             result, failure = pickle.loads(self.pipe.recv_bytes())
@@ -66,12 +66,12 @@ def run_ranks(
     """Run `worker(*args)` in `world_size` forked processes and return the results in the order of ranks.
 
     The variables of a launcher are set (`RANK`, `WORLD_SIZE`, `MASTER_PORT`, ...), and `ACCELERATE_USE_CPU`,
-    which a worker that starts DeepSpeed or FSDP takes out of `os.environ` first. The worker may be a closure;
-    what it returns is pickled. The first failure ends the other ranks, which would only wait for the one that
-    is gone. Ranks in `may_die` may end without a result, and are left out of the results.
+    which a worker that starts DeepSpeed or FSDP removes from `os.environ` first. The worker may be a closure;
+    its result is pickled. The first failure ends the other ranks, which would only wait for the failed one.
+    Ranks in `may_die` may end without a result, and are left out of the results.
 
-    Fork copies no threads: a pool started in this process (by a parallel torch operation, for one) can make a
-    child hang. `conftest.py` keeps torch to one thread for that reason.
+    A fork has no copies of threads: a thread pool of this process (of a parallel torch operation, for example)
+    can make a child hang. `conftest.py` limits torch to one thread for that reason.
 
     Raises:
         RankFailed: a rank raised; the message has the rank and its traceback.
@@ -128,20 +128,20 @@ def find_free_port() -> int:
 def start_rank(
     worker: Callable[[*ArgTs], ResultT], args: tuple[*ArgTs], environment: dict[str, str], timeout: float
 ) -> Rank[ResultT]:
-    ours, theirs = FORK.Pipe()
+    parent_end, child_end = FORK.Pipe()
 
     def body() -> None:
-        ours.close()
-        run_worker(worker, args, environment, theirs, timeout)
+        parent_end.close()
+        run_worker(worker, args, environment, child_end, timeout)
 
     process = FORK.Process(target=body)
     with warnings.catch_warnings():
-        # Python 3.12 warns of any fork beside a thread, such as tqdm's, which a child does not need.
+        # Python 3.12 warns of any fork in a process with threads, such as tqdm's, which a child does not need.
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         process.start()
-    # Closed before the next fork: else a later rank holds it open, and the end of this one is never seen.
-    theirs.close()
-    return Rank(process, ours)
+    # Closed before the next fork: otherwise a later rank holds it open, and the end of this one is never detected.
+    child_end.close()
+    return Rank(process, parent_end)
 
 
 def run_worker(
@@ -155,7 +155,7 @@ def run_worker(
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout, file=2)
     try:
-        # Plain pickle: `pipe.send` would hand tensors over in shared memory, which ends with this process.
+        # Plain pickle: `pipe.send` would pass tensors in shared memory, which ends with this process.
         message = pickle.dumps((worker(*args), None))
     except BaseException:
         message = pickle.dumps((None, traceback.format_exc()))
@@ -163,7 +163,7 @@ def run_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send_bytes(message)
-    # Rank 0 serves the store and must not go before the others are done: each waits for the parent's word.
+    # Rank 0 serves the store and must not exit before the others are done: each waits for the parent.
     wait([pipe])
     # Not `sys.exit`: a gloo thread that is still freeing a tensor aborts an interpreter that shuts down.
     os._exit(0)

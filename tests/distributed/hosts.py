@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces with an address and a name each, joined by a cable."""
+"""Two hosts on this machine: network namespaces, each with an address and a host name, connected by a veth pair."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ class Host:
         return f"ptacc{os.getpid()}-{self.number}"
 
     @property
-    def cable(self) -> str:
+    def interface(self) -> str:
         return f"pt{os.getpid()}.{self.number}"  # at most 15 characters
 
     @property
@@ -28,11 +28,11 @@ class Host:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for its processes: gloo would ask for the address of the host's name, which nobody knows."""
-        return {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": self.cable}
+        """Variables for its processes. Without the interface gloo would resolve the host name, which has no address."""
+        return {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": self.interface}
 
     def command(self, *command: str) -> tuple[str, ...]:
-        """Return a command as it is run here."""
+        """Return the command line that runs a command on this host."""
         named = ("unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh")
         return ("ip", "netns", "exec", self.name, *named, *command)
 
@@ -47,18 +47,18 @@ def ip(*arguments: str) -> None:
 def build_hosts() -> None:
     for host in HOSTS:
         ip("netns", "add", host.name)
-    cable = ("link", "add", HOSTS[0].cable, "netns", HOSTS[0].name, "type", "veth")
-    ip(*cable, "peer", "name", HOSTS[1].cable, "netns", HOSTS[1].name)
+    veth = ("link", "add", HOSTS[0].interface, "netns", HOSTS[0].name, "type", "veth")
+    ip(*veth, "peer", "name", HOSTS[1].interface, "netns", HOSTS[1].name)
     for host in HOSTS:
-        ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.cable)
+        ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.interface)
         ip("-n", host.name, "link", "set", "lo", "up")
-        ip("-n", host.name, "link", "set", host.cable, "up")
+        ip("-n", host.name, "link", "set", host.interface, "up")
     subprocess.run(["unshare", "--uts", "true"], check=True, capture_output=True, text=True, timeout=10)
 
 
 @contextmanager
 def two_hosts() -> Iterator[None]:
-    """Have the hosts for the block; skip the test where there can be none."""
+    """Create the hosts for the block; skip the test where that is impossible."""
     missing = [name for name in ("ip", "unshare", "hostname") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"two hosts need {', '.join(missing)}: Debian's iproute2, util-linux and hostname")
@@ -71,4 +71,4 @@ def two_hosts() -> Iterator[None]:
     finally:
         for host in HOSTS:
             with suppress(subprocess.CalledProcessError):
-                ip("netns", "delete", host.name)  # and its end of the cable
+                ip("netns", "delete", host.name)  # with its interface

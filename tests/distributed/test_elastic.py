@@ -1,4 +1,4 @@
-"""Under an elastic launch, a run outlives the death of a process, and of a host: `torchrun --max-restarts`."""
+"""Under `torchrun --max-restarts`, a run continues after a process or a host was killed."""
 
 import json
 import sys
@@ -33,8 +33,8 @@ def result_in(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what comes of a run in which nobody dies."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the result of a run in which no process is killed."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     ended = start(directory)
     assert ended.returncode == 0, ended.stderr
@@ -44,15 +44,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "deaths", [("4:1",), pytest.param(("0:1", "2:0", "7:1"), marks=pytest.mark.prove)], ids=["once", "three times"]
 )
-def test_a_run_outlives_its_processes_bit_for_bit(
-    tmp_path: Path, deaths: tuple[str, ...], whole: dict[str, Any]
+def test_a_run_continues_bit_for_bit_after_its_processes_were_killed(
+    tmp_path: Path, deaths: tuple[str, ...], uninterrupted: dict[str, Any]
 ) -> None:
     ended = start(tmp_path / "run", *deaths)
     assert ended.returncode == 0, ended.stderr
-    assert result_in(tmp_path / "run") == {**whole, "restarts": len(deaths)}
+    assert result_in(tmp_path / "run") == {**uninterrupted, "restarts": len(deaths)}
 
 
-def test_a_launch_whose_restarts_would_fail_is_refused(tmp_path: Path) -> None:
+def test_a_launch_whose_restarts_would_fail_raises(tmp_path: Path) -> None:
     ended = start(tmp_path / "run", restarts=1, environment={})
     assert ended.returncode != 0
     assert "LaunchError: torchrun --max-restarts 1" in ended.stderr
@@ -66,25 +66,25 @@ def hosts() -> Iterator[None]:
 
 
 def start_on(host: Host, directory: Path, *deaths: str) -> CompletedProcess[str]:
-    patience = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
-    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOSTS[0].address}:29500", "--rdzv-id", "elastic")
-    settings = ("--rdzv-conf", f"{patience},is_host={not host.number}", "--local-addr", host.address)
-    agent = (TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *meeting, *settings)
+    timeouts = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOSTS[0].address}:29500", "--rdzv-id", "elastic")
+    settings = ("--rdzv-conf", f"{timeouts},is_host={not host.number}", "--local-addr", host.address)
+    agent = (TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous, *settings)
     command = host.command(*agent, str(SCRIPT), str(directory), *deaths)
     return launch(command, env=host.environment | OWN_STORE, timeout=SECONDS)
 
 
 @pytest.mark.usefixtures("hosts")
-def test_a_run_outlives_a_host(tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_a_run_continues_after_a_host_was_killed(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda host: start_on(host, tmp_path, "5:1:host"), HOSTS)
     assert second.returncode < 0  # its agent was killed
     assert first.returncode == 0, first.stderr
     result = result_in(tmp_path)
     assert result["world_size"] == 1
-    assert result["losses"] == pytest.approx(whole["losses"], rel=1e-6)
-    for mine, theirs in zip(result["weights"], whole["weights"], strict=True):
-        assert [*flat(mine)] == pytest.approx([*flat(theirs)], rel=1e-5, abs=1e-6)
+    assert result["losses"] == pytest.approx(uninterrupted["losses"], rel=1e-6)
+    for actual, expected in zip(result["weights"], uninterrupted["weights"], strict=True):
+        assert [*flat(actual)] == pytest.approx([*flat(expected)], rel=1e-5, abs=1e-6)
 
 
 def flat(values: Any) -> Iterator[float]:

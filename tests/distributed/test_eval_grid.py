@@ -45,7 +45,7 @@ def make_model() -> nn.Module:
     return model
 
 
-def look(cases: Sequence[Case]) -> list[tuple[float, float, list[float]]]:
+def evaluate_and_predict(cases: Sequence[Case]) -> list[tuple[float, float, list[float]]]:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     metric = MulticlassAccuracy(2, average="micro").double()
@@ -69,7 +69,11 @@ def reference(case: Case) -> tuple[float, float, list[float]]:
 
 
 def check(cases: Sequence[Case], world_size: int) -> None:
-    ranks = [look(cases)] if world_size == 1 else run_ranks(look, world_size, cases, timeout=900)
+    ranks = (
+        [evaluate_and_predict(cases)]
+        if world_size == 1
+        else run_ranks(evaluate_and_predict, world_size, cases, timeout=900)
+    )
     for found in ranks:
         for case, got in zip(cases, found, strict=True):
             loss, accuracy, outputs = reference(case)
@@ -98,5 +102,5 @@ def test_every_sample_counts_once(world_size: int, cases: list[Case]) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["map", "stream"])
-def test_the_whole_grid(kind: Literal["map", "stream"], world_size: int) -> None:
+def test_the_full_grid(kind: Literal["map", "stream"], world_size: int) -> None:
     check([Case(n, batch_size, kind) for n, batch_size in itertools.product(range(1, 65), (1, 3, 8))], world_size)

@@ -1,4 +1,4 @@
-"""Failing together, stopping together, and what is left afterwards. The events themselves: `test_events.py`."""
+"""Failures and stops of several ranks: precedence, errors, and the state afterwards. See also `test_events.py`."""
 
 import os
 import signal
@@ -31,8 +31,8 @@ class Failing(Trainer):
         return super().train_step(batch)
 
 
-class Doing(Callback[TrainerCore]):
-    """Does something at the end of a step, and something else at the end of a run."""
+class Calling(Callback[TrainerCore]):
+    """Calls one function at the end of step 2, and another at the end of the run."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ def terminate(trainer: TrainerCore) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def wish_to_stop(trainer: TrainerCore) -> None:
+def request_stop(trainer: TrainerCore) -> None:
     trainer.stop("enough")
 
 
@@ -67,7 +67,7 @@ def on_rank_1(act: Callable[[TrainerCore], None]) -> Callable[[TrainerCore], Non
     return act_there
 
 
-def how_it_ended(callback: Doing, **options: Any) -> tuple[object, str | None, int]:
+def how_it_ended(callback: Calling, **options: Any) -> tuple[object, str | None, int]:
     trainer = Trainer(**tiny_parts(), callbacks=[callback])
     code: object = None
     try:
@@ -77,31 +77,31 @@ def how_it_ended(callback: Doing, **options: Any) -> tuple[object, str | None, i
     return code, trainer.history.stop_reason, trainer.progress.steps
 
 
-def test_a_request_to_terminate_goes_before_a_lower_ranks_wish() -> None:
+def test_a_signal_takes_precedence_over_a_stop_request_of_a_lower_rank() -> None:
     def train() -> tuple[object, str | None, int]:
-        def wish(trainer: TrainerCore) -> None:
-            wish_to_stop(trainer)
+        def act(trainer: TrainerCore) -> None:
+            request_stop(trainer)
             on_rank_1(terminate)(trainer)
 
-        return how_it_ended(Doing(wish), per_device_batch_size=2, stop_check_every=2)
+        return how_it_ended(Calling(act), per_device_batch_size=2, stop_check_every=2)
 
     assert run_ranks(train, 2, timeout=30) == [(143, "SIGTERM on rank 1", 3)] * 2
 
 
-def test_a_request_to_terminate_is_heard_though_the_run_is_stopping() -> None:
-    assert how_it_ended(Doing(wish_to_stop, at_the_end=terminate)) == (143, "SIGTERM on rank 0", 2)
+def test_a_signal_is_applied_while_the_run_stops() -> None:
+    assert how_it_ended(Calling(request_stop, at_the_end=terminate)) == (143, "SIGTERM on rank 0", 2)
 
 
-def test_a_request_that_comes_last_ends_the_process_that_got_it() -> None:
+def test_a_signal_after_the_last_vote_ends_its_own_process() -> None:
     def train() -> tuple[object, str | None, int]:
-        return how_it_ended(Doing(at_the_end=on_rank_1(terminate)))
+        return how_it_ended(Calling(at_the_end=on_rank_1(terminate)))
 
     assert run_ranks(train, 2, timeout=30) == [(None, None, 18), (143, "SIGTERM on rank 1", 18)]
 
 
-def test_an_evaluation_that_is_due_is_made_though_ranks_wish_to_stop() -> None:
+def test_a_due_evaluation_runs_although_ranks_request_a_stop() -> None:
     def train() -> tuple[str | None, int, list[float | None]]:
-        trainer = Trainer(**tiny_parts(), callbacks=[Doing(on_rank_1(wish_to_stop))])
+        trainer = Trainer(**tiny_parts(), callbacks=[Calling(on_rank_1(request_stop))])
         history = trainer.train(
             tiny_data(24),
             tiny_data(24),
@@ -118,53 +118,53 @@ def test_an_evaluation_that_is_due_is_made_though_ranks_wish_to_stop() -> None:
     assert None not in losses
 
 
-def test_a_handler_of_the_users_own_is_called_and_put_back() -> None:
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def test_a_users_own_handler_is_called_and_restored() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        mine = signal.getsignal(signal.SIGTERM)
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit):
-            Trainer(**tiny_parts(), callbacks=[Doing(terminate)]).train(tiny_data(24), num_epochs=9)
-        assert signal.getsignal(signal.SIGTERM) is mine
+            Trainer(**tiny_parts(), callbacks=[Calling(terminate)]).train(tiny_data(24), num_epochs=9)
+        assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == [signal.SIGTERM]
+    assert received == [signal.SIGTERM]
 
 
-def fail_and_try_again() -> str:
+def fail_and_train_again() -> str:
     trainer = Failing(**tiny_parts(), rank=1)
     with pytest.raises((KeyError, RankFailedError)):
         trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2)
-    with pytest.raises(RankFailedError, match="cannot go on together"):
+    with pytest.raises(RankFailedError, match="cannot continue together"):
         trainer.train(tiny_data(24), num_epochs=1)
-    return "as it should be"
+    return "refused"
 
 
-def test_processes_that_failed_do_not_go_on_together() -> None:
-    assert run_ranks(fail_and_try_again, 2, timeout=30) == ["as it should be"] * 2
+def test_processes_that_failed_cannot_continue_together() -> None:
+    assert run_ranks(fail_and_train_again, 2, timeout=30) == ["refused"] * 2
 
 
-def hear_of_the_failure() -> list[str]:
-    heard: list[str] = []
+def errors_seen_by_a_callback() -> list[str]:
+    errors: list[str] = []
 
-    class Hearing(Callback[TrainerCore]):
+    class Recording(Callback[TrainerCore]):
         @override
         def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
-            heard.append(type(error).__name__)
+            errors.append(type(error).__name__)
 
         @override
         def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
             if trainer.distributed.rank == 1 and step.step == 2:
                 raise KeyError("in a callback")
 
-    trainer = Trainer(**tiny_parts(), callbacks=[Hearing()])
+    trainer = Trainer(**tiny_parts(), callbacks=[Recording()])
     with pytest.raises((KeyError, RankFailedError)):
         trainer.train(tiny_data(24), num_epochs=2, per_device_batch_size=4)
-    return heard
+    return errors
 
 
-def test_callbacks_hear_of_their_own_error_or_of_the_peers() -> None:
-    assert run_ranks(hear_of_the_failure, 2, timeout=30) == [["RankFailedError"], ["KeyError"]]
+def test_callbacks_receive_the_error_of_their_own_rank_or_of_the_other() -> None:
+    assert run_ranks(errors_seen_by_a_callback, 2, timeout=30) == [["RankFailedError"], ["KeyError"]]
 
 
 def kind_and_message(train: Callable[[], object]) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def kind_and_message(train: Callable[[], object]) -> tuple[str, str]:
 
 
 class Evaluating(Callback[Trainer]):
-    """Evaluates at the end of a step, and is asked to terminate meanwhile."""
+    """Evaluates at the end of a step, after a SIGTERM."""
 
     @override
     def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
@@ -186,7 +186,7 @@ class Evaluating(Callback[Trainer]):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_request_to_terminate_is_heard_in_an_evaluation_that_a_callback_asked_for(world_size: int) -> None:
+def test_a_signal_is_applied_in_an_evaluation_that_a_callback_runs(world_size: int) -> None:
     def train() -> tuple[str, str]:
         trainer = Trainer(**tiny_parts(), callbacks=[Evaluating()])
         return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=9, per_device_batch_size=2))
@@ -195,15 +195,15 @@ def test_a_request_to_terminate_is_heard_in_an_evaluation_that_a_callback_asked_
 
 
 class SlowEvaluation(Trainer):
-    """Has steps that are much faster than the batches of its evaluation."""
+    """Takes much longer for a batch of its evaluation than for a step."""
 
-    asked_at: float = 0.0
+    signalled_at: float = 0.0
 
     @override
     def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         time.sleep(0.04)
         if self.evaluated == 30 and self._distributed.rank == 1:
-            self.asked_at = time.monotonic()
+            self.signalled_at = time.monotonic()
             terminate(self)
         self.evaluated += 1
         return super().eval_step(batch)
@@ -211,14 +211,14 @@ class SlowEvaluation(Trainer):
     evaluated: int = 0
 
 
-def test_a_request_to_terminate_is_heard_soon_where_evaluations_are_slow() -> None:
+def test_a_signal_is_applied_soon_where_evaluations_are_slow() -> None:
     def train() -> float:
         trainer = SlowEvaluation(**tiny_parts())
         with pytest.raises(SystemExit):
             trainer.train(
                 tiny_data(240), tiny_data(400), max_steps=99, per_device_batch_size=1, evaluate_every=Steps(60)
             )
-        return time.monotonic() - trainer.asked_at
+        return time.monotonic() - trainer.signalled_at
 
     assert run_ranks(train, 2, timeout=60)[1] < 2.0
 
@@ -232,7 +232,7 @@ class TimingOut(Failing):
             raise RuntimeError("DataLoader timed out after 2.0 seconds") from None
 
 
-def test_an_error_of_the_users_is_not_taken_for_one_of_the_connections() -> None:
+def test_an_error_of_the_users_code_is_not_mistaken_for_a_broken_collective() -> None:
     def train() -> tuple[str, str]:
         trainer = TimingOut(**tiny_parts(), rank=1)
         return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2))
@@ -245,7 +245,7 @@ def test_an_error_of_the_users_is_not_taken_for_one_of_the_connections() -> None
     )
 
 
-def test_processes_fail_together_with_a_second_accelerator_as_well() -> None:
+def test_failures_are_reported_with_a_second_accelerator_as_well() -> None:
     class Precise(AMPMixin, Failing): ...
 
     def train() -> tuple[str, str]:
@@ -272,8 +272,8 @@ class TwoHeads(nn.Module):
         return outputs
 
 
-class LeavingOut(Trainer):
-    """Leaves out a parameter on one rank in one step."""
+class SkippingHead(Trainer):
+    """Does not use one parameter, on one rank in one step."""
 
     step: int = 0
 
@@ -285,12 +285,12 @@ class LeavingOut(Trainer):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_parameter_that_takes_no_part_on_one_rank_is_found_before_the_update(step: int) -> None:
+def test_a_parameter_unused_on_one_rank_is_found_before_the_update(step: int) -> None:
     def train() -> tuple[str, str, int]:
         model = TwoHeads()
         parts: dict[str, Any] = {**tiny_parts(), "model": model}
         parts["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = LeavingOut(**parts, step=step)
+        trainer = SkippingHead(**parts, step=step)
         kind, message = kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=4))
         return kind, message, trainer.progress.steps
 
@@ -300,7 +300,7 @@ def test_a_parameter_that_takes_no_part_on_one_rank_is_found_before_the_update(s
         assert steps == step - 1
 
 
-class Unhooked(Trainer):
+class FailingHook(Trainer):
     """Fails in a hook on one rank."""
 
     failing_hook: str
@@ -338,7 +338,7 @@ class Unhooked(Trainer):
 @pytest.mark.parametrize("hook", ["slots", "make_seed", "make_engine", "make_train_dataloader", "on_evaluation_end"])
 def test_a_hook_that_fails_on_one_rank_is_named_on_the_other(hook: str) -> None:
     def train() -> tuple[str, str]:
-        trainer = Unhooked(**tiny_parts(), failing_hook=hook)
+        trainer = FailingHook(**tiny_parts(), failing_hook=hook)
         return kind_and_message(lambda: trainer.train(tiny_data(24), tiny_data(24), num_epochs=1))
 
     first, second = run_ranks(train, 2, timeout=30)

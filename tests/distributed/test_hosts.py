@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace with an address and a name, joined by a cable; `accelerate launch` on both."""
+"""`accelerate launch` on two hosts, which are network namespaces of this machine."""
 
 import json
 import sys
@@ -30,10 +30,10 @@ def hosts() -> Iterator[None]:
 
 
 def run(host: Host, processes: int, script: str, *arguments: str) -> tuple[CompletedProcess[str], float]:
-    """Launch a script, for as many processes on each of the two hosts; return it ended, and after how long."""
+    """Launch a script with `processes` on one of two hosts, and return the ended command and its time in seconds."""
     machines = ("--num_machines", "2", "--machine_rank", str(host.number), "--num_processes", str(2 * processes))
-    meeting = ("--main_process_ip", HOSTS[0].address, "--main_process_port", "29500")
-    accelerate = (str(BIN / "accelerate"), "launch", "--multi_gpu", *machines, *meeting, *SETTINGS)
+    rendezvous = ("--main_process_ip", HOSTS[0].address, "--main_process_port", "29500")
+    accelerate = (str(BIN / "accelerate"), "launch", "--multi_gpu", *machines, *rendezvous, *SETTINGS)
     started = time.monotonic()
     ended = launch(host.command(*accelerate, str(SCRIPTS / script), *arguments), env=host.environment, timeout=60)
     return ended, time.monotonic() - started
@@ -46,7 +46,7 @@ def run_on_both(processes: int, script: str, *arguments: str) -> list[tuple[Comp
 
 @dataclass(frozen=True)
 class Report:
-    """What rank 0 reported."""
+    """The report of rank 0."""
 
     world_size: int
     values: dict[str, Any]
@@ -68,7 +68,7 @@ def test_two_hosts_give_the_numbers_of_one_process(report: Report) -> None:
 
 
 def check_order(seen: list[list[list[int]]], start: int = 0) -> None:
-    """Check that the ranks' samples of each step, from step `start` on, are together those of the data's order."""
+    """Check that the samples of all ranks in each step, from step `start` on, are those of the data order."""
     size, samples = tiny.GLOBAL_BATCH, len(tiny.DATA)
     order = epoch_order(tiny.SEED, 0, samples) + epoch_order(tiny.SEED, 1, samples)
     together = [[place for part in step for place in part] for step in zip(*seen, strict=True)]
@@ -77,13 +77,13 @@ def check_order(seen: list[list[list[int]]], start: int = 0) -> None:
     assert (start + len(together)) * size == len(order)
 
 
-def test_two_hosts_share_each_batch_of_the_datas_order(report: Report) -> None:
+def test_two_hosts_share_each_batch_of_the_data_order(report: Report) -> None:
     assert len(report.values["seen"]) == report.world_size
     check_order(report.values["seen"])
 
 
 @pytest.mark.parametrize("start", [4, pytest.param(2, marks=pytest.mark.prove)])
-def test_the_datas_order_goes_on_from_a_step_within_an_epoch(start: int, report: Report) -> None:
+def test_the_data_order_continues_from_a_step_within_an_epoch(start: int, report: Report) -> None:
     (first, _), (second, _) = run_on_both(report.world_size // 2, "tiny.py", str(start))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     rest = json.loads(first.stdout)

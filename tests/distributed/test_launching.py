@@ -1,4 +1,4 @@
-"""A script gives the same numbers under every launch form, and ends well."""
+"""A script gives the same numbers under every launch form, and exits without errors."""
 
 import json
 import sys
@@ -45,8 +45,8 @@ def run(form: Form, script: str, *arguments: str) -> CompletedProcess[str]:
     return launch([*form.command, *port, str(SCRIPTS / script), *arguments], env=form.environment, timeout=60)
 
 
-def reports_of(ended: CompletedProcess[str]) -> list[dict[str, Any]]:
-    """Return what rank 0 printed, having seen that the command ended well."""
+def read_reports(ended: CompletedProcess[str]) -> list[dict[str, Any]]:
+    """Check that the command succeeded without warnings, and return the reports that rank 0 printed."""
     assert ended.returncode == 0, ended.stderr
     assert not [word for word in BAD_WORDS if word in ended.stderr], ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -54,8 +54,8 @@ def reports_of(ended: CompletedProcess[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """What `python tiny.py` reports."""
-    (report,) = reports_of(run(PYTHON, "tiny.py"))
+    """The report of `python tiny.py`."""
+    (report,) = read_reports(run(PYTHON, "tiny.py"))
     return report
 
 
@@ -73,7 +73,7 @@ def test_python_runs_one_process(alone: dict[str, Any]) -> None:
     ],
 )
 def test_every_form_gives_the_same_numbers(name: str, alone: dict[str, Any]) -> None:
-    (report,) = reports_of(run(FORMS[name], "tiny.py"))
+    (report,) = read_reports(run(FORMS[name], "tiny.py"))
     assert report["world_size"] == FORMS[name].world_size
     for key in report.keys() - {"world_size", "seen"}:
         assert report[key] == pytest.approx(alone[key], rel=RELATIVE, abs=0), key
@@ -83,14 +83,14 @@ def test_every_form_gives_the_same_numbers(name: str, alone: dict[str, Any]) -> 
 @pytest.mark.parametrize("launcher", ["notebook_launcher", "debug_launcher"])
 def test_a_trainer_made_before_the_fork_is_launched_twice(launcher: str, what: str, alone: dict[str, Any]) -> None:
     script = Form((sys.executable,), 2, ON_CPU)
-    reports = reports_of(run(script, "notebook.py", launcher, what, str(find_free_port())))
+    reports = read_reports(run(script, "notebook.py", launcher, what, str(find_free_port())))
     assert [report["world_size"] for report in reports] == [2, 2]
     for report in reports:
         assert report["losses"] == pytest.approx(alone["losses"], rel=RELATIVE, abs=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the processes see each other")
-def test_torchrun_without_the_word_for_the_cpu_is_refused_by_name() -> None:
+def test_torchrun_without_the_variable_for_the_cpu_raises() -> None:
     ended = run(Form(TORCHRUN.command, environment={"ACCELERATE_USE_CPU": "false"}), "tiny.py")
     assert ended.returncode != 0
     assert "LaunchError: WORLD_SIZE=2, and Accelerate sees 1 process" in ended.stderr
@@ -102,12 +102,12 @@ def count_bad_ends(script: str, times: int) -> int:
     return sum(ended.returncode != 0 or ended.stderr != "" for ended in ends)
 
 
-def test_a_script_that_ends_right_after_its_training_ends_well() -> None:
+def test_a_script_that_ends_right_after_its_training_succeeds() -> None:
     assert count_bad_ends("train_only.py", 3) == 0
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", ["tiny.py", "train_only.py"])
-def test_a_script_ends_well_every_time(script: str) -> None:
+def test_a_script_succeeds_every_time(script: str) -> None:
     assert count_bad_ends(script, 20) == 0

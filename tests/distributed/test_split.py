@@ -60,7 +60,7 @@ def test_two_processes_and_accumulation_equal_one_batch(samples: int) -> None:
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
-    """Sequences of unequal numbers of tokens: those with a negative target are padding, and no items."""
+    """Sequences of unequal numbers of tokens. Those with a negative target are padding and do not count as items."""
 
     def __len__(self) -> int:
         return 22
@@ -139,23 +139,23 @@ def test_evaluation_and_prediction_see_every_sample_once(kind: Callable[[int], A
 
 
 def stop_on_rank_one() -> tuple[int, str | None]:
-    class Enough(Callback[TrainerCore]):
+    class StopInStep5(Callback[TrainerCore]):
         @override
         def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
             if trainer.distributed.rank == 1 and step.step == 5:
-                trainer.stop("rank 1 has had enough")
+                trainer.stop("stop of rank 1")
 
-    trainer = Trainer(**tiny_parts(), callbacks=[Enough()])
+    trainer = Trainer(**tiny_parts(), callbacks=[StopInStep5()])
     history = trainer.train(tiny_data(), num_epochs=50, stop_check_every=4)
     return history[-1].step, history.stop_reason
 
 
 def test_all_processes_stop_at_one_step_for_one_reason() -> None:
     results = run_ranks(stop_on_rank_one, 2)
-    assert results[0] == results[1] == (6, "rank 1 has had enough")
+    assert results[0] == results[1] == (6, "stop of rank 1")
 
 
-def order_of_a_users_sampler() -> list[float]:
+def train_with_a_users_sampler() -> list[float]:
     seen: list[float] = []
 
     class Seeing(Trainer):
@@ -169,9 +169,9 @@ def order_of_a_users_sampler() -> list[float]:
     return seen
 
 
-def test_a_users_sampler_is_dealt_in_its_order() -> None:
+def test_a_users_sampler_is_partitioned_in_its_order() -> None:
     first = tiny_data(6).tensors[0][:, 0].flip(0).tolist()
-    ranks = run_ranks(order_of_a_users_sampler, 2)
+    ranks = run_ranks(train_with_a_users_sampler, 2)
     assert ranks[0] + ranks[1] == [*first[:2], first[4], *first[2:4], first[5]]
 
 
@@ -182,7 +182,7 @@ def train_already_sharded() -> tuple[float, int]:
     return history[0].train_loss, int(history[0].items)
 
 
-def test_data_that_is_sharded_already_is_levelled() -> None:
+def test_data_that_is_already_sharded_is_padded() -> None:
     results = run_ranks(train_already_sharded, 2)
     assert results[0] == results[1]
     assert results[0][1] == 22
@@ -199,7 +199,7 @@ def test_a_stream_is_shared_by_the_processes() -> None:
 
 
 class Seen:
-    """A metric of plain Python: the targets in the order in which they came, as one number."""
+    """A metric in plain Python: the targets in the order of the updates, as one number."""
 
     def __init__(self) -> None:
         self.digits: list[int] = []
@@ -224,7 +224,7 @@ def measure_by_a_plain_object(per_device_batch_size: int) -> list[float]:
     return [value for epoch in history for values in (epoch.metrics, epoch.train_metrics) for value in values.values()]
 
 
-def test_a_metric_of_ones_own_sees_what_all_processes_see_in_order() -> None:
+def test_a_plain_metric_is_updated_with_the_samples_of_all_processes_in_order() -> None:
     whole = measure_by_a_plain_object(6)
     assert whole[0] == 11
     assert whole[2] == 13
@@ -255,7 +255,7 @@ class Curve(MetricsMixin, Trainer): ...
 
 
 def area_under_the_curve(batch_size: int) -> list[float]:
-    curve = MulticlassAUROC(2, thresholds=None)  # keeps a list of all that it saw
+    curve = MulticlassAUROC(2, thresholds=None)  # its state is a list of all batches
     trainer = Curve(**tiny_parts(), metrics={"auroc": curve, "accuracy": MulticlassAccuracy(2)})
     inputs, targets = tiny_data(24).tensors
     one_of_each = [int((targets == target).nonzero()[0]) for target in (0, 1)]
@@ -288,7 +288,7 @@ def test_a_mean_over_a_batch_without_items_is_not_logged() -> None:
     assert run_ranks(log_means_of_tokens, 2, 1, timeout=30) == [pytest.approx(log_means_of_tokens(2), rel=1e-12)] * 2
 
 
-def train_on_what_a_collate_function_leaves(per_device_batch_size: int) -> list[float]:
+def train_with_a_collate_function_that_drops(per_device_batch_size: int) -> list[float]:
     def drop_some(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         kept = [sample for sample in samples if sample[0][0] > -0.5]
         return torch.stack([x for x, _ in kept]), torch.stack([y for _, y in kept])
@@ -298,5 +298,7 @@ def train_on_what_a_collate_function_leaves(per_device_batch_size: int) -> list[
 
 
 def test_a_collate_function_may_drop_samples() -> None:
-    whole = train_on_what_a_collate_function_leaves(12)
-    assert run_ranks(train_on_what_a_collate_function_leaves, 2, 6, timeout=30) == [pytest.approx(whole, rel=1e-12)] * 2
+    whole = train_with_a_collate_function_that_drops(12)
+    assert (
+        run_ranks(train_with_a_collate_function_that_drops, 2, 6, timeout=30) == [pytest.approx(whole, rel=1e-12)] * 2
+    )

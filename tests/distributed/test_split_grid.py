@@ -1,4 +1,4 @@
-"""A property: gradient, reported loss and learning rate are those of one process with the whole batch.
+"""A property: gradient, reported loss and learning rate are those of one process with the full batch.
 
 The reference is plain PyTorch over the same order of samples, one backward pass for all items of a step.
 """
@@ -115,7 +115,7 @@ def train_one(case: Case) -> Outcome:
 
 
 def reference(case: Case, world_size: int) -> Outcome | None:
-    """Return what plain PyTorch gives, None where a step has no items at all."""
+    """Return the outcome of plain PyTorch; None if a step has no items."""
     model, data = make_model(case), Sentences(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scheduler = StepLR(optimizer, 1, gamma=0.9)
@@ -183,7 +183,7 @@ def test_splitting_a_step_changes_nothing(world_size: int, cases: list[Case]) ->
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_whole_grid(dtype: torch.dtype, unit: Any, world_size: int) -> None:
+def test_the_full_grid(dtype: torch.dtype, unit: Any, world_size: int) -> None:
     sizes = [1, 2, 3, 5, 7, 8, 11, 16, 23, 29, 32, 37]
     grid = [Case(b, a, n, unit, dtype) for b, a, n in itertools.product((1, 2, 3, 5), (1, 2, 3, 4), sizes)]
     assert check(grid, world_size) > len(grid) // 2

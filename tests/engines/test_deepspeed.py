@@ -473,7 +473,7 @@ def stage_trained_with(options: dict[str, Any]) -> tuple[list[float], str]:
     model = make()
     trainer = Deep(**parts(model), **options)
     history = trainer.train(digits(), num_epochs=2, max_steps=20, per_device_batch_size=6)
-    return [step.loss for step in history.steps], trainer.run.conditions["engine"]
+    return [step.loss for step in history.steps], trainer.run.invariants["engine"]
 
 
 def test_a_configuration_is_read_from_a_file_and_completed(tmp_path: Path) -> None:

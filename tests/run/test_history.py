@@ -38,7 +38,7 @@ def test_what_steps_log_is_a_mean_over_items() -> None:
     assert history[0].values()["size"] == pytest.approx((8 + 8 + 4) / 3)
 
 
-def test_memory_is_flat_and_the_file_has_all(tmp_path: Path) -> None:
+def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "history.jsonl"
     trainer = Trainer(**tiny_parts(), history_file=file)
     history = trainer.train(tiny_data(8), max_steps=STEPS_IN_MEMORY + 50, per_device_batch_size=8)
@@ -59,7 +59,7 @@ def test_long_epochs_are_read_before_they_end() -> None:
     assert history[0].logged["size"] == 1.0
 
 
-def test_a_history_becomes_a_mapping_lines_and_a_frame(tmp_path: Path) -> None:
+def test_a_history_is_exported_as_a_mapping_lines_and_a_frame(tmp_path: Path) -> None:
     history = Trainer(**tiny_parts()).train(tiny_data(24), tiny_data(8), num_epochs=2)
     columns = history.to_dict()
     assert columns["epoch"] == [1.0, 2.0]
@@ -78,16 +78,16 @@ def test_a_history_is_a_sequence_of_epochs() -> None:
     assert repr(history) == "RunHistory(3 epochs, 9 steps in memory)"
 
 
-def test_a_history_goes_on_from_a_file(tmp_path: Path) -> None:
+def test_a_history_is_restored_from_a_file(tmp_path: Path) -> None:
     trainer = Logging(**tiny_parts())
     history = trainer.train(tiny_data(24), {"few": tiny_data(3), "": tiny_data(8)}, num_epochs=2, evaluate_first=True)
-    back = RunHistory()
-    back.load_state_dict(through_files(tmp_path, Part("history", history.state_dict())).take("history"))
-    assert list(back) == list(history)
-    assert (back.steps, back.initial) == (history.steps, history.initial)
-    assert same(back.state_dict(), history.state_dict())
+    restored = RunHistory()
+    restored.load_state_dict(through_files(tmp_path, Part("history", history.state_dict())).take("history"))
+    assert list(restored) == list(history)
+    assert (restored.steps, restored.initial) == (history.steps, history.initial)
+    assert same(restored.state_dict(), history.state_dict())
 
 
-def test_a_file_on_a_remote_store_is_refused() -> None:
+def test_a_file_on_a_remote_store_raises() -> None:
     with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): must be a local path"):
         Trainer(**tiny_parts(), history_file="s3://bucket/history.jsonl")

@@ -56,7 +56,7 @@ class RunSaver:
         if not (self._requests or self._is_due()):
             return
         if run.exit_code is None and run.is_within_epoch:
-            run.agree_to_stop(self.trainer.should_stop(), at_boundary=True)  # completes a vote that is in progress
+            run.agree_on_clock()  # a signal ends the run here, with one checkpoint
         self.save()
 
     def save(self) -> None:
@@ -107,7 +107,7 @@ class RunSaver:
             world_size=self.trainer.distributed.world_size,
             label=label,
             parts={part.name: part.version for part in shared},
-            metrics=self.trainer.run.fresh_values(),
+            metrics=self.trainer.run.current_values(),
         )
         parameters = () if self.allows_non_finite else local_parameters(self.trainer, shared)
         saved = self.manager.begin(now, manifest, *move_shards(shared, own), path, parameters)

@@ -43,7 +43,7 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
         ENGINE: state.shared,
         **state.optimizers,
     }
-    own = {RUN: run.own_state_dict(), ENGINE: state.own, RANDOM: get_random_streams(trainer).state_dict()}
+    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: get_random_streams(trainer).state_dict()}
     return (
         [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
         [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
@@ -147,7 +147,7 @@ def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored
 def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
     """Yield each difference between a checkpoint and a trainer: the name to ignore it by, and a description."""
     run = trainer.run
-    for name, value in run.conditions.items():
+    for name, value in run.invariants.items():
         before = shared.states[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"

@@ -19,7 +19,7 @@ from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
-from ptacc.distributed.accelerator import AcceleratorBuilder, accelerator_for
+from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NoRunError, OptionError
 from ptacc.run.history import RunHistory
@@ -204,7 +204,7 @@ class TrainerBase(Composable):
             CollectiveError: Another rank did not make this call.
         """
         self._distributed.sync("gather()")
-        with self._distributed.failing_together("in gather()"):
+        with self._distributed.propagate_failure("in gather()"):
             parts = self._distributed.gather(map_tensors(to_host, values))
         return concatenate(parts, self.device)
 
@@ -219,5 +219,5 @@ class TrainerBase(Composable):
         if self._state.runtime is None or self._state.runtime_pid != os.getpid():
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
-            self._state.runtime, self._state.runtime_pid = accelerator_for(self, builder), os.getpid()
+            self._state.runtime, self._state.runtime_pid = acquire_accelerator(self, builder), os.getpid()
         return self._state.runtime

@@ -170,4 +170,4 @@ def sync_lengths(sources: Iterable[BatchSource]) -> None:
 
 def count_once_per_replica(batches: Batches, distributed: DistributedRuntime) -> Batches:
     """Mark the batches as padding on all ranks of a model replica but the first, which have the same batches."""
-    return batches if distributed.leads_replica else (replace(batch, is_padding=True) for batch in batches)
+    return batches if distributed.is_replica_leader else (replace(batch, is_padding=True) for batch in batches)

@@ -1,8 +1,11 @@
-"""Failing together: an exception on one process ends the others, under its name, instead of leaving them waiting.
+"""Propagation of failures: an exception on one rank ends all ranks, which raise an error that names it.
 
-An exception cannot ride a reduction. The process that fails writes who, where and what to the rendezvous store, and
-cuts its connections; whatever collective the others wait in breaks, and they find the reason in the store. A process
-that was killed leaves nothing there: its connections are cut by the kernel, and it is found missing.
+A rank that raises cannot report that in a collective, since the others may be waiting in another one. It writes its
+rank, its place and its error to the rendezvous store, and shuts down its TCP connections to the other ranks. The
+collectives in which these wait then raise, and they read the cause from the store.
+
+A process that is killed writes nothing. The kernel closes its connections, so that collectives raise as well. The
+others find that its process has ended, if it runs on the same host, or that it does not answer in time.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,19 +26,26 @@ from typing_extensions import override
 
 from ptacc.errors import PtaccError, RankFailedError
 
-GRACE_SECONDS = 3.0
-"""How long other processes have to answer once a connection broke."""
-BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "process group")
-"""Words of the errors that collectives raise when a peer is gone, or timed out."""
+ANSWER_SECONDS = 3.0
+"""Time in which the other ranks have to answer after a connection was closed."""
+BROKEN_COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "process group")
+"""Words in the errors of collectives whose peer is gone, or which timed out."""
+UNKNOWN_PLACE = "at an unknown place"
 
 
 class CoordinatedExit(BaseException):
-    """Leaves a block on all processes alike, as they agreed: no failure, and nobody's `except Exception` to stop."""
+    """Leaves a block on all ranks, by agreement. Not an `Exception`, so that users' handlers do not catch it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What became of a process: who, where and what."""
+    """The failure of a rank.
+
+    Args:
+        rank: The rank.
+        where: What it was doing.
+        what: Its error.
+    """
 
     rank: int
     where: str
@@ -47,135 +57,126 @@ class Failure:
 
 
 class FailureMonitor:
-    """Where the processes of a launch tell each other of their failures: keys in the rendezvous store."""
+    """Reports failures of this rank to the others, and finds theirs, through keys in the rendezvous store.
 
-    def __init__(self, group: dist.ProcessGroup, sockets: frozenset[tuple[int, int]]) -> None:
-        """Use the store of `group`.
+    Args:
+        group: A process group of all ranks.
+        connections: The TCP connections to the other ranks, as (file descriptor, inode).
+    """
 
-        Args:
-            group: A group of all processes.
-            sockets: The connections to the other processes: file descriptor and inode.
-        """
+    def __init__(self, group: dist.ProcessGroup, connections: frozenset[tuple[int, int]]) -> None:
         self.store = group.get_group_store()
-        self.rank, self.world_size, self._sockets = group.rank(), group.size(), sockets
+        self.rank, self.world_size, self._connections = group.rank(), group.size(), connections
         self.failure: Failure | None = None
         self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 
     @contextlib.contextmanager
-    def failing_together(self, where: str | Callable[[], str]) -> Iterator[None]:
-        """Let an exception of the block end all processes; blocks may be nested.
+    def propagate_failure(self, where: str | Callable[[], str]) -> Iterator[None]:
+        """Report an exception of the block to all ranks. Blocks may be nested.
 
         Args:
-            where: Where the process is, for the others to be told.
+            where: What this rank is doing, for the message on the others.
 
         Raises:
-            RankFailedError: Another process failed, or was killed.
+            RankFailedError: Another rank failed, or was killed.
         """
         self.check()
         try:
             yield
-        except (CoordinatedExit, GeneratorExit):  # the second: a stream of predictions that nobody reads on
+        except (CoordinatedExit, GeneratorExit):  # GeneratorExit: the user stopped reading a stream of predictions
             raise
         except BaseException as error:
-            if self.failure is not None:  # told by an inner block
+            if self.failure is not None:  # an inner block has reported it
                 raise
-            peers_failure = self._failure_of_a_peer() if is_broken_collective(error) else None
-            if peers_failure is None:
+            cause = self._await_cause() if is_broken_collective(error) else None
+            if cause is None:
                 self.report_failure(where if isinstance(where, str) else where(), error)
                 raise
-            self.failure = peers_failure
-            raise RankFailedError(str(peers_failure)) from error
+            self.failure = cause
+            raise RankFailedError(str(cause)) from error
 
     def check(self) -> None:
-        """Raise `RankFailedError` if a process of this launch failed earlier."""
+        """Raise `RankFailedError` if a rank of this launch has failed before."""
         if self.failure is not None:
             raise RankFailedError(
-                f"The processes of this launch cannot go on together: {self.failure}. Start them anew."
+                f"The processes of this launch cannot continue together: {self.failure}. Start them again."
             )
 
     def report_failure(self, where: str, error: BaseException) -> None:
-        """Tell the other processes that this one failed, and break what they wait for."""
-        self.failure = failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
-        with contextlib.suppress(RuntimeError):  # the store went with rank 0, and that is what the others will say
-            self.store.set(f"failed/{self.rank}", json.dumps([failure.rank, failure.where, failure.what]))
-        self._cut()
+        """Report an error of this rank to the others, and interrupt the collectives in which they wait."""
+        self.failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
+        with contextlib.suppress(RuntimeError):  # the store ends with rank 0, which the others find instead
+            self._store_failure(self.failure)
+        self._shut_connections()
 
-    def _cut(self) -> None:
-        """Cut the connections to the other processes, so that what they wait for breaks."""
-        for descriptor, inode in self._sockets:
-            with contextlib.suppress(OSError):
-                if os.fstat(descriptor).st_ino == inode:
-                    with socket.socket(fileno=os.dup(descriptor)) as connection:
-                        connection.shutdown(socket.SHUT_RDWR)
+    def find_failure(self) -> Failure | None:
+        """Return the failure of another rank: one that it reported, or that its process on this host has ended."""
+        for rank in self._other_ranks():
+            if self.store.check([f"failed/{rank}"]):
+                return Failure(*json.loads(self.store.get(f"failed/{rank}")))
+        for rank in self._other_ranks():
+            host, process = json.loads(self.store.get(f"process/{rank}"))
+            if host == host_identity() and not is_running(process):
+                failure = Failure(rank, UNKNOWN_PLACE, "lost: its process has ended, or was killed")
+                self._store_failure(failure)  # for ranks on other hosts, which cannot see that process
+                return failure
+        return None
 
-    def _failure_of_a_peer(self) -> Failure | None:
-        """Return what another process told, or that one is missing; None if all are there and none failed."""
+    def _await_cause(self) -> Failure | None:
+        """Return the failure that broke a collective; None if all ranks answer and report none."""
         try:
             self.store.set(f"alive/{self.rank}", "yes")
-            self._cut()  # the others wait for this process, too, and come here by it
-            deadline = time.monotonic() + GRACE_SECONDS
+            self._shut_connections()  # the others may be waiting for this rank: they come here as well
+            deadline = time.monotonic() + ANSWER_SECONDS
             while True:
-                found = self.find_failure()
-                silent = [rank for rank in self._others() if not self.store.check([f"alive/{rank}"])]
-                if found is not None or not silent:
-                    return found
+                failure = self.find_failure()
+                silent = [rank for rank in self._other_ranks() if not self.store.check([f"alive/{rank}"])]
+                if failure is not None or not silent:
+                    return failure
                 if time.monotonic() > deadline:
-                    return Failure(silent[0], "at an unknown place", f"lost: no answer in {GRACE_SECONDS:g} s")
+                    return Failure(silent[0], UNKNOWN_PLACE, f"lost: no answer in {ANSWER_SECONDS:g} s")
                 time.sleep(0.02)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            return Failure(0, "at an unknown place", f"lost: its rendezvous store does not answer: {first_line}")
+            return Failure(0, UNKNOWN_PLACE, f"lost: its rendezvous store does not answer: {first_line}")
 
-    def find_failure(self) -> Failure | None:
-        """Return what another process told of itself, or that one of this host is gone; None if neither."""
-        return self._find_reported_failure() or self._find_dead_rank()
+    def _store_failure(self, failure: Failure) -> None:
+        self.store.set(f"failed/{failure.rank}", json.dumps(astuple(failure)))
 
-    def _others(self) -> list[int]:
+    def _shut_connections(self) -> None:
+        for descriptor, inode in self._connections:
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:  # the descriptor was not reused
+                    with socket.socket(fileno=os.dup(descriptor)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    def _other_ranks(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
-
-    def _find_reported_failure(self) -> Failure | None:
-        for rank in self._others():
-            if self.store.check([f"failed/{rank}"]):
-                return Failure(*json.loads(self.store.get(f"failed/{rank}")))
-        return None
-
-    def _find_dead_rank(self) -> Failure | None:
-        """Return the failure of a process of this host that does not exist any more."""
-        for rank in self._others():
-            host, process = json.loads(self.store.get(f"process/{rank}"))
-            if host == host_identity() and not is_running(process):
-                found = Failure(rank, "at an unknown place", "lost: its process has ended, or was killed")
-                # For processes of other hosts, which cannot see that.
-                self.store.set(f"failed/{rank}", json.dumps([found.rank, found.where, found.what]))
-                return found
-        return None
 
 
 def is_broken_collective(error: BaseException) -> bool:
-    """Say whether an error is what a collective raises when a peer is gone."""
-    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
-    return is_torchs and any(word in str(error).lower() for word in BROKEN)
+    """Return whether an error is one that torch raises from a collective when a peer is gone."""
+    is_from_torch = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
+    return is_from_torch and any(word in str(error).lower() for word in BROKEN_COLLECTIVE_WORDS)
 
 
 @functools.cache
 def host_identity() -> str:
-    """Return what processes have in common that see each other's numbers: a name alone can be given twice."""
+    """Return a name shared by the processes that see each other's process ids: a host name may not be unique."""
     try:
-        boot, space = (
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            Path("/proc/self/ns/pid").stat().st_ino,
-        )
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pid_namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return socket.gethostname()
-    return f"{socket.gethostname()}/{boot}/{space}"
+    return f"{socket.gethostname()}/{boot_id}/{pid_namespace}"
 
 
 def is_running(process: int) -> bool:
-    """Say whether a process of this host runs; one that ended and that nobody waited for does not."""
+    """Return whether a process of this host is running. A zombie is not."""
     try:
         os.kill(process, 0)
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:  # no such folder on this system: the signal has answered
+    except FileNotFoundError:  # running where the system has no /proc, and ended since `kill` where it has
         return not Path("/proc/self").exists()
     except ProcessLookupError:
         return False
@@ -185,9 +186,9 @@ def is_running(process: int) -> bool:
 
 
 def open_connections() -> frozenset[tuple[int, int]]:
-    """Return this process's connections, by file descriptor and inode, but for those to the rendezvous store."""
+    """Return the TCP connections of this process, as (file descriptor, inode), without those to the store."""
     store_port = int(os.environ.get("MASTER_PORT") or 0)
-    found: set[tuple[int, int]] = set()
+    connections: set[tuple[int, int]] = set()
     folder = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
     for entry in list(folder.iterdir()):
         with contextlib.suppress(OSError):
@@ -197,5 +198,5 @@ def open_connections() -> frozenset[tuple[int, int]]:
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
                     if is_internet and store_port not in (connection.getsockname()[1], connection.getpeername()[1]):
-                        found.add((descriptor, status.st_ino))
-    return frozenset(found)
+                        connections.add((descriptor, status.st_ino))
+    return frozenset(connections)

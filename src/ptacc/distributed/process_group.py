@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ptacc.distributed.failure import Failure, FailureMonitor, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
-from ptacc.distributed.shutdown import rest_before_exit
+from ptacc.distributed.shutdown import wait_for_gloo_at_exit
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
 from ptacc.types.aliases import T
 
@@ -82,26 +82,26 @@ class Distributed:
 
 @dataclass(frozen=True, slots=True)
 class DistributedRuntime(Distributed):
-    """`Distributed`, with what the trainer itself needs: failures of ranks, and points that all ranks have to reach."""
+    """`Distributed` with the internals of a trainer: failures of ranks, and points that all ranks must reach."""
 
     _failures: FailureMonitor | None = None
 
     @classmethod
-    def of_this_launch(cls, connected_before: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
+    def from_process_group(cls, other_connections: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
         """Return the ranks of the initialised process group. A collective.
 
         Args:
-            connected_before: The connections that this process had before it joined the launch.
+            other_connections: TCP connections of this process that do not lead to other ranks.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        rest_before_exit()
-        failures = FailureMonitor(group, open_connections() - connected_before)
+        wait_for_gloo_at_exit()
+        failures = FailureMonitor(group, open_connections() - other_connections)
         return cls(dist.get_rank(), dist.get_world_size(), 1, group, Rendezvous(failures), failures)
 
     def with_replica_size(self, size: int) -> DistributedRuntime:
-        """Return the same ranks, where each `size` neighbours share a replica of the model.
+        """Return the same ranks, of which each `size` consecutive ones share a replica of the model.
 
         Raises:
             LaunchError: The world size is not a multiple of `size`.
@@ -111,7 +111,7 @@ class DistributedRuntime(Distributed):
         if self.world_size % size:
             raise LaunchError(
                 f"{size} processes have to share each replica of the model, but {self.world_size} were launched, which "
-                f"is not a multiple of it. Launch {size * math.ceil(self.world_size / size)}, or let fewer share one."
+                f"is not a multiple of it. Launch {size * math.ceil(self.world_size / size)}, or share it among fewer."
             )
         return replace(self, _replica_size=size)
 
@@ -122,12 +122,12 @@ class DistributedRuntime(Distributed):
 
     @property
     def rendezvous(self) -> Rendezvous | None:
-        """Where ranks wait for each other; None with one process."""
+        """The points that all ranks must reach; None with one process."""
         return self._rendezvous
 
     @property
     def is_single_process(self) -> bool:
-        """Whether there is one process only."""
+        """Whether `world_size` is 1."""
         return self.world_size == 1
 
     @property
@@ -137,46 +137,32 @@ class DistributedRuntime(Distributed):
 
     @property
     def leader(self) -> int:
-        """The rank of this replica whose batches count."""
+        """The first rank of this replica. Its batches count for the replica."""
         return self.replica * self._replica_size
 
     @property
-    def leads_replica(self) -> bool:
-        """Whether this rank is the one of its replica whose batches count."""
+    def is_replica_leader(self) -> bool:
+        """Whether this rank is the first of its replica."""
         return self.rank == self.leader
 
-    def check(self) -> None:
-        """Raise `RankFailedError` if another rank failed earlier."""
-        if self._failures is not None:
-            self._failures.check()
-
     def find_failure(self) -> Failure | None:
-        """Return the failure of another rank: it reported one, or its process is gone. Not a collective."""
+        """Return the failure of another rank: one that it reported, or that its process has ended. Not a collective."""
         return None if self._failures is None else self._failures.find_failure()
 
-    def failing_together(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-        """Report an exception of the block to all ranks, which then raise `RankFailedError` with its text.
+    def propagate_failure(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+        """Report an exception of the block to all ranks, which then raise `RankFailedError` with its message.
 
         Args:
-            where: What this rank is doing, for the message.
+            where: What this rank is doing, for that message.
         """
-        return contextlib.nullcontext() if self._failures is None else self._failures.failing_together(where)
+        return contextlib.nullcontext() if self._failures is None else self._failures.propagate_failure(where)
 
     def count_progress(self) -> None:
-        """Count a place that all ranks pass before they wait for each other. It shows a rank that waits elsewhere."""
+        """Count a point that every rank passes. A rank that waits elsewhere detects ranks that have passed it."""
         self._count_progress()
 
     def sync(self, call: str, ranks: Sequence[int] | None = None) -> None:
-        """Wait until every rank makes this call.
-
-        Args:
-            call: The call, as users write it. Ranks that made another call show it in their error.
-            ranks: The ranks that have to make it; all if not given.
-
-        Raises:
-            CollectiveError: A rank made another call, or passed the place without one.
-            RankFailedError: A rank was lost, or reports an error.
-        """
+        """Wait until all of `ranks` make the same call: see `Rendezvous.sync`."""
         if self._rendezvous is not None:
             self._rendezvous.sync(call, ranks)
 
@@ -186,10 +172,10 @@ class DistributedRuntime(Distributed):
 
         Args:
             call: The call, as users write it.
-            ranks: The ranks that have to make it; all if not given.
+            ranks: The ranks that make the call; all by default.
 
         Yields:
-            A list to which the block appends what has to be the same on all ranks: data, options.
+            A list to which the block appends what must be equal on all ranks, as text: data, options.
 
         Raises:
             RankFailedError: The block raised on another rank.
@@ -200,7 +186,7 @@ class DistributedRuntime(Distributed):
             yield must_match
         except BaseException as error:
             if self._rendezvous is not None:
-                with contextlib.suppress(RankFailedError, CollectiveError):  # each raises its own
+                with contextlib.suppress(RankFailedError, CollectiveError):  # the error of this rank is raised here
                     self._rendezvous.sync(call, ranks, error=f"{type(error).__name__}: {error}")
             raise
         self.sync(f"{call} with {', '.join(must_match)}" if must_match else call, ranks)
@@ -208,20 +194,23 @@ class DistributedRuntime(Distributed):
     @contextlib.contextmanager
     def main_first(self, *, local: bool) -> Iterator[None]:
         """Run the block on rank 0 first, or on the first rank of each host, and then on the others."""
+        rendezvous = self._rendezvous
         call = f"main_process_first({'local=True' if local else ''})"
-        if self._rendezvous is None or self._rendezvous.inside == call:  # a nested block is in order already
+        if rendezvous is None or rendezvous.current_call == call:  # the outer block has set the order
             yield
             return
-        if self._rendezvous.inside:
-            raise CollectiveError(f"{call} within {self._rendezvous.inside}: put one after the other.")
-        ranks = self._rendezvous.ranks_of_this_host() if local else range(self.world_size)
-        if self.rank == ranks[0]:
-            with self.synced(call, ranks), self._rendezvous.within(call):
-                yield
-        else:
+        if rendezvous.current_call:
+            raise CollectiveError(f"{call} within {rendezvous.current_call}: put one after the other.")
+        ranks = rendezvous.local_ranks() if local else range(self.world_size)
+        is_first = self.rank == ranks[0]
+        if not is_first:
             self.sync(call, ranks)
-            with self.failing_together(f"in {call}"), self._rendezvous.within(call):
+        with self.synced(call, ranks) if is_first else self.propagate_failure(f"in {call}"):
+            rendezvous.current_call = call
+            try:
                 yield
+            finally:
+                rendezvous.current_call = ""
 
     def maximum(self, value: int) -> int:
         """Return the largest value over all ranks, on every rank."""

@@ -1,8 +1,8 @@
-"""The end of the process: threads of the communication come to rest before the interpreter goes.
+"""Wait at the end of the process until gloo's threads are idle.
 
-A thread of gloo frees the tensors of a collective after it has told the caller that they are there, and takes the
-interpreter's lock for that. One that asks for the lock of an interpreter which is ending takes the process with it
-("terminate called without an active exception"): of scripts that end in a collective, one in seven did.
+A gloo thread frees the tensors of a collective after the caller has received them, and needs the GIL for that. A thread
+that requests the GIL while the interpreter shuts down aborts the process ("terminate called without an active
+exception"). One in seven scripts whose last call was a collective ended that way.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import contextlib
 import time
 from pathlib import Path
 
-REST_SECONDS = 2.0
-"""How long the threads have at most."""
-PAUSE = 0.005
-CALM_LOOKS = 3
-"""Looks in a row at which no thread may have anything to do."""
+MAX_WAIT_SECONDS = 2.0
+POLL_SECONDS = 0.005
+IDLE_POLLS = 3
+"""Number of consecutive polls that have to find all threads idle."""
 
 
-def rest_before_exit() -> None:
-    """Have the threads of the communication come to rest as the process ends. Calling it again changes nothing."""
-    atexit.unregister(come_to_rest)
-    atexit.register(come_to_rest)
+def wait_for_gloo_at_exit() -> None:
+    """Register the wait once, however often this is called."""
+    atexit.unregister(wait_until_gloo_is_idle)
+    atexit.register(wait_until_gloo_is_idle)
 
 
-def come_to_rest() -> None:
-    """Leave the interpreter's lock to the threads of the communication until they are idle."""
-    deadline = time.monotonic() + REST_SECONDS
-    calm = 0
-    while calm < CALM_LOOKS and time.monotonic() < deadline:
-        time.sleep(PAUSE)  # without the lock
-        calm = 0 if is_communicating() else calm + 1
+def wait_until_gloo_is_idle() -> None:
+    """Release the GIL to gloo's threads until they are idle, for `MAX_WAIT_SECONDS` at most."""
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
+    idle_polls = 0
+    while idle_polls < IDLE_POLLS and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)  # releases the GIL
+        idle_polls = 0 if is_gloo_busy() else idle_polls + 1
 
 
-def is_communicating() -> bool:
-    """Say whether a thread of gloo has something to do; False where the system does not tell."""
+def is_gloo_busy() -> bool:
+    """Return whether a gloo thread is running. Always False on systems without `/proc`."""
     for thread in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):
             name, _, rest = thread.read_text().partition("(")[2].rpartition(") ")

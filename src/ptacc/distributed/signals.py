@@ -1,4 +1,4 @@
-"""Signals: a request to terminate becomes a wish to stop, which all processes agree on."""
+"""Signal handlers for a run: a signal is recorded as a request to stop, on which all ranks then agree."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def signal_handlers(signals: Collection[signal.Signals], wish: Callable[[str, int], None]) -> Iterator[None]:
-    """Call `wish(name, exit code)` when this process is sent one of `signals` within the block, and let it go on.
+def signal_handlers(signals: Collection[signal.Signals], on_signal: Callable[[str, int], None]) -> Iterator[None]:
+    """Call `on_signal(name, exit_code)` for each of `signals` that this process receives within the block.
 
-    Handlers that were there before are called as well, and put back; Python's own for Ctrl-C, which raises, from the
-    second time on. Python allows handlers in the main thread only; in another, nothing is changed. Nor is a handler
-    that Python does not know.
+    Previous handlers are called as well, and restored after the block. Python's default handler for SIGINT, which
+    raises `KeyboardInterrupt`, is called from the second SIGINT on. Nothing changes outside of the main thread, in
+    which alone Python allows handlers, or for handlers that were not installed from Python.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in signals if signal.getsignal(number) is not None}
-    asked: set[int] = set()
+    previous = {number: signal.getsignal(number) for number in signals if signal.getsignal(number) is not None}
+    received: set[int] = set()
 
-    def heed(number: int, frame: FrameType | None) -> None:
-        is_first = number not in asked
-        asked.add(number)
-        wish(signal.Signals(number).name, 128 + number)
-        handler = before[signal.Signals(number)]
+    def handle(number: int, frame: FrameType | None) -> None:
+        is_first = number not in received
+        received.add(number)
+        on_signal(signal.Signals(number).name, 128 + number)
+        handler = previous[signal.Signals(number)]
         if callable(handler) and not (handler is signal.default_int_handler and is_first):
             handler(number, frame)
 
     try:
-        for number in before:
-            signal.signal(number, heed)
+        for number in previous:
+            signal.signal(number, handle)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,154 +1,116 @@
-"""Agreement: all processes stop at the same step, for the same named reason."""
+"""Votes by which all ranks stop a run after the same step, for the same reason.
+
+A rank that stopped by itself would leave the others waiting in their next collective. A vote is an all-reduce of the
+ranks' requests to stop, on the host (gloo). It is started after one step and read after the next, so that it overlaps
+that step and no rank waits for it. All ranks read the same result after the same step.
+
+There are two kinds of requests:
+
+- A request that follows from the training itself (early stopping, a NaN loss, `trainer.stop()`) takes part in the
+  votes at multiples of `check_every` steps only. A request made in step `s` stops the run after step `n + 1`, where
+  `n` is the first multiple of `check_every` from `s` on. The speed of the steps has no influence.
+- A request that depends on the clock (a signal, `max_time`) takes part in every vote. Where steps are long there are
+  more votes than those at multiples of `check_every`, so that a signal is answered within about `CLOCK_VOTE_SECONDS`.
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.distributed as dist
 
 from ptacc.distributed.process_group import DistributedRuntime
 
+CLOCK_VOTE_SECONDS: Final = 0.5
+"""Time between two votes where `check_every` steps take longer than that; at least one step."""
+
 
 @dataclass(frozen=True, slots=True)
 class StopRequest:
-    """A wish to stop, or the decision to.
+    """A request to stop a run, and the decision that results from a vote.
 
     Args:
-        reason: Why, for people to read.
-        exit_code: What the process exits with after the run, where it was asked to terminate.
+        reason: The reason, as reported in `history.stop_reason`.
+        exit_code: For a signal, the exit code of the process.
+        depends_on_clock: Whether the request depends on the clock, and not on the training alone.
     """
 
     reason: str
     exit_code: int | None = None
+    depends_on_clock: bool = False
 
-
-COST = 0.007
-"""What votes may cost, as a part of the time of the steps."""
-BESIDE_A_STEP = 4.0
-"""How much more a vote beside a step costs than one by itself, for it wakes threads that share cores with the step's.
-
-Measured by `benchmarks/agreement.py`, with a vote in each step.
-"""
-MOST_STEPS = 256
-FIRST_STEPS = 24
-"""Steps after which it is known how long one takes; half of them are to get warm. There is a vote in each of them."""
-
-
-def steps_between_votes(step_seconds: float, vote_seconds: float) -> int:
-    """Return how often to vote, so that it costs less than a hundredth of the steps.
-
-    Args:
-        step_seconds: What a step takes.
-        vote_seconds: What a vote takes by itself.
-
-    Example:
-        >>> steps_between_votes(step_seconds=0.3, vote_seconds=2e-4), steps_between_votes(0.002, 2e-4)
-        (1, 58)
-    """
-    return min(max(math.ceil(BESIDE_A_STEP * vote_seconds / (COST * step_seconds)), 1), MOST_STEPS)
-
-
-@dataclass
-class Pace:
-    """How long steps take, until so many are through that it is known how often to vote."""
-
-    ends: list[float] = field(default_factory=list)
-
-    def is_known(self) -> bool:
-        """Take in that a step ended, and say whether that was the last to look at."""
-        self.ends.append(time.monotonic())
-        return len(self.ends) == FIRST_STEPS
-
-    def steps_between_votes(self, distributed: DistributedRuntime) -> int:
-        """Return how often to vote. A collective: every process asks at the same step, and hears the same."""
-        warm = self.ends[FIRST_STEPS // 2 :]
-        votes: list[float] = []
-        for _ in range(5):
-            started = time.monotonic()
-            distributed.maximum(0)
-            votes.append(time.monotonic() - started)
-        vote_seconds = statistics.median(votes)
-        with_votes = statistics.median(end - start for start, end in pairwise(warm))
-        step_seconds = max(with_votes - BESIDE_A_STEP * vote_seconds, 1e-6)
-        return distributed.maximum(steps_between_votes(step_seconds, vote_seconds))
+    @property
+    def priority(self) -> int:
+        """The largest priority of a vote wins, and then the lowest rank: signals, `max_time`, all others."""
+        return 1 + self.depends_on_clock + (self.exit_code is not None)
 
 
 class StopConsensus:
-    """The processes' wishes to stop, exchanged every few steps by a collective that runs beside the step.
+    """The votes of one run. With one process, each request is its own decision.
 
-    A vote that is cast at one step is counted at the next, so that nobody waits for it. Which steps these are is a
-    function of the number of the step, the same on every process.
-
-    Attributes:
-        stop_check_every: Steps between two votes.
+    Args:
+        distributed: The ranks.
+        check_every: Steps between two votes in which every request takes part.
     """
 
-    def __init__(self, distributed: DistributedRuntime, stop_check_every: int | None = None) -> None:
-        """Vote among `_distributed`.
+    def __init__(self, distributed: DistributedRuntime, check_every: int) -> None:
+        self._distributed = distributed
+        self._check_every = check_every
+        self._pending: tuple[torch.Tensor, dist.Work, StopRequest | None] | None = None
+        self._polls_per_vote = 1  # the first steps may take minutes, in which a model is compiled
+        self._polls = 0
+        self._voted_at = time.monotonic()
+
+    def poll(self, request: StopRequest | None, step: int | None = None) -> StopRequest | None:
+        """Return the decision of the last vote, and start the next vote if it is due.
 
         Args:
-            distributed: The processes.
-            stop_check_every: Steps between two votes; if not given, as many as keep their cost small, and 1 until it is
-                known how many that is: the first steps may take minutes.
+            request: This rank's request.
+            step: Number of completed steps; None within an evaluation, where votes are paced by the clock alone.
+
+        Returns:
+            The request for which all ranks stop now; None to continue.
         """
-        self._peers, self.stop_check_every = distributed, stop_check_every or 1
-        self._pace = Pace() if stop_check_every is None and not distributed.is_single_process else None
-        self._ballot: tuple[torch.Tensor, dist.Work, StopRequest | None] | None = None
-
-    def state_dict(self) -> dict[str, int | None]:
-        """Return how often to vote, None where that is not known yet."""
-        return {"stop_check_every": None if self._pace is not None else self.stop_check_every}
-
-    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
-        """Vote as often as before, unless it was said how often."""
-        if self._pace is not None and (known := state_dict["stop_check_every"]) is not None:
-            self.stop_check_every, self._pace = known, None
-
-    def poll(self, step: int, wish: StopRequest | None) -> StopRequest | None:
-        """Return what all processes agree to stop for after `step`, None to go on.
-
-        Args:
-            step: Steps completed.
-            wish: Why this process wants to stop, None if it does not.
-        """
-        if self._peers.is_single_process:
-            return wish
+        if self._distributed.is_single_process:
+            return request
         decision = self._receive()
-        if self._pace is not None and self._pace.is_known():
-            self.stop_check_every, self._pace = self._pace.steps_between_votes(self._peers), None
-        if decision is None and step % self.stop_check_every == 0:
-            self._send(wish)
+        self._polls += 1
+        takes_all = step is not None and step % self._check_every == 0
+        if decision is None and (takes_all or self._polls >= self._polls_per_vote):
+            takes_part = request is not None and (takes_all or request.depends_on_clock)
+            self._send(request if takes_part else None)
         return decision
 
-    def at_boundary(self, wish: StopRequest | None) -> StopRequest | None:
-        """Vote and count at once, where all processes are at the same place anyway: the end of an epoch."""
-        if self._peers.is_single_process:
-            return wish
-        self._receive()  # a wish outlives the vote it was cast in
-        self._send(wish)
-        return self._receive()
+    def agree_now(self, request: StopRequest | None) -> StopRequest | None:
+        """Vote and wait for the decision. A vote that was started by `poll` stays pending."""
+        if self._distributed.is_single_process:
+            return request
+        return self._decide(self._distributed.maximum(self._encode(request)), request)
 
-    def _send(self, wish: StopRequest | None) -> None:
-        # The largest number wins: the lowest rank that was asked to terminate, else the lowest that wishes to stop.
-        urgency = 0 if wish is None else 1 if wish.exit_code is None else 2
-        number = torch.tensor(urgency * self._peers.world_size - self._peers.rank if urgency else 0)
-        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._peers.group, async_op=True)
+    def _send(self, request: StopRequest | None) -> None:
+        now = time.monotonic()
+        microseconds = int(1e6 * (now - self._voted_at) / self._polls)
+        self._polls, self._voted_at = 0, now
+        values = torch.tensor([self._encode(request), microseconds])
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._distributed.group, async_op=True)
         assert work is not None
-        self._ballot = (number, work, wish)
+        self._pending = (values, work, request)
 
     def _receive(self) -> StopRequest | None:
-        if self._ballot is None:
+        if self._pending is None:
             return None
-        number, work, wish = self._ballot
-        self._ballot = None
-        self._peers.count_progress()
+        (values, work, request), self._pending = self._pending, None
+        self._distributed.count_progress()
         work.wait()
-        if not int(number):
-            return None
-        source = -int(number) % self._peers.world_size
-        return self._peers.broadcast(wish, source=source)
+        largest, microseconds = values.tolist()  # of the slowest rank, so that all ranks choose the same pace
+        self._polls_per_vote = min(int(1e6 * CLOCK_VOTE_SECONDS / max(microseconds, 1)), self._check_every)
+        return self._decide(largest, request)
+
+    def _encode(self, request: StopRequest | None) -> int:
+        return 0 if request is None else request.priority * self._distributed.world_size - self._distributed.rank
+
+    def _decide(self, largest: int, request: StopRequest | None) -> StopRequest | None:
+        return self._distributed.broadcast(request, source=-largest % self._distributed.world_size) if largest else None

@@ -160,7 +160,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _evaluate(self, name: str, source: BatchSource) -> EvalResult:
         events = self._events()
         with (
-            self._distributed.failing_together(f"evaluating {name}".rstrip()),
+            self._distributed.propagate_failure(f"evaluating {name}".rstrip()),
             self._eval_mode(),
             self.around_evaluation(),
         ):
@@ -174,7 +174,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
                     _add_loss(losses, output, self.count_items(host.data))
-                if self._is_interruptible() and self.run.agree_to_terminate(number):
+                if self._is_interruptible() and self.run.agree_to_terminate():
                     raise CoordinatedExit
             total, items = self.distributed.sum([float(losses.total), losses.items])
             if not items:
@@ -182,7 +182,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
                 )
             result = EvalResult(total / items, self.compute_metrics())
-        with self._distributed.failing_together(f"after evaluating {name}".rstrip()):
+        with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
             events.evaluation_end(name, result)
@@ -218,8 +218,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         (source,) = sources.values()
         events = self._events()
         position, transfer = 0, make_transfer(self.device)
-        failing_together = self._distributed.failing_together("in a prediction")
-        with self._prepared([source]), failing_together, self._eval_mode(), self.around_prediction():
+        failures = self._distributed.propagate_failure("in a prediction")
+        with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
             for host in count_once_per_replica(source.epoch(0), self._distributed):
                 local = self._predict_batch(host, transfer)
@@ -280,7 +280,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @contextlib.contextmanager
     def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
         """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
-        with self._distributed.failing_together("setting an evaluation up"):
+        with self._distributed.propagate_failure("setting an evaluation up"):
             sync_lengths(sources)
         if self.is_running:
             yield

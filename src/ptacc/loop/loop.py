@@ -198,9 +198,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             try:
                 self._set_model(run.model)
                 self.model.train()
-                failing_together = run.distributed.failing_together(lambda: f"after step {run.progress.steps}")
+                failures = run.distributed.propagate_failure(lambda: f"after step {run.progress.steps}")
                 handlers = signal_handlers(self.stop_signals(), run.request_termination)
-                with failing_together, handlers, forwards_counted(run):
+                with failures, handlers, forwards_counted(run):
                     with contextlib.suppress(CoordinatedExit):  # raised by an evaluation that a hook called
                         self._loop(run)
                     run.apply_pending_signal()
@@ -261,7 +261,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         events.step_start()
                         with around_step():
                             step, was_updated = self._step(run, window, transfer)
-                        run.count(window, step, happened=was_updated)
+                        run.count_window(window, step, happened=was_updated)
                         if was_updated:
                             events.step_end(step)
                         self._after_step(run)
@@ -279,14 +279,14 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.distributed.count_progress()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
-        needs_output = run.distributed.leads_replica and overrides(self, BatchHooks, "on_batch_end")
+        needs_output = run.distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.around_batch(is_last=index == len(window.batches) - 1):
                 batch = transfer.to_device(host.data)
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
-                loss, logged = window.share(index, output), output.logged
+                loss, logged = window.scale_loss(index, output), output.logged
                 retained = output if needs_output and not host.is_padding else None
                 del output  # unless it is retained, the backward pass can use its memory
                 run.distributed.count_progress()
@@ -320,11 +320,11 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     # ---- between steps and epochs: evaluate, agree on stopping, save
 
     def _start_or_resume(self, run: Run) -> None:
-        if run.saved is not None:
+        if run.resume_state is not None:
             self.load_run_state()
             run.is_consistent = True
             if not run.is_within_epoch:
-                run.agree_to_stop(self.should_stop(), at_boundary=True)
+                run.agree_to_stop(self.should_stop(), at_epoch_end=True)
         is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
         if run.options.get("evaluate_first", False) and is_new:
             run.is_consistent = True
@@ -338,7 +338,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             self._evaluate_sets(run)
         run.agree_to_stop(self.should_stop())
         if not run.is_epoch_complete:  # else after the epoch
-            if run.lacks_last_evaluation:
+            if run.should_evaluate_at_end:
                 self._evaluate_sets(run)
             self.save_run_state()
 
@@ -348,17 +348,17 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             if not run.is_within_epoch:
                 raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
             run.complete_epoch()
-            if (run.lacks_last_evaluation or is_evaluation_due(run)) and not self._evaluate_sets(run):
-                run.uncount_epoch(before)
+            if (run.should_evaluate_at_end or is_evaluation_due(run)) and not self._evaluate_sets(run):
+                run.reopen_epoch(before)
                 self.save_run_state()
         run.is_consistent = False
         run.history.read_steps(run.distributed)
-        record = run.epoch_record(number, self.compute_train_metrics())
+        record = run.make_epoch_record(number, self.compute_train_metrics())
         run.history.add_epoch(record)
         return record
 
     def _after_epoch(self, run: Run) -> None:
-        run.agree_to_stop(self.should_stop(), at_boundary=True)
+        run.agree_to_stop(self.should_stop(), at_epoch_end=True)
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()

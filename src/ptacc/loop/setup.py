@@ -24,7 +24,7 @@ from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
-from ptacc.types.arguments import EvalOptions, RunOptions, options_fingerprint
+from ptacc.types.arguments import DEFAULT_STOP_CHECK_EVERY, EvalOptions, RunOptions, options_fingerprint
 from ptacc.types.outputs import EvalResult
 from ptacc.types.progress import Progress, RunPlan
 
@@ -46,7 +46,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         """Check everything that a run depends on, and make its state."""
         distributed = self._distributed
         self._state.num_runs += 1
-        with distributed.failing_together("drawing a seed"):
+        with distributed.propagate_failure("drawing a seed"):
             saved = self.find_resume_state()
             seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed
         with distributed.synced("the set-up of train()") as must_match:
@@ -64,9 +64,9 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 options_fingerprint(options),
                 f"accumulation_steps={self.accumulation_steps()}",
             ]
-        with distributed.failing_together("setting a run up"):
+        with distributed.propagate_failure("setting a run up"):
             sync_lengths([data, *eval_sets.values()])
-            scheme, check_every = data.partition_scheme, options.get("stop_check_every")
+            scheme = data.partition_scheme
             return Run(
                 options=options,
                 plan=self._plan(data, options, saved),
@@ -77,12 +77,11 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 data=data,
                 eval_data=eval_sets,
                 history=RunHistory(self.history_file if distributed.rank == 0 else None),
-                vote=StopConsensus(distributed, check_every),
-                eval_vote=StopConsensus(distributed, check_every),
+                consensus=StopConsensus(distributed, options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY)),
                 accumulation_steps=self.accumulation_steps(),
-                values=values,
-                conditions={**self.resume_invariants(), "data": scheme.data, "batch_size": scheme.batching},
-                saved=saved,
+                value_names=values,
+                invariants={**self.resume_invariants(), "data": scheme.data, "batch_size": scheme.batching},
+                resume_state=saved,
             )
 
     def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
@@ -138,7 +137,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         plan = RunPlan.compute(options["num_epochs"], steps, options["max_steps"])
         if saved is None:
             return plan
-        scheme, before = data.partition_scheme, saved.conditions
+        scheme, before = data.partition_scheme, saved.invariants
         was_split_alike = (scheme.data, scheme.batching) == (before["data"], before["batch_size"])
         if was_split_alike and before["accumulation_steps"] == str(self.accumulation_steps()):
             return plan

@@ -68,7 +68,7 @@ class DeepSpeedMixin(Mixin):
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         """Handle the launch's DeepSpeed settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
-        builder.take_over("deepspeed")
+        builder.provide("deepspeed", hide=True)
         clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
         if clipping != "auto" and float(clipping) != (get_max_grad_norm(self) or 0.0):
             raise LaunchError(

@@ -73,7 +73,7 @@ class FSDPMixin(ShardingMixin):
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         """Handle the launch's FSDP settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
-        builder.take_over("fsdp")
+        builder.provide("fsdp", hide=True)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"} and os.environ.get("FSDP_VERSION") == "1":
             raise LaunchError(
                 f"The launch asks for FSDP of version 1, and {type(self).__name__} shards by version 2. Set "

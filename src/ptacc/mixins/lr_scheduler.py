@@ -84,7 +84,7 @@ class LRSchedulerMixin(Mixin):
         scheduler = self.create_scheduler(optimizer, self.run.plan)
         check_scheduler(scheduler, optimizer, self.run.plan, self.scheduler_interval)
         if needs_value(scheduler):
-            check_monitor(as_monitor(self.scheduler_monitor), self.run.values, self, "scheduler_monitor")
+            check_monitor(as_monitor(self.scheduler_monitor), self.run.value_names, self, "scheduler_monitor")
         self.run[SCHEDULER] = scheduler
 
     @override

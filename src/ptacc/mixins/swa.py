@@ -138,7 +138,7 @@ def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime)
     """Average the running statistics over ranks, weighted by their numbers of batches. A collective."""
     if distributed.is_single_process:
         return
-    share = int(distributed.leads_replica)  # all ranks of a replica have the same batches
+    share = int(distributed.is_replica_leader)  # all ranks of a replica have the same batches
     for norm in norms:
         mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
         assert mean is not None

@@ -77,7 +77,7 @@ class TensorParallelMixin(ShardingMixin):
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
         super().configure_accelerator(builder)
-        builder.take_over("parallelism")
+        builder.provide("parallelism", hide=True)
         builder.replica_size = self._size()
 
     def _size(self) -> int | None:

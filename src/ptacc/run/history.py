@@ -1,22 +1,22 @@
-"""The history of a run: what steps and epochs reported, flat in memory however long the run is."""
+"""The history of a run: what steps and epochs reported, in constant memory however long the run is."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.run.history_file import Journal
+from ptacc.run.history_file import HistoryFile
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
@@ -24,38 +24,37 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STEPS_IN_MEMORY = 1000
-
-
-NOT_YET = torch.zeros(())
-"""The loss of a step none of whose batches is through."""
+STEP_FIELDS = attrgetter(*(field.name for field in fields(StepRecord)))
+NO_LOSS = torch.zeros(())
+"""The loss of a step before its first batch."""
 
 
 @dataclass(slots=True)
 class StepResult:
-    """One step, its values still on the device.
+    """The values of one step, still on the device.
 
     Args:
-        step: The number of this step, counted from 1.
-        epoch: The number of its epoch, counted from 1.
-        items: Number of items of the step, over all processes.
-        learning_rate: As used by this step.
-        loss: Scalar on the device; its mean over the processes is the step's mean loss.
-        logged: Further scalars, floats or tensors on the device; likewise.
-        weights: Of those that not every batch may have logged, the share of items that did.
+        step: Number of the step, from 1.
+        epoch: Number of its epoch, from 1.
+        items: Number of items of the step, over all ranks.
+        learning_rate: Learning rate of the step.
+        loss: Scalar on the device. Its mean over the ranks is the mean loss of the step.
+        logged: Further scalars, as floats or tensors on the device, averaged over the ranks likewise.
+        weights: The fraction of the items to which a logged value applies, for values that some batches did not log.
     """
 
     step: int
     epoch: int
     items: float
     learning_rate: float | Tensor
-    loss: Tensor = NOT_YET
+    loss: Tensor = NO_LOSS
     logged: dict[str, Tensor | float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
-        """Add one batch: its share of the loss, and means over it with their weight in the step's."""
-        self.loss = loss if self.loss is NOT_YET else self.loss + loss
-        for name, value in logged.items() if weight else ():  # a mean over nothing is NaN, and counts for nothing
+        """Add a batch: its scaled loss, and means over the batch with their weight in the means over the step."""
+        self.loss = loss if self.loss is NO_LOSS else self.loss + loss
+        for name, value in logged.items() if weight else ():  # a mean over no items is NaN
             self.logged[name] = self.logged.get(name, 0.0) + value.detach() * weight
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
@@ -63,9 +62,12 @@ class StepResult:
 class RunHistory(Sequence[EpochRecord]):
     """What a run reported: a sequence of its epochs, and `steps` for the last 1,000 of its steps.
 
+    Args:
+        file: A file to which every record is appended as a JSON line. It keeps the steps that memory drops.
+
     Attributes:
-        stop_reason: Why the run was stopped before its end, None where it was not.
-        initial: What was evaluated before the first step, by the name of the set.
+        stop_reason: Why the run stopped before its planned end; None if it did not.
+        initial: Results of the evaluations before the first step, by the name of the set.
 
     Example:
         >>> history = RunHistory()
@@ -77,18 +79,13 @@ class RunHistory(Sequence[EpochRecord]):
     """
 
     def __init__(self, file: str | Path | None = None) -> None:
-        """Start an empty history.
-
-        Args:
-            file: Append every record to this file as JSON lines, too; the steps that memory forgets stay there.
-        """
         self.stop_reason: str | None = None
         self.initial: dict[str, EvalResult] = {}
         self._epochs: list[EpochRecord] = []
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
         self._logged: dict[str, tuple[float, int]] = {}
-        self._journal = None if file is None else Journal(Path(file))
+        self._file = None if file is None else HistoryFile(Path(file))
 
     @overload
     def __getitem__(self, index: int) -> EpochRecord: ...
@@ -96,47 +93,38 @@ class RunHistory(Sequence[EpochRecord]):
     def __getitem__(self, index: slice) -> Sequence[EpochRecord]: ...
     @override
     def __getitem__(self, index: int | slice) -> EpochRecord | Sequence[EpochRecord]:
-        """Return one epoch's record, or a slice of them."""
         return self._epochs[index]
 
     @override
     def __len__(self) -> int:
-        """Return the number of epochs begun."""
         return len(self._epochs)
 
     @override
     def __iter__(self) -> Iterator[EpochRecord]:
-        """Iterate over the epochs."""
         return iter(self._epochs)
 
     @property
     def steps(self) -> Sequence[StepRecord]:
-        """The last 1,000 steps that were read from the device: all of them once an epoch has ended."""
+        """The last 1,000 steps whose values were read from the device. At the end of an epoch that is each step."""
         return tuple(self._steps)
 
     def begin(self, seed: int, plan: RunPlan) -> None:
-        """Write where a run begins in the file, which may hold several."""
-        self._append([("run", {"seed": seed, **asdict(plan)})])
+        """Write a line that separates this run from earlier ones in the file."""
+        self._write([("run", {"seed": seed, **asdict(plan)})])
 
-    def add_step(self, result: StepResult) -> None:
-        """Keep a step, its values unread."""
+    def add_step(self, result: StepResult, distributed: DistributedRuntime) -> None:
+        """Add a step, whose values are read later. Every 1,000 steps, read the values of the steps before it."""
+        if len(self._unread) >= STEPS_IN_MEMORY:
+            self.read_steps(distributed)  # without this step, to which hooks may still log
         self._unread.append(result)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether so many steps are unread that they should be read now."""
-        return len(self._unread) >= STEPS_IN_MEMORY
-
     def add_epoch(self, record: EpochRecord) -> None:
-        """Keep an epoch."""
+        """Add an epoch."""
         self._epochs.append(record)
-        self._append([("epoch", asdict(record))])
+        self._write([("epoch", asdict(record))])
 
     def read_steps(self, distributed: DistributedRuntime) -> None:
-        """Read the unread steps from the device, and put the processes' parts together.
-
-        A collective: every process reads at the same step.
-        """
+        """Read the values of the unread steps from the device, and average them over the ranks. A collective."""
         unread, self._unread = self._unread, []
         if not unread:
             return
@@ -145,39 +133,38 @@ class RunHistory(Sequence[EpochRecord]):
             for result, (loss, logged) in zip(unread, _read(unread, distributed), strict=True)
         ]
         self._steps.extend(records)
-        if self._journal is not None:
-            self._journal.append([("step", asdict(record)) for record in records])
+        self._write(("step", asdict(record)) for record in records)
         for record in records:
             for name, value in record.logged.items():
                 total, count = self._logged.get(name, (0.0, 0))
                 self._logged[name] = total + value, count + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was reported, all of it read from the device: the epochs, and the steps in memory."""
+        """Return the epochs, and the steps in memory. `read_steps` must have been called."""
         assert not self._unread, "read_steps() comes first"
         return {
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "steps": _columns(self._steps),
+            "steps": json.dumps([STEP_FIELDS(step) for step in self._steps]),  # faster than a thousand dicts
             "initial": {name: asdict(result) for name, result in self.initial.items()},
             "logged": dict(self._logged),
-            "file": None if self._journal is None else self._journal.state_dict(),
+            "file": None if self._file is None else self._file.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was reported, and in the file from there.
+        """Restore the history, and continue in its file.
 
         Raises:
-            DamagedCheckpointError: The file is not what was written.
+            DamagedCheckpointError: The file does not hold what was written.
         """
-        if self._journal is not None and state_dict["file"] is not None:
-            self._journal.load_state_dict(state_dict["file"])
-        self._epochs = [_epoch(state) for state in state_dict["epochs"]]
-        self._steps = deque(_records(state_dict["steps"]), maxlen=STEPS_IN_MEMORY)
-        self.initial = _results(state_dict["initial"])
+        if self._file is not None and state_dict["file"] is not None:
+            self._file.load_state_dict(state_dict["file"])
+        self._epochs = [_decode_epoch(epoch) for epoch in state_dict["epochs"]]
+        self._steps = deque((StepRecord(*row) for row in json.loads(state_dict["steps"])), STEPS_IN_MEMORY)
+        self.initial = _decode_results(state_dict["initial"])
         self._logged = dict(state_dict["logged"])
 
-    def take_logged_means(self) -> dict[str, float]:
-        """Return the means over the steps read since this was last asked, of what they logged."""
+    def pop_logged_means(self) -> dict[str, float]:
+        """Return the means of the logged values over the steps read since the last call."""
         logged, self._logged = self._logged, {}
         return {name: total / count for name, (total, count) in logged.items()}
 
@@ -188,10 +175,10 @@ class RunHistory(Sequence[EpochRecord]):
         return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write the epochs and the steps in memory to `path`, one JSON object a line."""
+        """Write the steps in memory and the epochs to `path`, one JSON object per line."""
+        records = [("step", asdict(step)) for step in self._steps] + [("epoch", asdict(epoch)) for epoch in self]
         with Path(path).open("w", encoding="utf-8") as file:
-            _write(file, [("step", asdict(step)) for step in self._steps])
-            _write(file, [("epoch", asdict(epoch)) for epoch in self._epochs])
+            file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the epochs as a data frame, one row each.
@@ -207,20 +194,20 @@ class RunHistory(Sequence[EpochRecord]):
     def __repr__(self) -> str:
         return f"RunHistory({len(self)} epochs, {len(self._steps)} steps in memory)"
 
-    def _append(self, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        if self._journal is not None:
-            self._journal.append(lines)
+    def _write(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        if self._file is not None:
+            self._file.append(records)
 
 
 def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list[tuple[float, dict[str, float]]]:
-    """Read the losses and the logged values with one copy from the device, and average the processes' parts."""
+    """Return the losses and the logged values of steps: one copy from the device, averaged over the ranks."""
     names = sorted(set[str]().union(*distributed.gather({name for result in unread for name in result.logged})))
     cells = [(i, name) for i in range(len(unread)) for name in names]
     losses = torch.stack([result.loss for result in unread]).to(torch.float64)
     logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
-    further = [value.detach().to(losses.device, torch.float64).reshape(1) for value in logged]
-    values: list[float] = torch.cat([losses, *further]).tolist()
-    # Not every step logs every name, and not on every process.
+    logged = [value.detach().to(losses.device, torch.float64).reshape(1) for value in logged]
+    values: list[float] = torch.cat([losses, *logged]).tolist()
+    # Not every step logs every name, and not on every rank.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
     sums = distributed.sum([*values, *weights])
     read: list[tuple[float, dict[str, float]]] = [(loss / distributed.world_size, {}) for loss in sums[: len(unread)]]
@@ -231,48 +218,10 @@ def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list
     return read
 
 
-def _epoch(state: Mapping[str, Any]) -> EpochRecord:
-    fields: dict[str, Any] = {**state, "evaluations": _results(state["evaluations"])}
-    return EpochRecord(**fields)
+def _decode_epoch(state: Mapping[str, Any]) -> EpochRecord:
+    values: dict[str, Any] = {**state, "evaluations": _decode_results(state["evaluations"])}
+    return EpochRecord(**values)
 
 
-def _results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
+def _decode_results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
     return {name: EvalResult(**state) for name, state in states.items()}
-
-
-def _write(file: IO[str], lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in lines)
-
-
-COUNTS = ("step", "epoch", "items")
-VALUES = ("loss", "learning_rate")
-"""The fields of a step's record that each have one number."""
-
-
-def _columns(records: Collection[StepRecord]) -> dict[str, Any]:
-    """Return records as tensors, one for each field: a thousand records are saved as often as the run is."""
-    double = functools.partial(torch.tensor, dtype=torch.float64)
-    counts = {name: [getattr(record, name) for record in records] for name in COUNTS}
-    are_whole = {name: all(type(count) is int for count in column) for name, column in counts.items()}
-    logged: dict[str, tuple[list[int], list[float]]] = {}
-    for index, record in enumerate(records):
-        for name, value in record.logged.items():
-            places, values = logged.setdefault(name, ([], []))
-            places.append(index)
-            values.append(value)
-    return {
-        **{name: torch.tensor(column) if are_whole[name] else double(column) for name, column in counts.items()},
-        **{name: double([getattr(record, name) for record in records]) for name in VALUES},
-        "logged": {name: (torch.tensor(places), double(values)) for name, (places, values) in logged.items()},
-    }
-
-
-def _records(columns: Mapping[str, Any]) -> Iterator[StepRecord]:
-    """Yield the records that `_columns` was given."""
-    logged: dict[int, dict[str, float]] = {}
-    for name, (places, values) in columns["logged"].items():
-        for index, value in zip(places.tolist(), values.tolist(), strict=True):
-            logged.setdefault(index, {})[name] = value
-    rows = zip(*(columns[name].tolist() for name in (*COUNTS, *VALUES)), strict=True)
-    for index, (step, epoch, items, loss, learning_rate) in enumerate(rows):
-        yield StepRecord(step, epoch, loss, learning_rate, items, logged.get(index, {}))

@@ -1,4 +1,4 @@
-"""A journal: an append-only file of JSON lines, of which it is known how much a checkpoint has seen."""
+"""An append-only file of JSON lines, whose verified length is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from ptacc.errors import DamagedCheckpointError
 from ptacc.types.protocols import StateDict
 
 
-class Journal:
-    """A file that a run appends lines to; what others wrote before it stays.
+class HistoryFile:
+    """A file to which a run appends lines. Lines of earlier runs stay.
 
-    Its state is how much of the file is the run's, with a hash. A run that goes on checks that, and cuts off what was
-    written after it.
+    Its state is the position of the run's lines with their hash. A resumed run verifies the hash, and removes the lines
+    written after the checkpoint.
+
+    Args:
+        path: The file, which is created with its directory at the first line.
     """
 
     def __init__(self, path: Path) -> None:
-        """Append to `path`, which is made with its directory at the first line."""
         self._path = path
         self._start: int | None = None
         self._length = 0
         self._digest = hashlib.sha256()
-        self._unsynced: list[Path] = []
 
     def append(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Append records, each with its kind."""
         text = "".join(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records).encode()
-        if self._start is None:
-            self._unsynced = [*directories_to_sync(self._path)]
+        directories = [*directories_to_sync(self._path)] if self._start is None else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             if self._start is None:
-                if is_within_a_line(self._path):  # a run was killed there
+                if has_partial_line(self._path):  # of a run that was killed
                     file.write(b"\n")
                 self._start = file.tell()
             file.write(text)
+        for directory in directories:
+            sync(directory)
         self._digest.update(text)
         self._length += len(text)
 
     def state_dict(self) -> StateDict:
-        """Return where the run's lines are in the file and what they hash to, once they are on the disk."""
+        """Flush the file to the disk, and return the position and the hash of the run's lines."""
         if self._start is not None:
-            for path in (self._path, *self._unsynced):
-                sync(path)
-            self._unsynced = []
+            sync(self._path)
         return {"start": self._start, "length": self._length, "sha256": self._digest.hexdigest()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on after the lines of a state, and cut off what comes after them.
+        """Continue after the lines of a state, and remove the lines after them.
 
         Raises:
-            DamagedCheckpointError: The file is gone, or these lines are not what was written.
+            DamagedCheckpointError: The file is missing, or these lines have changed.
         """
         self._start, self._length = state_dict["start"], state_dict["length"]
         if self._start is None:
@@ -63,8 +63,7 @@ class Journal:
         try:
             with self._path.open("r+b") as file:
                 file.seek(self._start)
-                lines = file.read(self._length)
-                self._digest = hashlib.sha256(lines)
+                self._digest = hashlib.sha256(file.read(self._length))
                 if self._digest.hexdigest() != state_dict["sha256"]:
                     raise DamagedCheckpointError(
                         f"{self._path} is not the history that was saved: its {self._length} bytes from {self._start} "
@@ -73,27 +72,27 @@ class Journal:
                 file.truncate(self._start + self._length)
         except FileNotFoundError:
             raise DamagedCheckpointError(
-                f"{self._path} is gone, and the run that goes on has written {self._length} bytes to it. Put it back, "
-                "or waive it: resume_ignore={'history'} starts a new one."
+                f"{self._path} is missing, and the saved run has written {self._length} bytes to it. Put it back, or "
+                "waive it: resume_ignore={'history'} starts a new one."
             ) from None
 
 
 def directories_to_sync(path: Path) -> Iterator[Path]:
-    """Iterate over the directories in which there is a new name once a file and its directories are made."""
+    """Iterate over the directories that get a new entry when a file is created with its missing directories."""
     yield path.parent
     if not path.parent.exists():
         yield from directories_to_sync(path.parent)
 
 
-def is_within_a_line(path: Path) -> bool:
-    """Say whether the last line of a file has no end."""
+def has_partial_line(path: Path) -> bool:
+    """Return whether the last line of a file is incomplete."""
     with path.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         return file.read() not in (b"", b"\n")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

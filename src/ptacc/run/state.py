@@ -1,10 +1,10 @@
-"""What the state of a run is made of: the keys to mixins' parts, what an epoch gathers, and a run as it was saved."""
+"""Parts of the state of a run: keys of the mixins' states, the current epoch, and the saved run to resume."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Generic, cast
 
 import torch
@@ -18,11 +18,11 @@ from ptacc.types.protocols import StateDict
 
 @dataclass(frozen=True, eq=False)
 class StateKey(Generic[T]):
-    """The typed key to a mixin's part of the run state: `self.run[EMA_STATE]` is an `EMAState`.
+    """The typed key of a mixin's part of the run state: `self.run[EMA_STATE]` is an `EMAState`.
 
     Args:
-        name: What a checkpoint calls it.
-        each_rank: Whether each process has a state of its own, and not all the same.
+        name: Name of the part in checkpoints.
+        each_rank: Whether each rank has a state of its own. By default the state is the same on all ranks.
 
     Example:
         >>> COUNTS: StateKey[list[int]] = StateKey("counts")
@@ -34,37 +34,36 @@ class StateKey(Generic[T]):
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A run as it was saved, to go on with.
+    """A saved run, to be resumed.
 
     Args:
-        shared: What all processes have in common: `Run.state_dict()`.
-        own: What was this process's own: `Run.own_state_dict()`.
+        shared: State that all ranks share: `Run.state_dict()`.
+        rank_state: State of this rank: `Run.rank_state_dict()`.
     """
 
     shared: StateDict
-    own: StateDict
+    rank_state: StateDict
 
     @property
     def seed(self) -> int:
-        """The seed of the run."""
+        """Seed of the run."""
         return cast(int, self.shared["seed"])
 
     @property
     def progress(self) -> Progress:
-        """How far the run was."""
+        """Progress of the run when it was saved."""
         return Progress(**self.shared["progress"])
 
     @property
-    def conditions(self) -> Mapping[str, str]:
-        """What has to be the same when it goes on, by name."""
+    def invariants(self) -> Mapping[str, str]:
+        """What must be the same when the run is resumed, by name."""
         return cast(Mapping[str, str], self.shared["conditions"])
 
 
 class LossSum:
-    """The sum of an epoch's losses, kept on the device in the widest type it has, and the number of its items."""
+    """A sum of losses on the device, in the widest type of the device, and the number of items."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start from nothing."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total: Tensor = torch.zeros((), dtype=dtype, device=device)
         self.items: float = 0.0
@@ -77,16 +76,16 @@ class LossSum:
 
 @dataclass
 class EpochState:
-    """What is gathered while an epoch runs.
+    """The state of the current epoch.
 
     Args:
-        losses: The training loss so far.
-        num_batches: Batches that each process will have trained on at its end; None where the data has no length.
-        started: When it began, on the monotonic clock.
-        learning_rate: As used by the last step.
-        evaluations: What was evaluated in it, by the name of the set.
-        is_exhausted: Whether its data has come to an end.
-        is_counted: Whether it was counted as an epoch gone through.
+        losses: Sum of the training losses.
+        num_batches: Number of batches of the epoch on each rank; None for data without a length.
+        started: Time at which the epoch began, on the monotonic clock.
+        learning_rate: Learning rate of the last step.
+        evaluations: Results of the evaluations within the epoch, by the name of the set.
+        is_exhausted: Whether the iterator of the data has ended.
+        is_counted: Whether the epoch is included in `progress.epochs`.
     """
 
     losses: LossSum
@@ -96,3 +95,20 @@ class EpochState:
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
     is_exhausted: bool = False
     is_counted: bool = False
+
+    def state_dict(self) -> StateDict:
+        """Return the state that all ranks share: all but the sum of the losses."""
+        return {
+            "items": self.losses.items,
+            "seconds": time.monotonic() - self.started,
+            "learning_rate": self.learning_rate,
+            "is_exhausted": self.is_exhausted,
+            "evaluations": {name: asdict(result) for name, result in self.evaluations.items()},
+        }
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore the state."""
+        self.losses.items = state_dict["items"]
+        self.started = time.monotonic() - state_dict["seconds"]
+        self.learning_rate, self.is_exhausted = state_dict["learning_rate"], state_dict["is_exhausted"]
+        self.evaluations = {name: EvalResult(**result) for name, result in state_dict["evaluations"].items()}

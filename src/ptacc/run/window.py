@@ -1,4 +1,4 @@
-"""A window: the batches of one step, whose divisor is known before the first backward pass."""
+"""A window: the batches of one step, with a divisor that is known before the first backward pass."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ptacc.types.outputs import StepOutput
 
 @dataclass(frozen=True, slots=True)
 class Window(Generic[BatchT]):
-    """The batches that this process takes for one step.
+    """The batches that this rank takes for one step.
 
     Args:
-        batches: The batches, fewer than asked for at an epoch's end.
-        counts: Items of each batch, 0 for phantoms.
-        total: Items of the step, over all its batches and all processes.
-        replicas: Number of the model's replicas, whose gradients are averaged.
+        batches: The batches. The last window of an epoch may have fewer.
+        counts: Items of each batch, 0 for a padding batch.
+        total: Items of the step, over all batches and all ranks.
+        replicas: Number of replicas of the model, over which gradients are averaged.
     """
 
     batches: list[HostBatch[BatchT]]
@@ -32,11 +32,11 @@ class Window(Generic[BatchT]):
     total: float
     replicas: int
 
-    def share(self, index: int, output: StepOutput[Any]) -> Tensor:
-        """Scale the loss of one batch so that the gradients, averaged over the replicas, are the step's.
+    def scale_loss(self, index: int, output: StepOutput[Any]) -> Tensor:
+        """Return the loss of a batch, scaled so that the gradients averaged over the replicas are those of the step.
 
         Raises:
-            LossError: A mean over a batch that has no items: it is NaN.
+            LossError: The loss is a mean over a batch without items, which is NaN.
         """
         count = self.counts[index]
         if output.is_sum:
@@ -49,12 +49,12 @@ class Window(Generic[BatchT]):
         return divide(output.loss, count * self.replicas, self.total)
 
     def weight(self, index: int) -> float:
-        """Return the weight of a mean over one batch in the step's, which is averaged over the replicas."""
+        """Return the weight of a mean over a batch in the mean over the step, before averaging over replicas."""
         return self.counts[index] * self.replicas / self.total
 
 
 def divide(value: Tensor, weight: float, total: float) -> Tensor:
-    """Return `value * weight / total`, by one division: for even windows that is what a plain loop computes."""
+    """Return `value * weight / total` with one division, and unchanged in a window of one batch as in a plain loop."""
     if weight == total:
         return value
     return value / (total / weight) if weight else value * 0.0
@@ -68,14 +68,14 @@ def make_windows(
     *,
     items_are_samples: bool,
 ) -> Iterator[Window[BatchT]]:
-    """Group batches into windows of `size`, the last one maybe shorter, and count their items.
+    """Group batches into windows of `size`, of which the last may be smaller, and count their items.
 
     Args:
-        batches: This process's batches of an epoch.
-        size: Batches a window.
-        count_items: Returns the items of a batch on the host.
-        distributed: The processes. They are asked for their counts, unless those follow from how samples were dealt.
-        items_are_samples: Whether a batch's items are its samples, so that the dealing tells the total.
+        batches: The batches of this rank in an epoch.
+        size: Batches per window.
+        count_items: Returns the items of a batch, on the host.
+        distributed: The ranks. They sum their counts, unless the total follows from the partition of the samples.
+        items_are_samples: Whether the items of a batch are its samples, so that it does.
     """
     while window := list(islice(batches, size)):
         counts = [0 if batch.is_padding else count_items(batch.data) for batch in window]
@@ -85,7 +85,7 @@ def make_windows(
             total = sum(batch.total or 0 for batch in window)
             check_counts(window, counts)
         else:
-            (total,) = distributed.sum([sum(counts) if distributed.leads_replica else 0])
+            (total,) = distributed.sum([sum(counts) if distributed.is_replica_leader else 0])
         if not total:
             raise DataError(
                 f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "
@@ -95,7 +95,7 @@ def make_windows(
 
 
 def check_counts(window: list[HostBatch[Any]], counts: list[int]) -> None:
-    """Raise `DataError` where batches do not hold the samples that were dealt."""
+    """Raise `DataError` if the items of a batch are not its samples."""
     for batch, count in zip(window, counts, strict=True):
         if count != batch.samples:
             raise DataError(

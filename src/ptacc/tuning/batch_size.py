@@ -214,5 +214,5 @@ def make_independent(trial: AnyLoop) -> None:
     runtime = trial.accelerator, DistributedRuntime()
     vars(trial)["_runtime"] = lambda: runtime
     vars(trial)["make_engine"] = lambda: TorchEngine(
-        trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), in_replicas=False
+        trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), is_replicated=False
     )

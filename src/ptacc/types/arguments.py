@@ -78,8 +78,9 @@ class TrainOptions(TypedDict, total=False):
         limit_batches: Use only this many batches per process of each epoch and each evaluation, for a smoke run. The
             schedule is planned for the limited epochs. Default: the environment variable `PTACC_LIMIT_BATCHES`,
             otherwise no limit.
-        stop_check_every: Steps between two agreements of the processes on stopping. If not given, as many as keep their
-            cost below a hundredth, worked out in the first steps: 1 where steps are long. One process needs none.
+        stop_check_every: Steps between two votes of the ranks on requests to stop, such as early stopping and
+            `trainer.stop()`. Default: 16. Signals and `max_time` are also voted on after each step that takes over half
+            a second. One process stops after the current step.
     """
 
     per_device_batch_size: int | None
@@ -89,7 +90,7 @@ class TrainOptions(TypedDict, total=False):
     evaluate_every: Cadence
     evaluate_first: bool
     limit_batches: int | None
-    stop_check_every: int | None
+    stop_check_every: int
 
 
 class EpochLimited(TrainOptions, total=False):
@@ -127,6 +128,8 @@ class RunOptions(TrainOptions):
 
 DEFAULT_CADENCE = Epochs(1)
 """How often a run is evaluated by default."""
+DEFAULT_STOP_CHECK_EVERY = 16
+"""Steps between two votes on stopping, by default."""
 
 
 def check_data_is_sharded(call: str, value: object) -> None:
@@ -137,9 +140,10 @@ def check_data_is_sharded(call: str, value: object) -> None:
 
 def check_run_options(options: RunOptions) -> None:
     """Raise `OptionError` for invalid values, and for a run without a limit."""
-    for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"):
+    for name in ("num_epochs", "max_steps", "per_device_batch_size", "limit_batches"):
         if (value := options.get(name)) is not None:
             check_at_least("train", name, value, 1)
+    check_at_least("train", "stop_check_every", options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY), 1)
     if options["max_time"] is not None:
         check_positive("train", "max_time", max_seconds(options), "It is in seconds, or a timedelta.")
     check_data_is_sharded("train", options.get("data_is_sharded", False))
@@ -160,7 +164,12 @@ def check_run_options(options: RunOptions) -> None:
 def options_fingerprint(options: RunOptions) -> str:
     """Describe the options that must be the same on all ranks."""
     names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "stop_check_every")
-    with_defaults = {"evaluate_every": DEFAULT_CADENCE, "evaluate_first": False, **options}
+    with_defaults = {
+        "evaluate_every": DEFAULT_CADENCE,
+        "evaluate_first": False,
+        "stop_check_every": DEFAULT_STOP_CHECK_EVERY,
+        **options,
+    }
     return ", ".join(f"{name}={with_defaults.get(name)}" for name in names)
 
 

@@ -47,7 +47,7 @@ class Case:
     world_size: int
     evaluate_every: Steps | Epochs
     patience: int
-    stop_check_every: int | None = None
+    stop_check_every: int = 16
 
     def trainer(self, directory: Path, **options: Any) -> Mortal:
         return make(
@@ -83,12 +83,11 @@ class Case:
 
 CASES = (
     Case(1, Steps(4), patience=4),
-    Case(2, Steps(4), patience=4, stop_check_every=1),
+    Case(2, Steps(4), patience=2),
     Case(1, Epochs(1), patience=2),
     Case(2, Epochs(1), patience=2, stop_check_every=2),
     Case(2, Steps(4), patience=100),
 )
-"""With more than one process and no word on how often they vote, the clock has a say in when a run stops early."""
 SAVING: tuple[Mapping[str, Any], ...] = (
     {"checkpoint_every": None},
     {"checkpoint_every": Epochs(1)},

@@ -1,7 +1,7 @@
-"""Trains the tiny problem, saved at each step, and dies on the way: `elastic.py DIRECTORY 3:1 5:0:host`.
+"""Trains on the tiny data, with a checkpoint per step, and is killed: `elastic.py DIRECTORY 3:1 5:0:host`.
 
-Each death comes once: at a step, of a rank, by itself or with the agent that started it. Rank 0 leaves in the directory
-what came of the run.
+Each argument is one kill: its step, the rank, and `host` to kill the agent that started it as well. Rank 0 writes the
+result of the run to the directory.
 """
 
 import json

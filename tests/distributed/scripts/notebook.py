@@ -38,7 +38,7 @@ def main(launcher: str, what: str, port: str) -> None:
     for _ in range(2):
         if what == "function":
             launch(train, (trainer,), **options)
-        else:  # torch asks for its name, which a bare partial has not
+        else:  # torch reads its `__name__`, which a partial lacks
             method = update_wrapper(partial(trainer.train, num_epochs=2, per_device_batch_size=4), trainer.train)
             launch(method, (tiny_data(24), tiny_data(13)), **options)
 

@@ -1,6 +1,6 @@
-"""Trains the tiny problem, evaluates and predicts it; rank 0 prints what came of it as one line of JSON.
+"""Trains on the tiny data, evaluates and predicts; rank 0 prints the results as one line of JSON.
 
-With a number, `tiny.py 4`, it prints the places in the data that each process gets from that step on.
+With a number, `tiny.py 4`, it prints the indices of the samples that each process gets from that step on.
 """
 
 import json
@@ -21,15 +21,15 @@ SEED = 5
 
 
 class Seeing(SeedMixin, Trainer):
-    """Notes the places in the data that this process trains on, step by step."""
+    """Records the indices of the samples that this process trains on, step by step."""
 
     seed: int | None = SEED
     seen: list[list[int]] = field(init=False, default_factory=list)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        is_place = (batch[0][:, None] == DATA.tensors[0]).all(dim=-1)  # (batch, samples)
-        self.seen.append(is_place.nonzero()[:, 1].tolist())
+        is_sample = (batch[0][:, None] == DATA.tensors[0]).all(dim=-1)  # (batch, samples)
+        self.seen.append(is_sample.nonzero()[:, 1].tolist())
         return super().train_step(batch)
 
 
@@ -52,8 +52,8 @@ def report(trainer: Seeing) -> dict[str, Any]:
 
 
 def order_from(step: int, trainer: Seeing) -> list[list[list[int]]]:
-    """Return the places, [rank][step][sample], with nothing known of the run but its seed."""
-    distributed, steps_per_epoch = trainer.run.distributed, len(DATA) // GLOBAL_BATCH
+    """Return the indices, as [rank][step][sample], which follow from the seed of the run alone."""
+    distributed, steps_per_epoch = trainer._distributed, len(DATA) // GLOBAL_BATCH  # noqa: SLF001
     loader = DataLoaderConfig(DATA, GLOBAL_BATCH // distributed.world_size, None, {}).build(shuffle=True)
     source = make_source(loader, distributed, SEED)
     epoch, batch = divmod(step, steps_per_epoch)

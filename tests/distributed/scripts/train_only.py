@@ -1,4 +1,4 @@
-"""Trains the tiny problem, and ends there: nothing is between the last collective and the end of the interpreter."""
+"""Trains on the tiny data and exits right after the last collective."""
 
 from ptacc import Trainer
 from ptacc.testing import tiny_data, tiny_parts
