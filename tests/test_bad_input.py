@@ -192,7 +192,7 @@ def test_a_stream_without_a_length_needs_another_limit_than_epochs() -> None:
 
 def test_a_collate_function_that_returns_nothing_is_refused() -> None:
     trainer = make()
-    with refused(trainer, DataError, "A batch is None: the collate function returned nothing"):
+    with refused(trainer, DataError, "The collate function returned None"):
         trainer.train(DATA, num_epochs=1, collate_fn=lambda samples: None)
     with refused(trainer, OptionError, r"collate_fn=3\): must be a function"):
         trainer.train(DATA, num_epochs=1, collate_fn=3)
@@ -388,7 +388,8 @@ def test_a_model_in_ddp_is_refused() -> None:
         import torch.distributed as dist
         from torch import nn
         from torch.optim import SGD
-        from ptacc import ModelError, Trainer
+        from ptacc import Trainer
+        from ptacc.errors import ModelError
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
         trainer = Trainer(model, loss_func=nn.MSELoss(), optimizer=SGD(model.parameters(), lr=0.1))

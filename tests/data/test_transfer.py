@@ -153,5 +153,5 @@ def test_what_pins_itself_is_asked_to() -> None:
 
 
 def test_no_batch_is_an_error_from_a_pinning_loader_too() -> None:
-    with pytest.raises(DataError, match="A batch is None"):
+    with pytest.raises(DataError, match="The collate function returned None"):
         require_batch(Pinnable(None))
