@@ -194,7 +194,7 @@ def test_a_stream_without_a_length_needs_max_steps_or_max_time() -> None:
 
 def test_a_collate_function_that_returns_nothing_is_refused() -> None:
     trainer = make()
-    with refused(trainer, DataError, "A batch is None: the collate function returned nothing"):
+    with refused(trainer, DataError, "The collate function returned None"):
         trainer.train(DATA, num_epochs=1, collate_fn=lambda samples: None)
     with refused(trainer, OptionError, r"collate_fn=3\): must be a function"):
         trainer.train(DATA, num_epochs=1, collate_fn=3)

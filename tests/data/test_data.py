@@ -1,4 +1,4 @@
-"""From what users hand over to the batches of each process."""
+"""From datasets and DataLoaders to the batches of each rank."""
 
 import copy
 import random
@@ -81,8 +81,8 @@ class Backwards(Sampler[int]):
         return reversed(range(self.n))
 
 
-def fake_peers(rank: int, world_size: int) -> DistributedRuntime:
-    """Return peers that deal without communicating: nothing here asks them to."""
+def fake_rank(rank: int, world_size: int) -> DistributedRuntime:
+    """Return a rank of a launch that is not there, for code that does not communicate."""
     return DistributedRuntime(rank, world_size)
 
 
@@ -117,22 +117,22 @@ def numbers(found: list[HostBatch[Any]]) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 16, 31])
 @pytest.mark.parametrize("kind", [Numbers, Stream])
-def test_every_sample_goes_to_one_process_and_all_have_equally_many_batches(
+def test_every_sample_goes_to_one_rank_and_all_have_the_same_number_of_batches(
     kind: type[Numbers | Stream], n: int, world_size: int
 ) -> None:
-    dealt = [batches(kind(n), fake_peers(rank, world_size)) for rank in range(world_size)]
-    assert sorted(number for found in dealt for number in numbers(found)) == list(range(n))
-    assert len({len(found) for found in dealt}) == 1
-    for group in zip(*dealt, strict=True):
+    sharded = [batches(kind(n), fake_rank(rank, world_size)) for rank in range(world_size)]
+    assert sorted(number for found in sharded for number in numbers(found)) == list(range(n))
+    assert len({len(found) for found in sharded}) == 1
+    for group in zip(*sharded, strict=True):
         assert sum(batch.samples or 0 for batch in group) == group[0].total
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_order_knows_nothing_of_the_number_of_processes(world_size: int) -> None:
+def test_the_order_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
     alone = batches(Numbers(32), batch_size=4 * world_size, shuffle=True)
-    dealt = [batches(Numbers(32), fake_peers(rank, world_size), shuffle=True) for rank in range(world_size)]
-    for whole, *parts in zip(alone, *dealt, strict=True):
-        assert whole.data.tolist() == [number for part in parts for number in part.data.tolist()]
+    sharded = [batches(Numbers(32), fake_rank(rank, world_size), shuffle=True) for rank in range(world_size)]
+    for full, *parts in zip(alone, *sharded, strict=True):
+        assert full.data.tolist() == [number for part in parts for number in part.data.tolist()]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -155,7 +155,7 @@ def test_augmentation_differs_between_epochs_and_repeats_with_the_seed() -> None
     assert not torch.equal(one[:, 1:], other[:, 1:])
 
 
-def test_loading_leaves_the_global_generators_alone() -> None:
+def test_loading_restores_the_global_generators() -> None:
     python, numpy, cpu = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     batches(Noisy(8), shuffle=True)
     batches(NoisyStream(8))
@@ -178,43 +178,43 @@ def test_persistent_workers_see_the_epoch_change(workers: int) -> None:
 @pytest.mark.parametrize("start", [1, 3, 5])
 @pytest.mark.parametrize("kind", [Noisy, NoisyStream])
 @pytest.mark.parametrize("limit", [None, 4])
-def test_an_epoch_goes_on_from_a_batch_as_it_would_have(
+def test_an_epoch_resumed_at_a_batch_gives_the_same_batches(
     kind: type[Noisy | NoisyStream], start: int, workers: int, limit: int | None
 ) -> None:
     setting: Any = {"shuffle": kind is Noisy, "epoch": 2, "limit": limit}
     for rank in range(2):
-        whole = batches(kind(37), fake_peers(rank, 2), **setting)
+        full = batches(kind(37), fake_rank(rank, 2), **setting)
         rest = batches(
-            kind(37), fake_peers(rank, 2), **setting, start=start, num_workers=workers, timeout=30.0 * workers
+            kind(37), fake_rank(rank, 2), **setting, start=start, num_workers=workers, timeout=30.0 * workers
         )
-        assert len(rest) == max(len(whole) - start, 0)
-        for expected, batch in zip(whole[start:], rest, strict=True):
+        assert len(rest) == max(len(full) - start, 0)
+        for expected, batch in zip(full[start:], rest, strict=True):
             assert replace(batch, data=None) == replace(expected, data=None)
             assert torch.equal(batch.data, expected.data)
 
 
-def test_an_epoch_that_goes_on_asks_for_no_sample_before() -> None:
-    class Asked(Numbers):
-        asked: list[int]
+def test_a_resumed_epoch_loads_no_earlier_samples() -> None:
+    class Recording(Numbers):
+        loaded: list[int]
 
         @override
         def __getitem__(self, index: int) -> int:
-            self.asked.append(index)
+            self.loaded.append(index)
             return index
 
-    dataset = Asked(16)
-    dataset.asked = []
+    dataset = Recording(16)
+    dataset.loaded = []
     batches(dataset, start=3)
-    assert set(dataset.asked) == {12, 13, 14, 15}
+    assert set(dataset.loaded) == {12, 13, 14, 15}
 
 
-def test_a_stream_is_told_its_epoch() -> None:
+def test_a_stream_receives_its_epoch() -> None:
     stream = Stream(4)
     batches(stream, epoch=5)
     assert stream.epochs == [5]
 
 
-def test_a_users_sampler_is_kept() -> None:
+def test_a_users_sampler_is_used() -> None:
     assert numbers(batches(Numbers(7), sampler=Backwards(7))) == [6, 5, 4, 3, 2, 1, 0]
 
 
@@ -225,46 +225,46 @@ def test_a_users_random_sampler_is_reproducible() -> None:
     assert len(found[0]) == 14
 
 
-def test_a_users_batch_sampler_is_kept() -> None:
+def test_a_users_batch_sampler_is_used() -> None:
     sampler = BatchSampler(Backwards(7), batch_size=3, drop_last=False)
     found = batches(Numbers(7), batch_size=None, batch_sampler=sampler)
     assert [batch.data.tolist() for batch in found] == [[6, 5, 4], [3, 2, 1], [0]]
 
 
 def test_drop_last_drops_the_global_batch_that_is_not_full() -> None:
-    dealt = [batches(Numbers(13), fake_peers(rank, 2), batch_size=3, drop_last=True) for rank in range(2)]
-    assert [[batch.data.tolist() for batch in found] for found in dealt] == [
+    sharded = [batches(Numbers(13), fake_rank(rank, 2), batch_size=3, drop_last=True) for rank in range(2)]
+    assert [[batch.data.tolist() for batch in found] for found in sharded] == [
         [[0, 1, 2], [6, 7, 8]],
         [[3, 4, 5], [9, 10, 11]],
     ]
 
 
 class OneByOne(TensorDataset):
-    """Notes that it is asked for samples."""
+    """Counts the samples that are loaded one by one."""
 
-    asked: ClassVar[int] = 0
+    loaded: ClassVar[int] = 0
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        OneByOne.asked += 1
+        OneByOne.loaded += 1
         return tuple(tensor[index] for tensor in self.tensors)
 
 
 @pytest.mark.parametrize("part", [None, [7, 1, 8, 2, 9, 0]])
-def test_tensors_in_memory_are_indexed_at_once_with_the_same_result(part: list[int] | None) -> None:
+def test_indexing_tensors_in_memory_together_gives_the_same_batches(part: list[int] | None) -> None:
     tensors = torch.randn(10, 3), torch.arange(10)
     data: list[TensorDataset] = [kind(*tensors) for kind in (TensorDataset, OneByOne)]
-    asked = OneByOne.asked
-    parts: list[Any] = data if part is None else [Subset(Subset(whole, part), range(1, 6)) for whole in data]
-    at_once, one_by_one = (batches(dataset, shuffle=True) for dataset in parts)
-    assert OneByOne.asked - asked >= len(parts[1])
-    for left, right in zip(at_once, one_by_one, strict=True):
+    before = OneByOne.loaded
+    parts: list[Any] = data if part is None else [Subset(Subset(full, part), range(1, 6)) for full in data]
+    together, one_by_one = (batches(dataset, shuffle=True) for dataset in parts)
+    assert OneByOne.loaded - before >= len(parts[1])
+    for left, right in zip(together, one_by_one, strict=True):
         assert isinstance(left.data, tuple)
         assert isinstance(right.data, tuple)
         assert all(map(torch.equal, left.data, right.data))
 
 
-def test_batches_that_are_indexed_together_are_apart() -> None:
+def test_batches_indexed_together_share_no_memory() -> None:
     data = TensorDataset(torch.ones(10, 3), torch.arange(10))
     first, second, _ = (batch.data for batch in batches(data))
     first[0].zero_()
@@ -273,7 +273,7 @@ def test_batches_that_are_indexed_together_are_apart() -> None:
     assert torch.equal(data.tensors[0], torch.ones(10, 3))
 
 
-def test_what_is_written_to_the_data_meanwhile_is_in_the_next_batch() -> None:
+def test_changes_to_the_data_are_in_the_next_batch() -> None:
     data = TensorDataset(torch.zeros(12, 2), torch.arange(12))
     loader = DataLoaderConfig(data, 4, None, {}).build(shuffle=False)
     seen = []
@@ -283,13 +283,13 @@ def test_what_is_written_to_the_data_meanwhile_is_in_the_next_batch() -> None:
     assert seen == [0, 8, 16]
 
 
-def test_tensors_made_in_inference_mode_are_data_as_others() -> None:
+def test_tensors_made_in_inference_mode_are_loaded() -> None:
     with torch.inference_mode():
         data = TensorDataset(torch.randn(6, 2), torch.arange(6))
     assert [batch.data[1].tolist() for batch in batches(data)] == [[0, 1, 2, 3], [4, 5]]
 
 
-def test_tensors_in_memory_may_be_large_and_indices_below_zero() -> None:
+def test_tensors_in_memory_may_be_large_and_indices_negative() -> None:
     data = TensorDataset(torch.randn(6, 70_000), torch.arange(6))
     (left, right), _ = (batch.data for batch in batches(Subset(data, [-1, 0, -6, 3, 5])))
     assert torch.equal(left, data.tensors[0][[5, 0, 0, 3]])
@@ -301,25 +301,25 @@ def test_a_limit_takes_the_first_batches() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_loader_that_cannot_be_taken_apart_deals_its_batches(world_size: int) -> None:
-    class Mine(DataLoader[Any]): ...
+def test_the_batches_of_a_custom_loader_are_split_over_the_ranks(world_size: int) -> None:
+    class Custom(DataLoader[Any]): ...
 
-    loader = Mine(Numbers(10), batch_size=3)
-    dealt = [list(make_source(loader, fake_peers(rank, world_size), 0).epoch(0)) for rank in range(world_size)]
-    assert sorted(number for found in dealt for number in numbers(found)) == list(range(10))
-    assert len({len(found) for found in dealt}) == 1
+    loader = Custom(Numbers(10), batch_size=3)
+    sharded = [list(make_source(loader, fake_rank(rank, world_size), 0).epoch(0)) for rank in range(world_size)]
+    assert sorted(number for found in sharded for number in numbers(found)) == list(range(10))
+    assert len({len(found) for found in sharded}) == 1
 
 
-def test_a_loader_without_collation_gives_its_batches_as_they_are() -> None:
-    ready = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
-    loader: DataLoader[Any] = DataLoader(ready, batch_size=None)  # type: ignore[arg-type]  # a list will do
+def test_a_loader_without_batching_gives_its_samples_as_batches() -> None:
+    data = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+    loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]  # a list will do
     assert [batch.data.tolist() for batch in make_source(loader, DistributedRuntime(), 0).epoch(0)] == [
         [1.0],
         [2.0, 3.0],
     ]
 
 
-def test_a_ready_loaders_settings_are_kept() -> None:
+def test_the_settings_of_a_loader_are_kept() -> None:
     def collate(samples: list[int]) -> Tensor:
         return torch.tensor(samples) * 10
 
@@ -331,26 +331,26 @@ def test_a_ready_loaders_settings_are_kept() -> None:
     ]
 
 
-# ---- places in the data, from which a run goes on
+# ---- resuming
 
 
 @pytest.mark.parametrize("sizes", [(4, 1), (2, 2), (1, 4), (3, 1)])
 @pytest.mark.parametrize("start", [0, 4, 8, 30])
-def test_the_rest_of_an_epoch_is_dealt_to_any_number_of_processes(start: int, sizes: tuple[int, int]) -> None:
+def test_the_rest_of_an_epoch_is_split_over_any_number_of_ranks(start: int, sizes: tuple[int, int]) -> None:
     batch_size, world_size = sizes
-    dealt: list[list[HostBatch[Any]]] = []
+    sharded: list[list[HostBatch[Any]]] = []
     for rank in range(world_size):
         request = DataLoaderConfig(Numbers(31), batch_size, None, {})
-        source = make_source(request.build(shuffle=True), fake_peers(rank, world_size), 7)
-        dealt.append(list(source.epoch(2, start)))
-        assert len(dealt[-1]) == source.num_batches(start)
-        assert dealt[-1][-1].end == 31
-    found = [number for group in zip(*dealt, strict=True) for batch in group for number in numbers([batch])]
+        source = make_source(request.build(shuffle=True), fake_rank(rank, world_size), 7)
+        sharded.append(list(source.epoch(2, start)))
+        assert len(sharded[-1]) == source.num_batches(start)
+        assert sharded[-1][-1].end == 31
+    found = [number for group in zip(*sharded, strict=True) for batch in group for number in numbers([batch])]
     assert found == epoch_order(7, 2, 31)[start:]
 
 
 class Drawing(Sampler[int]):
-    """An order that is drawn from a generator of its own, as it was left by the epoch before."""
+    """Draws its order from its own generator, whose state depends on the epochs before."""
 
     def __init__(self, n: int) -> None:
         self.n, self.generator = n, torch.Generator().manual_seed(3)
@@ -363,8 +363,8 @@ class Drawing(Sampler[int]):
         return self.n
 
 
-class Remembering(Drawing):
-    """Likewise, and it says where it is."""
+class StatefulDrawing(Drawing):
+    """Saves the state of the generator."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -373,20 +373,22 @@ class Remembering(Drawing):
         self.generator.set_state(state_dict["generator"])
 
 
-class NoLoader(DataLoader[Any]):
-    """A loader of one's own, which cannot be taken apart."""
+class CustomLoader(DataLoader[Any]):
+    """A loader of another type, which is used as it is."""
 
 
-@pytest.mark.parametrize("loader", [DataLoader, NoLoader])
-@pytest.mark.parametrize("kind", [Drawing, Remembering])
+@pytest.mark.parametrize("loader", [DataLoader, CustomLoader])
+@pytest.mark.parametrize("kind", [Drawing, StatefulDrawing])
 @pytest.mark.parametrize("start", [0, 8])
-def test_a_users_order_goes_on_in_a_later_epoch(start: int, kind: type[Drawing], loader: type[DataLoader[Any]]) -> None:
+def test_a_users_order_is_resumed_in_a_later_epoch(
+    start: int, kind: type[Drawing], loader: type[DataLoader[Any]]
+) -> None:
     def source() -> BatchSource:
         return make_source(loader(Numbers(12), batch_size=4, sampler=kind(12)), DistributedRuntime(), 7)
 
-    whole = source()
-    place = start if loader is DataLoader else start // 4
-    epochs = [numbers(list(whole.epoch(epoch))) for epoch in range(3)]
+    uninterrupted = source()
+    offset = start if loader is DataLoader else start // 4
+    epochs = [numbers(list(uninterrupted.epoch(epoch))) for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
 
     left = source()
@@ -397,10 +399,10 @@ def test_a_users_order_goes_on_in_a_later_epoch(start: int, kind: type[Drawing],
             pass
     rest = source()
     rest.load_state_dict(copy.deepcopy(left.state_dict()))
-    assert numbers(list(rest.epoch(2, place))) == epochs[2][start:]
+    assert numbers(list(rest.epoch(2, offset))) == epochs[2][start:]
 
 
-def test_data_that_comes_in_another_order_is_refused() -> None:
+def test_a_replay_in_another_order_is_an_error() -> None:
     class Shifting(Stream):
         @override
         def __iter__(self) -> Iterator[int]:
@@ -416,29 +418,32 @@ def test_data_that_comes_in_another_order_is_refused() -> None:
         next(again.epoch(0, 1))
 
 
-def test_a_stream_that_says_where_it_is_is_not_read_anew() -> None:
-    class Placed(NoisyStream):
-        place, read = 0, 0
+def test_a_stateful_stream_is_not_read_again() -> None:
+    class StatefulStream(NoisyStream):
+        position, read = 0, 0
 
         @override
         def __iter__(self) -> Iterator[Any]:
-            for index in range(self.place, self.n):
-                self.place, self.read = index + 1, self.read + 1
+            for index in range(self.position, self.n):
+                self.position, self.read = index + 1, self.read + 1
                 yield torch.tensor([index, random.random()])
-            self.place = 0
+            self.position = 0
 
         def state_dict(self) -> dict[str, Any]:
-            return {"place": self.place}
+            return {"position": self.position}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self.place = state_dict["place"]
+            self.position = state_dict["position"]
 
-    whole = batches(Placed(14))
-    left, dataset = make_source(DataLoader(Placed(14), batch_size=4), DistributedRuntime(), 7), Placed(14)
+    expected = batches(StatefulStream(14))
+    left, dataset = (
+        make_source(DataLoader(StatefulStream(14), batch_size=4), DistributedRuntime(), 7),
+        StatefulStream(14),
+    )
     for _ in zip(range(2), left.epoch(0), strict=False):
         pass
     rest = make_source(DataLoader(dataset, batch_size=4), DistributedRuntime(), 7)
     rest.load_state_dict(copy.deepcopy(left.state_dict()))
     found = list(rest.epoch(0, 2))
-    assert [batch.data.tolist() for batch in found] == [batch.data.tolist() for batch in whole[2:]]
+    assert [batch.data.tolist() for batch in found] == [batch.data.tolist() for batch in expected[2:]]
     assert dataset.read == 6

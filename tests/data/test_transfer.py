@@ -1,4 +1,4 @@
-"""How batches come to the device, as far as a host can tell; `tests/gpu` has the rest."""
+"""Copying batches to the device, as far as it can be tested on the CPU; `tests/gpu` has the rest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ptacc.errors import DataError
 from ptacc.tensors.structures import pin_memory, to_device
 from ptacc.types.arguments import DataLoaderKwargs
 
-NOWHERE = torch.device("meta")
+META = torch.device("meta")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 class Graph:
-    """Moves and pins itself, and shows nobody its tensors."""
+    """Moves and pins itself. Its tensors are hidden."""
 
     def __init__(self, *path: str) -> None:
         self.path = path
@@ -58,20 +58,20 @@ class Sentences(Dataset[str]):
         return "abcde"[index]
 
 
-class Told(IterableDataset[str]):
+class SentenceStream(IterableDataset[str]):
     @override
     def __iter__(self) -> Iterator[str]:
         return iter("abcde")
 
 
-def tokens_of(samples: list[Any]) -> Tokens:
+def collate_tokens(samples: list[Any]) -> Tokens:
     return Tokens(torch.tensor([ord(sample) for sample in samples]), samples)
 
 
 # ---- moving
 
 
-def test_on_the_host_a_batch_is_taken_as_it_is() -> None:
+def test_on_the_cpu_a_batch_is_not_copied() -> None:
     transfer = make_transfer(torch.device("cpu"))
     batch = torch.ones(2)
     assert type(transfer) is Transfer
@@ -80,25 +80,25 @@ def test_on_the_host_a_batch_is_taken_as_it_is() -> None:
 
 def test_a_batch_moves_with_all_its_parts() -> None:
     batch = {"tokens": Tokens(torch.ones(2), ["a", "b"]), "pair": Pair(torch.ones(1), torch.ones(3))}
-    moved: Any = to_device(batch, NOWHERE)
-    assert moved["tokens"].ids.device == moved["pair"].right.device == NOWHERE
+    moved: Any = to_device(batch, META)
+    assert moved["tokens"].ids.device == moved["pair"].right.device == META
     assert moved["tokens"].texts == ["a", "b"]
     assert type(moved["pair"]) is Pair
 
 
-def test_what_moves_itself_does_so_within_a_batch_too() -> None:
-    graph, rest = to_device((Graph(), [torch.ones(1)]), NOWHERE)
+def test_parts_with_a_to_method_move_themselves() -> None:
+    graph, rest = to_device((Graph(), [torch.ones(1)]), META)
     assert isinstance(graph, Graph)
     assert graph.path == ("meta",)
     assert isinstance(rest, list)
-    assert rest[0].device == NOWHERE
+    assert rest[0].device == META
 
 
 def test_packed_sequences_keep_their_sizes_on_the_host() -> None:
     packed: PackedSequence = pack_sequence([torch.ones(3), torch.ones(2)])
-    moved, _ = to_device((packed, torch.ones(1)), NOWHERE)
+    moved, _ = to_device((packed, torch.ones(1)), META)
     assert isinstance(moved, PackedSequence)
-    assert moved.data.device == NOWHERE
+    assert moved.data.device == META
     assert moved.batch_sizes.device.type == "cpu"
 
 
@@ -111,7 +111,7 @@ def test_packed_sequences_keep_their_sizes_on_the_host() -> None:
         (torch.ones(6, 4).T, False),
     ],
 )
-def test_memory_is_for_a_tensor_of_one_form(other: Tensor, expected: bool) -> None:
+def test_a_buffer_is_reused_for_tensors_of_the_same_layout(other: Tensor, expected: bool) -> None:
     assert have_same_layout(torch.zeros(4, 6), other) is expected
 
 
@@ -126,32 +126,32 @@ def test_a_loader_for_a_gpu_pins(device: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("pins", [True, False])
-def test_whether_a_loader_pins_is_the_users_to_say(device: str, pins: bool) -> None:
+def test_the_users_pin_memory_is_kept(device: str, pins: bool) -> None:
     request = DataLoaderConfig(Sentences(), 2, None, {"pin_memory": pins}, torch.device(device))
     assert request.build(shuffle=False).pin_memory is pins
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("dataset", [Sentences(), Told()])
+@pytest.mark.parametrize("dataset", [Sentences(), SentenceStream()])
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_batches_of_a_pinning_loader_are_what_was_collated(dataset: Any, workers: int) -> None:
+def test_batches_of_a_pinning_loader_are_unwrapped(dataset: Any, workers: int) -> None:
     kwargs: DataLoaderKwargs = {"pin_memory": True, "num_workers": workers}
     source = make_source(
-        DataLoaderConfig(dataset, 2, tokens_of, kwargs).build(shuffle=False), DistributedRuntime(), seed=1
+        DataLoaderConfig(dataset, 2, collate_tokens, kwargs).build(shuffle=False), DistributedRuntime(), seed=1
     )
     batches = [host.data for host in source.epoch(0)]
     assert [batch.texts for batch in batches] == [["a", "b"], ["c", "d"], ["e"]]
     assert all(type(batch) is Tokens and batch.ids[0] == ord(batch.texts[0]) for batch in batches)
 
 
-def test_what_pins_itself_is_asked_to() -> None:
+def test_parts_with_a_pin_memory_method_pin_themselves() -> None:
     batch: tuple[Graph, list[Graph]] = pin_memory((Graph(), [Graph()]))
     assert [batch[0].path, batch[1][0].path] == [("pinned",), ("pinned",)]
     graph: Any = require_batch(Pinnable(Graph()).pin_memory())
     assert graph.path == ("pinned",)
 
 
-def test_no_batch_is_an_error_from_a_pinning_loader_too() -> None:
-    with pytest.raises(DataError, match="A batch is None"):
+def test_a_missing_batch_of_a_pinning_loader_is_an_error() -> None:
+    with pytest.raises(DataError, match="The collate function returned None"):
         require_batch(Pinnable(None))

@@ -1,4 +1,4 @@
-"""What a run tells, in which order, and what it leaves behind."""
+"""The events of a run, their order, and what a run restores at its end."""
 
 import weakref
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from ptacc.protocols import Precision
 from ptacc.testing import tiny_data, tiny_parts
 
 
-class Diary(Callback[TrainerCore]):
+class EventLog(Callback[TrainerCore]):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -87,10 +87,10 @@ def parts_with(model: nn.Module) -> dict[str, Any]:
 
 
 def test_events_come_in_order_and_counts_are_of_completed_things() -> None:
-    diary = Diary()
-    trainer = Trainer(**tiny_parts(), callbacks=[diary])
+    log = EventLog()
+    trainer = Trainer(**tiny_parts(), callbacks=[log])
     trainer.train(tiny_data(16), tiny_data(8), num_epochs=1)
-    assert diary.lines == [
+    assert log.lines == [
         "run",
         "epoch after 0",
         "step after 0",
@@ -107,18 +107,18 @@ def test_events_come_in_order_and_counts_are_of_completed_things() -> None:
     ("cadence", "steps"), [(Steps(2), [2, 4, 6]), (Steps(4), [4, 6]), (Epochs(1), [3, 6]), (Epochs(2), [6])]
 )
 def test_evaluation_follows_its_cadence_and_ends_the_run(cadence: Steps | Epochs, steps: list[int]) -> None:
-    diary = Diary()
-    trainer = Trainer(**tiny_parts(), callbacks=[diary])
+    log = EventLog()
+    trainer = Trainer(**tiny_parts(), callbacks=[log])
     trainer.train(tiny_data(24), tiny_data(8), num_epochs=2, evaluate_every=cadence)
-    before = [line for line, following in zip(diary.lines, diary.lines[1:], strict=False) if following == "evaluated"]
+    before = [line for line, following in zip(log.lines, log.lines[1:], strict=False) if following == "evaluated"]
     assert [int(line.split()[1]) for line in before] == steps
 
 
-def test_evaluation_before_the_first_step_is_kept_apart() -> None:
-    diary = Diary()
-    trainer = Trainer(**tiny_parts(), callbacks=[diary])
+def test_evaluation_before_the_first_step_is_recorded_separately() -> None:
+    log = EventLog()
+    trainer = Trainer(**tiny_parts(), callbacks=[log])
     history = trainer.train(tiny_data(), {"a": tiny_data(8), "b": tiny_data(9)}, max_steps=1, evaluate_first=True)
-    assert diary.lines[1:3] == ["evaluated a", "evaluated b"]
+    assert log.lines[1:3] == ["evaluated a", "evaluated b"]
     assert set(history.initial) == {"a", "b"}
     assert set(history[0].evaluations) == {"a", "b"}
 
@@ -141,12 +141,12 @@ def test_max_time_ends_the_run_and_says_so() -> None:
     assert history.stop_reason == "max_time=0.05 reached"
 
 
-def test_a_run_that_its_limit_ended_is_evaluated_whole() -> None:
+def test_a_run_that_its_limit_ended_is_evaluated() -> None:
     history = Trainer(**tiny_parts()).train(tiny_data(), tiny_data(), max_time=0.05, evaluate_every=Epochs(10**9))
     assert history[-1].eval_loss is not None
 
 
-def test_an_evaluation_that_is_due_after_a_wish_to_stop_is_made() -> None:
+def test_an_evaluation_that_is_due_after_a_stop_request_is_made() -> None:
     class Enough(Callback[Trainer]):
         @override
         def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
@@ -187,13 +187,13 @@ def test_a_mixin_stops_the_run_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("fails_in", ["train", "eval"])
-def test_an_exception_is_told_and_raised_and_the_model_given_back(fails_in: str) -> None:
-    diary, model = Diary(), nn.Sequential(nn.Linear(4, 2).double(), nn.Dropout(0.1))
+def test_an_exception_is_reported_and_raised_and_the_model_restored(fails_in: str) -> None:
+    log, model = EventLog(), nn.Sequential(nn.Linear(4, 2).double(), nn.Dropout(0.1))
     model[1].eval()
-    trainer = Failing(**parts_with(model), callbacks=[diary], fails_in=fails_in)
+    trainer = Failing(**parts_with(model), callbacks=[log], fails_in=fails_in)
     with pytest.raises(KeyError, match="on purpose"):
         trainer.train(tiny_data(24), tiny_data(8), num_epochs=1, evaluate_first=fails_in == "eval")
-    assert diary.lines[-1] == "KeyError"
+    assert log.lines[-1] == "KeyError"
     assert trainer.model is model
     assert [module.training for module in model.modules()] == [True, True, False]
 
@@ -231,7 +231,7 @@ def test_the_model_is_unpatched_after_a_run_in_bf16() -> None:
     assert model(torch.randn(2, 4)).dtype == torch.float32
 
 
-def test_an_evaluation_leaves_the_random_streams_of_training() -> None:
+def test_an_evaluation_restores_the_random_streams_of_training() -> None:
     class Drawing(Trainer):
         @override
         def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -259,7 +259,7 @@ def test_nothing_draws_from_the_global_generators() -> None:
 
 
 class Released(Trainer):
-    """Notes whether a batch's outputs are still there in its backward pass."""
+    """Records whether a batch's outputs are still in memory in its backward pass."""
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -269,35 +269,33 @@ class Released(Trainer):
 
     @override
     def backward(self, loss: Tensor) -> None:
-        there.append(self.seen() is not None)
+        in_memory.append(self.seen() is not None)
         super().backward(loss)
 
     seen: Any = None
 
 
-class Hearing(Released):
+class WithBatchEnd(Released):
     @override
     def on_batch_end(self, batch: tuple[Tensor, Tensor], output: StepOutput[Tensor]) -> None:
         super().on_batch_end(batch, output)
-        there.append(output.outputs is self.seen())
+        in_memory.append(output.outputs is self.seen())
 
 
-there: list[bool] = []
+in_memory: list[bool] = []
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Released, {False}), (Hearing, {True})])
-def test_outputs_that_nobody_hears_of_are_gone_before_the_backward_pass(
-    kind: type[Released], expected: set[bool]
-) -> None:
-    there.clear()
+@pytest.mark.parametrize(("kind", "expected"), [(Released, {False}), (WithBatchEnd, {True})])
+def test_unused_outputs_are_released_before_the_backward_pass(kind: type[Released], expected: set[bool]) -> None:
+    in_memory.clear()
     kind(**tiny_parts()).train(tiny_data(), num_epochs=1)
-    assert set(there) == expected
+    assert set(in_memory) == expected
 
 
-def test_two_callbacks_of_one_class_both_hear() -> None:
-    diaries = [Diary(), Diary()]
-    Trainer(**tiny_parts(), callbacks=diaries).train(tiny_data(), num_epochs=1)
-    assert diaries[0].lines == diaries[1].lines != []
+def test_two_callbacks_of_one_class_both_get_events() -> None:
+    logs = [EventLog(), EventLog()]
+    Trainer(**tiny_parts(), callbacks=logs).train(tiny_data(), num_epochs=1)
+    assert logs[0].lines == logs[1].lines != []
 
 
 def test_a_callbacks_own_attribute_error_surfaces() -> None:
@@ -329,6 +327,6 @@ def test_around_hooks_surround_and_close_after_an_exception() -> None:
     assert lines == ["in", "out", "in", "out"]
 
 
-def test_there_is_no_run_before_the_first() -> None:
+def test_history_before_the_first_run_is_an_error() -> None:
     with pytest.raises(NoRunError, match="call train"):
         _ = Trainer(**tiny_parts()).history

@@ -1,4 +1,4 @@
-"""A run of 100,000 steps: the last cost what the first did, and memory does not grow."""
+"""A run of 100,000 steps: the cost of a step stays the same, and memory does not grow."""
 
 import gc
 import io
@@ -41,18 +41,18 @@ pytestmark = [pytest.mark.prove, pytest.mark.timeout(1800)]
 
 EPOCHS, STEPS_OF_AN_EPOCH, BATCH = 10, 10_000, 2
 FROM = 2
-"""The epoch at whose end everything has come that comes but once, and what keeps the last 1,000 is full."""
+"""Epochs after which one-time allocations are done, and buffers of the last 1,000 steps are full."""
 WINDOW = 100
 EARLY, LATE = 1_200, 99_200
-"""Windows in which the history, which is read each 1,000 steps, is not."""
+"""First steps of the windows. The history, which is read every 1,000 steps, is not read in them."""
 BLOCKS_OF_AN_EPOCH = 100
-"""What an epoch may leave in memory, in blocks of Python's allocator: its record stays, a step's does not."""
+"""Blocks of Python's allocator that an epoch may keep: for its record, and none for its steps."""
 BYTES = 8 * 2**20
-"""What the allocators may hold on to in all: less than a hundred bytes for each of the 80,000 steps looked at."""
+"""Growth of resident memory allowed in all: about a hundred bytes for each of the 80,000 measured steps."""
 
 
 class Growth(Callback[TrainerCore]):
-    """Looks at the memory at each epoch's end."""
+    """Measures the memory at the end of each epoch."""
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
@@ -66,15 +66,15 @@ class Growth(Callback[TrainerCore]):
 
 
 class Calls(Callback[TrainerCore]):
-    """Counts the calls of functions, Python's and C's, in two windows."""
+    """Counts the calls of Python and C functions in two windows."""
 
     def __init__(self) -> None:
-        self.of_a_window: dict[int, Counter[str]] = {EARLY: Counter(), LATE: Counter()}
+        self.windows: dict[int, Counter[str]] = {EARLY: Counter(), LATE: Counter()}
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if step.step in self.of_a_window:
-            counts = self.of_a_window[step.step]
+        if step.step in self.windows:
+            counts = self.windows[step.step]
 
             def count(frame: FrameType, event: str, called: object) -> None:
                 if event == "call":
@@ -82,9 +82,9 @@ class Calls(Callback[TrainerCore]):
                 elif event == "c_call":
                     counts[getattr(called, "__qualname__", "")] += 1
 
-            gc.disable()  # what it finalizes, and when, is no matter of steps
+            gc.disable()  # when it finalizes objects does not depend on steps
             sys.setprofile(count)
-        elif step.step - WINDOW in self.of_a_window:
+        elif step.step - WINDOW in self.windows:
             sys.setprofile(None)
             gc.enable()
 
@@ -106,7 +106,7 @@ def decaying(optimizer: Optimizer, plan: RunPlan) -> StepLR:
     return StepLR(optimizer, 1_000, gamma=0.99)
 
 
-def options_of(kind: str, folder: Path) -> tuple[type[Trainer], dict[str, Any]]:
+def make_options(kind: str, folder: Path) -> tuple[type[Trainer], dict[str, Any]]:
     if kind == "bare":
         return Trainer, {}
     if kind == "with a history file":
@@ -125,7 +125,7 @@ def options_of(kind: str, folder: Path) -> tuple[type[Trainer], dict[str, Any]]:
 
 
 def train(kind: str, folder: Path, *callbacks: Callback[Any]) -> Trainer:
-    make, options = options_of(kind, folder)
+    make, options = make_options(kind, folder)
     net = nn.Linear(2, 1)
     given: dict[str, Any] = {"default_callbacks": (), **options}
     reporting = [Throughput(every=20)] if kind == "composed" else []
@@ -147,8 +147,8 @@ def test_step_100000_costs_what_step_1000_does_and_memory_does_not_grow(kind: st
     growth, calls = Growth(), Calls()
     trainer = train(kind, tmp_path, growth, calls)
     assert trainer.progress.steps == EPOCHS * STEPS_OF_AN_EPOCH
-    assert calls.of_a_window[EARLY].total() > 20 * WINDOW
-    assert calls.of_a_window[LATE] == calls.of_a_window[EARLY]
+    assert calls.windows[EARLY].total() > 20 * WINDOW
+    assert calls.windows[LATE] == calls.windows[EARLY]
     epochs = EPOCHS - FROM
     assert growth.blocks[-1] - growth.blocks[FROM - 1] < BLOCKS_OF_AN_EPOCH * epochs
     assert growth.resident[-1] - growth.resident[FROM - 1] < BYTES

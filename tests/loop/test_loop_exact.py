@@ -47,7 +47,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.Optimizer:
 
 def train_plainly(net: nn.Module, setting: Setting) -> list[float]:
     """Train by hand, each window divided by the items that are in it, and return every step's loss."""
-    # A generator of its own: else each iterator draws from the one that dropout draws from.
+    # With its own generator: else each iterator draws from the one that dropout draws from.
     loader = DataLoader(make_data(setting.samples), batch_size=BATCH, generator=torch.Generator())
     optimizer = make_optimizer(net)
     steps = -(-len(loader) // setting.accumulation)
@@ -76,7 +76,7 @@ def train_plainly(net: nn.Module, setting: Setting) -> list[float]:
     return losses
 
 
-def train_with_ptacc(net: nn.Module, setting: Setting, *, ready_loader: bool = False) -> RunHistory:
+def train_with_ptacc(net: nn.Module, setting: Setting, *, use_loader: bool = False) -> RunHistory:
     parts = {"loss_func": nn.CrossEntropyLoss(), "optimizer": make_optimizer(net), "default_callbacks": ()}
     options = {"gradient_accumulation_steps": setting.accumulation, "max_grad_norm": setting.max_norm}
     trainer: Trainer
@@ -92,7 +92,7 @@ def train_with_ptacc(net: nn.Module, setting: Setting, *, ready_loader: bool = F
     else:
         trainer = Trainer(net, **parts)  # type: ignore[arg-type]
     data = make_data(setting.samples)
-    if ready_loader:
+    if use_loader:
         return trainer.train(DataLoader(data, batch_size=BATCH), num_epochs=EPOCHS)
     return trainer.train(
         data, num_epochs=EPOCHS, per_device_batch_size=BATCH, train_dataloader_kwargs={"shuffle": False}
@@ -103,12 +103,12 @@ def get_weights(net: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
-def compare(setting: Setting, *, ready_loader: bool = False) -> tuple[list[float], list[float], Tensor, Tensor]:
+def compare(setting: Setting, *, use_loader: bool = False) -> tuple[list[float], list[float], Tensor, Tensor]:
     plain_net, net = make_net(), make_net()
     torch.manual_seed(3)
     plain = train_plainly(plain_net, setting)
     torch.manual_seed(3)
-    history = train_with_ptacc(net, setting, ready_loader=ready_loader)
+    history = train_with_ptacc(net, setting, use_loader=use_loader)
     return plain, [step.loss for step in history.steps], get_weights(plain_net), get_weights(net)
 
 
@@ -131,8 +131,8 @@ def test_even_windows_equal_a_plain_loop_to_the_last_bit(setting: Setting) -> No
 
 
 @pytest.mark.parametrize("setting", EVEN[:4], ids=str)
-def test_a_ready_loader_gives_the_same(setting: Setting) -> None:
-    plain, ours, plain_weights, weights = compare(setting, ready_loader=True)
+def test_a_dataloader_gives_the_same(setting: Setting) -> None:
+    plain, ours, plain_weights, weights = compare(setting, use_loader=True)
     assert ours == plain
     assert torch.equal(weights, plain_weights)
 
@@ -144,7 +144,7 @@ def test_ragged_windows_are_within_rounding_of_the_right_reference(setting: Sett
     torch.testing.assert_close(weights, plain_weights, rtol=1e-5, atol=1e-6)
 
 
-def test_the_users_own_loss_tensor_is_not_touched() -> None:
+def test_the_users_loss_tensor_is_not_changed() -> None:
     seen: list[Tensor] = []
 
     def loss_func(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def test_the_users_own_loss_tensor_is_not_touched() -> None:
     assert history.steps[0].loss == pytest.approx(sum(float(loss.detach()) for loss in seen) / 3, rel=1e-6)
 
 
-def test_a_second_run_starts_its_schedule_anew() -> None:
+def test_a_second_run_restarts_its_schedule() -> None:
     net = make_net()
     trainer = FullTrainer(
         net,

@@ -1,7 +1,7 @@
-"""Reads from the device: a step makes none beyond those of a plain loop with the same model, data and optimizer.
+"""A step reads from the device no more often than a plain loop with the same model, data and optimizer.
 
-They are counted where tensors' operations are dispatched. On the CPU, `tolist` and `numpy` read without dispatching
-anything, so that these are counted where Python calls them.
+Reads are counted where tensor operations are dispatched. On the CPU, `tolist` and `numpy` dispatch nothing, so they are
+counted where Python calls them.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ READING = {
     "is_nonzero",
     "equal",
     "allclose",
-    "nonzero",  # the shape of what these return is in the values of what they are given
+    "nonzero",  # the shapes of their results depend on values
     "masked_select",
     "unique_dim",
     "_unique2",
@@ -57,9 +57,9 @@ READING = {
 }
 UNDISPATCHED = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 MOVING = {"copy_", "_to_copy"}
-"""They wait where the devices of what they are given, or asked for, are two."""
+"""They wait if source and destination are on different devices."""
 INDEXING = {"index", "index_put_", "index_put"}
-"""They read an index that is a mask."""
+"""They read an index that is a boolean mask."""
 
 MANY, MORE = 100, 160
 BATCH = 4
@@ -101,7 +101,7 @@ def counting() -> Iterator[Counter[str]]:
         yield counts
 
 
-# ---- what is counted sees what it is to see
+# ---- the counter
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def with_gradient(tensor: Tensor) -> Tensor:
     "compute",
     [lambda tensor: tensor + 1, Tensor.clone, lambda tensor: tensor.to(torch.float64), Tensor.detach, Tensor.isfinite],
 )
-def test_what_reads_nothing_is_not_counted(compute: Callable[[Tensor], object]) -> None:
+def test_other_operations_are_not_counted(compute: Callable[[Tensor], object]) -> None:
     with counting() as counts:
         compute(torch.tensor(0.5))
     assert not counts
@@ -157,7 +157,7 @@ def parts(make: Callable[[Any], Optimizer], samples: int = BATCH * 200) -> tuple
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9),
-    "adam": lambda parameters: Adam(parameters, lr=0.1),  # which counts its steps in tensors, and reads these
+    "adam": lambda parameters: Adam(parameters, lr=0.1),  # counts its steps in tensors, and reads them
     "fused": lambda parameters: Adam(parameters, lr=0.1, fused=True),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -183,10 +183,10 @@ def train_plainly(steps: int, optimizer: str, *, clips: bool = False) -> None:
             return
 
 
-def train_bare(steps: int, optimizer: str, **options: Any) -> None:
+def train_without_mixins(steps: int, optimizer: str, **options: Any) -> None:
     model, made, data = parts(OPTIMIZERS[optimizer])
-    asked: dict[str, Any] = {"default_callbacks": (), **options}
-    trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, **asked)
+    given: dict[str, Any] = {"default_callbacks": (), **options}
+    trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, **given)
     trainer.train(data, max_steps=steps, per_device_batch_size=BATCH)
 
 
@@ -225,7 +225,7 @@ def train_composed(steps: int, optimizer: str, folder: Path) -> None:
     trainer.train(data, data, max_steps=steps, per_device_batch_size=BATCH)
 
 
-def reads_of_a_step(train: Callable[[int], None]) -> dict[str, float]:
+def count_reads(train: Callable[[int], None]) -> dict[str, float]:
     """Return the reads of each kind that a step makes on average, in the middle of an epoch."""
     totals: list[Counter[str]] = []
     for steps in (MANY, MORE):
@@ -236,51 +236,51 @@ def reads_of_a_step(train: Callable[[int], None]) -> dict[str, float]:
     return {kind: per for kind in kinds if (per := (totals[1][kind] - totals[0][kind]) / (MORE - MANY))}
 
 
-# ---- they read the same
+# ---- reads of a step
 
 
 @every_optimizer
-def test_the_bare_trainer_reads_in_a_step_what_the_plain_loop_reads(optimizer: str) -> None:
-    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer))
-    assert reads_of_a_step(lambda steps: train_bare(steps, optimizer)) == plain
+def test_a_trainer_without_mixins_reads_as_often_as_a_plain_loop(optimizer: str) -> None:
+    plain = count_reads(lambda steps: train_plainly(steps, optimizer))
+    assert count_reads(lambda steps: train_without_mixins(steps, optimizer)) == plain
 
 
-def test_a_plain_loop_that_reads_its_loss_is_told_from_one_that_does_not() -> None:
+def test_a_loop_that_reads_its_loss_is_detected() -> None:
     def train_reading(steps: int) -> None:
         for _ in range(steps):
             float(torch.ones(()))
 
-    assert reads_of_a_step(train_reading) == {"_local_scalar_dense": 1.0}
-    assert reads_of_a_step(lambda steps: train_plainly(steps, "sgd")) == {}
+    assert count_reads(train_reading) == {"_local_scalar_dense": 1.0}
+    assert count_reads(lambda steps: train_plainly(steps, "sgd")) == {}
 
 
 @every_optimizer
 def test_default_callbacks_read_nothing_more(optimizer: str) -> None:
-    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer))
+    plain = count_reads(lambda steps: train_plainly(steps, optimizer))
 
     def train(steps: int) -> None:
-        train_bare(steps, optimizer, default_callbacks=default_callbacks())
+        train_without_mixins(steps, optimizer, default_callbacks=default_callbacks())
 
-    assert reads_of_a_step(train) == plain
+    assert count_reads(train) == plain
 
 
 @every_optimizer
 def test_ten_mixins_read_nothing_more(optimizer: str, tmp_path: Path) -> None:
-    plain = reads_of_a_step(lambda steps: train_plainly(steps, optimizer, clips=True))
-    assert reads_of_a_step(lambda steps: train_composed(steps, optimizer, tmp_path)) == plain
+    plain = count_reads(lambda steps: train_plainly(steps, optimizer, clips=True))
+    assert count_reads(lambda steps: train_composed(steps, optimizer, tmp_path)) == plain
 
 
-# ---- what is read every so many steps
+# ---- reads every n steps
 
 
-def test_a_bar_that_is_shown_reads_the_loss_each_ten_steps(tmp_path: Path) -> None:
+def test_a_visible_progress_bar_reads_the_loss_every_ten_steps(tmp_path: Path) -> None:
     with (tmp_path / "bar").open("w") as file:
         bar = ProgressBar(every=10, file=file, shown=True)
-        read = reads_of_a_step(lambda steps: train_bare(steps, "sgd", callbacks=[bar]))
+        read = count_reads(lambda steps: train_without_mixins(steps, "sgd", callbacks=[bar]))
     assert read == {"_local_scalar_dense": 0.1}
 
 
-def test_the_history_is_read_at_once_each_thousand_steps() -> None:
+def test_the_history_is_read_together_every_thousand_steps() -> None:
     def reads(steps: int) -> int:
         model, made, data = parts(OPTIMIZERS["sgd"], samples=3 * STEPS_IN_MEMORY)
         trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
@@ -292,10 +292,10 @@ def test_the_history_is_read_at_once_each_thousand_steps() -> None:
     assert [reads(STEPS_IN_MEMORY * times + 1) - few for times in (1, 2)] == [1, 2]
 
 
-def test_agreeing_reads_a_number_on_the_host_for_each_vote() -> None:
+def test_each_stop_vote_reads_one_number_on_the_host() -> None:
     def train(steps: int) -> None:
         model, made, data = parts(OPTIMIZERS["sgd"])
         trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
         trainer.train(data, max_steps=steps, per_device_batch_size=BATCH // 2, stop_check_every=10)
 
-    assert run_ranks(lambda: reads_of_a_step(train), 2) == [{"tolist": 0.1}] * 2
+    assert run_ranks(lambda: count_reads(train), 2) == [{"tolist": 0.1}] * 2

@@ -100,5 +100,5 @@ def require_batch(data: T | None) -> T:
     if isinstance(data, Pinnable):
         data = data.batch
     if data is None:
-        raise DataError("A batch is None: the collate function returned nothing. Check that it ends in `return batch`.")
+        raise DataError("The collate function returned None. Check that it ends in `return batch`.")
     return data

@@ -173,7 +173,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
         Returns:
             The history of the run, which ends at the first limit that is reached. `stop_reason` names it if it was
-            `max_time`, or another reason for which the run was stopped; otherwise it is None.
+            `max_time`, or another reason for which the run was stopped, and is otherwise unset.
 
         Raises:
             OptionError: A count below 1, or no limit at all.
