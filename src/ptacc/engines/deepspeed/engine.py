@@ -215,7 +215,7 @@ class DeepSpeedEngine(TorchEngine):
 
     @override
     def release(self) -> None:
-        states = self._stage.gather_optimizer_state(self._original.original_device)
+        states = self._stage.gather_optimizer_state(self._original.devices)
         for hook in self._hooks:
             hook.remove()
         self._original.restore(self._stage.gather_weight)

@@ -22,15 +22,11 @@ class OriginalModel:
     def __init__(self, model: nn.Module) -> None:
         """Record the state of `model`, which DeepSpeed has not changed yet."""
         self._model = model
+        self.devices = {parameter: parameter.device for parameter in model.parameters()}
         self._attributes = AddedAttributes((*model.modules(), *model.parameters()))
-        self._devices = {parameter: parameter.device for parameter in model.parameters()}
         self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
         # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
         self._parameters = {module: module._parameters for module in model.modules()}  # noqa: SLF001
-
-    def original_device(self, parameter: Parameter) -> torch.device:
-        """Return the device that a parameter was on."""
-        return self._devices[parameter]
 
     def record_added_attributes(self) -> None:
         """Take the attributes added so far as DeepSpeed's. Those added later are the user's."""
@@ -43,7 +39,7 @@ class OriginalModel:
         Args:
             gather: Returns the full weight of a parameter: a collective, called in the same order on all ranks.
         """
-        for parameter, device in self._devices.items():
+        for parameter, device in self.devices.items():
             # `check_model` requires float32.
             parameter.data = gather(parameter).detach().to(device, torch.float32, copy=True)
             parameter.grad = None

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -101,13 +101,11 @@ class Stage0:
 
     # ---- the optimizer's state
 
-    def gather_optimizer_state(
-        self, original_device: Callable[[Parameter], torch.device]
-    ) -> dict[Tensor, ParameterState]:
+    def gather_optimizer_state(self, devices: Mapping[Parameter, torch.device]) -> dict[Tensor, ParameterState]:
         """Return the full optimizer state by the user's parameters. A collective: one tensor at a time.
 
         Args:
-            original_device: Returns the device on which the state of a parameter belongs.
+            devices: The device for the state of each parameter.
         """
         return dict(self.optimizer.state)
 
@@ -133,9 +131,7 @@ class Partitioned(Stage0, ABC):
         """Map the state of a flat buffer to its parameters, for DeepSpeed's access functions."""
 
     @override
-    def gather_optimizer_state(
-        self, original_device: Callable[[Parameter], torch.device]
-    ) -> dict[Tensor, ParameterState]:
+    def gather_optimizer_state(self, devices: Mapping[Parameter, torch.device]) -> dict[Tensor, ParameterState]:
         states: dict[Tensor, ParameterState] = {}
         for flat, parameters in self.flat_buffers():
             self.link_state(flat, parameters)
@@ -143,7 +139,7 @@ class Partitioned(Stage0, ABC):
                 for parameter in parameters:
                     if is_entrywise(value, flat.shape):
                         full = safe_get_full_optimizer_state(parameter, name).reshape(full_shape(parameter))
-                        state = full.to(original_device(parameter))
+                        state = full.to(devices[parameter])
                     else:
                         state = copy.deepcopy(value)
                     states.setdefault(parameter, {})[name] = state
