@@ -39,6 +39,10 @@ class Counts:
     total = 0
 
 
+class Color(Enum):
+    RED = 1
+
+
 class PlainMean:
     """Does not use torchmetrics."""
 
@@ -74,7 +78,7 @@ class Undeclared(Metric):
         self.limit = limit
         self.words = Counter(words)
         self.kinds: set[float] = set()
-        self.inner = nn.ModuleDict({"mean": MeanMetric()})
+        self.mean = MeanMetric()
         self.choose = len
         self.generator = random.Random(0)
         self.register_buffer("total", torch.zeros(2))
@@ -85,13 +89,13 @@ class Undeclared(Metric):
         self.count += 1
         self.words.update(wanted.tolist())
         self.kinds.add(float(found.min()))
-        self.inner["mean"].update(found)
+        self.mean.update(found)
         self.total = self.total + self.generator.random()
 
     @override
     def compute(self) -> Any:
-        inner = float(self.inner["mean"].compute())
-        return [self.limit, self.count, self.words[1], *sorted(self.kinds), inner, *self.total.tolist()]
+        mean = float(self.mean.compute())
+        return [self.limit, self.count, self.words[1], *sorted(self.kinds), mean, *self.total.tolist()]
 
     @override
     def get_extra_state(self) -> Any:
@@ -224,8 +228,8 @@ class Held(SumMetric):
         self.held = Counts() if first_update == 0 else None
 
     @override
-    def update(self, outputs: Tensor, _targets: Tensor) -> None:
-        super().update(outputs)
+    def update(self, value: float | Tensor, _targets: Tensor | None = None) -> None:
+        super().update(value)
         self.num_updates += 1
         if self.num_updates == self.first_update:
             self.held = Counts()
@@ -271,7 +275,7 @@ MISMATCHES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
     ),
     (lambda: BinaryROC(thresholds=5), BinaryROC, "thresholds=Tensor.* thresholds=None"),
     (lambda: BinaryROC(thresholds=5), lambda: BinaryROC(thresholds=6), "thresholds="),
-    (Undeclared, type("Undeclared", (SumMetric,), {}), r"metric.inner.mean'\], and the run"),
+    (Undeclared, type("Undeclared", (SumMetric,), {}), r"metric.mean'\], and the run"),
     (type("SumMetric", (Module,), {"inner": None}), SumMetric, "the run"),
     (
         lambda: type("BinaryAUROC", (BinaryAccuracy,), {})(validate_args=False),
@@ -343,5 +347,5 @@ def test_a_tracker_that_adds_metrics_is_refused() -> None:
 
 def test_functions_enums_and_devices_come_with_the_metric() -> None:
     metric = SumMetric()
-    metric.functions, metric.where, metric.kind = [len, SumMetric], torch.device("cpu"), Enum("Kind", "A").A
+    metric.functions, metric.where, metric.kind = [len, SumMetric], torch.device("cpu"), Color.RED
     assert states(metric).state_dict() == states(SumMetric()).state_dict()

@@ -225,7 +225,7 @@ def test_a_run_that_ends_within_the_recording_has_what_there_was() -> None:
 
 def test_a_run_that_ends_before_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     assert train(max_steps=2).profiles == ()
-    said = "No step was profiled: the run ended within 1 steps of waiting and 1 of warm-up."
+    said = "No step was profiled: the run ended within 1 skipped and 1 warm-up steps."
     assert said in capfd.readouterr().out
 
 
@@ -239,7 +239,7 @@ class Removing(Callback[TrainerCore]):
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="could not be written, and the run goes on"):
+    with pytest.warns(UserWarning, match="could not be written, and the run continues"):
         trainer = train(tmp_path / "traces", callbacks=[Removing(tmp_path / "traces")])
     assert trainer.progress.steps == 8
     assert trainer.profiles[0].trace is None

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ptacc import AMPMixin, GradAccumMixin, SeedMixin, StepResult, SyncBatchNormMixin, Trainer
 from ptacc.errors import DataError, ModelError
-from ptacc.mixins.sync_batch_norm import normalise
+from ptacc.mixins.sync_batch_norm import global_batch_norm
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import RankFailed, run_ranks
 
@@ -188,7 +188,7 @@ def normalise_a_part(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, T
     inputs, gradients = parts_of_a_batch(dtype)[rank]
     inputs.requires_grad_()
     norm = make_norm().to(norm_dtype)
-    outputs = normalise(inputs, norm, is_padding=rank == PHANTOM)
+    outputs = global_batch_norm(inputs, norm, is_padding=rank == PHANTOM)
     # The loop scales a phantom's loss by 0.
     outputs.backward(gradients * (rank != PHANTOM))  # type: ignore[no-untyped-call]
     assert inputs.grad is not None

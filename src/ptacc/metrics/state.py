@@ -101,7 +101,7 @@ def _is_metric(value: object) -> bool:
 
 
 def share_group_states(metrics: Mapping[str, object]) -> None:
-    """Let the metrics of each compute group in collections share one state, as after an update."""
+    """Make the metrics of each compute group in a collection share one state, as after an update."""
     from torchmetrics import MetricCollection
 
     for _, metric in iterate_metrics(metrics):
@@ -113,31 +113,30 @@ def share_group_states(metrics: Mapping[str, object]) -> None:
 
 
 def group_attributes(metric: object) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the values, the constructor arguments, and the attributes of a metric that cannot be stored.
+    """Return a metric's values, its constructor arguments, and its attributes that cannot be stored."""
+    if not isinstance(metric, nn.Module):
+        return {}, {}, {}
+    own = list_attributes(metric)
+    parameters = list_parameters(type(metric))  # type: ignore[arg-type]  # mypy takes classes of modules for unhashable
+    parameters -= getattr(metric, "_defaults", {}).keys()
+    others = {name: value for name, value in own.items() if not _is_storable(value)}
+    arguments = {name: own[name] for name in own if name not in others and name.lstrip("_") in parameters}
+    values = {name: own[name] for name in own if name not in others and name not in arguments}
+    if type(metric).get_extra_state is nn.Module.get_extra_state:
+        return values, arguments, others
+    return values | {EXTRA: metric.get_extra_state()}, arguments, {}
 
-    Of a module that is not a metric, such as a network, only the buffers are returned.
-    """
+
+def list_attributes(metric: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    if not isinstance(metric, nn.Module):
-        return values, arguments, others
-    own = (vars(metric) if _is_metric(metric) else {}) | metric._buffers  # noqa: SLF001
-    common, states = vars(nn.Module()).keys(), frozenset[str]()
+    own, common = vars(metric) if _is_metric(metric) else {}, vars(nn.Module()).keys()
     if isinstance(metric, Metric):
-        common, states = list_common_attributes(), frozenset(metric.metric_state)
-        if metric._is_synced:  # noqa: SLF001  # the states of this process are in the cache
-            own |= metric._cache or {}  # noqa: SLF001
-    parameters = list_parameters(type(metric)) - states
-    for name, value in own.items():
-        if name not in common:
-            group = others if not _is_storable(value) else arguments if name.lstrip("_") in parameters else values
-            group[name] = value
-    if type(metric).get_extra_state is not nn.Module.get_extra_state:
-        values[EXTRA], others = metric.get_extra_state(), {}
-    return values, arguments, others
+        common = list_common_attributes()
+        if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
+            own = own | (metric._cache or {})  # noqa: SLF001
+    return {name: value for name, value in own.items() if name not in common} | metric._buffers  # noqa: SLF001
 
 
 @cache

@@ -58,8 +58,8 @@ class CheckpointMixin(Mixin):
             fsspec: `"s3://bucket/runs/x"`. Later runs of the same trainer use `run-2`, `run-3`, ... in it.
         checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None to save at the end of the run only. Every run
             is saved at its end.
-        resume: True to resume from the newest intact checkpoint, or to start a new run if there is none; or the path or
-            URL of a checkpoint, for the first run of the trainer.
+        resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
+            for the first run of the trainer.
         resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
@@ -130,7 +130,7 @@ class CheckpointMixin(Mixin):
             Where it will be.
 
         Raises:
-            NestedRunError: There is no current run. Every run is saved at its end.
+            NestedRunError: It was called outside of a run. Every run is saved at its end.
             CollectiveError: Another rank did not call this.
         """
         if not self.is_running:
@@ -151,7 +151,7 @@ class CheckpointMixin(Mixin):
             weights_only: Whether to leave the optimizer unchanged.
 
         Raises:
-            CheckpointError: There is no checkpoint, or it is of another model; the message lists each difference.
+            CheckpointError: No checkpoint is found, or it is of another model; the message lists each difference.
             DamagedCheckpointError: A file of the checkpoint was changed or is missing.
             NestedRunError: It was called during a run.
         """
