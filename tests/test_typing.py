@@ -211,7 +211,7 @@ ALLOWED_ANY = {
     "MetricLike.compute": "each metric has its own type of values",
     "MetricLike.update": "each metric has its own arguments",
     "Run.batch": "a run does not depend on the type of batches",
-    "Run.count": "a run does not depend on the type of batches",
+    "Run.count_window": "a run does not depend on the type of batches",
     "Run.states": "the type of each state is in its key",
     "TrainerCore.all_callbacks": "`Callback[Self]` could not be overridden: a callback is contravariant in `Self`",
     "TrainingLoop.all_callbacks": "as for `TrainerCore`",

@@ -18,7 +18,7 @@ metric stores it through `get_extra_state()` and `set_extra_state()`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import cache
@@ -131,7 +131,8 @@ def list_attributes(metric: nn.Module) -> dict[str, Any]:
     """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    own, common = vars(metric) if _is_metric(metric) else {}, vars(nn.Module()).keys()
+    own = vars(metric) if _is_metric(metric) else {}
+    common: Collection[str] = vars(nn.Module()).keys()
     if isinstance(metric, Metric):
         common = list_common_attributes()
         if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
