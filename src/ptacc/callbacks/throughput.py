@@ -151,7 +151,7 @@ class Throughput(Callback[TrainerCore]):
         self._pause()
 
     @override
-    def on_save(self, trainer: TrainerCore, path: Path) -> None:
+    def on_save(self, trainer: TrainerCore, path: str | Path) -> None:
         """Have the watch stopped at the end of the step, after which this was saved."""
         self._tally.stop(self._ended)
 

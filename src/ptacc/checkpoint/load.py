@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ptacc.checkpoint.export import check_target, exported_weights, write_weights
-from ptacc.checkpoint.parts import Snapshot, read_whole
+from ptacc.checkpoint.parts import Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
-from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
@@ -20,27 +19,27 @@ from ptacc.tensors.dtensor import is_dtensor, map_state, whole_tensor
 from ptacc.types.protocols import Stateful
 
 
-def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_only: bool) -> Path:
+def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool) -> str:
     """Load a checkpoint's weights, and the optimizer's state, into a trainer; return where it is.
 
     Raises:
         CheckpointError: There is none at the path, or it is of another model.
     """
-    found = find_at(path, store_at(path, key))
-    store = store_at(found.directory, key)
+    found = find_at(path, open_store(path, key))
+    store = open_store(found.directory, key)
     with as_checkpoint_error(path):
-        shared = read_whole(store, store.manifest(found.name))
+        shared = read_full_parts(store, store.manifest(found.name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.optimizer_slots():
             load_optimizer(slot.optimizer, shared.take(slot.name))
-    return found.directory / found.name
+    return store.locate(found.name)
 
 
-def check_export(path: Path, *, overwrite: bool) -> None:
+def check_export(path: str, *, overwrite: bool) -> None:
     """Raise `CheckpointError` for a path that no weights are written to."""
     with as_checkpoint_error(path):
-        check_target(path, overwrite=overwrite)
+        check_target(select_filesystem(path), path, overwrite=overwrite)
 
 
 def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, An
     return whole_states
 
 
-def export_to(path: Path, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
+def export_to(path: str, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
     """Write weights, or averages in their place, to a safetensors file.
 
     Raises:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
+from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_parts
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import parse_path
-from ptacc.checkpoint.storage.remote_store import store_beside
+from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
+from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.checkpoint.trainer_state import RUN
 from ptacc.engines.base import Engine
@@ -29,7 +29,7 @@ class CheckpointRef:
         name: Its name there.
     """
 
-    directory: Path
+    directory: str
     name: str
 
 
@@ -48,7 +48,7 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | N
         UserWarning: A damaged checkpoint was passed over.
     """
     if not isinstance(resume, bool):
-        return find_at(parse_path(resume).absolute(), store)
+        return find_at(make_absolute(parse_path(resume)), store)
     if resume:
         return find_newest(store)
     if there := store.names():
@@ -59,14 +59,15 @@ def find(store: CheckpointStore, resume: bool | str | Path) -> CheckpointRef | N
     return None
 
 
-def find_at(path: Path, like: CheckpointStore) -> CheckpointRef:
+def find_at(path: str, like: CheckpointStore) -> CheckpointRef:
     """Find the checkpoint at a path, or the newest in the directory that is there."""
     with as_checkpoint_error(path):
-        if (path / MANIFEST).exists():
-            return CheckpointRef(path.parent, store_beside(like, path.parent).verify(path.name).name)
-    found = find_newest(store_beside(like, path))
+        if like.filesystem.exists(f"{path}/{MANIFEST}"):
+            directory, name = split_path(path)
+            return CheckpointRef(directory, open_sibling(like, directory).verify(name).name)
+    found = find_newest(open_sibling(like, path))
     if found is None:
-        raise CheckpointError(f"resume={str(path)!r}: there is no checkpoint that is whole.")
+        raise CheckpointError(f"resume={path!r}: there is no checkpoint that is whole.")
     return found
 
 
@@ -75,7 +76,7 @@ def find_newest(store: CheckpointStore) -> CheckpointRef | None:
     with as_checkpoint_error(store.directory):  # what cannot be reached is not passed over
         manifest, passed_over = store.newest()
     for name, error in passed_over.items():
-        warnings.warn(f"{store.directory / name} is passed over: {error}", stacklevel=2)
+        warnings.warn(f"{store.locate(name)} is passed over: {error}", stacklevel=2)
     if manifest is None and passed_over:
         name, error = next(iter(passed_over.items()))
         raise CheckpointError(
@@ -96,7 +97,7 @@ class Resumption:
         own: This process's own parts; where their number has changed, what can be made of all of theirs.
     """
 
-    path: Path
+    path: str
     manifest: Manifest
     shared: Snapshot
     own: Snapshot
@@ -104,17 +105,17 @@ class Resumption:
     @classmethod
     def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
         """Read a checkpoint, each file checked before it is parsed."""
-        with as_checkpoint_error(store.directory / name):
+        with as_checkpoint_error(store.locate(name)):
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
             if manifest.world_size == world_size:
-                mine = read_parts(store, manifest, own(rank))
+                mine = read_parts(store, manifest, rank_files(rank))
                 shards = mine.states.get(SHARDS, {})
             else:
-                theirs = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
+                theirs = [read_parts(store, manifest, rank_files(other)) for other in range(manifest.world_size)]
                 mine = Snapshot({RUN: merge_runs([one.take(RUN) for one in theirs])})
-                shards = shards_together(theirs)
-        return cls(store.directory / name, manifest, shared.joined(shards), mine)
+                shards = merge_shards(theirs)
+        return cls(store.locate(name), manifest, shared.joined(shards), mine)
 
     def revived(self, engine: Engine) -> Resumption:
         """Return it with the tensors that were saved in shards as an engine holds them."""

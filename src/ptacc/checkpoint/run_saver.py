@@ -6,7 +6,6 @@ import signal
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.storage.manifest import Manifest
@@ -34,14 +33,14 @@ class RunSaver:
     every: Cadence | None
     signals: Collection[signal.Signals]
     saves_non_finite: bool
-    tell: Callable[[Path], None]
-    _asked: list[tuple[Path | None, str]] = field(default_factory=list)
+    tell: Callable[[str], None]
+    _asked: list[tuple[str | None, str]] = field(default_factory=list)
 
-    def ask(self, path: Path | None, label: str) -> Path:
+    def ask(self, path: str | None, label: str) -> str:
         """Ask for a checkpoint as soon as the run can be saved; return where it will be. A collective."""
         self._asked.append((path, label))
         store, distributed, steps = self.line.store, self.trainer.distributed, self.trainer.progress.steps
-        return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
+        return path or store.locate(distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else ""))
 
     def save_if_due(self) -> None:
         """Save the run if it is time to, or if somebody asked for it. A collective, between two steps or epochs."""
@@ -86,7 +85,7 @@ class RunSaver:
             return run.exit_code - 128 in self.signals
         return run.is_done() or (self.every is not None and run.is_due(self.every, last))
 
-    def _save(self, path: Path | None, label: str) -> None:
+    def _save(self, path: str | None, label: str) -> None:
         self.finish()
         now, before = self.trainer.progress, self.line.saved_at
         if path is None:

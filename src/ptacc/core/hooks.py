@@ -193,12 +193,12 @@ class TrainerCore(Components):
         """The run ends by an exception, which is raised on after this."""
 
     @hook("event")
-    def on_save(self, path: Path) -> None:
-        """A checkpoint was written to `path`."""
+    def on_save(self, path: str | Path) -> None:
+        """A checkpoint was written to `path`: a `Path`, or the URL as a string."""
 
     @hook("event")
-    def on_load(self, path: Path) -> None:
-        """A checkpoint was loaded from `path`."""
+    def on_load(self, path: str | Path) -> None:
+        """A checkpoint was loaded from `path`: a `Path`, or the URL as a string."""
 
     # ---- how a run is saved: for mixins that do that; callbacks hear of `on_save` and `on_load`
 

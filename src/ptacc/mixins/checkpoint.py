@@ -21,8 +21,8 @@ from ptacc.checkpoint.parts import Part, check_storable
 from ptacc.checkpoint.resume import CheckpointRef, Resumption, find
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.remote_filesystem import parse_path
-from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.paths import make_absolute, parse_path, path_or_url
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import check_goes_on, own_parts, put_back, shared_parts
 from ptacc.core.hooks import Mixin
@@ -121,7 +121,7 @@ class CheckpointMixin(Mixin):
 
     # ---- what to call
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str | Path:
         """Have the run saved as soon as the present step is done, and its evaluation if there is one. All processes.
 
         Args:
@@ -129,7 +129,7 @@ class CheckpointMixin(Mixin):
             label: What it is saved for: the newest checkpoint of each label is always kept.
 
         Returns:
-            Where it will be.
+            Where it will be: a `Path`, or the URL as a string.
 
         Raises:
             NestedRunError: No run is under way: a run saves itself at its end.
@@ -141,7 +141,7 @@ class CheckpointMixin(Mixin):
                 "itself at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].ask(None if path is None else parse_path(path), label)
+        return path_or_url(self.run[SAVER].ask(None if path is None else parse_path(path), label))
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state, for evaluating, or for a new run to start from. All processes.
@@ -161,7 +161,7 @@ class CheckpointMixin(Mixin):
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() within a run. Load before it.")
         with self._distributed.synced("load_checkpoint()"):
             loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
-        self._events().load(loaded)
+        self._events().load(path_or_url(loaded))
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
         """Write the weights to a safetensors file that `model.load_state_dict` takes, each tensor under its name.
@@ -192,7 +192,7 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_resume_state()
-        store = store_at(found.directory, self.checkpoint_key)
+        store = open_store(found.directory, self.checkpoint_key)
         self._resumption = Resumption.read(store, found.name, self.distributed.rank, self.distributed.world_size)
         return self._resumption.saved_run(with_file="history" not in self.resume_ignore)
 
@@ -201,9 +201,9 @@ class CheckpointMixin(Mixin):
         return find(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
-        directory = parse_path(self.checkpoint_dir).absolute()
+        directory = make_absolute(parse_path(self.checkpoint_dir))
         number = self._state.runs
-        return store_at(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
+        return open_store(directory if number == 1 else f"{directory}/run-{number}", self.checkpoint_key)
 
     @override
     def on_run_start(self) -> None:
@@ -217,9 +217,11 @@ class CheckpointMixin(Mixin):
             self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
         )
         line.open(self._resumption)
-        tell = self._events().save
+        events = self._events()
         signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, line, self.checkpoint_every, signals, non_finite, tell)
+        self.run[SAVER] = RunSaver(
+            self, line, self.checkpoint_every, signals, non_finite, lambda path: events.save(path_or_url(path))
+        )
 
     @override
     def load_run_state(self) -> None:
@@ -238,7 +240,7 @@ class CheckpointMixin(Mixin):
                     f"{saved.manifest.world_size}: sums come out equal but for rounding, and random draws differ.",
                     stacklevel=2,
                 )
-            self._events().load(saved.path)
+            self._events().load(path_or_url(saved.path))
 
     # ---- saving
 

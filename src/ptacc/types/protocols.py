@@ -246,7 +246,7 @@ class SupportsMetrics(Protocol):
 class SupportsCheckpoint(Protocol):
     """Trainers that save their runs: `CheckpointMixin`."""
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str | Path:
         """Have the run saved as soon as the present step is done."""
         ...
 
