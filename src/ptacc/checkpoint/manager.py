@@ -25,9 +25,10 @@ from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
-from ptacc.checkpoint.writer import HostCopies, NonFiniteWeightsError, Save
+from ptacc.checkpoint.writer import HostCopies, Save
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import first_non_finite
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import StateDict
 
@@ -177,6 +178,9 @@ class CheckpointManager:
             CheckpointError: It could not be saved, and `on_error` is `"raise"`.
         """
         self.finish()
+        if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
+            self._warn(f"The run was not saved after step {at.steps}: {names[0]} holds NaN or infinity.")
+            return None
         directory, name = (self.store.directory, None) if path is None else split_path(path)
         store = self.store if path is None else open_sibling(self.store, directory)
         try:
@@ -189,9 +193,8 @@ class CheckpointManager:
             files[SHARED] = encode_parts(shared)
         if self.in_background:
             files = self._copies.copy_files(files)
-            weights = [(name, self._copies.get_copy(tensor)) for name, tensor in weights]
         on_commit = self._remove_old if store is self.store else _do_nothing
-        self._save = Save(store, pending, manifest, files, self.distributed, weights, on_commit)
+        self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
         self._save.start(in_background=self.in_background)
         return None if self.in_background else self.finish()
 
@@ -206,9 +209,7 @@ class CheckpointManager:
         An error of another rank may be a consequence of one on rank 0, which removes the files of all ranks.
         """
         error = None if self._save is None else self._save.error
-        if error is None or isinstance(error, NonFiniteWeightsError):
-            return
-        if self.on_error == "raise" and self.distributed.rank == 0:
+        if error is not None and self.on_error == "raise" and self.distributed.rank == 0:
             self._save = None
             raise error
 
@@ -239,10 +240,8 @@ class CheckpointManager:
             if reason := next(filter(None, errors), None):
                 save.cancel(reason)
             save.join()
-        message, is_non_finite = self.distributed.broadcast(
-            (str(save.error or ""), isinstance(save.error, NonFiniteWeightsError))
-        )
-        return (NonFiniteWeightsError if is_non_finite else CheckpointError)(message) if message else None
+        message = self.distributed.broadcast(str(save.error or ""))
+        return CheckpointError(message) if message else None
 
     def abandon(self) -> None:
         """Wait for a checkpoint in the background after an error, when other ranks may have ended. Not a collective."""
@@ -267,11 +266,12 @@ class CheckpointManager:
             warnings.warn(f"{self.store.directory}: old checkpoints were not removed: {error}", stacklevel=2)
 
     def _report(self, error: CheckpointError) -> None:
-        is_non_finite = isinstance(error, NonFiniteWeightsError)
-        if self.on_error == "raise" and not is_non_finite:
+        if self.on_error == "raise":
             raise error
+        self._warn(f"{error} The run continues without this checkpoint.")
+
+    def _warn(self, message: str) -> None:
         if self.distributed.rank == 0:
-            message = str(error) if is_non_finite else f"{error} The run continues without this checkpoint."
             warnings.warn(message, stacklevel=2)
 
 

@@ -16,7 +16,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import write_parts
-from ptacc.checkpoint.serialization.json_codec import Encoded, get_memory_key
+from ptacc.checkpoint.serialization.json_codec import Encoded
 from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.checkpoint.storage.manifest import MAX_MANIFEST_SIZE, Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.distributed.failure import Failure
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import first_non_finite
 
 TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the files of another rank."""
@@ -41,10 +40,6 @@ POLL_SECONDS = 0.5
 
 class FailedElsewhereError(CheckpointError):
     """Another rank failed; the message is from that rank."""
-
-
-class NonFiniteWeightsError(CheckpointError):
-    """The weights contain NaN or infinity, and are not to be saved. Nothing failed."""
 
 
 @dataclass
@@ -57,7 +52,6 @@ class Save:
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
         distributed: The ranks.
-        weights: This rank's part of the weights by name, to check that they are finite; empty for no check.
         on_commit: Called on rank 0 with the name of the new checkpoint.
     """
 
@@ -66,7 +60,6 @@ class Save:
     manifest: Manifest
     files: Mapping[str, Encoded]
     distributed: DistributedRuntime
-    weights: Sequence[tuple[str, Tensor]]
     on_commit: Callable[[str], None]
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
@@ -94,8 +87,6 @@ class Save:
     def _run(self) -> None:
         try:
             self._write()
-        except NonFiniteWeightsError as error:
-            self._fail(error)
         except FailedElsewhereError as error:
             self._fail(CheckpointError(str(error)))
         except Exception as error:  # noqa: BLE001  # rank 0 waits for a note, whatever the error is
@@ -108,10 +99,6 @@ class Save:
                 self.on_commit(self.pending.name)
 
     def _write(self) -> None:
-        if name := first_non_finite(self.weights):
-            raise NonFiniteWeightsError(
-                f"The run was not saved after step {self.manifest.step}: {name} contains NaN or infinity."
-            )
         written: dict[str, FileDigest] = {}
         for file, parts in self.files.items():
             written |= write_parts(self.store, self.pending, file, parts)
@@ -126,8 +113,7 @@ class Save:
         self.error = error
         with contextlib.suppress(OSError):
             if self.distributed.rank:
-                is_non_finite = isinstance(error, NonFiniteWeightsError)
-                self._signal_done({"error": str(error), "is_non_finite": is_non_finite})
+                self._signal_done({"error": str(error)})
             else:
                 self.store.discard(self.pending)
 
@@ -153,7 +139,7 @@ class Save:
             time.sleep(min(POLL_SECONDS, 0.002 + (now - start) / 20))
         note = json.loads(filesystem.read_at_most(path, MAX_MANIFEST_SIZE))
         if "error" in note:
-            raise (NonFiniteWeightsError if note["is_non_finite"] else FailedElsewhereError)(note["error"])
+            raise FailedElsewhereError(note["error"])
         filesystem.remove_file(path)
         return {name: FileDigest(**digest) for name, digest in note["files"].items()}
 
@@ -162,15 +148,13 @@ class Save:
 
 
 class HostCopies:
-    """Copies of tensors on the host. The memory is used again for the next copies: to allocate it costs more."""
+    """Copies tensors to the host, into memory that is used again for the next copies: to allocate it takes longer."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._latest: dict[tuple[object, ...], Tensor] = {}
 
     def copy_files(self, files: Mapping[str, Encoded]) -> dict[str, Encoded]:
         """Copy the tensors of each file. This overwrites the copies of the previous call."""
-        self._latest = {}
         copies = {
             name: replace(parts, tensors={key: self._copy(f"{name}/{key}", t) for key, t in parts.tensors.items()})
             for name, parts in files.items()
@@ -179,15 +163,9 @@ class HostCopies:
             torch.cuda.synchronize()
         return copies
 
-    def get_copy(self, tensor: Tensor) -> Tensor:
-        """Return the copy of a tensor that was in one of the files, or a new copy of another tensor."""
-        copy = self._latest.get(get_memory_key(tensor))
-        return tensor.detach().clone() if copy is None else copy
-
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[key] = buffer
-        self._latest[get_memory_key(tensor)] = buffer
         return buffer.copy_(tensor, non_blocking=True)

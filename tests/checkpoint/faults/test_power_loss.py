@@ -28,7 +28,7 @@ def lose_power(
     disk = Powerless(root, Logged(root, history_file(root)), directory / "left", chance)
     with monkeypatch.context() as patches:
         patches.setattr(os, "fsync", disk.logged.fsync)
-        end = save_each_step(root, disk=disk, **options)
+        end = save_each_step(root, filesystem=disk, **options)
     return end, disk.losses
 
 

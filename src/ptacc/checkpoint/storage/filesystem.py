@@ -1,25 +1,29 @@
 """File systems: what a checkpoint needs of one, and the durable writes and checked reads built on it.
 
-Paths are strings with "/" between names: local paths (`local_filesystem.py`) or URLs (`remote_filesystem.py`).
+Paths are strings with "/" between names: local paths here, URLs in `remote_filesystem.py`. What is written to a local
+disk becomes durable in the order of the syncs: the content of a file when the file is synced, its name when its
+directory is synced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
-from abc import ABC, abstractmethod
+import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, TypeAlias
 
 from ptacc.checkpoint.storage.paths import split_path
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 Kind: TypeAlias = Literal["file", "directory", "other"]
-WRITE_SIZE = 1 << 22
+CHUNK_SIZE = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
 PARALLEL_HASH_SIZE = 1 << 20
 """Bytes from which hashing in another thread saves more time than the hand-over costs."""
@@ -40,62 +44,78 @@ class FileDigest:
     size: int
 
 
-class FileSystem(ABC):
-    """A file system. Errors are `OSError`s that contain the path."""
+class FileSystem:
+    """The local file system. Errors are `OSError`s that contain the path.
 
-    corruption_errors: ClassVar[type[OSError]]
-    """The errors of reading that mean a damaged file; others mean that the file system cannot be reached."""
-    chunk_size: ClassVar[int]
+    Each system call that writes is a method, so that tests can make it fail or end the process before it.
+    """
+
+    corruption_errors: ClassVar[type[OSError]] = OSError
+    """The errors of reading that mean a damaged file. Other errors mean that the file system cannot be reached."""
+    read_size: ClassVar[int] = CHUNK_SIZE
     """Bytes to read at a time when a file is hashed."""
 
-    @abstractmethod
-    def create(self, path: str) -> AbstractContextManager[Callable[[memoryview], object]]:
-        """Create a file, and yield the function that writes to it. The content is durable when the context exits."""
+    # ---- system calls
 
-    @abstractmethod
-    def open(self, path: str) -> AbstractContextManager[BinaryIO]:
-        """Open a file for reading."""
+    def open_new(self, path: str) -> int:
+        """Create a file, and return its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
 
-    @abstractmethod
-    def get_kind(self, path: str) -> Kind | None:
-        """Return what is at a path, None for nothing. Links are followed; a broken link is "other"."""
+    def open_directory(self, path: str) -> int:
+        """Open a directory to sync it, and return its descriptor."""
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
-    @abstractmethod
-    def list_directory(self, path: str) -> dict[str, bool]:
-        """Return the names in a directory, and whether each is a directory: a link is not. Empty if there is none."""
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write to a file, and return the number of bytes written, which may be fewer than given."""
+        return os.write(descriptor, data)
 
-    @abstractmethod
+    def sync(self, descriptor: int) -> None:
+        """Wait until the content of a file or directory is durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a file or directory."""
+        os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file or directory."""
+        Path(source).rename(target)
+
     def make_directory(self, path: str) -> None:
         """Create a directory in an existing one."""
+        Path(path).mkdir()
 
-    @abstractmethod
-    def sync_directory(self, path: str) -> None:
-        """Make the names in a directory durable."""
-
-    @abstractmethod
     def remove_file(self, path: str) -> None:
         """Remove a file or a link."""
+        Path(path).unlink()
 
-    @abstractmethod
     def remove_directory(self, path: str) -> None:
         """Remove an empty directory."""
-
-    @abstractmethod
-    def replace_file(
-        self, path: str, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
-    ) -> FileDigest:
-        """Write a file that appears at once and complete, in place of an existing one.
-
-        Args:
-            path: The file.
-            parts: The content.
-            check: Called before the file appears; raises an error to prevent that.
-        """
+        Path(path).rmdir()
 
     # ---- writing
 
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Callable[[memoryview], object]]:
+        """Create a file, and yield the function that writes to it. The content is durable when the context exits."""
+
+        def write(data: memoryview) -> None:
+            while data:
+                data = data[self.write(descriptor, data) :]
+
+        with with_filename(path):
+            descriptor = self.open_new(path)
+            try:
+                yield write
+                self.sync(descriptor)
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first error is raised
+                    self.close(descriptor)
+                raise
+            self.close(descriptor)
+
     def write_file(self, path: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
-        """Write a new file durably. On a local file system, its name is durable once its directory is synced."""
+        """Write a new file durably, and hash it at the same time. Its name is durable once its directory is synced."""
         digest, size = hashlib.sha256(), 0
         with ThreadPoolExecutor(1, "hashing") as hasher, self.create(path) as write:
             for chunk in split_chunks(parts):
@@ -109,6 +129,36 @@ class FileSystem(ABC):
                     hashing.result()
         return FileDigest(digest.hexdigest(), size)
 
+    def replace_file(
+        self, path: str, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
+    ) -> FileDigest:
+        """Write a file that appears at once and complete, in place of an existing one.
+
+        Args:
+            path: The file.
+            parts: The content.
+            check: Called before the file appears; raises an error to prevent that.
+        """
+        partial = str(Path(path).with_name(f"{PARTIAL}{secrets.token_hex(8)}"))
+        try:
+            digest = self.write_file(partial, parts)
+            check()
+            self.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove_file(partial)
+            raise
+        return digest
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        with with_filename(path):
+            descriptor = self.open_directory(path)
+            try:
+                self.sync(descriptor)
+            finally:
+                self.close(descriptor)
+
     def remove_tree(self, path: str) -> None:
         """Remove a file, a link, or a directory with everything below it, if there is one."""
         parent, name = split_path(path)
@@ -119,21 +169,47 @@ class FileSystem(ABC):
             path, is_directory = remaining.pop()
             if is_directory:
                 directories.append(path)
-                remaining += [(f"{path}/{child}", kind) for child, kind in self.list_directory(path).items()]
+                remaining += [(f"{path}/{child}", kind) for child, kind in sorted(self.list_directory(path).items())]
             else:
                 self.remove_file(path)
         for directory in reversed(directories):
             self.remove_directory(directory)
 
-    # ---- reading
+    # ---- looking
+
+    def get_kind(self, path: str) -> Kind | None:
+        """Return what is at a path, None for nothing. Links are followed; a broken link is "other"."""
+        try:
+            mode = Path(path).stat().st_mode
+        except OSError as error:
+            if Path(path).is_symlink():
+                return "other"
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise
+        return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+    def exists(self, path: str) -> bool:
+        """Whether there is anything at a path, including a broken link."""
+        return self.get_kind(path) is not None
 
     def is_directory(self, path: str) -> bool:
         """Whether a path, or the target of a link, is a directory."""
         return self.get_kind(path) == "directory"
 
-    def exists(self, path: str) -> bool:
-        """Whether there is anything at a path, including a broken link."""
-        return self.get_kind(path) is not None
+    def list_directory(self, path: str) -> dict[str, bool]:
+        """Return the names in a directory, and whether each is a directory: a link is not. Empty if there is none."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+            return {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        return {}
+
+    # ---- reading
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """Open a regular file for reading. Neither the file nor its directory may be a link."""
+        with open(open_regular_file(path), "rb") as file:
+            yield file
 
     def read_file(self, path: str, size: int) -> bytes:
         """Read a file of a known size.
@@ -146,11 +222,11 @@ class FileSystem(ABC):
             return file.read(size)
 
     def hash_file(self, path: str, size: int) -> str:
-        """Return the SHA-256 of a file of a known size; the errors are those of `read_file`."""
+        """Return the SHA-256 of a file of a known size, with the errors of `read_file`."""
         digest = hashlib.sha256()
         with self._open_checked(path, size) as file:
-            for start in range(0, size, self.chunk_size):
-                digest.update(file.read(min(self.chunk_size, size - start)))
+            for start in range(0, size, self.read_size):
+                digest.update(file.read(min(self.read_size, size - start)))
         return digest.hexdigest()
 
     def read_at_most(self, path: str, size: int) -> bytes:
@@ -174,12 +250,44 @@ class FileSystem(ABC):
             raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def open_regular_file(path: str) -> int:
+    """Return the descriptor of a file; raise `DamagedCheckpointError` if it or its directory is a link.
+
+    The checks are made on descriptors: a path may lead to another file by the time that it is opened.
+    """
+    try:
+        directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # O_NONBLOCK: opening a pipe without a writer would block.
+            descriptor = os.open(Path(path).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        reason = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
+        raise DamagedCheckpointError(f"{path} {reason}: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedCheckpointError(f"{path} is not a regular file.")
+    return descriptor
+
+
 def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
-    """Split parts into chunks of at most `WRITE_SIZE` bytes."""
+    """Split parts into chunks of at most `CHUNK_SIZE` bytes."""
     for part in parts:
         view = memoryview(part).cast("B")
-        for start in range(0, len(view), WRITE_SIZE):
-            yield view[start : start + WRITE_SIZE]
+        for start in range(0, len(view), CHUNK_SIZE):
+            yield view[start : start + CHUNK_SIZE]
+
+
+@contextlib.contextmanager
+def with_filename(path: str) -> Iterator[None]:
+    """Add the path to an `OSError` that was raised for a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = path
+        raise
 
 
 @contextlib.contextmanager

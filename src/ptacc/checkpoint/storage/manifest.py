@@ -99,7 +99,7 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"The manifest is invalid: {one_line(error)}.") from error
         if key is not None and not hmac.compare_digest(expected, data):
-            raise CheckpointError(f"{manifest.name} is not signed with the given key, or was changed afterwards.")
+            raise CheckpointError(f"{manifest.name} is not signed with the key, or was changed afterwards.")
         if expected != data:
             raise DamagedCheckpointError(f"The manifest of {manifest.name} has changed since it was written.")
         return manifest

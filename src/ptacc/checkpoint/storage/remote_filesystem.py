@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final
 from typing_extensions import override
 
 from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, Kind
-from ptacc.checkpoint.storage.local_filesystem import LocalFileSystem
 from ptacc.checkpoint.storage.paths import is_url
 from ptacc.errors import CheckpointError
 
@@ -33,10 +32,10 @@ ERROR_NUMBERS: Final[tuple[tuple[type[OSError], int], ...]] = (
 
 
 class RemoteFileSystem(FileSystem):
-    """Every file system of fsspec; which one is in the URL."""
+    """The file systems of fsspec; a URL says which. The system calls of a local disk are not used."""
 
     corruption_errors: ClassVar[type[OSError]] = FileNotFoundError
-    chunk_size: ClassVar[int] = 1 << 25
+    read_size: ClassVar[int] = 1 << 25
 
     @override
     @contextlib.contextmanager
@@ -126,11 +125,10 @@ class RemoteFileSystem(FileSystem):
             filesystem.rm_file(name)
 
     @override
-    def remove_directory(self, path: str) -> None:
-        """Remove a directory that may have disappeared with the last object in it."""
+    def remove_tree(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), as_os_error(path):
             filesystem, name = connect(path)
-            filesystem.rmdir(name)
+            filesystem.rm(name, recursive=True)
 
 
 def connect(url: str) -> tuple[AbstractFileSystem, str]:
@@ -161,4 +159,4 @@ def as_os_error(path: str) -> Iterator[None]:
 
 def select_filesystem(path: str) -> FileSystem:
     """Return the file system of a local path or a URL."""
-    return RemoteFileSystem() if is_url(path) else LocalFileSystem()
+    return RemoteFileSystem() if is_url(path) else FileSystem()

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing_extensions import override
 
 from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error
-from ptacc.checkpoint.storage.local_store import LocalStore
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.paths import is_url
 from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
@@ -39,9 +38,9 @@ MARK_TEXTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class RemoteStore(CheckpointStore):
-    """A directory of checkpoints on a file system of fsspec."""
+    """A directory of checkpoints on a file system of fsspec. It writes in another way, and reads in the same."""
 
-    filesystem: FileSystem = field(default_factory=RemoteFileSystem, kw_only=True, repr=False)
+    filesystem: FileSystem = field(default_factory=RemoteFileSystem, repr=False)
 
     @override
     def prepare(self) -> None:
@@ -151,7 +150,7 @@ def find_marks(entries: Mapping[str, bool]) -> dict[str, set[str]]:
 def open_store(directory: str | Path, key: bytes | None = None) -> CheckpointStore:
     """Return the store of a local directory or a URL."""
     path = str(directory)
-    return RemoteStore(path, key) if is_url(path) else LocalStore(path, key)
+    return RemoteStore(path, key) if is_url(path) else CheckpointStore(path, key)
 
 
 def open_sibling(store: CheckpointStore, directory: str) -> CheckpointStore:

@@ -1,7 +1,16 @@
 """The store: a directory of checkpoints, each of which is either complete or not there.
 
-`LocalStore` and `RemoteStore` write checkpoints in different ways. They read them in the same way: first the manifest is
-checked, then the hash of a file, and only then is the file parsed.
+```
+runs/digits/
+  step-00000500/                 a checkpoint: it has this name only since all of it is durable
+    manifest.json                describes it, with the hash of each other file
+    model.safetensors  ...
+  .partial-step-00001000-7f3a/   is being written, or was when its process ended; the next start removes it
+  .removed-step-00000100-02c9/   is being removed
+```
+
+A save writes and syncs each file, the manifest last, in a directory with a temporary name. Then it syncs that
+directory, renames it, and syncs the parent. Before a file is parsed, the manifest and the hash of the file are checked.
 """
 
 from __future__ import annotations
@@ -9,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import posixpath
-from abc import ABC, abstractmethod
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 
-from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, as_checkpoint_error
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileDigest, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import FILE_NAME, MAX_MANIFEST_SIZE, Manifest
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 
@@ -39,18 +49,18 @@ class PendingCheckpoint:
 
 
 @dataclass(frozen=True)
-class CheckpointStore(ABC):
-    """A directory of checkpoints.
+class CheckpointStore:
+    """A directory of checkpoints on the local file system.
 
     Args:
-        directory: A local path or a URL. It is created when the first checkpoint is saved.
+        directory: A path, which is created when the first checkpoint is saved.
         key: Signs checkpoints; those that are not signed with it are refused.
         filesystem: Reads and writes the files.
     """
 
     directory: str
     key: bytes | None = field(default=None, repr=False)
-    filesystem: FileSystem = field(kw_only=True, repr=False)
+    filesystem: FileSystem = field(default_factory=FileSystem, repr=False)
 
     def __post_init__(self) -> None:
         if self.key == b"":
@@ -65,17 +75,23 @@ class CheckpointStore(ABC):
 
     # ---- writing
 
-    @abstractmethod
     def prepare(self) -> None:
-        """Create the directory if there is none."""
+        """Create the directory durably if there is none."""
+        self._make_durable_directory(Path(self.directory))
 
-    @abstractmethod
     def begin(self, name: str) -> PendingCheckpoint:
         """Begin to write a checkpoint. Called on one rank, which broadcasts the result.
 
         Raises:
             CheckpointError: There is a checkpoint of this name.
         """
+        check_name(name)
+        self._check_free(name)
+        if not self.filesystem.is_directory(self.directory):
+            self.prepare()
+        pending = PendingCheckpoint(name, self._make_temporary_name(PARTIAL, name))
+        self.filesystem.make_directory(pending.path)
+        return pending
 
     def write(self, pending: PendingCheckpoint, file: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
         """Write one file of a checkpoint durably. Any rank may call this."""
@@ -83,7 +99,6 @@ class CheckpointStore(ABC):
             raise CheckpointError(f"{file!r} is not a valid name for a file of a checkpoint.")
         return self.filesystem.write_file(f"{pending.path}/{file}", parts)
 
-    @abstractmethod
     def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
         """Turn the files written so far into a checkpoint, atomically and durably. Called on one rank.
 
@@ -94,22 +109,33 @@ class CheckpointStore(ABC):
         Returns:
             The manifest with its name and its sequence number.
         """
+        manifest = self._write_manifest(pending, manifest)
+        self.filesystem.sync_directory(pending.path)
+        self._rename(pending.path, self.locate(pending.name))
+        return manifest
 
-    @abstractmethod
     def discard(self, pending: PendingCheckpoint) -> None:
         """Remove the files of a checkpoint that will not be committed."""
+        self.filesystem.remove_tree(pending.path)
 
-    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a checkpoint. If the process is killed at any moment, no part of it passes for a checkpoint.
 
         Raises:
             CheckpointError: The name is invalid.
         """
+        check_name(name)
+        trash = self._make_temporary_name(REMOVED, name)
+        self._rename(self.locate(name), trash)
+        self.filesystem.remove_tree(trash)
 
-    @abstractmethod
     def clean_up(self) -> list[str]:
-        """Finish what processes that were killed left behind, and return the names of the leftovers."""
+        """Remove what processes that were killed in a save or a removal left, and return the names of that."""
+        leftovers = [name for name in self._list_directories() if name.startswith((PARTIAL, REMOVED))]
+        with as_checkpoint_error(self.directory):
+            for name in leftovers:
+                self.filesystem.remove_tree(self.locate(name))
+        return leftovers
 
     def free_name(self, step: int) -> str:
         """Return an unused name for a checkpoint at a step. A run that went back may have saved the step before."""
@@ -129,11 +155,31 @@ class CheckpointStore(ABC):
         if self.filesystem.exists(self.locate(name)):
             raise CheckpointError(f"{self.locate(name)} exists already: a checkpoint is never overwritten.")
 
+    def _make_durable_directory(self, directory: Path) -> None:
+        if not self.filesystem.is_directory(str(directory)):
+            self._make_durable_directory(directory.parent)
+            self.filesystem.make_directory(str(directory))
+            self.filesystem.sync_directory(str(directory.parent))
+            return
+        # A process may have been killed after it created the directory and before it synced the parent. A parent that
+        # cannot be read was not created by a run.
+        with contextlib.suppress(PermissionError):
+            self.filesystem.sync_directory(str(directory.parent))
+
+    def _make_temporary_name(self, prefix: str, name: str) -> str:
+        return self.locate(f"{prefix}{name}-{secrets.token_hex(4)}")
+
+    def _rename(self, source: str, target: str) -> None:
+        self.filesystem.rename(source, target)
+        self.filesystem.sync_directory(self.directory)
+
     # ---- reading
 
-    @abstractmethod
     def _list_directories(self) -> list[str]:
-        """Return the sorted names of the directories that may be checkpoints."""
+        """Return the sorted names of the directories in the store."""
+        with as_checkpoint_error(self.directory):
+            entries = self.filesystem.list_directory(self.directory)
+        return sorted(name for name, is_directory in entries.items() if is_directory)
 
     def names(self) -> list[str]:
         """Return the names of the run's checkpoints in alphabetical order, without a look into them."""
