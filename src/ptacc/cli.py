@@ -125,7 +125,7 @@ def checkpoints(options: Options) -> int:
     """List the checkpoints of a directory."""
     entries = list_checkpoints(options.directory, read_key(options.key_file))
     if options.verify:
-        entries = [verified for entry in entries if not (verified := entry.verified()).is_gone]
+        entries = [verified for entry in entries if not (verified := entry.check(files=True)).is_gone]
     if options.json:
         rows = [as_json(entry, is_verified=options.verify) for entry in entries]
         print_line(json.dumps(rows, indent=2, allow_nan=False))
@@ -141,7 +141,7 @@ def verify(options: Options) -> int:
     width = max((len(printable(entry.title)) for entry in entries), default=0)
     verified: list[CheckpointEntry] = []
     for entry in entries:
-        entry = entry.verified()
+        entry = entry.check(files=True)
         if not entry.is_gone:
             verified.append(entry)
             print_line(f"{printable(entry.title):<{width}}  {printable(entry.problem) or 'intact'}")
@@ -168,7 +168,7 @@ def export(options: Options) -> int:
 def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
     """Return the newest intact checkpoint, and report the newer ones that are not."""
     for entry in reversed(list_checkpoints(directory, key)):
-        entry = entry.verified()
+        entry = entry.check(files=True)
         if not entry.problem:
             return entry
         if not entry.is_gone:

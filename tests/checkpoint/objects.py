@@ -93,6 +93,15 @@ class ObjectStore(AbstractFileSystem):
             assert not create_parents, "a bucket would be made"
             raise FileNotFoundError(path)
 
+    @override
+    def rmdir(self, path: str) -> None:
+        path = self._strip_protocol(path)
+        self.hear("rmdir", path)
+        assert "/" in path, "a bucket would be removed"
+        if any(key.startswith(f"{path}/") for key in keys()):
+            raise FileExistsError
+        raise FileNotFoundError
+
 
 class Upload(AbstractBufferedFile):
     """An object that is being written: in parts, of which nothing is seen before the last."""

@@ -313,7 +313,7 @@ def test_a_new_run_in_the_directory_of_another_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"of another run, the last of them step-00000006.*resume=True"):
         train(tmp_path / "run")
     train(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is of another run"):
+    with pytest.raises(CheckpointError, match="belongs to another run"):
         train(tmp_path / "run", resume=tmp_path / "other" / "step-00000003")
 
 

@@ -50,17 +50,10 @@ class CheckpointEntry:
         """Whether it has been removed since it was listed, as a run in progress removes its old checkpoints."""
         return bool(self.problem) and not self.store.filesystem.is_directory(self.store.locate(self.name))
 
-    def with_manifest(self) -> CheckpointEntry:
-        """Read the manifest, and return the entry with it or with the problem."""
-        return self._check(verify=False)
-
-    def verified(self) -> CheckpointEntry:
-        """Read all files, and return the entry with the manifest or with the problem."""
-        return self._check(verify=True)
-
-    def _check(self, *, verify: bool) -> CheckpointEntry:
+    def check(self, *, files: bool) -> CheckpointEntry:
+        """Return the entry with its manifest, or with what is wrong with that or, if asked for, with its files."""
         try:
-            manifest = self.store.verify(self.name) if verify else self.store.manifest(self.name)
+            manifest = self.store.verify(self.name) if files else self.store.manifest(self.name)
         except (CheckpointError, OSError) as error:
             # A checkpoint with another key or a later format is refused without being damaged.
             kind = "damaged" if isinstance(error, DamagedCheckpointError) else "refused"
@@ -96,13 +89,13 @@ def find_checkpoint(directory: str, key: bytes | None) -> CheckpointEntry | None
         if not is_directory or any(filesystem.list_directory(path).values()):
             return None
     parent, name = split_path(path)
-    return CheckpointEntry(open_store(parent, key), name, directory).with_manifest()
+    return CheckpointEntry(open_store(parent, key), name, directory).check(files=False)
 
 
 def list_run(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
     """Return the checkpoints of one run, oldest first, then those of unknown age."""
     names = sorted([*store.names(), *store.custom_names()])
-    entries = [CheckpointEntry(store, name, f"{prefix}{name}").with_manifest() for name in names]
+    entries = [CheckpointEntry(store, name, f"{prefix}{name}").check(files=False) for name in names]
     return sorted((entry for entry in entries if not entry.is_gone), key=get_age)
 
 

@@ -18,7 +18,7 @@ from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
 from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
 from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
-from ptacc.errors import CheckpointError, MissingPartError
+from ptacc.errors import CheckpointError
 
 MODEL = "model"
 """The name of the part with the model's weights."""
@@ -40,10 +40,10 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         MissingPartError: The snapshot has no such part.
         CheckpointError: The part does not contain weights, or averages that were never updated.
     """
-    weights = require_tensors(get_part(snapshot, MODEL), MODEL)
+    weights = require_tensors(snapshot.take(MODEL), MODEL)
     if averages is None:
         return weights
-    state = get_part(snapshot, averages)
+    state = snapshot.take(averages)
     if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
@@ -59,15 +59,6 @@ def replace_by_averages(weights: Mapping[str, Tensor], averages: Mapping[str, Te
     by_memory = {get_memory_key(weights[name]): average for name, average in averages.items() if name in weights}
     # Averages of buffers that are not persistent have no weight, and are left out.
     return {name: averages.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
-
-
-def get_part(snapshot: Snapshot, name: str) -> object:
-    """Return the state of a part to export."""
-    if name not in snapshot.states:
-        names = ", ".join(sorted(snapshot.states)) or "no parts"
-        raise MissingPartError(f"The checkpoint has no part {name!r} to export. It has: {names}.")
-    state: object = snapshot.states[name]
-    return state
 
 
 def require_tensors(state: object, part: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import platform
 import secrets
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,8 +25,8 @@ from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
-from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
-from ptacc.checkpoint.writer import HostCopies, Save
+from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.writer import Save, copy_to_host
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import first_non_finite
@@ -67,7 +68,7 @@ class CheckpointManager:
     resumed_from: str | None = None
     saved_at: Progress = field(default_factory=Progress)
     _save: Save | None = None
-    _copies: HostCopies = field(default_factory=HostCopies)
+    _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
     # ---- its state in a checkpoint
 
@@ -87,8 +88,7 @@ class CheckpointManager:
         before, now = state_dict["versions"], get_versions()
         if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             warnings.warn(
-                f"The run resumes with other versions ({', '.join(changed)}): results may differ in the last bits from "
-                "those of an uninterrupted run.",
+                f"The run resumes with other versions ({', '.join(changed)}), so results may differ in the last bits.",
                 stacklevel=2,
             )
 
@@ -181,10 +181,12 @@ class CheckpointManager:
         if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
             self._warn(f"The run was not saved after step {at.steps}: {names[0]} holds NaN or infinity.")
             return None
-        directory, name = (self.store.directory, None) if path is None else split_path(path)
-        store = self.store if path is None else open_sibling(self.store, directory)
+        store, name = self.store, ""
+        if path is not None:
+            directory, name = split_path(path)
+            store = open_sibling(self.store, directory)
         try:
-            pending = self._on_rank_0(lambda: self._begin(store, store.free_name(at.steps) if name is None else name))
+            pending = self._on_rank_0(lambda: store.begin(name or store.free_name(at.steps)))
         except CheckpointError as error:
             self._report(error)
             return None
@@ -192,16 +194,11 @@ class CheckpointManager:
         if self.distributed.rank == 0:
             files[SHARED] = encode_parts(shared)
         if self.in_background:
-            files = self._copies.copy_files(files)
-        on_commit = self._remove_old if store is self.store else _do_nothing
+            files = {name: copy_to_host(parts, self._buffers[name]) for name, parts in files.items()}
+        on_commit = self._remove_old if store is self.store else None
         self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
         self._save.start(in_background=self.in_background)
         return None if self.in_background else self.finish()
-
-    def _begin(self, store: CheckpointStore, name: str) -> PendingCheckpoint:
-        if store is not self.store:
-            store.prepare()
-        return store.begin(name)
 
     def check(self) -> None:
         """Raise the error of a checkpoint in the background as soon as rank 0 has it.
@@ -219,18 +216,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: It could not be saved, and `on_error` is `"raise"`.
         """
-        if self._save is None:
-            return None
         save, self._save = self._save, None
-        error = self._wait_for_all(save)
-        if error is not None:
-            error.__cause__ = save.error
-            self._report(error)
+        if save is None:
             return None
-        return save.store.locate(save.pending.name)
-
-    def _wait_for_all(self, save: Save) -> CheckpointError | None:
-        """Wait until all ranks have finished, and return rank 0's error on all of them. A collective."""
         is_main = self.distributed.rank == 0
         if not is_main:
             save.join()
@@ -240,8 +228,12 @@ class CheckpointManager:
             if reason := next(filter(None, errors), None):
                 save.cancel(reason)
             save.join()
-        message = self.distributed.broadcast(str(save.error or ""))
-        return CheckpointError(message) if message else None
+        if message := self.distributed.broadcast(str(save.error or "")):
+            error = CheckpointError(message)
+            error.__cause__ = save.error
+            self._report(error)
+            return None
+        return save.store.locate(save.pending.name)
 
     def abandon(self) -> None:
         """Wait for a checkpoint in the background after an error, when other ranks may have ended. Not a collective."""
@@ -251,8 +243,8 @@ class CheckpointManager:
         if not save.join(ABANDON_SECONDS):
             save.cancel(f"{save.pending.name} was not saved: the run ended before another rank had written its files.")
             save.join()
-        if save.error is not None and self.distributed.rank == 0:
-            warnings.warn(str(save.error), stacklevel=2)
+        if save.error is not None:
+            self._warn(str(save.error))
 
     def _remove_old(self, newest: str) -> None:
         """Remove the checkpoints that no rule keeps, after the newest has been verified."""
@@ -284,7 +276,3 @@ def get_versions() -> dict[str, str]:
         "numpy": np.__version__,
         "accelerate": version("accelerate"),
     }
-
-
-def _do_nothing(name: str) -> None:
-    """Keep the checkpoints in a directory that is not the run's."""

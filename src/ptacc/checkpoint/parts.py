@@ -34,13 +34,7 @@ MAX_JSON_SIZE = 1 << 28
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a checkpoint.
-
-    Args:
-        name: Of the part, in errors and manifests.
-        state: What a `state_dict()` returned.
-        version: Of the state's format.
-    """
+    """One part of a checkpoint: its name, what a `state_dict()` returned, and the version of the state's format."""
 
     name: str
     state: object
@@ -54,15 +48,11 @@ class Snapshot:
     states: Mapping[str, Any] = field(default_factory=dict)
 
     def take(self, name: str) -> Any:
-        """Return the state of a part.
-
-        Raises:
-            MissingPartError: The checkpoint has no such part.
-        """
+        """Return the state of a part, or raise `MissingPartError`."""
         if name not in self.states:
             raise MissingPartError(
-                f"The checkpoint has no part {name!r}, which this run needs. It has: "
-                f"{', '.join(sorted(self.states))}. To resume without it, add its name to resume_ignore."
+                f"The checkpoint has no part {name!r}. It has: {', '.join(sorted(self.states)) or 'no parts'}. "
+                "To resume a run without it, add its name to resume_ignore."
             )
         return self.states[name]
 
@@ -81,11 +71,7 @@ def rank_files(rank: int) -> str:
 
 
 def encode_parts(parts: Iterable[Part]) -> Encoded:
-    """Encode parts, each under its name. Tensors are not copied.
-
-    Raises:
-        CheckpointError: A state cannot be stored; the message says which value.
-    """
+    """Encode parts, each under its name, with the errors of `encode`. Tensors are not copied."""
     encoded = {part.name: encode(part.state, part.name) for part in parts}
     tensors = {key: tensor for one in encoded.values() for key, tensor in one.tensors.items()}
     return Encoded({name: one.tree for name, one in encoded.items()}, tensors)

@@ -53,12 +53,12 @@ class Retention:
 
 
 def rank_best(manifests: Sequence[Manifest], monitor: Monitor, count: int) -> list[str]:
-    """Return the names of the best checkpoints, best first. Ties go to the newest; NaN and missing values are left out.
+    """Return the names of at most `count` best checkpoints, best first. Those with NaN or no value are left out.
 
     Args:
-        manifests: From the oldest to the newest.
-        monitor: The value to compare by.
-        count: How many to return at most.
+        manifests: Oldest first. Of two with equal values, the newer one is better.
+        monitor: The value to compare.
+        count: How many to return.
     """
     sign = 1 if monitor.mode == "min" else -1
     values = {manifest.name: manifest.metrics.get(monitor.name, math.nan) for manifest in manifests}

@@ -52,7 +52,7 @@ class Save:
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
         distributed: The ranks.
-        on_commit: Called on rank 0 with the name of the new checkpoint.
+        on_commit: Called on rank 0 with the name of the new checkpoint, if given.
     """
 
     store: CheckpointStore
@@ -60,7 +60,7 @@ class Save:
     manifest: Manifest
     files: Mapping[str, Encoded]
     distributed: DistributedRuntime
-    on_commit: Callable[[str], None]
+    on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
     _thread: threading.Thread | None = None
@@ -95,7 +95,7 @@ class Save:
             failure.__cause__ = error
             self._fail(failure)
         else:
-            if self.distributed.rank == 0:
+            if self.distributed.rank == 0 and self.on_commit is not None:
                 self.on_commit(self.pending.name)
 
     def _write(self) -> None:
@@ -123,20 +123,17 @@ class Save:
     def _wait_for(self, rank: int) -> dict[str, FileDigest]:
         """Wait until another rank has written its files, and return their digests."""
         path, filesystem = self._locate_note(rank), self.store.filesystem
-        start = time.monotonic()
-        next_check = start + POLL_SECONDS
+        start = last_check = time.monotonic()
         failure: Failure | None = None
         while not filesystem.exists(path):
             now = time.monotonic()
             if self._cancelled.done():
                 raise FailedElsewhereError(self._cancelled.result())
             if failure is not None or now > start + TIMEOUT_SECONDS:
-                reason = "." if failure is None else f": {failure}"
-                raise CheckpointError(f"rank {rank} has not written its files{reason}")
-            if now > next_check:  # a rank that has failed may have written its note before: it is looked for once more
-                failure, next_check = self.distributed.find_failure(), now + POLL_SECONDS
-            # On a remote file system, each look is a request.
-            time.sleep(min(POLL_SECONDS, 0.002 + (now - start) / 20))
+                raise CheckpointError(f"rank {rank} has not written its files: {failure or 'no answer'}")
+            if now > last_check + POLL_SECONDS:  # a rank may have failed after it wrote its note, so look once more
+                failure, last_check = self.distributed.find_failure(), now
+            time.sleep(min(POLL_SECONDS, 0.002 + (now - start) / 20))  # remotely, each look is a request
         note = json.loads(filesystem.read_at_most(path, MAX_MANIFEST_SIZE))
         if "error" in note:
             raise FailedElsewhereError(note["error"])
@@ -147,25 +144,14 @@ class Save:
         return f"{self.pending.path}/.done-{rank}.json"
 
 
-class HostCopies:
-    """Copies tensors to the host, into memory that is used again for the next copies: to allocate it takes longer."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def copy_files(self, files: Mapping[str, Encoded]) -> dict[str, Encoded]:
-        """Copy the tensors of each file. This overwrites the copies of the previous call."""
-        copies = {
-            name: replace(parts, tensors={key: self._copy(f"{name}/{key}", t) for key, t in parts.tensors.items()})
-            for name, parts in files.items()
-        }
-        if any(tensor.is_cuda for parts in files.values() for tensor in parts.tensors.values()):
-            torch.cuda.synchronize()
-        return copies
-
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
+def copy_to_host(parts: Encoded, buffers: dict[str, Tensor]) -> Encoded:
+    """Copy the tensors of parts into the buffers of earlier copies: to allocate memory takes longer than to copy."""
+    copies: dict[str, Tensor] = {}
+    for key, tensor in parts.tensors.items():
+        buffer = buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+        copies[key] = buffers[key] = buffer.copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in parts.tensors.values()):
+        torch.cuda.synchronize()
+    return replace(parts, tensors=copies)

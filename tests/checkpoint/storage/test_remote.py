@@ -94,7 +94,7 @@ def test_callbacks_get_a_url_as_a_string(tmp_path: Path) -> None:
 
 def test_no_operation_on_a_remote_file_system_is_a_system_call() -> None:
     assert {*vars(RemoteFileSystem)} >= {"make_directory", "remove_file", "create", "replace_file", "sync_directory"}
-    assert {*vars(RemoteFileSystem)} >= {"remove_tree", "get_kind", "list_directory", "open"}
+    assert {*vars(RemoteFileSystem)} >= {"remove_directory", "get_kind", "list_directory", "open"}
 
 
 def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:

@@ -116,53 +116,26 @@ class _Encoder:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _keys: dict[tuple[object, ...], str] = field(default_factory=dict)
 
-    def encode(self, value: object, path: str, depth: int) -> Json:
+    def encode(self, value: Any, path: str, depth: int) -> Json:
         """Encode one value. `path` is its expression in errors, such as `state['a'][0]`."""
         if depth > MAX_DEPTH:
             raise CheckpointError(f"{path}: containers are nested more than {MAX_DEPTH} deep. Does one contain itself?")
-        if isinstance(value, Tensor):
-            if is_dtensor(value):
-                return self._encode_shard(get_shard(value), path)
-            return {TAG: "tensor", "key": self._add_tensor(value, path)}
         kind = type(value)  # the exact type: an instance of a subclass would be decoded as one of its base
-        if value is None or (isinstance(value, bool | str | int) and kind in (bool, str, int)):
+        if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
             return cast(Json, value)
-        if isinstance(value, float) and kind is float:
-            return value if math.isfinite(value) else {TAG: "float", "value": repr(value)}
-        if isinstance(value, dict) and kind in MAPPINGS:
-            return self._encode_mapping(value, kind, path, depth)
-        if isinstance(value, list) and kind is list:
-            return [self.encode(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(value)]
-        if isinstance(value, tuple | set | frozenset) and kind in SEQUENCES:
-            parts = list(value) if isinstance(value, tuple) else sorted(value, key=repr)
-            items: Json = [self.encode(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
-            return {TAG: SEQUENCES[kind], "items": items}
-        return self._encode_leaf(value, path)
-
-    def _encode_shard(self, shard: Shard, path: str) -> Json:
-        """Encode a shard with its position in the tensor."""
-        runs: Json = [[list(run) for run in ranges] for ranges in shard.runs]
-        dealing: dict[str, Json] = {"placements": [*shard.dealing.placements], "mesh": [*shard.dealing.mesh]}
-        key = self._add_tensor(shard.local, path)
-        return {TAG: "shard", "key": key, "shape": [*shard.shape], "runs": runs, **dealing}
-
-    def _encode_mapping(self, value: Mapping[Any, Any], kind: type, path: str, depth: int) -> Json:
-        parts = [(key, self.encode(part, f"{path}[{key!r}]", depth + 1)) for key, part in value.items()]
-        if kind is dict and TAG not in value and all(type(key) is str for key in value):
-            return dict(parts)
-        return {TAG: MAPPINGS[kind], "items": [[self.encode(key, path, depth + 1), part] for key, part in parts]}
-
-    def _encode_leaf(self, value: object, path: str) -> Json:
-        if isinstance(value, Shard):
-            return self._encode_shard(value, path)
-        if isinstance(value, bytes) and type(value) is bytes:
-            return {TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
-        if isinstance(value, complex) and type(value) is complex:
-            return {TAG: "complex", "value": [self.encode(part, path, 0) for part in (value.real, value.imag)]}
-        if isinstance(value, torch.dtype):
-            return {TAG: "dtype", "value": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {TAG: "device", "value": str(value)}
+        if kind in MAPPINGS:
+            return self._encode_mapping(value, path, depth)
+        if kind is list or kind in SEQUENCES:
+            parts = sorted(value, key=repr) if kind in (set, frozenset) else value
+            items = [self.encode(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
+            return items if kind is list else {TAG: SEQUENCES[kind], "items": items}
+        if kind in LEAVES:
+            tag, to_json, _ = LEAVES[kind]
+            return {TAG: tag, "value": to_json(value)}
+        if isinstance(value, Shard) or is_dtensor(value):
+            return self._encode_shard(value if isinstance(value, Shard) else get_shard(value), path)
+        if isinstance(value, Tensor):
+            return {TAG: "tensor", "key": self._add_tensor(value, path)}
         if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in NUMERIC:
             # As bytes, since torch does not have all dtypes of NumPy.
             array = np.ascontiguousarray(value)
@@ -170,10 +143,23 @@ class _Encoder:
             tag = "array" if isinstance(value, np.ndarray) else "number"
             return {TAG: tag, "key": key, "dtype": value.dtype.str, "shape": [*value.shape]}
         raise CheckpointError(
-            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored. A state may "
-            "contain numbers, strings, bytes, tensors, arrays, dtypes and devices, in lists, tuples, sets and "
-            "dictionaries: let state_dict() return values from which load_state_dict() can restore this one."
+            f"{path} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored. A state may contain numbers, "
+            "strings, bytes, tensors, arrays, dtypes and devices, in lists, tuples, sets and dictionaries: let "
+            "state_dict() return values from which load_state_dict() can restore this one."
         )
+
+    def _encode_mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> Json:
+        parts = [(key, self.encode(part, f"{path}[{key!r}]", depth + 1)) for key, part in value.items()]
+        if type(value) is dict and TAG not in value and all(type(key) is str for key in value):
+            return dict(parts)
+        items: Json = [[self.encode(key, path, depth + 1), part] for key, part in parts]
+        return {TAG: MAPPINGS[type(value)], "items": items}
+
+    def _encode_shard(self, shard: Shard, path: str) -> Json:
+        runs: Json = [[list(run) for run in ranges] for ranges in shard.runs]
+        dealing: dict[str, Json] = {"placements": [*shard.dealing.placements], "mesh": [*shard.dealing.mesh]}
+        key = self._add_tensor(shard.local, path)
+        return {TAG: "shard", "key": key, "shape": [*shard.shape], "runs": runs, **dealing}
 
     def _add_tensor(self, tensor: Tensor, path: str) -> str:
         """Add a tensor to those to be stored, unless it is one already as tied weights are, and return its key."""
@@ -206,7 +192,7 @@ class _Decoder:
         if TAG not in tree:
             return {key: self.decode(part, depth + 1) for key, part in tree.items()}
         try:
-            return self._tagged(tree, depth)
+            return self._decode_tagged(tree, depth)
         except (DamagedCheckpointError, RecursionError, MemoryError):
             raise
         except Exception as error:  # NumPy and torch raise many types of errors for invalid values
@@ -215,69 +201,70 @@ class _Decoder:
                 f"The checkpoint contains a malformed {kind} value: {one_line(error)}."
             ) from error
 
-    def _tagged(self, tree: dict[str, Any], depth: int) -> Any:
+    def _decode_tagged(self, tree: dict[str, Any], depth: int) -> Any:
         match tree[TAG]:
             case "tensor":
                 return self.tensors[tree["key"]]
             case "shard":
-                return self._shard(tree)
+                return self._decode_shard(tree)
             case "array":
-                return self._array(tree)
+                return self._decode_array(tree)
             case "number":
-                return self._array(tree)[()]
+                return self._decode_array(tree)[()]
             case str(tag) if tag in CONTAINERS and isinstance(tree["items"], list):
                 items = self.decode(tree["items"], depth + 1)
-                return _container(tag, items)
-            case str(tag) if tag in LEAVES:
-                return LEAVES[tag](tree["value"])
+                if tag in MAPPINGS.values():
+                    return CONTAINERS[tag](dict(items))
+                return CONTAINERS[tag](_to_sizes(items) if tag == SEQUENCES[torch.Size] else items)
+            case str(tag) if tag in FROM_JSON:
+                return FROM_JSON[tag](tree["value"])
         raise DamagedCheckpointError(f"The checkpoint contains a value of unknown type {reprlib.repr(tree[TAG])}.")
 
-    def _shard(self, tree: dict[str, Any]) -> Shard:
-        shape = tuple(_sizes(tree["shape"]))
-        pairs = [[_sizes(run) for run in _checked(list, ranges)] for ranges in _checked(list, tree["runs"])]
+    def _decode_shard(self, tree: dict[str, Any]) -> Shard:
+        shape = tuple(_to_sizes(tree["shape"]))
+        pairs = [[_to_sizes(run) for run in _expect(list, ranges)] for ranges in _expect(list, tree["runs"])]
         runs = tuple(tuple((start, stop) for start, stop in ranges) for ranges in pairs)
-        names = [tuple(_checked(str, name) for name in _checked(list, tree[part])) for part in ("placements", "mesh")]
+        names = [tuple(_expect(str, name) for name in _expect(list, tree[part])) for part in ("placements", "mesh")]
         shard = Shard(self.tensors[tree["key"]], shape, runs, ShardingSpec(*names))
         if not shard.is_consistent:
             raise ValueError("its shape does not match its position")
         return shard
 
-    def _array(self, tree: dict[str, Any]) -> Any:
+    def _decode_array(self, tree: dict[str, Any]) -> Any:
         """Return an array in the memory of its tensor: with a copy for each tag, a small file could fill the memory."""
         if not ARRAY_DTYPE.fullmatch(tree["dtype"]):
             raise ValueError("its dtype is not numeric")
-        return self.tensors[tree["key"]].numpy().view(tree["dtype"]).reshape(_sizes(tree["shape"]))
+        return self.tensors[tree["key"]].numpy().view(tree["dtype"]).reshape(_to_sizes(tree["shape"]))
 
 
-def _checked(kind: type[_ValueT], value: object) -> _ValueT:
+def _expect(kind: type[_ValueT], value: object) -> _ValueT:
     if type(value) is not kind:
         raise TypeError(f"{kind.__name__} expected, {type(value).__name__} found")
     return value
 
 
-def _complex(parts: object) -> complex:
-    real, imag = (_Decoder({}).decode(part, 0) for part in _checked(list, parts))
-    return complex(_checked(float, real), _checked(float, imag))
-
-
-LEAVES: Final[Mapping[str, Callable[[Any], object]]] = {
-    "float": FLOATS.__getitem__,
-    "complex": _complex,
-    "bytes": lambda value: base64.b64decode(_checked(str, value), validate=True),
-    "dtype": DTYPES.__getitem__,
-    "device": lambda value: torch.device(_checked(str, value)),
-}
-"""Makes the values of the tags without tensors or other values in them."""
-
-
-def _container(tag: str, items: list[Any]) -> object:
-    if tag in MAPPINGS.values():
-        return CONTAINERS[tag](dict(items))
-    return CONTAINERS[tag](_sizes(items) if tag == SEQUENCES[torch.Size] else items)
-
-
-def _sizes(values: object) -> list[int]:
-    sizes = [_checked(int, value) for value in _checked(list, values)]
+def _to_sizes(values: object) -> list[int]:
+    sizes = [_expect(int, value) for value in _expect(list, values)]
     if not all(0 <= size < 2**63 for size in sizes):
         raise ValueError("invalid size")
     return sizes
+
+
+def _to_complex(parts: object) -> complex:
+    real, imag = (_Decoder({}).decode(part, 0) for part in _expect(list, parts))
+    return complex(_expect(float, real), _expect(float, imag))
+
+
+LEAVES: Final[Mapping[type, tuple[str, Callable[[Any], Json], Callable[[Any], object]]]] = {
+    float: ("float", repr, FLOATS.__getitem__),
+    complex: ("complex", lambda value: [encode(value.real).tree, encode(value.imag).tree], _to_complex),
+    bytes: (
+        "bytes",
+        lambda value: base64.b64encode(value).decode("ascii"),
+        lambda text: base64.b64decode(_expect(str, text), validate=True),
+    ),
+    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch."), DTYPES.__getitem__),
+    torch.device: ("device", str, lambda text: torch.device(_expect(str, text))),
+}
+"""Types without tensors or other values in them: their tags, and the conversions to JSON and back."""
+FROM_JSON: Final = {tag: from_json for tag, _, from_json in LEAVES.values()}

@@ -21,11 +21,7 @@ ALIGNMENT = 8
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file. Tensors on the host are not copied.
-
-    Raises:
-        CheckpointError: The format has no such dtype.
-    """
+    """Yield the bytes of a safetensors file. Tensors on the host are not copied."""
     header = safetensors_header(tensors)
     yield len(header).to_bytes(8, "little")
     yield header
@@ -34,13 +30,8 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryv
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the header of a safetensors file: the dtype, the shape and the position of each tensor.
-
-    Raises:
-        CheckpointError: The format has no such dtype.
-    """
-    header: dict[str, object] = {}
-    start = 0
+    """Return the header of a safetensors file; raise `CheckpointError` for a dtype that the format does not have."""
+    header, start = dict[str, object](), 0
     for name in sort_names(tensors):
         tensor = tensors[name]
         dtype = safetensors_dtype(tensor.dtype)
@@ -71,11 +62,7 @@ def sort_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def parse_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Return the tensors in the content of a file.
-
-    Raises:
-        DamagedCheckpointError: It is not a safetensors file.
-    """
+    """Return the tensors in the content of a file, or raise `DamagedCheckpointError`."""
     try:
         return load(data)
     except MemoryError:

@@ -25,6 +25,8 @@ from ptacc.errors import CheckpointError, DamagedCheckpointError
 Kind: TypeAlias = Literal["file", "directory", "other"]
 CHUNK_SIZE = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
+READ_SIZE = 1 << 25
+"""Bytes that are read and hashed at a time. On a remote file system, each read is a request."""
 PARALLEL_HASH_SIZE = 1 << 20
 """Bytes from which hashing in another thread saves more time than the hand-over costs."""
 PARTIAL = ".partial-"
@@ -33,12 +35,7 @@ PARTIAL = ".partial-"
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What identifies the content of a file.
-
-    Args:
-        sha256: In hexadecimal digits.
-        size: In bytes.
-    """
+    """The SHA-256 of a file's content in hexadecimal digits, and its size in bytes."""
 
     sha256: str
     size: int
@@ -52,8 +49,6 @@ class FileSystem:
 
     corruption_errors: ClassVar[type[OSError]] = OSError
     """The errors of reading that mean a damaged file. Other errors mean that the file system cannot be reached."""
-    read_size: ClassVar[int] = CHUNK_SIZE
-    """Bytes to read at a time when a file is hashed."""
 
     # ---- system calls
 
@@ -132,13 +127,7 @@ class FileSystem:
     def replace_file(
         self, path: str, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
     ) -> FileDigest:
-        """Write a file that appears at once and complete, in place of an existing one.
-
-        Args:
-            path: The file.
-            parts: The content.
-            check: Called before the file appears; raises an error to prevent that.
-        """
+        """Write a file that appears complete, in place of an existing one. An error in `check` prevents that."""
         partial = str(Path(path).with_name(f"{PARTIAL}{secrets.token_hex(8)}"))
         try:
             digest = self.write_file(partial, parts)
@@ -165,7 +154,7 @@ class FileSystem:
         siblings = self.list_directory(parent)
         remaining = [(path, siblings[name])] if name in siblings else []
         directories: list[str] = []
-        while remaining:  # not a recursion: directories may be nested more deeply than Python allows calls to be
+        while remaining:  # not a recursion, since directories may be nested too deeply for one
             path, is_directory = remaining.pop()
             if is_directory:
                 directories.append(path)
@@ -225,8 +214,8 @@ class FileSystem:
         """Return the SHA-256 of a file of a known size, with the errors of `read_file`."""
         digest = hashlib.sha256()
         with self._open_checked(path, size) as file:
-            for start in range(0, size, self.read_size):
-                digest.update(file.read(min(self.read_size, size - start)))
+            for start in range(0, size, READ_SIZE):
+                digest.update(file.read(min(READ_SIZE, size - start)))
         return digest.hexdigest()
 
     def read_at_most(self, path: str, size: int) -> bytes:
@@ -251,11 +240,8 @@ class FileSystem:
 
 
 def open_regular_file(path: str) -> int:
-    """Return the descriptor of a file; raise `DamagedCheckpointError` if it or its directory is a link.
-
-    The checks are made on descriptors: a path may lead to another file by the time that it is opened.
-    """
-    try:
+    """Return the descriptor of a file; raise `DamagedCheckpointError` if it or its directory is a link."""
+    try:  # on descriptors, since a path may lead to another file a moment later
         directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             # O_NONBLOCK: opening a pipe without a writer would block.

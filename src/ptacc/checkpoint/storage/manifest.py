@@ -25,7 +25,6 @@ FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 MAX_MANIFEST_SIZE: Final = 1 << 24
 """In bytes; enough for fifty thousand processes."""
 HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-"""A SHA-256 in hexadecimal digits."""
 MAX_COUNT: Final = 2**63 - 1
 
 
@@ -71,11 +70,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: bytes | None = None) -> Manifest:
-        """Parse a manifest and check its hash and its signature.
-
-        Args:
-            data: The content of its file.
-            key: The key that it must be signed with; None accepts any signature.
+        """Parse a manifest. Check its hash, and its signature if there is a key.
 
         Raises:
             DamagedCheckpointError: The bytes are not exactly those that `to_bytes` returns.
@@ -86,10 +81,7 @@ class Manifest:
             content: dict[str, Any] = dict(document["manifest"])
             version = content.pop("format")
             if type(version) is int and version > FORMAT:
-                raise CheckpointError(
-                    f"The checkpoint has format {reprlib.repr(version)}, but this version of ptacc reads up to "
-                    f"{FORMAT}: update ptacc."
-                )
+                raise CheckpointError(f"The checkpoint has format {reprlib.repr(version)}: update ptacc to read it.")
             content["metrics"] = decode(Encoded(content["metrics"]))
             content["files"] = {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
             manifest = cls(**content)
@@ -106,14 +98,13 @@ class Manifest:
 
     def check(self) -> None:
         """Raise `ValueError` for invalid values."""
-        texts = (self.name, self.run, self.label, *self.parts, *self.metrics)
         sizes = [file.size for file in self.files.values()]
         counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *self.parts.values(), *sizes)
-        if not all(type(text) is str for text in texts):
+        metrics = self.metrics.values()
+        if not all(type(text) is str for text in (self.name, self.run, self.label, *self.parts, *self.metrics)):
             raise ValueError("a name is not a string")
         if not all(is_count(count) for count in counts):
             raise ValueError("invalid count")
-        metrics = self.metrics.values()
         if not all(type(value) is float or (type(value) is int and is_count(abs(value))) for value in metrics):
             raise ValueError("a metric is not a number")
         if not all(HEX_DIGEST.fullmatch(file.sha256) for file in self.files.values()):

@@ -37,7 +37,9 @@ def parse_path(path: str | Path) -> str:
         return str(Path(path))
     protocol, rest = match.groups()
     if protocol in LOCAL_PROTOCOLS:
-        return parse_file_url(path, rest)
+        if not rest.startswith("/"):
+            raise OptionError(f"{path!r} is not an absolute path: write file:///PATH, or the path without a protocol.")
+        return str(Path("/" + rest.lstrip("/")))
     check_protocol(path, protocol)
     if not rest.strip("/") or rest.startswith("/"):
         raise OptionError(f"{path!r} has no bucket or host: write {protocol}://BUCKET/PATH.")
@@ -55,13 +57,6 @@ def check_not_url(path: Path) -> None:
 
     if first[:-1] in {*known_implementations, *registry}:
         raise OptionError(f"{path} is a Path made from a URL. Give the string {f'{first}//' + '/'.join(rest)!r}.")
-
-
-def parse_file_url(url: str, rest: str) -> str:
-    """Return the local path in a `file://` URL, whose part after the protocol is `rest`."""
-    if not rest.startswith("/"):
-        raise OptionError(f"{url!r} is not an absolute path: write file:///PATH, or the path without a protocol.")
-    return str(Path("/" + rest.lstrip("/")))
 
 
 def check_protocol(url: str, protocol: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final
 
@@ -20,29 +21,25 @@ from ptacc.errors import CheckpointError
 if TYPE_CHECKING:
     from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-ERROR_NUMBERS: Final[tuple[tuple[type[OSError], int], ...]] = (
-    (FileNotFoundError, errno.ENOENT),
-    (FileExistsError, errno.EEXIST),
-    (NotADirectoryError, errno.ENOTDIR),
-    (IsADirectoryError, errno.EISDIR),
-    (PermissionError, errno.EACCES),
-    (TimeoutError, errno.ETIMEDOUT),
-)
-"""The numbers of errors without one, by which Python gives the new error the same class."""
+ERROR_NUMBERS: Final = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    NotADirectoryError: errno.ENOTDIR,
+    PermissionError: errno.EACCES,
+}
+"""The numbers of errors that fsspec raises without one. From the number, Python derives the class of the new error."""
 
 
 class RemoteFileSystem(FileSystem):
     """The file systems of fsspec; a URL says which. The system calls of a local disk are not used."""
 
     corruption_errors: ClassVar[type[OSError]] = FileNotFoundError
-    read_size: ClassVar[int] = 1 << 25
 
     @override
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[Callable[[memoryview], object]]:
         """Create a file, in place of an existing one. It appears when the context exits without an error."""
-        with as_os_error(path):
-            filesystem, name = connect(path)
+        with connect(path) as (filesystem, name):
             file = filesystem.open(name, "wb")
 
         def write(data: memoryview) -> None:
@@ -78,39 +75,30 @@ class RemoteFileSystem(FileSystem):
     @override
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        with as_os_error(path):
-            filesystem, name = connect(path)
-            with filesystem.open(name, "rb", cache_type="none") as file:
-                yield file
+        with connect(path) as (filesystem, name), filesystem.open(name, "rb", cache_type="none") as file:
+            yield file
 
     @override
     def get_kind(self, path: str) -> Kind | None:
-        try:
-            with as_os_error(path):
-                filesystem, name = connect(path)
-                # fsspec's `exists` and `isdir` return False where the file system cannot be reached.
-                kind: Kind = filesystem.info(name)["type"]
-                return kind
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), connect(path) as (filesystem, name):
+            # fsspec's `exists` and `isdir` return False where the file system cannot be reached.
+            kind: Kind = filesystem.info(name)["type"]
+            return kind
+        return None
 
     @override
     def list_directory(self, path: str) -> dict[str, bool]:
-        try:
-            with as_os_error(path):
-                filesystem, name = connect(path)
-                entries = filesystem.ls(name, detail=True)
-        except FileNotFoundError:
-            return {}
-        # Web consoles create an empty object in place of a directory, which is listed in itself.
-        children = [entry for entry in entries if entry["name"].strip("/") != name.strip("/")]
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] == "directory" for entry in children}
+        with contextlib.suppress(FileNotFoundError), connect(path) as (filesystem, name):
+            entries = filesystem.ls(name, detail=True)
+            # Web consoles create an empty object in place of a directory, which is listed in itself.
+            children = [entry for entry in entries if entry["name"].strip("/") != name.strip("/")]
+            return {posixpath.basename(entry["name"].rstrip("/")): entry["type"] == "directory" for entry in children}
+        return {}
 
     @override
     def make_directory(self, path: str) -> None:
         """Create a directory that may exist, on file systems that have directories."""
-        with contextlib.suppress(FileExistsError), as_os_error(path):
-            filesystem, name = connect(path)
+        with contextlib.suppress(FileExistsError), connect(path) as (filesystem, name):
             filesystem.mkdir(name, create_parents=False)
 
     @override
@@ -120,25 +108,25 @@ class RemoteFileSystem(FileSystem):
     @override
     def remove_file(self, path: str) -> None:
         """Remove a file that may be missing: the client may repeat a request that had succeeded."""
-        with contextlib.suppress(FileNotFoundError), as_os_error(path):
-            filesystem, name = connect(path)
+        with contextlib.suppress(FileNotFoundError), connect(path) as (filesystem, name):
             filesystem.rm_file(name)
 
     @override
-    def remove_tree(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), as_os_error(path):
-            filesystem, name = connect(path)
-            filesystem.rm(name, recursive=True)
+    def remove_directory(self, path: str) -> None:
+        """Remove an empty directory that may be missing: on an object store it disappears with its last file."""
+        with contextlib.suppress(FileNotFoundError), connect(path) as (filesystem, name):
+            filesystem.rmdir(name)
 
 
-def connect(url: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a URL, with its cache of listings cleared, and the name of the file there."""
+@contextlib.contextmanager
+def connect(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """Yield the file system of a URL and the name of the file there. Errors become `OSError`s that contain the URL."""
     from fsspec.core import url_to_fs
 
-    filesystem, name = url_to_fs(url)
-    # Other hosts write to it. Not every file system can be configured to keep no listings.
-    filesystem.invalidate_cache()
-    return filesystem, name
+    with as_os_error(url):
+        filesystem, name = url_to_fs(url)
+        filesystem.invalidate_cache()  # of listings, since other hosts write, too
+        yield filesystem, name
 
 
 @contextlib.contextmanager
@@ -150,11 +138,9 @@ def as_os_error(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            number, message = error.errno, error.strerror or ""
-        else:
-            number = next((number for kind, number in ERROR_NUMBERS if isinstance(error, kind)), errno.EIO)
-            message = f"{type(error).__name__}: {error}"
-        raise OSError(number, message, path) from error
+            raise OSError(error.errno, error.strerror or "", path) from error
+        number = next((number for kind, number in ERROR_NUMBERS.items() if isinstance(error, kind)), errno.EIO)
+        raise OSError(number, f"{type(error).__name__}: {error}", path) from error
 
 
 def select_filesystem(path: str) -> FileSystem:

@@ -16,6 +16,7 @@ checkpoint that has lost its manifest: the latter has no mark, and is reported a
 from __future__ import annotations
 
 import contextlib
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +30,10 @@ from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
 from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
-MARK_TEXTS: Mapping[str, str] = {
-    PARTIAL: "{name} is being saved. It is a checkpoint once it has a manifest; else the next run removes it.\n",
-    REMOVED: "{name} is being removed. The next run removes what is left of it.\n",
+MARK_TEXTS = {
+    PARTIAL: "is being saved. It is a checkpoint once it has a manifest; else the next run removes it.\n",
+    REMOVED: "is being removed. The next run removes what is left of it.\n",
 }
-"""The content of the marks, for people who look at them."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class RemoteStore(CheckpointStore):
     @override
     def prepare(self) -> None:
         """Create the directories, but not the bucket: its name may be misspelt."""
-        protocol, _, path = self.directory.partition("://")
-        bucket, *names = path.split("/")
-        directories = [f"{protocol}://{'/'.join([bucket, *names[:depth]])}" for depth in range(1, len(names) + 1)]
-        for directory in directories:
+        directory, missing = self.directory, list[str]()
+        while is_url(parent := posixpath.dirname(directory)):
             if not self.filesystem.is_directory(directory):
-                self.filesystem.make_directory(directory)
+                missing.append(directory)
+            directory = parent
+        for directory in reversed(missing):
+            self.filesystem.make_directory(directory)
 
     @override
     def begin(self, name: str) -> PendingCheckpoint:
@@ -103,8 +104,7 @@ class RemoteStore(CheckpointStore):
         self.filesystem.remove_tree(self.locate(name))
 
     def _write_mark(self, kind: str, name: str) -> None:
-        text = MARK_TEXTS[kind].format(name=name)
-        self.filesystem.write_file(self.locate(f"{kind}{name}"), [text.encode()])
+        self.filesystem.write_file(self.locate(f"{kind}{name}"), [f"{name} {MARK_TEXTS[kind]}".encode()])
 
     def _remove_marks(self, name: str) -> None:
         for kind in (PARTIAL, REMOVED):
@@ -112,7 +112,6 @@ class RemoteStore(CheckpointStore):
 
     @override
     def _list_directories(self) -> list[str]:
-        """Return the sorted names of the directories, except those that a mark excludes."""
         entries = self._list_entries()
         marks = find_marks(entries)
         with as_checkpoint_error(self.directory):
@@ -125,15 +124,9 @@ class RemoteStore(CheckpointStore):
     def _is_committed(self, name: str) -> bool:
         try:
             self.manifest(name)
-        except DamagedCheckpointError:
-            return False
-        except CheckpointError:  # signed with another key, or of a later format
-            return True
+        except CheckpointError as error:  # signed with another key or of a later format, it is a checkpoint as well
+            return not isinstance(error, DamagedCheckpointError)
         return True
-
-    def _list_entries(self) -> dict[str, bool]:
-        with as_checkpoint_error(self.directory):
-            return self.filesystem.list_directory(self.directory)
 
 
 def find_marks(entries: Mapping[str, bool]) -> dict[str, set[str]]:

@@ -37,12 +37,7 @@ REMOVED = ".removed-"
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint that is being written.
-
-    Args:
-        name: Its final name.
-        path: The directory that it is written to.
-    """
+    """A checkpoint that is being written: its final name, and the directory that it is written to."""
 
     name: str
     path: str
@@ -64,10 +59,7 @@ class CheckpointStore:
 
     def __post_init__(self) -> None:
         if self.key == b"":
-            raise OptionError(
-                "The checkpoint key is empty (b''): give at least one byte. Is the file or variable it is read from "
-                "empty?"
-            )
+            raise OptionError("The checkpoint key is empty (b''): give at least one byte. Is its source empty?")
 
     def locate(self, *names: str) -> str:
         """Return the path of a checkpoint, or of a file in one."""
@@ -102,10 +94,6 @@ class CheckpointStore:
     def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
         """Turn the files written so far into a checkpoint, atomically and durably. Called on one rank.
 
-        Args:
-            pending: What `begin` returned.
-            manifest: Describes the checkpoint, with the digests of the files of all ranks.
-
         Returns:
             The manifest with its name and its sequence number.
         """
@@ -119,11 +107,7 @@ class CheckpointStore:
         self.filesystem.remove_tree(pending.path)
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint. If the process is killed at any moment, no part of it passes for a checkpoint.
-
-        Raises:
-            CheckpointError: The name is invalid.
-        """
+        """Remove a checkpoint. If the process is killed in between, what is left does not pass for a checkpoint."""
         check_name(name)
         trash = self._make_temporary_name(REMOVED, name)
         self._rename(self.locate(name), trash)
@@ -159,10 +143,8 @@ class CheckpointStore:
         if not self.filesystem.is_directory(str(directory)):
             self._make_durable_directory(directory.parent)
             self.filesystem.make_directory(str(directory))
-            self.filesystem.sync_directory(str(directory.parent))
-            return
-        # A process may have been killed after it created the directory and before it synced the parent. A parent that
-        # cannot be read was not created by a run.
+        # A process may have created an existing directory, and been killed before this sync. Where the parent cannot be
+        # read, the directory was not created by a run.
         with contextlib.suppress(PermissionError):
             self.filesystem.sync_directory(str(directory.parent))
 
@@ -177,9 +159,11 @@ class CheckpointStore:
 
     def _list_directories(self) -> list[str]:
         """Return the sorted names of the directories in the store."""
+        return sorted(name for name, is_directory in self._list_entries().items() if is_directory)
+
+    def _list_entries(self) -> dict[str, bool]:
         with as_checkpoint_error(self.directory):
-            entries = self.filesystem.list_directory(self.directory)
-        return sorted(name for name, is_directory in entries.items() if is_directory)
+            return self.filesystem.list_directory(self.directory)
 
     def names(self) -> list[str]:
         """Return the names of the run's checkpoints in alphabetical order, without a look into them."""
@@ -243,9 +227,7 @@ class CheckpointStore:
             check_hash(path, self.filesystem.hash_file(path, digest.size), digest)
         unexpected = self.filesystem.list_directory(self.locate(name)).keys() - {*manifest.files, MANIFEST}
         if unexpected:
-            raise DamagedCheckpointError(
-                f"{min(unexpected)!r} in {self.locate(name)} does not belong to the checkpoint."
-            )
+            raise DamagedCheckpointError(f"{self.locate(name)} contains {min(unexpected)!r}, which is not part of it.")
         return manifest
 
     def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
