@@ -62,12 +62,7 @@ class CheckpointEntry:
 
 
 def list_checkpoints(directory: str, key: bytes | None) -> list[CheckpointEntry]:
-    """Return the checkpoint that a directory is, or those of all runs in it, oldest first.
-
-    Args:
-        directory: A local path or a URL.
-        key: The key that they must be signed with, None for no check.
-    """
+    """Return the checkpoint that a directory is, or those of all runs in it, oldest first."""
     if entry := find_checkpoint(directory, key):
         return [entry]
     filesystem = select_filesystem(directory)

@@ -21,7 +21,6 @@ from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.errors import CheckpointError
 
 MODEL = "model"
-"""The name of the part with the model's weights."""
 AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
 RESERVED = "__metadata__"
@@ -77,13 +76,7 @@ def require_tensors(state: object, part: str) -> dict[str, Tensor]:
 def write_weights(
     filesystem: FileSystem, path: str, tensors: Mapping[str, Tensor], *, overwrite: bool = False
 ) -> FileDigest:
-    """Write tensors to a safetensors file, durably. The file appears at once and complete.
-
-    Args:
-        filesystem: Of the path.
-        path: Of the file.
-        tensors: By name. Tensors that share memory are each written in full.
-        overwrite: Whether to replace an existing file.
+    """Write tensors to a safetensors file, durably. The file appears complete.
 
     Raises:
         CheckpointError: The path is taken or unsuitable, or the format does not have the dtype of a tensor.

@@ -97,9 +97,6 @@ class CheckpointManager:
     def open(self, resumption: Resumption | None = None) -> None:
         """Prepare the directory, and check that all ranks see the same one. A collective.
 
-        Args:
-            resumption: The checkpoint that the run resumes from.
-
         Raises:
             CheckpointError: The directory cannot be written to, is another run's, or is not the same on all hosts.
         """
@@ -197,25 +194,18 @@ class CheckpointManager:
             files = {name: copy_to_host(parts, self._buffers[name]) for name, parts in files.items()}
         on_commit = self._remove_old if store is self.store else None
         self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
-        self._save.start(in_background=self.in_background)
         return None if self.in_background else self.finish()
 
     def check(self) -> None:
-        """Raise the error of a checkpoint in the background as soon as rank 0 has it.
-
-        An error of another rank may be a consequence of one on rank 0, which removes the files of all ranks.
-        """
+        """Raise the error of a checkpoint in the background as soon as rank 0 has it."""
         error = None if self._save is None else self._save.error
+        # On another rank, the error may be a consequence of one on rank 0, which removes the files of all ranks.
         if error is not None and self.on_error == "raise" and self.distributed.rank == 0:
             self._save = None
             raise error
 
     def finish(self) -> str | None:
-        """Wait for a checkpoint in the background, and return its path. A collective.
-
-        Raises:
-            CheckpointError: It could not be saved, and `on_error` is `"raise"`.
-        """
+        """Wait for a checkpoint in the background, and return its path or raise its error. A collective."""
         save, self._save = self._save, None
         if save is None:
             return None

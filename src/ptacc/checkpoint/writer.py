@@ -44,7 +44,7 @@ class FailedElsewhereError(CheckpointError):
 
 @dataclass
 class Save:
-    """One rank's work on a checkpoint.
+    """One rank's work on a checkpoint, in a thread that starts at once.
 
     Args:
         store: Where the checkpoint is saved.
@@ -63,20 +63,14 @@ class Save:
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
-    _thread: threading.Thread | None = None
 
-    def start(self, *, in_background: bool) -> None:
-        """Write the checkpoint, in a thread if the training loop has to continue or to exchange errors with others."""
-        if in_background or not self.distributed.is_single_process:
-            self._thread = threading.Thread(target=self._run, name=f"saving {self.pending.name}")
-            self._thread.start()
-        else:
-            self._run()
+    def __post_init__(self) -> None:
+        # In a thread even if the training loop waits, since the loops of all ranks exchange errors at the same time.
+        self._thread = threading.Thread(target=self._run, name=f"saving {self.pending.name}")
+        self._thread.start()
 
     def join(self, seconds: float | None = None) -> bool:
         """Wait for the end, at most for some seconds if given. Return whether it has come."""
-        if self._thread is None:
-            return True
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -103,7 +97,7 @@ class Save:
         for file, parts in self.files.items():
             written |= write_parts(self.store, self.pending, file, parts)
         if self.distributed.rank:
-            self._signal_done({"files": {name: asdict(digest) for name, digest in written.items()}})
+            self._signal_done(files={name: asdict(digest) for name, digest in written.items()})
             return
         for rank in range(1, self.distributed.world_size):
             written |= self._wait_for(rank)
@@ -113,11 +107,11 @@ class Save:
         self.error = error
         with contextlib.suppress(OSError):
             if self.distributed.rank:
-                self._signal_done({"error": str(error)})
+                self._signal_done(error=str(error))
             else:
                 self.store.discard(self.pending)
 
-    def _signal_done(self, note: Mapping[str, object]) -> None:
+    def _signal_done(self, **note: object) -> None:
         self.store.filesystem.replace_file(self._locate_note(self.distributed.rank), [json.dumps(note).encode()])
 
     def _wait_for(self, rank: int) -> dict[str, FileDigest]:

@@ -45,7 +45,7 @@ def test_a_run_whose_power_goes_goes_on(
 ) -> None:
     chance = None if seed is None else random.Random(seed)
     whole, losses = lose_power(directory, monkeypatch, chance, checkpoint_in_background=in_background)
-    go_on_after_each(losses[:: len(losses) // STEPS], whole)
+    go_on_after_each(losses[:: len(losses) // (STEPS + 2)], whole)
 
 
 @pytest.mark.prove

@@ -42,11 +42,9 @@ NUMERIC: Final = "biufc"
 ARRAY_DTYPE: Final = re.compile(rf"[<>|=][{NUMERIC}][0-9]{{1,2}}")
 """NumPy's names of numeric dtypes. For other strings, NumPy imports modules, parses Python, or warns."""
 FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-MAPPINGS: Final[Mapping[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
-SEQUENCES: Final[Mapping[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
-CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {
-    name: kind for kind, name in (*MAPPINGS.items(), *SEQUENCES.items())
-}
+MAPPINGS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
+SEQUENCES: Final[dict[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
+CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {tag: kind for kind, tag in (MAPPINGS | SEQUENCES).items()}
 
 
 @dataclass
@@ -67,7 +65,7 @@ def encode(state: object, name: str = "state") -> Encoded:
 
     Args:
         state: Numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
-        name: The name of the state in errors, and the prefix of the keys of tensors.
+        name: Of the state in errors and in the keys of tensors.
 
     Raises:
         CheckpointError: A value cannot be stored; the message says which.
@@ -82,10 +80,7 @@ def encode(state: object, name: str = "state") -> Encoded:
 
 
 def decode(encoded: Encoded) -> Any:
-    """Decode what `encode` returned, or what was read from a file.
-
-    Raises:
-        DamagedCheckpointError: `encode` cannot have returned it.
+    """Decode what `encode` returned. Raise `DamagedCheckpointError` for anything else.
 
     Example:
         >>> decode(encode({30: (1, float("inf"))}))

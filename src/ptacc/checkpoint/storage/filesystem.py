@@ -197,7 +197,20 @@ class FileSystem:
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
         """Open a regular file for reading. Neither the file nor its directory may be a link."""
-        with open(open_regular_file(path), "rb") as file:
+        try:  # on descriptors, since a path may lead to another file a moment later
+            directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                # O_NONBLOCK: opening a pipe without a writer would block.
+                descriptor = os.open(Path(path).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            reason = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
+            raise DamagedCheckpointError(f"{path} {reason}: {error.strerror}.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DamagedCheckpointError(f"{path} is not a regular file.")
+        with os.fdopen(descriptor, "rb") as file:
             yield file
 
     def read_file(self, path: str, size: int) -> bytes:
@@ -237,24 +250,6 @@ class FileSystem:
                 yield file
         except self.corruption_errors as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def open_regular_file(path: str) -> int:
-    """Return the descriptor of a file; raise `DamagedCheckpointError` if it or its directory is a link."""
-    try:  # on descriptors, since a path may lead to another file a moment later
-        directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            # O_NONBLOCK: opening a pipe without a writer would block.
-            descriptor = os.open(Path(path).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        reason = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
-        raise DamagedCheckpointError(f"{path} {reason}: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamagedCheckpointError(f"{path} is not a regular file.")
-    return descriptor
 
 
 def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

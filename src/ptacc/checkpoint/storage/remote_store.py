@@ -30,11 +30,6 @@ from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
 from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
-MARK_TEXTS = {
-    PARTIAL: "is being saved. It is a checkpoint once it has a manifest; else the next run removes it.\n",
-    REMOVED: "is being removed. The next run removes what is left of it.\n",
-}
-
 
 @dataclass(frozen=True)
 class RemoteStore(CheckpointStore):
@@ -63,7 +58,7 @@ class RemoteStore(CheckpointStore):
         self._check_free(name)
         if not entries:
             self.prepare()
-        self._write_mark(PARTIAL, name)
+        self.filesystem.write_file(self.locate(f"{PARTIAL}{name}"), [])
         self.filesystem.make_directory(self.locate(name))
         return PendingCheckpoint(name, self.locate(name))
 
@@ -82,7 +77,7 @@ class RemoteStore(CheckpointStore):
     @override
     def remove(self, name: str) -> None:
         check_name(name)
-        self._write_mark(REMOVED, name)
+        self.filesystem.write_file(self.locate(f"{REMOVED}{name}"), [])
         self._remove_files(name)
         self._remove_marks(name)
 
@@ -102,9 +97,6 @@ class RemoteStore(CheckpointStore):
     def _remove_files(self, name: str) -> None:
         self.filesystem.remove_file(self.locate(name, MANIFEST))  # first: from here on it is not a checkpoint
         self.filesystem.remove_tree(self.locate(name))
-
-    def _write_mark(self, kind: str, name: str) -> None:
-        self.filesystem.write_file(self.locate(f"{kind}{name}"), [f"{name} {MARK_TEXTS[kind]}".encode()])
 
     def _remove_marks(self, name: str) -> None:
         for kind in (PARTIAL, REMOVED):

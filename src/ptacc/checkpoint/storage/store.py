@@ -72,11 +72,7 @@ class CheckpointStore:
         self._make_durable_directory(Path(self.directory))
 
     def begin(self, name: str) -> PendingCheckpoint:
-        """Begin to write a checkpoint. Called on one rank, which broadcasts the result.
-
-        Raises:
-            CheckpointError: There is a checkpoint of this name.
-        """
+        """Begin to write a checkpoint with a new name. Called on one rank, which broadcasts the result."""
         check_name(name)
         self._check_free(name)
         if not self.filesystem.is_directory(self.directory):
@@ -92,11 +88,7 @@ class CheckpointStore:
         return self.filesystem.write_file(f"{pending.path}/{file}", parts)
 
     def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
-        """Turn the files written so far into a checkpoint, atomically and durably. Called on one rank.
-
-        Returns:
-            The manifest with its name and its sequence number.
-        """
+        """Turn the files written so far into a checkpoint, atomically and durably. Return its complete manifest."""
         manifest = self._write_manifest(pending, manifest)
         self.filesystem.sync_directory(pending.path)
         self._rename(pending.path, self.locate(pending.name))
@@ -202,11 +194,7 @@ class CheckpointStore:
         return manifest
 
     def read(self, manifest: Manifest, file: str) -> bytes:
-        """Read a file and check its hash.
-
-        Raises:
-            DamagedCheckpointError: It is missing, or its content has changed.
-        """
+        """Read a file and check its hash. Raise `DamagedCheckpointError` if it is missing or has changed."""
         path = self.locate(manifest.name, file)
         if file not in manifest.files:
             raise DamagedCheckpointError(f"{path} is not in the manifest.")
@@ -216,11 +204,7 @@ class CheckpointStore:
         return data
 
     def verify(self, name: str) -> Manifest:
-        """Check every file of a checkpoint, and that there are no others. Return its manifest.
-
-        Raises:
-            DamagedCheckpointError: A file is missing, has changed, or does not belong to the checkpoint.
-        """
+        """Check every file of a checkpoint, and that there are no others. Return its manifest; raise as `manifest`."""
         manifest = self.manifest(name)
         for file, digest in manifest.files.items():
             path = self.locate(name, file)
@@ -231,13 +215,10 @@ class CheckpointStore:
         return manifest
 
     def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
-        """Verify the run's checkpoints, newest first: yield each with its manifest or what is wrong with it.
-
-        Checkpoints without a valid manifest come first, since they may be the newest.
-        """
+        """Verify the run's checkpoints, newest first: yield each with its manifest or what is wrong with it."""
         by_age = [manifest.name for manifest in self.manifests()]
         unknown = [name for name in self.names() if name not in by_age]
-        for name in reversed([*by_age, *unknown]):
+        for name in reversed([*by_age, *unknown]):  # one without a valid manifest may be the newest
             try:
                 yield name, self.verify(name)
             except CheckpointError as error:
