@@ -233,7 +233,7 @@ def test_averages_are_exported_under_all_names_of_a_tied_weight(kind: str, tmp_p
     [
         ({}, "no part 'model'. It has: other"),
         ({"model": {"w": torch.ones(1)}}, "no part 'ema'. It has: model, other"),
-        ({"model": {"w": torch.ones(1)}, "ema": {"updates": 0, "averages": {}}}, "had not been updated"),
+        ({"model": {"w": torch.ones(1)}, "ema": {"updates": 0, "averages": {}}}, "have not been updated yet"),
         ({"model": {"w": torch.ones(1)}, "ema": 3}, "does not contain averaged weights"),
         ({"model": [1]}, "is a list: weights must be tensors by name"),
         ({"model": {"a._extra_state": {}}}, "'a._extra_state'] is a dict"),

@@ -8,7 +8,7 @@ ptacc export runs/digits digits.safetensors            writes the weights of the
 
 Each path may be a URL: `ptacc verify s3://bucket/runs/digits`.
 
-Exit codes: 0 for success; 1 if a checkpoint is damaged or there is none; 2 if the command failed.
+Exit codes: 0 for success; 1 if no checkpoint was found or one is damaged; 2 if the command failed.
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key that signs the checkpoints")
 
     listing = commands.add_parser("checkpoints", parents=[common], help="list checkpoints, oldest first")
-    listing.add_argument("directory", type=parse_location, metavar="DIR", help="checkpoint_dir of a trainer")
+    listing.add_argument("directory", type=parse_location, metavar="DIR", help="the checkpoint_dir of a trainer")
     listing.add_argument("--verify", action="store_true", help="check the hash of every file, not only the manifests")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=checkpoints)
 
-    verifying = commands.add_parser("verify", parents=[common], help="check the hash of every file of checkpoints")
+    verifying = commands.add_parser(
+        "verify", parents=[common], help="check the hash of every file of one or more checkpoints"
+    )
     verifying.add_argument("directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory of them")
     verifying.set_defaults(command=verify)
 
@@ -96,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         "directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory for its newest intact one"
     )
     exporting.add_argument("output", type=parse_location, metavar="OUT", help="the file to write")
-    exporting.add_argument("--averages", choices=AVERAGES, help="export averaged weights instead of the weights")
+    exporting.add_argument("--averages", choices=AVERAGES, help="export averages instead of the weights")
     exporting.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     exporting.set_defaults(command=export)
     return parser
@@ -173,7 +175,7 @@ def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
             return entry
         if not entry.is_gone:
             print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
-    raise CheckpointError(f"There is no intact checkpoint in {directory}.")
+    raise CheckpointError(f"{directory} contains no intact checkpoint.")
 
 
 def get_exit_code(entries: Sequence[CheckpointEntry], directory: str) -> int:

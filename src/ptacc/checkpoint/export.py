@@ -47,8 +47,7 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
-            f"The averages {averages!r} had not been updated when the checkpoint was saved. Export the model's own "
-            "weights, or a later checkpoint."
+            f"The averages {averages!r} have not been updated yet. Export the model's own weights, or a later checkpoint."
         )
     return replace_by_averages(weights, require_tensors(state["averages"], averages))
 
@@ -92,7 +91,9 @@ def check_target(filesystem: FileSystem, path: str, *, overwrite: bool) -> None:
     """Raise `CheckpointError` if weights cannot be written to a path."""
     directory, name = split_path(path)
     if not is_url(path) and not filesystem.is_directory(directory):
-        raise CheckpointError(f"There is no directory {directory} to write {name} to: create it first.")
+        raise CheckpointError(
+            f"The directory {directory} does not exist, so {name} cannot be written to it: create it first."
+        )
     if filesystem.exists(f"{directory}/{MANIFEST}"):
         raise CheckpointError(f"{path} is in a checkpoint, which another file would damage: choose another directory.")
     kind = filesystem.get_kind(path)

@@ -194,6 +194,7 @@ class CheckpointManager:
             files = {name: copy_to_host(parts, self._buffers[name]) for name, parts in files.items()}
         on_commit = self._remove_old if store is self.store else None
         self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
+        self._save.start()
         return None if self.in_background else self.finish()
 
     def check(self) -> None:

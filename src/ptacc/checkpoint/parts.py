@@ -6,7 +6,7 @@ own parts (random states, ...)          written by each rank    rank-3.json, ran
 ```
 
 A part has a name, a state, and the version of the state's format. Versions are stored in the manifest, so that a later
-format can be told from an earlier one.
+format can be distinguished from an earlier one.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ptacc.types.monitor import Monitor
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules for keeping checkpoints. A checkpoint is kept if any rule keeps it, and all are if there is no rule.
+    """Rules for keeping checkpoints. A checkpoint is kept if any rule keeps it. Without a rule, all are kept.
 
     Args:
         last: How many of the newest to keep.

@@ -35,7 +35,7 @@ from ptacc.errors import CheckpointError
 TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the files of another rank."""
 POLL_SECONDS = 0.5
-"""How often rank 0 checks whether the other ranks are alive; the longest time between two looks for their notes."""
+"""How often rank 0 checks whether another rank has failed, and how often at least it checks for a note."""
 
 
 class FailedElsewhereError(CheckpointError):
@@ -44,7 +44,7 @@ class FailedElsewhereError(CheckpointError):
 
 @dataclass
 class Save:
-    """One rank's work on a checkpoint, in a thread that starts at once.
+    """One rank's work on a checkpoint, in a thread.
 
     Args:
         store: Where the checkpoint is saved.
@@ -63,14 +63,15 @@ class Save:
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
+    _thread: threading.Thread = field(init=False)
 
-    def __post_init__(self) -> None:
-        # In a thread even if the training loop waits, since the loops of all ranks exchange errors at the same time.
+    def start(self) -> None:
+        """Start the thread. It runs even if the training loop waits, since the loops of all ranks exchange errors."""
         self._thread = threading.Thread(target=self._run, name=f"saving {self.pending.name}")
         self._thread.start()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait for the end, at most for some seconds if given. Return whether it has come."""
+        """Wait until the work has ended, or for some seconds. Return whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -125,9 +126,10 @@ class Save:
                 raise FailedElsewhereError(self._cancelled.result())
             if failure is not None or now > start + TIMEOUT_SECONDS:
                 raise CheckpointError(f"rank {rank} has not written its files: {failure or 'no answer'}")
-            if now > last_check + POLL_SECONDS:  # a rank may have failed after it wrote its note, so look once more
+            if now > last_check + POLL_SECONDS:
+                # The loop checks for the note once more, since the rank may have failed after it wrote its note.
                 failure, last_check = self.distributed.find_failure(), now
-            time.sleep(min(POLL_SECONDS, 0.002 + (now - start) / 20))  # remotely, each look is a request
+            time.sleep(min(POLL_SECONDS, 0.002 + (now - start) / 20))  # a check may be a request to another host
         note = json.loads(filesystem.read_at_most(path, MAX_MANIFEST_SIZE))
         if "error" in note:
             raise FailedElsewhereError(note["error"])

@@ -187,7 +187,7 @@ class FileSystem:
         return self.get_kind(path) == "directory"
 
     def list_directory(self, path: str) -> dict[str, bool]:
-        """Return the names in a directory, and whether each is a directory: a link is not. Empty if there is none."""
+        """Return the names in a directory, and whether each is a directory itself. Empty if nothing is at the path."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
             return {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         return {}

@@ -1,7 +1,7 @@
 """The file systems of other machines, through fsspec.
 
-They are treated as object stores: a file appears when it is closed, directories are parts of names, and there is no
-renaming. Errors of any type that fsspec raises become `OSError`s that contain the URL.
+They are treated as object stores: a file appears when it is closed, directories are parts of names, and nothing can be
+renamed. Errors of any type that fsspec raises become `OSError`s that contain the URL.
 """
 
 from __future__ import annotations

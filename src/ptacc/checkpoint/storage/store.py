@@ -68,7 +68,7 @@ class CheckpointStore:
     # ---- writing
 
     def prepare(self) -> None:
-        """Create the directory durably if there is none."""
+        """Create the directory, durably, unless it exists."""
         self._make_durable_directory(Path(self.directory))
 
     def begin(self, name: str) -> PendingCheckpoint:
@@ -99,14 +99,14 @@ class CheckpointStore:
         self.filesystem.remove_tree(pending.path)
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint. If the process is killed in between, what is left does not pass for a checkpoint."""
+        """Remove a checkpoint. If the process is killed in between, the rest is not a checkpoint any more."""
         check_name(name)
         trash = self._make_temporary_name(REMOVED, name)
         self._rename(self.locate(name), trash)
         self.filesystem.remove_tree(trash)
 
     def clean_up(self) -> list[str]:
-        """Remove what processes that were killed in a save or a removal left, and return the names of that."""
+        """Remove what is left of interrupted saves and removals, and return the names of the leftovers."""
         leftovers = [name for name in self._list_directories() if name.startswith((PARTIAL, REMOVED))]
         with as_checkpoint_error(self.directory):
             for name in leftovers:
@@ -114,7 +114,7 @@ class CheckpointStore:
         return leftovers
 
     def free_name(self, step: int) -> str:
-        """Return an unused name for a checkpoint at a step. A run that went back may have saved the step before."""
+        """Return an unused name for a checkpoint at a step. A run that was resumed earlier may have saved this step."""
         name = f"{PREFIX}{step:08}"
         candidates = chain([name], (f"{name}.{number:02}" for number in range(1, 10_000)))
         with as_checkpoint_error(self.directory):
@@ -135,8 +135,9 @@ class CheckpointStore:
         if not self.filesystem.is_directory(str(directory)):
             self._make_durable_directory(directory.parent)
             self.filesystem.make_directory(str(directory))
-        # A process may have created an existing directory, and been killed before this sync. Where the parent cannot be
-        # read, the directory was not created by a run.
+            self.filesystem.sync_directory(str(directory.parent))
+            return
+        # A run may have created it, and been killed before the sync. It did not where the parent cannot be read.
         with contextlib.suppress(PermissionError):
             self.filesystem.sync_directory(str(directory.parent))
 
@@ -158,11 +159,11 @@ class CheckpointStore:
             return self.filesystem.list_directory(self.directory)
 
     def names(self) -> list[str]:
-        """Return the names of the run's checkpoints in alphabetical order, without a look into them."""
+        """Return the names of the run's checkpoints in alphabetical order, without reading them."""
         return [name for name in self._list_directories() if name.startswith(PREFIX)]
 
     def custom_names(self) -> list[str]:
-        """Return the names of the checkpoints that were saved under a name of the user's, in alphabetical order."""
+        """Return the names of the checkpoints that users saved under a name of their own, in alphabetical order."""
         names = [name for name in self._list_directories() if not name.startswith((".", PREFIX))]
         with as_checkpoint_error(self.directory):
             return [name for name in names if self.filesystem.exists(self.locate(name, MANIFEST))]
