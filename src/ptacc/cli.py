@@ -87,9 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=checkpoints)
 
-    verifying = commands.add_parser(
-        "verify", parents=[common], help="check the hash of every file of one or more checkpoints"
-    )
+    verifying = commands.add_parser("verify", parents=[common], help="check the hash of every file")
     verifying.add_argument("directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory of them")
     verifying.set_defaults(command=verify)
 

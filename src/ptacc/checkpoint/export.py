@@ -47,7 +47,7 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
-            f"The averages {averages!r} have not been updated yet. Export the model's own weights, or a later checkpoint."
+            f"The averages {averages!r} have not been updated yet: export the weights, or a later checkpoint."
         )
     return replace_by_averages(weights, require_tensors(state["averages"], averages))
 
