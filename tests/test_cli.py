@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ptacc.checkpoint.catalog import found_at
+from ptacc.checkpoint.catalog import list_checkpoints
 from ptacc.checkpoint.export import write_weights
-from ptacc.checkpoint.parts import SHARED, Part, write_parts
+from ptacc.checkpoint.parts import SHARED, Part, encode_parts, write_parts
 from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
@@ -46,9 +46,9 @@ class Tied(nn.Module):
 
 def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
     """Save a checkpoint, by default of a model."""
-    store = CheckpointStore(directory, key)
+    store = CheckpointStore(str(directory), key)
     draft = store.begin(values.pop("name", f"step-{step:04}"))
-    files = write_parts(store, draft, SHARED, parts or [Part("model", Tied().state_dict())])
+    files = write_parts(store, draft, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
     store.commit(draft, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
     return directory / draft.name
 
@@ -87,9 +87,9 @@ def test_the_table_is_aligned_and_says_what_was_verified(tmp_path: Path, capsys:
     main(["checkpoints", "--verify", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
         "name       step  epoch  loss     size  label  state",
-        "step-0001     1      1   1.5  1.3 KiB  best   manifest whole, files not read",
+        "step-0001     1      1   1.5  1.3 KiB  best   manifest intact, files not read",
         "name       step  epoch  loss     size  label  state",
-        "step-0001     1      1   1.5  1.3 KiB  best   whole",
+        "step-0001     1      1   1.5  1.3 KiB  best   intact",
     ]
 
 
@@ -129,7 +129,7 @@ def test_a_json_listing_is_valid_json(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_folder_without_checkpoints_is_reported(
     command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    CheckpointStore(tmp_path).begin("step-0001")
+    CheckpointStore(str(tmp_path)).begin("step-0001")
     assert main([command, str(tmp_path / name)]) == 1
     assert "ptacc: no checkpoints in" in capsys.readouterr().err
 
@@ -142,9 +142,9 @@ def test_control_characters_of_a_label_are_escaped(tmp_path: Path, capsys: pytes
 
 def test_a_checkpoint_that_a_run_removes_is_not_damaged(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (found,) = found_at(tmp_path, None)
+    (found,) = list_checkpoints(str(tmp_path), None)
     found.store.remove("step-0001")
-    assert found.verified().is_gone
+    assert found.check(files=True).is_gone
     assert not found.is_gone
 
 
@@ -157,7 +157,7 @@ def test_each_checkpoint_is_verified(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["verify", str(tmp_path)]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step-0001        damaged: ")
-    assert second == "run-2/step-0002  whole"
+    assert second == "run-2/step-0002  intact"
     assert main(["verify", str(tmp_path / "run-2")]) == 0
 
 
@@ -167,7 +167,7 @@ def test_one_checkpoint_is_verified(
     whole, bare = save(tmp_path, 1), save(tmp_path, 2)
     monkeypatch.chdir(whole)
     assert main(["verify", "."]) == 0
-    assert capsys.readouterr().out == ".  whole\n"
+    assert capsys.readouterr().out == ".  intact\n"
     (bare / "manifest.json").unlink()
     assert main(["verify", str(bare)]) == 1
     assert "no manifest" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_a_key_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert codes == [0, 1, 2]
     said = capsys.readouterr()
     assert "refused: step-0001 is not signed with the key" in said.out
-    assert said.err == f"ptacc: {empty} holds no key: it is empty.\n"
+    assert said.err == f"ptacc: {empty} is empty: it must contain the key.\n"
 
 
 # ---- ptacc export
@@ -229,13 +229,13 @@ def test_tied_averages_are_exported_under_all_names(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({}, "no part 'model' to export. It has: other"),
-        ({"model": {"w": torch.ones(1)}}, "no part 'ema' to export. It has: model, other"),
-        ({"model": {"w": torch.ones(1)}, "ema": {"updates": 0, "averages": {}}}, "averages nothing yet"),
-        ({"model": {"w": torch.ones(1)}, "ema": 3}, "holds no averages"),
-        ({"model": [1]}, "is a list, not tensors by name"),
+        ({}, "no part 'model'. It has: other"),
+        ({"model": {"w": torch.ones(1)}}, "no part 'ema'. It has: model, other"),
+        ({"model": {"w": torch.ones(1)}, "ema": {"updates": 0, "averages": {}}}, "have not been updated yet"),
+        ({"model": {"w": torch.ones(1)}, "ema": 3}, "does not contain averaged weights"),
+        ({"model": [1]}, "is a list: weights must be tensors by name"),
         ({"model": {"a._extra_state": {}}}, "'a._extra_state'] is a dict"),
-        ({"model": {"__metadata__": torch.ones(1)}}, "no place for under that name"),
+        ({"model": {"__metadata__": torch.ones(1)}}, "cannot store under that name"),
     ],
 )
 def test_a_state_that_cannot_be_exported_is_reported(
@@ -258,7 +258,7 @@ def test_the_newest_valid_checkpoint_of_a_folder_is_exported(
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
     assert "the weights of run-2/step-0001, 8 tensors" in said.out
-    assert "ptacc: run-2/step-0002 is passed over: damaged" in said.err
+    assert "ptacc: run-2/step-0002 is skipped: damaged" in said.err
     assert torch.equal(load_exported(tmp_path / "out").embed.weight, model.embed.weight)
 
 
@@ -294,25 +294,25 @@ def test_invalid_targets_are_never_written_to(out: str, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     weights, others = Tied().state_dict(), Tied().state_dict()
     calls: list[str] = []
-    write_weights(Interposed(lambda number, name, _: calls.append(name)), tmp_path / "out", weights)
+    write_weights(Interposed(lambda number, name, _: calls.append(name)), str(tmp_path / "out"), weights)
     before = (tmp_path / "out").read_bytes()
     for number in range(calls.index("rename") + 1):
         with pytest.raises(OSError, match="No space"):
-            write_weights(failing_at(number, 28, frozenset(CALLS)), tmp_path / "out", others, overwrite=True)
+            write_weights(failing_at(number, 28, frozenset(CALLS)), str(tmp_path / "out"), others, overwrite=True)
         assert (tmp_path / "out").read_bytes() == before
         assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_unsupported_dtype_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot store"):
-        write_weights(FileSystem(), tmp_path / "out", {"w": torch.zeros(1, dtype=torch.complex128)})
+        write_weights(FileSystem(), str(tmp_path / "out"), {"w": torch.zeros(1, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exported_file_survives_a_power_loss(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     disk = Losing(tmp_path / "here")
-    write_weights(disk, tmp_path / "here" / "out", Tied().state_dict())
+    write_weights(disk, str(tmp_path / "here" / "out"), Tied().state_dict())
     disk.leave(tmp_path / "left")
     load_exported(tmp_path / "left" / "out")
 

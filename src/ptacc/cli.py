@@ -1,14 +1,14 @@
-"""The command line: what checkpoints there are, whether they are whole, and the weights out of one of them.
+"""The command line: lists and verifies checkpoints, and exports weights.
 
 ```
-ptacc checkpoints runs/digits                          lists them
-ptacc verify runs/digits                               reads and hashes every file of them
-ptacc export runs/digits digits.safetensors            writes the weights of the newest that is whole
+ptacc checkpoints runs/digits                          lists the checkpoints
+ptacc verify runs/digits                               reads every file and checks its hash
+ptacc export runs/digits digits.safetensors            writes the weights of the newest intact checkpoint
 ```
 
-Each place may be a URL: `ptacc verify s3://bucket/runs/digits`.
+Each path may be a URL: `ptacc verify s3://bucket/runs/digits`.
 
-Exit codes: 0 for all well; 1 where checkpoints are damaged, or there are none; 2 for what cannot be done.
+Exit codes: 0 for success; 1 if no checkpoint was found or one is damaged; 2 if the command failed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from ptacc.checkpoint.catalog import CheckpointEntry, found_at, found_itself
+from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_checkpoints
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
-from ptacc.checkpoint.parts import read_whole
+from ptacc.checkpoint.parts import read_full_parts
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import parse_path, select_filesystem
+from ptacc.checkpoint.storage.paths import parse_path
+from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 
-NOT_KNOWN = "-"
+UNKNOWN = "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Those after the program's name; None for the process's own.
+        arguments: Without the program's name. None for those of the process.
 
     Returns:
         The exit code.
@@ -49,67 +50,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Nobody reads on. The interpreter flushes once more at its end, and would complain.
+        # The reader of standard output has ended. Without this, Python would report an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (PtaccError, OSError) as error:
-        warn(str(error))
+        print_error(str(error))
         return 2
 
 
 class Options(argparse.Namespace):
-    """The arguments of all commands; each command has those that its parser has."""
+    """The arguments of all commands. Each command has those of its parser."""
 
     command: Callable[[Options], int]
-    directory: Path
+    directory: str
     key_file: Path | None
     verify: bool
     json: bool
-    output: Path
+    output: str
     averages: str | None
     force: bool
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="ptacc", description="Look after the checkpoints of ptacc's trainers.")
-    parser.add_argument("--version", action="version", version=f"ptacc {installed_version()}")
+    parser = argparse.ArgumentParser(prog="ptacc", description="List, verify and export checkpoints of ptacc trainers.")
+    parser.add_argument("--version", action="version", version=f"ptacc {get_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--key-file", type=Path, metavar="FILE", help="the key that the checkpoints are signed with")
+    common.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key that signs the checkpoints")
 
-    listing = commands.add_parser("checkpoints", parents=[common], help="list the checkpoints, oldest first")
-    listing.add_argument("directory", type=place, metavar="DIR", help="the trainer's checkpoint_dir")
-    listing.add_argument("--verify", action="store_true", help="read and hash every file, not the manifests alone")
+    listing = commands.add_parser("checkpoints", parents=[common], help="list checkpoints, oldest first")
+    listing.add_argument("directory", type=parse_location, metavar="DIR", help="the checkpoint_dir of a trainer")
+    listing.add_argument("--verify", action="store_true", help="check the hash of every file, not only the manifests")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(command=checkpoints)
 
-    verifying = commands.add_parser("verify", parents=[common], help="read and hash every file of checkpoints")
-    verifying.add_argument("directory", type=place, metavar="DIR", help="a checkpoint, or a directory of them")
+    verifying = commands.add_parser("verify", parents=[common], help="check the hash of every file")
+    verifying.add_argument("directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory of them")
     verifying.set_defaults(command=verify)
 
     exporting = commands.add_parser("export", parents=[common], help="write the model's weights to a safetensors file")
     exporting.add_argument(
-        "directory", type=place, metavar="DIR", help="a checkpoint, or a directory: its newest whole one"
+        "directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory for its newest intact one"
     )
-    exporting.add_argument("output", type=place, metavar="OUT", help="the file to write")
-    exporting.add_argument("--averages", choices=AVERAGES, help="export these averages in the place of the weights")
-    exporting.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    exporting.add_argument("output", type=parse_location, metavar="OUT", help="the file to write")
+    exporting.add_argument("--averages", choices=AVERAGES, help="export averages instead of the weights")
+    exporting.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     exporting.set_defaults(command=export)
     return parser
 
 
-def place(text: str) -> Path:
-    """Return the path of an argument, which may be a URL."""
+def parse_location(text: str) -> str:
+    """Parse an argument that may be a URL."""
     try:
         return parse_path(text)
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def installed_version() -> str:
+def get_version() -> str:
     """Return the version of the installed package."""
     try:
         return metadata.version("ptacc")
@@ -122,118 +123,118 @@ def installed_version() -> str:
 
 def checkpoints(options: Options) -> int:
     """List the checkpoints of a directory."""
-    found = found_at(options.directory, key_from(options.key_file))
+    entries = list_checkpoints(options.directory, read_key(options.key_file))
     if options.verify:
-        found = [checked for one in found if not (checked := one.verified()).is_gone]
+        entries = [verified for entry in entries if not (verified := entry.check(files=True)).is_gone]
     if options.json:
-        say(json.dumps([as_json(one, is_verified=options.verify) for one in found], indent=2, allow_nan=False))
-    elif found:
-        for line in format_table(found, is_verified=options.verify):
-            say(line)
-    return exit_code(found, options.directory)
+        rows = [as_json(entry, is_verified=options.verify) for entry in entries]
+        print_line(json.dumps(rows, indent=2, allow_nan=False))
+    elif entries:
+        for line in format_table(entries, is_verified=options.verify):
+            print_line(line)
+    return get_exit_code(entries, options.directory)
 
 
 def verify(options: Options) -> int:
-    """Check every file of one checkpoint or of all in a directory."""
-    found = found_at(options.directory, key_from(options.key_file))
-    width = max((len(printable(one.place)) for one in found), default=0)
-    checked: list[CheckpointEntry] = []
-    for one in found:
-        one = one.verified()
-        if not one.is_gone:
-            checked.append(one)
-            say(f"{printable(one.place):<{width}}  {printable(one.problem) or 'whole'}")
-            sys.stdout.flush()  # the next may take minutes
-    return exit_code(checked, options.directory)
+    """Check every file of one checkpoint, or of all in a directory."""
+    entries = list_checkpoints(options.directory, read_key(options.key_file))
+    width = max((len(printable(entry.title)) for entry in entries), default=0)
+    verified: list[CheckpointEntry] = []
+    for entry in entries:
+        entry = entry.check(files=True)
+        if not entry.is_gone:
+            verified.append(entry)
+            print_line(f"{printable(entry.title):<{width}}  {printable(entry.problem) or 'intact'}")
+            sys.stdout.flush()  # the next checkpoint may take minutes
+    return get_exit_code(verified, options.directory)
 
 
 def export(options: Options) -> int:
     """Write the weights of a checkpoint to a safetensors file."""
-    check_target(options.output, overwrite=options.force)  # before anything large is read
-    key = key_from(options.key_file)
-    # Of one that was asked for, no more need be whole than is exported.
-    chosen = found_itself(options.directory, key) or find_newest_verified(
-        found_at(options.directory, key), options.directory
-    )
-    manifest = chosen.store.manifest(chosen.name)
-    weights = exported_weights(read_whole(chosen.store, manifest), options.averages)
-    written = write_weights(select_filesystem(options.output), options.output, weights, overwrite=options.force)
+    filesystem = select_filesystem(options.output)
+    check_target(filesystem, options.output, overwrite=options.force)  # before the checkpoint is read
+    key = read_key(options.key_file)
+    # If one checkpoint is given, only the files that are exported have to be intact.
+    entry = find_checkpoint(options.directory, key) or find_newest_intact(options.directory, key)
+    snapshot = read_full_parts(entry.store, entry.store.manifest(entry.name))
+    weights = exported_weights(snapshot, options.averages)
+    digest = write_weights(filesystem, options.output, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
-    size = human_size(written.size)
-    say(f"{options.output}: {what} of {printable(chosen.place)}, {len(weights)} tensors, {size}")
+    size = human_size(digest.size)
+    print_line(f"{options.output}: {what} of {printable(entry.title)}, {len(weights)} tensors, {size}")
     return 0
 
 
-def find_newest_verified(found: Sequence[CheckpointEntry], directory: Path) -> CheckpointEntry:
-    """Return the newest checkpoint that is whole, having said which newer ones are not."""
-    for one in reversed(found):
-        one = one.verified()
-        if not one.problem:
-            return one
-        if not one.is_gone:
-            warn(f"{printable(one.place)} is passed over: {one.problem}")
-    raise CheckpointError(f"There is no whole checkpoint in {directory}.")
+def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
+    """Return the newest intact checkpoint, and report the newer ones that are not."""
+    for entry in reversed(list_checkpoints(directory, key)):
+        entry = entry.check(files=True)
+        if not entry.problem:
+            return entry
+        if not entry.is_gone:
+            print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
+    raise CheckpointError(f"{directory} contains no intact checkpoint.")
 
 
-def exit_code(found: Sequence[CheckpointEntry], directory: Path) -> int:
-    """Return the exit code, having said so if there are no checkpoints."""
-    if not found:
-        warn(f"no checkpoints in {directory}" + ("" if directory.is_dir() else ", which is no directory"))
-    return int(not found or any(one.problem for one in found))
+def get_exit_code(entries: Sequence[CheckpointEntry], directory: str) -> int:
+    """Return the exit code, and report if there are no checkpoints."""
+    if not entries:
+        is_directory = select_filesystem(directory).is_directory(directory)
+        print_error(f"no checkpoints in {directory}" + ("" if is_directory else ", which is not a directory"))
+    return int(not entries or any(entry.problem for entry in entries))
 
 
-def key_from(file: Path | None) -> bytes | None:
+def read_key(file: Path | None) -> bytes | None:
     """Return the key in a file."""
     key = None if file is None else file.read_bytes().rstrip()
     if key == b"":
-        raise OptionError(f"{file} holds no key: it is empty.")
+        raise OptionError(f"{file} is empty: it must contain the key.")
     return key
 
 
-# ---- what is printed
+# ---- output
 
 
-def format_table(found: Sequence[CheckpointEntry], *, is_verified: bool) -> list[str]:
+def format_table(entries: Sequence[CheckpointEntry], *, is_verified: bool) -> list[str]:
     """Return the lines of a table of checkpoints."""
-    metrics = sorted({name for one in found if one.manifest for name in one.manifest.metrics})
+    metrics = sorted({name for entry in entries if entry.manifest for name in entry.manifest.metrics})
     head = ["name", "step", "epoch", *metrics, "size", "label", "state"]
-    rows = [head, *(format_row(one, metrics, is_verified=is_verified) for one in found)]
+    rows = [head, *(format_row(entry, metrics, is_verified=is_verified) for entry in entries)]
     columns = [[printable(cell) for cell in column] for column in zip(*rows, strict=True)]
-    for title, column in zip(head[:-1], columns, strict=False):  # the last ends where its lines do
+    for title, column in zip(head[:-1], columns, strict=False):  # the last column is not padded
         width = max(map(len, column))
         column[:] = [f"{cell:<{width}}" if title in {"name", "label"} else f"{cell:>{width}}" for cell in column]
     return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 
-def format_row(found: CheckpointEntry, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
+def format_row(entry: CheckpointEntry, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
     """Return the cells of one checkpoint."""
-    state = found.problem or ("whole" if is_verified else "manifest whole, files not read")
-    here = found.manifest
-    if here is None:
-        return [found.place, *[NOT_KNOWN] * (4 + len(metrics)), state]
-    values = [f"{here.metrics[name]:.6g}" if name in here.metrics else NOT_KNOWN for name in metrics]
-    size = human_size(total_size(here))
-    return [found.place, str(here.step), str(here.epoch), *values, size, here.label or NOT_KNOWN, state]
+    state = entry.problem or ("intact" if is_verified else "manifest intact, files not read")
+    manifest = entry.manifest
+    if manifest is None:
+        return [entry.title, *[UNKNOWN] * (4 + len(metrics)), state]
+    values = [f"{manifest.metrics[name]:.6g}" if name in manifest.metrics else UNKNOWN for name in metrics]
+    size, label = human_size(total_size(manifest)), manifest.label or UNKNOWN
+    return [entry.title, str(manifest.step), str(manifest.epoch), *values, size, label, state]
 
 
-def as_json(found: CheckpointEntry, *, is_verified: bool) -> dict[str, object]:
-    """Return a checkpoint for JSON, which knows no infinity and no NaN: they are texts there."""
-    here = found.manifest
-    said: dict[str, object] = {"name": found.place, "checked": "files" if is_verified else "manifest"}
-    if here is not None:
-        metrics = {name: value if math.isfinite(value) else repr(value) for name, value in here.metrics.items()}
-        said |= {"run": here.run, "step": here.step, "epoch": here.epoch, "bytes": total_size(here)}
-        said |= {"label": here.label, "metrics": metrics}
-    return {**said, "problem": found.problem or None}
+def as_json(entry: CheckpointEntry, *, is_verified: bool) -> dict[str, object]:
+    """Return a checkpoint as JSON. Infinity and NaN, which JSON does not have, become strings."""
+    fields: dict[str, object] = {"name": entry.title, "checked": "files" if is_verified else "manifest"}
+    if (manifest := entry.manifest) is not None:
+        metrics = {name: value if math.isfinite(value) else repr(value) for name, value in manifest.metrics.items()}
+        fields |= {"run": manifest.run, "step": manifest.step, "epoch": manifest.epoch, "bytes": total_size(manifest)}
+        fields |= {"label": manifest.label, "metrics": metrics}
+    return {**fields, "problem": entry.problem or None}
 
 
 def total_size(manifest: Manifest) -> int:
-    """Return the number of bytes of a checkpoint's files."""
+    """Return the size of a checkpoint in bytes."""
     return sum(file.size for file in manifest.files.values())
 
 
 def human_size(size: float) -> str:
-    """Return a number of bytes in units that people read.
+    """Return a number of bytes in binary units.
 
     Example:
         >>> human_size(1023), human_size(1536)
@@ -249,16 +250,16 @@ def human_size(size: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that keeps to its line, and tells the terminal nothing."""
+    """Return a text in one line and without control characters of the terminal."""
     return text if text.isprintable() else repr(text)
 
 
-def say(text: str) -> None:
-    """Write to standard output, in whatever encoding it has."""
+def print_line(text: str) -> None:
+    """Write to standard output, with escapes for characters that its encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-def warn(text: str) -> None:
+def print_error(text: str) -> None:
     """Write to standard error."""
     sys.stderr.write(f"ptacc: {text}\n")

@@ -14,8 +14,8 @@ from tests.checkpoint.faults.arenas import FILES, Arena, save, visit
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole")
     for step in (1, 2):
-        save(CheckpointStore(path), step)
-    visit(CheckpointStore(path))  # so that what is imported when it is first needed is there before the cells
+        save(CheckpointStore(str(path)), step)
+    visit(CheckpointStore(str(path)))  # so that what is imported when it is first needed is there before the cells
     assert sorted(file.name for file in (path / "step-2").iterdir()) == [*FILES]
     return path
 

@@ -58,7 +58,7 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
     ema_decay: float = 0.8
     early_stopping_patience = 100
     create_scheduler: SchedulerFactory = cosine
-    disk: FileSystem = field(default_factory=FileSystem)
+    filesystem: FileSystem = field(default_factory=FileSystem)
     trail: Path | None = None
     step_seconds: float = 0.0
     evaluation_seconds: float = 0.0
@@ -74,7 +74,7 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
 
     @override
     def _store(self) -> CheckpointStore:
-        return dataclasses.replace(super()._store(), disk=self.disk)
+        return dataclasses.replace(super()._store(), filesystem=self.filesystem)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -122,7 +122,7 @@ class Telling(Callback[Mortal]):
         trainer.tell("epoch end")
 
     @override
-    def on_save(self, trainer: Mortal, path: Path) -> None:
+    def on_save(self, trainer: Mortal, path: str | Path) -> None:
         trainer.tell("saved", path=str(path))
 
     @override
@@ -165,7 +165,7 @@ def in_memory() -> Path | None:
 
 
 def store_of(directory: Path) -> CheckpointStore:
-    return CheckpointStore(directory / "checkpoints")
+    return CheckpointStore(str(directory / "checkpoints"))
 
 
 def make(directory: Path, **options: Any) -> Mortal:
@@ -228,7 +228,7 @@ def whole_ones(directory: Path) -> list[Manifest]:
 def check_swept(directory: Path) -> None:
     """Fail if a run that went on to its end has left something beside its checkpoints."""
     store = store_of(directory)
-    assert sorted(path.name for path in store.directory.iterdir()) == store.names()
+    assert sorted(path.name for path in Path(store.directory).iterdir()) == store.names()
 
 
 def check_goes_on(directory: Path, whole: End, least: int, most: int, **options: Any) -> None:

@@ -75,8 +75,8 @@ def test_the_calls_come_in_the_order_of_the_foreground(tmp_path: Path) -> None:
 def test_steps_go_on_meanwhile_and_what_is_saved_is_what_was(tmp_path: Path) -> None:
     train(make(tmp_path / "foreground", keep_last=None))
     go_on = threading.Event()
-    train(background(tmp_path / "background", keep_last=None, disk=held(go_on), callbacks=[AtStep(4, go_on.set)]))
-    beside, before = (CheckpointStore(tmp_path / way) for way in ("background", "foreground"))
+    train(background(tmp_path / "background", keep_last=None, filesystem=held(go_on), callbacks=[AtStep(4, go_on.set)]))
+    beside, before = (CheckpointStore(str(tmp_path / way)) for way in ("background", "foreground"))
     for name in ("step-00000002", "step-00000004", "step-00000006"):
         files = [store.verify(name).files for store in (beside, before)]
         tensors = [{file: written for file, written in some.items() if file.endswith("safetensors")} for some in files]
@@ -85,7 +85,7 @@ def test_steps_go_on_meanwhile_and_what_is_saved_is_what_was(tmp_path: Path) -> 
 
 
 def test_an_error_is_raised_after_the_next_step(tmp_path: Path) -> None:
-    trainer = background(tmp_path / "run", disk=Failing(12, errno.EIO), callbacks=[AtStep(3, await_writers)])
+    trainer = background(tmp_path / "run", filesystem=Failing(16, errno.EIO), callbacks=[AtStep(3, await_writers)])
     with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
         train(trainer)
     assert trainer.progress.steps == 3
@@ -94,7 +94,7 @@ def test_an_error_is_raised_after_the_next_step(tmp_path: Path) -> None:
 
 def test_an_error_that_comes_late_is_raised_at_the_next_save(tmp_path: Path) -> None:
     go_on = threading.Event()
-    trainer = background(tmp_path / "run", disk=Late(go_on), callbacks=[AtStep(4, go_on.set)])
+    trainer = background(tmp_path / "run", filesystem=Late(go_on), callbacks=[AtStep(4, go_on.set)])
     with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
         train(trainer)
     assert trainer.progress.steps == 4
@@ -115,24 +115,24 @@ class Late(Interposed):
 
 
 def test_the_last_save_has_ended_when_the_run_has(tmp_path: Path) -> None:
-    train(background(tmp_path, disk=slow()))
+    train(background(tmp_path, filesystem=slow()))
     assert writers() == []
-    assert CheckpointStore(tmp_path).verify("step-00000006").step == 6
+    assert CheckpointStore(str(tmp_path)).verify("step-00000006").step == 6
 
 
 def test_the_error_of_the_last_save_is_raised_by_the_run(tmp_path: Path) -> None:
     calls = calls_of_a_run(tmp_path / "count")
     last = next(i for i, call in enumerate(calls) if (call.save, call.name) == (3, "rename"))
     with pytest.raises(CheckpointError, match=os.strerror(errno.EROFS)):
-        train(background(tmp_path / "run", disk=Failing(last - 3, errno.EROFS)))
-    assert CheckpointStore(tmp_path / "run").names() == ["step-00000004"]
+        train(background(tmp_path / "run", filesystem=Failing(last - 3, errno.EROFS)))
+    assert CheckpointStore(str(tmp_path / "run")).names() == ["step-00000004"]
 
 
 def test_a_run_that_ends_by_an_exception_completes_the_save_under_way(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="of the user"):
-        train(background(tmp_path, disk=slow(), callbacks=[AtStep(3, interrupt)]))
+        train(background(tmp_path, filesystem=slow(), callbacks=[AtStep(3, interrupt)]))
     assert writers() == []
-    assert CheckpointStore(tmp_path).verify("step-00000002").step == 2
+    assert CheckpointStore(str(tmp_path)).verify("step-00000002").step == 2
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -144,7 +144,7 @@ def test_what_becomes_of_it_is_told_beside_the_exception(tmp_path: Path) -> None
         interrupt()
 
     with pytest.raises(KeyError, match="of the user"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
-        train(background(tmp_path, disk=Late(go_on), callbacks=[AtStep(3, end)]))
+        train(background(tmp_path, filesystem=Late(go_on), callbacks=[AtStep(3, end)]))
 
 
 class Breaking(Dataset[Any]):
@@ -166,19 +166,19 @@ class Breaking(Dataset[Any]):
 
 
 def test_a_run_that_an_exception_ends_is_saved_though_the_save_before_failed(tmp_path: Path) -> None:
-    trainer = background(tmp_path, disk=Failing(12, errno.EIO), keep_last=None)
+    trainer = background(tmp_path, filesystem=Failing(16, errno.EIO), keep_last=None)
     with pytest.raises(RuntimeError, match="a bad sample"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
         trainer.train(Breaking(), num_epochs=2, per_device_batch_size=4)
-    assert [CheckpointStore(tmp_path).verify(name).step for name in CheckpointStore(tmp_path).names()] == [2]
+    assert [CheckpointStore(str(tmp_path)).verify(name).step for name in CheckpointStore(str(tmp_path)).names()] == [2]
 
 
 def saves_of_a_rank_that_fails(directory: Path) -> list[str]:
     callbacks = [AtStep(3, interrupt)] if os.environ["RANK"] == "1" else []
     with pytest.raises(Exception, match="of the user"):
-        train(background(directory, disk=slow(), callbacks=callbacks))
+        train(background(directory, filesystem=slow(), callbacks=callbacks))
     return [thread.name for thread in writers()]
 
 
 def test_so_do_two_processes(tmp_path: Path) -> None:
     assert run_ranks(saves_of_a_rank_that_fails, 2, tmp_path) == [[], []]
-    assert CheckpointStore(tmp_path).verify("step-00000002").step == 2
+    assert CheckpointStore(str(tmp_path)).verify("step-00000002").step == 2

@@ -12,7 +12,16 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from ptacc.checkpoint.parts import SHARED, Part, Snapshot, check_storable, own, read_parts, write_parts
+from ptacc.checkpoint.parts import (
+    SHARED,
+    Part,
+    Snapshot,
+    check_storable,
+    encode_parts,
+    rank_files,
+    read_parts,
+    write_parts,
+)
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
@@ -20,9 +29,9 @@ from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartErr
 
 def through_files(directory: Path, *parts: Part) -> Snapshot:
     """Write parts to a checkpoint, and read them back."""
-    store = CheckpointStore(directory)
+    store = CheckpointStore(str(directory))
     draft = store.begin("step-1")
-    files = write_parts(store, draft, SHARED, parts)
+    files = write_parts(store, draft, SHARED, encode_parts(parts))
     versions = {part.name: part.version for part in parts}
     manifest = store.commit(draft, Manifest("", "run", 1, 0, 1, 1, parts=versions, files=files))
     return read_parts(store, store.verify(manifest.name), SHARED)
@@ -41,16 +50,17 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(str(tmp_path))
     draft = store.begin("step-1")
-    files = {k: v for rank in (0, 1) for k, v in write_parts(store, draft, own(rank), [Part("random", rank)]).items()}
+    encoded = [encode_parts([Part("random", rank)]) for rank in (0, 1)]
+    files = {k: v for rank in (0, 1) for k, v in write_parts(store, draft, rank_files(rank), encoded[rank]).items()}
     manifest = store.commit(draft, Manifest("", "run", 1, 0, 1, 2, files=files))
-    assert [read_parts(store, manifest, own(rank)).take("random") for rank in (0, 1)] == [0, 1]
+    assert [read_parts(store, manifest, rank_files(rank)).take("random") for rank in (0, 1)] == [0, 1]
 
 
 @pytest.mark.parametrize("text", [b"[1, 2]", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff"])
 def test_a_file_that_holds_no_parts_is_damage(text: bytes, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(str(tmp_path))
     draft = store.begin("step-1")
     files = {"shared.json": store.write(draft, "shared.json", [text])}
     with pytest.raises(DamagedCheckpointError):

@@ -27,10 +27,10 @@ def steps_left(retention: Retention, manifests: list[Manifest], protected: tuple
         (Retention(), [1, 2, 3, 4, 5, 6]),
         (Retention(last=2), [5, 6]),
         (Retention(every=3), [3, 6]),
-        (Retention(best=1, monitored=LOSS), [2, 6]),
-        (Retention(best=1, monitored=Monitor("loss", mode="max")), [4, 6]),
-        (Retention(last=1, best=2, every=3, monitored=LOSS), [1, 2, 3, 6]),
-        (Retention(best=2, monitored=ACCURACY), [6]),
+        (Retention(best=1, monitor=LOSS), [2, 6]),
+        (Retention(best=1, monitor=Monitor("loss", mode="max")), [4, 6]),
+        (Retention(last=1, best=2, every=3, monitor=LOSS), [1, 2, 3, 6]),
+        (Retention(best=2, monitor=ACCURACY), [6]),
     ],
 )
 def test_any_rule_keeps(retention: Retention, left: list[int]) -> None:

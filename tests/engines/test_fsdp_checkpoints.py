@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, FSDPMixin, RestoreBestWeights, StepResult, Steps
-from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from tests.engines.nets import Averaging, digits, make, make_optimizer
@@ -83,8 +83,8 @@ def test_each_rank_writes_only_its_own_shards(tmp_path: Path) -> None:
     run_ranks(lambda: train(Sharded, tmp_path, INTERRUPTED_AFTER), 2)
     run_ranks(lambda: train(Plain, tmp_path / "replicas", INTERRUPTED_AFTER), 2)
     manifest, replicas = (
-        CheckpointStore(tmp_path).manifests()[-1],
-        CheckpointStore(tmp_path / "replicas").manifests()[-1],
+        open_store(tmp_path).manifests()[-1],
+        open_store(tmp_path / "replicas").manifests()[-1],
     )
     size = {name: file.size for name, file in manifest.files.items() if name.endswith("safetensors")}
     together = sum(file.size for name, file in replicas.files.items() if name.endswith("safetensors"))
@@ -174,7 +174,7 @@ def test_a_trainer_with_another_engine_raises(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_damage(tmp_path: Path) -> None:
     run_ranks(lambda: train(Sharded, tmp_path, 2), 2)
-    (name,) = CheckpointStore(tmp_path).names()
+    (name,) = open_store(tmp_path).names()
     (tmp_path / name / "rank-1.safetensors").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"rank-1\.safetensors"):
         make_trainer(Plain, tmp_path / "other").load_checkpoint(tmp_path / name)

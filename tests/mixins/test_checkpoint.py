@@ -37,7 +37,7 @@ from ptacc import (
     TrainerCore,
 )
 from ptacc.checkpoint import manager as line
-from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import (
     CheckpointError,
     CollectiveError,
@@ -63,12 +63,12 @@ class Noting(Callback[TrainerCore]):
         self.loaded: list[str] = []
 
     @override
-    def on_save(self, trainer: TrainerCore, path: Path) -> None:
-        self.saved.append((trainer.progress.steps, path.name))
+    def on_save(self, trainer: TrainerCore, path: str | Path) -> None:
+        self.saved.append((trainer.progress.steps, Path(path).name))
 
     @override
-    def on_load(self, trainer: TrainerCore, path: Path) -> None:
-        self.loaded.append(path.name)
+    def on_load(self, trainer: TrainerCore, path: str | Path) -> None:
+        self.loaded.append(Path(path).name)
 
 
 class At(Callback[CheckpointMixin]):
@@ -85,7 +85,7 @@ class At(Callback[CheckpointMixin]):
 
 def names(directory: Path) -> list[int]:
     """Return the steps of the checkpoints in a directory, each whole."""
-    store = CheckpointStore(directory)
+    store = open_store(directory)
     return [store.verify(name).step for name in store.names()]
 
 
@@ -122,14 +122,14 @@ def test_a_run_is_saved_when_it_is_time_to_and_at_its_end(
 
 def test_what_falls_on_an_epochs_last_step_has_its_evaluation_in_it(tmp_path: Path) -> None:
     trainer = train(tmp_path, checkpoint_every=Steps(3))
-    manifests = CheckpointStore(tmp_path).manifests()
+    manifests = open_store(tmp_path).manifests()
     assert [manifest.metrics["eval_loss"] for manifest in manifests] == [epoch.eval_loss for epoch in trainer.history]
     assert [(manifest.epoch, manifest.offset) for manifest in manifests] == [(1, 0), (2, 0)]
 
 
 def test_a_value_belongs_to_the_weights_it_was_reported_of(tmp_path: Path) -> None:
     train(tmp_path, checkpoint_every=Steps(1), evaluate_every=Steps(2))
-    evaluated = [manifest.step for manifest in CheckpointStore(tmp_path).manifests() if "eval_loss" in manifest.metrics]
+    evaluated = [manifest.step for manifest in open_store(tmp_path).manifests() if "eval_loss" in manifest.metrics]
     assert evaluated == [2, 4, 6]
 
 
@@ -143,7 +143,7 @@ def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
     train(tmp_path / "run", checkpoint_every=None, callbacks=callbacks, keep_last=1)
     assert asked == [tmp_path / "run" / "step-00000002", elsewhere]
     assert names(tmp_path / "run") == [2, 6]
-    assert CheckpointStore(elsewhere.parent).verify("good").step == 4
+    assert open_store(elsewhere.parent).verify("good").step == 4
     again = train(tmp_path / "again", resume=elsewhere)
     assert torch.equal(weights(again), weights(train(tmp_path / "whole")))
 
@@ -285,7 +285,7 @@ def test_the_checkpoint_that_was_resumed_from_is_kept(tmp_path: Path) -> None:
 def test_the_best_are_saved_whatever_the_cadence(tmp_path: Path) -> None:
     callbacks = [SaveBest("eval_loss")]
     train(tmp_path, checkpoint_every=None, keep_last=1, callbacks=callbacks, evaluate_every=Steps(2))
-    manifests = CheckpointStore(tmp_path).manifests()
+    manifests = open_store(tmp_path).manifests()
     assert [(manifest.step, manifest.label) for manifest in manifests] == [(6, "eval_loss")]
     with pytest.raises(MonitorError, match="eval_los"):
         train(tmp_path / "typo", callbacks=[SaveBest("eval_los")])
@@ -313,7 +313,7 @@ def test_a_new_run_in_the_directory_of_another_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"of another run, the last of them step-00000006.*resume=True"):
         train(tmp_path / "run")
     train(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is of another run"):
+    with pytest.raises(CheckpointError, match="belongs to another run"):
         train(tmp_path / "run", resume=tmp_path / "other" / "step-00000003")
 
 

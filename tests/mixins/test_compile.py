@@ -26,7 +26,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError, OptionError
 from tests.ranks import run_ranks
 
@@ -185,7 +185,7 @@ def test_checkpoints_have_the_names_of_the_bare_model_and_go_on_exactly(tmp_path
     again.export_model(tmp_path / "ema.safetensors", averages="ema")
     exported = load_file(tmp_path / "ema.safetensors")
     assert [*sorted(exported)] == sorted(Net().state_dict())
-    (name, *_) = CheckpointStore(tmp_path / "run").names()
+    (name, *_) = open_store(tmp_path / "run").names()
     del again, whole
     with pytest.raises(CheckpointError, match=r"compiled was 'eager, default' and is 'aot_eager, default'"):
         train("run", 11, compile_backend="aot_eager", resume=tmp_path / "run" / name)

@@ -919,8 +919,8 @@ class Saved(CheckpointMixin, MetricsMixin, Trainer):
 
 def saves(trainer: Saved) -> None:
     checkpoints: SupportsCheckpoint = trainer
-    assert_type(checkpoints.save_checkpoint(), Path)
-    assert_type(trainer.save_checkpoint("runs/digits/best", label="best"), Path)
+    assert_type(checkpoints.save_checkpoint(), str)
+    assert_type(trainer.save_checkpoint("runs/digits/best", label="best"), str)
     trainer.load_checkpoint(Path("runs/digits"), weights_only=True)
     trainer.export_model("weights.safetensors", averages="ema")
 

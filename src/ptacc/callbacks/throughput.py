@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -145,7 +144,7 @@ class Throughput(Callback[TrainerCore]):
         self._pause()
 
     @override
-    def on_save(self, trainer: TrainerCore, path: Path) -> None:
+    def on_save(self, trainer: TrainerCore, path: str) -> None:
         self._counter.stop(self._step_ended_at)
 
     @override

@@ -1,9 +1,9 @@
-"""What checkpoints there are in a directory, in those of a trainer's later runs, and what is wrong with any of them.
+"""The checkpoints in a directory and in those of a trainer's later runs, and what is wrong with any of them.
 
 ```
 runs/digits/
   step-00000500/
-  best/                 saved under a name of its own
+  best/                 saved under a name of the user's
   run-2/                the second run of the same trainer
     step-00000500/
 ```
@@ -12,12 +12,15 @@ runs/digits/
 from __future__ import annotations
 
 import math
+import os
+import posixpath
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.paths import is_url, split_path
+from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
@@ -26,82 +29,71 @@ LATER_RUN = re.compile(r"run-([2-9]|[1-9][0-9]+)")
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A checkpoint as it was found.
+    """A checkpoint in a listing.
 
     Args:
-        store: What it is in.
-        name: What the store calls it.
-        place: What it is called where it was looked for.
-        manifest: None where it cannot be read.
-        problem: What is wrong with it; empty if nothing is known to be.
+        store: The store that contains it.
+        name: Its name in the store.
+        title: Its name in the listing.
+        manifest: None if it cannot be read.
+        problem: What is wrong with it; empty if no problem is known.
     """
 
     store: CheckpointStore
     name: str
-    place: str
+    title: str
     manifest: Manifest | None = None
     problem: str = ""
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was removed since it was found: a run that goes on removes its old ones."""
-        return bool(self.problem) and not (self.store.directory / self.name).is_dir()
+        """Whether it has been removed since it was listed, as a run in progress removes its old checkpoints."""
+        return bool(self.problem) and not self.store.filesystem.is_directory(self.store.locate(self.name))
 
-    def looked_at(self) -> CheckpointEntry:
-        """Return it with its manifest, or with what is wrong with that."""
+    def check(self, *, files: bool) -> CheckpointEntry:
+        """Return the entry with its manifest, or with what is wrong with that or, if asked for, with its files."""
         try:
-            return replace(self, manifest=self.store.manifest(self.name))
+            manifest = self.store.verify(self.name) if files else self.store.manifest(self.name)
         except (CheckpointError, OSError) as error:
-            return replace(self, problem=describe_problem(error))
-
-    def verified(self) -> CheckpointEntry:
-        """Return it with what is wrong with any of its files, having read them all."""
-        try:
-            return replace(self, manifest=self.store.verify(self.name), problem="")
-        except (CheckpointError, OSError) as error:
-            return replace(self, problem=describe_problem(error))
+            # A checkpoint with another key or a later format is refused without being damaged.
+            kind = "damaged" if isinstance(error, DamagedCheckpointError) else "refused"
+            return replace(self, problem=f"{kind}: {error}")
+        return replace(self, manifest=manifest, problem="")
 
 
-def describe_problem(error: CheckpointError | OSError) -> str:
-    """Say what is wrong with a checkpoint: another key, or a later format, is no damage."""
-    return f"{'damaged' if isinstance(error, DamagedCheckpointError) else 'refused'}: {error}"
+def list_checkpoints(directory: str, key: bytes | None) -> list[CheckpointEntry]:
+    """Return the checkpoint that a directory is, or those of all runs in it, oldest first."""
+    if entry := find_checkpoint(directory, key):
+        return [entry]
+    filesystem = select_filesystem(directory)
+    matches = (LATER_RUN.fullmatch(name) for name in filesystem.list_directory(directory))
+    runs = sorted(int(match[1]) for match in matches if match)
+    entries = list_run(open_store(directory, key), "")
+    for run in runs:
+        entries += list_run(open_store(f"{directory}/run-{run}", key), f"run-{run}/")
+    return entries
 
 
-def found_at(directory: Path, key: bytes | None) -> list[CheckpointEntry]:
-    """Return the one checkpoint that a directory is, or those of all runs in it, the oldest first.
-
-    Args:
-        directory: Where to look.
-        key: What they have to be signed with, if given.
-    """
-    if itself := found_itself(directory, key):
-        return [itself]
-    if not directory.is_dir():
-        return []
-    matches = [(LATER_RUN.fullmatch(entry.name), entry) for entry in directory.iterdir()]
-    later = sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir())
-    found = found_in(store_at(directory, key), "")
-    for _, entry in later:
-        found += found_in(store_at(entry, key), f"{entry.name}/")
-    return found
+def find_checkpoint(directory: str, key: bytes | None) -> CheckpointEntry | None:
+    """Return the checkpoint that a directory is, None if it is not a checkpoint."""
+    path = directory if is_url(directory) else os.path.realpath(directory)
+    filesystem = select_filesystem(path)
+    if not filesystem.exists(f"{path}/{MANIFEST}"):
+        # A checkpoint without its manifest still has its name and its files, and no directories.
+        is_directory = posixpath.basename(path).startswith(PREFIX) and filesystem.is_directory(path)
+        if not is_directory or any(filesystem.list_directory(path).values()):
+            return None
+    parent, name = split_path(path)
+    return CheckpointEntry(open_store(parent, key), name, directory).check(files=False)
 
 
-def found_itself(directory: Path, key: bytes | None) -> CheckpointEntry | None:
-    """Return the checkpoint that a directory is: None for a directory of checkpoints, or of anything else."""
-    path = directory.resolve()
-    is_named_so = path.name.startswith(PREFIX) and path.is_dir() and not any(entry.is_dir() for entry in path.iterdir())
-    if (path / MANIFEST).exists() or is_named_so:
-        return CheckpointEntry(store_at(path.parent, key), path.name, str(directory)).looked_at()
-    return None
+def list_run(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
+    """Return the checkpoints of one run, oldest first, then those of unknown age."""
+    names = sorted([*store.names(), *store.custom_names()])
+    entries = [CheckpointEntry(store, name, f"{prefix}{name}").check(files=False) for name in names]
+    return sorted((entry for entry in entries if not entry.is_gone), key=get_age)
 
 
-def found_in(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
-    """Return the checkpoints of one run, the oldest first; last those of which nobody knows the age."""
-    names = sorted([*store.names(), *store.others()])
-    found = [CheckpointEntry(store, name, f"{prefix}{name}").looked_at() for name in names]
-    return sorted((one for one in found if not one.is_gone), key=sort_key)
-
-
-def sort_key(found: CheckpointEntry) -> tuple[float, int]:
-    """Return what the checkpoints of one run are sorted by."""
-    return (math.inf, 0) if found.manifest is None else (found.manifest.sequence, found.manifest.step)
+def get_age(entry: CheckpointEntry) -> tuple[float, int]:
+    """Return the key that the checkpoints of one run are sorted by."""
+    return (math.inf, 0) if entry.manifest is None else (entry.manifest.sequence, entry.manifest.step)

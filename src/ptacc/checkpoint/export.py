@@ -1,4 +1,4 @@
-"""Exporting: a model's weights out of a snapshot, in one safetensors file that is read without ptacc.
+"""Exporting the weights of a checkpoint to one safetensors file, which is read without ptacc.
 
 ```
 Snapshot -> exported_weights() -> {name: tensor} -> write_weights() -> model.load_state_dict(load_file(path))
@@ -9,115 +9,95 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
 from ptacc.checkpoint.parts import Snapshot
+from ptacc.checkpoint.serialization.json_codec import get_memory_key
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileSystem, Written, sync_directory, write_whole
-from ptacc.checkpoint.storage.remote_filesystem import RemotePath
+from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
+from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
-from ptacc.errors import CheckpointError, MissingPartError
+from ptacc.errors import CheckpointError
 
 MODEL = "model"
-"""The name of the part that holds the model's weights."""
 AVERAGES = ("ema", "swa")
-"""The names of the parts that hold averages of them."""
+"""The names of the parts with averaged weights."""
 RESERVED = "__metadata__"
-"""What the header of a safetensors file calls something that is no tensor."""
+"""A key in the header of a safetensors file that is not the name of a tensor."""
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
-    """Return what `model.load_state_dict()` takes: a tensor for each name that its `state_dict()` has.
+    """Return what `model.load_state_dict()` takes: a tensor for each name in the model's `state_dict()`.
 
     Args:
         snapshot: The shared parts of a checkpoint.
-        averages: The part whose averages stand in for the weights, such as `"ema"`. A name that has none keeps the
-            model's own tensor, unless it is tied to one that has: then both have the average.
+        averages: The part with the averages to export, such as `"ema"`. A tensor without an average is exported as it
+            is, unless it is tied to one with an average: then both get the average.
 
     Raises:
         MissingPartError: The snapshot has no such part.
-        CheckpointError: What the part holds is no weights, or averages of nothing yet.
+        CheckpointError: The part does not contain weights, or averages that were never updated.
     """
-    weights = require_tensors(get_part(snapshot, MODEL), MODEL)
+    weights = require_tensors(snapshot.take(MODEL), MODEL)
     if averages is None:
         return weights
-    state = get_part(snapshot, averages)
+    state = snapshot.take(averages)
     if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
-        raise CheckpointError(f"The part {averages!r} holds no averages of weights.")
+        raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
-            f"The part {averages!r} averages nothing yet: nothing was taken into it before the checkpoint was saved. "
-            "Export the model's own weights, or a later checkpoint."
+            f"The averages {averages!r} have not been updated yet: export the weights, or a later checkpoint."
         )
-    return averaged(weights, require_tensors(state["averages"], averages))
+    return replace_by_averages(weights, require_tensors(state["averages"], averages))
 
 
-def averaged(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with averages for those that have one; of a tied weight, one name has it for all."""
-    by_place = {storage_key(weights[name]): average for name, average in averages.items() if name in weights}
-    # An average whose name is not among the weights is one of a buffer that is not persistent.
-    return {name: averages.get(name, by_place.get(storage_key(weight), weight)) for name, weight in weights.items()}
-
-
-def storage_key(tensor: Tensor) -> tuple[object, ...]:
-    """Return what two names have in common whose tensor is one."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-
-
-def get_part(snapshot: Snapshot, name: str) -> object:
-    """Return the state of a part to export."""
-    if name not in snapshot.states:
-        there = ", ".join(sorted(snapshot.states)) or "no part at all"
-        raise MissingPartError(f"The checkpoint has no part {name!r} to export. It has: {there}.")
-    state: object = snapshot.states[name]
-    return state
+def replace_by_averages(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with those replaced that have an average. Of tied weights, only one name has an average."""
+    by_memory = {get_memory_key(weights[name]): average for name, average in averages.items() if name in weights}
+    # Averages of buffers that are not persistent have no weight, and are left out.
+    return {name: averages.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
 
 
 def require_tensors(state: object, part: str) -> dict[str, Tensor]:
-    """Return a state that is tensors by name, and refuse any other."""
+    """Return a state as tensors by name, or raise `CheckpointError`."""
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"The part {part!r} is a {type(state).__name__}, not tensors by name: no weights.")
+        raise CheckpointError(f"The part {part!r} is a {type(state).__name__}: weights must be tensors by name.")
     for name, value in state.items():
         if not isinstance(value, Tensor) or name == RESERVED:
             raise CheckpointError(
-                f"{part}[{name!r}] is a {type(value).__name__}, which a safetensors file has no place for under that "
-                "name. Where it is a module's extra state, let its get_extra_state() return a tensor."
+                f"{part}[{name!r}] is a {type(value).__name__}, which a safetensors file cannot store under that "
+                "name. If it is the extra state of a module, let its get_extra_state() return a tensor."
             )
     return dict(state)
 
 
-def write_weights(disk: FileSystem, path: Path, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Written:
-    """Write tensors to a safetensors file: durably, and so that it is there whole or not at all.
-
-    Args:
-        disk: What writes.
-        path: Where to.
-        tensors: By their names; each name has its data, also where two are one tensor.
-        overwrite: Whether a file that is there is replaced.
+def write_weights(
+    filesystem: FileSystem, path: str, tensors: Mapping[str, Tensor], *, overwrite: bool = False
+) -> FileDigest:
+    """Write tensors to a safetensors file, durably. The file appears complete.
 
     Raises:
-        CheckpointError: The path is taken or cannot be written to, or a tensor is of a dtype that the format lacks.
+        CheckpointError: The path is taken or unsuitable, or the format does not have the dtype of a tensor.
     """
-    check = partial(check_target, path, overwrite=overwrite)
+    check = partial(check_target, filesystem, path, overwrite=overwrite)
     check()
-    written = write_whole(disk, path, safetensors_parts(tensors), check)  # writing takes long, and others write too
-    sync_directory(disk, path.parent)
-    return written
+    digest = filesystem.replace_file(path, safetensors_parts(tensors), check)  # another process may write it first
+    filesystem.sync_directory(split_path(path)[0])
+    return digest
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` for a path that no weights are written to."""
-    if not isinstance(path, RemotePath) and not path.parent.is_dir():
-        raise CheckpointError(f"There is no directory {path.parent} to write {path.name} to: make it first.")
-    if (path.parent / MANIFEST).exists():
-        raise CheckpointError(f"{path} is in a checkpoint, which another file would damage: write to somewhere else.")
-    if not path.is_symlink() and not path.exists():
-        return
-    if not path.is_file():
-        raise CheckpointError(f"{path} is there already and is no file, so nothing is written over it.")
-    if not overwrite:
+def check_target(filesystem: FileSystem, path: str, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` if weights cannot be written to a path."""
+    directory, name = split_path(path)
+    if not is_url(path) and not filesystem.is_directory(directory):
         raise CheckpointError(
-            f"{path} exists already: choose another name, or have it replaced with overwrite=True (--force)."
+            f"The directory {directory} does not exist, so {name} cannot be written to it: create it first."
         )
+    if filesystem.exists(f"{directory}/{MANIFEST}"):
+        raise CheckpointError(f"{path} is in a checkpoint, which another file would damage: choose another directory.")
+    kind = filesystem.get_kind(path)
+    if kind is not None and kind != "file":
+        raise CheckpointError(f"{path} exists and is not a regular file: choose another name.")
+    if kind is not None and not overwrite:
+        raise CheckpointError(f"{path} exists already: choose another name, or replace it by overwrite=True (--force).")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ptacc.checkpoint.export import check_target, exported_weights, write_weights
-from ptacc.checkpoint.parts import Snapshot, read_whole
+from ptacc.checkpoint.parts import Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
-from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
@@ -20,16 +20,17 @@ from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
 from ptacc.types.protocols import Stateful
 
 
-def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_only: bool) -> Path:
+def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool) -> str:
     """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
 
     Raises:
         CheckpointError: The path has no checkpoint, or one of another model.
     """
-    found = find_at(path, store_at(path, key))
-    store = store_at(found.parent, key)
+    found = find_at(path, open_store(path, key))
+    directory, name = split_path(found)
+    store = open_store(directory, key)
     with as_checkpoint_error(path):
-        shared = read_whole(store, store.manifest(found.name))
+        shared = read_full_parts(store, store.manifest(name))
     load_weights(trainer.unwrapped_model, shared.take(MODEL))
     if not weights_only:
         for slot in trainer.optimizer_slots():
@@ -37,10 +38,10 @@ def load_into(trainer: TrainerCore, path: Path, key: bytes | None, *, weights_on
     return found
 
 
-def check_export(path: Path, *, overwrite: bool) -> None:
+def check_export(path: str, *, overwrite: bool) -> None:
     """Raise `CheckpointError` if weights cannot be exported to a path."""
     with as_checkpoint_error(path):
-        check_target(path, overwrite=overwrite)
+        check_target(select_filesystem(path), path, overwrite=overwrite)
 
 
 def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, An
     return full_states
 
 
-def export_to(path: Path, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
+def export_to(path: str, states: Mapping[str, Any], averages: str | None, *, overwrite: bool) -> None:
     """Write weights, or averages in their place, to a safetensors file.
 
     Raises:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, own, read_parts, shards_together
+from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_parts
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_filesystem import parse_path
-from ptacc.checkpoint.storage.remote_store import store_beside
+from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
+from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.checkpoint.trainer_state import RUN
 from ptacc.errors import CheckpointError
 from ptacc.run.state import ResumeState
 
 
-def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Path | None:
+def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | None:
     """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:
@@ -35,7 +35,7 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Path |
         UserWarning: A damaged checkpoint is skipped.
     """
     if not isinstance(resume, bool):
-        return find_at(parse_path(resume).absolute(), store)
+        return find_at(make_absolute(parse_path(resume)), store)
     if resume:
         return find_newest(store)
     if names := store.names():
@@ -46,30 +46,32 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Path |
     return None
 
 
-def find_at(path: Path, like: CheckpointStore) -> Path:
+def find_at(path: str, like: CheckpointStore) -> str:
     """Return the path of a checkpoint, verified, or that of the newest one in a directory."""
     with as_checkpoint_error(path):
-        if (path / MANIFEST).exists():
-            return path.parent / store_beside(like, path.parent).verify(path.name).name
-    found = find_newest(store_beside(like, path))
+        if like.filesystem.exists(f"{path}/{MANIFEST}"):
+            directory, name = split_path(path)
+            store = open_sibling(like, directory)
+            return store.locate(store.verify(name).name)
+    found = find_newest(open_sibling(like, path))
     if found is None:
-        raise CheckpointError(f"resume={str(path)!r}: no intact checkpoint was found.")
+        raise CheckpointError(f"resume={path!r}: no intact checkpoint was found.")
     return found
 
 
-def find_newest(store: CheckpointStore) -> Path | None:
+def find_newest(store: CheckpointStore) -> str | None:
     """Return the path of the newest intact checkpoint; None if a store is empty. Raise if all are damaged."""
     with as_checkpoint_error(store.directory):  # an unreachable checkpoint is an error, not a damaged one
         manifest, damaged = store.newest()
     for name, error in damaged.items():
-        warnings.warn(f"{store.directory / name} is skipped: {error}", stacklevel=2)
+        warnings.warn(f"{store.locate(name)} is skipped: {error}", stacklevel=2)
     if manifest is None and damaged:
         name, error = next(iter(damaged.items()))
         raise CheckpointError(
             f"{store.directory} has {len(damaged)} checkpoints, and none of them is intact. The newest, {name}: "
             f"{error} Move them away to start from the beginning."
         )
-    return None if manifest is None else store.directory / manifest.name
+    return None if manifest is None else store.locate(manifest.name)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Resumption:
         own: The parts of this rank. If the number of ranks has changed: the run alone, merged from all ranks.
     """
 
-    path: Path
+    path: str
     manifest: Manifest
     shared: Snapshot
     own: Snapshot
@@ -91,17 +93,17 @@ class Resumption:
     @classmethod
     def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
         """Read a checkpoint. Each file is verified before it is parsed."""
-        with as_checkpoint_error(store.directory / name):
+        with as_checkpoint_error(store.locate(name)):
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
             if manifest.world_size == world_size:
-                own_parts = read_parts(store, manifest, own(rank))
+                own_parts = read_parts(store, manifest, rank_files(rank))
                 shards = own_parts.states.get(SHARDS, {})
             else:
-                all_ranks = [read_parts(store, manifest, own(other)) for other in range(manifest.world_size)]
+                all_ranks = [read_parts(store, manifest, rank_files(other)) for other in range(manifest.world_size)]
                 own_parts = Snapshot({RUN: merge_run_states([parts.take(RUN) for parts in all_ranks])})
-                shards = shards_together(all_ranks)
-        return cls(store.directory / name, manifest, shared.joined(shards), own_parts)
+                shards = merge_shards(all_ranks)
+        return cls(store.locate(name), manifest, shared.joined(shards), own_parts)
 
     def resume_state(self, *, with_file: bool) -> ResumeState:
         """Return the state of the run.

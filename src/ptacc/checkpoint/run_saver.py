@@ -6,7 +6,6 @@ import signal
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -40,14 +39,14 @@ class RunSaver:
     every: Cadence | None
     signals: Collection[signal.Signals]
     allows_non_finite: bool
-    on_saved: Callable[[Path], None]
-    _requests: list[tuple[Path | None, str]] = field(default_factory=list)
+    on_saved: Callable[[str], None]
+    _requests: list[tuple[str | None, str]] = field(default_factory=list)
 
-    def request(self, path: Path | None, label: str) -> Path:
+    def request(self, path: str | None, label: str) -> str:
         """Request a checkpoint as soon as the run can be saved, and return where it will be. A collective."""
         self._requests.append((path, label))
         store, distributed, steps = self.manager.store, self.trainer.distributed, self.trainer.progress.steps
-        return path or store.directory / distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else "")
+        return path or store.locate(distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else ""))
 
     def save_if_due(self) -> None:
         """Save the run if a checkpoint is due or was requested. A collective, between two steps or epochs."""
@@ -92,7 +91,7 @@ class RunSaver:
             return run.exit_code - 128 in self.signals
         return run.is_done() or (self.every is not None and run.is_due(self.every, last))
 
-    def _save(self, path: Path | None, label: str) -> None:
+    def _save(self, path: str | None, label: str) -> None:
         self.finish()
         now, before = self.trainer.progress, self.manager.saved_at
         if path is None:

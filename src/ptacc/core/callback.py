@@ -73,11 +73,11 @@ class Callback(Generic[TrainerT_contra]):
     def on_exception(self, trainer: TrainerT_contra, error: BaseException) -> None:
         """An exception ends the run; it is raised again afterwards."""
 
-    def on_save(self, trainer: TrainerT_contra, path: Path) -> None:
-        """A checkpoint was written to `path`."""
+    def on_save(self, trainer: TrainerT_contra, path: str) -> None:
+        """A checkpoint was written to `path`: a `Path`, or the URL as a string."""
 
-    def on_load(self, trainer: TrainerT_contra, path: Path) -> None:
-        """A checkpoint was loaded from `path`."""
+    def on_load(self, trainer: TrainerT_contra, path: str) -> None:
+        """A checkpoint was loaded from `path`: a `Path`, or the URL as a string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class Events:
     prediction_start: Event[[]]
     prediction_end: Event[[]]
     exception: Event[[BaseException]]
-    save: Event[[Path]]
-    load: Event[[Path]]
+    save: Event[[str | Path]]
+    load: Event[[str | Path]]
 
     @classmethod
     def collect(cls, trainer: object, base: type, callbacks: Iterable[Callback[Any]]) -> Events:

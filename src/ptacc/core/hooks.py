@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ptacc.composition.composable import hook
@@ -228,12 +227,12 @@ class TrainerCore(TrainerBase):
         """Event: an exception ends the run; it is raised again afterwards."""
 
     @hook("event")
-    def on_save(self, path: Path) -> None:
-        """Event: a checkpoint was written to `path`."""
+    def on_save(self, path: str) -> None:
+        """Event: a checkpoint was written to `path`, a local path or a URL."""
 
     @hook("event")
-    def on_load(self, path: Path) -> None:
-        """Event: a checkpoint was loaded from `path`."""
+    def on_load(self, path: str) -> None:
+        """Event: a checkpoint was loaded from `path`, a local path or a URL."""
 
     # ---- saving and loading: events for mixins that do it; callbacks have `on_save` and `on_load`
 

@@ -19,8 +19,8 @@ from ptacc.checkpoint.parts import Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.remote_filesystem import parse_path
-from ptacc.checkpoint.storage.remote_store import store_at
+from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, restore, stateful_parts
 from ptacc.core.hooks import Mixin
@@ -119,7 +119,7 @@ class CheckpointMixin(Mixin):
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
 
         Args:
@@ -127,7 +127,7 @@ class CheckpointMixin(Mixin):
             label: A name for its purpose. The newest checkpoint of each label is always kept.
 
         Returns:
-            Where it will be.
+            Where it will be: a `Path`, or the URL as a string.
 
         Raises:
             NestedRunError: It was called outside of a run. Every run is saved at its end.
@@ -189,18 +189,19 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_resume_state()
-        store = store_at(found.parent, self.checkpoint_key)
-        self._resumption = Resumption.read(store, found.name, self.distributed.rank, self.distributed.world_size)
+        directory, name = split_path(found)
+        store = open_store(directory, self.checkpoint_key)
+        self._resumption = Resumption.read(store, name, self.distributed.rank, self.distributed.world_size)
         return self._resumption.resume_state(with_file="history" not in self.resume_ignore)
 
-    def _find(self) -> Path | None:
+    def _find(self) -> str | None:
         is_first = self._state.num_runs == 1
         return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
 
     def _store(self) -> CheckpointStore:
-        directory = parse_path(self.checkpoint_dir).absolute()
+        directory = make_absolute(parse_path(self.checkpoint_dir))
         number = self._state.num_runs
-        return store_at(directory if number == 1 else directory / f"run-{number}", self.checkpoint_key)
+        return open_store(directory if number == 1 else f"{directory}/run-{number}", self.checkpoint_key)
 
     @override
     def on_run_start(self) -> None:

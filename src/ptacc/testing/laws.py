@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -51,8 +50,8 @@ def check_overrides_call_super(mixin: type[Mixin], options: Mapping[str, Any]) -
     assert isinstance(trainer, Probe)
     train_tiny(trainer)
     trainer.on_exception(RuntimeError("a probe"))
-    trainer.on_save(Path("probe"))
-    trainer.on_load(Path("probe"))
+    trainer.on_save("probe")
+    trainer.on_load("probe")
     trainer.load_run_state()
     trainer.save_on_exception(RuntimeError("a probe"))
     for _ in trainer.stream_predictions(tiny_data()):

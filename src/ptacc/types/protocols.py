@@ -199,7 +199,7 @@ class SupportsMetrics(Protocol):
 class SupportsCheckpoint(Protocol):
     """Trainers that save their runs: `CheckpointMixin`."""
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> Path:
+    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
         """Save the run as soon as the current step is complete."""
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptacc.checkpoint.parts import SHARED, Part, own, read_parts, write_parts
+from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files, read_parts, write_parts
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
@@ -44,7 +44,8 @@ def save(store: CheckpointStore, step: int) -> Manifest:
     numbers = {"python": random.getstate(), "numpy": np.random.default_rng(step).bit_generator.state}
     private = [Part("random", numbers | {"torch": torch.get_rng_state(), "array": np.arange(step + 3.0)})]
     draft = store.begin(f"step-{step}")
-    files = write_parts(store, draft, SHARED, shared) | write_parts(store, draft, own(0), private)
+    files = write_parts(store, draft, SHARED, encode_parts(shared))
+    files |= write_parts(store, draft, rank_files(0), encode_parts(private))
     versions = {part.name: part.version for part in (*shared, *private)}
     manifest = Manifest("", "a run", step, 1, 2, 1, metrics={"loss": 1 / step}, parts=versions, files=files)
     return store.commit(draft, manifest)
@@ -73,7 +74,7 @@ class Arena:
 
     def store(self) -> CheckpointStore:
         """Return a store to attack."""
-        return CheckpointStore(shutil.copytree(self.whole, self.inside / str(next(self.names))))
+        return CheckpointStore(str(shutil.copytree(self.whole, self.inside / str(next(self.names)))))
 
 
 def contents(directory: Path) -> dict[Path, bytes | None]:
@@ -113,7 +114,7 @@ def outcome_of(read: Callable[[], object]) -> str:
 
 
 def read_all(store: CheckpointStore, manifest: Manifest) -> list[object]:
-    return [dict(read_parts(store, manifest, name).states) for name in (SHARED, own(0))]
+    return [dict(read_parts(store, manifest, name).states) for name in (SHARED, rank_files(0))]
 
 
 def visit(store: CheckpointStore) -> str:
@@ -152,9 +153,9 @@ def check_replaced(arena: Arena, file: str, attacks: Mapping[str, Attack], resea
     for name, attack in attacks.items():
         for is_resealed in (False, True):
             store = arena.store()
-            attack(store.directory / "step-2" / file)
+            attack(Path(store.directory) / "step-2" / file)
             if is_resealed and file != MANIFEST:
-                reseal(store.directory / "step-2")
+                reseal(Path(store.directory) / "step-2")
             allowed = resealed if is_resealed else FOUND_OUT
             trials[f"{name}{', re-sealed' * is_resealed}"] = partial(visit, store), allowed
     check_each(arena, trials)

@@ -110,18 +110,21 @@ class Losing(FileSystem):
         here.durable = dict(here.names)
         return here
 
-    def _at(self, path: Path) -> Directory:
+    def _at(self, path: str | Path) -> Directory:
         here = self.tree
-        for part in path.relative_to(self.root).parts:
+        for part in Path(path).relative_to(self.root).parts:
             inner = here.names[part]
             assert isinstance(inner, Directory)
             here = inner
         return here
 
+    def _siblings(self, path: str) -> dict[str, "File | Directory"]:
+        return self._at(Path(path).parent).names
+
     @override
-    def open_new(self, path: Path) -> int:
+    def open_new(self, path: str) -> int:
         descriptor = super().open_new(path)
-        self.opened[descriptor] = self._at(path.parent).names[path.name] = File()
+        self.opened[descriptor] = self._siblings(path)[Path(path).name] = File()
         return descriptor
 
     @override
@@ -147,30 +150,30 @@ class Losing(FileSystem):
         del self.opened[descriptor]
 
     @override
-    def open_directory(self, path: Path) -> int:
+    def open_directory(self, path: str) -> int:
         descriptor = super().open_directory(path)
-        self.opened[descriptor] = self._at(path) if path.is_relative_to(self.root) else Directory()
+        self.opened[descriptor] = self._at(path) if Path(path).is_relative_to(self.root) else Directory()
         return descriptor
 
     @override
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: str) -> None:
         super().make_directory(path)
-        self._at(path.parent).names[path.name] = Directory()
+        self._siblings(path)[Path(path).name] = Directory()
 
     @override
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: str, target: str) -> None:
         super().rename(source, target)
-        self._at(target.parent).names[target.name] = self._at(source.parent).names.pop(source.name)
+        self._siblings(target)[Path(target).name] = self._siblings(source).pop(Path(source).name)
 
     @override
-    def remove_file(self, path: Path) -> None:
+    def remove_file(self, path: str) -> None:
         super().remove_file(path)
-        del self._at(path.parent).names[path.name]
+        del self._siblings(path)[Path(path).name]
 
     @override
-    def remove_directory(self, path: Path) -> None:
+    def remove_directory(self, path: str) -> None:
         super().remove_directory(path)
-        del self._at(path.parent).names[path.name]
+        del self._siblings(path)[Path(path).name]
 
     def leave(self, target: Path) -> None:
         """Write to `target` what a loss of power would leave."""

@@ -28,11 +28,11 @@ class Saving(CheckpointMixin, SeedMixin, Trainer):
     """Saves itself to a disk of ours, after every second of its six steps."""
 
     seed: int | None = 5
-    disk: FileSystem = field(default_factory=FileSystem)
+    filesystem: FileSystem = field(default_factory=FileSystem)
 
     @override
     def _store(self) -> CheckpointStore:
-        return dataclasses.replace(super()._store(), disk=self.disk)
+        return dataclasses.replace(super()._store(), filesystem=self.filesystem)
 
 
 def make(directory: Path, **options: Any) -> Saving:
@@ -88,14 +88,14 @@ class Recorder:
 
     def before(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
         """Note a call. What was opened last is what the next call on an unknown descriptor is about."""
-        if isinstance(arguments[0], Path):
+        if isinstance(arguments[0], str):
             path = os.path.relpath(arguments[-1], self.directory)
             self._opening = path
         else:
             path = self._opened.setdefault(arguments[0], self._opening)
             if name == "close":
                 del self._opened[arguments[0]]
-        path = re.sub(r"(?<=[0-9]{8})-[0-9a-f]{8}", "", path)
+        path = re.sub(r"(?<=[0-9]{8})-[0-9a-f]{8}|(?<=\.token-)[0-9a-f]{8}", "", path)
         if name == "make_directory" and path.startswith(".partial-"):
             self._place = (SAVE, self._place[1] + 1)
         if name == "rename" and path.startswith(".removed-"):
@@ -106,7 +106,7 @@ class Recorder:
 def calls_of_a_run(directory: Path, **options: Any) -> list[Call]:
     """Return the system calls that a healthy run makes."""
     recorder = Recorder(directory)
-    train(make(directory, disk=Interposed(recorder.before), **options))
+    train(make(directory, filesystem=Interposed(recorder.before), **options))
     return recorder.calls
 
 
@@ -134,10 +134,10 @@ class Failing(Interposed):
         if is_hit and not self.is_mended and (self.lasting or not self.failed):
             self.failed += 1
             self.calls += 1
-            paths = [str(argument) for argument in arguments if isinstance(argument, Path)]
+            paths = [argument for argument in arguments if isinstance(argument, str)]
             raise OSError(self.error, os.strerror(self.error), *[part for path in paths for part in (path, None)][:-1])
-        if name == "rename" and arguments[1].name.startswith("step-"):
-            self.committed.append(arguments[1].name)
+        if name == "rename" and Path(arguments[1]).name.startswith("step-"):
+            self.committed.append(Path(arguments[1]).name)
 
 
 # ---- what has to be there
@@ -145,18 +145,18 @@ class Failing(Interposed):
 
 def check_directory(directory: Path, committed: list[str]) -> None:
     """Check that the newest checkpoint is the last that was committed, that each is whole, and nothing else is seen."""
-    store = CheckpointStore(directory)
+    store = CheckpointStore(str(directory))
     assert [name for name, found in store.verified() if isinstance(found, CheckpointError)] == []
     newest, _ = store.newest()
     assert (newest and newest.name) == (committed[-1] if committed else None)
     others = {path.name for path in directory.iterdir()} - set(store.names()) if directory.exists() else set[str]()
-    assert all(name.startswith((".partial-", ".removed-")) for name in others), others
+    assert all(name.startswith((".partial-", ".removed-", ".token-")) for name in others), others
 
 
 def check_goes_on(directory: Path, expected: list[Tensor], **options: Any) -> None:
     """Check that the run goes on as if the disk had never failed, once it does not, and that what was left is swept."""
     assert same(train(make(directory, resume=True, **options)), expected)
-    store = CheckpointStore(directory)
+    store = CheckpointStore(str(directory))
     assert sorted(path.name for path in directory.iterdir()) == store.names()
     assert f"step-{STEPS:08}" in store.names()
 

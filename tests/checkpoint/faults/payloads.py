@@ -19,13 +19,9 @@ import torch
 from typing_extensions import override
 
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.manifest import serialised
+from ptacc.checkpoint.storage.manifest import to_json
 
 DEEP = 100_000
-SPARSE = 1 << 42
-"""Bytes of a file that has next to none on the disk: more than a machine has of memory."""
-MERSENNE = (1 << 61) - 1
-"""Python's whole numbers that differ by this have one hash."""
 
 
 class Runs:
@@ -164,10 +160,6 @@ def directory(outside: Path, path: Path) -> None:
     (path / path.name).mkdir(parents=True)
 
 
-def sparse(outside: Path, path: Path) -> None:
-    os.truncate(path, SPARSE)
-
-
 THINGS: Mapping[str, Callable[[Path, Path], None]] = {
     "a link to the very content": linked_to(moved_out),
     "a link to a secret": linked_to(lambda path, outside: outside / "secret"),
@@ -181,7 +173,6 @@ THINGS: Mapping[str, Callable[[Path, Path], None]] = {
     "a pipe": pipe,
     "a socket": listener,
     "a directory": directory,
-    "a sparse file": sparse,
 }
 
 
@@ -219,7 +210,7 @@ TAGGED: tuple[Mapping[str, object], ...] = (
     *({"~": name, "key": "model.0", "dtype": "|u1", "shape": [8]} for name in ("array", "number")),
     *({"~": name, "items": [[1, 2], [2, 3]]} for name in ("dict", "Counter", "OrderedDict")),
     *({"~": name, "items": [1, 2]} for name in ("tuple", "Size", "set", "frozenset")),
-    {"~": "shard", "key": "model.0", "shape": [4], "runs": [[[0, 2]]], "placements": ["S(0)"], "mesh": ["dp_shard"]},
+    {"~": "shard", "key": "model.0", "shape": [4], "ranges": [[[0, 2]]], "placements": ["S(0)"], "mesh": ["dp_shard"]},
 )
 """A state of each kind, to put values into."""
 TEXTS = (
@@ -268,9 +259,9 @@ def spoiled(whole: object) -> Iterator[object]:
 
 def sealed(content: object, key: bytes | None = None, others: Mapping[str, object] | None = None) -> bytes:
     """Return a manifest's file with the right hash of whatever is in it, as an attacker writes it."""
-    text = serialised(content)  # type: ignore[arg-type]
+    text = to_json(content)  # type: ignore[arg-type]
     seal = {} if key is None else {"hmac": hmac.new(key, text, hashlib.sha256).hexdigest()}
-    return serialised({"manifest": content, "sha256": hashlib.sha256(text).hexdigest()} | seal | {**(others or {})})
+    return to_json({"manifest": content, "sha256": hashlib.sha256(text).hexdigest()} | seal | {**(others or {})})
 
 
 def content_of(checkpoint: Path) -> dict[str, Any]:
@@ -291,5 +282,5 @@ def described(path: Path) -> dict[str, object]:
     size = path.stat().st_size if path.exists() else 0
     data = b""
     with contextlib.suppress(OSError):  # such as of /proc/self/mem
-        data = path.read_bytes() if path.is_file() and size < SPARSE else b""
+        data = path.read_bytes() if path.is_file() else b""
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": size}

@@ -78,9 +78,9 @@ class Powerless(Losing):
         target.mkdir()
 
     @override
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: str, target: str) -> None:
         super().rename(source, target)
-        self._renamed += target.name.startswith("step-")
+        self._renamed += Path(target).name.startswith("step-")
 
     @override
     def sync(self, descriptor: int) -> None:

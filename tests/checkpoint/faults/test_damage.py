@@ -20,7 +20,7 @@ SLICE = 5
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> CheckpointStore:
     """Return a store of three checkpoints."""
-    store = CheckpointStore(shutil.copytree(whole, tmp_path / "store"))
+    store = CheckpointStore(str(shutil.copytree(whole, tmp_path / "store")))
     save(store, 3)
     return store
 
@@ -43,7 +43,7 @@ def flip(data: bytes, chance: random.Random) -> bytes:
 
 def flip_and_truncate(store: CheckpointStore, file: str, part: int) -> None:
     """Damage a file by its share of the flips and truncations, or by one in `part` of those."""
-    path, chance = store.directory / "step-3" / file, random.Random(file)
+    path, chance = Path(store.directory) / "step-3" / file, random.Random(file)
     data = path.read_bytes()
     flipped = [flip(data, chance) for _ in range(FLIPS // len(FILES) // part)]
     truncated = [data[: chance.randrange(len(data))] for _ in range(TRUNCATIONS // len(FILES) // part)]
@@ -66,19 +66,19 @@ def test_a_thousand_flipped_bits_and_two_hundred_truncations_are_found(file: str
 @pytest.mark.parametrize("count", range(1, 1 + len(FILES)))
 def test_missing_files_are_found(count: int, store: CheckpointStore) -> None:
     for missing in itertools.combinations(FILES, count):
-        data = {file: (store.directory / "step-3" / file).read_bytes() for file in missing}
+        data = {file: (Path(store.directory) / "step-3" / file).read_bytes() for file in missing}
         for file in missing:
-            (store.directory / "step-3" / file).unlink()
+            (Path(store.directory) / "step-3" / file).unlink()
         check_passed_over(store, "step-3")
         for file in missing:
-            (store.directory / "step-3" / file).write_bytes(data[file])
+            (Path(store.directory) / "step-3" / file).write_bytes(data[file])
     check_passed_over(store)
 
 
 @pytest.mark.parametrize("one", FILES)
 @pytest.mark.parametrize("other", FILES)
 def test_swapped_files_are_found(one: str, other: str, store: CheckpointStore) -> None:
-    first, second = store.directory / "step-2" / one, store.directory / "step-3" / other
+    first, second = Path(store.directory) / "step-2" / one, Path(store.directory) / "step-3" / other
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
@@ -87,7 +87,7 @@ def test_swapped_files_are_found(one: str, other: str, store: CheckpointStore) -
 
 @pytest.mark.parametrize("pair", [*itertools.combinations(FILES, 2)], ids="-".join)
 def test_files_of_one_checkpoint_that_are_swapped_are_found(pair: tuple[str, str], store: CheckpointStore) -> None:
-    first, second = (store.directory / "step-3" / file for file in pair)
+    first, second = (Path(store.directory) / "step-3" / file for file in pair)
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ptacc.checkpoint.parts import SHARED, read_parts
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.filesystem import Written
+from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.types.monitor import Monitor
@@ -44,12 +44,14 @@ class Handed(CheckpointStore):
         return payloads.TENSORS
 
 
-FILED = Manifest("step-2", "", 1, 1, 1, 1, files={f"shared.{kind}": Written("", 1) for kind in ("json", "safetensors")})
+FILED = Manifest(
+    "step-2", "", 1, 1, 1, 1, files={f"shared.{kind}": FileDigest("", 1) for kind in ("json", "safetensors")}
+)
 
 
 def read_tree(tree: str) -> str:
     """Return what becomes of a file of parts."""
-    return outcome_of(lambda: dict(read_parts(Handed(Path(), tree=tree.encode()), FILED, SHARED).states))
+    return outcome_of(lambda: dict(read_parts(Handed("", tree=tree.encode()), FILED, SHARED).states))
 
 
 @pytest.mark.parametrize("whole", payloads.TAGGED, ids=lambda whole: whole["~"])
@@ -99,7 +101,7 @@ def read_manifest(store: CheckpointStore, content: object, others: Mapping[str, 
 
     def read() -> Manifest:
         found = Manifest.from_bytes(sealed(content, others=others))
-        Retention(last=1, best=1, monitored=Monitor("loss")).removable([found, FILED])
+        Retention(last=1, best=1, monitor=Monitor("loss")).removable([found, FILED])
         for file, written in found.files.items():
             assert isinstance(written.sha256, str)
             outcome_of(partial(store.read, found, file))
@@ -126,8 +128,8 @@ def test_a_name_in_a_manifest_leads_nowhere_else(arena: Arena) -> None:
     for text in (*NO_NAMES, str(arena.outside / "secret")):
         for which in ("name", "files"):
             store = arena.store()
-            content = content_of(store.directory / "step-2")
+            content = content_of(Path(store.directory) / "step-2")
             content[which] = text if which == "name" else content["files"] | {text: secret}
-            (store.directory / "step-2" / MANIFEST).write_bytes(sealed(content))
+            (Path(store.directory) / "step-2" / MANIFEST).write_bytes(sealed(content))
             trials[f"{which}: {text:.200}"] = partial(visit, store)
     check(arena, trials, NAMED)

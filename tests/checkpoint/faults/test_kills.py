@@ -54,7 +54,7 @@ def about(name: str, arguments: tuple[Any, ...]) -> str:
     """Return what a call is about: a file, a draft, what is being removed, or the directory of one."""
     first = arguments[0]
     path = Path(f"/proc/self/fd/{first}").readlink() if isinstance(first, int) else Path(first)
-    kinds = {".partial-": "draft", ".removed-": "grave", "step-": "checkpoint"}
+    kinds = {".partial-": "draft", ".removed-": "trash", "step-": "checkpoint", ".token-": "token"}
     where = [kind for part in path.parts for prefix, kind in kinds.items() if part.startswith(prefix)]
     is_file = name in ("open_new", "write", "remove_file") or path.is_file()
     file = "manifest of " if path.name == "manifest.json" else "file of " if is_file else ""
@@ -96,13 +96,13 @@ def in_background(request: pytest.FixtureRequest) -> bool:
 def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     watched = Watched()
     directory = tmp_path_factory.mktemp("uninterrupted")
-    end = save_each_step(directory, disk=Interposed(watched.hear), checkpoint_in_background=in_background)
+    end = save_each_step(directory, filesystem=Interposed(watched.hear), checkpoint_in_background=in_background)
     assert [manifest.step for manifest in whole_ones(directory)] == [STEPS, STEPS - 1]
     return Uninterrupted(end, watched.calls)
 
 
 def kill_and_go_on(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
-    killed = exit_code_of(lambda: save_each_step(directory, disk=dying_at(number), **options))
+    killed = exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number), **options))
     assert killed == KILLED
     committed = whole.calls[number].committed
     check_goes_on(directory, whole.end, committed, committed, **options)
@@ -129,7 +129,7 @@ def test_the_calls_of_a_run_are_of_all_kinds(uninterrupted: Uninterrupted) -> No
     kinds = {call.what for call in uninterrupted.calls}
     assert {what.split()[0] for what in kinds} == {*CALLS}
     assert kinds >= {"make_directory draft", "sync manifest of draft", "rename draft", "rename checkpoint"}
-    assert kinds >= {"sync directory", "remove_file file of grave", "remove_directory grave"}
+    assert kinds >= {"sync directory", "remove_file file of trash", "remove_directory trash"}
 
 
 def test_a_run_killed_before_a_call_of_every_other_kind_goes_on(
@@ -154,7 +154,7 @@ def test_a_run_killed_before_any_call_goes_on(
 def test_a_run_killed_again_and_again_comes_to_its_end(uninterrupted: Uninterrupted, directory: Path) -> None:
     chance, kills = random.Random(0), 0
     disk = dying_at(chance.randrange(50, 150))
-    while exit_code_of(lambda: save_each_step(directory, disk=disk, resume=True)) == KILLED:  # noqa: B023
+    while exit_code_of(lambda: save_each_step(directory, filesystem=disk, resume=True)) == KILLED:  # noqa: B023
         kills += 1
         disk = dying_at(chance.randrange(50, 150))
     assert kills >= 3
@@ -164,15 +164,8 @@ def test_a_run_killed_again_and_again_comes_to_its_end(uninterrupted: Uninterrup
 def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
     uninterrupted: Uninterrupted, directory: Path
 ) -> None:
-    def die(path: Path) -> None:
-        os._exit(KILLED)
-
-    def start() -> None:
-        with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(Path, "unlink", die)
-            save_each_step(directory)
-
-    assert exit_code_of(start) == KILLED
+    number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "remove_file file of token")
+    assert exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
     assert [path.name[:7] for path in (directory / "checkpoints").iterdir()] == [".token-"]
     check_goes_on(directory, uninterrupted.end, 0, 0)
 
@@ -184,7 +177,7 @@ def save_as_one_of_two(directory: Path, trail: Path | None = None, *, dies: tupl
     """Train as one of two processes, of which one `dies` before a call: its rank, and the number of the call."""
     rank, number = dies or (-1, 0)
     disk = dying_at(number) if str(rank) == os.environ["RANK"] else FileSystem()
-    return save_each_step(directory, trail=trail, resume=True, disk=disk)
+    return save_each_step(directory, trail=trail, resume=True, filesystem=disk)
 
 
 @pytest.fixture(scope="module")

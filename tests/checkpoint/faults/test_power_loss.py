@@ -28,7 +28,7 @@ def lose_power(
     disk = Powerless(root, Logged(root, history_file(root)), directory / "left", chance)
     with monkeypatch.context() as patches:
         patches.setattr(os, "fsync", disk.logged.fsync)
-        end = save_each_step(root, disk=disk, **options)
+        end = save_each_step(root, filesystem=disk, **options)
     return end, disk.losses
 
 
@@ -45,7 +45,7 @@ def test_a_run_whose_power_goes_goes_on(
 ) -> None:
     chance = None if seed is None else random.Random(seed)
     whole, losses = lose_power(directory, monkeypatch, chance, checkpoint_in_background=in_background)
-    go_on_after_each(losses[:: len(losses) // STEPS], whole)
+    go_on_after_each(losses[:: len(losses) // (STEPS + 2)], whole)
 
 
 @pytest.mark.prove

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptacc.checkpoint.serialization.json_codec import DEEPEST, Encoded, decode, encode
+from ptacc.checkpoint.serialization.json_codec import MAX_DEPTH, Encoded, decode, encode
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 scalars = st.one_of(
@@ -124,7 +124,7 @@ deep.append(deep)
         ([1, Fraction(1, 3)], r"state\[1\] is a fractions.Fraction"),
         (Own(), "Own, which cannot be stored"),
         (defaultdict(int), "collections.defaultdict"),
-        (deep, f"more than {DEEPEST} containers"),
+        (deep, f"nested more than {MAX_DEPTH} deep"),
         (np.array([None]), "numpy.ndarray"),
         (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
         (torch.empty(2, device="meta"), "without data"),

@@ -1,8 +1,8 @@
-"""The codec: states to JSON and tensors, and back to what they were. Nothing is ever run by reading.
+"""The codec: converts states to JSON and tensors, and back. Decoding never runs code.
 
-JSON by itself turns a dictionary's whole-number keys into strings, tuples into lists, and knows no infinity. Here what
-JSON cannot tell apart is tagged, and the set of tags is closed: a value of any other kind is refused when it is
-written, and a tag that is unknown when it is read.
+JSON by itself turns integer keys into strings and tuples into lists, and has no infinity. Here, values that JSON does
+not distinguish are tagged. The set of tags is fixed: encoding fails for a value of another type, and decoding fails for
+an unknown tag.
 
 ```
 state -> encode() -> Encoded(tree: JSON, tensors: by key) -> decode() -> an equal state
@@ -16,7 +16,7 @@ import math
 import re
 import reprlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
@@ -31,24 +31,20 @@ _ValueT = TypeVar("_ValueT")
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 TAG: Final = "~"
-"""The key that marks what is no plain JSON. A dictionary of the user's that has it is tagged itself."""
-DEEPEST: Final = 64
-"""Containers in containers that a state may have."""
+"""The key of a tag. A user's dictionary with this key is itself tagged."""
+MAX_DEPTH: Final = 64
+"""How deep the containers of a state may be nested."""
 DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }
 NUMERIC: Final = "biufc"
-"""Kinds of NumPy dtypes that are numbers."""
+"""Kinds of numeric NumPy dtypes."""
 ARRAY_DTYPE: Final = re.compile(rf"[<>|=][{NUMERIC}][0-9]{{1,2}}")
-"""What NumPy calls a dtype of numbers; given other texts, it imports, parses Python, or warns."""
-COLLISIONS: Final = 256
-"""Keys of one hash that a dictionary or set may have: n of them are made one by comparing n² / 2 times."""
+"""NumPy's names of numeric dtypes. For other strings, NumPy imports modules, parses Python, or warns."""
 FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-MAPPINGS: Final[Mapping[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
-SEQUENCES: Final[Mapping[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
-CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {
-    name: kind for kind, name in (*MAPPINGS.items(), *SEQUENCES.items())
-}
+MAPPINGS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
+SEQUENCES: Final[dict[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
+CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {tag: kind for kind, tag in (MAPPINGS | SEQUENCES).items()}
 
 
 @dataclass
@@ -56,8 +52,8 @@ class Encoded:
     """An encoded state.
 
     Args:
-        tree: The state as JSON, tensors by their keys.
-        tensors: The tensors, on the devices they were on; one key for each, however often the state holds it.
+        tree: The state as JSON, with tensors replaced by their keys.
+        tensors: The tensors by their keys, not copied. A tensor that the state holds twice has one key.
     """
 
     tree: Json
@@ -69,10 +65,10 @@ def encode(state: object, name: str = "state") -> Encoded:
 
     Args:
         state: Numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
-        name: What errors call it; keys of tensors begin with it.
+        name: Of the state in errors and in the keys of tensors.
 
     Raises:
-        CheckpointError: Something in it cannot be stored; the message says what, and where.
+        CheckpointError: A value cannot be stored; the message says which.
 
     Example:
         >>> encode({30: (1, float("inf"))}).tree
@@ -84,10 +80,7 @@ def encode(state: object, name: str = "state") -> Encoded:
 
 
 def decode(encoded: Encoded) -> Any:
-    """Decode what `encode` returned, or what was read from a file.
-
-    Raises:
-        DamagedCheckpointError: It is nothing that `encode` returns.
+    """Decode what `encode` returned. Raise `DamagedCheckpointError` for anything else.
 
     Example:
         >>> decode(encode({30: (1, float("inf"))}))
@@ -96,12 +89,17 @@ def decode(encoded: Encoded) -> Any:
     try:
         return _Decoder(encoded.tensors).decode(encoded.tree, 0)
     except RecursionError as error:
-        raise DamagedCheckpointError("A state has more containers in each other than can be read.") from error
+        raise DamagedCheckpointError("The containers of a state are nested too deeply to be read.") from error
 
 
-def brief(error: Exception) -> str:
-    """Return what an error says, in a line: of hostile content some say much, and some what cannot be printed."""
+def one_line(error: Exception) -> str:
+    """Return the start of an error's message in printable characters, since it may quote hostile content."""
     return ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
+
+
+def get_memory_key(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key that is the same for two tensors with the same memory, dtype and layout."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 # ---- encoding
@@ -113,76 +111,62 @@ class _Encoder:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _keys: dict[tuple[object, ...], str] = field(default_factory=dict)
 
-    def encode(self, value: object, place: str, depth: int) -> Json:
-        """Encode one value, found at `place`."""
-        if depth > DEEPEST:
-            raise CheckpointError(f"{place}: more than {DEEPEST} containers in each other. Is it in itself?")
-        if isinstance(value, Tensor):
-            if is_dtensor(value):
-                return self._encode_shard(get_shard(value), place)
-            return {TAG: "tensor", "key": self._keep(value, place)}
-        kind = type(value)  # exactly: a subclass would come back as what it derives from
-        if value is None or (isinstance(value, bool | str | int) and kind in (bool, str, int)):
+    def encode(self, value: Any, path: str, depth: int) -> Json:
+        """Encode one value. `path` is its expression in errors, such as `state['a'][0]`."""
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{path}: containers are nested more than {MAX_DEPTH} deep. Does one contain itself?")
+        kind = type(value)  # the exact type: an instance of a subclass would be decoded as one of its base
+        if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
             return cast(Json, value)
-        if isinstance(value, float) and kind is float:
-            return value if math.isfinite(value) else {TAG: "float", "value": repr(value)}
-        if isinstance(value, dict) and kind in MAPPINGS:
-            return self._encode_mapping(value, kind, place, depth)
-        if isinstance(value, list) and kind is list:
-            return [self.encode(part, f"{place}[{i}]", depth + 1) for i, part in enumerate(value)]
-        if isinstance(value, tuple | set | frozenset) and kind in SEQUENCES:
-            parts = list(value) if isinstance(value, tuple) else sorted(value, key=repr)
-            items: Json = [self.encode(part, f"{place}[{i}]", depth + 1) for i, part in enumerate(parts)]
-            return {TAG: SEQUENCES[kind], "items": items}
-        return self._encode_leaf(value, place)
-
-    def _encode_shard(self, shard: Shard, place: str) -> Json:
-        """Encode a part of a tensor with its place in the whole."""
-        runs: Json = [[list(run) for run in of_dimension] for of_dimension in shard.index_ranges]
-        dealing: dict[str, Json] = {"placements": [*shard.sharding.placements], "mesh": [*shard.sharding.mesh]}
-        key = self._keep(shard.local, place)
-        return {TAG: "shard", "key": key, "shape": [*shard.shape], "runs": runs, **dealing}
-
-    def _encode_mapping(self, value: Mapping[Any, Any], kind: type, place: str, depth: int) -> Json:
-        parts = [(key, self.encode(part, f"{place}[{key!r}]", depth + 1)) for key, part in value.items()]
-        if kind is dict and TAG not in value and all(type(key) is str for key in value):
-            return dict(parts)
-        return {TAG: MAPPINGS[kind], "items": [[self.encode(key, place, depth + 1), part] for key, part in parts]}
-
-    def _encode_leaf(self, value: object, place: str) -> Json:
-        if isinstance(value, Shard):
-            return self._encode_shard(value, place)
-        if isinstance(value, bytes) and type(value) is bytes:
-            return {TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
-        if isinstance(value, complex) and type(value) is complex:
-            return {TAG: "complex", "value": [self.encode(part, place, 0) for part in (value.real, value.imag)]}
-        if isinstance(value, torch.dtype):
-            return {TAG: "dtype", "value": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {TAG: "device", "value": str(value)}
+        if kind in MAPPINGS:
+            return self._encode_mapping(value, path, depth)
+        if kind is list or kind in SEQUENCES:
+            parts = sorted(value, key=repr) if kind in (set, frozenset) else value
+            items = [self.encode(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
+            return items if kind is list else {TAG: SEQUENCES[kind], "items": items}
+        if kind in LEAVES:
+            tag, to_json, _ = LEAVES[kind]
+            return {TAG: tag, "value": to_json(value)}
+        if isinstance(value, Shard) or is_dtensor(value):
+            return self._encode_shard(value if isinstance(value, Shard) else get_shard(value), path)
+        if isinstance(value, Tensor):
+            return {TAG: "tensor", "key": self._add_tensor(value, path)}
         if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in NUMERIC:
-            # As bytes of the machine's order, since torch does not have every dtype of NumPy's.
+            # As bytes, since torch does not have all dtypes of NumPy.
             array = np.ascontiguousarray(value)
-            key = self._keep(torch.from_numpy(array.reshape(-1).view(np.uint8).copy()), place)
+            key = self._add_tensor(torch.from_numpy(array.reshape(-1).view(np.uint8).copy()), path)
             tag = "array" if isinstance(value, np.ndarray) else "number"
             return {TAG: tag, "key": key, "dtype": value.dtype.str, "shape": [*value.shape]}
         raise CheckpointError(
-            f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored. States are "
-            "made of numbers, strings, bytes, tensors, arrays, dtypes and devices, in lists, tuples, sets and "
-            "dictionaries: return from state_dict() what this can be made from again."
+            f"{path} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored. A state may contain numbers, "
+            "strings, bytes, tensors, arrays, dtypes and devices, in lists, tuples, sets and dictionaries: let "
+            "state_dict() return values from which load_state_dict() can restore this one."
         )
 
-    def _keep(self, tensor: Tensor, place: str) -> str:
-        """Return the key of a tensor; one that is met again, as tied weights are, has the one it had."""
+    def _encode_mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> Json:
+        parts = [(key, self.encode(part, f"{path}[{key!r}]", depth + 1)) for key, part in value.items()]
+        if type(value) is dict and TAG not in value and all(type(key) is str for key in value):
+            return dict(parts)
+        items: Json = [[self.encode(key, path, depth + 1), part] for key, part in parts]
+        return {TAG: MAPPINGS[type(value)], "items": items}
+
+    def _encode_shard(self, shard: Shard, path: str) -> Json:
+        ranges: Json = [[list(bounds) for bounds in dimension] for dimension in shard.index_ranges]
+        sharding: dict[str, Json] = {"placements": [*shard.sharding.placements], "mesh": [*shard.sharding.mesh]}
+        key = self._add_tensor(shard.local, path)
+        return {TAG: "shard", "key": key, "shape": [*shard.shape], "ranges": ranges, **sharding}
+
+    def _add_tensor(self, tensor: Tensor, path: str) -> str:
+        """Add a tensor to those to be stored, unless it is one already as tied weights are, and return its key."""
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(
-                f"{place} is a tensor of the layout {tensor.layout}, or without data: store it dense."
+                f"{path} is a tensor with the layout {tensor.layout}, quantized, or without data: store a dense tensor."
             )
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() == 0 or same not in self._keys:
-            self._keys[same] = f"{self.name}.{len(self.tensors)}"
-            self.tensors[self._keys[same]] = tensor.detach()
-        return self._keys[same]
+        memory = get_memory_key(tensor)
+        if tensor.numel() == 0 or memory not in self._keys:
+            self._keys[memory] = f"{self.name}.{len(self.tensors)}"
+            self.tensors[self._keys[memory]] = tensor.detach()
+        return self._keys[memory]
 
 
 # ---- decoding
@@ -194,8 +178,8 @@ class _Decoder:
 
     def decode(self, tree: Json, depth: int) -> Any:
         """Decode one value."""
-        if depth > 3 * DEEPEST:  # a tagged dictionary is three lists deep
-            raise DamagedCheckpointError("A state has containers in each other that no state has.")
+        if depth > 3 * MAX_DEPTH:  # a tagged dictionary takes three levels
+            raise DamagedCheckpointError("The containers of a state are nested too deeply.")
         if isinstance(tree, list):
             return [self.decode(part, depth + 1) for part in tree]
         if not isinstance(tree, dict):
@@ -203,88 +187,79 @@ class _Decoder:
         if TAG not in tree:
             return {key: self.decode(part, depth + 1) for key, part in tree.items()}
         try:
-            return self._tagged(tree, depth)
+            return self._decode_tagged(tree, depth)
         except (DamagedCheckpointError, RecursionError, MemoryError):
             raise
-        except Exception as error:  # NumPy and torch have many for what is none
+        except Exception as error:  # NumPy and torch raise many types of errors for invalid values
             kind = reprlib.repr(tree[TAG])
-            raise DamagedCheckpointError(f"A state holds a {kind} that is none: {brief(error)}.") from error
+            raise DamagedCheckpointError(
+                f"The checkpoint contains a malformed {kind} value: {one_line(error)}."
+            ) from error
 
-    def _tagged(self, tree: dict[str, Any], depth: int) -> Any:
+    def _decode_tagged(self, tree: dict[str, Any], depth: int) -> Any:
         match tree[TAG]:
             case "tensor":
                 return self.tensors[tree["key"]]
             case "shard":
-                return self._shard(tree)
+                return self._decode_shard(tree)
             case "array":
-                return self._array(tree)
+                return self._decode_array(tree)
             case "number":
-                return self._array(tree)[()]
+                return self._decode_array(tree)[()]
             case str(tag) if tag in CONTAINERS and isinstance(tree["items"], list):
                 items = self.decode(tree["items"], depth + 1)
-                return _container(tag, items)
-            case str(tag) if tag in LEAVES:
-                return LEAVES[tag](tree["value"])
-        raise DamagedCheckpointError(f"A state holds a value of the unknown kind {reprlib.repr(tree[TAG])}.")
+                if tag in MAPPINGS.values():
+                    return CONTAINERS[tag](dict(items))
+                return CONTAINERS[tag](_to_sizes(items) if tag == SEQUENCES[torch.Size] else items)
+            case str(tag) if tag in FROM_JSON:
+                return FROM_JSON[tag](tree["value"])
+        raise DamagedCheckpointError(f"The checkpoint contains a value of unknown type {reprlib.repr(tree[TAG])}.")
 
-    def _shard(self, tree: dict[str, Any]) -> Shard:
-        shape = tuple(_sizes(tree["shape"]))
-        pairs = [[_sizes(run) for run in _of(list, of_dimension)] for of_dimension in _of(list, tree["runs"])]
-        runs = tuple(tuple((start, stop) for start, stop in of_dimension) for of_dimension in pairs)
-        names = [tuple(_of(str, name) for name in _of(list, tree[part])) for part in ("placements", "mesh")]
+    def _decode_shard(self, tree: dict[str, Any]) -> Shard:
+        shape = tuple(_to_sizes(tree["shape"]))
+        pairs = [[_to_sizes(run) for run in _expect(list, ranges)] for ranges in _expect(list, tree["ranges"])]
+        runs = tuple(tuple((start, stop) for start, stop in ranges) for ranges in pairs)
+        names = [tuple(_expect(str, name) for name in _expect(list, tree[part])) for part in ("placements", "mesh")]
         shard = Shard(self.tensors[tree["key"]], shape, runs, ShardingSpec(*names))
         if not shard.is_consistent:
-            raise ValueError("its part is of another size than its place")
+            raise ValueError("its shape does not match its position")
         return shard
 
-    def _array(self, tree: dict[str, Any]) -> Any:
-        """Return an array on the memory of its tensor: a copy for each tag would make of a small file what it likes."""
+    def _decode_array(self, tree: dict[str, Any]) -> Any:
+        """Return an array in the memory of its tensor: with a copy for each tag, a small file could fill the memory."""
         if not ARRAY_DTYPE.fullmatch(tree["dtype"]):
-            raise ValueError("its dtype is none of numbers")
-        return self.tensors[tree["key"]].numpy().view(tree["dtype"]).reshape(_sizes(tree["shape"]))
+            raise ValueError("its dtype is not numeric")
+        return self.tensors[tree["key"]].numpy().view(tree["dtype"]).reshape(_to_sizes(tree["shape"]))
 
 
-def _of(kind: type[_ValueT], value: object) -> _ValueT:
+def _expect(kind: type[_ValueT], value: object) -> _ValueT:
     if type(value) is not kind:
-        raise TypeError(f"it is a {type(value).__name__}, not a {kind.__name__}")
+        raise TypeError(f"{kind.__name__} expected, {type(value).__name__} found")
     return value
 
 
-def _complex(parts: object) -> complex:
-    real, imag = (_Decoder({}).decode(part, 0) for part in _of(list, parts))
-    return complex(_of(float, real), _of(float, imag))
-
-
-LEAVES: Final[Mapping[str, Callable[[Any], object]]] = {
-    "float": FLOATS.__getitem__,
-    "complex": _complex,
-    "bytes": lambda value: base64.b64decode(_of(str, value), validate=True),
-    "dtype": DTYPES.__getitem__,
-    "device": lambda value: torch.device(_of(str, value)),
-}
-"""What makes the values of these tags, which are none of tensors and hold no others."""
-
-
-def _container(tag: str, items: list[Any]) -> object:
-    if tag in MAPPINGS.values():
-        _check_hashes([key for key, _ in items])
-        return CONTAINERS[tag](dict(items))
-    if tag == SEQUENCES[torch.Size]:
-        return torch.Size(_sizes(items))
-    if tag != SEQUENCES[tuple]:
-        _check_hashes(items)
-    return CONTAINERS[tag](items)
-
-
-def _sizes(values: object) -> list[int]:
-    """Return what are the sizes of dimensions."""
-    sizes = [_of(int, value) for value in _of(list, values)]
+def _to_sizes(values: object) -> list[int]:
+    sizes = [_expect(int, value) for value in _expect(list, values)]
     if not all(0 <= size < 2**63 for size in sizes):
-        raise ValueError("a size is none")
+        raise ValueError("invalid size")
     return sizes
 
 
-def _check_hashes(keys: Collection[object]) -> None:
-    """Raise `ValueError` for keys that somebody chose for their hash."""
-    if max(Counter(map(hash, keys)).values(), default=0) > COLLISIONS:
-        raise ValueError(f"more than {COLLISIONS} of its keys have one hash")
+def _to_complex(parts: object) -> complex:
+    real, imag = (_Decoder({}).decode(part, 0) for part in _expect(list, parts))
+    return complex(_expect(float, real), _expect(float, imag))
+
+
+LEAVES: Final[Mapping[type, tuple[str, Callable[[Any], Json], Callable[[Any], object]]]] = {
+    float: ("float", repr, FLOATS.__getitem__),
+    complex: ("complex", lambda value: [encode(value.real).tree, encode(value.imag).tree], _to_complex),
+    bytes: (
+        "bytes",
+        lambda value: base64.b64encode(value).decode("ascii"),
+        lambda text: base64.b64decode(_expect(str, text), validate=True),
+    ),
+    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch."), DTYPES.__getitem__),
+    torch.device: ("device", str, lambda text: torch.device(_expect(str, text))),
+}
+"""Types without tensors or other values in them: their tags, and the conversions to JSON and back."""
+FROM_JSON: Final = {tag: from_json for tag, _, from_json in LEAVES.values()}

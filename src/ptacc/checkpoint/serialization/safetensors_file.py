@@ -1,89 +1,71 @@
-"""Tensors in files: the safetensors format, written part by part so that it can be hashed on the way.
+"""Tensors in the safetensors format, written piece by piece so that a file can be hashed while it is written.
 
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ptacc.checkpoint.serialization.json_codec import brief
+from ptacc.checkpoint.serialization.json_codec import one_line
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.tensors.structures import as_bytes
 
-NAMES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""What the format calls torch's dtypes."""
 ALIGNMENT = 8
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file, each tensor without a copy where it is on the host already.
-
-    Raises:
-        CheckpointError: A tensor of a dtype that the format does not have.
-    """
-    text = safetensors_header(tensors)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in in_order(tensors):
+    """Yield the bytes of a safetensors file. Tensors on the host are not copied."""
+    header = safetensors_header(tensors)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for name in sort_names(tensors):
         yield as_bytes(tensors[name])
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the header of a safetensors file, which says of each tensor what and where it is.
-
-    Raises:
-        CheckpointError: A tensor of a dtype that the format does not have.
-    """
-    header: dict[str, object] = {}
-    offset = 0
-    for name in in_order(tensors):
+    """Return the header of a safetensors file; raise `CheckpointError` for a dtype that the format does not have."""
+    header, start = dict[str, object](), 0
+    for name in sort_names(tensors):
         tensor = tensors[name]
-        if tensor.dtype not in NAMES:
+        dtype = safetensors_dtype(tensor.dtype)
+        if dtype is None:
             raise CheckpointError(f"{name} is a tensor of {tensor.dtype}, which safetensors cannot store: convert it.")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [offset, end]}
-        offset = end
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % ALIGNMENT)
 
 
-def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in the order in which their tensors are written: each is aligned then."""
+@functools.cache
+def safetensors_dtype(dtype: torch.dtype) -> str | None:
+    """Return what safetensors calls a dtype, None for one that it cannot write and read."""
+    try:
+        file = save({"": torch.empty(0, dtype=dtype)})
+        load(file)
+    except Exception:  # noqa: BLE001  # which one depends on the dtype
+        return None
+    name: str = json.loads(file[8:])[""]["dtype"]
+    return name
+
+
+def sort_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order of writing, in which each tensor is aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def parse_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Return the tensors in the bytes of a file.
-
-    Raises:
-        DamagedCheckpointError: They are no safetensors file.
-    """
+    """Return the tensors in the content of a file, or raise `DamagedCheckpointError`."""
     try:
         return load(data)
     except MemoryError:
         raise
-    except Exception as error:  # safetensors checks much of a header, and leaves torch to refuse the rest
-        raise DamagedCheckpointError(f"{name} is no safetensors file: {brief(error)}.") from error
+    except Exception as error:  # safetensors checks most of a header, and torch fails on the rest
+        raise DamagedCheckpointError(f"{name} is not a safetensors file: {one_line(error)}.") from error

@@ -1,8 +1,8 @@
-"""The disk: one method for each system call that a checkpoint makes, and the durable operations made of them.
+"""File systems: what a checkpoint needs of one, and the durable writes and checked reads built on it.
 
-What is written reaches the disk in the order in which it is synced: a file's bytes by the sync of the file, its name by
-the sync of its directory. Tests put a disk in the place of this one that fails, or ends the process, at any call; and
-`remote.py` has one that is not on this machine.
+Paths are strings with "/" between names: local paths here, URLs in `remote_filesystem.py`. What is written to a local
+disk becomes durable in the order of the syncs: the content of a file when the file is synced, its name when its
+directory is synced.
 """
 
 from __future__ import annotations
@@ -17,266 +17,264 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, Literal, TypeAlias
 
+from ptacc.checkpoint.storage.paths import split_path
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
-CHUNK = 1 << 22
+Kind: TypeAlias = Literal["file", "directory", "other"]
+CHUNK_SIZE = 1 << 22
 """Bytes that are hashed and written at a time, while they are in the processor's cache."""
-LONG = 1 << 20
-"""Bytes that take longer to hash than it takes to hand them to another thread."""
+READ_SIZE = 1 << 25
+"""Bytes that are read and hashed at a time. On a remote file system, each read is a request."""
+PARALLEL_HASH_SIZE = 1 << 20
+"""Bytes from which hashing in another thread saves more time than the hand-over costs."""
 PARTIAL = ".partial-"
-"""How the names of what is being written begin."""
-
-
-class FileSystem:
-    """The system calls, each under its own name."""
-
-    damage: ClassVar[type[OSError]] = OSError
-    """Which errors in reading a file are damage to it: those of a disk of this machine all are."""
-    shows_whole_files: ClassVar[bool] = False
-    """Whether a new file appears when it is closed, whole, in the place of one that was there."""
-    span: ClassVar[int] = CHUNK
-    """Bytes to read at a time of a file that is not kept in memory."""
-
-    def open_new(self, path: Path) -> int:
-        """Open a file that does not exist yet."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        """Write, and return how many bytes were."""
-        return os.write(descriptor, data)
-
-    def sync(self, descriptor: int) -> None:
-        """Wait until what was written is on the disk."""
-        os.fsync(descriptor)
-
-    def close(self, descriptor: int) -> None:
-        """Close a file or a directory."""
-        os.close(descriptor)
-
-    def abandon(self, descriptor: int) -> None:
-        """Close a file that was not written to its end."""
-        self.close(descriptor)
-
-    def is_there(self, path: Path) -> bool:
-        """Whether there is anything at a path, be it a link that leads nowhere."""
-        return os.path.lexists(path)
-
-    @contextlib.contextmanager
-    def reading(self, path: Path) -> Iterator[BinaryIO]:
-        """Open a file that is there, to be read."""
-        with open(open_descriptor(path), "rb") as file:  # a path may be another file by now
-            yield file
-
-    def open_directory(self, path: Path) -> int:
-        """Open a directory to sync it."""
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-
-    def make_directory(self, path: Path) -> None:
-        """Make a directory that does not exist yet."""
-        path.mkdir()
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Give a directory another name, which must be free."""
-        source.rename(target)
-
-    def remove_file(self, path: Path) -> None:
-        """Remove a file."""
-        path.unlink()
-
-    def remove_directory(self, path: Path) -> None:
-        """Remove an empty directory."""
-        path.rmdir()
+"""Prefix of the names of incomplete checkpoints and files."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A file as it was written.
-
-    Args:
-        sha256: In hexadecimal digits.
-        size: In bytes.
-    """
+class FileDigest:
+    """The SHA-256 of a file's content in hexadecimal digits, and its size in bytes."""
 
     sha256: str
     size: int
 
 
-def write_file(disk: FileSystem, path: Path, parts: Iterable[bytes | memoryview]) -> Written:
-    """Write a new file durably, and hash it meanwhile. Its name is durable once its directory is synced."""
-    digest, size = hashlib.sha256(), 0
-    with naming(path), ThreadPoolExecutor(1, "hashing") as beside:
-        descriptor = disk.open_new(path)
-        try:
+class FileSystem:
+    """The local file system. Errors are `OSError`s that contain the path.
+
+    Each system call that writes is a method, so that tests can make it fail or end the process before it.
+    """
+
+    corruption_errors: ClassVar[type[OSError]] = OSError
+    """The errors of reading that mean a damaged file. Other errors mean that the file system cannot be reached."""
+
+    # ---- system calls
+
+    def open_new(self, path: str) -> int:
+        """Create a file, and return its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+
+    def open_directory(self, path: str) -> int:
+        """Open a directory to sync it, and return its descriptor."""
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write to a file, and return the number of bytes written, which may be fewer than given."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until the content of a file or directory is durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a file or directory."""
+        os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file or directory."""
+        Path(source).rename(target)
+
+    def make_directory(self, path: str) -> None:
+        """Create a directory in an existing one."""
+        Path(path).mkdir()
+
+    def remove_file(self, path: str) -> None:
+        """Remove a file or a link."""
+        Path(path).unlink()
+
+    def remove_directory(self, path: str) -> None:
+        """Remove an empty directory."""
+        Path(path).rmdir()
+
+    # ---- writing
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Callable[[memoryview], object]]:
+        """Create a file, and yield the function that writes to it. The content is durable when the context exits."""
+
+        def write(data: memoryview) -> None:
+            while data:
+                data = data[self.write(descriptor, data) :]
+
+        with with_filename(path):
+            descriptor = self.open_new(path)
+            try:
+                yield write
+                self.sync(descriptor)
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first error is raised
+                    self.close(descriptor)
+                raise
+            self.close(descriptor)
+
+    def write_file(self, path: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
+        """Write a new file durably, and hash it at the same time. Its name is durable once its directory is synced."""
+        digest, size = hashlib.sha256(), 0
+        with ThreadPoolExecutor(1, "hashing") as hasher, self.create(path) as write:
             for chunk in split_chunks(parts):
                 size += len(chunk)
-                if len(chunk) < LONG:
+                if len(chunk) < PARALLEL_HASH_SIZE:
                     digest.update(chunk)
-                    write_chunk(disk, descriptor, chunk)
+                    write(chunk)
                 else:
-                    hashing = beside.submit(digest.update, chunk)
-                    write_chunk(disk, descriptor, chunk)
+                    hashing = hasher.submit(digest.update, chunk)
+                    write(chunk)
                     hashing.result()
-            disk.sync(descriptor)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to raise
-                disk.abandon(descriptor)
-            raise
-        disk.close(descriptor)
-    return Written(digest.hexdigest(), size)
+        return FileDigest(digest.hexdigest(), size)
 
-
-def write_whole(
-    disk: FileSystem, path: Path, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
-) -> Written:
-    """Write a file that others may look for meanwhile: it is there whole or not at all.
-
-    Args:
-        disk: What writes.
-        path: Where to; a file that is there is replaced.
-        parts: What to write.
-        check: Called before the file gets its name; raises an error where it must not.
-    """
-    if disk.shows_whole_files:
-        check()
-        return write_file(disk, path, parts)
-    beside = path.parent / f"{PARTIAL}{secrets.token_hex(8)}"
-    try:
-        written = write_file(disk, beside, parts)
-        check()
-        disk.rename(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            disk.remove_file(beside)
-        raise
-    return written
-
-
-def write_chunk(disk: FileSystem, descriptor: int, chunk: memoryview) -> None:
-    """Write all of a chunk: a system call may write a part of what it is given."""
-    while chunk:
-        chunk = chunk[disk.write(descriptor, chunk) :]
-
-
-def sync_directory(disk: FileSystem, path: Path) -> None:
-    """Make the names in a directory durable."""
-    with naming(path):
-        descriptor = disk.open_directory(path)
+    def replace_file(
+        self, path: str, parts: Iterable[bytes | memoryview], check: Callable[[], object] = lambda: None
+    ) -> FileDigest:
+        """Write a file that appears complete, in place of an existing one. An error in `check` prevents that."""
+        partial = str(Path(path).with_name(f"{PARTIAL}{secrets.token_hex(8)}"))
         try:
-            disk.sync(descriptor)
-        finally:
-            disk.close(descriptor)
+            digest = self.write_file(partial, parts)
+            check()
+            self.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.remove_file(partial)
+            raise
+        return digest
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        with with_filename(path):
+            descriptor = self.open_directory(path)
+            try:
+                self.sync(descriptor)
+            finally:
+                self.close(descriptor)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a file, a link, or a directory with everything below it, if there is one."""
+        parent, name = split_path(path)
+        siblings = self.list_directory(parent)
+        remaining = [(path, siblings[name])] if name in siblings else []
+        directories: list[str] = []
+        while remaining:  # not a recursion, since directories may be nested too deeply for one
+            path, is_directory = remaining.pop()
+            if is_directory:
+                directories.append(path)
+                remaining += [(f"{path}/{child}", kind) for child, kind in sorted(self.list_directory(path).items())]
+            else:
+                self.remove_file(path)
+        for directory in reversed(directories):
+            self.remove_directory(directory)
+
+    # ---- looking
+
+    def get_kind(self, path: str) -> Kind | None:
+        """Return what is at a path, None for nothing. Links are followed; a broken link is "other"."""
+        try:
+            mode = Path(path).stat().st_mode
+        except OSError as error:
+            if Path(path).is_symlink():
+                return "other"
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise
+        return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+    def exists(self, path: str) -> bool:
+        """Whether there is anything at a path, including a broken link."""
+        return self.get_kind(path) is not None
+
+    def is_directory(self, path: str) -> bool:
+        """Whether a path, or the target of a link, is a directory."""
+        return self.get_kind(path) == "directory"
+
+    def list_directory(self, path: str) -> dict[str, bool]:
+        """Return the names in a directory, and whether each is a directory itself. Empty if nothing is at the path."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+            return {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        return {}
+
+    # ---- reading
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """Open a regular file for reading. Neither the file nor its directory may be a link."""
+        try:  # on descriptors, since a path may lead to another file a moment later
+            directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                # O_NONBLOCK: opening a pipe without a writer would block.
+                descriptor = os.open(Path(path).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            reason = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
+            raise DamagedCheckpointError(f"{path} {reason}: {error.strerror}.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DamagedCheckpointError(f"{path} is not a regular file.")
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+
+    def read_file(self, path: str, size: int) -> bytes:
+        """Read a file of a known size.
+
+        Raises:
+            DamagedCheckpointError: It is missing, a link, not a regular file, of another size, or cannot be read.
+            OSError: The file system cannot be reached.
+        """
+        with self._open_checked(path, size) as file:
+            return file.read(size)
+
+    def hash_file(self, path: str, size: int) -> str:
+        """Return the SHA-256 of a file of a known size, with the errors of `read_file`."""
+        digest = hashlib.sha256()
+        with self._open_checked(path, size) as file:
+            for start in range(0, size, READ_SIZE):
+                digest.update(file.read(min(READ_SIZE, size - start)))
+        return digest.hexdigest()
+
+    def read_at_most(self, path: str, size: int) -> bytes:
+        """Read a file of unknown size, with the errors of `read_file`. A file of more than `size` bytes is damaged."""
+        with self._open_checked(path) as file:
+            data = file.read(size + 1)
+        if len(data) > size:
+            raise DamagedCheckpointError(f"{path} is larger than the limit of {size} bytes for such a file.")
+        return data
+
+    @contextlib.contextmanager
+    def _open_checked(self, path: str, size: int | None = None) -> Iterator[BinaryIO]:
+        try:
+            with self.open(path) as file:
+                if size is not None:
+                    if (actual := file.seek(0, os.SEEK_END)) != size:
+                        raise DamagedCheckpointError(f"{path} has {actual} bytes, but was written with {size}.")
+                    file.seek(0)
+                yield file
+        except self.corruption_errors as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """Split parts into chunks of at most `CHUNK_SIZE` bytes."""
+    for part in parts:
+        view = memoryview(part).cast("B")
+        for start in range(0, len(view), CHUNK_SIZE):
+            yield view[start : start + CHUNK_SIZE]
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the disk say what it is of: that of a descriptor has no name."""
+def with_filename(path: str) -> Iterator[None]:
+    """Add the path to an `OSError` that was raised for a descriptor."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+            error.filename = path
         raise
 
 
 @contextlib.contextmanager
-def as_checkpoint_error(path: Path) -> Iterator[None]:
-    """Let an error of the disk be one of the checkpoints at a path."""
+def as_checkpoint_error(path: str) -> Iterator[None]:
+    """Raise an `OSError` as a `CheckpointError` that starts with a path."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def remove_tree(disk: FileSystem, path: Path) -> None:
-    """Remove a directory and what is in it, however deep; links are removed, not followed."""
-    directories, waiting = [], [path]
-    while waiting:
-        entry = waiting.pop()
-        if entry.is_dir() and not entry.is_symlink():
-            directories.append(entry)
-            waiting += sorted(entry.iterdir(), reverse=True)
-        else:
-            disk.remove_file(entry)
-    for directory in reversed(directories):
-        disk.remove_directory(directory)
-
-
-def read_file(disk: FileSystem, path: Path, size: int) -> bytes:
-    """Read a file of a known size; neither it nor its directory may be a link.
-
-    Raises:
-        DamagedCheckpointError: It is missing, a link, no file at all, of another size, or cannot be read.
-        CheckpointError: This machine does not have the memory for it.
-        OSError: What holds it cannot be reached: that is no damage.
-    """
-    with opened(disk, path, size) as file:
-        return file.read(size)
-
-
-def hash_file(disk: FileSystem, path: Path, size: int) -> str:
-    """Return the SHA-256 of a file of a known size, as `read_file` would read it, without keeping it in memory."""
-    digest = hashlib.sha256()
-    with opened(disk, path, size) as file:
-        for start in range(0, size, disk.span):
-            digest.update(file.read(min(disk.span, size - start)))
-    return digest.hexdigest()
-
-
-def read_at_most(disk: FileSystem, path: Path, size: int) -> bytes:
-    """Read a file of an unknown size that is not above `size`."""
-    with opened(disk, path) as file:
-        data = file.read(size + 1)
-    if len(data) > size:
-        raise DamagedCheckpointError(f"{path} has more than the {size} bytes that such a file may have.")
-    return data
-
-
-@contextlib.contextmanager
-def opened(disk: FileSystem, path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file to be read; whatever is wrong with it, or with a disk of this machine, is damage."""
-    try:
-        with disk.reading(path) as file:
-            if size is not None:
-                check_size(path, file.seek(0, os.SEEK_END), size)
-                file.seek(0)
-            yield file
-    except disk.damage as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def open_descriptor(path: Path) -> int:
-    """Open a file in a directory, both of which are what they seem to be, and return its descriptor."""
-    try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            # A pipe that nobody writes to would be waited for.
-            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        what = "is a link, or in one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else "cannot be opened"
-        raise DamagedCheckpointError(f"{path} {what}: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamagedCheckpointError(f"{path} is no file.")
-    return descriptor
-
-
-def check_size(path: Path, size: int, written: int) -> None:
-    """Raise an error for a file of another size than was written, and for one that is too large to be read."""
-    if size != written:
-        raise DamagedCheckpointError(f"{path} has {size} bytes, and was written with {written}.")
-    # Next to nothing of it need be on the disk: what says that it is a terabyte would be read for an hour.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise CheckpointError(f"{path} has {size} bytes, and this machine has a memory of {memory}.")
-
-
-def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
-    """Cut parts into chunks."""
-    for part in parts:
-        view = memoryview(part).cast("B")
-        for start in range(0, len(view), CHUNK):
-            yield view[start : start + CHUNK]

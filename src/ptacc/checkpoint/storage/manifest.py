@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint is, and the hash of each of its files. It is written last, and checked first.
+"""The manifest: describes a checkpoint, with the hash of each of its files. It is written last and checked first.
 
-A hash protects from damage, and not from people: whoever can write the files can write their hashes. With a key, the
-manifest is signed (HMAC-SHA256), and one that was not signed with that key is refused.
+Hashes protect against damage, not against attackers: who can write the files can write their hashes. With a key, the
+manifest is signed (HMAC-SHA256), and a manifest that is not signed with the key is refused.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ptacc.checkpoint.serialization.json_codec import Encoded, brief, decode, encode
-from ptacc.checkpoint.storage.filesystem import Written
+from ptacc.checkpoint.serialization.json_codec import Encoded, decode, encode, one_line
+from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT: Final = 1
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
-"""Names that a file of a checkpoint may have: none that leads elsewhere."""
-LARGEST: Final = 1 << 24
-"""Bytes that a manifest may have: those of fifty thousand processes."""
-DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-"""A SHA-256, or an HMAC made with it."""
-LARGEST_COUNT: Final = 2**63 - 1
+"""The valid names of checkpoints and their files. None leads to another directory."""
+MAX_MANIFEST_SIZE: Final = 1 << 24
+"""In bytes; enough for fifty thousand processes."""
+HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+MAX_COUNT: Final = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is.
+    """Describes a checkpoint.
 
     Args:
-        name: The name of its directory.
+        name: Of the checkpoint and its directory.
         run: The identity of the run.
         step: Optimizer steps completed.
         epoch: Epochs completed.
-        offset: What the processes trained on of the present epoch's data, together: samples, or batches of a loader.
+        offset: How much of the current epoch's data has been used, over all processes: samples, or batches of a loader.
         world_size: Number of processes.
-        sequence: Its number among the checkpoints of its directory, in the order in which they were saved.
-        label: What it was saved for, where somebody said so.
-        parts: The version of each part's state, by the part's name.
-        metrics: The values that the last evaluations reported, by name.
-        files: Hash and size of each file, by its name.
+        sequence: Position among the checkpoints of the directory, in the order in which they were saved.
+        label: What it was saved for; empty if no label was given.
+        parts: The version of each part's state, by the name of the part.
+        metrics: The values of the last evaluations, by name.
+        files: The digest of each file, by the name of the file.
     """
 
     name: str
@@ -57,16 +56,13 @@ class Manifest:
     label: str = ""
     parts: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    files: Mapping[str, Written] = field(default_factory=dict)
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
 
     def to_bytes(self, key: bytes | None = None) -> bytes:
-        """Return the bytes of the manifest's file: the one way in which this manifest is written.
-
-        Args:
-            key: Signs it.
-        """
+        """Return the content of the manifest's file, signed with the key if there is one. It is deterministic."""
         content = self.content()
-        return sealed(content, None if key is None else hmac.new(key, serialised(content), hashlib.sha256).hexdigest())
+        signature = None if key is None else hmac.new(key, to_json(content), hashlib.sha256).hexdigest()
+        return add_hash(content, signature)
 
     def content(self) -> dict[str, Any]:
         """Return what is hashed and signed."""
@@ -74,69 +70,61 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, key: bytes | None = None) -> Manifest:
-        """Read a manifest.
-
-        Args:
-            data: The bytes of its file.
-            key: What it has to be signed with, if given.
+        """Parse a manifest. Check its hash, and its signature if there is a key.
 
         Raises:
-            DamagedCheckpointError: These bytes are not, to the last one, what `to_bytes` wrote.
-            CheckpointError: It is of a later format, or not signed with `key`.
+            DamagedCheckpointError: The bytes are not exactly those that `to_bytes` returns.
+            CheckpointError: It has a later format, or is not signed with `key`.
         """
         try:
             document = json.loads(data)
             content: dict[str, Any] = dict(document["manifest"])
             version = content.pop("format")
             if type(version) is int and version > FORMAT:
-                raise CheckpointError(
-                    f"The checkpoint is of format {reprlib.repr(version)}, and this ptacc reads {FORMAT}: update it."
-                )
+                raise CheckpointError(f"The checkpoint has format {reprlib.repr(version)}: update ptacc to read it.")
             content["metrics"] = decode(Encoded(content["metrics"]))
-            content["files"] = {str(name): Written(**file) for name, file in content["files"].items()}
+            content["files"] = {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
             manifest = cls(**content)
             manifest.check()
-            # Without a key, nobody here can say whether a signature is right.
-            written = sealed(manifest.content(), document.get("hmac")) if key is None else manifest.to_bytes(key)
+            # Without a key, the signature cannot be checked, and is expected as it is.
+            expected = manifest.to_bytes(key) if key is not None else add_hash(manifest.content(), document.get("hmac"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"The manifest is none: {brief(error)}.") from error
-        if key is not None and not hmac.compare_digest(written, data):
-            raise CheckpointError(f"{manifest.name} is not signed with the key that was given, or was changed since.")
-        if written != data:
-            raise DamagedCheckpointError(f"The manifest of {manifest.name} is not what was written: its hash differs.")
+            raise DamagedCheckpointError(f"The manifest is invalid: {one_line(error)}.") from error
+        if key is not None and not hmac.compare_digest(expected, data):
+            raise CheckpointError(f"{manifest.name} is not signed with the key, or was changed afterwards.")
+        if expected != data:
+            raise DamagedCheckpointError(f"The manifest of {manifest.name} has changed since it was written.")
         return manifest
 
     def check(self) -> None:
-        """Raise `ValueError` for values that no manifest has."""
-        texts = (self.name, self.run, self.label, *self.parts, *self.metrics)
-        counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *self.parts.values())
+        """Raise `ValueError` for invalid values."""
         sizes = [file.size for file in self.files.values()]
-        if not all(type(text) is str for text in texts):
-            raise ValueError("a name is no text")
-        if not all(is_count(count) for count in (*counts, *sizes)):
-            raise ValueError("a count is no count")
-        if not all(
-            type(value) is float or (type(value) is int and is_count(abs(value))) for value in self.metrics.values()
-        ):
-            raise ValueError("a metric is no number")
-        if not all(DIGEST.fullmatch(file.sha256) for file in self.files.values()):
-            raise ValueError("a hash is no hash")
+        counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *self.parts.values(), *sizes)
+        metrics = self.metrics.values()
+        if not all(type(text) is str for text in (self.name, self.run, self.label, *self.parts, *self.metrics)):
+            raise ValueError("a name is not a string")
+        if not all(is_count(count) for count in counts):
+            raise ValueError("invalid count")
+        if not all(type(value) is float or (type(value) is int and is_count(abs(value))) for value in metrics):
+            raise ValueError("a metric is not a number")
+        if not all(HEX_DIGEST.fullmatch(file.sha256) for file in self.files.values()):
+            raise ValueError("invalid hash")
         for name in (self.name, *self.files):
             if not FILE_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no name for a file")
+                raise ValueError(f"invalid file name {name!r}")
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is one that things are counted with, and is no absurd one."""
-    return type(value) is int and 0 <= value <= LARGEST_COUNT
+    """Whether a value is an integer from 0 to `MAX_COUNT`."""
+    return type(value) is int and 0 <= value <= MAX_COUNT
 
 
-def sealed(content: Mapping[str, Any], signature: str | None) -> bytes:
-    """Return the bytes of a manifest's file."""
-    seal = {"sha256": hashlib.sha256(serialised(content)).hexdigest()}
-    return serialised({"manifest": content, **seal, **({} if signature is None else {"hmac": signature})})
+def add_hash(content: Mapping[str, Any], signature: str | None) -> bytes:
+    """Return the content of a manifest's file."""
+    signed = {} if signature is None else {"hmac": signature}
+    return to_json({"manifest": content, "sha256": hashlib.sha256(to_json(content)).hexdigest(), **signed})
 
 
-def serialised(content: Mapping[str, Any]) -> bytes:
-    """Return JSON in one form: the same bytes for equal content."""
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Return JSON with sorted keys: the same bytes for equal content."""
     return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()

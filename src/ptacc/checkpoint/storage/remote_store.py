@@ -1,168 +1,144 @@
-"""The store on another machine: a directory of checkpoints where no directory can be given another name.
+"""A store on a remote file system, where a directory cannot be renamed and a checkpoint is committed by its manifest.
 
 ```
 s3://bucket/runs/digits/
-  step-00000500/                 a checkpoint, for it has a manifest
-  .partial-step-00001000         a mark: what has no manifest is being written, or was when the process ended
+  step-00000500/                 a checkpoint, since it has a manifest
+  .partial-step-00001000         a mark: without a manifest, this one is being written, or was when its process ended
   step-00001000/
-  .removed-step-00000100         a mark: this is being removed, and no longer a checkpoint
+  .removed-step-00000100         a mark: this one is being removed, and is not a checkpoint any more
   step-00000100/
 ```
 
-A save puts the mark, writes each file in its place, the manifest last, which makes it a checkpoint, and takes the mark
-away. So what a save has left is told from a checkpoint whose manifest was lost: that one has no mark, and is damaged.
+A save writes the mark, then each file, the manifest last, and removes the mark. So an interrupted save differs from a
+checkpoint that has lost its manifest: the latter has no mark, and is reported as damaged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error, remove_tree, write_file
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
-from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem, RemotePath
+from ptacc.checkpoint.storage.paths import is_url
+from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
 from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-
-SAYS: Mapping[str, str] = {
-    PARTIAL: "{name} is being saved, and no checkpoint until it has a manifest: a run that starts removes it.\n",
-    REMOVED: "{name} is being removed: a run that starts removes what is left of it.\n",
-}
-"""What stands in the marks, for people."""
 
 
 @dataclass(frozen=True)
 class RemoteStore(CheckpointStore):
-    """A directory of checkpoints on a file system of fsspec."""
+    """A directory of checkpoints on a file system of fsspec. It writes in another way, and reads in the same."""
 
-    disk: FileSystem = field(default_factory=RemoteFileSystem, repr=False)
-
-    # ---- writing
+    filesystem: FileSystem = field(default_factory=RemoteFileSystem, repr=False)
 
     @override
     def prepare(self) -> None:
-        """Make the directories, where there are such. A bucket is never made: its name may be misspelt."""
-        above = [path for path in (self.directory, *self.directory.parents) if len(path.parts) > 2]
-        missing = [path for path in above if not path.is_dir()]
-        for path in reversed(missing):
-            self.disk.make_directory(path)
+        """Create the directories, but not the bucket: its name may be misspelt."""
+        directory, missing = self.directory, list[str]()
+        while is_url(parent := posixpath.dirname(directory)):
+            if not self.filesystem.is_directory(directory):
+                missing.append(directory)
+            directory = parent
+        for directory in reversed(missing):
+            self.filesystem.make_directory(directory)
 
     @override
     def begin(self, name: str) -> PendingCheckpoint:
-        """Begin a checkpoint, where another of its name may have been begun and not ended."""
+        """Begin a checkpoint. A save of the same name that was interrupted is removed."""
         check_name(name)
-        listing = self._listing()
-        if name in (marks := marks_in(listing)):
-            self._settle(name, marks[name])
+        entries = self._list_entries()
+        if name in (marks := find_marks(entries)):
+            self._resolve_marks(name, marks[name])
         self._check_free(name)
-        if not listing:
+        if not entries:
             self.prepare()
-        self._mark(PARTIAL, name)
-        self.disk.make_directory(self.directory / name)
-        return PendingCheckpoint(name, self.directory / name)
+        self.filesystem.write_file(self.locate(f"{PARTIAL}{name}"), [])
+        self.filesystem.make_directory(self.locate(name))
+        return PendingCheckpoint(name, self.locate(name))
 
     @override
-    def commit(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
-        """Make a checkpoint of what was written, by its manifest."""
-        manifest = self._numbered(draft, manifest)
-        write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
-        with contextlib.suppress(OSError):  # a mark beside a manifest means nothing
-            self.disk.remove_file(self.directory / f"{PARTIAL}{draft.name}")
+    def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
+        manifest = self._write_manifest(pending, manifest)
+        with contextlib.suppress(OSError):  # a mark means nothing once there is a manifest
+            self.filesystem.remove_file(self.locate(f"{PARTIAL}{pending.name}"))
         return manifest
 
     @override
-    def discard(self, draft: PendingCheckpoint) -> None:
-        """Remove what was written. The mark stays, for what other processes may still write."""
-        self._clear(draft.name)
+    def discard(self, pending: PendingCheckpoint) -> None:
+        """Remove what was written. The mark stays, since other processes may still be writing."""
+        self._remove_files(pending.name)
 
     @override
     def remove(self, name: str) -> None:
-        """Remove a checkpoint: from its mark on it is none."""
         check_name(name)
-        self._mark(REMOVED, name)
-        self._clear(name)
-        self._unmark(name)
+        self.filesystem.write_file(self.locate(f"{REMOVED}{name}"), [])
+        self._remove_files(name)
+        self._remove_marks(name)
 
     @override
     def clean_up(self) -> list[str]:
-        """Bring to an end what processes left that ended in a save or a removal, and return the names of the marks."""
-        marks = marks_in(self._listing())
+        marks = find_marks(self._list_entries())
         with as_checkpoint_error(self.directory):
             for name, kinds in marks.items():
-                self._settle(name, kinds)
+                self._resolve_marks(name, kinds)
         return sorted(f"{kind}{name}" for name, kinds in marks.items() for kind in kinds)
 
-    def _settle(self, name: str, marks: set[str]) -> None:
+    def _resolve_marks(self, name: str, marks: set[str]) -> None:
         if REMOVED in marks or not self._is_committed(name):
-            self._clear(name)
-        self._unmark(name)
+            self._remove_files(name)
+        self._remove_marks(name)
 
-    def _clear(self, name: str) -> None:
-        """Remove what there is of a checkpoint: first the manifest, so that none is ever there in part."""
-        path = self.directory / name
-        self.disk.remove_file(path / MANIFEST)
-        if path.exists():
-            remove_tree(self.disk, path)
+    def _remove_files(self, name: str) -> None:
+        self.filesystem.remove_file(self.locate(name, MANIFEST))  # first: from here on it is not a checkpoint
+        self.filesystem.remove_tree(self.locate(name))
 
-    def _mark(self, kind: str, name: str) -> None:
-        write_file(self.disk, self.directory / f"{kind}{name}", [SAYS[kind].format(name=name).encode()])
-
-    def _unmark(self, name: str) -> None:
+    def _remove_marks(self, name: str) -> None:
         for kind in (PARTIAL, REMOVED):
-            self.disk.remove_file(self.directory / f"{kind}{name}")
-
-    # ---- reading
+            self.filesystem.remove_file(self.locate(f"{kind}{name}"))
 
     @override
-    def _directories(self) -> list[str]:
-        """Return the names of the directories that are there, but for those of which a mark says that they are none."""
-        listing = self._listing()
-        marks = marks_in(listing)
+    def _list_directories(self) -> list[str]:
+        entries = self._list_entries()
+        marks = find_marks(entries)
         with as_checkpoint_error(self.directory):
             return sorted(
                 name
-                for name, is_directory in listing.items()
+                for name, is_directory in entries.items()
                 if is_directory and (name not in marks or (REMOVED not in marks[name] and self._is_committed(name)))
             )
 
     def _is_committed(self, name: str) -> bool:
         try:
             self.manifest(name)
-        except DamagedCheckpointError:
-            return False
-        except CheckpointError:  # of another key, or of a later format
-            return True
+        except CheckpointError as error:  # signed with another key or of a later format, it is a checkpoint as well
+            return not isinstance(error, DamagedCheckpointError)
         return True
 
-    def _listing(self) -> dict[str, bool]:
-        assert isinstance(self.directory, RemotePath)
-        with as_checkpoint_error(self.directory), contextlib.suppress(FileNotFoundError):
-            return self.directory.kinds()
-        return {}
 
-
-def marks_in(listing: Mapping[str, bool]) -> dict[str, set[str]]:
-    """Return what marks a directory has for which names."""
+def find_marks(entries: Mapping[str, bool]) -> dict[str, set[str]]:
+    """Return the kinds of marks among the entries of a directory, by the name of the checkpoint."""
     marks: dict[str, set[str]] = {}
-    for file in sorted(name for name, is_directory in listing.items() if not is_directory):
+    for file in sorted(name for name, is_directory in entries.items() if not is_directory):
         for kind in (PARTIAL, REMOVED):
-            # What is marked may be removed, and an object whose name ends with its kind would mark the whole directory.
+            # Without the check of the name, an object named ".removed-" would mark the store itself for removal.
             if file.startswith(kind) and FILE_NAME.fullmatch(file.removeprefix(kind)):
                 marks.setdefault(file.removeprefix(kind), set()).add(kind)
     return marks
 
 
-def store_at(directory: Path, key: bytes | None = None) -> CheckpointStore:
-    """Return the store of a directory, wherever that is."""
-    return (RemoteStore if isinstance(directory, RemotePath) else CheckpointStore)(directory, key)
+def open_store(directory: str | Path, key: bytes | None = None) -> CheckpointStore:
+    """Return the store of a local directory or a URL."""
+    path = str(directory)
+    return RemoteStore(path, key) if is_url(path) else CheckpointStore(path, key)
 
 
-def store_beside(store: CheckpointStore, directory: Path) -> CheckpointStore:
-    """Return the store of another directory, with the key of this one; with its disk, if both are on it."""
-    other = store_at(directory, store.key)
-    same = isinstance(directory, RemotePath) == isinstance(store.directory, RemotePath)
-    return replace(other, disk=store.disk) if same else other
+def open_sibling(store: CheckpointStore, directory: str) -> CheckpointStore:
+    """Return the store of another directory with the same key, and the same file system if both are on one."""
+    sibling = open_store(directory, store.key)
+    return replace(store, directory=directory) if type(sibling) is type(store) else sibling

@@ -1,191 +1,175 @@
-"""The store: a directory of checkpoints, of which each is there whole or not at all.
+"""The store: a directory of checkpoints, each of which is either complete or not there.
 
 ```
 runs/digits/
-  step-00000500/                 a checkpoint: it has its name only since everything in it is on the disk
-    manifest.json                what it is, and the hash of each other file
+  step-00000500/                 a checkpoint: it has this name only since all of it is durable
+    manifest.json                describes it, with the hash of each other file
     model.safetensors  ...
-  .partial-step-00001000-7f3a/   one that is being written, or was when the process ended: swept at the next start
+  .partial-step-00001000-7f3a/   is being written, or was when its process ended; the next start removes it
+  .removed-step-00000100-02c9/   is being removed
 ```
 
-A save writes and syncs each file beside the target, the manifest last, syncs that directory, renames it, and syncs
-the parent. Reading checks the manifest, then a file's hash, and parses it only then.
+A save writes and syncs each file, the manifest last, in a directory with a temporary name. Then it syncs that
+directory, renames it, and syncs the parent. Before a file is parsed, the manifest and the hash of the file are checked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import posixpath
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from ptacc.checkpoint.storage.filesystem import (
-    PARTIAL,
-    FileSystem,
-    Written,
-    as_checkpoint_error,
-    hash_file,
-    read_at_most,
-    read_file,
-    remove_tree,
-    sync_directory,
-    write_file,
-)
-from ptacc.checkpoint.storage.manifest import FILE_NAME, LARGEST, Manifest, is_count
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileDigest, FileSystem, as_checkpoint_error
+from ptacc.checkpoint.storage.manifest import FILE_NAME, MAX_MANIFEST_SIZE, Manifest
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
-"""How the names of a run's checkpoints begin; users may save others under names of their own."""
+"""Prefix of the checkpoint names that a run chooses; users save others under names of their own."""
 REMOVED = ".removed-"
+"""Prefix of what marks a checkpoint that is being removed."""
 
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint that is being written.
-
-    Args:
-        name: What it will be called.
-        path: Where it is meanwhile.
-    """
+    """A checkpoint that is being written: its final name, and the directory that it is written to."""
 
     name: str
-    path: Path
+    path: str
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """A directory of checkpoints.
+    """A directory of checkpoints on the local file system.
 
     Args:
-        directory: Where they are; made at the first save.
-        key: Signs them; those that it did not sign are refused.
-        disk: What writes.
+        directory: A path, which is created when the first checkpoint is saved.
+        key: Signs checkpoints; those that are not signed with it are refused.
+        filesystem: Reads and writes the files.
     """
 
-    directory: Path
+    directory: str
     key: bytes | None = field(default=None, repr=False)
-    disk: FileSystem = field(default_factory=FileSystem, repr=False)
+    filesystem: FileSystem = field(default_factory=FileSystem, repr=False)
 
     def __post_init__(self) -> None:
         if self.key == b"":
-            raise OptionError(
-                "CheckpointStore(key=b''): what everybody has signs nothing, so it needs a key of at least one byte. "
-                "Is what it is read from empty?"
-            )
+            raise OptionError("The checkpoint key is empty (b''): give at least one byte. Is its source empty?")
+
+    def locate(self, *names: str) -> str:
+        """Return the path of a checkpoint, or of a file in one."""
+        return posixpath.join(self.directory, *names)
 
     # ---- writing
 
-    def free_name(self, step: int) -> str:
-        """Return a name for a checkpoint at a step that no other has: there is more than one where a run went back."""
-        name = f"{PREFIX}{step:08}"
-        again = (f"{name}.{number:02}" for number in range(1, 10_000))
-        with as_checkpoint_error(self.directory):
-            return next(free for free in chain([name], again) if not (self.directory / free).exists())
-
     def prepare(self) -> None:
-        """Make the directory, if there is none, and its name durable."""
-        self._make_durably(self.directory)
+        """Create the directory, durably, unless it exists."""
+        self._make_durable_directory(Path(self.directory))
 
     def begin(self, name: str) -> PendingCheckpoint:
-        """Begin a checkpoint. One process does this, and tells the others where.
-
-        Raises:
-            CheckpointError: There is one of this name already.
-        """
+        """Begin to write a checkpoint with a new name. Called on one rank, which broadcasts the result."""
         check_name(name)
         self._check_free(name)
-        draft = PendingCheckpoint(name, self.directory / f"{PARTIAL}{name}-{secrets.token_hex(4)}")
-        if not self.directory.is_dir():
+        if not self.filesystem.is_directory(self.directory):
             self.prepare()
-        self.disk.make_directory(draft.path)
-        return draft
+        pending = PendingCheckpoint(name, self._make_temporary_name(PARTIAL, name))
+        self.filesystem.make_directory(pending.path)
+        return pending
 
-    def write(self, draft: PendingCheckpoint, file: str, parts: Iterable[bytes | memoryview]) -> Written:
-        """Write one file of a checkpoint durably. Any process does this."""
+    def write(self, pending: PendingCheckpoint, file: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
+        """Write one file of a checkpoint durably. Any rank may call this."""
         if not FILE_NAME.fullmatch(file) or file == MANIFEST:
-            raise CheckpointError(f"{file!r} is no name for a file of a checkpoint.")
-        return write_file(self.disk, draft.path / file, parts)
+            raise CheckpointError(f"{file!r} is not a valid name for a file of a checkpoint.")
+        return self.filesystem.write_file(f"{pending.path}/{file}", parts)
 
-    def commit(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
-        """Make a checkpoint of what was written: from here on it is there, whatever happens. One process does this.
-
-        Args:
-            draft: What was begun.
-            manifest: What it is, with the hashes of all files that all processes wrote.
-        """
-        manifest = self._numbered(draft, manifest)
-        write_file(self.disk, draft.path / MANIFEST, [manifest.to_bytes(self.key)])
-        sync_directory(self.disk, draft.path)
-        self.disk.rename(draft.path, self.directory / draft.name)
-        sync_directory(self.disk, self.directory)
+    def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
+        """Turn the files written so far into a checkpoint, atomically and durably. Return its complete manifest."""
+        manifest = self._write_manifest(pending, manifest)
+        self.filesystem.sync_directory(pending.path)
+        self._rename(pending.path, self.locate(pending.name))
         return manifest
 
-    def discard(self, draft: PendingCheckpoint) -> None:
-        """Remove what was written of a checkpoint that will not be."""
-        if draft.path.exists():
-            remove_tree(self.disk, draft.path)
+    def discard(self, pending: PendingCheckpoint) -> None:
+        """Remove the files of a checkpoint that will not be committed."""
+        self.filesystem.remove_tree(pending.path)
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint: first its name, so that none is ever there in part.
-
-        Raises:
-            CheckpointError: It is no name that a checkpoint may have.
-        """
+        """Remove a checkpoint. If the process is killed in between, the rest is not a checkpoint any more."""
         check_name(name)
-        grave = self.directory / f"{REMOVED}{name}-{secrets.token_hex(4)}"
-        self.disk.rename(self.directory / name, grave)
-        sync_directory(self.disk, self.directory)
-        remove_tree(self.disk, grave)
+        trash = self._make_temporary_name(REMOVED, name)
+        self._rename(self.locate(name), trash)
+        self.filesystem.remove_tree(trash)
 
     def clean_up(self) -> list[str]:
-        """Remove what processes left that ended in a save or a removal, and return the names of that."""
-        left = [name for name in self._directories() if name.startswith((PARTIAL, REMOVED))]
+        """Remove what is left of interrupted saves and removals, and return the names of the leftovers."""
+        leftovers = [name for name in self._list_directories() if name.startswith((PARTIAL, REMOVED))]
         with as_checkpoint_error(self.directory):
-            for name in left:
-                remove_tree(self.disk, self.directory / name)
-        return left
+            for name in leftovers:
+                self.filesystem.remove_tree(self.locate(name))
+        return leftovers
+
+    def free_name(self, step: int) -> str:
+        """Return an unused name for a checkpoint at a step. A run that was resumed earlier may have saved this step."""
+        name = f"{PREFIX}{step:08}"
+        candidates = chain([name], (f"{name}.{number:02}" for number in range(1, 10_000)))
+        with as_checkpoint_error(self.directory):
+            return next(name for name in candidates if not self.filesystem.exists(self.locate(name)))
+
+    def _write_manifest(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
+        manifests = self.manifests()
+        sequence = manifests[-1].sequence + 1 if manifests else 1
+        manifest = replace(manifest, name=pending.name, sequence=sequence)
+        self.filesystem.write_file(f"{pending.path}/{MANIFEST}", [manifest.to_bytes(self.key)])
+        return manifest
 
     def _check_free(self, name: str) -> None:
-        if self.disk.is_there(self.directory / name):
-            raise CheckpointError(f"{self.directory / name} exists already, and a checkpoint is never written over.")
+        if self.filesystem.exists(self.locate(name)):
+            raise CheckpointError(f"{self.locate(name)} exists already: a checkpoint is never overwritten.")
 
-    def _numbered(self, draft: PendingCheckpoint, manifest: Manifest) -> Manifest:
-        """Return a manifest with its name, and the number after those that are there."""
-        there = self.manifests()
-        sequence = 1 + (there[-1].sequence if there else 0)
-        if not is_count(sequence):
-            last = self.directory / there[-1].name
-            raise CheckpointError(f"{last} has the highest number there is, so none can come after it.")
-        return replace(manifest, name=draft.name, sequence=sequence)
-
-    def _make_durably(self, directory: Path) -> None:
-        if not directory.is_dir():
-            self._make_durably(directory.parent)
-            self.disk.make_directory(directory)
-            sync_directory(self.disk, directory.parent)
+    def _make_durable_directory(self, directory: Path) -> None:
+        if not self.filesystem.is_directory(str(directory)):
+            self._make_durable_directory(directory.parent)
+            self.filesystem.make_directory(str(directory))
+            self.filesystem.sync_directory(str(directory.parent))
             return
-        # A process that was killed may have made it, and not synced it. Where its parent cannot be read, it was given.
+        # A run may have created it, and been killed before the sync. It did not where the parent cannot be read.
         with contextlib.suppress(PermissionError):
-            sync_directory(self.disk, directory.parent)
+            self.filesystem.sync_directory(str(directory.parent))
+
+    def _make_temporary_name(self, prefix: str, name: str) -> str:
+        return self.locate(f"{prefix}{name}-{secrets.token_hex(4)}")
+
+    def _rename(self, source: str, target: str) -> None:
+        self.filesystem.rename(source, target)
+        self.filesystem.sync_directory(self.directory)
 
     # ---- reading
 
-    def names(self) -> list[str]:
-        """Return the names of the run's checkpoints that seem to be there, in the order of names."""
-        return [name for name in self._directories() if name.startswith(PREFIX)]
+    def _list_directories(self) -> list[str]:
+        """Return the sorted names of the directories in the store."""
+        return sorted(name for name, is_directory in self._list_entries().items() if is_directory)
 
-    def others(self) -> list[str]:
-        """Return the names of the checkpoints that were saved under names of their own, in the order of names."""
-        others = [name for name in self._directories() if not name.startswith((".", PREFIX))]
+    def _list_entries(self) -> dict[str, bool]:
         with as_checkpoint_error(self.directory):
-            return [name for name in others if (self.directory / name / MANIFEST).exists()]
+            return self.filesystem.list_directory(self.directory)
+
+    def names(self) -> list[str]:
+        """Return the names of the run's checkpoints in alphabetical order, without reading them."""
+        return [name for name in self._list_directories() if name.startswith(PREFIX)]
+
+    def custom_names(self) -> list[str]:
+        """Return the names of the checkpoints that users saved under a name of their own, in alphabetical order."""
+        names = [name for name in self._list_directories() if not name.startswith((".", PREFIX))]
+        with as_checkpoint_error(self.directory):
+            return [name for name in names if self.filesystem.exists(self.locate(name, MANIFEST))]
 
     def manifests(self) -> list[Manifest]:
-        """Return the manifests that can be read, in the order in which they were saved; no other file is looked at."""
+        """Return the valid manifests of the run's checkpoints, oldest first. No other file is read."""
         found: list[Manifest] = []
         for name in self.names():
             with contextlib.suppress(CheckpointError):
@@ -193,17 +177,17 @@ class CheckpointStore:
         return sorted(found, key=lambda manifest: manifest.sequence)
 
     def manifest(self, name: str) -> Manifest:
-        """Return the manifest of a checkpoint, checked by itself.
+        """Read and check the manifest of a checkpoint.
 
         Raises:
-            DamagedCheckpointError: It is missing, damaged, or of another checkpoint.
-            CheckpointError: It is of a later format, or not signed with the key.
+            DamagedCheckpointError: It is missing, damaged, or belongs to another checkpoint.
+            CheckpointError: It has a later format, or is not signed with the key.
         """
-        path = self.directory / name / MANIFEST
-        if not FILE_NAME.fullmatch(name) or not self.disk.is_there(path):
-            raise DamagedCheckpointError(f"{name!r} in {self.directory} is no checkpoint: it has no manifest.")
+        path = self.locate(name, MANIFEST)
+        if not FILE_NAME.fullmatch(name) or not self.filesystem.exists(path):
+            raise DamagedCheckpointError(f"{name!r} in {self.directory} is not a checkpoint: it has no manifest.")
         try:
-            manifest = Manifest.from_bytes(read_at_most(self.disk, path, LARGEST), self.key)
+            manifest = Manifest.from_bytes(self.filesystem.read_at_most(path, MAX_MANIFEST_SIZE), self.key)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{path}: {error}") from error
         if manifest.name != name:
@@ -211,70 +195,53 @@ class CheckpointStore:
         return manifest
 
     def read(self, manifest: Manifest, file: str) -> bytes:
-        """Return the bytes of a file, after their hash was checked.
-
-        Raises:
-            DamagedCheckpointError: It is missing, or not what was written.
-        """
-        path = self.directory / manifest.name / file
+        """Read a file and check its hash. Raise `DamagedCheckpointError` if it is missing or has changed."""
+        path = self.locate(manifest.name, file)
         if file not in manifest.files:
             raise DamagedCheckpointError(f"{path} is not in the manifest.")
-        data = read_file(self.disk, path, manifest.files[file].size)
-        check_hash(path, hashlib.sha256(data).hexdigest(), manifest.files[file])
+        digest = manifest.files[file]
+        data = self.filesystem.read_file(path, digest.size)
+        check_hash(path, hashlib.sha256(data).hexdigest(), digest)
         return data
 
     def verify(self, name: str) -> Manifest:
-        """Check every file of a checkpoint, and that there is no other; return its manifest.
-
-        Raises:
-            DamagedCheckpointError: A file is missing, is not what was written, or does not belong there.
-        """
+        """Check every file of a checkpoint, and that there are no others. Return its manifest; raise as `manifest`."""
         manifest = self.manifest(name)
-        for file, written in manifest.files.items():
-            path = self.directory / name / file
-            check_hash(path, hash_file(self.disk, path, written.size), written)
-        there = {path.name for path in (self.directory / name).iterdir()}
-        if odd := there - {*manifest.files, MANIFEST}:
-            raise DamagedCheckpointError(f"{min(odd)!r} in {self.directory / name} does not belong to the checkpoint.")
+        for file, digest in manifest.files.items():
+            path = self.locate(name, file)
+            check_hash(path, self.filesystem.hash_file(path, digest.size), digest)
+        unexpected = self.filesystem.list_directory(self.locate(name)).keys() - {*manifest.files, MANIFEST}
+        if unexpected:
+            raise DamagedCheckpointError(f"{self.locate(name)} contains {min(unexpected)!r}, which is not part of it.")
         return manifest
 
     def verified(self) -> Iterator[tuple[str, Manifest | CheckpointError]]:
-        """Iterate over the checkpoints, the newest first: each with its manifest, or with what is wrong with it.
-
-        Where a manifest cannot be read, nobody knows how new its checkpoint is; those come before all others.
-        """
+        """Verify the run's checkpoints, newest first: yield each with its manifest or what is wrong with it."""
         by_age = [manifest.name for manifest in self.manifests()]
         unknown = [name for name in self.names() if name not in by_age]
-        for name in reversed([*by_age, *unknown]):
+        for name in reversed([*by_age, *unknown]):  # one without a valid manifest may be the newest
             try:
                 yield name, self.verify(name)
             except CheckpointError as error:
                 yield name, error
 
     def newest(self) -> tuple[Manifest | None, Mapping[str, CheckpointError]]:
-        """Return the newest checkpoint that is whole, None if there is none, and what was wrong with newer ones."""
-        passed_over: dict[str, CheckpointError] = {}
+        """Return the newest intact checkpoint, or None, and what is wrong with those that are newer."""
+        skipped: dict[str, CheckpointError] = {}
         for name, found in self.verified():
             if isinstance(found, Manifest):
-                return found, passed_over
-            passed_over[name] = found
-        return None, passed_over
-
-    def _directories(self) -> list[str]:
-        """Return the names of the directories that are there, in their order."""
-        with as_checkpoint_error(self.directory):
-            if not self.directory.is_dir():
-                return []
-            return sorted(path.name for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink())
+                return found, skipped
+            skipped[name] = found
+        return None, skipped
 
 
 def check_name(name: str) -> None:
-    """Raise `CheckpointError` for a name that no checkpoint may have."""
+    """Raise `CheckpointError` for an invalid name of a checkpoint."""
     if not FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is no name for a checkpoint: letters, digits, `-`, `_` and `.` make one.")
+        raise CheckpointError(f"{name!r} is not a valid checkpoint name: use letters, digits, '-', '_' and '.'.")
 
 
-def check_hash(path: Path, sha256: str, written: Written) -> None:
-    """Raise `DamagedCheckpointError` for a file that is not what was written."""
+def check_hash(path: str, sha256: str, written: FileDigest) -> None:
+    """Raise `DamagedCheckpointError` for a file whose content has changed."""
     if sha256 != written.sha256:
-        raise DamagedCheckpointError(f"{path} is not what was written: its hash differs.")
+        raise DamagedCheckpointError(f"{path} has changed since it was written: its hash differs.")
