@@ -134,14 +134,14 @@ def test_a_value_belongs_to_the_weights_it_was_reported_of(tmp_path: Path) -> No
 
 
 def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
-    asked: list[Path] = []
+    asked: list[str] = []
     elsewhere = tmp_path / "mine" / "good"
     callbacks = [
         At(2, lambda trainer: asked.append(trainer.save_checkpoint(label="mine"))),
         At(4, lambda trainer: asked.append(trainer.save_checkpoint(elsewhere))),
     ]
     train(tmp_path / "run", checkpoint_every=None, callbacks=callbacks, keep_last=1)
-    assert asked == [tmp_path / "run" / "step-00000002", elsewhere]
+    assert asked == [str(tmp_path / "run" / "step-00000002"), str(elsewhere)]
     assert names(tmp_path / "run") == [2, 6]
     assert open_store(elsewhere.parent).verify("good").step == 4
     again = train(tmp_path / "again", resume=elsewhere)

@@ -74,10 +74,10 @@ class Callback(Generic[TrainerT_contra]):
         """An exception ends the run; it is raised again afterwards."""
 
     def on_save(self, trainer: TrainerT_contra, path: str) -> None:
-        """A checkpoint was written to `path`: a `Path`, or the URL as a string."""
+        """A checkpoint was written to `path`, a local path or a URL."""
 
     def on_load(self, trainer: TrainerT_contra, path: str) -> None:
-        """A checkpoint was loaded from `path`: a `Path`, or the URL as a string."""
+        """A checkpoint was loaded from `path`, a local path or a URL."""
 
 
 @dataclass(frozen=True, slots=True)
