@@ -30,9 +30,11 @@ class SizedDataset(Protocol[T_co]):
 
     def __len__(self) -> int:
         """Return the number of samples."""
+        ...
 
     def __getitem__(self, index: int, /) -> T_co:
         """Return one sample."""
+        ...
 
 
 @runtime_checkable
@@ -41,9 +43,11 @@ class Stateful(Protocol):
 
     def state_dict(self) -> StateDict:
         """Return the state as numbers, strings, tensors and containers of them."""
+        ...
 
     def load_state_dict(self, state_dict: StateDict, /) -> object:
         """Restore a state that `state_dict` returned."""
+        ...
 
 
 class LRSchedulerLike(Stateful, Protocol):
@@ -51,6 +55,7 @@ class LRSchedulerLike(Stateful, Protocol):
 
     def step(self) -> object:
         """Advance the schedule by one step, or by one epoch."""
+        ...
 
 
 class PlateauSchedulerLike(Stateful, Protocol):
@@ -58,6 +63,7 @@ class PlateauSchedulerLike(Stateful, Protocol):
 
     def step(self, metrics: float, /) -> object:
         """Advance the schedule, given the value of the last evaluation."""
+        ...
 
 
 SchedulerFactory: TypeAlias = Callable[[Optimizer, RunPlan], LRSchedulerLike | PlateauSchedulerLike]
@@ -81,62 +87,78 @@ class AcceleratorProtocol(Protocol):
     @property
     def device(self) -> torch.device:
         """The device of this process."""
+        ...
 
     @property
     def num_processes(self) -> int:
         """World size."""
+        ...
 
     @property
     def process_index(self) -> int:
         """Rank of this process."""
+        ...
 
     @property
     def local_process_index(self) -> int:
         """Rank of this process on its host."""
+        ...
 
     @property
     def is_main_process(self) -> bool:
         """Whether this is rank 0."""
+        ...
 
     @property
     def is_local_main_process(self) -> bool:
         """Whether this is the first process of its host."""
+        ...
 
     @property
     def mixed_precision(self) -> str:
         """Precision of the forward pass: `"no"`, `"fp16"`, `"bf16"` or `"fp8"`."""
+        ...
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler, None if the precision needs none."""
+        ...
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         """Move a model to the device and wrap it for the processes and the precision."""
+        ...
 
     def unwrap_model(
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
         """Return the model without its wrappers."""
+        ...
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Do not average gradients over the processes in the block: for all batches of a step but the last."""
+        ...
 
     def autocast(self) -> AbstractContextManager[None]:
         """Run the block in the precision of the forward pass."""
+        ...
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate tensors of equal shape over the processes along the first dimension."""
+        ...
 
     def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
         """Sum or average a tensor over the processes."""
+        ...
 
     def wait_for_everyone(self) -> None:
         """Wait until every process has made this call."""
+        ...
 
     def print(self, *args: object) -> None:
         """Print on the first process of each host."""
+        ...
 
 
 # ---- what mixins add
@@ -171,6 +193,7 @@ class SupportsLRScheduler(Protocol):
     @property
     def scheduler(self) -> LRSchedulerLike | PlateauSchedulerLike:
         """The schedule of the current run."""
+        ...
 
 
 class MetricLike(Protocol):
@@ -178,12 +201,15 @@ class MetricLike(Protocol):
 
     def update(self, *args: Any, **kwargs: Any) -> object:
         """Update the metric with one batch."""
+        ...
 
     def compute(self) -> Any:
         """Return the value over all batches since the last reset."""
+        ...
 
     def reset(self) -> object:
         """Discard all batches."""
+        ...
 
 
 @runtime_checkable
@@ -193,6 +219,7 @@ class SupportsMetrics(Protocol):
     @property
     def metrics(self) -> Mapping[str, MetricLike]:
         """The metrics of evaluations by name."""
+        ...
 
 
 @runtime_checkable
@@ -201,9 +228,11 @@ class SupportsCheckpoint(Protocol):
 
     def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
         """Save the run as soon as the current step is complete."""
+        ...
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state."""
+        ...
 
 
 @runtime_checkable
