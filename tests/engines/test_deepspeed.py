@@ -1,6 +1,7 @@
 """DeepSpeed: the losses of one process in every stage, a restored model after the run, exact resume, and errors."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -279,6 +280,27 @@ def two_runs(kind: type[Usual], **options: Any) -> tuple[list[float], dict[str, 
 def test_model_and_optimizer_are_restored_after_each_of_two_runs(stage: int) -> None:
     losses, moments = run_ranks(lambda: two_runs(Usual), 2)[0]
     for got in run_ranks(lambda: two_runs(Deep, zero_stage=stage), 2):
+        assert got[0] == pytest.approx(losses, rel=1e-5)
+        torch.testing.assert_close(got[1], moments, rtol=1e-4, atol=1e-6)
+
+
+class Collecting(Deep):
+    """Collects garbage in each step: DeepSpeed's engine of the run before is in a reference cycle."""
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+        gc.collect()
+
+
+def two_runs_without_collection() -> tuple[list[float], dict[str, Any]]:
+    gc.disable()
+    return two_runs(Collecting, zero_stage=2)
+
+
+def test_the_engine_of_an_earlier_run_may_be_collected_during_a_run() -> None:
+    losses, moments = run_ranks(lambda: two_runs(Usual), 2)[0]
+    for got in run_ranks(two_runs_without_collection, 2):
         assert got[0] == pytest.approx(losses, rel=1e-5)
         torch.testing.assert_close(got[1], moments, rtol=1e-4, atol=1e-6)
 

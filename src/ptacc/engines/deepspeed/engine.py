@@ -220,6 +220,8 @@ class DeepSpeedEngine(TorchEngine):
             hook.remove()
         self._original.restore(self._stage.gather_weight)
         self._engine.destroy()
+        # Its finalizer destroys the optimizer again. During a later run that would unlink the parameters' state.
+        self._engine.optimizer = None
         for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["params"] = parameters
         self._optimizer.state.clear()
