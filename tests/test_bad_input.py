@@ -433,7 +433,7 @@ def refuse_schedule(create: object, error: type[Exception], message: str, **opti
 
 def test_a_schedule_of_another_optimizer_is_refused() -> None:
     other = SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    refuse_schedule(lambda optimizer, plan: StepLR(other, 1), SchedulerError, "a StepLR for another optimizer")
+    refuse_schedule(lambda optimizer, plan: StepLR(other, 1), SchedulerError, "a StepLR for an optimizer other than")
 
 
 def test_a_schedule_shorter_than_the_run_is_refused() -> None:
