@@ -10,23 +10,23 @@ from tests.ranks import run_ranks
 
 
 class Mixed(AMPMixin, Trainer):
-    """Remembers in which precision the layers computed."""
+    """Records the dtype in which each layer computes."""
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         layer = self.unwrapped_model.get_submodule("0")
-        handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        handle = layer.register_forward_hook(lambda module, inputs, output: recorded.append(output.dtype))
         try:
             return super().train_step(batch)
         finally:
             handle.remove()
 
 
-seen: list[torch.dtype] = []
+recorded: list[torch.dtype] = []
 
 
 def train(precision: Precision | None) -> set[torch.dtype]:
-    seen.clear()
+    recorded.clear()
     model = nn.Sequential(nn.Linear(4, 2))
     data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -34,16 +34,16 @@ def train(precision: Precision | None) -> set[torch.dtype]:
         model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, mixed_precision=precision, default_callbacks=()
     )
     trainer.train(data, num_epochs=1)
-    return set(seen)
+    return set(recorded)
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32), (None, torch.float32)]
 )
-def test_layers_compute_in_the_precision_asked_for(precision: Precision | None, dtype: torch.dtype) -> None:
+def test_layers_compute_in_the_requested_precision(precision: Precision | None, dtype: torch.dtype) -> None:
     assert train(precision) == {dtype}
 
 
-def test_a_launchs_precision_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_of_the_launch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert run_ranks(train, 1, None) == [{torch.bfloat16}]

@@ -1,4 +1,4 @@
-"""When a run is saved, which checkpoints are kept, where a run goes on from, and what is refused."""
+"""When a run is saved, which checkpoints are kept, how a run resumes, and what is refused."""
 
 import math
 import os
@@ -56,7 +56,7 @@ class Saving(CheckpointMixin, SeedMixin, Trainer):
 
 
 class Noting(Callback[TrainerCore]):
-    """Notes what was saved and loaded, and when."""
+    """Records what was saved and loaded, and when."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[int, str]] = []
@@ -72,7 +72,7 @@ class Noting(Callback[TrainerCore]):
 
 
 class At(Callback[CheckpointMixin]):
-    """Does something at the end of a step."""
+    """Calls a function at the end of a step."""
 
     def __init__(self, step: int, act: Any) -> None:
         self.step, self.act = step, act
@@ -84,7 +84,7 @@ class At(Callback[CheckpointMixin]):
 
 
 def names(directory: Path) -> list[int]:
-    """Return the steps of the checkpoints in a directory, each whole."""
+    """Return the steps of the checkpoints in a directory, all of them intact."""
     store = open_store(directory)
     return [store.verify(name).step for name in store.names()]
 
@@ -103,7 +103,7 @@ def weights(trainer: TrainerCore) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in trainer.unwrapped_model.state_dict().values()])
 
 
-# ---- when
+# ---- when a run is saved
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def weights(trainer: TrainerCore) -> Tensor:
     [(None, [6]), (Epochs(1), [3, 6]), (Steps(2), [2, 4, 6]), (Steps(4), [4, 6]), (Minutes(1e-9), [1, 2, 3, 4, 5, 6])],
 )
 @pytest.mark.parametrize("background", [False, True])
-def test_a_run_is_saved_when_it_is_time_to_and_at_its_end(
+def test_a_run_is_saved_at_each_interval_and_at_its_end(
     tmp_path: Path, every: Any, steps: list[int], background: bool
 ) -> None:
     noting = Noting()
@@ -120,20 +120,20 @@ def test_a_run_is_saved_when_it_is_time_to_and_at_its_end(
     assert [name for _, name in noting.saved] == [f"step-{step:08}" for step in steps]
 
 
-def test_what_falls_on_an_epochs_last_step_has_its_evaluation_in_it(tmp_path: Path) -> None:
+def test_a_checkpoint_at_the_end_of_an_epoch_includes_its_evaluation(tmp_path: Path) -> None:
     trainer = train(tmp_path, checkpoint_every=Steps(3))
     manifests = open_store(tmp_path).manifests()
     assert [manifest.metrics["eval_loss"] for manifest in manifests] == [epoch.eval_loss for epoch in trainer.history]
     assert [(manifest.epoch, manifest.offset) for manifest in manifests] == [(1, 0), (2, 0)]
 
 
-def test_a_value_belongs_to_the_weights_it_was_reported_of(tmp_path: Path) -> None:
+def test_a_manifest_has_only_values_of_the_weights_it_was_saved_with(tmp_path: Path) -> None:
     train(tmp_path, checkpoint_every=Steps(1), evaluate_every=Steps(2))
     evaluated = [manifest.step for manifest in open_store(tmp_path).manifests() if "eval_loss" in manifest.metrics]
     assert evaluated == [2, 4, 6]
 
 
-def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
+def test_save_checkpoint_requests_a_checkpoint(tmp_path: Path) -> None:
     asked: list[str] = []
     elsewhere = tmp_path / "mine" / "good"
     callbacks = [
@@ -148,7 +148,7 @@ def test_a_program_may_ask_for_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(weights(again), weights(train(tmp_path / "whole")))
 
 
-def test_outside_of_a_run_there_is_nothing_to_save(tmp_path: Path) -> None:
+def test_save_checkpoint_is_refused_outside_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(NestedRunError, match=r"save_checkpoint\(\) must be called during a run.* export_model"):
         train(tmp_path).save_checkpoint()
 
@@ -172,8 +172,8 @@ def test_a_run_that_an_exception_ends_between_steps_is_saved(tmp_path: Path, bac
     assert names(tmp_path / "run") == [2]
     data.breaks = False
     again = train(tmp_path / "run", data=data, max_steps=6, num_epochs=None, resume=True)
-    whole = train(tmp_path / "whole", data=data, max_steps=6, num_epochs=None)
-    assert torch.equal(weights(again), weights(whole))
+    uninterrupted = train(tmp_path / "whole", data=data, max_steps=6, num_epochs=None)
+    assert torch.equal(weights(again), weights(uninterrupted))
 
 
 def test_a_run_that_an_exception_ends_within_a_step_is_not_saved(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_run_that_an_exception_ends_within_a_step_is_not_saved(tmp_path: Path)
 
 
 class Poisoned(Saving):
-    """Has a weight that becomes no number."""
+    """Has a weight that becomes NaN."""
 
     @override
     def on_step_end(self, step: StepResult) -> None:
@@ -208,7 +208,7 @@ class Poisoned(Saving):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, background: bool) -> None:
+def test_non_finite_weights_are_not_saved(tmp_path: Path, background: bool) -> None:
     with pytest.warns(UserWarning, match=r"not saved after step \d: \w+ holds NaN") as warned:
         train(tmp_path / "run", Poisoned, checkpoint_every=Steps(1), checkpoint_in_background=background)
     assert len(warned) == 5
@@ -233,13 +233,13 @@ def saved_of_a_poisoned_rank(directory: Path, background: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_weights_that_are_no_numbers_on_another_rank_are_not_saved(tmp_path: Path, background: bool) -> None:
+def test_non_finite_weights_on_another_rank_are_not_saved(tmp_path: Path, background: bool) -> None:
     for steps in run_ranks(saved_of_a_poisoned_rank, 2, tmp_path, background):
         assert steps == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_the_run_and_sets_the_exit_code(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, callbacks=[At(2, lambda _: signal.raise_signal(number))], checkpoint_every=None)
@@ -266,23 +266,23 @@ def test_a_second_ctrl_c_interrupts(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-# ---- which are kept
+# ---- retention
 
 
-def test_rules_of_keeping_go_together(tmp_path: Path) -> None:
+def test_retention_rules_combine(tmp_path: Path) -> None:
     best = Best("eval_loss", mode="max", count=1)
     rules: dict[str, Any] = {"keep_last": 1, "keep_every": 4, "keep_best": best}
     train(tmp_path, checkpoint_every=Steps(1), evaluate_every=Steps(1), **rules)
     assert names(tmp_path) == [1, 4, 6]
 
 
-def test_the_checkpoint_that_was_resumed_from_is_kept(tmp_path: Path) -> None:
+def test_the_checkpoint_that_was_resumed_from_is_not_removed(tmp_path: Path) -> None:
     train(tmp_path, checkpoint_every=Steps(1), num_epochs=1)
     train(tmp_path, checkpoint_every=Steps(1), resume=tmp_path / "step-00000002", keep_last=1)
     assert names(tmp_path) == [2, 6]
 
 
-def test_the_best_are_saved_whatever_the_cadence(tmp_path: Path) -> None:
+def test_best_checkpoints_are_saved_at_any_interval(tmp_path: Path) -> None:
     callbacks = [SaveBest("eval_loss")]
     train(tmp_path, checkpoint_every=None, keep_last=1, callbacks=callbacks, evaluate_every=Steps(2))
     manifests = open_store(tmp_path).manifests()
@@ -291,20 +291,20 @@ def test_the_best_are_saved_whatever_the_cadence(tmp_path: Path) -> None:
         train(tmp_path / "typo", callbacks=[SaveBest("eval_los")])
 
 
-# ---- where a run goes on from
+# ---- resuming
 
 
-def test_resuming_goes_on_where_there_is_something_and_starts_afresh_where_not(tmp_path: Path) -> None:
+def test_resume_continues_a_saved_run_or_starts_a_new_one(tmp_path: Path) -> None:
     noting = Noting()
-    whole = train(tmp_path / "whole")
+    uninterrupted = train(tmp_path / "whole")
     first = train(tmp_path / "run", num_epochs=1, resume=True)
     assert first.progress.steps == 3
     second = train(tmp_path / "run", resume=True, callbacks=[noting])
     assert (noting.loaded, second.progress.steps) == (["step-00000003"], 6)
-    assert torch.equal(weights(second), weights(whole))
-    assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in whole.history]
+    assert torch.equal(weights(second), weights(uninterrupted))
+    assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in uninterrupted.history]
     third = train(tmp_path / "run", resume=True)
-    assert torch.equal(weights(third), weights(whole))
+    assert torch.equal(weights(third), weights(uninterrupted))
     assert names(tmp_path / "run") == [3, 6]
 
 
@@ -317,41 +317,41 @@ def test_a_new_run_in_the_directory_of_another_is_refused(tmp_path: Path) -> Non
         train(tmp_path / "run", resume=tmp_path / "other" / "step-00000003")
 
 
-def test_each_run_of_a_trainer_has_a_line_of_its_own(tmp_path: Path) -> None:
+def test_each_run_of_a_trainer_has_its_own_directory(tmp_path: Path) -> None:
     def script(epochs: int) -> Saving:
         trainer = Saving(**tiny_parts(), checkpoint_dir=tmp_path / "run", resume=True)
         for _ in range(2):
             trainer.train(tiny_data(), num_epochs=epochs, per_device_batch_size=8)
         return trainer
 
-    whole = script(2)
+    uninterrupted = script(2)
     assert (names(tmp_path / "run"), names(tmp_path / "run" / "run-2")) == ([3, 6], [3, 6])
     again = script(2)
-    assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(weights(again), weights(uninterrupted))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
-    whole = train(tmp_path, checkpoint_every=Steps(1))
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
+    uninterrupted = train(tmp_path, checkpoint_every=Steps(1))
     file = tmp_path / "step-00000006" / "shared.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(damaged)
     with pytest.warns(UserWarning, match="step-00000006 is skipped: .*hash differs"):
         again = train(tmp_path, resume=True)
-    assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(weights(again), weights(uninterrupted))
     assert (tmp_path / "step-00000006.01").is_dir()
     with pytest.raises(DamagedCheckpointError, match="hash differs"):
         train(tmp_path / "other", resume=tmp_path / "step-00000006")
 
 
-def test_where_no_checkpoint_is_whole_a_run_does_not_start_afresh_in_silence(tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_does_not_start_silently(tmp_path: Path) -> None:
     train(tmp_path, num_epochs=1)
     (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(CheckpointError, match="none of them is intact"):
         train(tmp_path, resume=True)
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path) -> None:
     stopped = train(tmp_path / "run", callbacks=[At(2, lambda trainer: trainer.stop("enough"))])
     assert stopped.history.stop_reason == "enough"
     again = train(tmp_path / "run", resume=True)
@@ -371,10 +371,10 @@ def test_a_run_that_stopped_early_stops_again(tmp_path: Path) -> None:
     assert train(tmp_path, Stopping, resume=True, num_epochs=4, early_stopping_patience=5).progress.steps == 12
 
 
-# ---- what does not fit
+# ---- mismatches
 
 
-def test_everything_that_differs_is_told_at_once(tmp_path: Path) -> None:
+def test_all_differences_are_reported_at_once(tmp_path: Path) -> None:
     class Averaging(EMAMixin, GradAccumMixin, Saving):
         ema_decay: float = 0.5
 
@@ -383,17 +383,17 @@ def test_everything_that_differs_is_told_at_once(tmp_path: Path) -> None:
     other: dict[str, Any] = {"model": model, "optimizer": AdamW(model.parameters())}
     with pytest.raises(CheckpointError) as refused:
         train(tmp_path / "run", Averaging, resume=True, data=tiny_data(16), gradient_accumulation_steps=2, **other)
-    for told in (
+    for message in (
         "optimizer was 'torch.optim.sgd.SGD' and is 'torch.optim.adamw.AdamW'",
         "accumulation_steps was '1' and is '2'",
         "data was '24 samples' and is '16 samples'",
         "the checkpoint has no part 'ema'",
         "the model's weight is float64 (3, 4), and the checkpoint's float64 (2, 4)",
     ):
-        assert told in str(refused.value)
+        assert message in str(refused.value)
 
 
-def test_what_differs_can_be_waived_by_its_name(tmp_path: Path) -> None:
+def test_a_difference_can_be_ignored_by_name(tmp_path: Path) -> None:
     class Averaging(EMAMixin, Saving):
         ema_decay: float = 0.5
 
@@ -405,7 +405,7 @@ def test_what_differs_can_be_waived_by_its_name(tmp_path: Path) -> None:
 
 
 class Lambda:
-    """Has a state that no file can hold."""
+    """Has a state that cannot be stored."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"function": lambda: None}
@@ -416,7 +416,7 @@ class Lambda:
 ODD: StateKey[Lambda] = StateKey("odd")
 
 
-def test_what_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) -> None:
     class Odd(Mixin):
         @override
         def on_run_start(self) -> None:
@@ -432,7 +432,7 @@ def test_what_cannot_be_stored_is_refused_before_the_first_step(tmp_path: Path) 
     assert torch.equal(weights(trainer), before)
 
 
-def test_the_history_file_goes_on_where_the_checkpoint_left_it(tmp_path: Path) -> None:
+def test_the_history_file_continues_from_the_checkpoint(tmp_path: Path) -> None:
     file, expected = tmp_path / "history.jsonl", tmp_path / "expected.jsonl"
     train(tmp_path / "whole", history_file=expected)
     train(tmp_path / "run", history_file=file, num_epochs=1)
@@ -469,7 +469,7 @@ def test_weights_are_loaded_into_another_trainer(tmp_path: Path) -> None:
         Saving(**parts, checkpoint_dir=tmp_path / "other").load_checkpoint(tmp_path / "run")
 
 
-def test_an_export_is_what_a_model_loads(tmp_path: Path) -> None:
+def test_an_export_can_be_loaded_into_a_model(tmp_path: Path) -> None:
     class Averaging(EMAMixin, Saving):
         ema_decay: float = 0.5
 
@@ -494,12 +494,12 @@ def test_a_key_signs_checkpoints(tmp_path: Path) -> None:
         train(tmp_path, checkpoint_key=b"another", resume=True)
 
 
-def test_a_key_is_shown_nowhere(tmp_path: Path) -> None:
+def test_a_key_is_never_printed(tmp_path: Path) -> None:
     trainer = Saving(**tiny_parts(), checkpoint_dir=tmp_path, checkpoint_key=b"secret")
     assert "secret" not in f"{trainer!r} {trainer.explain()}"
 
 
-def test_hosts_that_do_not_share_the_directory_are_found_out(tmp_path: Path) -> None:
+def test_hosts_that_do_not_share_the_directory_are_detected(tmp_path: Path) -> None:
     def worker() -> str:
         line.SEEN_WITHIN_SECONDS = 0.5
         here = tmp_path / os.environ["RANK"]
@@ -510,11 +510,11 @@ def test_hosts_that_do_not_share_the_directory_are_found_out(tmp_path: Path) -> 
         return str(refused.value)
 
     refused = run_ranks(worker, 2)
-    assert all("is not one directory for all processes" in told for told in refused)
+    assert all("is not one directory for all processes" in message for message in refused)
     assert "rank 1 does not see" in refused[0]
 
 
-def test_a_checkpoint_that_one_process_asks_for_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_requested_by_one_process_is_refused(tmp_path: Path) -> None:
     def ask(trainer: Any) -> None:
         if trainer.distributed.rank == 0:
             trainer.save_checkpoint()
@@ -524,10 +524,10 @@ def test_a_checkpoint_that_one_process_asks_for_is_refused(tmp_path: Path) -> No
             train(tmp_path, callbacks=[At(2, ask)], checkpoint_every=None)
         return str(refused.value)
 
-    assert any("save_checkpoint()" in told for told in run_ranks(worker, 2))
+    assert any("save_checkpoint()" in message for message in run_ranks(worker, 2))
 
 
-def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
+def test_the_state_of_a_callback_is_resumed(tmp_path: Path) -> None:
     def best() -> RestoreBestWeights:
         return RestoreBestWeights("eval_loss", mode="max", restore=False)
 
@@ -538,7 +538,7 @@ def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"checkpoint_every": 5}, "must be a cadence"),
         ({"keep_last": 0}, "keep_last=0"),
@@ -551,13 +551,13 @@ def test_a_callback_with_a_state_goes_on(tmp_path: Path) -> None:
         ({"resume_ignore": "ema"}, "resume_ignore='ema'"),
     ],
 )
-def test_options_that_cannot_be_right_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {**tiny_parts(), "checkpoint_dir": tmp_path, **options}
-    with pytest.raises(OptionError, match=told):
+    with pytest.raises(OptionError, match=message):
         Saving(**given)
 
 
-def test_nothing_is_warned_of_in_a_healthy_run(tmp_path: Path) -> None:
+def test_a_normal_run_emits_no_warnings(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(tmp_path, num_epochs=1)

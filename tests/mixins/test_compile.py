@@ -1,4 +1,4 @@
-"""Compiled models: the same numbers, under the names of the bare model, and only while a run uses them."""
+"""Compiled models: equal numbers, parameter names of the original model, compiled during the run only."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError, OptionError
 from tests.ranks import run_ranks
 
-pytestmark = [  # of dynamo and inductor themselves
+pytestmark = [  # from dynamo and inductor
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
@@ -61,13 +61,13 @@ class Net(nn.Module):
         return output
 
 
-class Bare(GradAccumMixin, GradClipMixin, SeedMixin, Trainer):
+class Plain(GradAccumMixin, GradClipMixin, SeedMixin, Trainer):
     seed: int | None = 3
     gradient_accumulation_steps: int = 2
     max_grad_norm: float | None = 0.5
 
 
-class Compiled(CompileMixin, Bare): ...
+class Compiled(CompileMixin, Plain): ...
 
 
 def data() -> TensorDataset:
@@ -103,47 +103,47 @@ def equal(these: list[Tensor], those: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("extra", [(), (AMPMixin,), (EMAMixin,), (SyncBatchNormMixin,)])
-def test_what_is_traced_only_gives_the_same_bits(extra: tuple[type, ...], regions: bool) -> None:
+def test_tracing_alone_gives_equal_bits(extra: tuple[type, ...], regions: bool) -> None:
     options: dict[str, Any] = {"mixed_precision": "bf16"} if AMPMixin in extra else {}
     options |= {"ema_decay": 0.9} if EMAMixin in extra else {}
     compiled = type("Compiled", (*extra, Compiled), {})
-    mine, losses = trained(compiled, compile_backend="eager", compile_regions=regions, **options)
-    theirs, expected = trained(type("Bare", (*extra, Bare), {}), **options)
+    weights_compiled, losses = trained(compiled, compile_backend="eager", compile_regions=regions, **options)
+    weights_plain, expected = trained(type("Plain", (*extra, Plain), {}), **options)
     assert losses == expected
-    assert equal(mine, theirs)
+    assert equal(weights_compiled, weights_plain)
 
 
-def test_the_model_is_compiled_while_it_trains_and_bare_after_it() -> None:
-    seen: list[str] = []
+def test_the_model_is_compiled_during_the_run_and_restored_after_it() -> None:
+    recorded: list[str] = []
 
     class Looking(Compiled):
         @override
         def train_step(self, batch: tuple[Tensor, Tensor]) -> Any:
-            seen.append(type(self.model).__name__)
+            recorded.append(type(self.model).__name__)
             return super().train_step(batch)
 
     trainer = Looking(**parts(), compile_backend="eager")
     reset()
     before = counters["frames"]["total"]
     trainer.train(data(), num_epochs=1)
-    assert set(seen) == {"OptimizedModule"}
+    assert set(recorded) == {"OptimizedModule"}
     assert counters["frames"]["total"] > before
     assert type(trainer.model) is Net
     assert "forward" not in vars(trainer.model)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_of_regions_each_block_is_compiled(precision: str) -> None:
-    seen: set[str] = set()
+def test_with_regions_each_block_is_compiled(precision: str) -> None:
+    recorded: set[str] = set()
 
     class Looking(AMPMixin, Compiled):
         @override
         def train_step(self, batch: tuple[Tensor, Tensor]) -> Any:
-            seen.update(type(module).__name__ for module in self.model.get_submodule("blocks").children())
+            recorded.update(type(module).__name__ for module in self.model.get_submodule("blocks").children())
             return super().train_step(batch)
 
     trained(Looking, compile_backend="eager", compile_regions=True, mixed_precision=precision)
-    assert seen == {"OptimizedModule"}
+    assert recorded == {"OptimizedModule"}
 
 
 def graphs_of(blocks: int) -> int:
@@ -155,15 +155,15 @@ def graphs_of(blocks: int) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def test_of_regions_more_blocks_have_no_more_graphs() -> None:
+def test_with_regions_more_blocks_need_no_more_graphs() -> None:
     assert 0 < graphs_of(9) == graphs_of(3)
 
 
-def test_inductor_gives_the_same_numbers_but_for_rounding() -> None:
+def test_inductor_gives_equal_numbers_up_to_rounding() -> None:
     compiled, losses = trained(Compiled, num_epochs=1, compile_dynamic=True)
-    bare, expected = trained(Bare, num_epochs=1)
+    plain, expected = trained(Plain, num_epochs=1)
     assert losses == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(compiled, bare, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 class Saving(CheckpointMixin, EMAMixin, Compiled):
@@ -172,28 +172,28 @@ class Saving(CheckpointMixin, EMAMixin, Compiled):
 
 
 @pytest.mark.parametrize("regions", [False, True])
-def test_checkpoints_have_the_names_of_the_bare_model_and_go_on_exactly(tmp_path: Path, regions: bool) -> None:
+def test_checkpoints_have_the_names_of_the_original_model_and_resume_exactly(tmp_path: Path, regions: bool) -> None:
     def train(directory: str, steps: int, **options: Any) -> Saving:
         trainer = Saving(**parts(), checkpoint_dir=tmp_path / directory, compile_regions=regions, **options)
         trainer.train(data(), num_epochs=2, max_steps=steps, per_device_batch_size=4)
         return trainer
 
-    whole = train("whole", 11)
+    uninterrupted = train("whole", 11)
     train("run", 4, checkpoint_every=Steps(1))
     again = train("run", 11, resume=True)
-    assert equal(weights(again), weights(whole))
+    assert equal(weights(again), weights(uninterrupted))
     again.export_model(tmp_path / "ema.safetensors", averages="ema")
     exported = load_file(tmp_path / "ema.safetensors")
     assert [*sorted(exported)] == sorted(Net().state_dict())
     (name, *_) = open_store(tmp_path / "run").names()
-    del again, whole
+    del again, uninterrupted
     with pytest.raises(CheckpointError, match=r"compiled was 'eager, default' and is 'aot_eager, default'"):
         train("run", 11, compile_backend="aot_eager", resume=tmp_path / "run" / name)
 
 
 def losses_of_a_rank(backend: str, regions: bool) -> list[float]:
     options: dict[str, Any] = {"compile_backend": backend, "compile_regions": regions}
-    return trained(Compiled if backend else Bare, **options if backend else {})[1]
+    return trained(Compiled if backend else Plain, **options if backend else {})[1]
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -204,19 +204,19 @@ def test_several_processes_train_as_without_it(regions: bool) -> None:
 def test_a_launch_may_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     assert Compiled(**parts()).resume_invariants()["compiled"] == "eager, default"
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` has it
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it
     assert Compiled(**parts()).resume_invariants()["compiled"] == "inductor, default"
     assert Compiled(**parts(), compile_backend="no").resume_invariants()["compiled"] == "no, default"
 
 
 @pytest.mark.parametrize("name", ["compile_backend", "compile_mode"])
-def test_what_is_no_choice_is_refused(name: str) -> None:
+def test_an_invalid_choice_is_refused(name: str) -> None:
     options: dict[str, Any] = {name: "fast"}
     with pytest.raises(OptionError, match=rf"Compiled\({name}='fast'\): must be one of "):
         Compiled(**parts(), **options)
 
 
-def test_a_graph_that_falls_apart_is_an_error_where_one_is_asked_for() -> None:
+def test_a_graph_break_is_an_error_with_fullgraph() -> None:
     class Broken(Net):
         @override
         def forward(self, inputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ptacc.types.monitor import Monitor
 
 
 class Scripted(EarlyStoppingMixin, Trainer):
-    """Evaluates to the losses that it was told."""
+    """Evaluates to given losses."""
 
     losses: tuple[float, ...] = ()
 
@@ -40,13 +40,13 @@ def epochs_of(losses: tuple[float, ...], patience: int, min_delta: float = 0.0) 
         ((math.nan, 1.0, math.nan, 0.5), 2, 4),
     ],
 )
-def test_it_stops_after_so_many_looks_without_a_better_value(
+def test_it_stops_after_patience_checks_without_improvement(
     losses: tuple[float, ...], patience: int, epochs: int
 ) -> None:
     assert epochs_of(losses, patience)[0] == epochs
 
 
-def test_a_value_must_be_better_by_min_delta() -> None:
+def test_an_improvement_must_be_at_least_min_delta() -> None:
     assert epochs_of((5.0, 4.95, 4.91), 2, min_delta=0.1)[0] == 3
     assert epochs_of((5.0, 4.8, 4.6, 4.4), 1, min_delta=0.1)[0] == 4
 
@@ -56,12 +56,12 @@ def test_the_reason_names_the_value() -> None:
     assert reason == "eval_loss did not improve on 5 in 1 checks"
 
 
-def test_a_value_of_training_is_looked_at_once_an_epoch() -> None:
+def test_a_training_value_is_checked_once_per_epoch() -> None:
     trainer = Scripted(**tiny_parts(), early_stopping_monitor="train_loss", early_stopping_min_delta=100.0)
     assert len(trainer.train(tiny_data(), num_epochs=9)) == 4
 
 
-def test_every_evaluation_is_a_look() -> None:
+def test_every_scheduled_evaluation_is_a_check() -> None:
     trainer = Scripted(**tiny_parts(), losses=(1.0,), early_stopping_patience=3)
     history = trainer.train(tiny_data(24), tiny_data(8), num_epochs=9, evaluate_every=Steps(1))
     assert history[-1].step == 4
@@ -80,7 +80,7 @@ def test_the_best_is_the_best_in_its_mode(mode: str) -> None:
     assert patience.best == (1.0 if mode == "min" else 3.0)
 
 
-def test_an_evaluation_that_a_callback_asks_for_is_not_looked_at() -> None:
+def test_an_evaluation_in_a_callback_is_not_a_check() -> None:
     class Testing(Callback[Scripted]):
         @override
         def on_epoch_end(self, trainer: Scripted, record: EpochRecord) -> None:

@@ -18,47 +18,47 @@ class Averaged(GradAccumMixin, EMAMixin, Trainer): ...
 
 def train(**options: Any) -> tuple[Averaged, list[dict[str, Tensor]]]:
     """Train, and return the weights before and after each step."""
-    seen: list[dict[str, Tensor]] = []
+    recorded: list[dict[str, Tensor]] = []
 
     class Watched(Averaged):
         @override
         def on_step_end(self, step: StepResult) -> None:
             super().on_step_end(step)
-            seen.append(copy.deepcopy(dict(self.unwrapped_model.state_dict())))
+            recorded.append(copy.deepcopy(dict(self.unwrapped_model.state_dict())))
 
     trainer = Watched(**tiny_parts(), **options)
-    seen.append(copy.deepcopy(dict(trainer.model.state_dict())))
+    recorded.append(copy.deepcopy(dict(trainer.model.state_dict())))
     trainer.train(tiny_data(), tiny_data(), num_epochs=2)
-    return trainer, seen
+    return trainer, recorded
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_average_moves_once_a_step(accumulation: int) -> None:
-    trainer, seen = train(ema_decay=0.9, gradient_accumulation_steps=accumulation)
-    expected = seen[0]["weight"]
-    for weights in seen[1:]:
+def test_the_average_is_updated_once_per_step(accumulation: int) -> None:
+    trainer, recorded = train(ema_decay=0.9, gradient_accumulation_steps=accumulation)
+    expected = recorded[0]["weight"]
+    for weights in recorded[1:]:
         expected = 0.9 * expected + 0.1 * weights["weight"]
     torch.testing.assert_close(trainer.run[EMA_STATE].tensors["weight"], expected, rtol=1e-12, atol=0)
     assert trainer.run[EMA_STATE].updates == trainer.progress.steps
 
 
-def test_evaluation_sees_the_average_and_training_does_not() -> None:
-    trainer, seen = train(ema_decay=0.9)
-    assert torch.equal(trainer.model.state_dict()["weight"], seen[-1]["weight"])
+def test_evaluation_uses_the_average_and_training_does_not() -> None:
+    trainer, recorded = train(ema_decay=0.9)
+    assert torch.equal(trainer.model.state_dict()["weight"], recorded[-1]["weight"])
     with trainer.averaged_weights():
         averaged = float(
             nn.functional.cross_entropy(trainer.model(tiny_data().tensors[0]), tiny_data().tensors[1]).detach()
         )
     assert trainer.history[-1].eval_loss == pytest.approx(averaged, rel=1e-12)
     assert trainer.evaluate(tiny_data()).loss == pytest.approx(averaged, rel=1e-12)
-    assert torch.equal(trainer.model.state_dict()["weight"], seen[-1]["weight"])
+    assert torch.equal(trainer.model.state_dict()["weight"], recorded[-1]["weight"])
 
 
-def test_by_option_evaluation_sees_the_models_own_weights() -> None:
+def test_with_ema_evaluates_false_evaluation_uses_the_weights() -> None:
     trainer, _ = train(ema_decay=0.9, ema_evaluates=False)
-    bare = Trainer(**tiny_parts())
-    bare.model.load_state_dict(trainer.model.state_dict())
-    assert trainer.evaluate(tiny_data()).loss == bare.evaluate(tiny_data()).loss
+    plain = Trainer(**tiny_parts())
+    plain.model.load_state_dict(trainer.model.state_dict())
+    assert trainer.evaluate(tiny_data()).loss == plain.evaluate(tiny_data()).loss
 
 
 def test_floating_buffers_are_averaged_and_integers_copied() -> None:
@@ -73,7 +73,7 @@ def test_floating_buffers_are_averaged_and_integers_copied() -> None:
     assert int(averages.tensors["num_batches_tracked"]) == 1
 
 
-def test_exchanging_twice_is_nothing() -> None:
+def test_swapping_twice_restores_the_weights() -> None:
     model = nn.Linear(3, 2)
     averages, before = AveragedWeights(model), copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_exchanging_twice_is_nothing() -> None:
     assert torch.equal(model.weight, raw["weight"])
 
 
-def test_an_exception_in_the_block_gives_the_weights_back() -> None:
+def test_an_exception_in_the_block_restores_the_weights() -> None:
     model = nn.Linear(3, 2)
     averages = AveragedWeights(model)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_an_exception_in_the_block_gives_the_weights_back() -> None:
     assert torch.equal(model.weight, raw)
 
 
-def test_a_model_of_batch_norm_trains_with_averages() -> None:
+def test_a_model_with_batch_norm_trains_with_averages() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     data = TensorDataset(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in tiny_data().tensors))
@@ -108,7 +108,7 @@ def test_a_model_of_batch_norm_trains_with_averages() -> None:
     assert last < first
 
 
-def test_an_evaluation_within_averaged_weights_sees_them_too() -> None:
+def test_an_evaluation_within_averaged_weights_uses_them() -> None:
     trainer, _ = train(ema_decay=0.9)
     expected = trainer.evaluate(tiny_data()).loss
     with trainer.averaged_weights():

@@ -1,4 +1,4 @@
-"""Computing activations anew keeps fewer of them and changes nothing else, not by a bit."""
+"""Recomputing activations stores fewer of them; everything else is equal to the bit."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ Choices = Sequence[type[nn.Module] | str]
 
 
 class Block(nn.Module):
-    """A residual block with all that a second forward could change: dropout and running statistics."""
+    """A residual block with dropout and running statistics, which a second forward could change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
-# ---- the same to the last bit
+# ---- equal to the bit
 
 
 @pytest.mark.parametrize("choices", [[Block], ["blocks.*"], ["blocks.1", nn.Linear], [nn.BatchNorm1d, "*.inner"]])
@@ -109,7 +109,7 @@ def test_losses_weights_and_statistics_are_the_same_to_the_last_bit(choices: Cho
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}])
-def test_so_they_are_on_two_processes(options: dict[str, Any]) -> None:
+def test_they_are_equal_on_two_processes(options: dict[str, Any]) -> None:
     for found, wanted in run_ranks(lambda: (train([Block], **options), train((), **options)), 2):
         assert_same(found, wanted)
 
@@ -119,10 +119,10 @@ def train_synced(choices: Choices, samples: int) -> list[dict[str, Tensor]]:
     return [plain, train(choices, SyncLast, samples=samples), train(choices, SyncFirst, samples=samples)]
 
 
-# On 3 processes the last batch of 26 samples is empty for one of them, which takes part in each sum all the same.
+# On 3 processes, the last of 26 samples leave one rank without data. It still takes part in each all-reduce.
 @pytest.mark.parametrize(("world_size", "samples"), [(2, 28), (3, 26)])
 @pytest.mark.parametrize("choices", [[Block], ["blocks.1", nn.BatchNorm1d]])
-def test_so_they_are_with_batch_norm_over_processes_in_either_order(
+def test_they_are_equal_with_synchronised_batch_norm_in_either_order(
     choices: Choices, world_size: int, samples: int
 ) -> None:
     for plain, *others in run_ranks(train_synced, world_size, choices, samples):
@@ -130,18 +130,18 @@ def test_so_they_are_with_batch_norm_over_processes_in_either_order(
             assert_same(other, plain)
 
 
-def test_so_they_are_with_averaged_weights() -> None:
+def test_they_are_equal_with_averaged_weights() -> None:
     class Averaged(SWAMixin, Checkpointed):
         swa_start: int | None = 1
 
     assert_same(train([Block], Averaged), train((), Averaged))
 
 
-# ---- less is kept
+# ---- stored activations
 
 
 class Weighed(Checkpointed):
-    """Counts what the forward pass of a step keeps for the backward pass, beside the parameters."""
+    """Counts the elements that the forward of a step stores for the backward, without the parameters."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
@@ -149,31 +149,31 @@ class Weighed(Checkpointed):
 
         def pack(tensor: Tensor) -> Tensor:
             if tensor.data_ptr() not in own:
-                kept.append(tensor.numel())
+                stored.append(tensor.numel())
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             return super().train_step(batch)
 
 
-kept: list[int] = []
+stored: list[int] = []
 
 
-def kept_by(choices: Choices) -> int:
-    kept.clear()
+def count_stored(choices: Choices) -> int:
+    stored.clear()
     train(choices, Weighed)
-    return sum(kept)
+    return sum(stored)
 
 
-def test_fewer_activations_are_kept() -> None:
-    every, one, none = kept_by([Block]), kept_by(["blocks.1"]), kept_by(())
+def test_fewer_activations_are_stored() -> None:
+    every, one, none = count_stored([Block]), count_stored(["blocks.1"]), count_stored(())
     assert every < one < none
-    # 32 wide inside of the blocks, 8 wide between them.
+    # 32 wide inside the blocks, 8 wide between them.
     assert every < none / 4
 
 
 class Calls(Checkpointed):
-    """Counts the forward passes of the blocks, those in the backward pass among them."""
+    """Counts the forward passes of the blocks, including those in the backward pass."""
 
     @override
     def on_run_start(self) -> None:
@@ -186,7 +186,7 @@ calls: list[bool] = []
 
 
 @pytest.mark.parametrize(("choices", "passes"), [((), 1), ([Block], 2), ([Block, nn.Sequential, "blocks.*"], 2)])
-def test_the_second_pass_is_for_training_alone_and_there_is_no_third(choices: Choices, passes: int) -> None:
+def test_the_forward_is_repeated_once_and_in_training_only(choices: Choices, passes: int) -> None:
     calls.clear()
     train(choices, Calls)
     batches, blocks, epochs = 7, 3, 2
@@ -194,7 +194,7 @@ def test_the_second_pass_is_for_training_alone_and_there_is_no_third(choices: Ch
     assert calls.count(False) == batches * blocks * epochs
 
 
-# ---- the choice
+# ---- the selection
 
 
 def names_of(choices: Choices, model: nn.Module) -> list[str]:
@@ -215,11 +215,11 @@ def names_of(choices: Choices, model: nn.Module) -> list[str]:
         ([nn.BatchNorm1d], ["blocks.0.inner.1", "blocks.1.inner.1", "blocks.2.inner.1"]),
     ],
 )
-def test_the_outermost_submodules_of_those_named_are_chosen(choices: Choices, names: list[str]) -> None:
+def test_the_outermost_matching_submodules_are_selected(choices: Choices, names: list[str]) -> None:
     assert names_of(choices, Network()) == names
 
 
-def test_a_module_of_two_names_is_chosen_once_by_either() -> None:
+def test_a_module_with_two_names_is_selected_once() -> None:
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     assert select_submodules(model, ["0", "2"], "MyTrainer") == [shared]
@@ -239,7 +239,7 @@ def test_a_module_of_two_names_is_chosen_once_by_either() -> None:
         (Network, r"is a Network"),
     ],
 )
-def test_a_choice_that_matches_nothing_is_refused_before_the_first_step(choice: Any, message: str) -> None:
+def test_a_selector_without_matches_is_refused_before_the_first_step(choice: Any, message: str) -> None:
     trainer = Checkpointed(**make_parts(), gradient_checkpointing=["first", choice])
     with pytest.raises(ModelError, match=message):
         trainer.train(tiny_data(), num_epochs=1)
@@ -248,12 +248,12 @@ def test_a_choice_that_matches_nothing_is_refused_before_the_first_step(choice: 
 
 
 @pytest.mark.parametrize("choices", ["blocks.*", Block, 1, [Block()], [1], [int]])
-def test_what_is_no_list_of_classes_and_names_is_refused(choices: Any) -> None:
+def test_an_invalid_list_of_classes_and_names_is_refused(choices: Any) -> None:
     with pytest.raises(OptionError, match="gradient_checkpointing"):
         Checkpointed(**make_parts(), gradient_checkpointing=choices)
 
 
-# ---- what it leaves behind
+# ---- after the run
 
 
 class Failing(Checkpointed):
@@ -269,14 +269,14 @@ class Failing(Checkpointed):
 copies: list[nn.Module] = []
 
 
-def test_after_an_exception_the_model_is_as_it_was() -> None:
+def test_an_exception_restores_the_model() -> None:
     trainer = Failing(**make_parts(), gradient_checkpointing=[Block])
     with pytest.raises(KeyError):
         trainer.train(tiny_data(), num_epochs=1)
     assert not any("forward" in vars(module) for module in trainer.model.modules())
 
 
-def test_a_copy_that_is_made_within_a_run_has_weights_of_its_own() -> None:
+def test_a_copy_made_during_a_run_has_its_own_weights() -> None:
     copies.clear()
     with pytest.raises(KeyError):
         Failing(**make_parts(), gradient_checkpointing=[Block]).train(tiny_data(), num_epochs=1)
@@ -289,7 +289,7 @@ def test_a_copy_that_is_made_within_a_run_has_weights_of_its_own() -> None:
         torch.testing.assert_close(made(inputs), before + 1)
 
 
-def test_a_graph_can_be_gone_through_twice() -> None:
+def test_backward_can_run_twice_through_a_graph() -> None:
     class Twice(Checkpointed):
         @override
         def backward(self, loss: Tensor) -> None:

@@ -10,7 +10,7 @@ from ptacc.testing import tiny_data, tiny_parts
 
 
 class Clipped(GradAccumMixin, GradClipMixin, Trainer):
-    """Keeps the gradients as the update sees them."""
+    """Records the gradients before the update."""
 
     @override
     def on_gradients_ready(self, step: StepResult) -> None:
@@ -22,7 +22,7 @@ class Clipped(GradAccumMixin, GradClipMixin, Trainer):
         return [p.grad for p in self.unwrapped_model.parameters() if p.grad is not None]
 
 
-def test_the_norm_is_clipped_once_a_step_and_logged_as_it_was() -> None:
+def test_the_norm_is_clipped_once_per_step_and_logged_before_clipping() -> None:
     trainer = Clipped(**tiny_parts(), max_grad_norm=0.1, gradient_accumulation_steps=2)
     steps = trainer.train(tiny_data(), num_epochs=2).steps
     assert all(step.logged["grad_norm"] > 0.1 for step in steps)
@@ -34,7 +34,7 @@ def test_values_are_clamped() -> None:
     assert all(step.logged["largest_after"] == 0.01 for step in steps)
 
 
-def test_an_infinite_norm_is_logged_and_clips_nothing() -> None:
+def test_an_infinite_max_norm_logs_without_clipping() -> None:
     steps = Clipped(**tiny_parts(), max_grad_norm=math.inf).train(tiny_data(), num_epochs=1).steps
     assert [step.logged["grad_norm"] for step in steps] == pytest.approx([step.logged["norm_after"] for step in steps])
 

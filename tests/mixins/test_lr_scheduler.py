@@ -19,16 +19,16 @@ def rates(create: SchedulerFactory, *, num_epochs: int = 2, **options: Any) -> l
     return [step.learning_rate for step in history.steps]
 
 
-def test_a_schedule_of_steps_moves_once_a_step() -> None:
+def test_a_step_scheduler_steps_once_per_step() -> None:
     assert rates(lambda o, plan: StepLR(o, 2, gamma=0.5)) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
 
 
-def test_with_accumulation_a_step_is_still_a_step() -> None:
+def test_a_step_scheduler_ignores_accumulation() -> None:
     half = rates(lambda o, plan: StepLR(o, 1, gamma=0.5), gradient_accumulation_steps=2)
     assert half == pytest.approx([0.1, 0.05, 0.025, 0.0125])
 
 
-def test_a_schedule_of_epochs_moves_once_an_epoch() -> None:
+def test_an_epoch_scheduler_steps_once_per_epoch() -> None:
     found = rates(lambda o, plan: StepLR(o, 1, gamma=0.5), scheduler_interval="epoch")
     assert found == pytest.approx([0.1] * 3 + [0.05] * 3)
 
@@ -67,7 +67,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", ["ConstantLR", "LinearLR", "PolynomialLR", *ARGUMENTS])
-def test_any_torch_schedule_gives_the_rates_that_it_gives_by_hand(name: str) -> None:
+def test_any_torch_scheduler_gives_the_rates_of_a_plain_loop(name: str) -> None:
     make = getattr(lr_scheduler, name)
     optimizer = tiny_parts()["optimizer"]
     schedule, expected = make(optimizer, *ARGUMENTS.get(name, ())), []
@@ -78,7 +78,7 @@ def test_any_torch_schedule_gives_the_rates_that_it_gives_by_hand(name: str) -> 
     assert rates(lambda o, plan: make(o, *ARGUMENTS.get(name, ()))) == expected
 
 
-def test_a_schedule_of_ones_own_needs_three_methods() -> None:
+def test_a_custom_scheduler_needs_three_methods() -> None:
     class Halving:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
             self.optimizer = optimizer

@@ -39,7 +39,7 @@ def test_each_evaluation_set_has_its_own_values() -> None:
     assert record.values()["many/accuracy"] == pytest.approx(right_answers(trainer.model, 24))
 
 
-def test_training_metrics_start_anew_each_epoch() -> None:
+def test_training_metrics_are_reset_each_epoch() -> None:
     trainer = Measured(**tiny_parts(), train_metrics={"accuracy": accuracy()})
     history = trainer.train(tiny_data(24), num_epochs=3)
     metric = trainer.train_metrics["accuracy"]
@@ -48,7 +48,7 @@ def test_training_metrics_start_anew_each_epoch() -> None:
     assert history[-1].values()["train/accuracy"] == history[-1].train_metrics["accuracy"]
 
 
-def test_collections_and_vectors_are_spelt_out() -> None:
+def test_collections_and_vectors_report_each_value() -> None:
     both = MetricCollection({"micro": accuracy(), "f1": MulticlassF1Score(2)})
     trainer = Measured(**tiny_parts(), metrics={"all": both, "each": MulticlassAccuracy(2, average=None)})
     assert set(trainer.evaluate(tiny_data()).metrics) == {"all/micro", "all/f1", "each/0", "each/1"}
@@ -72,7 +72,7 @@ def test_a_plain_object_is_a_metric() -> None:
     assert [trainer.evaluate(tiny_data(11)).metrics["count"] for _ in range(2)] == [11.0, 11.0]
 
 
-def test_batches_that_are_no_pairs_say_what_to_override() -> None:
+def test_a_batch_that_is_not_a_pair_names_the_hook_to_override() -> None:
     class Auto(MetricsMixin[Tensor, Tensor], TrainingLoop[Tensor, Tensor]):
         @override
         def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
@@ -84,7 +84,7 @@ def test_batches_that_are_no_pairs_say_what_to_override() -> None:
         trainer.evaluate(list(torch.ones(8, 4, dtype=torch.float64)))
 
 
-def test_update_metrics_says_what_they_take() -> None:
+def test_update_metrics_can_be_overridden() -> None:
     class LossMeasured(MetricsMixin, Trainer):
         @override
         def update_metrics(

@@ -52,18 +52,18 @@ def events(trace: Path | None) -> list[dict[str, Any]]:
 
 
 def ranges(trace: Path | None) -> list[str]:
-    """Return our ranges in the order in which they begin, without their prefix."""
+    """Return ptacc's ranges in the order of their starts, without the prefix."""
     return [event["name"][6:] for event in events(trace) if event["name"].startswith("ptacc/") and event["ph"] == "X"]
 
 
-# ---- what a trace shows
+# ---- the trace
 
 
 def test_a_trace_reads_like_the_loop(tmp_path: Path) -> None:
     (profile,) = train(tmp_path).profiles
     assert (profile.first_step, profile.num_steps) == (3, 2)
     assert profile.trace == tmp_path / "rank0_step3.pt.trace.json.gz"
-    # Step 3 is the last of its epoch: that there are no more batches is found out by asking for one.
+    # Step 3 is the last of its epoch. The loader is asked for one more batch to find that out.
     assert ranges(profile.trace) == [*OF_A_STEP, "data", *OF_A_STEP]
 
 
@@ -73,12 +73,12 @@ def test_each_batch_of_an_accumulated_step_has_its_ranges(tmp_path: Path) -> Non
     assert ranges(profile.trace) == ["data", "data", *passes, "gradients_ready", "optimizer"]
 
 
-def test_evaluations_are_told_from_training(tmp_path: Path) -> None:
+def test_evaluations_have_ranges(tmp_path: Path) -> None:
     (profile,) = train(tmp_path, evaluate=True, profile_active=1).profiles
     assert ranges(profile.trace) == ["evaluation", *OF_A_STEP]
 
 
-def test_the_operators_of_a_step_lie_in_its_ranges(tmp_path: Path) -> None:
+def test_the_operators_of_a_step_are_within_its_ranges(tmp_path: Path) -> None:
     (profile,) = train(tmp_path, profile_active=1).profiles
     found = {event["name"]: event for event in events(profile.trace) if event["ph"] == "X"}
     inner, outer = found["aten::addmm"], found["ptacc/forward"]
@@ -99,14 +99,14 @@ def test_there_is_a_profile_for_each_cycle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "column"), [("profile_memory", "CPU Mem"), ("profile_shapes", "Input Shapes"), ("profile_stacks", "")]
 )
-def test_what_is_optional_is_in_the_table_where_it_was_asked_for(option: str, column: str) -> None:
+def test_optional_columns_are_in_the_table_if_requested(option: str, column: str) -> None:
     options: dict[str, Any] = {option: True}
     without, asked = train().profiles[0].table, train(**options).profiles[0].table
     assert not column or column not in without
     assert column in asked
 
 
-def test_stacks_are_in_the_trace_and_leave_the_table_to_operators(tmp_path: Path) -> None:
+def test_stacks_are_in_the_trace_and_not_in_the_table(tmp_path: Path) -> None:
     (profile,) = train(tmp_path, profile_stacks=True, profile_rows=1000).profiles
     functions = {event["name"] for event in events(profile.trace) if event.get("cat") == "python_function"}
     assert any("compute_train_loss" in name for name in functions)
@@ -121,10 +121,10 @@ def test_the_table_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert printed.count("Profile of 2 steps, from step 3 on.") == 1
 
 
-# ---- what it leaves alone
+# ---- no side effects
 
 
-def test_no_number_changes() -> None:
+def test_losses_and_weights_are_equal_to_the_bit() -> None:
     options: dict[str, Any] = {"evaluate": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     profiled = train(profile_memory=True, profile_shapes=True, profile_stacks=True, profile_repeat=2, **options)
     later = train(profile_wait=1000, **options)
@@ -136,24 +136,24 @@ def test_no_number_changes() -> None:
 
 
 class Marks(Callback[TrainerCore]):
-    """Sees after each step whether calls are marked, and whether a profiler is on."""
+    """Records after each step whether calls have ranges, and whether a profiler is on."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[bool, bool]] = []
+        self.recorded: list[tuple[bool, bool]] = []
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
         is_marked = "train_step" in vars(trainer) and "update" in vars(trainer.run.engine)
-        self.seen.append((is_marked, _profiler_enabled()))
+        self.recorded.append((is_marked, _profiler_enabled()))
 
 
-def test_nothing_is_left_once_it_is_done() -> None:
+def test_the_ranges_are_removed_after_the_last_cycle() -> None:
     marks = Marks()
     train(callbacks=[marks])
-    assert marks.seen == [(True, False), (True, True), (True, True), *[(False, False)] * 5]
+    assert marks.recorded == [(True, False), (True, True), (True, True), *[(False, False)] * 5]
 
 
-def test_a_second_run_is_profiled_as_the_first() -> None:
+def test_a_second_run_is_profiled_like_the_first() -> None:
     trainer = train()
     trainer.train(tiny_data(), num_epochs=3)
     assert [(profile.first_step, profile.num_steps) for profile in trainer.profiles] == [(3, 2)]
@@ -165,9 +165,9 @@ def save(folder: Path, *, max_steps: int, **options: Any) -> Saved:
     return trainer
 
 
-def test_checkpoints_are_told_from_training(tmp_path: Path) -> None:
+def test_checkpoints_have_ranges(tmp_path: Path) -> None:
     (profile,) = save(tmp_path, max_steps=8, profile_wait=3, profile_dir=tmp_path / "traces").profiles
-    assert ranges(profile.trace) == ["checkpoint", *OF_A_STEP] * 2  # each asks whether it is time to
+    assert ranges(profile.trace) == ["checkpoint", *OF_A_STEP] * 2  # both steps check whether a checkpoint is due
 
 
 def test_a_resumed_run_is_profiled_from_its_own_start(tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_a_resumed_run_is_profiled_from_its_own_start(tmp_path: Path) -> None:
     assert [(profile.first_step, profile.num_steps) for profile in resumed.profiles] == [(8, 2)]
 
 
-# ---- when it does not come to its end
+# ---- interrupted runs
 
 
-def test_an_exception_in_a_profiled_step_leaves_what_was_recorded(tmp_path: Path) -> None:
+def test_an_exception_in_a_profiled_step_writes_the_recorded_steps(tmp_path: Path) -> None:
     trainer = Profiled(**tiny_parts(), profile_dir=tmp_path, fails_in=4)
     with pytest.raises(KeyError, match="a mistake in the loss"):
         trainer.train(tiny_data(), max_steps=8)
@@ -192,7 +192,7 @@ def test_an_exception_in_a_profiled_step_leaves_what_was_recorded(tmp_path: Path
     assert trainer.profiles[0].num_steps == 2
 
 
-def test_an_exception_in_the_first_of_them_leaves_something_too(tmp_path: Path) -> None:
+def test_an_exception_in_the_first_recorded_step_writes_a_profile(tmp_path: Path) -> None:
     trainer = Profiled(**tiny_parts(), profile_dir=tmp_path, fails_in=3)
     with pytest.raises(KeyError, match="a mistake in the loss"):
         trainer.train(tiny_data(), max_steps=8)
@@ -200,7 +200,7 @@ def test_an_exception_in_the_first_of_them_leaves_something_too(tmp_path: Path) 
     assert ranges(trainer.profiles[0].trace) == ["data", "forward"]
 
 
-def test_an_exception_in_loading_data_leaves_something_too(tmp_path: Path) -> None:
+def test_an_exception_in_data_loading_writes_a_profile(tmp_path: Path) -> None:
     inputs, targets = tiny_data().tensors
     samples = [*zip(inputs[:20], targets[:20], strict=True), (torch.zeros(3), torch.tensor(0))]
     trainer = Profiled(**tiny_parts(), profile_dir=tmp_path)
@@ -211,7 +211,7 @@ def test_an_exception_in_loading_data_leaves_something_too(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fails_in", [1, 2])
-def test_an_exception_before_leaves_nothing(fails_in: int) -> None:
+def test_an_exception_before_recording_writes_no_profile(fails_in: int) -> None:
     trainer = Profiled(**tiny_parts(), fails_in=fails_in)
     with pytest.raises(KeyError):
         trainer.train(tiny_data(), max_steps=8)
@@ -219,11 +219,11 @@ def test_an_exception_before_leaves_nothing(fails_in: int) -> None:
     assert not _profiler_enabled()
 
 
-def test_a_run_that_ends_within_the_recording_has_what_there_was() -> None:
+def test_a_run_that_ends_while_recording_writes_the_recorded_steps() -> None:
     assert [(profile.first_step, profile.num_steps) for profile in train(max_steps=3).profiles] == [(3, 1)]
 
 
-def test_a_run_that_ends_before_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_ends_before_recording_prints_a_message(capfd: pytest.CaptureFixture[str]) -> None:
     assert train(max_steps=2).profiles == ()
     said = "No step was profiled: the run ended within 1 skipped and 1 warm-up steps."
     assert said in capfd.readouterr().out
@@ -238,14 +238,14 @@ class Removing(Callback[TrainerCore]):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not be written, and the run continues"):
         trainer = train(tmp_path / "traces", callbacks=[Removing(tmp_path / "traces")])
     assert trainer.progress.steps == 8
     assert trainer.profiles[0].trace is None
 
 
-def test_a_place_where_no_folder_can_be_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_an_invalid_profile_dir_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     trainer = Profiled(**tiny_parts(), profile_dir=tmp_path / "taken")
     with pytest.raises(FileExistsError):
@@ -264,7 +264,7 @@ def test_a_place_where_no_folder_can_be_is_refused_before_the_first_step(tmp_pat
         ("profile_dir", "s3://bucket/traces", "Give a local path"),
     ],
 )
-def test_what_cannot_be_right_is_refused(option: str, value: object, what: str) -> None:
+def test_invalid_options_are_refused(option: str, value: object, what: str) -> None:
     options: dict[str, Any] = {option: value}
     with pytest.raises(OptionError, match=what):
         Profiled(**tiny_parts(), **options)

@@ -25,12 +25,12 @@ def test_a_seed_makes_a_run_reproducible() -> None:
     assert not torch.equal(train(3)[0], train(4)[0])
 
 
-def test_without_a_seed_one_is_drawn_and_told() -> None:
+def test_without_a_seed_one_is_drawn_and_recorded() -> None:
     _, seed = train(None)
     assert seed != train(None)[1]
 
 
-def test_a_seeded_run_puts_the_global_generators_back() -> None:
+def test_a_seeded_run_restores_the_global_generators() -> None:
     model = nn.Sequential(nn.Linear(4, 2).double(), nn.Dropout(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Seeded(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, seed=3, default_callbacks=())
@@ -41,16 +41,16 @@ def test_a_seeded_run_puts_the_global_generators_back() -> None:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_determinism_lasts_as_long_as_the_run(deterministic: bool) -> None:
-    seen: list[bool] = []
+    recorded: list[bool] = []
 
     class Looking(Seeded):
         @override
         def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-            seen.append(torch.are_deterministic_algorithms_enabled())
+            recorded.append(torch.are_deterministic_algorithms_enabled())
             return super().compute_train_loss(outputs, targets)
 
     model = nn.Linear(4, 2).double()
     parts = {"loss_func": nn.CrossEntropyLoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     Looking(model, **parts, deterministic=deterministic, default_callbacks=()).train(tiny_data(), max_steps=1)  # type: ignore[arg-type]
-    assert seen == [deterministic]
+    assert recorded == [deterministic]
     assert not torch.are_deterministic_algorithms_enabled()

@@ -19,17 +19,17 @@ class Averaged(SWAMixin, Trainer): ...
 
 
 def test_the_run_ends_with_the_mean_of_its_last_epochs() -> None:
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     class Watched(Averaged):
         @override
         def on_epoch_end(self, record: EpochRecord) -> None:
             super().on_epoch_end(record)
-            seen.append(self.unwrapped_model.state_dict()["weight"].clone())
+            recorded.append(self.unwrapped_model.state_dict()["weight"].clone())
 
     trainer = Watched(**tiny_parts(), swa_start=2)
     trainer.train(tiny_data(), num_epochs=4)
-    torch.testing.assert_close(trainer.model.state_dict()["weight"], sum(seen[1:], torch.zeros(())) / 3)
+    torch.testing.assert_close(trainer.model.state_dict()["weight"], sum(recorded[1:], torch.zeros(())) / 3)
 
 
 def test_without_a_start_nothing_is_averaged() -> None:
@@ -41,7 +41,7 @@ def test_without_a_start_nothing_is_averaged() -> None:
 
 
 @pytest.mark.parametrize("updates", [True, False])
-def test_batch_norm_is_taken_anew_as_torch_does_it(updates: bool) -> None:
+def test_batch_norm_statistics_are_recomputed_as_torch_does(updates: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -57,7 +57,7 @@ def test_batch_norm_is_taken_anew_as_torch_does_it(updates: bool) -> None:
     assert torch.allclose(norms[0].running_mean, norms[1].running_mean, rtol=1e-10) is updates
 
 
-def test_a_norm_that_was_set_to_eval_mode_keeps_its_statistics() -> None:
+def test_a_norm_in_eval_mode_keeps_its_statistics() -> None:
     class Frozen(Averaged):
         @override
         def on_run_start(self) -> None:
@@ -89,7 +89,7 @@ class SyncedOnTwo(SyncBatchNormMixin, WatchedOnTwo): ...
 weights: list[Tensor] = []
 
 
-# What each process takes. Of a last global batch of 1 sample, and of a dataset of 1, the first process has none.
+# The batches of each rank. Of a last global batch of 1 sample, and of a dataset of 1, the first rank has none.
 DEALT = {
     "ragged": [range(4), range(4, 8), range(8, 12), range(12, 16), range(16, 20), range(20, 24), range(24, 25)],
     "one": [range(1)],
@@ -97,7 +97,7 @@ DEALT = {
 }
 
 
-# What they take together.
+# The global batches.
 TOGETHER: dict[str, list[Sequence[int]]] = {
     "ragged": [range(8), range(8, 16), range(16, 24), range(24, 25)],
     "one": [range(1)],
@@ -164,8 +164,8 @@ def synced_to_the_end(per_device_batch_size: int) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def test_the_last_pass_sees_the_global_batch_where_batch_norm_does() -> None:
-    alone = synced_to_the_end(8)  # of the last global batch of 2, each process has 1
+def test_the_last_pass_uses_the_global_batch_with_synchronised_batch_norm() -> None:
+    alone = synced_to_the_end(8)  # each rank has 1 sample of the last global batch of 2
     for split in run_ranks(synced_to_the_end, 2, 4, timeout=30):
         for name, value in alone.items():
             torch.testing.assert_close(split[name], value, rtol=1e-12, atol=1e-15)

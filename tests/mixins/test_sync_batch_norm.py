@@ -1,4 +1,4 @@
-"""Batch norm over processes is what one process computes with the whole batch, whoever has which part of it."""
+"""Synchronised batch norm equals that of one process with the global batch, however the batch is split."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ def make_model(norm: str) -> nn.Module:
     if norm.startswith("2d"):
         first = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1, bias=False)]
         return nn.Sequential(*first, NORMS[norm](), nn.Tanh(), nn.Flatten(), nn.Linear(27, 2)).double()
-    # A norm of the inputs, too, which have no gradient. No shift before a norm: its gradient is 0 but for rounding.
+    # Includes a norm of the inputs, which have no gradient. A bias before a norm would have a zero gradient.
     first = [nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 6, bias=False)]
     return nn.Sequential(*first, NORMS[norm](), nn.Tanh(), nn.Linear(6, 2)).double()
 
@@ -78,7 +78,7 @@ def distance(ours: Tensor, plain: Tensor) -> float:
     return float((ours - plain).norm()) / (float(plain.norm()) or 1.0)
 
 
-# ---- the whole of it, by real processes
+# ---- training on several processes
 
 
 # The last global batch of 25 samples on 2 processes has one sample, that of 26 samples on 3 processes two: fewer than
@@ -87,7 +87,7 @@ SAMPLES = {(2, False): [24, 27], (2, True): [24, 25], (3, False): [24, 26], (3, 
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_train_as_one_process_with_the_whole_batch(world_size: int) -> None:
+def test_processes_train_as_one_process_with_the_global_batch(world_size: int) -> None:
     cases = [
         Case(norm, samples, accumulation)
         for norm, accumulation in itertools.product(NORMS, (1, 2))
@@ -95,11 +95,11 @@ def test_processes_train_as_one_process_with_the_whole_batch(world_size: int) ->
     ]
     ranks = run_ranks(train_all, world_size, cases, timeout=100)
     for case, *results in zip(cases, *ranks, strict=True):
-        whole = train(Plain, case, case.batch_size * world_size)
+        expected = train(Plain, case, case.batch_size * world_size)
         for result in results:
-            far = {name: distance(result[name], whole[name]) for name in whole}
+            far = {name: distance(result[name], expected[name]) for name in expected}
             assert max(far.values()) <= 1e-12, (case, far)
-            assert result.keys() == whole.keys()
+            assert result.keys() == expected.keys()
 
 
 def without_the_option() -> list[float]:
@@ -115,7 +115,7 @@ def test_without_the_option_each_process_normalises_by_its_own_batch() -> None:
 
 
 class Shards(IterableDataset[tuple[Tensor, Tensor]]):
-    """Unequal data on each process: the shorter ones repeat a batch of theirs, which counts nowhere."""
+    """Ranks have unequal amounts of data: the shorter ones repeat a batch as padding."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -131,15 +131,15 @@ def train_shards() -> list[float]:
     return [step.loss for step in trainer.train(data, max_steps=3, data_is_sharded=True).steps]
 
 
-def test_processes_that_have_no_more_data_count_nowhere() -> None:
+def test_padding_batches_do_not_count() -> None:
     order = [*range(6), *range(18, 24), *range(6, 18)]
     data = TensorDataset(*(tensor[order] for tensor in tiny_data(24).tensors))
     batches = [order[:12], order[12:18], order[18:]]
     positions = [[order.index(i) for i in batch] for batch in batches]
     trainer = Plain(**make_parts(make_model("1d")))
-    whole = [s.loss for s in trainer.train(DataLoader(data, batch_sampler=positions), num_epochs=1).steps]
+    expected = [s.loss for s in trainer.train(DataLoader(data, batch_sampler=positions), num_epochs=1).steps]
     for losses in run_ranks(train_shards, 2):
-        assert losses == pytest.approx(whole, rel=1e-12)
+        assert losses == pytest.approx(expected, rel=1e-12)
 
 
 def train_in_bfloat16() -> tuple[list[float], Tensor]:
@@ -152,7 +152,7 @@ def train_in_bfloat16() -> tuple[list[float], Tensor]:
     return [epoch.train_loss for epoch in history], model.state_dict()["2.running_var"]
 
 
-def test_a_low_precision_trains() -> None:
+def test_mixed_precision_trains() -> None:
     (losses, variance), (others_losses, others_variance) = run_ranks(train_in_bfloat16, 2)
     assert losses == others_losses
     assert losses[-1] < losses[0]
@@ -160,11 +160,11 @@ def test_a_low_precision_trains() -> None:
     assert torch.equal(variance, others_variance)
 
 
-# ---- the mathematics, beside autograd over the concatenated batch
+# ---- outputs and gradients, compared with autograd over the concatenated batch
 
 
 SHAPES = [(3, 4, 5), (1, 4, 5), (2, 4, 5), (2, 4, 5)]
-PHANTOM = 3
+PADDING_RANK = 3
 
 
 def parts_of_a_batch(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -188,9 +188,9 @@ def normalise_a_part(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, T
     inputs, gradients = parts_of_a_batch(dtype)[rank]
     inputs.requires_grad_()
     norm = make_norm().to(norm_dtype)
-    outputs = global_batch_norm(inputs, norm, is_padding=rank == PHANTOM)
-    # The loop scales a phantom's loss by 0.
-    outputs.backward(gradients * (rank != PHANTOM))  # type: ignore[no-untyped-call]
+    outputs = global_batch_norm(inputs, norm, is_padding=rank == PADDING_RANK)
+    # The loop scales the loss of a padding batch by 0.
+    outputs.backward(gradients * (rank != PADDING_RANK))  # type: ignore[no-untyped-call]
     assert inputs.grad is not None
     found = {"outputs": outputs.detach(), "inputs": inputs.grad}
     for name, parameter in norm.named_parameters():
@@ -200,8 +200,8 @@ def normalise_a_part(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, T
     return found | dict(norm.named_buffers())
 
 
-def whole_batch(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, Tensor]:
-    real = parts_of_a_batch(dtype)[:PHANTOM]
+def concatenated_batch(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, Tensor]:
+    real = parts_of_a_batch(dtype)[:PADDING_RANK]
     inputs = torch.cat([part for part, _ in real]).requires_grad_()
     norm = make_norm().to(norm_dtype)
     outputs = norm(inputs)
@@ -224,19 +224,19 @@ def whole_batch(dtype: torch.dtype, norm_dtype: torch.dtype) -> dict[str, Tensor
 def test_outputs_and_gradients_are_those_of_the_concatenated_batch(
     dtype: torch.dtype, norm_dtype: torch.dtype, tolerance: float
 ) -> None:
-    whole = whole_batch(dtype, norm_dtype)
+    expected = concatenated_batch(dtype, norm_dtype)
     ranks = run_ranks(normalise_a_part, len(SHAPES), dtype, norm_dtype)
-    assert not ranks[PHANTOM]["inputs"].any()
+    assert not ranks[PADDING_RANK]["inputs"].any()
     for name in ("outputs", "inputs"):
-        parts = torch.cat([rank.pop(name) for rank in ranks[:PHANTOM]])
+        parts = torch.cat([rank.pop(name) for rank in ranks[:PADDING_RANK]])
         assert parts.dtype == dtype
-        assert distance(parts, whole.pop(name)) <= tolerance, name
-    for rank, name in itertools.product(ranks, whole):
-        assert rank[name].dtype == whole[name].dtype
-        assert distance(rank[name], whole[name]) <= tolerance, name
+        assert distance(parts, expected.pop(name)) <= tolerance, name
+    for rank, name in itertools.product(ranks, expected):
+        assert rank[name].dtype == expected[name].dtype
+        assert distance(rank[name], expected[name]) <= tolerance, name
 
 
-# ---- what it leaves behind, and what it refuses
+# ---- after the run, and invalid models
 
 
 class Failing(Synced):
@@ -257,7 +257,7 @@ def fail() -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-def test_after_an_exception_the_model_is_as_it_was() -> None:
+def test_an_exception_restores_the_model() -> None:
     assert run_ranks(fail, 2) == [["3"], ["3"]]
 
 
@@ -270,7 +270,7 @@ def train_on_one_sample() -> None:
     Synced(**make_parts(make_model("1d"))).train(tiny_data(9), num_epochs=1, per_device_batch_size=4)
 
 
-def test_one_value_in_the_whole_batch_is_refused_as_torch_does() -> None:
+def test_one_value_in_the_global_batch_is_refused_as_torch_does() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         Plain(**make_parts(make_model("1d"))).train(tiny_data(9), num_epochs=1)
     with pytest.raises(RankFailed, match=r"DataError: Expected more than 1 value per channel when training, got 1"):

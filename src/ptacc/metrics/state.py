@@ -7,18 +7,18 @@ state is therefore made of the attributes of each metric, and of the metrics in 
  "loss.metrics.0": {"type": "MeanSquaredError", "values": {"sum_squared_error": ..., "total": ..., ...}, ...}, ...}
 ```
 
-- `values` are registered states, counts, caches, buffers, and all other attributes that can be stored.
+- `values` are registered states, counts, buffers, and all other attributes that can be stored.
 - `arguments` have the name of a constructor parameter and have not changed since the start of the run. They are not
   loaded, but compared with those of the metric that resumes.
 
-Functions, other callables and enum members come with the metric. Any other attribute is refused by name, unless the
-metric stores it through `get_extra_state()` and `set_extra_state()`.
+Functions, other callables, enum members and torchmetrics' own helper objects come with the metric. Any other attribute
+is refused by name, unless the metric stores it through `get_extra_state()` and `set_extra_state()`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import cache
@@ -131,8 +131,7 @@ def list_attributes(metric: nn.Module) -> dict[str, Any]:
     """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    own = vars(metric) if _is_metric(metric) else {}
-    common: Collection[str] = vars(nn.Module()).keys()
+    own, common = vars(metric) if _is_metric(metric) else {}, frozenset(vars(nn.Module()))
     if isinstance(metric, Metric):
         common = list_common_attributes()
         if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
