@@ -47,10 +47,10 @@ class Tied(nn.Module):
 def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
     """Save a checkpoint: of a model, if no parts are given."""
     store = CheckpointStore(str(directory), key)
-    draft = store.begin(values.pop("name", f"step-{step:04}"))
-    files = write_parts(store, draft, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
-    store.commit(draft, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
-    return directory / draft.name
+    pending = store.begin(values.pop("name", f"step-{step:04}"))
+    files = write_parts(store, pending, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
+    store.commit(pending, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
+    return directory / pending.name
 
 
 def damage(checkpoint: Path) -> None:
@@ -343,7 +343,7 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     assert r"gr\xf6\xdfer" in str(out)
 
 
-def test_nobody_reads_on(tmp_path: Path) -> None:
+def test_a_reader_that_ends_early(tmp_path: Path) -> None:
     save(tmp_path, 1)
     reads, writes = os.pipe()
     os.close(reads)

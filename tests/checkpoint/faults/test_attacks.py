@@ -42,7 +42,7 @@ from tests.checkpoint.faults.arenas import (
 from tests.checkpoint.faults.payloads import reseal
 
 
-def test_a_checkpoint_that_nobody_attacked_is_read(arena: Arena) -> None:
+def test_a_checkpoint_that_was_not_attacked_is_read(arena: Arena) -> None:
     check(arena, {"whole": partial(visit, arena.store())}, WHOLE)
 
 
@@ -230,7 +230,7 @@ def test_what_is_removed_is_a_checkpoint(name: str, arena: Arena) -> None:
     assert contents(arena.path) == before
 
 
-def test_directories_in_each_other_are_swept(arena: Arena) -> None:
+def test_directories_in_each_other_are_removed(arena: Arena) -> None:
     store = arena.store()
     deep = Path(store.directory) / ".partial-1"
     for _ in range(200):
@@ -246,7 +246,7 @@ def test_directories_in_each_other_are_swept(arena: Arena) -> None:
         sys.setrecursionlimit(limit)
 
 
-def test_odd_names_are_told_in_words_that_can_be_printed(arena: Arena) -> None:
+def test_odd_names_are_reported_in_printable_characters(arena: Arena) -> None:
     store = arena.store()
     for name in (b"step-\xff", b"step-\x1b[2J", b"step-\n", b"step-" + b"x" * 240, b"step- "):
         (Path(store.directory) / os.fsdecode(name)).mkdir()
