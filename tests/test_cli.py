@@ -128,13 +128,15 @@ def test_a_listing_as_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("command", ["checkpoints", "verify"])
 @pytest.mark.parametrize("name", [".", "missing"])
-def test_no_checkpoints_is_said(command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_checkpoints_is_reported(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     CheckpointStore(str(tmp_path)).begin("step-0001")
     assert main([command, str(tmp_path / name)]) == 1
     assert "ptacc: no checkpoints in" in capsys.readouterr().err
 
 
-def test_a_label_keeps_to_its_line_and_tells_the_terminal_nothing(
+def test_a_label_is_printed_in_one_line_without_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1, label="a\nb\x1b[31m")
@@ -142,7 +144,7 @@ def test_a_label_keeps_to_its_line_and_tells_the_terminal_nothing(
     assert r"'a\nb\x1b[31m'" in capsys.readouterr().out
 
 
-def test_what_a_run_removes_meanwhile_is_no_damage(tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_run_removes_is_not_damaged(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (found,) = list_checkpoints(str(tmp_path), None)
     found.store.remove("step-0001")
@@ -206,7 +208,7 @@ def loaded(path: Path) -> Tied:
     return model
 
 
-def test_weights_are_exported_tied_ones_whole(tmp_path: Path) -> None:
+def test_weights_are_exported_each_tied_one_in_full(tmp_path: Path) -> None:
     model = Tied()
     checkpoint = save(tmp_path, 1, Part("model", model.state_dict()))
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
@@ -250,7 +252,7 @@ def test_what_cannot_be_exported_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_of_a_directory_the_newest_whole_one_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_directory_the_newest_intact_one_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Tied()
     save(tmp_path, 9)
     save(tmp_path / "run-2", 1, Part("model", model.state_dict()))
@@ -262,7 +264,7 @@ def test_of_a_directory_the_newest_whole_one_is_exported(tmp_path: Path, capsys:
     assert torch.equal(loaded(tmp_path / "out").embed.weight, model.embed.weight)
 
 
-def test_of_one_checkpoint_no_other_file_need_be_whole(tmp_path: Path) -> None:
+def test_of_one_checkpoint_only_the_exported_files_need_be_intact(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, 1)
     (checkpoint / "stray").touch()
     assert main(["export", str(checkpoint), str(tmp_path / "one")]) == 0
@@ -360,7 +362,7 @@ def test_an_interrupt_ends_it_quietly(tmp_path: Path) -> None:
         assert finish(process) == (128 + signal.SIGINT, ("", ""))
 
 
-def test_a_missing_file_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path), "--key-file", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("ptacc: [Errno 2] No such file")
 

@@ -72,7 +72,7 @@ def test_the_calls_come_in_the_order_of_the_foreground(tmp_path: Path) -> None:
     assert background_calls == calls_of_a_run(tmp_path / "foreground")
 
 
-def test_steps_resume_meanwhile_and_what_is_saved_is_what_was(tmp_path: Path) -> None:
+def test_training_continues_during_a_save_of_the_state_before(tmp_path: Path) -> None:
     train(make(tmp_path / "foreground", keep_last=None))
     proceed = threading.Event()
     train(
@@ -183,6 +183,6 @@ def saves_of_a_rank_that_fails(directory: Path) -> list[str]:
     return [thread.name for thread in writers()]
 
 
-def test_so_do_two_processes(tmp_path: Path) -> None:
+def test_two_processes_complete_the_save_under_way(tmp_path: Path) -> None:
     assert run_ranks(saves_of_a_rank_that_fails, 2, tmp_path) == [[], []]
     assert CheckpointStore(str(tmp_path)).verify("step-00000002").step == 2

@@ -98,7 +98,7 @@ def test_a_disk_that_fails_leaves_what_was_saved_and_is_named(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize(("on_error", "in_background", "lasting"), WAYS)
-def test_so_it_does_at_every_call(
+def test_a_disk_that_fails_at_any_call_leaves_what_was_saved_and_is_named(
     calls: list[Call],
     expected: list[Tensor],
     tmp_path: Path,
@@ -163,7 +163,7 @@ def test_all_processes_raise_the_error_of_one(
 
 
 @pytest.mark.parametrize(("rank", "at", "lasting", "background"), TWO)
-def test_all_processes_resume_without_a_checkpoint(
+def test_all_processes_continue_without_a_checkpoint(
     expected: list[Tensor], tmp_path: Path, rank: int, at: int, lasting: bool, background: bool
 ) -> None:
     options: dict[str, Any] = {"checkpoint_errors": "warn", "checkpoint_in_background": background}

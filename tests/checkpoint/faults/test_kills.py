@@ -151,7 +151,7 @@ def test_a_run_killed_before_any_call_resumes(
     assert kinds == {call.what for call in uninterrupted.calls}
 
 
-def test_a_run_killed_again_and_again_comes_to_its_end(uninterrupted: Uninterrupted, directory: Path) -> None:
+def test_a_run_killed_again_and_again_ends(uninterrupted: Uninterrupted, directory: Path) -> None:
     chance, kills = random.Random(0), 0
     disk = dying_at(chance.randrange(50, 150))
     while exit_code_of(lambda: save_each_step(directory, filesystem=disk, resume=True)) == KILLED:  # noqa: B023

@@ -40,7 +40,7 @@ def resume_after_each(losses: list[Loss], whole: End) -> None:
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize("seed", [None, 0], ids=["what-was-synced-is-left", "and-some-of-the-rest"])
-def test_a_run_whose_power_goes_resumes(
+def test_a_run_that_loses_power_resumes(
     seed: int | None, directory: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
 ) -> None:
     chance = None if seed is None else random.Random(seed)
@@ -51,7 +51,7 @@ def test_a_run_whose_power_goes_resumes(
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [None, 1], ids=["what-was-synced-is-left", "and-some-of-the-rest"])
-def test_a_run_whose_power_goes_anywhere_resumes(
+def test_a_run_that_loses_power_at_any_moment_resumes(
     seed: int | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, losses = lose_power(directory, monkeypatch, None if seed is None else random.Random(seed))

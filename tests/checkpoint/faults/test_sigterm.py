@@ -267,7 +267,7 @@ def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: Runs, directo
     assert sum(one.at_epoch_end for one in asked) >= 5
 
 
-def test_a_request_in_the_first_steps_is_heard_though_they_are_long(runs: Runs, directory: Path) -> None:
+def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: Runs, directory: Path) -> None:
     trail = directory / "trail"
     case = Case(2, Epochs(1), patience=100)
     launch = Launch(partial(case.train, directory, trail=trail, step_seconds=0.4), 2, trail)

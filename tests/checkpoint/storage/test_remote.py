@@ -97,7 +97,7 @@ def test_no_operation_on_a_remote_file_system_is_a_system_call() -> None:
     assert {*vars(RemoteFileSystem)} >= {"remove_directory", "get_kind", "list_directory", "open"}
 
 
-def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     assert parse_path(f"file://{tmp_path}") == parse_path(f"local://{tmp_path}") == str(tmp_path)
     assert parse_path("runs/x/") == parse_path(Path("runs/x")) == "runs/x"
 
@@ -116,7 +116,7 @@ def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
         (Path("objects://bucket/x"), r"is a Path made from a URL. Give the string 'objects://bucket/x'"),
     ],
 )
-def test_a_url_that_names_no_place_is_refused(place: str | Path, said: str, tmp_path: Path) -> None:
+def test_an_invalid_url_is_refused(place: str | Path, said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
         parse_path(place)
     with pytest.raises(OptionError, match=rf"KillableTrainer\(checkpoint_dir=.*\): .*{said}"):
@@ -132,7 +132,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
         make(tmp_path, checkpoint_dir="absent://bucket/x")
 
 
-def test_nothing_is_looked_up_in_what_was_listed_before(tmp_path: Path) -> None:
+def test_listings_are_not_cached(tmp_path: Path) -> None:
     filesystem = RemoteFileSystem()
     filesystem.write_file(f"{RUN}/one", [])
     assert filesystem.list_directory(RUN) == {"one": False}
@@ -140,7 +140,7 @@ def test_nothing_is_looked_up_in_what_was_listed_before(tmp_path: Path) -> None:
     assert filesystem.list_directory(RUN) == {"one": False, "two": False}
 
 
-def test_what_cannot_be_reached_is_not_taken_for_missing() -> None:
+def test_an_unreachable_file_does_not_pass_for_missing() -> None:
     def fail(request: str, path: str) -> None:
         raise ConnectionError("reset by peer")
 
@@ -428,7 +428,7 @@ def test_a_mark_of_no_checkpoint_marks_nothing(three: RemoteStore, kind: str, na
     assert steps() == [6, 4, 2]
 
 
-def test_what_is_being_removed_is_no_checkpoint(three: RemoteStore) -> None:
+def test_what_is_being_removed_is_not_a_checkpoint(three: RemoteStore) -> None:
     mark(".removed-", "step-00000006")
     assert steps() == [4, 2]
     assert three.clean_up() == [".removed-step-00000006"]
@@ -591,7 +591,7 @@ def test_a_store_that_fails_keeps_what_was_saved_and_is_named(
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("on_error", "lasting"), WAYS)
-def test_so_it_does_at_every_other_request_in_each_way(
+def test_a_store_that_fails_at_any_request_keeps_what_was_saved_and_is_named(
     whole: End, tmp_path: Path, in_background: bool, on_error: str, lasting: bool
 ) -> None:
     options = {"checkpoint_in_background": in_background, "checkpoint_errors": on_error}
@@ -602,7 +602,7 @@ def test_so_it_does_at_every_other_request_in_each_way(
         fail_and_check(tmp_path / f"{number}", failing, requests[number], whole, **options)
 
 
-def test_a_run_that_resumes_never_passes_over_what_it_cannot_reach(tmp_path: Path) -> None:
+def test_a_run_that_resumes_never_skips_an_unreachable_checkpoint(tmp_path: Path) -> None:
     save(tmp_path)
     watched = Watched()
     with observed_by(watched.record):
