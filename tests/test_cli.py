@@ -47,10 +47,10 @@ class Tied(nn.Module):
 def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
     """Save a checkpoint, by default of a model."""
     store = CheckpointStore(str(directory), key)
-    draft = store.begin(values.pop("name", f"step-{step:04}"))
-    files = write_parts(store, draft, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
-    store.commit(draft, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
-    return directory / draft.name
+    pending = store.begin(values.pop("name", f"step-{step:04}"))
+    files = write_parts(store, pending, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
+    store.commit(pending, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
+    return directory / pending.name
 
 
 def damage(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""A cell to read hostile files in: a process of little memory and time, that tells what it opens and runs."""
+"""A cell to read hostile files in: a process of little memory and time, that reports what it opens and runs."""
 
 import codecs
 import contextlib
@@ -66,10 +66,10 @@ class Guard:
         self.watching = False
         for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-32-be", "utf-32-le"):
             codecs.lookup(encoding)  # JSON may be in any of them, and Python loads them when they are met
-        sys.addaudithook(self.hear)
+        sys.addaudithook(self.check)
 
-    def hear(self, event: str, arguments: tuple[object, ...]) -> None:
-        """Hear an event; a hook stays for as long as the process."""
+    def check(self, event: str, arguments: tuple[object, ...]) -> None:
+        """Check an audit event. The hook cannot be removed from the process."""
         if self.watching and not event.startswith(HARMLESS) and not (event == "open" and self.is_reading(*arguments)):
             self.escapes.append(f"{event}{arguments}"[:200])
 

@@ -1,4 +1,4 @@
-"""The processes of a run that is to be killed: how they are started, and what they have told by a moment."""
+"""The processes of a run that is to be killed: starting them, and reading what they have logged."""
 
 import functools
 import json
@@ -19,24 +19,24 @@ from tests.ranks import FORK, find_free_port, make_environment
 
 @dataclass
 class Trail:
-    """What a process has told so far."""
+    """What a process has logged so far."""
 
     path: Path
-    told: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
     _read: int = 0
 
     def look(self) -> None:
-        """Read what was told since the last look."""
+        """Read what was logged since the last call."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self._read)
                 *lines, _ = file.read().split(b"\n")
-            self.told += [json.loads(line) for line in lines]
+            self.lines += [json.loads(line) for line in lines]
             self._read += sum(len(line) + 1 for line in lines)
 
     def before(self, moment: float) -> list[dict[str, Any]]:
-        """Return what was told before a moment of the monotonic clock."""
-        return [line for line in self.told if line["at"] <= moment]
+        """Return what was logged before a moment of the monotonic clock."""
+        return [line for line in self.lines if line["at"] <= moment]
 
 
 class Launch:
@@ -52,18 +52,18 @@ class Launch:
             environment = make_environment(rank, world_size, port)
             process = FORK.Process(target=functools.partial(in_environment, environment, work))
             with warnings.catch_warnings():
-                # Python 3.12 warns of any fork beside a thread, which a child does not need.
+                # Python 3.12 warns of a fork in a process with threads. The child does not need them.
                 warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
                 process.start()
             self.processes.append(process)
 
-    def await_told(self, rank: int, count: int, seconds: float = 30.0) -> bool:
-        """Wait until a process has told so many things; return False where it ends before that."""
+    def await_lines(self, rank: int, count: int, seconds: float = 30.0) -> bool:
+        """Wait until a process has logged so many lines; return False if it ends before that."""
         deadline = time.monotonic() + seconds
-        while len(self.trails[rank].told) < count:
+        while len(self.trails[rank].lines) < count:
             if not self.processes[rank].is_alive():
                 return False
-            assert time.monotonic() < deadline, f"rank {rank} has told {len(self.trails[rank].told)} of {count}"
+            assert time.monotonic() < deadline, f"rank {rank} has logged {len(self.trails[rank].lines)} of {count}"
             time.sleep(0.0005)
             self.trails[rank].look()
         return True

@@ -22,12 +22,12 @@ BUCKET = "bucket"
 PART = 100
 """Bytes after which a file that is written sends a part."""
 
-Hear = Callable[[str, str], object]
-HEARERS: list[Hear] = []
+Listener = Callable[[str, str], object]
+LISTENERS: list[Listener] = []
 
 
 class ObjectStore(AbstractFileSystem):
-    """The store; before each request, whoever is `hearing` is told its name and what it is about."""
+    """The store. Before each request, it calls the listeners with the name of the request and the path."""
 
     protocol: str | tuple[str, ...] = PROTOCOL
 
@@ -35,9 +35,9 @@ class ObjectStore(AbstractFileSystem):
         super().__init__(**options)
         self.listed: dict[str, list[dict[str, Any]]] = {}
 
-    def hear(self, request: str, path: str) -> None:
-        for hear in HEARERS:
-            hear(request, path)
+    def notify(self, request: str, path: str) -> None:
+        for listener in LISTENERS:
+            listener(request, path)
 
     @override
     def invalidate_cache(self, path: str | None = None) -> None:
@@ -47,7 +47,7 @@ class ObjectStore(AbstractFileSystem):
     @override
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         path = self._strip_protocol(path)
-        self.hear("info", path)
+        self.notify("info", path)
         if object_at(path).exists():
             return {"name": path, "size": object_at(path).stat().st_size, "type": "file"}
         if path == BUCKET or any(key.startswith(f"{path}/") for key in keys()):
@@ -57,7 +57,7 @@ class ObjectStore(AbstractFileSystem):
     @override
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         path = self._strip_protocol(path)
-        self.hear("ls", path)
+        self.notify("ls", path)
         if path not in self.listed:
             below = {key.removeprefix(f"{path}/") for key in keys() if key.startswith(f"{path}/")}
             names = {name.partition("/")[0]: "directory" if "/" in name else "file" for name in sorted(below)}
@@ -68,7 +68,7 @@ class ObjectStore(AbstractFileSystem):
 
     @override
     def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> "Upload | BinaryIO":
-        self.hear("open" if mode == "rb" else "create", path)
+        self.notify("open" if mode == "rb" else "create", path)
         if not path.startswith(f"{BUCKET}/"):
             raise FileNotFoundError("The specified bucket does not exist")
         if mode == "rb":
@@ -81,13 +81,13 @@ class ObjectStore(AbstractFileSystem):
     @override
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
-        self.hear("rm_file", path)
+        self.notify("rm_file", path)
         object_at(path).unlink(missing_ok=True)
 
     @override
     def mkdir(self, path: str, create_parents: bool = True, **kwargs: Any) -> None:
         path = self._strip_protocol(path)
-        self.hear("mkdir", path)
+        self.notify("mkdir", path)
         assert "/" in path, "a bucket would be made"
         if path.partition("/")[0] != BUCKET:
             assert not create_parents, "a bucket would be made"
@@ -96,7 +96,7 @@ class ObjectStore(AbstractFileSystem):
     @override
     def rmdir(self, path: str) -> None:
         path = self._strip_protocol(path)
-        self.hear("rmdir", path)
+        self.notify("rmdir", path)
         assert "/" in path, "a bucket would be removed"
         if any(key.startswith(f"{path}/") for key in keys()):
             raise FileExistsError
@@ -113,12 +113,12 @@ class Upload(AbstractBufferedFile):
 
     @override
     def _upload_chunk(self, final: bool = False) -> None:
-        self.system.hear("close" if final else "write", self.place)
+        self.system.notify("close" if final else "write", self.place)
         self.parts.append(self.buffer.getvalue())
         if final:
-            beside = folder() / f".upload-{secrets.token_hex(8)}"
-            beside.write_bytes(b"".join(self.parts))
-            beside.replace(object_at(self.place))
+            partial = folder() / f".upload-{secrets.token_hex(8)}"
+            partial.write_bytes(b"".join(self.parts))
+            partial.replace(object_at(self.place))
 
     @override
     def discard(self) -> None:
@@ -139,13 +139,13 @@ def keys() -> list[str]:
 
 
 @contextmanager
-def hearing(hear: Hear) -> Iterator[None]:
-    """Have each request heard before it is made."""
-    HEARERS.append(hear)
+def observed_by(listener: Listener) -> Iterator[None]:
+    """Call a listener before each request."""
+    LISTENERS.append(listener)
     try:
         yield
     finally:
-        HEARERS.remove(hear)
+        LISTENERS.remove(listener)
 
 
 register_implementation(PROTOCOL, ObjectStore, clobber=True)

@@ -42,7 +42,7 @@ SAMPLES = 18
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Samples of six numbers, the first their index, the others drawn anew each time from all three generators."""
+    """Samples of six numbers, the first their index, the others drawn each time from all three generators."""
 
     def __init__(self, samples: int = SAMPLES) -> None:
         self.samples = samples

@@ -1,4 +1,4 @@
-"""A run to be killed: what it tells on its way, and what it ends with."""
+"""A run to be killed: what it logs, and what it ends with."""
 
 import dataclasses
 import json
@@ -51,8 +51,8 @@ def cosine(optimizer: Optimizer, plan: RunPlan) -> CosineAnnealingLR:
     return CosineAnnealingLR(optimizer, plan.total_steps)
 
 
-class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, SeedMixin, Trainer):
-    """Draws in its steps, keeps much beside its weights, and tells where it is."""
+class KillableTrainer(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, SeedMixin, Trainer):
+    """Draws random numbers, has much state in addition to its weights, and logs what happens."""
 
     seed: int | None = 5
     ema_decay: float = 0.8
@@ -64,8 +64,8 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
     evaluation_seconds: float = 0.0
     streams: dict[str, Any] = field(init=False, default_factory=dict)
 
-    def tell(self, what: str, **more: object) -> None:
-        """Write to the trail that something happens."""
+    def log(self, what: str, **more: object) -> None:
+        """Write an event to the trail."""
         if self.trail is not None:
             line = {"what": what, "at": time.monotonic(), "step": self.progress.steps, **more}
             descriptor = os.open(f"{self.trail}.{self._distributed.rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -83,51 +83,51 @@ class Mortal(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMAMixin, Se
 
     @override
     def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        self.tell("evaluating")
+        self.log("evaluating")
         time.sleep(self.evaluation_seconds)
         return super().eval_step(batch)
 
     @override
     def save_run_state(self) -> None:
-        self.tell("may save")
+        self.log("may save")
         super().save_run_state()
-        self.tell("may have saved")
+        self.log("may have saved")
 
 
-class Telling(Callback[Mortal]):
-    """Tells of events, and notes the random states at the end."""
-
-    @override
-    def on_run_start(self, trainer: Mortal) -> None:
-        trainer.tell("run start")
+class LogEvents(Callback[KillableTrainer]):
+    """Logs events, and keeps the random states at the end."""
 
     @override
-    def on_step_start(self, trainer: Mortal) -> None:
-        trainer.tell("step start")
+    def on_run_start(self, trainer: KillableTrainer) -> None:
+        trainer.log("run start")
 
     @override
-    def on_step_end(self, trainer: Mortal, step: StepResult) -> None:
-        trainer.tell("step end")
+    def on_step_start(self, trainer: KillableTrainer) -> None:
+        trainer.log("step start")
 
     @override
-    def on_evaluation_start(self, trainer: Mortal, name: str) -> None:
-        trainer.tell("evaluation start")
+    def on_step_end(self, trainer: KillableTrainer, step: StepResult) -> None:
+        trainer.log("step end")
 
     @override
-    def on_evaluation_end(self, trainer: Mortal, name: str, result: EvalResult) -> None:
-        trainer.tell("evaluation end")
+    def on_evaluation_start(self, trainer: KillableTrainer, name: str) -> None:
+        trainer.log("evaluation start")
 
     @override
-    def on_epoch_end(self, trainer: Mortal, record: EpochRecord) -> None:
-        trainer.tell("epoch end")
+    def on_evaluation_end(self, trainer: KillableTrainer, name: str, result: EvalResult) -> None:
+        trainer.log("evaluation end")
 
     @override
-    def on_save(self, trainer: Mortal, path: str | Path) -> None:
-        trainer.tell("saved", path=str(path))
+    def on_epoch_end(self, trainer: KillableTrainer, record: EpochRecord) -> None:
+        trainer.log("epoch end")
 
     @override
-    def on_run_end(self, trainer: Mortal) -> None:
-        trainer.tell("run end")
+    def on_save(self, trainer: KillableTrainer, path: str | Path) -> None:
+        trainer.log("saved", path=str(path))
+
+    @override
+    def on_run_end(self, trainer: KillableTrainer) -> None:
+        trainer.log("run end")
         trainer.streams = RandomStreams().state_dict()
 
 
@@ -168,7 +168,7 @@ def store_of(directory: Path) -> CheckpointStore:
     return CheckpointStore(str(directory / "checkpoints"))
 
 
-def make(directory: Path, **options: Any) -> Mortal:
+def make(directory: Path, **options: Any) -> KillableTrainer:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2)).double()
     given: dict[str, Any] = {
@@ -177,17 +177,17 @@ def make(directory: Path, **options: Any) -> Mortal:
         "history_file": history_file(directory),
         **options,
     }
-    return Mortal(net, loss_func=nn.CrossEntropyLoss(), default_callbacks=(), callbacks=[Telling()], **given)
+    return KillableTrainer(net, loss_func=nn.CrossEntropyLoss(), default_callbacks=(), callbacks=[LogEvents()], **given)
 
 
-def train(trainer: Mortal, samples: int = SAMPLES, **options: Any) -> End:
+def train(trainer: KillableTrainer, samples: int = SAMPLES, **options: Any) -> End:
     """Train two epochs of steps of four samples, or what is left of them."""
     batch = 4 // trainer.distributed.world_size
     given: dict[str, Any] = {"num_epochs": 2, "per_device_batch_size": batch, **options}
     return end_of(trainer, trainer.train(tiny_data(samples), tiny_data(12), **given))
 
 
-def end_of(trainer: Mortal, history: RunHistory) -> End:
+def end_of(trainer: KillableTrainer, history: RunHistory) -> End:
     states = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
     return End(
         weights=trainer.model.state_dict(),
@@ -216,7 +216,7 @@ def save_each_step(directory: Path, **options: Any) -> End:
 # ---- what a kill leaves
 
 
-def whole_ones(directory: Path) -> list[Manifest]:
+def intact_checkpoints(directory: Path) -> list[Manifest]:
     """Return the checkpoints of a run, the newest first, and fail if one that has a name is torn."""
     manifests: list[Manifest] = []
     for name, found in store_of(directory).verified():
@@ -225,21 +225,21 @@ def whole_ones(directory: Path) -> list[Manifest]:
     return manifests
 
 
-def check_swept(directory: Path) -> None:
-    """Fail if a run that went on to its end has left something beside its checkpoints."""
+def check_cleaned_up(directory: Path) -> None:
+    """Fail if a run that has ended left anything in addition to its checkpoints."""
     store = store_of(directory)
     assert sorted(path.name for path in Path(store.directory).iterdir()) == store.names()
 
 
-def check_goes_on(directory: Path, whole: End, least: int, most: int, **options: Any) -> None:
-    """Check what a kill has left, when between `least` and `most` saves were complete, and go on from it."""
-    left = whole_ones(directory)
+def check_resumes(directory: Path, whole: End, least: int, most: int, **options: Any) -> None:
+    """Check what a kill has left, when between `least` and `most` saves were complete, and resume it."""
+    left = intact_checkpoints(directory)
     newest = left[0].sequence if left else 0
     assert least <= newest <= most
     assert [manifest.step for manifest in left][:1] == ([newest] if newest else [])
     end = save_each_step(directory, resume=True, **options)
     assert end.differences(whole) == []
-    check_swept(directory)
+    check_cleaned_up(directory)
 
 
 def exit_code_of(do: Callable[[], object]) -> int:

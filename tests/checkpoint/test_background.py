@@ -1,4 +1,4 @@
-"""A run that is saved beside its steps: what is on the disk, and when, and what is told, is as in the foreground."""
+"""A run that is saved in the background: files, their order and reports are those of a save in the foreground."""
 
 import errno
 import os
@@ -68,17 +68,21 @@ def interrupt() -> None:
 
 
 def test_the_calls_come_in_the_order_of_the_foreground(tmp_path: Path) -> None:
-    beside = calls_of_a_run(tmp_path / "background", checkpoint_in_background=True)
-    assert beside == calls_of_a_run(tmp_path / "foreground")
+    background_calls = calls_of_a_run(tmp_path / "background", checkpoint_in_background=True)
+    assert background_calls == calls_of_a_run(tmp_path / "foreground")
 
 
-def test_steps_go_on_meanwhile_and_what_is_saved_is_what_was(tmp_path: Path) -> None:
+def test_training_continues_during_a_save_of_the_state_before(tmp_path: Path) -> None:
     train(make(tmp_path / "foreground", keep_last=None))
-    go_on = threading.Event()
-    train(background(tmp_path / "background", keep_last=None, filesystem=held(go_on), callbacks=[AtStep(4, go_on.set)]))
-    beside, before = (CheckpointStore(str(tmp_path / way)) for way in ("background", "foreground"))
+    proceed = threading.Event()
+    train(
+        background(
+            tmp_path / "background", keep_last=None, filesystem=held(proceed), callbacks=[AtStep(4, proceed.set)]
+        )
+    )
+    background_store, foreground_store = (CheckpointStore(str(tmp_path / way)) for way in ("background", "foreground"))
     for name in ("step-00000002", "step-00000004", "step-00000006"):
-        files = [store.verify(name).files for store in (beside, before)]
+        files = [store.verify(name).files for store in (background_store, foreground_store)]
         tensors = [{file: written for file, written in some.items() if file.endswith("safetensors")} for some in files]
         assert len(tensors[0]) == 2
         assert same(*tensors)
@@ -93,8 +97,8 @@ def test_an_error_is_raised_after_the_next_step(tmp_path: Path) -> None:
 
 
 def test_an_error_that_comes_late_is_raised_at_the_next_save(tmp_path: Path) -> None:
-    go_on = threading.Event()
-    trainer = background(tmp_path / "run", filesystem=Late(go_on), callbacks=[AtStep(4, go_on.set)])
+    proceed = threading.Event()
+    trainer = background(tmp_path / "run", filesystem=Late(proceed), callbacks=[AtStep(4, proceed.set)])
     with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
         train(trainer)
     assert trainer.progress.steps == 4
@@ -136,15 +140,15 @@ def test_a_run_that_ends_by_an_exception_completes_the_save_under_way(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_what_becomes_of_it_is_told_beside_the_exception(tmp_path: Path) -> None:
-    go_on = threading.Event()
+def test_its_error_is_a_warning_in_addition_to_the_exception(tmp_path: Path) -> None:
+    proceed = threading.Event()
 
     def end() -> None:
-        go_on.set()
+        proceed.set()
         interrupt()
 
     with pytest.raises(KeyError, match="of the user"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
-        train(background(tmp_path, filesystem=Late(go_on), callbacks=[AtStep(3, end)]))
+        train(background(tmp_path, filesystem=Late(proceed), callbacks=[AtStep(3, end)]))
 
 
 class Breaking(Dataset[Any]):
@@ -179,6 +183,6 @@ def saves_of_a_rank_that_fails(directory: Path) -> list[str]:
     return [thread.name for thread in writers()]
 
 
-def test_so_do_two_processes(tmp_path: Path) -> None:
+def test_two_processes_complete_the_save_under_way(tmp_path: Path) -> None:
     assert run_ranks(saves_of_a_rank_that_fails, 2, tmp_path) == [[], []]
     assert CheckpointStore(str(tmp_path)).verify("step-00000002").step == 2

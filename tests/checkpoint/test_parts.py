@@ -1,4 +1,4 @@
-"""Parts of a snapshot come back from files, and what they are states of goes on as if nothing had been."""
+"""Parts come back from files as they were, so that training continues as if it had not been interrupted."""
 
 import copy
 import inspect
@@ -30,10 +30,10 @@ from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartErr
 def through_files(directory: Path, *parts: Part) -> Snapshot:
     """Write parts to a checkpoint, and read them back."""
     store = CheckpointStore(str(directory))
-    draft = store.begin("step-1")
-    files = write_parts(store, draft, SHARED, encode_parts(parts))
+    pending = store.begin("step-1")
+    files = write_parts(store, pending, SHARED, encode_parts(parts))
     versions = {part.name: part.version for part in parts}
-    manifest = store.commit(draft, Manifest("", "run", 1, 0, 1, 1, parts=versions, files=files))
+    manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 1, parts=versions, files=files))
     return read_parts(store, store.verify(manifest.name), SHARED)
 
 
@@ -51,20 +51,20 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
-    draft = store.begin("step-1")
+    pending = store.begin("step-1")
     encoded = [encode_parts([Part("random", rank)]) for rank in (0, 1)]
-    files = {k: v for rank in (0, 1) for k, v in write_parts(store, draft, rank_files(rank), encoded[rank]).items()}
-    manifest = store.commit(draft, Manifest("", "run", 1, 0, 1, 2, files=files))
+    files = {k: v for rank in (0, 1) for k, v in write_parts(store, pending, rank_files(rank), encoded[rank]).items()}
+    manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 2, files=files))
     assert [read_parts(store, manifest, rank_files(rank)).take("random") for rank in (0, 1)] == [0, 1]
 
 
 @pytest.mark.parametrize("text", [b"[1, 2]", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff"])
 def test_a_file_that_holds_no_parts_is_damage(text: bytes, tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
-    draft = store.begin("step-1")
-    files = {"shared.json": store.write(draft, "shared.json", [text])}
+    pending = store.begin("step-1")
+    files = {"shared.json": store.write(pending, "shared.json", [text])}
     with pytest.raises(DamagedCheckpointError):
-        read_parts(store, store.commit(draft, Manifest("", "run", 1, 0, 1, 1, files=files)), SHARED)
+        read_parts(store, store.commit(pending, Manifest("", "run", 1, 0, 1, 1, files=files)), SHARED)
 
 
 @pytest.mark.parametrize("state", [lambda: None, {"a": torch.zeros(1, dtype=torch.complex128)}, [object()]])
@@ -118,7 +118,7 @@ class Work:
         self.optimizer = make_optimizer([self.model.weight])
         self.scheduler = make_scheduler(self.optimizer)
 
-    def go_on(self, steps: range) -> None:
+    def train(self, steps: range) -> None:
         for step in steps:
             inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
 
@@ -138,32 +138,32 @@ class Work:
         return [Part(name, copy.deepcopy(holder.state_dict())) for name, holder in holders.items()]
 
 
-def check_goes_on(make: Callable[[], Work], directory: Path) -> None:
+def check_resumes(make: Callable[[], Work], directory: Path) -> None:
     whole, saved, resumed = make(), make(), make()
-    whole.go_on(range(10))
-    saved.go_on(range(5))
+    whole.train(range(10))
+    saved.train(range(5))
     back = through_files(directory, *saved.parts())
     resumed.model.load_state_dict(back.take("model"))
     resumed.optimizer.load_state_dict(back.take("optimizer"))
     resumed.scheduler.load_state_dict(back.take("scheduler"))
-    resumed.go_on(range(5, 10))
+    resumed.train(range(5, 10))
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the order of calls, and of epochs given to chained schedules
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_schedule_goes_on(name: str, tmp_path: Path) -> None:
-    check_goes_on(lambda: Work(lambda weights: optim.SGD(weights, lr=0.1, momentum=0.9), SCHEDULERS[name]), tmp_path)
+def test_a_schedule_resumes(name: str, tmp_path: Path) -> None:
+    check_resumes(lambda: Work(lambda weights: optim.SGD(weights, lr=0.1, momentum=0.9), SCHEDULERS[name]), tmp_path)
 
 
 SPARSE = {"SparseAdam"}  # takes sparse gradients only
 
 
 @pytest.mark.parametrize("kind", [k for k in subclasses_in(optim, optim.Optimizer) if k.__name__ not in SPARSE])
-def test_an_optimizer_goes_on(kind: type[optim.Optimizer], tmp_path: Path) -> None:
+def test_an_optimizer_resumes(kind: type[optim.Optimizer], tmp_path: Path) -> None:
     options: dict[str, Any] = {"lr": 0.01} if "lr" in inspect.signature(kind).parameters else {}
-    check_goes_on(lambda: Work(lambda weights: kind(weights, **options), SCHEDULERS["StepLR"]), tmp_path)
+    check_resumes(lambda: Work(lambda weights: kind(weights, **options), SCHEDULERS["StepLR"]), tmp_path)
 
 
 def test_a_state_as_plain_json_would_not_come_back() -> None:

@@ -1,4 +1,4 @@
-"""A run that goes on from any of its steps ends as the one that was never killed: to the last bit."""
+"""A run that resumes from any of its steps ends as one that was never killed, to the last bit."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 
 def resume_from_every_step(directory: Path, accumulation: int, workers: int, batch_size: int) -> tuple[int, list[str]]:
-    """Run, go on from each of its checkpoints, and return how many there were and what came out differently."""
+    """Run, resume from each of its checkpoints, and return how many there were and what came out differently."""
     options: dict[str, Any] = {
         "workers": workers,
         "batch_size": batch_size,
@@ -23,11 +23,13 @@ def resume_from_every_step(directory: Path, accumulation: int, workers: int, bat
     found: list[str] = []
     for name in names:
         into = directory / f"after-{name}-{accumulation}-{workers}"
-        found += [f"{name}: {what}" for what in go_on(directory / "whole", name, into, options).differences(whole)]
+        found += [
+            f"{name}: {what}" for what in resume_from(directory / "whole", name, into, options).differences(whole)
+        ]
     return len(names), found
 
 
-def go_on(directory: Path, name: str, into: Path, options: dict[str, Any]) -> End:
+def resume_from(directory: Path, name: str, into: Path, options: dict[str, Any]) -> End:
     if os.environ.get("RANK", "0") == "0":
         killed_after(directory, name, into)
     return run(into, resume=True, checkpoint_every=Steps(1), **options)
@@ -35,7 +37,7 @@ def go_on(directory: Path, name: str, into: Path, options: dict[str, Any]) -> En
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.prove)])
-def test_a_run_goes_on_from_every_step(tmp_path: Path, accumulation: int, workers: int) -> None:
+def test_a_run_resumes_from_every_step(tmp_path: Path, accumulation: int, workers: int) -> None:
     assert resume_from_every_step(tmp_path, accumulation, workers, 4) == ({1: 15, 3: 6}[accumulation], [])
 
 

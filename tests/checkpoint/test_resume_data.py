@@ -1,4 +1,4 @@
-"""A run goes on with the samples that are left, whatever its data is, and however often it was interrupted."""
+"""A resumed run trains on the samples that are left, whatever its data is, and however often it was interrupted."""
 
 import os
 import random
@@ -178,7 +178,7 @@ class Plateau(LRSchedulerMixin, Plain):
 
 
 @pytest.mark.parametrize("kind", [Scaled, Plateau])
-def test_a_scaler_and_a_schedule_that_follows_a_value_go_on(tmp_path: Path, kind: type[Plain]) -> None:
+def test_a_scaler_and_a_schedule_that_follows_a_value_resume(tmp_path: Path, kind: type[Plain]) -> None:
     whole = leg(tmp_path / "whole", None, KINDS["shuffled"](), kind, False, torch.float32)
     of_leg = (kind, False, torch.float32)
     assert interrupted(tmp_path / "legs", [1, 2, 6, 10, None], KINDS["shuffled"], *of_leg) == whole

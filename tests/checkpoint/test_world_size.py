@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes: the samples that are left of the epoch, each once."""
+"""A run that resumes with another number of processes trains on each sample that is left of the epoch once."""
 
 from collections.abc import Collection
 from dataclasses import field
@@ -116,7 +116,7 @@ def test_other_batches_are_refused_by_name(tmp_path: Path, world_size: int) -> N
         legs(tmp_path, [(world_size, 4, None)])
 
 
-def test_a_stream_goes_on_in_the_same_batches_only(tmp_path: Path) -> None:
+def test_a_stream_resumes_in_the_same_batches_only(tmp_path: Path) -> None:
     samples, _ = legs(tmp_path / "same", [(1, 8, 2), (2, 4, 9), (1, 8, None)], data=Stream())
     assert samples == list(range(SAMPLES)) * 2
     legs(tmp_path / "other", [(1, 8, 2)], data=Stream())

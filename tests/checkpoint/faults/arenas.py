@@ -43,12 +43,12 @@ def save(store: CheckpointStore, step: int) -> Manifest:
     ]
     numbers = {"python": random.getstate(), "numpy": np.random.default_rng(step).bit_generator.state}
     private = [Part("random", numbers | {"torch": torch.get_rng_state(), "array": np.arange(step + 3.0)})]
-    draft = store.begin(f"step-{step}")
-    files = write_parts(store, draft, SHARED, encode_parts(shared))
-    files |= write_parts(store, draft, rank_files(0), encode_parts(private))
+    pending = store.begin(f"step-{step}")
+    files = write_parts(store, pending, SHARED, encode_parts(shared))
+    files |= write_parts(store, pending, rank_files(0), encode_parts(private))
     versions = {part.name: part.version for part in (*shared, *private)}
     manifest = Manifest("", "a run", step, 1, 2, 1, metrics={"loss": 1 / step}, parts=versions, files=files)
-    return store.commit(draft, manifest)
+    return store.commit(pending, manifest)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Arena:
     """Stores of two checkpoints of which the second is attacked, and a secret that is not in them.
 
     Args:
-        whole: The store that nobody attacks.
+        whole: The store that is not attacked.
         path: Of the rest.
     """
 

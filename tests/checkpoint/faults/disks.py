@@ -88,7 +88,7 @@ class Directory:
 
 
 class Losing(FileSystem):
-    """Does what it is told, and keeps account of what would be left if the power went now: what was synced, alone.
+    """Works as usual, and keeps account of what a loss of power would leave now: only what was synced.
 
     Args:
         root: The directory that everything happens in; it is durable, with what is in it at the start.

@@ -153,8 +153,8 @@ def check_directory(directory: Path, committed: list[str]) -> None:
     assert all(name.startswith((".partial-", ".removed-", ".token-")) for name in others), others
 
 
-def check_goes_on(directory: Path, expected: list[Tensor], **options: Any) -> None:
-    """Check that the run goes on as if the disk had never failed, once it does not, and that what was left is swept."""
+def check_resumes(directory: Path, expected: list[Tensor], **options: Any) -> None:
+    """Check that the run resumes on a disk that works as if it had never failed, and that leftovers are removed."""
     assert same(train(make(directory, resume=True, **options)), expected)
     store = CheckpointStore(str(directory))
     assert sorted(path.name for path in directory.iterdir()) == store.names()
@@ -163,10 +163,10 @@ def check_goes_on(directory: Path, expected: list[Tensor], **options: Any) -> No
 
 def outcome(trainer: Saving) -> tuple[list[Tensor] | CheckpointError, list[str]]:
     """Train, and return the weights or the error, and the warnings."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             ended: list[Tensor] | CheckpointError = train(trainer)
         except CheckpointError as error:
             ended = error
-    return ended, [str(one.message) for one in told]
+    return ended, [str(one.message) for one in warned]

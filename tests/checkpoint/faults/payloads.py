@@ -63,7 +63,7 @@ RUNNING: Mapping[str, Callable[[Path], bytes]] = {
 
 
 def tensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """Return a safetensors file as nobody's writer would write it."""
+    """Return a safetensors file that no library would write."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 

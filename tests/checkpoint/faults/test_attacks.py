@@ -42,7 +42,7 @@ from tests.checkpoint.faults.arenas import (
 from tests.checkpoint.faults.payloads import reseal
 
 
-def test_a_checkpoint_that_nobody_attacked_is_read(arena: Arena) -> None:
+def test_a_checkpoint_that_was_not_attacked_is_read(arena: Arena) -> None:
     check(arena, {"whole": partial(visit, arena.store())}, WHOLE)
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_that_nobody_attacked_is_read(arena: Arena) -> None:
         ("raised: Traceback", lambda arena: bytearray(1 << 30)),
     ],
 )
-def test_a_cell_tells_what_gets_out(outcome: str, trial: Callable[[Arena], object], arena: Arena) -> None:
+def test_a_cell_reports_what_gets_out(outcome: str, trial: Callable[[Arena], object], arena: Arena) -> None:
     outcomes = run_in_a_cell({"it": lambda: str(trial(arena))}, arena.inside)
     assert outcomes["it"].startswith(outcome)
 
@@ -92,14 +92,16 @@ def test_bytes_are_data_or_damage(file: str, arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_is_no_file_is_not_read(file: str, arena: Arena) -> None:
+def test_what_is_not_a_regular_file_is_not_read(file: str, arena: Arena) -> None:
     attacks = {name: partial(place, arena.outside) for name, place in payloads.THINGS.items()}
     check_replaced(arena, file, attacks, NAMED)
 
 
 @pytest.mark.parametrize("place", [payloads.pipe, payloads.directory, payloads.listener])
 @pytest.mark.parametrize("file", FILES)
-def test_what_is_no_file_is_not_left_open(file: str, place: Callable[[Path, Path], None], arena: Arena) -> None:
+def test_what_is_not_a_regular_file_is_not_left_open(
+    file: str, place: Callable[[Path, Path], None], arena: Arena
+) -> None:
     store, before = arena.store(), os.listdir("/proc/self/fd")  # noqa: PTH208  # descriptors, not paths
     place(arena.outside, Path(store.directory) / "step-2" / file)
     with pytest.raises(DamagedCheckpointError, match=r"is not a regular file|cannot be opened"):
@@ -155,7 +157,7 @@ def test_a_small_file_does_not_grow_in_memory(tag: str, arena: Arena) -> None:
     check(arena, {"it": partial(visit, resealed_with(arena.store(), tree, tensors))}, WHOLE)
 
 
-def test_what_there_is_no_memory_for_is_refused(arena: Arena) -> None:
+def test_a_file_larger_than_the_memory_is_refused(arena: Arena) -> None:
     store = arena.store()
     os.truncate(Path(store.directory) / "step-2" / "shared.safetensors", ROOM + MAX_JSON_SIZE // 8)
     reseal(Path(store.directory) / "step-2")
@@ -230,7 +232,7 @@ def test_what_is_removed_is_a_checkpoint(name: str, arena: Arena) -> None:
     assert contents(arena.path) == before
 
 
-def test_directories_in_each_other_are_swept(arena: Arena) -> None:
+def test_directories_in_each_other_are_removed(arena: Arena) -> None:
     store = arena.store()
     deep = Path(store.directory) / ".partial-1"
     for _ in range(200):
@@ -246,7 +248,7 @@ def test_directories_in_each_other_are_swept(arena: Arena) -> None:
         sys.setrecursionlimit(limit)
 
 
-def test_odd_names_are_told_in_words_that_can_be_printed(arena: Arena) -> None:
+def test_odd_names_are_reported_in_printable_characters(arena: Arena) -> None:
     store = arena.store()
     for name in (b"step-\xff", b"step-\x1b[2J", b"step-\n", b"step-" + b"x" * 240, b"step- "):
         (Path(store.directory) / os.fsdecode(name)).mkdir()

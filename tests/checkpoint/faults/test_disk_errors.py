@@ -24,7 +24,7 @@ from tests.checkpoint.faults.failing import (
     Failing,
     calls_of_a_run,
     check_directory,
-    check_goes_on,
+    check_resumes,
     make,
     outcome,
     same,
@@ -69,7 +69,7 @@ def fail_and_check(
     assert os.strerror(disk.error) in first
     assert (directory / call.path).resolve().name in first
     assert bool(warned) == (call.phase == ROTATION or not is_raised)
-    check_goes_on(directory, expected)
+    check_resumes(directory, expected)
 
 
 def fail_at(
@@ -98,7 +98,7 @@ def test_a_disk_that_fails_leaves_what_was_saved_and_is_named(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize(("on_error", "in_background", "lasting"), WAYS)
-def test_so_it_does_at_every_call(
+def test_a_disk_that_fails_at_any_call_leaves_what_was_saved_and_is_named(
     calls: list[Call],
     expected: list[Tensor],
     tmp_path: Path,
@@ -163,7 +163,7 @@ def test_all_processes_raise_the_error_of_one(
 
 
 @pytest.mark.parametrize(("rank", "at", "lasting", "background"), TWO)
-def test_all_processes_go_on_without_a_checkpoint(
+def test_all_processes_continue_without_a_checkpoint(
     expected: list[Tensor], tmp_path: Path, rank: int, at: int, lasting: bool, background: bool
 ) -> None:
     options: dict[str, Any] = {"checkpoint_errors": "warn", "checkpoint_in_background": background}
@@ -218,4 +218,4 @@ def test_a_disk_that_is_full_keeps_what_it_has_and_takes_the_run_again(
     check_directory(small_disk / "run", ["step-00000002", "step-00000004"])
 
     CheckpointStore(str(small_disk / "run")).remove("step-00000002")
-    check_goes_on(small_disk / "run", expected, **large_parts())
+    check_resumes(small_disk / "run", expected, **large_parts())

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere goes on and ends as if it had not been: to the last bit."""
+"""A run that is killed at any moment and resumed ends as one that was not killed, to the last bit."""
 
 import os
 import random
@@ -20,18 +20,18 @@ from tests.checkpoint.launches import Launch
 from tests.checkpoint.runs import (
     STEPS,
     End,
-    check_goes_on,
-    check_swept,
+    check_cleaned_up,
+    check_resumes,
     exit_code_of,
     in_memory,
+    intact_checkpoints,
     save_each_step,
-    whole_ones,
 )
 from tests.ranks import run_ranks
 
 KILLED = 9
-TOLD = 40
-"""What a process of two tells at least before its last save."""
+LINES = 40
+"""Lines that each process of two logs at least before its last save."""
 
 
 # ---- the process ends before a system call
@@ -42,7 +42,7 @@ class Call:
     """A system call of a run's saves.
 
     Args:
-        what: Its name, and what it is about: `"rename draft"`.
+        what: Its name, and what it is about: `"rename pending"`.
         committed: Checkpoints that were there before it.
     """
 
@@ -51,10 +51,10 @@ class Call:
 
 
 def about(name: str, arguments: tuple[Any, ...]) -> str:
-    """Return what a call is about: a file, a draft, what is being removed, or the directory of one."""
+    """Return what a call is about: a file, a pending, what is being removed, or the directory of one."""
     first = arguments[0]
     path = Path(f"/proc/self/fd/{first}").readlink() if isinstance(first, int) else Path(first)
-    kinds = {".partial-": "draft", ".removed-": "trash", "step-": "checkpoint", ".token-": "token"}
+    kinds = {".partial-": "pending", ".removed-": "trash", "step-": "checkpoint", ".token-": "token"}
     where = [kind for part in path.parts for prefix, kind in kinds.items() if part.startswith(prefix)]
     is_file = name in ("open_new", "write", "remove_file") or path.is_file()
     file = "manifest of " if path.name == "manifest.json" else "file of " if is_file else ""
@@ -68,10 +68,10 @@ class Watched:
         self.calls: list[Call] = []
         self._committed = 0
 
-    def hear(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+    def record(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
         what = about(name, arguments)
         self.calls.append(Call(what, self._committed))
-        self._committed += what == "rename draft"
+        self._committed += what == "rename pending"
 
 
 @pytest.fixture
@@ -96,16 +96,16 @@ def in_background(request: pytest.FixtureRequest) -> bool:
 def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     watched = Watched()
     directory = tmp_path_factory.mktemp("uninterrupted")
-    end = save_each_step(directory, filesystem=Interposed(watched.hear), checkpoint_in_background=in_background)
-    assert [manifest.step for manifest in whole_ones(directory)] == [STEPS, STEPS - 1]
+    end = save_each_step(directory, filesystem=Interposed(watched.record), checkpoint_in_background=in_background)
+    assert [manifest.step for manifest in intact_checkpoints(directory)] == [STEPS, STEPS - 1]
     return Uninterrupted(end, watched.calls)
 
 
-def kill_and_go_on(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
+def kill_and_resume(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
     killed = exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number), **options))
     assert killed == KILLED
     committed = whole.calls[number].committed
-    check_goes_on(directory, whole.end, committed, committed, **options)
+    check_resumes(directory, whole.end, committed, committed, **options)
     shutil.rmtree(directory)
 
 
@@ -113,7 +113,7 @@ def kill_at_each(numbers: Iterable[int], whole: Uninterrupted, directory: Path, 
     """Kill a run at each of some calls, and return what kinds of calls these were."""
     kinds: set[str] = set()
     for number in numbers:
-        kill_and_go_on(directory / f"{number}", number, whole, **options)
+        kill_and_resume(directory / f"{number}", number, whole, **options)
         kinds.add(whole.calls[number].what)
     return kinds
 
@@ -128,11 +128,11 @@ def one_of_each_kind(calls: list[Call]) -> Iterator[int]:
 def test_the_calls_of_a_run_are_of_all_kinds(uninterrupted: Uninterrupted) -> None:
     kinds = {call.what for call in uninterrupted.calls}
     assert {what.split()[0] for what in kinds} == {*CALLS}
-    assert kinds >= {"make_directory draft", "sync manifest of draft", "rename draft", "rename checkpoint"}
+    assert kinds >= {"make_directory pending", "sync manifest of pending", "rename pending", "rename checkpoint"}
     assert kinds >= {"sync directory", "remove_file file of trash", "remove_directory trash"}
 
 
-def test_a_run_killed_before_a_call_of_every_other_kind_goes_on(
+def test_a_run_killed_before_a_call_of_every_other_kind_resumes(
     uninterrupted: Uninterrupted, in_background: bool, directory: Path
 ) -> None:
     numbers = list(one_of_each_kind(uninterrupted.calls))[in_background::2]
@@ -142,7 +142,7 @@ def test_a_run_killed_before_a_call_of_every_other_kind_goes_on(
 
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
-def test_a_run_killed_before_any_call_goes_on(
+def test_a_run_killed_before_any_call_resumes(
     uninterrupted: Uninterrupted, in_background: bool, directory: Path
 ) -> None:
     numbers = range(len(uninterrupted.calls))
@@ -151,14 +151,14 @@ def test_a_run_killed_before_any_call_goes_on(
     assert kinds == {call.what for call in uninterrupted.calls}
 
 
-def test_a_run_killed_again_and_again_comes_to_its_end(uninterrupted: Uninterrupted, directory: Path) -> None:
+def test_a_run_killed_again_and_again_ends(uninterrupted: Uninterrupted, directory: Path) -> None:
     chance, kills = random.Random(0), 0
     disk = dying_at(chance.randrange(50, 150))
     while exit_code_of(lambda: save_each_step(directory, filesystem=disk, resume=True)) == KILLED:  # noqa: B023
         kills += 1
         disk = dying_at(chance.randrange(50, 150))
     assert kills >= 3
-    check_goes_on(directory, uninterrupted.end, STEPS, STEPS)
+    check_resumes(directory, uninterrupted.end, STEPS, STEPS)
 
 
 def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
@@ -167,7 +167,7 @@ def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
     number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "remove_file file of token")
     assert exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
     assert [path.name[:7] for path in (directory / "checkpoints").iterdir()] == [".token-"]
-    check_goes_on(directory, uninterrupted.end, 0, 0)
+    check_resumes(directory, uninterrupted.end, 0, 0)
 
 
 # ---- a process of two is killed
@@ -186,43 +186,43 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[End]:
     return run_ranks(save_as_one_of_two, 2, tmp_path_factory.mktemp("both"))
 
 
-def check_both_go_on(directory: Path, both: list[End], saved: int) -> None:
-    """Check what a kill left of a run that had told of its checkpoint after step `saved`, and go on from it."""
-    left = [manifest.step for manifest in whole_ones(directory)]
+def check_both_resume(directory: Path, both: list[End], saved: int) -> None:
+    """Check what a kill left of a run that had logged its checkpoint after step `saved`, and resume it."""
+    left = [manifest.step for manifest in intact_checkpoints(directory)]
     assert not saved or left[0] in (saved, saved + 1)
     ends = run_ranks(save_as_one_of_two, 2, directory)
     assert [end.differences(whole) for end, whole in zip(ends, both, strict=True)] == [[], []]
-    check_swept(directory)
+    check_cleaned_up(directory)
 
 
-def kill_one_of_two(directory: Path, rank: int, told: int, chance: random.Random, both: list[End]) -> None:
-    """Kill a process as soon as it has told so many things, or a little later; the run goes on with two."""
+def kill_one_of_two(directory: Path, rank: int, lines: int, chance: random.Random, both: list[End]) -> None:
+    """Kill a process as soon as it has logged so many lines, or a little later; then resume the run with two."""
     trail = directory / "trail"
     launch = Launch(partial(save_as_one_of_two, directory, trail), 2, trail)
-    assert launch.await_told(rank, told)
+    assert launch.await_lines(rank, lines)
     time.sleep(chance.uniform(0, 0.01))
     launch.send(rank, signal.SIGKILL)
     codes = launch.exit_codes(20)
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
-    saved = [line["step"] for line in launch.trails[0].told if line["what"] == "saved"]
-    check_both_go_on(directory, both, max(saved, default=0))
+    saved = [line["step"] for line in launch.trails[0].lines if line["what"] == "saved"]
+    check_both_resume(directory, both, max(saved, default=0))
 
 
 def kill_in_turn(times: int, directory: Path, both: list[End]) -> None:
     """Kill processes in turn, at moments from all over the run."""
     chance = random.Random(0)
     for turn in range(times):
-        told = 1 + int(TOLD * (turn + chance.random()) / times)
-        kill_one_of_two(directory / f"{turn}", turn % 2, told, chance, both)
+        lines = 1 + int(LINES * (turn + chance.random()) / times)
+        kill_one_of_two(directory / f"{turn}", turn % 2, lines, chance, both)
 
 
-def test_two_processes_one_of_which_is_killed_go_on(directory: Path, both: list[End]) -> None:
+def test_two_processes_one_of_which_is_killed_resume(directory: Path, both: list[End]) -> None:
     kill_in_turn(2, directory, both)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_two_processes_one_of_which_is_killed_twenty_times_go_on(directory: Path, both: list[End]) -> None:
+def test_two_processes_one_of_which_is_killed_twenty_times_resume(directory: Path, both: list[End]) -> None:
     kill_in_turn(20, directory, both)
 
 
@@ -231,16 +231,18 @@ def die_within_a_save(directory: Path, rank: int, number: int, both: list[End]) 
     launch = Launch(partial(save_as_one_of_two, directory, trail, dies=(rank, number)), 2, trail)
     codes = launch.exit_codes(20)
     assert (codes[rank], codes[1 - rank]) == (KILLED, 1)
-    saved = [line["step"] for line in launch.trails[0].told if line["what"] == "saved"]
-    check_both_go_on(directory, both, max(saved, default=0))
+    saved = [line["step"] for line in launch.trails[0].lines if line["what"] == "saved"]
+    check_both_resume(directory, both, max(saved, default=0))
 
 
-def test_nobody_waits_for_a_process_that_was_killed_within_a_save(directory: Path, both: list[End]) -> None:
+def test_no_process_waits_for_a_process_that_was_killed_within_a_save(directory: Path, both: list[End]) -> None:
     die_within_a_save(directory, 1, 20, both)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_nobody_waits_for_a_process_that_was_killed_anywhere_within_a_save(directory: Path, both: list[End]) -> None:
+def test_no_process_waits_for_a_process_that_was_killed_anywhere_within_a_save(
+    directory: Path, both: list[End]
+) -> None:
     for number in range(1, 50, 3):
         die_within_a_save(directory / f"{number}", number // 3 % 2, number, both)

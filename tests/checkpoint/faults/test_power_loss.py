@@ -1,4 +1,4 @@
-"""A run whose power goes anywhere goes on and ends as if it had not: to the last bit."""
+"""A run that loses power at any moment and is resumed ends as one that did not, to the last bit."""
 
 import os
 import random
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.faults.powerless import Logged, Loss, Powerless
-from tests.checkpoint.runs import STEPS, End, check_goes_on, history_file, in_memory, save_each_step
+from tests.checkpoint.runs import STEPS, End, check_resumes, history_file, in_memory, save_each_step
 
 
 @pytest.fixture
@@ -32,29 +32,29 @@ def lose_power(
     return end, disk.losses
 
 
-def go_on_after_each(losses: list[Loss], whole: End) -> None:
+def resume_after_each(losses: list[Loss], whole: End) -> None:
     for loss in losses:
-        check_goes_on(loss.left, whole, loss.least, loss.most)
+        check_resumes(loss.left, whole, loss.least, loss.most)
     assert {loss.least for loss in losses} == {*range(STEPS + 1)}
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize("seed", [None, 0], ids=["what-was-synced-is-left", "and-some-of-the-rest"])
-def test_a_run_whose_power_goes_goes_on(
+def test_a_run_that_loses_power_resumes(
     seed: int | None, directory: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
 ) -> None:
     chance = None if seed is None else random.Random(seed)
     whole, losses = lose_power(directory, monkeypatch, chance, checkpoint_in_background=in_background)
-    go_on_after_each(losses[:: len(losses) // (STEPS + 2)], whole)
+    resume_after_each(losses[:: len(losses) // (STEPS + 2)], whole)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [None, 1], ids=["what-was-synced-is-left", "and-some-of-the-rest"])
-def test_a_run_whose_power_goes_anywhere_goes_on(
+def test_a_run_that_loses_power_at_any_moment_resumes(
     seed: int | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, losses = lose_power(directory, monkeypatch, None if seed is None else random.Random(seed))
     some = losses[::3]
     assert len(some) >= 60
-    go_on_after_each(some, whole)
+    resume_after_each(some, whole)

@@ -16,7 +16,7 @@ CALLS = {
     *("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "numpy.fromregex", "pandas.read_pickle"),
 }
 PICKLING = {"numpy.load", "numpy.save", "numpy.lib.npyio.load", "numpy.lib.format.read_array"}
-"""Calls that pickle where they are allowed to, and have to be told that they are not."""
+"""Calls that pickle unless an argument forbids it."""
 
 
 def offences(source: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A run that is asked to terminate saves itself in seconds, and goes on and ends as if it had not been asked."""
+"""A run that gets a termination signal is saved in seconds. Resumed, it ends as one without a signal."""
 
 import random
 import signal
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ptacc import Epochs, RunPlan, Steps
 from ptacc.testing import tiny_data
 from tests.checkpoint.launches import Launch, Trail
-from tests.checkpoint.runs import End, Mortal, check_swept, end_of, in_memory, make, whole_ones
+from tests.checkpoint.runs import End, KillableTrainer, check_cleaned_up, end_of, in_memory, intact_checkpoints, make
 from tests.ranks import run_ranks
 
 SECONDS = 5.0
@@ -25,7 +25,7 @@ SECONDS = 5.0
 SPARE = 5
 """How many requests there are more than have to be in time."""
 LAST_PART = 0.96
-"""What is told after so much of a run is told at its end, when a signal may be too late."""
+"""The part of a run after which a signal may come too late."""
 
 
 def on_plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
@@ -49,7 +49,7 @@ class Case:
     patience: int
     stop_check_every: int = 16
 
-    def trainer(self, directory: Path, **options: Any) -> Mortal:
+    def trainer(self, directory: Path, **options: Any) -> KillableTrainer:
         return make(
             directory,
             create_scheduler=on_plateau,
@@ -63,7 +63,7 @@ class Case:
         )
 
     def train(self, directory: Path, **options: Any) -> End:
-        """Train four epochs of six steps, or what is left of them, and tell where that was broken off."""
+        """Train four epochs of six steps, or what is left of them, and log where the run was interrupted."""
         trainer = self.trainer(directory, **options)
         try:
             history = trainer.train(
@@ -76,7 +76,7 @@ class Case:
             )
         except SystemExit:
             now = trainer.progress
-            trainer.tell("exit", epoch=now.epochs, offset=now.offset, reason=trainer.history.stop_reason)
+            trainer.log("exit", epoch=now.epochs, offset=now.offset, reason=trainer.history.stop_reason)
             raise
         return end_of(trainer, history)
 
@@ -97,10 +97,10 @@ SAVING: tuple[Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Uninterrupted:
-    """What a run ends with on each process, and how much each tells on its way."""
+    """What a run ends with on each process, and how many lines each logs."""
 
     ends: list[End]
-    told: int
+    lines: int
     last_step: int
 
 
@@ -118,7 +118,7 @@ class Runs:
             ends = run_ranks(partial(case.train, directory, trail=directory / "trail"), case.world_size)
             trail = Trail(directory / "trail.0")
             trail.look()
-            self.made[case] = Uninterrupted(ends, len(trail.told), trail.told[-1]["step"])
+            self.made[case] = Uninterrupted(ends, len(trail.lines), trail.lines[-1]["step"])
         return self.made[case]
 
 
@@ -153,7 +153,7 @@ class Request:
         saving: Its options of checkpoints.
         number: The signal.
         ranks: Who is sent it.
-        told: It is sent when the first of them has told so much,
+        lines: The signal is sent when the first of them has logged so many lines,
         delay: and so many seconds later.
     """
 
@@ -161,14 +161,14 @@ class Request:
     saving: Mapping[str, Any]
     number: signal.Signals
     ranks: tuple[int, ...]
-    told: int
+    lines: int
     delay: float
 
     def make(self, directory: Path, whole: Uninterrupted) -> Asked | None:
-        """Ask a run to terminate, check what it leaves, and go on from it; None where the run was at its end."""
+        """Terminate a run, check what it leaves, and resume it. None if the run had ended."""
         trail = directory / "trail"
         launch = Launch(partial(self.case.train, directory, trail=trail, **self.saving), self.case.world_size, trail)
-        if not launch.await_told(self.ranks[0], self.told):
+        if not launch.await_lines(self.ranks[0], self.lines):
             return None
         time.sleep(self.delay)
         sent = time.monotonic()
@@ -178,10 +178,10 @@ class Request:
         if any(is_over(trail.before(sent), whole.last_step) for trail in launch.trails):
             return None
         assert codes == [128 + self.number] * self.case.world_size
-        saved = check_saved(directory, [trail.told for trail in launch.trails])
+        saved = check_saved(directory, [trail.lines for trail in launch.trails])
         ends = run_ranks(partial(self.case.train, directory, **self.saving), self.case.world_size)
         assert [end.differences(other) for end, other in zip(ends, whole.ends, strict=True)] == [[]] * len(ends)
-        check_swept(directory)
+        check_cleaned_up(directory)
         before = launch.trails[self.ranks[0]].before(sent)
         return Asked(max(saved - sent, 0.0), is_evaluating(before), is_at_epoch_end(before))
 
@@ -201,15 +201,15 @@ def is_at_epoch_end(before: list[dict[str, Any]]) -> bool:
     return named != [] and named[-1]["what"] == "step end" and named[-1]["step"] % 6 == 0
 
 
-def check_saved(directory: Path, told: list[list[dict[str, Any]]]) -> float:
+def check_saved(directory: Path, logs: list[list[dict[str, Any]]]) -> float:
     """Check that the newest checkpoint is of where all processes agreed to stop; return when it was there."""
-    exits = [lines[-1] for lines in told]
+    exits = [lines[-1] for lines in logs]
     assert {line["what"] for line in exits} == {"exit"}
     (agreed,) = {(line["step"], line["epoch"], line["offset"], line["reason"]) for line in exits}
-    newest = whole_ones(directory)[0]
+    newest = intact_checkpoints(directory)[0]
     assert (newest.step, newest.epoch, newest.offset) == agreed[:3]
     assert agreed[3].startswith("SIG")
-    saved = [line for line in told[0] if line["what"] == "saved"][-1]
+    saved = [line for line in logs[0] if line["what"] == "saved"][-1]
     assert Path(saved["path"]).name == newest.name
     return float(saved["at"])
 
@@ -228,7 +228,7 @@ def requests(number: int, runs: Runs) -> Iterator[tuple[Request, Uninterrupted]]
                 SAVING[(index + turn) % 3],
                 signal.SIGINT if index % 7 == 6 else signal.SIGTERM,
                 ranks,
-                1 + int(LAST_PART * whole.told * ((turn + chance.random()) / turns % 1)),
+                1 + int(LAST_PART * whole.lines * ((turn + chance.random()) / turns % 1)),
                 chance.uniform(0, 0.004),
             ),
             whole,
@@ -253,25 +253,25 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def test_runs_that_are_asked_to_terminate_go_on(runs: Runs, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_resume(runs: Runs, directory: Path) -> None:
     asked = ask(8, runs, directory)
     assert any(one.in_evaluation for one in asked)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_runs_that_are_asked_to_terminate_fifty_times_go_on(runs: Runs, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: Runs, directory: Path) -> None:
     asked = ask(50, runs, directory)
     assert sum(one.in_evaluation for one in asked) >= 10
     assert sum(one.at_epoch_end for one in asked) >= 5
 
 
-def test_a_request_in_the_first_steps_is_heard_though_they_are_long(runs: Runs, directory: Path) -> None:
+def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: Runs, directory: Path) -> None:
     trail = directory / "trail"
     case = Case(2, Epochs(1), patience=100)
     launch = Launch(partial(case.train, directory, trail=trail, step_seconds=0.4), 2, trail)
-    assert launch.await_told(1, 4)
+    assert launch.await_lines(1, 4)
     sent = time.monotonic()
     launch.send(1, signal.SIGTERM)
     assert launch.exit_codes(20) == [143, 143]
-    assert check_saved(directory, [trail.told for trail in launch.trails]) - sent < SECONDS / 2
+    assert check_saved(directory, [trail.lines for trail in launch.trails]) - sent < SECONDS / 2

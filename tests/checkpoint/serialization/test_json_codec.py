@@ -140,7 +140,7 @@ def test_what_cannot_be_stored_is_refused_with_its_place(state: object, message:
     [
         {"~": "pickle", "value": "gASVDgAAAAAAAACMAm9zlIwGc3lzdGVtlJOULg=="},
         {"~": ["tensor"]},
-        {"~": "tensor", "key": "of nobody"},
+        {"~": "tensor", "key": "unknown"},
         {"~": "tensor"},
         {"~": "bytes", "value": "not base64!"},
         {"~": "dtype", "value": "os"},

@@ -1,4 +1,4 @@
-"""A run whose checkpoints are in an object store: killed anywhere, refused anything, it goes on to the last bit."""
+"""A run with checkpoints in an object store: after a kill or a failure at any request, it resumes to the last bit."""
 
 import errno
 import os
@@ -26,8 +26,8 @@ from ptacc.checkpoint.storage.remote_store import RemoteStore, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
-from tests.checkpoint.objects import FOLDER, hearing, keys, object_at
-from tests.checkpoint.runs import STEPS, End, Mortal, exit_code_of, make, save_each_step, train
+from tests.checkpoint.objects import FOLDER, keys, object_at, observed_by
+from tests.checkpoint.runs import STEPS, End, KillableTrainer, exit_code_of, make, save_each_step, train
 from tests.ranks import RankFailed, launch, run_ranks
 
 KILLED = 9
@@ -63,7 +63,7 @@ def steps(url: str = RUN) -> list[int]:
     return [one.step for _, one in found if isinstance(one, Manifest)]
 
 
-def check_swept() -> None:
+def check_cleaned_up() -> None:
     there = {key.removeprefix("bucket/runs/digits/").partition("/")[0] for key in keys()}
     assert sorted(there) == store().names()
 
@@ -81,9 +81,9 @@ def test_a_url_is_parsed_to_a_string() -> None:
 def test_callbacks_get_a_url_as_a_string(tmp_path: Path) -> None:
     saved: list[str | Path] = []
 
-    class Listens(Callback[Mortal]):
+    class Listens(Callback[KillableTrainer]):
         @override
-        def on_save(self, trainer: Mortal, path: str | Path) -> None:
+        def on_save(self, trainer: KillableTrainer, path: str | Path) -> None:
             saved.append(path)
 
     trainer = make(tmp_path, checkpoint_dir=RUN, checkpoint_every=None, filesystem=RemoteFileSystem())
@@ -97,7 +97,7 @@ def test_no_operation_on_a_remote_file_system_is_a_system_call() -> None:
     assert {*vars(RemoteFileSystem)} >= {"remove_directory", "get_kind", "list_directory", "open"}
 
 
-def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     assert parse_path(f"file://{tmp_path}") == parse_path(f"local://{tmp_path}") == str(tmp_path)
     assert parse_path("runs/x/") == parse_path(Path("runs/x")) == "runs/x"
 
@@ -116,12 +116,12 @@ def test_a_url_of_this_machine_is_a_path_of_it(tmp_path: Path) -> None:
         (Path("objects://bucket/x"), r"is a Path made from a URL. Give the string 'objects://bucket/x'"),
     ],
 )
-def test_a_url_that_names_no_place_is_refused(place: str | Path, said: str, tmp_path: Path) -> None:
+def test_an_invalid_url_is_refused(place: str | Path, said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
         parse_path(place)
-    with pytest.raises(OptionError, match=rf"Mortal\(checkpoint_dir=.*\): .*{said}"):
+    with pytest.raises(OptionError, match=rf"KillableTrainer\(checkpoint_dir=.*\): .*{said}"):
         make(tmp_path, checkpoint_dir=place)
-    with pytest.raises(OptionError, match=rf"Mortal\(resume=.*\): .*{said}"):
+    with pytest.raises(OptionError, match=rf"KillableTrainer\(resume=.*\): .*{said}"):
         make(tmp_path, resume=place)
 
 
@@ -132,7 +132,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
         make(tmp_path, checkpoint_dir="absent://bucket/x")
 
 
-def test_nothing_is_looked_up_in_what_was_listed_before(tmp_path: Path) -> None:
+def test_listings_are_not_cached(tmp_path: Path) -> None:
     filesystem = RemoteFileSystem()
     filesystem.write_file(f"{RUN}/one", [])
     assert filesystem.list_directory(RUN) == {"one": False}
@@ -140,11 +140,11 @@ def test_nothing_is_looked_up_in_what_was_listed_before(tmp_path: Path) -> None:
     assert filesystem.list_directory(RUN) == {"one": False, "two": False}
 
 
-def test_what_cannot_be_reached_is_not_taken_for_missing() -> None:
+def test_an_unreachable_file_does_not_pass_for_missing() -> None:
     def fail(request: str, path: str) -> None:
         raise ConnectionError("reset by peer")
 
-    with hearing(fail), pytest.raises(OSError, match=f"ConnectionError: reset by peer: '{RUN}'"):
+    with observed_by(fail), pytest.raises(OSError, match=f"ConnectionError: reset by peer: '{RUN}'"):
         RemoteFileSystem().exists(RUN)
 
 
@@ -157,18 +157,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> End:
     return save_each_step(tmp_path_factory.mktemp("whole"))
 
 
-class Interrupts(Callback[Mortal]):
+class Interrupts(Callback[KillableTrainer]):
     """Ends the run after its second step."""
 
     @override
-    def on_step_start(self, trainer: Mortal) -> None:
+    def on_step_start(self, trainer: KillableTrainer) -> None:
         if trainer.progress.steps == 2:
             raise InterruptedError
 
 
 @pytest.mark.parametrize("url", [RUN, "memory://runs/digits"])
 @pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
-def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
+def test_a_run_resumes_as_if_it_had_not_been_interrupted(
     url: str, whole: End, tmp_path: Path, in_background: bool
 ) -> None:
     url = f"{url}-{in_background}"
@@ -186,19 +186,19 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
 def test_what_is_best_is_kept(tmp_path: Path) -> None:
     save(tmp_path, keep_best=Best("eval_loss", mode="max"))
     assert steps() == [STEPS, STEPS - 1, STEPS // 2]
-    check_swept()
+    check_cleaned_up()
 
 
-class SavesElsewhere(Callback[Mortal]):
+class SavesElsewhere(Callback[KillableTrainer]):
     """Has the run saved after its third step, and goes by the name of nothing that is saved."""
 
     @override
-    def on_step_end(self, trainer: Mortal, step: StepResult) -> None:
+    def on_step_end(self, trainer: KillableTrainer, step: StepResult) -> None:
         if step.step == 3:
             assert trainer.save_checkpoint(ELSEWHERE) == ELSEWHERE
 
 
-def test_a_run_on_a_disk_is_saved_elsewhere_and_gone_on_with_from_there(whole: End, tmp_path: Path) -> None:
+def test_a_run_on_a_disk_is_saved_elsewhere_and_resumed_from_there(whole: End, tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.callbacks = [*trainer.callbacks, SavesElsewhere()]
     train(trainer)
@@ -236,7 +236,10 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     trainer.export_model("objects://bucket/model.safetensors")
     before = object_at("bucket/model.safetensors").read_bytes()
     for request in ("create", "write", "close"):
-        with hearing(failing_in(request)), pytest.raises(CheckpointError, match=r"was not written: .*ConnectionError"):
+        with (
+            observed_by(failing_in(request)),
+            pytest.raises(CheckpointError, match=r"was not written: .*ConnectionError"),
+        ):
             trainer.export_model("objects://bucket/model.safetensors", overwrite=True)
         assert [object_at(key).read_bytes() for key in keys()] == [before]
 
@@ -269,7 +272,7 @@ def test_the_command_line_names_what_is_wrong_with_a_url(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["verify", "nowhere://bucket/x"])
     assert "fsspec knows no protocol 'nowhere'" in capsys.readouterr().err
-    with hearing(failing_in("info")):
+    with observed_by(failing_in("info")):
         assert main(["verify", RUN]) == 2
     assert f"ConnectionError: reset by peer: '{RUN}" in capsys.readouterr().err
 
@@ -299,7 +302,7 @@ class Watched:
         self.requests: list[Request] = []
         self._committed, self._is_opening = 0, True
 
-    def hear(self, request: str, path: str) -> None:
+    def record(self, request: str, path: str) -> None:
         kinds = ("manifest.json", ".partial-", ".removed-", ".token-", "step-")
         about = next((kind for kind in kinds if kind in path), "directory")
         self.requests.append(Request(f"{request} {about}", self._committed, self._is_opening))
@@ -315,7 +318,7 @@ def in_background(request: pytest.FixtureRequest) -> bool:
 def requests_of_a_run(directory: Path, **options: Any) -> list[Request]:
     """Return the requests that an uninterrupted run makes."""
     watched = Watched()
-    with hearing(watched.hear):
+    with observed_by(watched.record):
         save(directory, **options)
     empty_bucket()
     return watched.requests
@@ -329,24 +332,24 @@ def empty_bucket() -> None:
 def dying_at(number: int) -> Callable[[str, str], None]:
     seen = iter(range(number))
 
-    def hear(request: str, path: str) -> None:
+    def die(request: str, path: str) -> None:
         if next(seen, None) is None:
             os._exit(KILLED)
 
-    return hear
+    return die
 
 
 def save_and_die(directory: Path, number: int, **options: Any) -> None:
-    with hearing(dying_at(number)):
+    with observed_by(dying_at(number)):
         save(directory, **options)
 
 
-def kill_and_go_on(directory: Path, number: int, committed: int, whole: End, **options: Any) -> None:
+def kill_and_resume(directory: Path, number: int, committed: int, whole: End, **options: Any) -> None:
     assert exit_code_of(lambda: save_and_die(directory, number, **options)) == KILLED
     assert (steps() or [0])[0] == committed
     assert save(directory, resume=True, **options).differences(whole) == []
     assert steps()[:2] == [STEPS, STEPS - 1]
-    check_swept()
+    check_cleaned_up()
     empty_bucket()
     shutil.rmtree(directory)
 
@@ -360,10 +363,10 @@ def one_of_each_kind(requests: list[Request]) -> Iterator[int]:
 
 def kill_at_each(numbers: Iterable[int], requests: list[Request], whole: End, directory: Path, **how: Any) -> None:
     for number in numbers:
-        kill_and_go_on(directory / f"{number}", number, requests[number].committed, whole, **how)
+        kill_and_resume(directory / f"{number}", number, requests[number].committed, whole, **how)
 
 
-def test_a_run_killed_before_a_request_of_every_other_kind_goes_on(
+def test_a_run_killed_before_a_request_of_every_other_kind_resumes(
     whole: End, tmp_path: Path, in_background: bool
 ) -> None:
     requests = requests_of_a_run(tmp_path / "requests", checkpoint_in_background=in_background)
@@ -374,7 +377,7 @@ def test_a_run_killed_before_a_request_of_every_other_kind_goes_on(
 
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
-def test_a_run_killed_before_any_request_goes_on(whole: End, tmp_path: Path, in_background: bool) -> None:
+def test_a_run_killed_before_any_request_resumes(whole: End, tmp_path: Path, in_background: bool) -> None:
     requests = requests_of_a_run(tmp_path / "requests", checkpoint_in_background=in_background)
     numbers = range(in_background, len(requests), 2 if in_background else 1)
     assert len(numbers) >= 190
@@ -395,13 +398,13 @@ def mark(kind: str, name: str) -> None:
     object_at(f"{RUN}/{kind}{name}").write_bytes(b"")
 
 
-def test_what_has_a_mark_and_no_manifest_is_swept(three: RemoteStore) -> None:
+def test_what_has_a_mark_and_no_manifest_is_removed(three: RemoteStore) -> None:
     mark(".partial-", "step-00000004")
     object_at(f"{RUN}/step-00000004/manifest.json").unlink()
     assert steps() == [6, 2]
     assert three.clean_up() == [".partial-step-00000004"]
     assert not three.filesystem.exists(three.locate("step-00000004"))
-    check_swept()
+    check_cleaned_up()
 
 
 def test_what_has_a_mark_and_a_manifest_is_a_checkpoint(three: RemoteStore) -> None:
@@ -411,7 +414,7 @@ def test_what_has_a_mark_and_a_manifest_is_a_checkpoint(three: RemoteStore) -> N
     assert steps() == [6, 4, 2]
 
 
-def test_what_has_the_mark_of_another_key_is_not_swept(three: RemoteStore) -> None:
+def test_what_has_the_mark_of_another_key_is_not_removed(three: RemoteStore) -> None:
     mark(".partial-", "step-00000006")
     replace(three, key=b"another").clean_up()
     assert steps() == [6, 4, 2]
@@ -425,14 +428,14 @@ def test_a_mark_of_no_checkpoint_marks_nothing(three: RemoteStore, kind: str, na
     assert steps() == [6, 4, 2]
 
 
-def test_what_is_being_removed_is_no_checkpoint(three: RemoteStore) -> None:
+def test_what_is_being_removed_is_not_a_checkpoint(three: RemoteStore) -> None:
     mark(".removed-", "step-00000006")
     assert steps() == [4, 2]
     assert three.clean_up() == [".removed-step-00000006"]
     assert not three.filesystem.exists(three.locate("step-00000006"))
 
 
-def test_what_has_lost_its_manifest_is_reported_and_never_swept(
+def test_what_has_lost_its_manifest_is_reported_and_never_removed(
     three: RemoteStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     object_at(f"{RUN}/step-00000006/manifest.json").unlink()
@@ -454,12 +457,12 @@ def test_what_has_lost_its_manifest_is_reported_and_never_swept(
 
 def test_a_name_whose_save_did_not_end_is_free_again(three: RemoteStore) -> None:
     manifest = three.manifest("step-00000006")
-    draft = three.begin("mine")
-    three.write(draft, "left", [b"behind"])
+    pending = three.begin("mine")
+    three.write(pending, "left", [b"behind"])
     assert three.custom_names() == []
-    draft = three.begin("mine")
-    assert not three.filesystem.exists(f"{draft.path}/left")
-    three.commit(draft, replace(manifest, files={"new": three.write(draft, "new", [b"file"])}))
+    pending = three.begin("mine")
+    assert not three.filesystem.exists(f"{pending.path}/left")
+    three.commit(pending, replace(manifest, files={"new": three.write(pending, "new", [b"file"])}))
     assert three.verify("mine").sequence == 4
     with pytest.raises(CheckpointError, match="mine exists already"):
         three.begin("mine")
@@ -471,9 +474,9 @@ def test_a_save_whose_mark_stays_is_a_save(three: RemoteStore) -> None:
             raise ConnectionError("reset by peer")
 
     manifest = three.manifest("step-00000006")
-    draft = three.begin("step-00000008")
-    with hearing(fail):
-        three.commit(draft, replace(manifest, step=8, files={"file": three.write(draft, "file", [b"it"])}))
+    pending = three.begin("step-00000008")
+    with observed_by(fail):
+        three.commit(pending, replace(manifest, step=8, files={"file": three.write(pending, "file", [b"it"])}))
     assert steps() == [8, 6, 4, 2]
 
 
@@ -530,7 +533,7 @@ class Failing:
         self.number = self.committed = 0
         self.failed: list[str] = []
 
-    def hear(self, request: str, path: str) -> None:
+    def fail(self, request: str, path: str) -> None:
         number, self.number = self.number, self.number + 1
         if number == self.at or (self.lasting and number > self.at):
             self.failed.append(f"{request} {path}")
@@ -539,33 +542,33 @@ class Failing:
 
 
 def outcome(directory: Path, **options: Any) -> tuple[End | CheckpointError, str]:
-    """Train, and return what came of it, and all that was told."""
-    with warnings.catch_warnings(record=True) as told:
+    """Train, and return the result or the error, and the text of all errors and warnings."""
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             ended: End | CheckpointError = save(directory, **options)
         except CheckpointError as error:
             ended = error
-    return ended, "\n".join([str(ended) * isinstance(ended, CheckpointError), *(str(one.message) for one in told)])
+    return ended, "\n".join([str(ended) * isinstance(ended, CheckpointError), *(str(one.message) for one in warned)])
 
 
 def fail_and_check(directory: Path, failing: Failing, request: Request, whole: End, **options: Any) -> None:
     """Let a run save itself to a store that fails, and check all that has to be so then."""
-    with hearing(failing.hear):
-        ended, told = outcome(directory, **options)
+    with observed_by(failing.fail):
+        ended, messages = outcome(directory, **options)
     on_error = options["checkpoint_errors"]
     assert (steps() or [0])[0] >= failing.committed
     if isinstance(ended, CheckpointError):
         assert on_error == "raise" or request.is_opening
     else:
         assert ended.differences(whole) == []
-    # A mark that stays after its save says nothing, and is swept.
+    # A mark that stays after its save is ignored, and removed later.
     if failing.lasting or not failing.failed[0].startswith("rm_file bucket/runs/digits/.partial-"):
         said = failing.error.strerror if isinstance(failing.error, OSError) and failing.error.errno else None
-        assert (said or f"{type(failing.error).__name__}: {failing.error}") in told
-        assert RUN in told
+        assert (said or f"{type(failing.error).__name__}: {failing.error}") in messages
+        assert RUN in messages
     assert save(directory, resume=True, **options).differences(whole) == []
-    check_swept()
+    check_cleaned_up()
     empty_bucket()
     shutil.rmtree(directory)
 
@@ -588,7 +591,7 @@ def test_a_store_that_fails_keeps_what_was_saved_and_is_named(
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("on_error", "lasting"), WAYS)
-def test_so_it_does_at_every_other_request_in_each_way(
+def test_a_store_that_fails_at_any_request_keeps_what_was_saved_and_is_named(
     whole: End, tmp_path: Path, in_background: bool, on_error: str, lasting: bool
 ) -> None:
     options = {"checkpoint_in_background": in_background, "checkpoint_errors": on_error}
@@ -599,16 +602,16 @@ def test_so_it_does_at_every_other_request_in_each_way(
         fail_and_check(tmp_path / f"{number}", failing, requests[number], whole, **options)
 
 
-def test_a_run_that_goes_on_never_passes_over_what_it_cannot_reach(tmp_path: Path) -> None:
+def test_a_run_that_resumes_never_skips_an_unreachable_checkpoint(tmp_path: Path) -> None:
     save(tmp_path)
     watched = Watched()
-    with hearing(watched.hear):
+    with observed_by(watched.record):
         save(tmp_path, resume=True)
     opening = [number for number, request in enumerate(watched.requests) if request.is_opening]
     assert len(opening) >= 20
     for number in opening:
         failing = Failing(number, ERRORS[number % 5], lasting=False)
-        with hearing(failing.hear):
+        with observed_by(failing.fail):
             ended, _ = outcome(tmp_path, resume=True)
         assert isinstance(ended, CheckpointError), (number, failing.failed)
         assert split_path(RUN)[0] in str(ended)
@@ -621,7 +624,7 @@ def test_a_run_that_goes_on_never_passes_over_what_it_cannot_reach(tmp_path: Pat
 def save_as_one_of_two(directory: Path, url: str = RUN, *, dies: tuple[int, int] = (-1, 0)) -> End:
     """Train as one of two processes, of which one `dies` before a request: its rank, and the request's number."""
     rank, number = dies
-    with hearing(dying_at(number) if str(rank) == os.environ["RANK"] else _nothing):
+    with observed_by(dying_at(number) if str(rank) == os.environ["RANK"] else _nothing):
         return save(directory, url, resume=True)
 
 
@@ -629,16 +632,16 @@ def _nothing(request: str, path: str) -> None:
     """Let everything be done."""
 
 
-def die_in_a_save_and_go_on(directory: Path, rank: int, number: int, both: list[End]) -> None:
+def die_in_a_save_and_resume(directory: Path, rank: int, number: int, both: list[End]) -> None:
     try:
         run_ranks(lambda: save_as_one_of_two(directory, dies=(rank, number)), 2)
     except RankFailed:
         assert len(steps()) <= 3  # the two that are kept, and one that is not removed yet
     else:
-        pytest.fail("nobody died")
+        pytest.fail("no process died")
     ends = run_ranks(save_as_one_of_two, 2, directory)
     assert [end.differences(whole) for end, whole in zip(ends, both, strict=True)] == [[], []]
-    check_swept()
+    check_cleaned_up()
     empty_bucket()
 
 
@@ -654,7 +657,7 @@ def test_two_processes_save_one_checkpoint(both: list[End], tmp_path: Path) -> N
     assert [end.differences(whole) for end, whole in zip(ends, both, strict=True)] == [[], []]
     assert steps() == [STEPS, STEPS - 1]
     assert {manifest.world_size for manifest in store().manifests()} == {2}
-    check_swept()
+    check_cleaned_up()
 
 
 @pytest.mark.parametrize(
@@ -669,11 +672,11 @@ def test_two_processes_save_one_checkpoint(both: list[End], tmp_path: Path) -> N
         ),
     ],
 )
-def test_two_processes_one_of_which_is_killed_go_on(both: list[End], tmp_path: Path, rank: int, number: int) -> None:
-    die_in_a_save_and_go_on(tmp_path, rank, number, both)
+def test_two_processes_one_of_which_is_killed_resume(both: list[End], tmp_path: Path, rank: int, number: int) -> None:
+    die_in_a_save_and_resume(tmp_path, rank, number, both)
 
 
-def test_processes_that_do_not_share_the_store_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_share_the_store_get_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line, "SEEN_WITHIN_SECONDS", 0.2)
 
     def start() -> str:
@@ -684,10 +687,10 @@ def test_processes_that_do_not_share_the_store_are_told(tmp_path: Path, monkeypa
     assert all("memory://runs/apart is not one directory for all processes" in text for text in run_ranks(start, 2))
 
 
-def test_torchrun_saves_and_goes_on(bucket: Path, tmp_path: Path) -> None:
+def test_torchrun_saves_and_resumes(bucket: Path, tmp_path: Path) -> None:
     for epochs in (1, 2):
         command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
         done = launch([*command, str(SCRIPT), RUN, str(epochs)], {FOLDER: str(bucket), "ACCELERATE_USE_CPU": "true"})
         assert done.returncode == 0, done.stderr
     assert steps() == [STEPS, STEPS // 2]
-    check_swept()
+    check_cleaned_up()

@@ -26,14 +26,14 @@ STEPS = {1: "one", 2: float("inf")}
 
 
 def save(store: CheckpointStore, step: int) -> Manifest:
-    draft = store.begin(f"step-{step:010}")
+    pending = store.begin(f"step-{step:010}")
     encoded = encode({"weights": WEIGHTS + step, "steps": STEPS, "step": step})
     files = {
-        "state.json": store.write(draft, "state.json", [json.dumps(encoded.tree).encode()]),
-        "state.safetensors": store.write(draft, "state.safetensors", safetensors_parts(encoded.tensors)),
+        "state.json": store.write(pending, "state.json", [json.dumps(encoded.tree).encode()]),
+        "state.safetensors": store.write(pending, "state.safetensors", safetensors_parts(encoded.tensors)),
     }
     here = Manifest("", "a run", step=step, epoch=1, offset=2, world_size=1, files=files, metrics={"loss": 0.5})
-    return store.commit(draft, here)
+    return store.commit(pending, here)
 
 
 def load(store: CheckpointStore, manifest: Manifest) -> int:
@@ -71,9 +71,9 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     with pytest.raises(CheckpointError, match="is not a valid"):
         store.begin(name)
-    draft = store.begin("right")
+    pending = store.begin("right")
     with pytest.raises(CheckpointError, match="is not a valid"):
-        store.write(draft, name, [b""])
+        store.write(pending, name, [b""])
 
 
 # ---- the process ends, the power goes, the disk fails
@@ -88,7 +88,7 @@ def calls_of(do: Callable[[CheckpointStore], object], directory: Path) -> list[s
 
 
 def calls_of_a_save(directory: Path) -> list[str]:
-    """Return the calls of a save beside another checkpoint."""
+    """Return the calls of a save in a directory with another checkpoint."""
     save(CheckpointStore(str(directory)), 1)
     return calls_of(lambda store: save(store, 2), directory)
 
