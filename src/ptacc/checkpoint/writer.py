@@ -105,12 +105,12 @@ class Save:
         self.store.commit(self.pending, replace(self.manifest, files=written))
 
     def _fail(self, error: CheckpointError) -> None:
-        self.error = error
         with contextlib.suppress(OSError):
             if self.distributed.rank:
                 self._signal_done(error=str(error))
             else:
                 self.store.discard(self.pending)
+        self.error = error  # last, since the training loop raises it at once
 
     def _signal_done(self, **note: object) -> None:
         self.store.filesystem.replace_file(self._locate_note(self.distributed.rank), [json.dumps(note).encode()])
