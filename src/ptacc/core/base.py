@@ -68,7 +68,7 @@ class TrainerBase(Composable):
     callbacks: Sequence[Callback[Self]] = ()
     history_file: str | Path | None = None
     is_isolated: ClassVar[bool] = False
-    """Whether this is a copy that a search or an assertion trains: mixins then write no files and report nothing."""
+    """Whether this is a copy made by a search or an assertion. Mixins of a copy write no files and report nothing."""
     _state: TrainerState = field(init=False, default_factory=TrainerState)
 
     @override

@@ -42,7 +42,7 @@ class OptimizerSlot:
 
 @dataclass(frozen=True)
 class EngineState:
-    """The state of an engine, as checkpoints hold it. Tensors are references or `DTensor`s; saving copies them.
+    """The state of an engine, as checkpoints hold it. Tensors are references; saving copies them.
 
     Args:
         weights: The model's `state_dict()`, by the names it has without `torch.compile`. An engine that has to gather
