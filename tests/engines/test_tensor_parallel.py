@@ -376,5 +376,5 @@ def test_the_launch_says_how_many_share_a_replica(monkeypatch: pytest.MonkeyPatc
     for said in run_ranks(refusal, 4, Both, {"tensor_parallel_size": None}):
         assert "asks for a dp_shard_size of 4, but 4 processes with 2 per replica give 2" in said
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split has nothing"):
+    with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split does not support it"):
         _ = Split(**parts(make_pairs())).distributed
