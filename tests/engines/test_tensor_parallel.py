@@ -378,5 +378,5 @@ def test_the_launch_sets_the_size_of_a_replica(monkeypatch: pytest.MonkeyPatch) 
     for said in run_ranks(error_message, 4, Both, {"tensor_parallel_size": None}):
         assert "asks for a dp_shard_size of 4, but 4 processes with 2 per replica give 2" in said
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split has nothing"):
+    with pytest.raises(LaunchError, match="PARALLELISM_CONFIG_CP_SIZE=2, and Split does not support it"):
         _ = Split(**parts(make_pairs())).distributed
