@@ -36,7 +36,7 @@ class Case:
 
 
 @dataclass
-class Outcome:
+class GridResult:
     gradients: list[Tensor]
     losses: list[float]
     rates: list[float]
@@ -93,11 +93,11 @@ def make_model(case: Case) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(case.dtype)
 
 
-def train(cases: Sequence[Case]) -> list[Outcome]:
+def train(cases: Sequence[Case]) -> list[GridResult]:
     return [train_one(case) for case in cases]
 
 
-def train_one(case: Case) -> Outcome:
+def train_one(case: Case) -> GridResult:
     gradients.clear()
     model = make_model(case)
     trainer = Loop(
@@ -111,15 +111,15 @@ def train_one(case: Case) -> Outcome:
     )
     history = trainer.train(Sentences(case), num_epochs=1, per_device_batch_size=case.batch_size)
     losses, rates = [s.loss for s in history.steps], [s.learning_rate for s in history.steps]
-    return Outcome([gradient.clone() for gradient in gradients], losses, rates)
+    return GridResult([gradient.clone() for gradient in gradients], losses, rates)
 
 
-def reference(case: Case, world_size: int) -> Outcome | None:
+def reference(case: Case, world_size: int) -> GridResult | None:
     """Return the outcome of plain PyTorch; None if a step has no items."""
     model, data = make_model(case), Sentences(case)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scheduler = StepLR(optimizer, 1, gamma=0.9)
-    outcome, size = Outcome([], [], []), case.batch_size * case.accumulation * world_size
+    outcome, size = GridResult([], [], []), case.batch_size * case.accumulation * world_size
     order = epoch_order(SEED, 0, case.samples)
     for start in range(0, len(order), size):
         samples = [data[index] for index in order[start : start + size]]
@@ -149,7 +149,7 @@ def check(cases: Sequence[Case], world_size: int) -> int:
     return len(wanted)
 
 
-def assert_close(got: Outcome, expected: Outcome, case: Case) -> None:
+def assert_close(got: GridResult, expected: GridResult, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     assert got.rates == expected.rates, case
     assert got.losses == pytest.approx(expected.losses, rel=tolerance, abs=0), case

@@ -146,7 +146,7 @@ def test_with_regions_each_block_is_compiled(precision: str) -> None:
     assert recorded == {"OptimizedModule"}
 
 
-def graphs_of(blocks: int) -> int:
+def count_graphs(blocks: int) -> int:
     reset()
     counters.clear()
     model = Net(blocks)
@@ -156,7 +156,7 @@ def graphs_of(blocks: int) -> int:
 
 
 def test_with_regions_more_blocks_need_no_more_graphs() -> None:
-    assert 0 < graphs_of(9) == graphs_of(3)
+    assert 0 < count_graphs(9) == count_graphs(3)
 
 
 def test_inductor_gives_equal_numbers_up_to_rounding() -> None:

@@ -21,7 +21,7 @@ class Scripted(EarlyStoppingMixin, Trainer):
         return outputs.sum() * 0 + self.losses[min(len(self.history), len(self.losses) - 1)]
 
 
-def epochs_of(losses: tuple[float, ...], patience: int, min_delta: float = 0.0) -> tuple[int, str | None]:
+def count_epochs(losses: tuple[float, ...], patience: int, min_delta: float = 0.0) -> tuple[int, str | None]:
     trainer = Scripted(
         **tiny_parts(), losses=losses, early_stopping_patience=patience, early_stopping_min_delta=min_delta
     )
@@ -43,16 +43,16 @@ def epochs_of(losses: tuple[float, ...], patience: int, min_delta: float = 0.0) 
 def test_it_stops_after_patience_checks_without_improvement(
     losses: tuple[float, ...], patience: int, epochs: int
 ) -> None:
-    assert epochs_of(losses, patience)[0] == epochs
+    assert count_epochs(losses, patience)[0] == epochs
 
 
 def test_an_improvement_must_be_at_least_min_delta() -> None:
-    assert epochs_of((5.0, 4.95, 4.91), 2, min_delta=0.1)[0] == 3
-    assert epochs_of((5.0, 4.8, 4.6, 4.4), 1, min_delta=0.1)[0] == 4
+    assert count_epochs((5.0, 4.95, 4.91), 2, min_delta=0.1)[0] == 3
+    assert count_epochs((5.0, 4.8, 4.6, 4.4), 1, min_delta=0.1)[0] == 4
 
 
 def test_the_reason_names_the_value() -> None:
-    reason = epochs_of((5.0, 6.0, 7.0), 1)[1]
+    reason = count_epochs((5.0, 6.0, 7.0), 1)[1]
     assert reason == "eval_loss did not improve on 5 in 1 checks"
 
 

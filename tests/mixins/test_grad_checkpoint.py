@@ -197,7 +197,7 @@ def test_the_forward_is_repeated_once_and_in_training_only(choices: Choices, pas
 # ---- the selection
 
 
-def names_of(choices: Choices, model: nn.Module) -> list[str]:
+def list_names(choices: Choices, model: nn.Module) -> list[str]:
     chosen = select_submodules(model, choices, "MyTrainer")
     return [name for name, module in model.named_modules() if module in chosen]
 
@@ -216,7 +216,7 @@ def names_of(choices: Choices, model: nn.Module) -> list[str]:
     ],
 )
 def test_the_outermost_matching_submodules_are_selected(choices: Choices, names: list[str]) -> None:
-    assert names_of(choices, Network()) == names
+    assert list_names(choices, Network()) == names
 
 
 def test_a_module_with_two_names_is_selected_once() -> None:
