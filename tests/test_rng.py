@@ -9,7 +9,8 @@ import torch
 from numpy.random import mtrand
 
 from ptacc.checkpoint.parts import Part
-from ptacc.rng import RandomStreams, derive_seed, permutation, preserved_streams, streams_seeded
+from ptacc.rng import RandomStreams, derive_seed, preserved_streams, streams_seeded
+from ptacc.testing import epoch_order
 from tests.checkpoint.test_parts import through_files
 
 
@@ -44,8 +45,8 @@ def test_seeds_of_neighbouring_paths_differ() -> None:
 
 def test_the_order_of_samples_is_stable_across_versions() -> None:
     """A run that an earlier version saved resumes in the same order."""
-    assert permutation(0, 0, 8) == [3, 1, 4, 5, 7, 0, 2, 6]
-    assert permutation(7, 3, 10) == [5, 9, 8, 3, 1, 4, 7, 6, 0, 2]
+    assert epoch_order(0, 0, 8) == [3, 1, 4, 5, 7, 0, 2, 6]
+    assert epoch_order(7, 3, 10) == [5, 9, 8, 3, 1, 4, 7, 6, 0, 2]
     assert derive_seed(0, 1, 2) == 4450782424123420391
 
 

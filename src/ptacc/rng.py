@@ -31,13 +31,6 @@ def derive_seed(*path: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # every generator accepts 63 bits
 
 
-def permutation(seed: int, epoch: int, n: int) -> list[int]:
-    """Return the order of `n` samples in an epoch, which depends on the seed and the epoch only."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
-    return order
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (all devices)."""
     random.seed(seed)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
 from examples import digits_plain
-from ptacc.rng import permutation
+from ptacc.testing import epoch_order
 from tests.ranks import find_free_port, launch
 
 EXAMPLES = Path(digits_plain.__file__).parent
@@ -161,7 +161,7 @@ class EpochOrder(Sampler[int]):
     @override
     def __iter__(self) -> Iterator[int]:
         self._epoch += 1
-        return iter(permutation(0, self._epoch - 1, self._samples))
+        return iter(epoch_order(0, self._epoch - 1, self._samples))
 
     def __len__(self) -> int:
         return self._samples

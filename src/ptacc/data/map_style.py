@@ -23,10 +23,10 @@ from ptacc.data.loading import (
     seeded_loading,
 )
 from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches, global_batches
-from ptacc.data.sampling import ListedSampler
+from ptacc.data.sampling import ListedSampler, epoch_order
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
-from ptacc.rng import permutation, streams_seeded
+from ptacc.rng import streams_seeded
 from ptacc.types.protocols import StateDict
 
 INDEXED_BYTES = 1 << 18
@@ -113,7 +113,7 @@ class MapStyleSource(BatchSource):
         """Return the samples of an epoch, or its batches, in order."""
         if self._listed is not None:
             return cast(Sequence[Any], self._listed.order(epoch))
-        return permutation(self._seed, epoch, self._num_samples) if self._is_shuffled else range(self._num_samples)
+        return epoch_order(self._seed, epoch, self._num_samples) if self._is_shuffled else range(self._num_samples)
 
     @override
     def state_dict(self) -> StateDict:

@@ -1,9 +1,11 @@
-"""A user's sampler or batch sampler: materialized on rank 0 and broadcast, reproducibly."""
+"""The order of an epoch: a permutation of the samples, or what the user's own sampler gives."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
+
+import torch
 
 from ptacc.data.loading import set_epoch
 from ptacc.distributed.process_group import DistributedRuntime
@@ -12,8 +14,22 @@ from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.protocols import StateDict, Stateful
 
 
+def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
+    """Return the order in which a run shuffles `n` samples in an epoch. Epochs are counted from 0.
+
+    Example:
+        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
+        (True, [0, 1, 2, 3, 4])
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    order: list[int] = torch.randperm(n, generator=generator).tolist()
+    return order
+
+
 class ListedSampler:
-    """A sampler whose order is listed when an epoch begins, with random numbers derived from the run's seed.
+    """A user's sampler or batch sampler, whose order is listed on rank 0 when an epoch begins, and broadcast.
+
+    Its random numbers are derived from the run's seed.
 
     A sampler's order may depend on the epochs before. A `Stateful` sampler resumes from its saved state; any other is
     iterated once for each earlier epoch.

@@ -15,7 +15,6 @@ from ptacc.composition.guards import COOPERATIVE_SHAPES
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.core.hooks import Mixin
 from ptacc.loop.explain import declared_hooks
-from ptacc.rng import permutation
 from ptacc.testing.datasets import tiny_data, tiny_parts
 from ptacc.testing.mixin_options import make_options
 from ptacc.trainers.supervised import Trainer
@@ -153,13 +152,3 @@ def same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(same, left, right))
     both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
     return both_nan or bool(left == right)
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
-    """Return the order in which a run shuffles `n` samples in an epoch, counted from 0.
-
-    Example:
-        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
-        (True, [0, 1, 2, 3, 4])
-    """
-    return permutation(seed, epoch, n)
