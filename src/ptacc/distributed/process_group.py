@@ -143,7 +143,7 @@ class DistributedRuntime(Distributed):
     @property
     def is_replica_leader(self) -> bool:
         """Whether this rank is the first of its replica."""
-        return self.rank == self.leader
+        return self.rank % self._replica_size == 0
 
     def find_failure(self) -> Failure | None:
         """Return the failure of another rank: one that it reported, or that its process has ended. Not a collective."""
@@ -159,7 +159,8 @@ class DistributedRuntime(Distributed):
 
     def count_progress(self) -> None:
         """Count a point that every rank passes. A rank that waits elsewhere detects ranks that have passed it."""
-        self._count_progress()
+        if self._rendezvous is not None:
+            self._rendezvous.progress.increment()
 
     def sync(self, call: str, ranks: Sequence[int] | None = None) -> None:
         """Wait until all of `ranks` make the same call: see `Rendezvous.sync`."""

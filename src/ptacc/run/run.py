@@ -122,11 +122,13 @@ class Run:
 
     def count_window(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window, and its step unless the gradient scaler skipped the update."""
-        progress = self.progress
-        self.progress = replace(
-            progress,
-            batches=progress.batches + len(window.batches),
+        before = self.progress
+        self.progress = Progress(
+            steps=step.step if happened else before.steps,
+            epochs=before.epochs,
+            batches=before.batches + len(window.batches),
             offset=window.batches[-1].end,
+            items=before.items + step.items if happened else before.items,
             seconds=time.monotonic() - self._started,
         )
         self._skipped_steps = 0 if happened else self._skipped_steps + 1
@@ -137,7 +139,6 @@ class Run:
             )
         if not happened:
             return
-        self.progress = replace(self.progress, steps=step.step, items=progress.items + step.items)
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
         self.history.add_step(step, self.distributed)
