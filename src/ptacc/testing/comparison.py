@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from ptacc.types.outputs import StepRecord
 NORM_FLOOR = 1e-3
 """The smallest norm to which a tensor's difference is compared, as a fraction of the norm of all weights.
 
-Rounding errors are relative to the numbers that a gradient is computed from. If these cancel, only rounding errors are
-left, far below every other weight: in the gradient of a bias that is added to all logits of a softmax.
+Some gradients are 0 except for rounding, like that of a bias that is added to all logits of a softmax. The difference
+of such a tensor is large compared with its own norm, and small compared with the other weights.
 """
 
 
@@ -61,12 +61,9 @@ class TrainingResult:
     weights: Mapping[str, Tensor]
 
 
-def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's parameters on the host, by name."""
-    return {name: copy_to_host(parameter) for name, parameter in model.named_parameters()}
-
-
-# ---- comparing
+def copy_tensors(values: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
+    """Return copies on the host of the tensors among named values."""
+    return {name: copy_to_host(value) for name, value in values if isinstance(value, Tensor)}
 
 
 def select_tolerance(trainer: AnyLoop) -> Tolerance:
@@ -90,7 +87,8 @@ def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: T
                 f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits have "
                 "nothing to be compared with."
             )
-        difference = relative_difference(step.loss, reference.loss)
+        distance, larger = abs(step.loss - reference.loss), max(abs(step.loss), abs(reference.loss))
+        difference = distance / larger if distance else 0.0
         if not difference <= tolerance.losses:
             yield (
                 f"the loss of step {step.step} is {step.loss:.9g} in {got.split}, and {reference.loss:.9g} in "
@@ -111,26 +109,13 @@ def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: T
             )
 
 
-def relative_difference(left: float, right: float) -> float:
-    """Return the distance of two numbers as a fraction of the larger one.
-
-    Example:
-        >>> relative_difference(1.0, 2.0), relative_difference(0.0, 0.0)
-        (0.5, 0.0)
-    """
-    return abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
-
-
 def norm(tensor: Tensor) -> float:
-    """Return the 2-norm."""
+    """Return the 2-norm of a tensor."""
     return float(torch.linalg.vector_norm(tensor))
 
 
-# ---- explaining
-
-
 def explain_items(step: StepRecord, reference: StepRecord) -> str:
-    """Explain that the number of items of a step depends on its split; empty if it does not."""
+    """Describe how the number of items of a step depends on its split; empty if it does not."""
     if step.items == reference.items:
         return ""
     return (
@@ -140,7 +125,7 @@ def explain_items(step: StepRecord, reference: StepRecord) -> str:
 
 
 def explain_step(step: StepRecord) -> str:
-    """Explain what follows from equal losses in the earlier steps; empty for the first step."""
+    """Describe what to check if the losses of earlier steps agree; empty for the first step."""
     if step.step == 1:
         return ""
     return (

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import OptionError
-from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.evaluation import AnyEval
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
-from ptacc.testing.comparison import copy_parameters
+from ptacc.testing.comparison import copy_tensors
 from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.preserving import list_eval_sets
 from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
@@ -28,7 +27,7 @@ def assert_overfits_one_batch(
     trainer: TrainingLoop[BatchT, OutputT, SampleT],
     data: SizedDataset[SampleT],
     *,
-    eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+    eval_dataset: AnyEval[SampleT] = None,
     batch_size: int = 8,
     steps: int = 200,
     to: float = 0.1,
@@ -38,7 +37,7 @@ def assert_overfits_one_batch(
     trainer: TrainingLoop[BatchT, OutputT, SampleT],
     data: SizedDataset[RawT],
     *,
-    eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+    eval_dataset: AnyEval[RawT] = None,
     collate_fn: Callable[[list[RawT]], BatchT],
     batch_size: int = 8,
     steps: int = 200,
@@ -49,7 +48,7 @@ def assert_overfits_one_batch(
     data: SizedDataset[Any],
     *,
     eval_dataset: Any = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     batch_size: int = 8,
     steps: int = 200,
     to: float = 0.1,
@@ -98,11 +97,10 @@ def assert_overfits_one_batch(
     if not 0 < to < 1:
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
     check_map_style(owner, "data", data)
-    options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
-    with isolated_copy(trainer, data, *list_eval_sets(eval_dataset)) as trial:
+    with isolated_copy(trainer, data, eval_dataset) as trial:
         replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
         size = max(1, min(batch_size, len(data) // replicas))
-        before = copy_parameters(trial.unwrapped_model)
+        before = copy_tensors(trial.unwrapped_model.named_parameters())
         history = trial.train(
             Subset(data, min(len(data), size * replicas), size * replicas * num_batches),
             eval_dataset,
@@ -110,7 +108,7 @@ def assert_overfits_one_batch(
             per_device_batch_size=size,
             train_dataloader_kwargs={"shuffle": False},
             limit_batches=num_batches,  # overrides the environment variable of smoke runs
-            **options,
+            collate_fn=collate_fn,
         )
         problem = describe_problem(history.steps, to)
         if problem:

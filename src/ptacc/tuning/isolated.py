@@ -1,4 +1,4 @@
-"""An isolated copy of a trainer, for searches and assertions: training it leaves no trace."""
+"""An isolated copy of a trainer, for searches and assertions: training it changes nothing outside of it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ OVERRIDES: Mapping[str, object] = {
     "all_callbacks": lambda: (),
     "print": lambda *_: None,
 }
-"""Attributes of the copy. They take precedence over the class, and so replace each hook for all mixins at once."""
+"""Attributes of the copy. They take precedence over its class, so they replace the hooks of all mixins."""
 
 
 @contextlib.contextmanager
 def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
-    """Yield a copy of a trainer to train, and restore after the block whatever the training changed.
+    """Yield a copy of a trainer to train, and restore after the block everything that the training changed.
 
     The copy shares the trainer's model, optimizer, options and mixins. Its runs resume nothing, save nothing, handle no
-    signals, call no callbacks, print nothing, and end by their length alone. A mixin that writes files or reports
-    elsewhere in other hooks than these reads `is_isolated`.
+    signals, call no callbacks, print nothing, and end only at their planned length. A mixin that writes files or sends
+    reports in other hooks has to check `is_isolated`.
 
     Args:
         trainer: The trainer to copy.
-        data: Datasets, loaders and samplers that the copy will read. None is skipped.
+        data: Datasets, mappings of datasets, loaders and samplers that the copy will read. None is skipped.
 
     Raises:
         NestedRunError: The trainer is running.
@@ -66,12 +66,7 @@ def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
 
 @contextlib.contextmanager
 def search_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
-    """Yield an isolated copy that has no learning-rate schedule, with seeded global generators.
-
-    Args:
-        trainer: The trainer to copy.
-        data: As for `isolated_copy`.
-    """
+    """Yield an `isolated_copy` with a constant learning rate, and seed the global generators for the block."""
     with isolated_copy(trainer, *data) as copied:
         if isinstance(copied, LRSchedulerMixin):
             copied.create_scheduler = lambda optimizer, _: ConstantLR(optimizer, factor=1.0)

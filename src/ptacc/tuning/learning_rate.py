@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import StepResult
 from ptacc.tuning.isolated import AnyLoop, search_copy
-from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, geometric, smoothed
+from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, smoothed
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
@@ -120,7 +121,7 @@ def find_learning_rate(
     trainer: AnyLoop,
     train_dataset: Any,
     *,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     min_lr: float = 1e-7,
     max_lr: float = 10.0,
     steps: int = 100,
@@ -171,10 +172,9 @@ def find_learning_rate(
     if max_lr <= min_lr:
         raise OptionError(f"{owner}(max_lr={max_lr!r}): must be above min_lr, which is {min_lr!r}.")
     loader_kwargs = train_dataloader_kwargs or {}
-    options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
     samplers = loader_kwargs.get("sampler"), loader_kwargs.get("batch_sampler")
     with search_copy(trainer, train_dataset, *samplers) as trial:
-        sweep = Sweep(trial, geometric(min_lr, max_lr, steps), DivergenceDetector(max_rise))
+        sweep = Sweep(trial, tuple(np.geomspace(min_lr, max_lr, steps).tolist()), DivergenceDetector(max_rise))
         vars(trial)["on_gradients_ready"] = sweep.on_gradients_ready
         trial.train(
             train_dataset,
@@ -183,19 +183,13 @@ def find_learning_rate(
             train_dataloader_kwargs=loader_kwargs,
             data_is_sharded=data_is_sharded,
             stop_check_every=1,
-            **options,
+            collate_fn=collate_fn,
         )
     return sweep.result()
 
 
 class Sweep:
-    """Sets the learning rate of each step before its update, and records the losses.
-
-    Args:
-        trial: The trainer that is trained.
-        rates: The rates, in order.
-        detector: Decides when the losses diverge.
-    """
+    """Sets the learning rate of each step before its update, and records the losses until they diverge."""
 
     def __init__(self, trial: AnyLoop, rates: tuple[float, ...], detector: DivergenceDetector) -> None:
         self._trial, self._rates, self._detector = trial, rates, detector
@@ -217,17 +211,13 @@ class Sweep:
         if self._detector.add(loss):
             place = f"after a step with {self._rates[index - 1]:.3g}" if index else "before the first step"
             self._stopped = f"the loss is {loss:.4g} {place}"
-            self._end(self._stopped)
-        elif index == len(self._rates):
-            self._end("every rate was tried")
-        else:
-            for slot, ratios in zip(self._trial.run.engine.slots, self._ratios, strict=True):
-                for group, ratio in zip(slot.optimizer.param_groups, ratios, strict=True):
-                    set_group_rate(group, self._rates[index] * ratio)
-
-    def _end(self, reason: str) -> None:
-        self._is_over = True
-        self._trial.stop(reason)
+        if self._stopped or index == len(self._rates):
+            self._is_over = True
+            self._trial.stop(self._stopped or "every rate was tried")
+            return
+        for slot, ratios in zip(self._trial.run.engine.slots, self._ratios, strict=True):
+            for group, ratio in zip(slot.optimizer.param_groups, ratios, strict=True):
+                set_group_rate(group, self._rates[index] * ratio)
 
     def result(self) -> LearningRateSearch:
         """Return the rates and losses: each loss except the first followed a step with a rate."""

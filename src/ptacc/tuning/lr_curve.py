@@ -13,16 +13,6 @@ MIN_FALL = 3.0
 """The smallest fall that counts, in multiples of the noise."""
 
 
-def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
-    """Return `count` numbers from `first` to `last`, with a constant ratio between neighbours.
-
-    Example:
-        >>> [round(rate, 3) for rate in geometric(0.001, 10.0, 5)]
-        [0.001, 0.01, 0.1, 1.0, 10.0]
-    """
-    return tuple(first * (last / first) ** (i / (count - 1)) for i in range(count))
-
-
 def smoothed(losses: Sequence[float]) -> tuple[float, ...]:
     """Smooth losses by a Gaussian kernel around each of them.
 

@@ -1,10 +1,10 @@
-"""Restoring what a run changes of the user's objects."""
+"""Saving the state of the objects that a run changes, and restoring it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -22,21 +22,17 @@ Restore: TypeAlias = Callable[[], object]
 
 
 @contextlib.contextmanager
-def preserve_state(trainer: TrainingLoop[Any, Any, Any], data: Sequence[object] = ()) -> Iterator[None]:
-    """Restore after the block the trainer's options, its optimizers, the data and the global random streams.
+def preserve_state(trainer: TrainingLoop[Any, Any, Any], data: Iterable[object]) -> Iterator[None]:
+    """Save the state of a trainer's options and optimizers, of data and of the global generators, and restore it.
 
-    The saved copies are on the host, so that the block has all of the device's memory.
-
-    Args:
-        trainer: The trainer. Of its options, modules, generators and `Stateful` objects are restored.
-        data: Datasets, loaders and samplers, which may keep a position.
+    Options that are modules, generators or `Stateful` are saved, and so are the positions of datasets, loaders and
+    samplers. The saved copies are on the host, so that the block has all of the device's memory.
     """
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(devices=True))
-        for option in options:
-            if isinstance(option, nn.Module):
-                stack.callback(save_module(option))
+        for module in (option for option in options if isinstance(option, nn.Module)):
+            stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():
             stack.callback(save_optimizer(slot.optimizer))
         for part in (*options, *find_stateful_parts(data)):
@@ -109,16 +105,13 @@ def save_position(part: object) -> Restore:
     return lambda: None
 
 
-def list_eval_sets(eval_dataset: object) -> list[object]:
-    """Return the evaluation sets of a call: one, or several by name."""
-    return list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
-
-
-def find_stateful_parts(data: Sequence[object]) -> list[object]:
-    """Return the data itself and the parts of loaders and batch samplers, each once."""
-    parts = list(data)
-    for loader in filter(lambda part: isinstance(part, DataLoader), data):
-        parts += [getattr(loader, name) for name in ("dataset", "sampler", "batch_sampler")]
+def find_stateful_parts(data: Iterable[object]) -> list[object]:
+    """Return the data itself, the values of mappings, and the parts of loaders and batch samplers, each once."""
+    parts: list[object] = []
+    for part in data:
+        parts += part.values() if isinstance(part, Mapping) else [part]
+    for loader in [part for part in parts if isinstance(part, DataLoader)]:
+        parts += [loader.dataset, loader.sampler, loader.batch_sampler]
     parts += [getattr(part, "sampler", None) for part in parts]
     return list({id(part): part for part in parts if part is not None}.values())
 

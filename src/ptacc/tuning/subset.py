@@ -13,13 +13,7 @@ from ptacc.types.protocols import SizedDataset
 
 
 class Subset(Generic[T_co]):
-    """The first samples of a dataset, repeated.
-
-    Args:
-        data: The dataset.
-        samples: How many of its samples are used.
-        length: The length of this dataset. After the last used sample, the first one follows again.
-    """
+    """The first `samples` samples of a dataset, repeated in order up to a length of `length`."""
 
     def __init__(self, data: SizedDataset[T_co], samples: int, length: int) -> None:
         self._data, self._samples, self._length = data, samples, length
