@@ -16,16 +16,10 @@ def test_my_trainer_learns() -> None:
 """
 
 import ptacc.public
-from ptacc.testing.datasets import iris as iris
-from ptacc.testing.datasets import iris_parts as iris_parts
-from ptacc.testing.datasets import iris_split as iris_split
-from ptacc.testing.datasets import tiny_data as tiny_data
-from ptacc.testing.datasets import tiny_parts as tiny_parts
-from ptacc.testing.laws import check_mixin as check_mixin
-from ptacc.testing.laws import check_order_changes_nothing as check_order_changes_nothing
-from ptacc.testing.laws import epoch_order as epoch_order
-from ptacc.testing.overfitting import assert_overfits_one_batch as assert_overfits_one_batch
-from ptacc.testing.split_invariance import assert_split_invariant as assert_split_invariant
+from ptacc.testing.datasets import iris, iris_parts, iris_split, tiny_data, tiny_parts
+from ptacc.testing.laws import check_mixin, check_order_changes_nothing, epoch_order
+from ptacc.testing.overfitting import assert_overfits_one_batch
+from ptacc.testing.split_invariance import assert_split_invariant
 
 __all__ = [
     "assert_overfits_one_batch",

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.tuning.isolated import AnyLoop
-from ptacc.tuning.preserving import copy_to_host
+from ptacc.tuning.isolated import AnyLoop, copy_to_host
 from ptacc.types.outputs import StepRecord
 
 NORM_FLOOR = 1e-3
@@ -93,7 +92,7 @@ def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: T
             yield (
                 f"the loss of step {step.step} is {step.loss:.9g} in {got.split}, and {reference.loss:.9g} in "
                 f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} passes for "
-                f"rounding.{explain_items(step, reference)}{explain_step(step)}"
+                f"rounding.{describe_step(step, reference)}"
             )
     floor = NORM_FLOOR * math.hypot(*map(norm, expected.weights.values()))
     for name, reference_weight in expected.weights.items():
@@ -114,24 +113,20 @@ def norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 
 
-def explain_items(step: StepRecord, reference: StepRecord) -> str:
-    """Describe how the number of items of a step depends on its split; empty if it does not."""
-    if step.items == reference.items:
-        return ""
-    return (
-        f" count_items counts {step.items:g} items in the step, and {reference.items:g} where it is one batch: it "
-        "counts what depends on the split, such as padding, or the batches have other samples."
-    )
-
-
-def explain_step(step: StepRecord) -> str:
-    """Describe what to check if the losses of earlier steps agree; empty for the first step."""
-    if step.step == 1:
-        return ""
-    return (
-        " The losses of earlier steps agree, so check also what is done to the gradients of each batch (in `backward`, "
-        "in tensor hooks), and batches of unequal size."
-    )
+def describe_step(step: StepRecord, reference: StepRecord) -> str:
+    """Describe what to check for a step with another loss: its number of items, and the steps before it."""
+    causes = ""
+    if step.items != reference.items:
+        causes += (
+            f" count_items counts {step.items:g} items in the step, and {reference.items:g} where it is one batch: it "
+            "counts what depends on the split, such as padding, or the batches have other samples."
+        )
+    if step.step > 1:
+        causes += (
+            " The losses of earlier steps agree, so check also what is done to the gradients of each batch (in "
+            "`backward`, in tensor hooks), and batches of unequal size."
+        )
+    return causes
 
 
 def describe_causes(trainer: AnyLoop) -> str:
