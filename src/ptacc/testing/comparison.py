@@ -23,7 +23,7 @@ of such a tensor is large compared with its own norm, and small compared with th
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The relative differences, of a loss and of the norm of a weight tensor, that count as rounding."""
+    """The largest relative differences that count as rounding: of a loss, and of a weight tensor by its norm."""
 
     losses: float
     weights: float
@@ -74,24 +74,24 @@ def select_tolerance(trainer: AnyLoop) -> Tolerance:
 
 
 def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: Tolerance) -> Iterator[str]:
-    """Yield the differences above rounding. Earlier ones may cause later ones."""
+    """Yield a sentence for each difference above rounding. An earlier one may cause later ones."""
     if len(got.steps) != len(expected.steps):
         yield (
             f"it takes {len(got.steps)} steps in {got.split}, and {len(expected.steps)} in {expected.split}. Look for "
-            "drop_last, a loader that does not take per_device_batch_size, and what ends the run early."
+            "drop_last, a loader that ignores per_device_batch_size, and anything that ends the run early."
         )
     for step, reference in zip(got.steps, expected.steps, strict=False):
         if not math.isfinite(reference.loss):
             yield (
-                f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits have "
-                "nothing to be compared with."
+                f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits "
+                "cannot be compared with it."
             )
         distance, larger = abs(step.loss - reference.loss), max(abs(step.loss), abs(reference.loss))
         difference = distance / larger if distance else 0.0
         if not difference <= tolerance.losses:
             yield (
                 f"the loss of step {step.step} is {step.loss:.9g} in {got.split}, and {reference.loss:.9g} in "
-                f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} passes for "
+                f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} counts as "
                 f"rounding.{describe_step(step, reference)}"
             )
     floor = NORM_FLOOR * math.hypot(*map(norm, expected.weights.values()))
@@ -103,7 +103,7 @@ def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: T
             yield (
                 f"the losses agree, but {name!r} ends with the norm {norm(weight):.9g} in {got.split}, and "
                 f"{norm(reference_weight):.9g} in {expected.split}: the norm of the difference is {difference:.1e} of "
-                f"it, and {tolerance.weights:.0e} passes for rounding. If the optimizer is a variant of Adam, make the "
+                f"it, and {tolerance.weights:.0e} counts as rounding. If the optimizer is a variant of Adam, make the "
                 "trainer with SGD: Adam takes a full-sized step also along a gradient that is only rounding."
             )
 

@@ -159,6 +159,16 @@ def same(left: Any, right: Any) -> bool:
     return both_nan or bool(left == right)
 
 
+def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
+    """Return the order in which a run shuffles `n` samples in an epoch, counted from 0.
+
+    Example:
+        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
+        (True, [0, 1, 2, 3, 4])
+    """
+    return permutation(seed, epoch, n)
+
+
 # ---- options of ptacc's own mixins
 
 
@@ -190,16 +200,3 @@ def make_options(*mixins: type[Mixin]) -> dict[str, Any]:
         if any(mixin in composed.__mro__ for composed in mixins):
             options |= make()
     return options
-
-
-# ---- the order of samples
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
-    """Return the order in which a run shuffles `n` samples in an epoch, counted from 0.
-
-    Example:
-        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
-        (True, [0, 1, 2, 3, 4])
-    """
-    return permutation(seed, epoch, n)

@@ -14,8 +14,7 @@ from ptacc.loop.evaluation import AnyEval
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import copy_tensors
-from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.subset import Subset, check_map_style
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset
@@ -93,7 +92,9 @@ def assert_overfits_one_batch(
     check_at_least(owner, "batch_size", batch_size, 1)
     check_at_least(owner, "steps", steps, 2)
     if steps > STEPS_IN_MEMORY:
-        raise OptionError(f"{owner}(steps={steps}): must be at most {STEPS_IN_MEMORY:,}, which a history holds.")
+        raise OptionError(
+            f"{owner}(steps={steps}): must be at most {STEPS_IN_MEMORY:,}, the steps that a history keeps."
+        )
     if not 0 < to < 1:
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
     check_map_style(owner, "data", data)
@@ -127,7 +128,7 @@ def describe_problem(steps: Sequence[StepRecord], to: float) -> str:
             began = f"began at {first:.4g} and " if step is not steps[0] else ""
             return f"the loss {began}is {step.loss} at step {step.step}."
     if first <= 0:
-        return f"the loss begins at {first:.4g}, and a fraction of it is not below it. Add a constant to the loss."
+        return f"the loss begins at {first:.4g}, so it cannot fall to a fraction of that. Add a constant to it."
     if last > to * first:
         return f"the loss began at {first:.4g} and is {last:.4g} at step {steps[-1].step}, not below {to * first:.4g}."
     return ""

@@ -21,8 +21,7 @@ from ptacc.testing.comparison import (
     find_differences,
     select_tolerance,
 )
-from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.subset import Subset, check_map_style
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive

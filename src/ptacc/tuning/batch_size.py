@@ -13,9 +13,8 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.tuning.isolated import AnyLoop, search_copy
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, search_copy
 from ptacc.tuning.memory import out_of_memory_message, total_memory
-from ptacc.tuning.subset import Subset, check_map_style
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
@@ -30,7 +29,7 @@ class BatchSizeSearch:
         per_device_batch_size: Samples of a batch of one process, for `train`.
         gradient_accumulation_steps: Batches of a step, for `GradAccumMixin`.
         processes: Number of processes. The product of these three is the global batch size.
-        did_not_fit: The larger sizes that were tried, each with the rank that ran out of memory and its error.
+        did_not_fit: The larger batch sizes that were tried, with the rank that ran out of memory and its error message.
     """
 
     per_device_batch_size: int
@@ -73,7 +72,7 @@ def find_batch_size(
     """Find the largest batch that fits in memory, and the number of batches a step that keeps the global batch.
 
     The search first tries one batch a step on each process. As long as memory runs out, it tries the next smaller size
-    that divides this one. The size changes memory use and speed, but not the training. Afterwards the weights, the
+    that divides the first one. The size changes memory use and speed, but not the training. Afterwards the weights, the
     optimizer and the random streams have their former state.
 
     All processes call this function. Each tries a size without communicating, because a rank that runs out of memory
@@ -136,17 +135,16 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
     check_at_least(owner, "global_batch_size", global_batch_size, 1)
     check_at_least(owner, "steps", steps, 2)
     if global_batch_size % processes:
-        below = global_batch_size - global_batch_size % processes
         raise OptionError(
             f"{owner}(global_batch_size={global_batch_size}): {processes} processes cannot take equal parts of it. "
-            f"Give a multiple of {processes}, such as {below + processes}."
+            f"Give a multiple of {processes}, such as {(global_batch_size // processes + 1) * processes}."
         )
     if not 0 <= margin < 1:
         raise OptionError(f"{owner}(margin={margin!r}): must be from 0 to less than 1, a fraction of the memory.")
     if not isinstance(trainer, SupportsGradAccum):
         raise OptionError(
-            f"{owner}: {type(trainer).__name__} takes one batch a step, so smaller batches would change the training. "
-            "Compose GradAccumMixin."
+            f"{owner}: {type(trainer).__name__} does not accumulate gradients, so smaller batches would change the "
+            "training. Compose GradAccumMixin."
         )
     engine = trainer.resume_invariants()["engine"]
     if engine != "torch" and is_initialized():
@@ -159,15 +157,10 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
 def try_size(
     trainer: AnyLoop, data: SizedDataset[Any], size: int, batches: int, margin: float, options: Mapping[str, Any]
 ) -> str | None:
-    """Train with batches of `size` samples on this process alone, and return the error message if memory runs out.
+    """Train with `batches` batches of `size` samples a step, on this process alone.
 
-    Args:
-        trainer: The trainer, which keeps its state.
-        data: The samples, repeated if they are too few.
-        size: Samples of a batch.
-        batches: Batches of a step.
-        margin: The fraction of the device's memory that is reserved.
-        options: Keywords for `train`: `max_steps`, `collate_fn` and `train_dataloader_kwargs`.
+    Returns:
+        The error message if memory runs out, None if it does not.
     """
     num_batches = batches * options["max_steps"]
     with search_copy(trainer, data, options["train_dataloader_kwargs"].get("sampler")) as trial:

@@ -1,4 +1,4 @@
-"""An isolated copy of a trainer, for searches and assertions: training it changes nothing outside of it."""
+"""An isolated copy of a trainer and a part of its data, for searches and assertions: training has no side effects."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from ptacc.errors import NestedRunError
+from ptacc.data.dataloader_config import check_dataset
+from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
 from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
 from ptacc.tensors.structures import map_tensors
-from ptacc.types.protocols import Stateful
+from ptacc.types.aliases import T_co
+from ptacc.types.protocols import SizedDataset, Stateful
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
 Restore: TypeAlias = Callable[[], object]
@@ -81,6 +83,30 @@ def search_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
             copied.scheduler_interval = "step"
         seed_everything(derive_seed(SEED, copied.distributed.replica))
         yield copied
+
+
+class Subset(Generic[T_co]):
+    """The first `samples` samples of a dataset, repeated in order up to a length of `length`."""
+
+    def __init__(self, data: SizedDataset[T_co], samples: int, length: int) -> None:
+        self._data, self._samples, self._length = data, samples, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int, /) -> T_co:
+        return self._data[index % self._samples]
+
+
+def check_map_style(function: str, argument: str, data: object) -> None:
+    """Raise `DataError` for data without a length and an index: a stream, or a ready loader."""
+    if isinstance(data, DataLoader | IterableDataset):
+        raise DataError(
+            f"{function}({argument}={type(data).__name__}(...)): makes its own batches of some of the samples, so it "
+            "needs a dataset with a length and an index. Give `list(itertools.islice(stream, 100))`, or the loader's "
+            "dataset and collate_fn."
+        )
+    check_dataset(data)
 
 
 # ---- saving and restoring what a run changes

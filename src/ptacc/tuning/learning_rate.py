@@ -54,6 +54,7 @@ class LearningRateSearch:
 
         Raises:
             OptionError: The search has no suggestion.
+            ModelError: The learning rate of the first group is not above 0.
         """
         if self.suggestion is None:
             raise OptionError(
@@ -83,9 +84,8 @@ class LearningRateSearch:
 
     @override
     def __repr__(self) -> str:
-        tried = (
-            f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}" if self.rates else "no rates"
-        )
+        rates = self.rates
+        tried = f"{len(rates)} rates from {rates[0]:.3g} to {rates[-1]:.3g}" if rates else "no rates"
         suggestion = "none" if self.suggestion is None else f"{self.suggestion:.3g}"
         return f"LearningRateSearch({tried}, suggestion {suggestion})"
 
@@ -135,8 +135,6 @@ def find_learning_rate(
     Afterwards the weights, the optimizer, the random streams and the samplers have their former state: a later run is
     the same to the last bit as one without a search. No callback is called, and nothing is scheduled, evaluated or
     saved. All processes call this function, and get the same result.
-
-    A loss shows the effect of the step before it, and belongs to the rate of that step.
 
     Args:
         trainer: The trainer, ready to train.
@@ -220,17 +218,13 @@ class Sweep:
                 set_group_rate(group, self._rates[index] * ratio)
 
     def result(self) -> LearningRateSearch:
-        """Return the rates and losses: each loss except the first followed a step with a rate."""
+        """Return the rates, each with the loss that was measured after its step."""
         losses = self._losses[1:]
         return LearningRateSearch(self._rates[: len(losses)], tuple(losses), self._stopped)
 
 
 def relative_rates(optimizer: Optimizer) -> list[float]:
-    """Return the learning rates of all parameter groups as multiples of the first group's.
-
-    Raises:
-        ModelError: The first group's rate is not above 0.
-    """
+    """Return the learning rates of all parameter groups, as multiples of the first group's."""
     rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
     if not all(isinstance(rate, int | float | Tensor) for rate in rates) or not rates[0] > 0:
         raise ModelError(
@@ -241,5 +235,5 @@ def relative_rates(optimizer: Optimizer) -> list[float]:
 
 
 def set_group_rate(group: dict[str, Any], rate: float) -> None:
-    """Set the learning rate of a parameter group. A tensor is replaced by a new tensor, and keeps its own value."""
+    """Set the learning rate of a parameter group. A rate that is a tensor is replaced, and not changed in place."""
     group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate

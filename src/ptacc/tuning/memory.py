@@ -49,8 +49,7 @@ def out_of_memory_message(act: Callable[[], object]) -> str | None:
 def total_memory(device: torch.device) -> int:
     """Return the bytes of memory of a device, or those of the host that this process may use."""
     if device.type != "cpu":
-        total: int = torch.accelerator.get_memory_info(device)[1]
-        return total
+        return int(torch.accelerator.get_memory_info(device)[1])
     if sys.platform == "win32":
         return 0  # unknown there
     import resource
