@@ -157,7 +157,7 @@ class BFloatTrainer(AMPMixin, Trainer):
 
 def test_mixed_precision_has_a_tolerance_of_its_own() -> None:
     assert_split_invariant(lambda: BFloatTrainer(**iris_parts()), iris())
-    with pytest.raises(AssertionError, match="and 1e-09 passes for rounding"):
+    with pytest.raises(AssertionError, match="and 1e-09 counts as rounding"):
         assert_split_invariant(lambda: BFloatTrainer(**iris_parts()), iris(), rel=1e-9)
 
 

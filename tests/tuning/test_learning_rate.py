@@ -40,7 +40,7 @@ from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
-from ptacc.testing.mixin_options import make_options
+from ptacc.testing.laws import make_options
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 

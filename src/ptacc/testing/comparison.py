@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.tuning.isolated import AnyLoop
-from ptacc.tuning.preserving import copy_to_host
+from ptacc.tuning.isolated import AnyLoop, copy_to_host
 from ptacc.types.outputs import StepRecord
 
 NORM_FLOOR = 1e-3
 """The smallest norm to which a tensor's difference is compared, as a fraction of the norm of all weights.
 
-Rounding errors are relative to the numbers that a gradient is computed from. If these cancel, only rounding errors are
-left, far below every other weight: in the gradient of a bias that is added to all logits of a softmax.
+Some gradients are 0 except for rounding, like that of a bias that is added to all logits of a softmax. The difference
+of such a tensor is large compared with its own norm, and small compared with the other weights.
 """
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The relative differences, of a loss and of the norm of a weight tensor, that count as rounding."""
+    """The largest relative differences that count as rounding: of a loss, and of a weight tensor by its norm."""
 
     losses: float
     weights: float
@@ -61,12 +60,9 @@ class TrainingResult:
     weights: Mapping[str, Tensor]
 
 
-def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's parameters on the host, by name."""
-    return {name: copy_to_host(parameter) for name, parameter in model.named_parameters()}
-
-
-# ---- comparing
+def copy_tensors(values: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
+    """Return copies on the host of the tensors among named values."""
+    return {name: copy_to_host(value) for name, value in values if isinstance(value, Tensor)}
 
 
 def select_tolerance(trainer: AnyLoop) -> Tolerance:
@@ -78,24 +74,25 @@ def select_tolerance(trainer: AnyLoop) -> Tolerance:
 
 
 def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: Tolerance) -> Iterator[str]:
-    """Yield the differences above rounding. Earlier ones may cause later ones."""
+    """Yield a sentence for each difference above rounding. An earlier one may cause later ones."""
     if len(got.steps) != len(expected.steps):
         yield (
             f"it takes {len(got.steps)} steps in {got.split}, and {len(expected.steps)} in {expected.split}. Look for "
-            "drop_last, a loader that does not take per_device_batch_size, and what ends the run early."
+            "drop_last, a loader that ignores per_device_batch_size, and anything that ends the run early."
         )
     for step, reference in zip(got.steps, expected.steps, strict=False):
         if not math.isfinite(reference.loss):
             yield (
-                f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits have "
-                "nothing to be compared with."
+                f"the loss of step {reference.step} is {reference.loss} in {expected.split}, so other splits "
+                "cannot be compared with it."
             )
-        difference = relative_difference(step.loss, reference.loss)
+        distance, larger = abs(step.loss - reference.loss), max(abs(step.loss), abs(reference.loss))
+        difference = distance / larger if distance else 0.0
         if not difference <= tolerance.losses:
             yield (
                 f"the loss of step {step.step} is {step.loss:.9g} in {got.split}, and {reference.loss:.9g} in "
-                f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} passes for "
-                f"rounding.{explain_items(step, reference)}{explain_step(step)}"
+                f"{expected.split}: a relative difference of {difference:.1e}, and {tolerance.losses:.0e} counts as "
+                f"rounding.{describe_step(step, reference)}"
             )
     floor = NORM_FLOOR * math.hypot(*map(norm, expected.weights.values()))
     for name, reference_weight in expected.weights.items():
@@ -106,47 +103,30 @@ def find_differences(got: TrainingResult, expected: TrainingResult, tolerance: T
             yield (
                 f"the losses agree, but {name!r} ends with the norm {norm(weight):.9g} in {got.split}, and "
                 f"{norm(reference_weight):.9g} in {expected.split}: the norm of the difference is {difference:.1e} of "
-                f"it, and {tolerance.weights:.0e} passes for rounding. If the optimizer is a variant of Adam, make the "
+                f"it, and {tolerance.weights:.0e} counts as rounding. If the optimizer is a variant of Adam, make the "
                 "trainer with SGD: Adam takes a full-sized step also along a gradient that is only rounding."
             )
 
 
-def relative_difference(left: float, right: float) -> float:
-    """Return the distance of two numbers as a fraction of the larger one.
-
-    Example:
-        >>> relative_difference(1.0, 2.0), relative_difference(0.0, 0.0)
-        (0.5, 0.0)
-    """
-    return abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
-
-
 def norm(tensor: Tensor) -> float:
-    """Return the 2-norm."""
+    """Return the 2-norm of a tensor."""
     return float(torch.linalg.vector_norm(tensor))
 
 
-# ---- explaining
-
-
-def explain_items(step: StepRecord, reference: StepRecord) -> str:
-    """Explain that the number of items of a step depends on its split; empty if it does not."""
-    if step.items == reference.items:
-        return ""
-    return (
-        f" count_items counts {step.items:g} items in the step, and {reference.items:g} where it is one batch: it "
-        "counts what depends on the split, such as padding, or the batches have other samples."
-    )
-
-
-def explain_step(step: StepRecord) -> str:
-    """Explain what follows from equal losses in the earlier steps; empty for the first step."""
-    if step.step == 1:
-        return ""
-    return (
-        " The losses of earlier steps agree, so check also what is done to the gradients of each batch (in `backward`, "
-        "in tensor hooks), and batches of unequal size."
-    )
+def describe_step(step: StepRecord, reference: StepRecord) -> str:
+    """Describe what to check for a step with another loss: its number of items, and the steps before it."""
+    causes = ""
+    if step.items != reference.items:
+        causes += (
+            f" count_items counts {step.items:g} items in the step, and {reference.items:g} where it is one batch: it "
+            "counts what depends on the split, such as padding, or the batches have other samples."
+        )
+    if step.step > 1:
+        causes += (
+            " The losses of earlier steps agree, so check also what is done to the gradients of each batch (in "
+            "`backward`, in tensor hooks), and batches of unequal size."
+        )
+    return causes
 
 
 def describe_causes(trainer: AnyLoop) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from ptacc.rng import streams_seeded
-
-HELD_OUT_EVERY = 5
 
 # Four measurements of each flower, two digits each, in millimetres: 50 setosa, 50 versicolor, 50 virginica.
 FLOWERS = (
@@ -32,9 +30,6 @@ FLOWERS = (
 )
 
 
-# ---- synthetic
-
-
 def tiny_data(samples: int = 24) -> TensorDataset:
     """Return two linearly separable classes: inputs `(samples, 4)` in float64, targets `(samples,)`."""
     generator = torch.Generator().manual_seed(0)
@@ -50,9 +45,6 @@ def tiny_parts() -> dict[str, Any]:
         model.bias.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return {"model": model, "loss_func": nn.CrossEntropyLoss(), "optimizer": optimizer, "default_callbacks": ()}
-
-
-# ---- real
 
 
 def iris() -> TensorDataset:
@@ -71,15 +63,10 @@ def iris() -> TensorDataset:
         >>> inputs.shape, targets.bincount().tolist()
         (torch.Size([150, 4]), [50, 50, 50])
     """
-    centimetres = iris_centimetres()
-    inputs = (centimetres - centimetres.mean(dim=0)) / centimetres.std(dim=0, correction=0)
+    numbers = [int(FLOWERS[start : start + 2]) for start in range(0, len(FLOWERS), 2)]
+    millimetres = torch.tensor(numbers, dtype=torch.float64).reshape(150, 4)
+    inputs = (millimetres - millimetres.mean(dim=0)) / millimetres.std(dim=0, correction=0)
     return TensorDataset(inputs.float(), torch.arange(3).repeat_interleave(50))
-
-
-def iris_centimetres() -> Tensor:
-    """Return the measurements in centimetres: `(150, 4)` in float64."""
-    millimetres = [int(FLOWERS[start : start + 2]) for start in range(0, len(FLOWERS), 2)]
-    return torch.tensor(millimetres, dtype=torch.float64).reshape(150, 4) / 10
 
 
 def iris_split() -> tuple[TensorDataset, TensorDataset]:
@@ -94,7 +81,7 @@ def iris_split() -> tuple[TensorDataset, TensorDataset]:
         (120, 30, [10, 10, 10])
     """
     tensors = iris().tensors
-    is_held_out = torch.arange(150) % HELD_OUT_EVERY == 0
+    is_held_out = torch.arange(150) % 5 == 0
     train, held_out = (TensorDataset(*(tensor[part] for tensor in tensors)) for part in (~is_held_out, is_held_out))
     return train, held_out
 

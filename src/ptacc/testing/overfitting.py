@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import OptionError
-from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.evaluation import AnyEval
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
-from ptacc.testing.comparison import copy_parameters
-from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.preserving import list_eval_sets
-from ptacc.tuning.subset import Subset, check_map_style
+from ptacc.testing.comparison import copy_tensors
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset
@@ -28,7 +26,7 @@ def assert_overfits_one_batch(
     trainer: TrainingLoop[BatchT, OutputT, SampleT],
     data: SizedDataset[SampleT],
     *,
-    eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+    eval_dataset: AnyEval[SampleT] = None,
     batch_size: int = 8,
     steps: int = 200,
     to: float = 0.1,
@@ -38,7 +36,7 @@ def assert_overfits_one_batch(
     trainer: TrainingLoop[BatchT, OutputT, SampleT],
     data: SizedDataset[RawT],
     *,
-    eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+    eval_dataset: AnyEval[RawT] = None,
     collate_fn: Callable[[list[RawT]], BatchT],
     batch_size: int = 8,
     steps: int = 200,
@@ -49,7 +47,7 @@ def assert_overfits_one_batch(
     data: SizedDataset[Any],
     *,
     eval_dataset: Any = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     batch_size: int = 8,
     steps: int = 200,
     to: float = 0.1,
@@ -94,15 +92,16 @@ def assert_overfits_one_batch(
     check_at_least(owner, "batch_size", batch_size, 1)
     check_at_least(owner, "steps", steps, 2)
     if steps > STEPS_IN_MEMORY:
-        raise OptionError(f"{owner}(steps={steps}): must be at most {STEPS_IN_MEMORY:,}, which a history holds.")
+        raise OptionError(
+            f"{owner}(steps={steps}): must be at most {STEPS_IN_MEMORY:,}, the steps that a history keeps."
+        )
     if not 0 < to < 1:
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
     check_map_style(owner, "data", data)
-    options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
-    with isolated_copy(trainer, data, *list_eval_sets(eval_dataset)) as trial:
+    with isolated_copy(trainer, data, eval_dataset) as trial:
         replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
         size = max(1, min(batch_size, len(data) // replicas))
-        before = copy_parameters(trial.unwrapped_model)
+        before = copy_tensors(trial.unwrapped_model.named_parameters())
         history = trial.train(
             Subset(data, min(len(data), size * replicas), size * replicas * num_batches),
             eval_dataset,
@@ -110,7 +109,7 @@ def assert_overfits_one_batch(
             per_device_batch_size=size,
             train_dataloader_kwargs={"shuffle": False},
             limit_batches=num_batches,  # overrides the environment variable of smoke runs
-            **options,
+            collate_fn=collate_fn,
         )
         problem = describe_problem(history.steps, to)
         if problem:
@@ -129,7 +128,7 @@ def describe_problem(steps: Sequence[StepRecord], to: float) -> str:
             began = f"began at {first:.4g} and " if step is not steps[0] else ""
             return f"the loss {began}is {step.loss} at step {step.step}."
     if first <= 0:
-        return f"the loss begins at {first:.4g}, and a fraction of it is not below it. Add a constant to the loss."
+        return f"the loss begins at {first:.4g}, so it cannot fall to a fraction of that. Add a constant to it."
     if last > to * first:
         return f"the loss began at {first:.4g} and is {last:.4g} at step {steps[-1].step}, not below {to * first:.4g}."
     return ""

@@ -9,28 +9,22 @@ import torch
 from torch import Tensor
 
 from ptacc.errors import DataError, OptionError
-from ptacc.loop.evaluation import EvalData, EvalSets
+from ptacc.loop.evaluation import AnyEval
 from ptacc.loop.loop import TrainingLoop
 from ptacc.rng import preserved_streams
 from ptacc.testing.comparison import (
     BatchSplit,
     Tolerance,
     TrainingResult,
-    copy_parameters,
+    copy_tensors,
     describe_causes,
     find_differences,
     select_tolerance,
 )
-from ptacc.tuning.isolated import AnyLoop, isolated_copy
-from ptacc.tuning.preserving import copy_to_host, list_eval_sets
-from ptacc.tuning.subset import Subset, check_map_style
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive
-
-EPOCHS = 2
-FULL_WINDOWS = 2
-"""Full windows in each epoch, before the incomplete last one."""
 
 
 @overload
@@ -38,7 +32,7 @@ def assert_split_invariant(
     make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]],
     data: SizedDataset[SampleT],
     *,
-    eval_dataset: EvalData[SampleT] | EvalSets[SampleT] | None = None,
+    eval_dataset: AnyEval[SampleT] = None,
     window: int = 12,
     rel: float | None = None,
 ) -> None: ...
@@ -47,7 +41,7 @@ def assert_split_invariant(
     make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]],
     data: SizedDataset[RawT],
     *,
-    eval_dataset: EvalData[RawT] | EvalSets[RawT] | None = None,
+    eval_dataset: AnyEval[RawT] = None,
     collate_fn: Callable[[list[RawT]], BatchT],
     window: int = 12,
     rel: float | None = None,
@@ -57,7 +51,7 @@ def assert_split_invariant(
     data: SizedDataset[Any],
     *,
     eval_dataset: Any = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     window: int = 12,
     rel: float | None = None,
 ) -> None:
@@ -107,11 +101,8 @@ def assert_split_invariant(
     if rel is not None:
         check_positive(owner, "rel", rel)
     check_map_style(owner, "data", data)
-    options: dict[str, Any] = {"eval_dataset": eval_dataset}
-    if collate_fn is not None:
-        options["collate_fn"] = collate_fn
     with preserved_streams(devices=True):
-        compare_splits(make_trainer, data, window, rel, options)
+        compare_splits(make_trainer, data, window, rel, {"eval_dataset": eval_dataset, "collate_fn": collate_fn})
 
 
 def compare_splits(
@@ -125,13 +116,14 @@ def compare_splits(
     trainer = make_trainer()
     replicas = trainer.distributed.replicas
     samples = count_samples(len(data), window * replicas)
-    initial = copy_tensors(trainer)
-    unsplit, *splits = (BatchSplit(size, window // size, replicas) for size in divisors(window))
+    initial = copy_tensors(trainer.unwrapped_model.state_dict().items())
+    sizes = (size for size in range(window, 0, -1) if window % size == 0)
+    unsplit, *splits = (BatchSplit(size, window // size, replicas) for size in sizes)
     expected = train_split(trainer, unsplit, data, samples, options)
     tolerance = select_tolerance(trainer) if rel is None else Tolerance(rel, rel)
     for split in splits:
         trainer = make_trainer()
-        check_same_start(initial, copy_tensors(trainer))
+        check_same_start(initial, copy_tensors(trainer.unwrapped_model.state_dict().items()))
         try:
             got = train_split(trainer, split, data, samples, options)
         except Exception as error:
@@ -144,35 +136,15 @@ def compare_splits(
             raise AssertionError(f"{type(trainer).__name__}: {difference} {describe_causes(trainer)}")
 
 
-# ---- training
-
-
-def divisors(window: int) -> list[int]:
-    """Return the batch sizes that divide a window, the largest first.
-
-    Example:
-        >>> divisors(12)
-        [12, 6, 4, 3, 2, 1]
-    """
-    return [size for size in range(window, 0, -1) if window % size == 0]
-
-
 def count_samples(available: int, window: int) -> int:
-    """Return the number of samples of an epoch: two full windows, if there are enough samples, and part of another.
-
-    Args:
-        available: The length of the data.
-        window: Samples of a step, over all processes.
-
-    Raises:
-        DataError: There are not enough samples for one full window and part of another.
+    """Return the number of samples of an epoch: two full windows, or one if there are too few, and part of another.
 
     Example:
         >>> count_samples(1000, 12), count_samples(24, 12), count_samples(20, 12)
         (32, 23, 20)
     """
     # With 8 of 12 samples, the last window lacks whole batches of most sizes, and a part of a batch of the others.
-    samples = min(available, FULL_WINDOWS * window + min(window // 2 + 2, window - 1))
+    samples = min(available, 2 * window + min(window // 2 + 2, window - 1))
     if samples % window == 0:
         samples -= 1
     if samples <= window:
@@ -187,25 +159,19 @@ def train_split(
     trainer: AnyLoop, split: BatchSplit, data: SizedDataset[Any], samples: int, options: Mapping[str, Any]
 ) -> TrainingResult:
     """Train an isolated copy of a trainer with one split."""
-    with isolated_copy(trainer, data, *list_eval_sets(options["eval_dataset"])) as trial:
+    with isolated_copy(trainer, data, options["eval_dataset"]) as trial:
         vars(trial)["accumulation_steps"] = lambda: split.batches
         if isinstance(trial, SupportsGradAccum):
             trial.gradient_accumulation_steps = split.batches
         history = trial.train(
             train_dataset=Subset(data, samples, samples),
             **options,
-            num_epochs=EPOCHS,
+            num_epochs=2,
             per_device_batch_size=split.size,
             train_dataloader_kwargs={"shuffle": False},
             limit_batches=samples,  # overrides the environment variable of smoke runs
         )
-        return TrainingResult(split, history.steps, copy_parameters(trial.unwrapped_model))
-
-
-def copy_tensors(trainer: AnyLoop) -> dict[str, Tensor]:
-    """Return copies of all tensors in a model's state."""
-    state: Mapping[str, object] = trainer.unwrapped_model.state_dict()
-    return {name: copy_to_host(value) for name, value in state.items() if isinstance(value, Tensor)}
+        return TrainingResult(split, history.steps, copy_tensors(trial.unwrapped_model.named_parameters()))
 
 
 def check_same_start(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:

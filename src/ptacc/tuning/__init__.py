@@ -1,1 +1,1 @@
-"""Searches for a learning rate and a batch size: they train for a few steps, and leave no trace."""
+"""Searches for a learning rate and a batch size: they train for a few steps, then restore all state."""

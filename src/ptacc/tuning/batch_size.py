@@ -6,23 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from torch.distributed import is_initialized
 
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.ddp import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.tuning.isolated import AnyLoop, search_copy
-from ptacc.tuning.memory import out_of_memory_message, reserve_memory, total_memory
-from ptacc.tuning.subset import Subset, check_map_style
+from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, search_copy
+from ptacc.tuning.memory import out_of_memory_message, total_memory
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least
-
-MAX_BATCHES = 2
-"""Batches of a step that are tried, at most. From the second one on, gradients already use memory in the forward pass.
-"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class BatchSizeSearch:
         per_device_batch_size: Samples of a batch of one process, for `train`.
         gradient_accumulation_steps: Batches of a step, for `GradAccumMixin`.
         processes: Number of processes. The product of these three is the global batch size.
-        did_not_fit: The larger sizes that were tried, each with the rank that ran out of memory and its error.
+        did_not_fit: The larger batch sizes that were tried, with the rank that ran out of memory and its error message.
     """
 
     per_device_batch_size: int
@@ -67,7 +63,7 @@ def find_batch_size(
     trainer: AnyLoop,
     train_dataset: SizedDataset[Any],
     *,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     global_batch_size: int,
     steps: int = 3,
     margin: float = 0.05,
@@ -75,13 +71,13 @@ def find_batch_size(
 ) -> BatchSizeSearch:
     """Find the largest batch that fits in memory, and the number of batches a step that keeps the global batch.
 
-    The search first tries one batch a step on each process, then the next smaller size that divides it, and so on. The
-    size changes memory use and speed, and not what is trained. Afterwards the weights, the optimizer and the random
-    streams have their former state.
+    The search first tries one batch a step on each process. As long as memory runs out, it tries the next smaller size
+    that divides the first one. The size changes memory use and speed, but not the training. Afterwards the weights, the
+    optimizer and the random streams have their former state.
 
     All processes call this function. Each tries a size without communicating, because a rank that runs out of memory
     during a collective would block the others. After each try the processes exchange their results, and a size fits
-    if it fits on all. During a try, memory is reserved for the communication of gradients: as much as these take. A
+    if it fits on all. During a try, as much memory as the gradients use is reserved for communicating them. A
     `train_step` that calls collectives other than `self.gather` cannot be tried.
 
     On a CPU, running out of memory raises an error only if the memory of the process is limited (`ulimit -v`).
@@ -116,11 +112,12 @@ def find_batch_size(
         check_search(trainer, train_dataset, global_batch_size, steps, margin)
         must_match += [f"global_batch_size={global_batch_size}", f"steps={steps}"]
     share = global_batch_size // distributed.world_size
+    options = {"max_steps": steps, "collate_fn": collate_fn, "train_dataloader_kwargs": train_dataloader_kwargs or {}}
     did_not_fit: dict[int, str] = {}
     for size in (size for size in range(share, 0, -1) if share % size == 0):
-        attempt = Attempt(size, share // size, steps, margin, collate_fn, train_dataloader_kwargs or {})
+        # Of more batches, two are enough: from the second on, gradients already use memory in the forward pass.
         with distributed.synced("a try of find_batch_size()"):
-            message = attempt.run(trainer, train_dataset)
+            message = try_size(trainer, train_dataset, size, min(share // size, 2), margin, options)
         messages = distributed.gather(message)
         if not any(messages):
             return BatchSizeSearch(size, share // size, distributed.world_size, did_not_fit)
@@ -138,17 +135,16 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
     check_at_least(owner, "global_batch_size", global_batch_size, 1)
     check_at_least(owner, "steps", steps, 2)
     if global_batch_size % processes:
-        below = global_batch_size - global_batch_size % processes
         raise OptionError(
             f"{owner}(global_batch_size={global_batch_size}): {processes} processes cannot take equal parts of it. "
-            f"Give a multiple of {processes}, such as {below + processes}."
+            f"Give a multiple of {processes}, such as {(global_batch_size // processes + 1) * processes}."
         )
     if not 0 <= margin < 1:
         raise OptionError(f"{owner}(margin={margin!r}): must be from 0 to less than 1, a fraction of the memory.")
     if not isinstance(trainer, SupportsGradAccum):
         raise OptionError(
-            f"{owner}: {type(trainer).__name__} takes one batch a step, so smaller batches would change the training. "
-            "Compose GradAccumMixin."
+            f"{owner}: {type(trainer).__name__} does not accumulate gradients, so smaller batches would change the "
+            "training. Compose GradAccumMixin."
         )
     engine = trainer.resume_invariants()["engine"]
     if engine != "torch" and is_initialized():
@@ -158,55 +154,39 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
         )
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One try of a batch size, by this process alone.
+def try_size(
+    trainer: AnyLoop, data: SizedDataset[Any], size: int, batches: int, margin: float, options: Mapping[str, Any]
+) -> str | None:
+    """Train with `batches` batches of `size` samples a step, on this process alone.
 
-    Args:
-        size: Samples of a batch.
-        batches: Batches of a step, of which at most two are tried.
-        steps: Steps to take.
-        margin: The fraction of the device's memory that is reserved.
-        collate_fn: The user's collate function, None for torch's own.
-        loader_kwargs: Keywords of the loader.
+    Returns:
+        The error message if memory runs out, None if it does not.
     """
+    num_batches = batches * options["max_steps"]
+    with search_copy(trainer, data, options["train_dataloader_kwargs"].get("sampler")) as trial:
+        vars(trial)["gradient_accumulation_steps"] = batches
+        if trainer.distributed.world_size > 1:
+            make_independent(trial)
 
-    size: int
-    batches: int
-    steps: int
-    margin: float
-    collate_fn: Callable[[list[Any]], Any] | None
-    loader_kwargs: DataLoaderKwargs
+        def train() -> None:
+            reserved = torch.empty(reserved_bytes(trainer, margin), dtype=torch.uint8, device=trainer.device)
+            trial.train(
+                Subset(data, len(data), size * num_batches),
+                per_device_batch_size=size,
+                limit_batches=num_batches,  # overrides the environment variable of smoke runs
+                **options,
+            )
+            del reserved
 
-    def run(self, trainer: AnyLoop, data: SizedDataset[Any]) -> str | None:
-        """Train for some steps, and return the error message if memory runs out; None if it does not."""
-        batches = min(self.batches, MAX_BATCHES)
-        options: dict[str, Any] = {} if self.collate_fn is None else {"collate_fn": self.collate_fn}
-        with search_copy(trainer, data, self.loader_kwargs.get("sampler")) as trial:
-            vars(trial)["gradient_accumulation_steps"] = batches
-            if trainer.distributed.world_size > 1:
-                make_independent(trial)
+        return out_of_memory_message(train)
 
-            def train() -> None:
-                with reserve_memory(self._reserved_bytes(trainer), trainer.device):
-                    trial.train(
-                        Subset(data, len(data), self.size * batches * self.steps),
-                        max_steps=self.steps,
-                        per_device_batch_size=self.size,
-                        train_dataloader_kwargs=self.loader_kwargs,
-                        limit_batches=batches * self.steps,  # overrides the environment variable of smoke runs
-                        **options,
-                    )
 
-            return out_of_memory_message(train)
-
-    def _reserved_bytes(self, trainer: AnyLoop) -> int:
-        """Return the bytes of the margin, and of the buffers to which ranks copy gradients to reduce them."""
-        reduced = [
-            p for p in trainer.unwrapped_model.parameters() if p.requires_grad and trainer.distributed.world_size > 1
-        ]
-        buffers = sum(parameter.numel() * parameter.element_size() for parameter in reduced)
-        return buffers + int(self.margin * total_memory(trainer.device))
+def reserved_bytes(trainer: AnyLoop, margin: float) -> int:
+    """Return the bytes of the margin, and of the buffers to which ranks copy gradients to reduce them."""
+    total = int(margin * total_memory(trainer.device))
+    if trainer.distributed.world_size > 1:
+        total += sum(p.numel() * p.element_size() for p in trainer.unwrapped_model.parameters() if p.requires_grad)
+    return total
 
 
 def make_independent(trial: AnyLoop) -> None:

@@ -1,22 +1,32 @@
-"""An isolated copy of a trainer, for searches and assertions: training it leaves no trace."""
+"""An isolated copy of a trainer and a part of its data, for searches and assertions: training has no side effects."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeAlias
 
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
+from torch.utils.data import DataLoader, IterableDataset
 
-from ptacc.errors import NestedRunError
+from ptacc.data.dataloader_config import check_dataset
+from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
-from ptacc.rng import derive_seed, seed_everything
-from ptacc.tuning.preserving import preserve_state
+from ptacc.model.state_dict import load_optimizer_state
+from ptacc.rng import derive_seed, preserved_streams, seed_everything
+from ptacc.tensors.structures import map_tensors
+from ptacc.types.aliases import T_co
+from ptacc.types.protocols import SizedDataset, Stateful
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
+Restore: TypeAlias = Callable[[], object]
 
 SEED = 0
 """The seed of the copy's runs, so that a second search or assertion gives the same result."""
@@ -33,20 +43,20 @@ OVERRIDES: Mapping[str, object] = {
     "all_callbacks": lambda: (),
     "print": lambda *_: None,
 }
-"""Attributes of the copy. They take precedence over the class, and so replace each hook for all mixins at once."""
+"""Attributes of the copy. They take precedence over its class, so they replace the hooks of all mixins."""
 
 
 @contextlib.contextmanager
 def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
-    """Yield a copy of a trainer to train, and restore after the block whatever the training changed.
+    """Yield a copy of a trainer to train, and restore after the block everything that the training changed.
 
     The copy shares the trainer's model, optimizer, options and mixins. Its runs resume nothing, save nothing, handle no
-    signals, call no callbacks, print nothing, and end by their length alone. A mixin that writes files or reports
-    elsewhere in other hooks than these reads `is_isolated`.
+    signals, call no callbacks, print nothing, and end only at their planned length. A mixin that writes files or sends
+    reports in other hooks has to check `is_isolated`.
 
     Args:
         trainer: The trainer to copy.
-        data: Datasets, loaders and samplers that the copy will read. None is skipped.
+        data: Datasets, mappings of datasets, loaders and samplers that the copy will read. None is skipped.
 
     Raises:
         NestedRunError: The trainer is running.
@@ -66,15 +76,135 @@ def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
 
 @contextlib.contextmanager
 def search_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
-    """Yield an isolated copy that has no learning-rate schedule, with seeded global generators.
-
-    Args:
-        trainer: The trainer to copy.
-        data: As for `isolated_copy`.
-    """
+    """Yield an `isolated_copy` with a constant learning rate, and seed the global generators for the block."""
     with isolated_copy(trainer, *data) as copied:
         if isinstance(copied, LRSchedulerMixin):
             copied.create_scheduler = lambda optimizer, _: ConstantLR(optimizer, factor=1.0)
             copied.scheduler_interval = "step"
         seed_everything(derive_seed(SEED, copied.distributed.replica))
         yield copied
+
+
+class Subset(Generic[T_co]):
+    """The first `samples` samples of a dataset, repeated in order up to a length of `length`."""
+
+    def __init__(self, data: SizedDataset[T_co], samples: int, length: int) -> None:
+        self._data, self._samples, self._length = data, samples, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int, /) -> T_co:
+        return self._data[index % self._samples]
+
+
+def check_map_style(function: str, argument: str, data: object) -> None:
+    """Raise `DataError` for data without a length and an index: a stream, or a ready loader."""
+    if isinstance(data, DataLoader | IterableDataset):
+        raise DataError(
+            f"{function}({argument}={type(data).__name__}(...)): makes its own batches of some of the samples, so it "
+            "needs a dataset with a length and an index. Give `list(itertools.islice(stream, 100))`, or the loader's "
+            "dataset and collate_fn."
+        )
+    check_dataset(data)
+
+
+# ---- saving and restoring what a run changes
+
+
+@contextlib.contextmanager
+def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
+    """Save the state of a trainer's options and optimizers, of data and of the global generators, and restore it.
+
+    Options that are modules, generators or `Stateful` are saved, and so are the positions of datasets, loaders and
+    samplers. The saved copies are on the host, so that the block has all of the device's memory.
+    """
+    options = list(vars(trainer).values())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserved_streams(devices=True))
+        for module in (option for option in options if isinstance(option, nn.Module)):
+            stack.callback(save_module(module))
+        for slot in trainer.optimizer_slots():
+            stack.callback(save_optimizer(slot.optimizer))
+        for part in (*options, *find_stateful_parts(data)):
+            if not isinstance(part, nn.Module | Optimizer | type):
+                stack.callback(save_position(part))
+        yield
+
+
+def save_module(module: nn.Module) -> Restore:
+    """Save parameters, buffers, extra state and flags of a module. Its gradients are saved and cleared."""
+    parameters = [(p, copy_to_host(p), p.grad, p.requires_grad) for p in module.parameters()]
+    buffers = [
+        (owner, name, copy_to_host(buffer))
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    extra_states = [
+        (owner, copy.deepcopy(owner.get_extra_state()))
+        for owner in module.modules()
+        if type(owner).get_extra_state is not nn.Module.get_extra_state
+    ]
+    flags = [(owner, owner.training) for owner in module.modules()]
+    for parameter in module.parameters():
+        parameter.grad = None
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value, gradient, requires_grad in parameters:
+            if parameter.shape == value.shape:  # else an error left the weights with the engine
+                parameter.copy_(value)
+                parameter.grad = gradient
+            parameter.requires_grad_(requires_grad)
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer.to(getattr(owner, name).device))
+        for owner, state in extra_states:
+            owner.set_extra_state(state)
+        for owner, training in flags:
+            owner.training = training
+
+    return restore
+
+
+def save_optimizer(optimizer: Optimizer) -> Restore:
+    """Save the state, the groups and the attributes of an optimizer. Tensors in groups stay the same objects."""
+    state = map_tensors(copy_to_host, optimizer.state_dict())
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    attributes = set(vars(optimizer))
+
+    @torch.no_grad()
+    def restore() -> None:
+        load_optimizer_state(optimizer, state)
+        for group, values, saved in zip(optimizer.param_groups, groups, state["param_groups"], strict=True):
+            for name, value in values.items():
+                group[name] = value.copy_(saved[name]) if isinstance(value, Tensor) else value
+        for name in vars(optimizer).keys() - attributes:
+            delattr(optimizer, name)  # a scheduler of torch's wraps `step`
+
+    return restore
+
+
+def save_position(part: object) -> Restore:
+    """Save the state of a dataset, a loader, a sampler or an option, or that of its generator, if it has one."""
+    if isinstance(part, Stateful):
+        return functools.partial(part.load_state_dict, copy.deepcopy(part.state_dict()))
+    generator = part if isinstance(part, torch.Generator) else getattr(part, "generator", None)
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    return lambda: None
+
+
+def find_stateful_parts(data: Iterable[object]) -> list[object]:
+    """Return the data itself, the values of mappings, and the parts of loaders and batch samplers, each once."""
+    parts: list[object] = []
+    for part in data:
+        parts += part.values() if isinstance(part, Mapping) else [part]
+    for loader in [part for part in parts if isinstance(part, DataLoader)]:
+        parts += [loader.dataset, loader.sampler, loader.batch_sampler]
+    parts += [getattr(part, "sampler", None) for part in parts]
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a copy on the host."""
+    return tensor.detach().to("cpu", copy=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import StepResult
 from ptacc.tuning.isolated import AnyLoop, search_copy
-from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, geometric, smoothed
+from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, smoothed
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_positive
@@ -53,6 +54,7 @@ class LearningRateSearch:
 
         Raises:
             OptionError: The search has no suggestion.
+            ModelError: The learning rate of the first group is not above 0.
         """
         if self.suggestion is None:
             raise OptionError(
@@ -82,9 +84,8 @@ class LearningRateSearch:
 
     @override
     def __repr__(self) -> str:
-        tried = (
-            f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}" if self.rates else "no rates"
-        )
+        rates = self.rates
+        tried = f"{len(rates)} rates from {rates[0]:.3g} to {rates[-1]:.3g}" if rates else "no rates"
         suggestion = "none" if self.suggestion is None else f"{self.suggestion:.3g}"
         return f"LearningRateSearch({tried}, suggestion {suggestion})"
 
@@ -120,7 +121,7 @@ def find_learning_rate(
     trainer: AnyLoop,
     train_dataset: Any,
     *,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Any = None,
     min_lr: float = 1e-7,
     max_lr: float = 10.0,
     steps: int = 100,
@@ -134,8 +135,6 @@ def find_learning_rate(
     Afterwards the weights, the optimizer, the random streams and the samplers have their former state: a later run is
     the same to the last bit as one without a search. No callback is called, and nothing is scheduled, evaluated or
     saved. All processes call this function, and get the same result.
-
-    A loss shows the effect of the step before it, and belongs to the rate of that step.
 
     Args:
         trainer: The trainer, ready to train.
@@ -171,10 +170,9 @@ def find_learning_rate(
     if max_lr <= min_lr:
         raise OptionError(f"{owner}(max_lr={max_lr!r}): must be above min_lr, which is {min_lr!r}.")
     loader_kwargs = train_dataloader_kwargs or {}
-    options: dict[str, Any] = {} if collate_fn is None else {"collate_fn": collate_fn}
     samplers = loader_kwargs.get("sampler"), loader_kwargs.get("batch_sampler")
     with search_copy(trainer, train_dataset, *samplers) as trial:
-        sweep = Sweep(trial, geometric(min_lr, max_lr, steps), DivergenceDetector(max_rise))
+        sweep = Sweep(trial, tuple(np.geomspace(min_lr, max_lr, steps).tolist()), DivergenceDetector(max_rise))
         vars(trial)["on_gradients_ready"] = sweep.on_gradients_ready
         trial.train(
             train_dataset,
@@ -183,19 +181,13 @@ def find_learning_rate(
             train_dataloader_kwargs=loader_kwargs,
             data_is_sharded=data_is_sharded,
             stop_check_every=1,
-            **options,
+            collate_fn=collate_fn,
         )
     return sweep.result()
 
 
 class Sweep:
-    """Sets the learning rate of each step before its update, and records the losses.
-
-    Args:
-        trial: The trainer that is trained.
-        rates: The rates, in order.
-        detector: Decides when the losses diverge.
-    """
+    """Sets the learning rate of each step before its update, and records the losses until they diverge."""
 
     def __init__(self, trial: AnyLoop, rates: tuple[float, ...], detector: DivergenceDetector) -> None:
         self._trial, self._rates, self._detector = trial, rates, detector
@@ -217,30 +209,22 @@ class Sweep:
         if self._detector.add(loss):
             place = f"after a step with {self._rates[index - 1]:.3g}" if index else "before the first step"
             self._stopped = f"the loss is {loss:.4g} {place}"
-            self._end(self._stopped)
-        elif index == len(self._rates):
-            self._end("every rate was tried")
-        else:
-            for slot, ratios in zip(self._trial.run.engine.slots, self._ratios, strict=True):
-                for group, ratio in zip(slot.optimizer.param_groups, ratios, strict=True):
-                    set_group_rate(group, self._rates[index] * ratio)
-
-    def _end(self, reason: str) -> None:
-        self._is_over = True
-        self._trial.stop(reason)
+        if self._stopped or index == len(self._rates):
+            self._is_over = True
+            self._trial.stop(self._stopped or "every rate was tried")
+            return
+        for slot, ratios in zip(self._trial.run.engine.slots, self._ratios, strict=True):
+            for group, ratio in zip(slot.optimizer.param_groups, ratios, strict=True):
+                set_group_rate(group, self._rates[index] * ratio)
 
     def result(self) -> LearningRateSearch:
-        """Return the rates and losses: each loss except the first followed a step with a rate."""
+        """Return the rates, each with the loss that was measured after its step."""
         losses = self._losses[1:]
         return LearningRateSearch(self._rates[: len(losses)], tuple(losses), self._stopped)
 
 
 def relative_rates(optimizer: Optimizer) -> list[float]:
-    """Return the learning rates of all parameter groups as multiples of the first group's.
-
-    Raises:
-        ModelError: The first group's rate is not above 0.
-    """
+    """Return the learning rates of all parameter groups, as multiples of the first group's."""
     rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
     if not all(isinstance(rate, int | float | Tensor) for rate in rates) or not rates[0] > 0:
         raise ModelError(
@@ -251,5 +235,5 @@ def relative_rates(optimizer: Optimizer) -> list[float]:
 
 
 def set_group_rate(group: dict[str, Any], rate: float) -> None:
-    """Set the learning rate of a parameter group. A tensor is replaced by a new tensor, and keeps its own value."""
+    """Set the learning rate of a parameter group. A rate that is a tensor is replaced, and not changed in place."""
     group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate

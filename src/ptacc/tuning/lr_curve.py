@@ -13,16 +13,6 @@ MIN_FALL = 3.0
 """The smallest fall that counts, in multiples of the noise."""
 
 
-def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
-    """Return `count` numbers from `first` to `last`, with a constant ratio between neighbours.
-
-    Example:
-        >>> [round(rate, 3) for rate in geometric(0.001, 10.0, 5)]
-        [0.001, 0.01, 0.1, 1.0, 10.0]
-    """
-    return tuple(first * (last / first) ** (i / (count - 1)) for i in range(count))
-
-
 def smoothed(losses: Sequence[float]) -> tuple[float, ...]:
     """Smooth losses by a Gaussian kernel around each of them.
 
@@ -64,15 +54,10 @@ def find_steepest(losses: Sequence[float]) -> int | None:
 
 
 class DivergenceDetector:
-    """Detects that losses diverge, from one loss after the other.
+    """Detects that the running mean of losses rises above its minimum by more than `max_rise`.
 
     Losses may be below zero, so a rise is measured in units of the first loss, or of the fall since then if larger.
-
-    Args:
-        max_rise: The largest rise above the lowest loss, in these units.
     """
-
-    DECAY = 0.8
 
     def __init__(self, max_rise: float) -> None:
         self._max_rise = max_rise
@@ -88,7 +73,7 @@ class DivergenceDetector:
         """
         if math.isnan(self._mean):
             self._mean = self._first = self._lowest = loss
-        self._mean = self.DECAY * self._mean + (1 - self.DECAY) * loss
+        self._mean = 0.8 * self._mean + 0.2 * loss
         self._lowest = min(self._lowest, self._mean)
         unit = max(abs(self._first), self._first - self._lowest)
         return not math.isfinite(loss) or self._mean - self._lowest > self._max_rise * unit

@@ -1,17 +1,16 @@
-"""Memory: recognising that it ran out, freeing it, and reserving some of it."""
+"""The memory of a device: its size, and detecting that it ran out."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
-"""Parts of the messages of devices, the host's allocator, cuBLAS and cuDNN, which do not raise `OutOfMemoryError`."""
+"""Parts of the messages of other errors than `OutOfMemoryError`: of the host's allocator, of cuBLAS and cuDNN."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -32,7 +31,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def out_of_memory_message(act: Callable[[], object]) -> str | None:
-    """Call `act`, free memory, and return the first line of the error if memory ran out; None if it did not."""
+    """Call `act`, free unused memory, and return the first line of the error if memory ran out; None if it did not."""
     message = None
     try:
         act()
@@ -41,32 +40,16 @@ def out_of_memory_message(act: Callable[[], object]) -> str | None:
             raise
         message = (str(error) or type(error).__name__).partition("\n")[0]
     # Not in the block above, where the traceback still holds the tensors of the forward pass.
-    free_memory()
-    return message
-
-
-def free_memory() -> None:
-    """Return unused memory to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-@contextlib.contextmanager
-def reserve_memory(size: int, device: torch.device) -> Iterator[None]:
-    """Allocate `size` bytes on a device for the duration of the block."""
-    reserved = torch.empty(size, dtype=torch.uint8, device=device)
-    try:
-        yield
-    finally:
-        del reserved
+    return message
 
 
 def total_memory(device: torch.device) -> int:
     """Return the bytes of memory of a device, or those of the host that this process may use."""
     if device.type != "cpu":
-        total: int = torch.accelerator.get_memory_info(device)[1]
-        return total
+        return int(torch.accelerator.get_memory_info(device)[1])
     if sys.platform == "win32":
         return 0  # unknown there
     import resource
