@@ -91,9 +91,5 @@ def list_run(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
     """Return the checkpoints of one run, oldest first, then those of unknown age."""
     names = sorted([*store.names(), *store.custom_names()])
     entries = [CheckpointEntry(store, name, f"{prefix}{name}").check(files=False) for name in names]
-    return sorted((entry for entry in entries if not entry.is_gone), key=get_age)
-
-
-def get_age(entry: CheckpointEntry) -> tuple[float, int]:
-    """Return the key that the checkpoints of one run are sorted by."""
-    return (math.inf, 0) if entry.manifest is None else (entry.manifest.sequence, entry.manifest.step)
+    remaining = [entry for entry in entries if not entry.is_gone]
+    return sorted(remaining, key=lambda entry: entry.manifest.sequence if entry.manifest else math.inf)

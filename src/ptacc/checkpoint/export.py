@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ptacc.checkpoint.parts import Snapshot
+from ptacc.checkpoint.parts import MODEL, Snapshot
 from ptacc.checkpoint.serialization.json_codec import get_memory_key
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
 from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
@@ -20,11 +20,8 @@ from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.errors import CheckpointError
 
-MODEL = "model"
 AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
-RESERVED = "__metadata__"
-"""A key in the header of a safetensors file that is not the name of a tensor."""
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
@@ -39,24 +36,20 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         MissingPartError: The snapshot has no such part.
         CheckpointError: The part does not contain weights, or averages that were never updated.
     """
-    weights = require_tensors(snapshot.take(MODEL), MODEL)
+    weights = require_tensors(snapshot[MODEL], MODEL)
     if averages is None:
         return weights
-    state = snapshot.take(averages)
+    state = snapshot[averages]
     if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
             f"The averages {averages!r} have not been updated yet: export the weights, or a later checkpoint."
         )
-    return replace_by_averages(weights, require_tensors(state["averages"], averages))
-
-
-def replace_by_averages(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with those replaced that have an average. Of tied weights, only one name has an average."""
-    by_memory = {get_memory_key(weights[name]): average for name, average in averages.items() if name in weights}
-    # Averages of buffers that are not persistent have no weight, and are left out.
-    return {name: averages.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
+    by_name = require_tensors(state["averages"], averages)
+    # Of tied weights, only one name has an average. Buffers that are not persistent have an average, but no weight.
+    by_memory = {get_memory_key(weights[name]): average for name, average in by_name.items() if name in weights}
+    return {name: by_name.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
 
 
 def require_tensors(state: object, part: str) -> dict[str, Tensor]:
@@ -64,7 +57,7 @@ def require_tensors(state: object, part: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"The part {part!r} is a {type(state).__name__}: weights must be tensors by name.")
     for name, value in state.items():
-        if not isinstance(value, Tensor) or name == RESERVED:
+        if not isinstance(value, Tensor) or name == "__metadata__":  # a key that the format reserves
             raise CheckpointError(
                 f"{part}[{name!r}] is a {type(value).__name__}, which a safetensors file cannot store under that "
                 "name. If it is the extra state of a module, let its get_extra_state() return a tensor."

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptacc.checkpoint.export import check_target, exported_weights, write_weights
-from ptacc.checkpoint.parts import Snapshot, read_full_parts
+from ptacc.checkpoint.parts import MODEL, Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
-from ptacc.checkpoint.trainer_state import MODEL
 from ptacc.core.hooks import TrainerCore
-from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
 from ptacc.types.protocols import Stateful
@@ -31,10 +29,10 @@ def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_onl
     store = open_store(directory, key)
     with as_checkpoint_error(path):
         shared = read_full_parts(store, store.manifest(name))
-    load_weights(trainer.unwrapped_model, shared.take(MODEL))
+    load_weights(trainer.unwrapped_model, shared[MODEL])
     if not weights_only:
         for slot in trainer.optimizer_slots():
-            load_optimizer_state(slot.optimizer, shared.take(slot.name))
+            load_optimizer_state(slot.optimizer, shared[slot.name])
     return found
 
 
@@ -54,16 +52,15 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> dict[str, An
     is_running = trainer.is_running
     weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
     states: dict[str, Any] = {MODEL: weights}
-    if averages is not None and trainer.has_run:
-        by_name = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
-        states |= {averages: by_name[averages].state_dict()} if averages in by_name else {}
-    is_main = trainer.distributed.rank == 0
+    for key, state in trainer.run.states() if trainer.has_run else ():
+        if key.name == averages and isinstance(state, Stateful):
+            states[averages] = state.state_dict()
 
     def gather(value: Any) -> Any:
         if not is_dtensor(value):
             return value
         full = full_tensor(value)
-        return full.cpu() if is_main else None
+        return full.cpu() if trainer.distributed.rank == 0 else None
 
     full_states: dict[str, Any] = map_state(states, gather)
     return full_states
@@ -75,7 +72,6 @@ def export_to(path: str, states: Mapping[str, Any], averages: str | None, *, ove
     Raises:
         CheckpointError: The file exists, there are no such averages, or the file cannot be written.
     """
-    try:
-        write_weights(select_filesystem(path), path, exported_weights(Snapshot(states), averages), overwrite=overwrite)
-    except OSError as error:
-        raise CheckpointError(f"{path} was not written: {error}.") from error
+    weights = exported_weights(Snapshot(states), averages)
+    with as_checkpoint_error(f"{path} was not written"):
+        write_weights(select_filesystem(path), path, weights, overwrite=overwrite)

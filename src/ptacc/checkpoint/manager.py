@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 import secrets
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Literal, TypeAlias
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
@@ -30,8 +25,6 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import first_non_finite
 from ptacc.types.aliases import T
-from ptacc.types.progress import Progress
-from ptacc.types.protocols import StateDict
 
 OnError: TypeAlias = Literal["raise", "warn"]
 
@@ -55,7 +48,6 @@ class CheckpointManager:
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
-        saved_at: The progress of the run when it was last saved.
     """
 
     store: CheckpointStore
@@ -65,31 +57,8 @@ class CheckpointManager:
     in_background: bool = False
     identity: str = field(default_factory=lambda: secrets.token_hex(8))
     resumed_from: str | None = None
-    saved_at: Progress = field(default_factory=Progress)
     _save: Save | None = None
     _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-
-    # ---- its state in a checkpoint
-
-    def state_dict(self) -> StateDict:
-        """Return the run's identity, when it was last saved, and the versions of packages that affect results."""
-        at = self.saved_at
-        return {
-            "identity": self.identity,
-            "saved_at": {"steps": at.steps, "epochs": at.epochs, "batches": at.batches, "seconds": at.seconds},
-            "versions": dict(get_versions()),
-        }
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore the state, and warn if versions have changed."""
-        self.identity = state_dict["identity"]
-        self.saved_at = Progress(**state_dict["saved_at"])
-        before, now = state_dict["versions"], get_versions()
-        if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
-            warnings.warn(
-                f"The run resumes with other versions ({', '.join(changed)}), so results may differ in the last bits.",
-                stacklevel=2,
-            )
 
     # ---- opening
 
@@ -102,13 +71,13 @@ class CheckpointManager:
         self.identity = self.distributed.broadcast(self.identity) if resumption is None else resumption.manifest.run
         if resumption is not None and split_path(resumption.path)[0] == self.store.directory:
             self.resumed_from = resumption.manifest.name
-        path = self.store.locate(self._on_rank_0(self._create_token))
+        path = self.store.locate(self.call_on_rank_0(self._create_token))
         deadline = time.monotonic() + SEEN_WITHIN_SECONDS
         with as_checkpoint_error(self.store.directory):
             while not (is_visible := self.store.filesystem.exists(path)) and time.monotonic() < deadline:
                 time.sleep(0.05)
         blind = [rank for rank, sees in enumerate(self.distributed.gather(is_visible)) if not sees]
-        self._on_rank_0(lambda: self.store.filesystem.remove_file(path))
+        self.call_on_rank_0(lambda: self.store.filesystem.remove_file(path))
         if blind:
             raise CheckpointError(
                 f"{self.store.directory} is not one directory for all processes: rank {blind[0]} does not see a file "
@@ -128,7 +97,7 @@ class CheckpointManager:
         filesystem.write_file(self.store.locate(token), [])
         return token
 
-    def _on_rank_0(self, call: Callable[[], T]) -> T:
+    def call_on_rank_0(self, call: Callable[[], T]) -> T:
         """Call a function on rank 0, and return its result on all ranks, or raise its error."""
         value, error = None, None
         if self.distributed.rank == 0:
@@ -150,7 +119,6 @@ class CheckpointManager:
 
     def begin(
         self,
-        at: Progress,
         manifest: Manifest,
         shared: Sequence[Part],
         own: Sequence[Part],
@@ -160,7 +128,6 @@ class CheckpointManager:
         """Save a checkpoint, or begin to save one in the background. A collective.
 
         Args:
-            at: The progress of the run.
             manifest: Describes the checkpoint, except for its name and files.
             shared: The parts that are the same on all ranks, as rank 0 writes them.
             own: The parts of this rank.
@@ -175,14 +142,14 @@ class CheckpointManager:
         """
         self.finish()
         if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
-            self._warn(f"The run was not saved after step {at.steps}: {names[0]} holds NaN or infinity.")
+            self._warn(f"The run was not saved after step {manifest.step}: {names[0]} holds NaN or infinity.")
             return None
         store, name = self.store, ""
         if path is not None:
             directory, name = split_path(path)
             store = open_sibling(self.store, directory)
         try:
-            pending = self._on_rank_0(lambda: store.begin(name or store.free_name(at.steps)))
+            pending = self.call_on_rank_0(lambda: store.begin(name or store.free_name(manifest.step)))
         except CheckpointError as error:
             self._report(error)
             return None
@@ -255,14 +222,3 @@ class CheckpointManager:
     def _warn(self, message: str) -> None:
         if self.distributed.rank == 0:
             warnings.warn(message, stacklevel=2)
-
-
-@functools.cache
-def get_versions() -> dict[str, str]:
-    """Return the versions that results depend on, to the last bit."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "accelerate": version("accelerate"),
-    }

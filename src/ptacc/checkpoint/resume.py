@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_parts
+from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
@@ -38,7 +38,9 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | 
         return find_at(make_absolute(parse_path(resume)), store)
     if resume:
         return find_newest(store)
-    if names := store.names():
+    with as_checkpoint_error(store.directory):
+        names = store.names()
+    if names:
         raise CheckpointError(
             f"{store.directory} has checkpoints of another run, the last of them {names[-1]}. Set resume=True to "
             "resume that run, or give the new run a directory of its own."
@@ -97,13 +99,13 @@ class Resumption:
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
             if manifest.world_size == world_size:
-                own_parts = read_parts(store, manifest, rank_files(rank))
-                shards = own_parts.states.get(SHARDS, {})
+                own = read_parts(store, manifest, rank_files(rank))
+                shards = own.get(SHARDS, {})
             else:
-                all_ranks = [read_parts(store, manifest, rank_files(other)) for other in range(manifest.world_size)]
-                own_parts = Snapshot({RUN: merge_run_states([parts.take(RUN) for parts in all_ranks])})
+                all_ranks = read_all_ranks(store, manifest)
+                own = Snapshot({RUN: merge_run_states([parts[RUN] for parts in all_ranks])})
                 shards = merge_shards(all_ranks)
-        return cls(store.locate(name), manifest, shared.joined(shards), own_parts)
+        return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 
     def resume_state(self, *, with_file: bool) -> ResumeState:
         """Return the state of the run.
@@ -111,9 +113,9 @@ class Resumption:
         Args:
             with_file: Whether the history continues in the file that it was written to.
         """
-        run = self.shared.take(RUN)
+        run = self.shared[RUN]
         history = run["history"] if with_file else {**run["history"], "file": None}
-        return ResumeState({**run, "history": history}, self.own.take(RUN))
+        return ResumeState({**run, "history": history}, self.own[RUN])
 
 
 def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:

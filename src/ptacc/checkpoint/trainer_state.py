@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.parts import SHARDS, Part, Snapshot
+from ptacc.checkpoint.parts import MODEL, SHARDS, Part, Snapshot
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import canonical_name, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
-from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize
+from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.protocols import StateDict, Stateful
 
-RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
+RUN, FLAGS, ENGINE, RANDOM = "run", "flags", "engine", "random"
 
 
 # ---- from a trainer to parts
@@ -108,18 +108,17 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     check_matches(trainer, shared, own, ignored)
     run, model = trainer.run, trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
-    states = shared.mapped(partial(localize, dtensors=dtensors)).states
+    states = map_state({**shared}, partial(localize, dtensors=dtensors))
     optimizers = {slot.name: states[slot.name] for slot in run.engine.slots if slot.name in states}
-    own_state = own.states.get(ENGINE, {})
-    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own_state))
+    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
     if FLAGS in states:
         load_flags(model, states[FLAGS])
-    for parts, each_rank in ((states, False), (own.states, True)):
+    for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
             if name in parts:
                 state.load_state_dict(parts[name])
-    if RANDOM in own.states:
-        get_random_streams(trainer).load_state_dict(own.states[RANDOM])
+    if RANDOM in own:
+        get_random_streams(trainer).load_state_dict(own[RANDOM])
     else:  # saved by another number of ranks
         seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
 
@@ -135,7 +134,7 @@ def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored
             + f"\nCreate the trainer as it was, or resume despite the differences: resume_ignore={{{names}}}."
         )
     run, scheme = trainer.run, trainer.run.data.partition_scheme
-    before = shared.states[RUN]["conditions"]["batch_size"]
+    before = shared[RUN]["conditions"]["batch_size"]
     if run.is_within_epoch and before != scheme.batching and not scheme.allows_rebatching:
         raise CheckpointError(
             f"The checkpoint is within an epoch whose data was split into {before}, and is now split into "
@@ -148,17 +147,17 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
     """Yield each difference between a checkpoint and a trainer: the name to ignore it by, and a description."""
     run = trainer.run
     for name, value in run.invariants.items():
-        before = shared.states[RUN]["conditions"].get(name)
+        before = shared[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"
     needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
-    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.states.keys()))
-    unexpected = sorted(shared.states.keys() - needed.keys())
+    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.keys()))
+    unexpected = sorted(shared.keys() - needed.keys())
     yield from ((name, f"the checkpoint has an unexpected part {name!r}") for name in unexpected)
     for name, _ in named_states(trainer, each_rank=True):
-        if name not in own.states and run.is_within_epoch:
+        if name not in own and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this rank"
-    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.states.get(MODEL, {})))
+    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.get(MODEL, {})))
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

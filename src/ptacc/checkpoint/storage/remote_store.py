@@ -23,7 +23,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.paths import is_url
 from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
@@ -51,11 +51,10 @@ class RemoteStore(CheckpointStore):
     @override
     def begin(self, name: str) -> PendingCheckpoint:
         """Begin a checkpoint. A save of the same name that was interrupted is removed."""
-        check_name(name)
-        entries = self._list_entries()
+        entries = self.filesystem.list_directory(self.directory)
         if name in (marks := find_marks(entries)):
             self._resolve_marks(name, marks[name])
-        self._check_free(name)
+        self._check_new(name)
         if not entries:
             self.prepare()
         self.filesystem.write_file(self.locate(f"{PARTIAL}{name}"), [])
@@ -83,10 +82,9 @@ class RemoteStore(CheckpointStore):
 
     @override
     def clean_up(self) -> list[str]:
-        marks = find_marks(self._list_entries())
-        with as_checkpoint_error(self.directory):
-            for name, kinds in marks.items():
-                self._resolve_marks(name, kinds)
+        marks = find_marks(self.filesystem.list_directory(self.directory))
+        for name, kinds in marks.items():
+            self._resolve_marks(name, kinds)
         return sorted(f"{kind}{name}" for name, kinds in marks.items() for kind in kinds)
 
     def _resolve_marks(self, name: str, marks: set[str]) -> None:
@@ -104,14 +102,13 @@ class RemoteStore(CheckpointStore):
 
     @override
     def _list_directories(self) -> list[str]:
-        entries = self._list_entries()
+        entries = self.filesystem.list_directory(self.directory)
         marks = find_marks(entries)
-        with as_checkpoint_error(self.directory):
-            return sorted(
-                name
-                for name, is_directory in entries.items()
-                if is_directory and (name not in marks or (REMOVED not in marks[name] and self._is_committed(name)))
-            )
+        return sorted(
+            name
+            for name, is_directory in entries.items()
+            if is_directory and (name not in marks or (REMOVED not in marks[name] and self._is_committed(name)))
+        )
 
     def _is_committed(self, name: str) -> bool:
         try:
