@@ -24,15 +24,12 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
-LATER_RUN = re.compile(r"run-([2-9]|[1-9][0-9]+)")
-
 
 @dataclass(frozen=True)
 class CheckpointEntry:
     """A checkpoint in a listing.
 
     Args:
-        store: The store that contains it.
         name: Its name in the store.
         title: Its name in the listing.
         manifest: None if it cannot be read.
@@ -66,7 +63,7 @@ def list_checkpoints(directory: str, key: bytes | None) -> list[CheckpointEntry]
     if entry := find_checkpoint(directory, key):
         return [entry]
     filesystem = select_filesystem(directory)
-    matches = (LATER_RUN.fullmatch(name) for name in filesystem.list_directory(directory))
+    matches = (re.fullmatch(r"run-([2-9]|[1-9][0-9]+)", name) for name in filesystem.list_directory(directory))
     runs = sorted(int(match[1]) for match in matches if match)
     entries = list_run(open_store(directory, key), "")
     for run in runs:

@@ -1,34 +1,58 @@
-"""Exporting the weights of a checkpoint to one safetensors file, which is read without ptacc.
+"""Exporting the weights of a trainer or a checkpoint to one safetensors file, which is read without ptacc.
 
 ```
-Snapshot -> exported_weights() -> {name: tensor} -> write_weights() -> model.load_state_dict(load_file(path))
+trainer -> states_to_export() -+
+                               |-> exported_weights() -> {name: tensor} -> write_weights() -> a safetensors file
+checkpoint -> Snapshot --------+
 ```
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from ptacc.checkpoint.parts import MODEL, Snapshot
 from ptacc.checkpoint.serialization.json_codec import get_memory_key
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
+from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
+from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import get_weights
+from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
+from ptacc.types.protocols import Stateful
 
 AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
+
+
+def states_to_export(trainer: TrainerCore, averages: str | None) -> Snapshot:
+    """Return a trainer's weights, and the averages of its last run. A collective; rank 0 gets full tensors."""
+    is_running = trainer.is_running
+    weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
+    states: dict[str, Any] = {MODEL: weights}
+    for key, state in trainer.run.states() if trainer.has_run else ():
+        if key.name == averages and isinstance(state, Stateful):
+            states[key.name] = state.state_dict()
+
+    def gather(value: Any) -> Any:
+        if not is_dtensor(value):
+            return value
+        full = full_tensor(value)
+        return full.cpu() if trainer.distributed.rank == 0 else None
+
+    return Snapshot(map_state(states, gather))
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
     """Return what `model.load_state_dict()` takes: a tensor for each name in the model's `state_dict()`.
 
     Args:
-        snapshot: The shared parts of a checkpoint.
+        snapshot: The shared parts of a checkpoint, or what `states_to_export` returned.
         averages: The part with the averages to export, such as `"ema"`. A tensor without an average is exported as it
             is, unless it is tied to one with an average: then both get the average.
 
@@ -71,12 +95,15 @@ def write_weights(
     """Write tensors to a safetensors file, durably. The file appears complete.
 
     Raises:
-        CheckpointError: The path is taken or unsuitable, or the format does not have the dtype of a tensor.
+        CheckpointError: The path is taken, unsuitable or cannot be written, or the format has no such dtype.
     """
-    check = partial(check_target, filesystem, path, overwrite=overwrite)
-    check()
-    digest = filesystem.replace_file(path, safetensors_parts(tensors), check)  # another process may write it first
-    filesystem.sync_directory(split_path(path)[0])
+
+    def check() -> None:
+        check_target(filesystem, path, overwrite=overwrite)
+
+    with as_checkpoint_error(f"{path} was not written"):
+        digest = filesystem.replace_file(path, safetensors_parts(tensors), check)
+        filesystem.sync_directory(split_path(path)[0])
     return digest
 
 

@@ -41,10 +41,6 @@ class CheckpointManager:
     """Saves the checkpoints of one run, and removes old ones.
 
     Args:
-        store: Where they are saved.
-        distributed: The ranks.
-        retention: Which checkpoints are kept.
-        on_error: What to do when a checkpoint cannot be saved.
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
@@ -76,12 +72,12 @@ class CheckpointManager:
         with as_checkpoint_error(self.store.directory):
             while not (is_visible := self.store.filesystem.exists(path)) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        blind = [rank for rank, sees in enumerate(self.distributed.gather(is_visible)) if not sees]
+        without_file = [rank for rank, found in enumerate(self.distributed.gather(is_visible)) if not found]
         self.call_on_rank_0(lambda: self.store.filesystem.remove_file(path))
-        if blind:
+        if without_file:
             raise CheckpointError(
-                f"{self.store.directory} is not one directory for all processes: rank {blind[0]} does not see a file "
-                "that rank 0 created there. Give a directory that all hosts share."
+                f"{self.store.directory} is not one directory for all processes: rank {without_file[0]} does not see a "
+                "file that rank 0 created there. Give a directory that all hosts share."
             )
 
     def _create_token(self) -> str:
@@ -125,14 +121,10 @@ class CheckpointManager:
         path: str | None = None,
         weights: Sequence[tuple[str, Tensor]] = (),
     ) -> str | None:
-        """Save a checkpoint, or begin to save one in the background. A collective.
+        """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
-        Args:
-            manifest: Describes the checkpoint, except for its name and files.
-            shared: The parts that are the same on all ranks, as rank 0 writes them.
-            own: The parts of this rank.
-            path: Where to save it. The default is in the run's directory, with the step in the name.
-            weights: This rank's part of the weights by name, to check that they are finite; empty for no check.
+        The manifest has no name and no files yet. The default path is in the run's directory, with the step in the
+        name. The checkpoint is not saved if the weights, which this rank has by name, are not finite.
 
         Returns:
             The path of the checkpoint, None if it is not complete yet or could not be saved.
@@ -140,7 +132,6 @@ class CheckpointManager:
         Raises:
             CheckpointError: It could not be saved, and `on_error` is `"raise"`.
         """
-        self.finish()
         if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
             self._warn(f"The run was not saved after step {manifest.step}: {names[0]} holds NaN or infinity.")
             return None

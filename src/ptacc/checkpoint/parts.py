@@ -24,8 +24,8 @@ from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 from ptacc.tensors.dtensor import localize, map_state, merge_states
 
-MODEL = "model"
-"""The part with the weights."""
+RUN, MODEL = "run", "model"
+"""The parts with the state of the run and with the weights."""
 SHARED = "shared"
 """The name of the files that all ranks read."""
 SHARDS = "shards"

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
+from ptacc.checkpoint.parts import RUN, SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
-from ptacc.checkpoint.trainer_state import RUN
 from ptacc.errors import CheckpointError
 from ptacc.run.state import ResumeState
 
@@ -38,9 +37,7 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | 
         return find_at(make_absolute(parse_path(resume)), store)
     if resume:
         return find_newest(store)
-    with as_checkpoint_error(store.directory):
-        names = store.names()
-    if names:
+    if names := store.names():
         raise CheckpointError(
             f"{store.directory} has checkpoints of another run, the last of them {names[-1]}. Set resume=True to "
             "resume that run, or give the new run a directory of its own."
@@ -80,11 +77,7 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    Args:
-        path: The checkpoint's directory.
-        manifest: The checkpoint's manifest.
-        shared: The parts that all ranks share.
-        own: The parts of this rank. If the number of ranks has changed: the run alone, merged from all ranks.
+    If the number of ranks has changed, the rank's own parts are only the state of the run, merged from all ranks.
     """
 
     path: str
@@ -108,11 +101,7 @@ class Resumption:
         return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 
     def resume_state(self, *, with_file: bool) -> ResumeState:
-        """Return the state of the run.
-
-        Args:
-            with_file: Whether the history continues in the file that it was written to.
-        """
+        """Return the state of the run, `with_file` if the history continues in the file that it was written to."""
         run = self.shared[RUN]
         history = run["history"] if with_file else {**run["history"], "file": None}
         return ResumeState({**run, "history": history}, self.own[RUN])

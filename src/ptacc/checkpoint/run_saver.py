@@ -7,7 +7,7 @@ import platform
 import signal
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -31,8 +31,6 @@ class RunSaver:
     """Saves the run of a trainer.
 
     Args:
-        trainer: The trainer, within its run.
-        manager: The run's checkpoints.
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         allows_non_finite: Whether to save weights that hold NaN or infinity.
@@ -123,17 +121,11 @@ class RunSaver:
             self.saved_at = before
 
     def state_dict(self) -> StateDict:
-        """Return the run's identity, when it was last saved, and the versions of packages that affect results."""
-        at = self.saved_at
-        return {
-            "identity": self.manager.identity,
-            "saved_at": {"steps": at.steps, "epochs": at.epochs, "batches": at.batches, "seconds": at.seconds},
-            "versions": get_versions(),
-        }
+        """Return when the run was last saved, and the versions of packages that affect results."""
+        return {"saved_at": asdict(self.saved_at), "versions": get_versions()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the state, and warn if versions have changed."""
-        self.manager.identity = state_dict["identity"]
         self.saved_at = Progress(**state_dict["saved_at"])
         before, now = state_dict["versions"], get_versions()
         if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:

@@ -14,17 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.parts import MODEL, SHARDS, Part, Snapshot
+from ptacc.checkpoint.parts import MODEL, RUN, SHARDS, Part, Snapshot, read_full_parts
+from ptacc.checkpoint.resume import find_at
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.paths import split_path
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import canonical_name, weight_differences
+from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.protocols import StateDict, Stateful
 
-RUN, FLAGS, ENGINE, RANDOM = "run", "flags", "engine", "random"
+FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 
 
 # ---- from a trainer to parts
@@ -93,14 +97,28 @@ def get_flags(model: nn.Module) -> StateDict:
 # ---- from parts to a trainer
 
 
+def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool) -> str:
+    """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
+
+    Raises:
+        CheckpointError: The path has no checkpoint, or one of another model.
+    """
+    found = find_at(path, open_store(path, key))
+    directory, name = split_path(found)
+    store = open_store(directory, key)
+    with as_checkpoint_error(path):
+        shared = read_full_parts(store, store.manifest(name))
+    load_weights(trainer.unwrapped_model, shared[MODEL])
+    if not weights_only:
+        for slot in trainer.optimizer_slots():
+            load_optimizer_state(slot.optimizer, shared[slot.name])
+    return found
+
+
 def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> None:
     """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
 
-    Args:
-        trainer: The trainer.
-        shared: The parts that all ranks share.
-        own: The parts of this rank. Missing ones are not restored.
-        ignored: Names of parts that may be missing, and of differences that are allowed.
+    `ignored` contains the names of parts that may be missing, and of differences that are allowed.
 
     Raises:
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
@@ -166,5 +184,4 @@ def load_flags(model: nn.Module, flags: StateDict) -> None:
     for name, module in model.named_modules():
         module.training = canonical_name(name) not in in_eval
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (canonical_name(name) in frozen):
-            parameter.requires_grad_(canonical_name(name) not in frozen)
+        parameter.requires_grad_(canonical_name(name) not in frozen)

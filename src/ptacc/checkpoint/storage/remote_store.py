@@ -23,7 +23,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.paths import is_url
 from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
@@ -51,7 +51,7 @@ class RemoteStore(CheckpointStore):
     @override
     def begin(self, name: str) -> PendingCheckpoint:
         """Begin a checkpoint. A save of the same name that was interrupted is removed."""
-        entries = self.filesystem.list_directory(self.directory)
+        entries = self._list_entries()
         if name in (marks := find_marks(entries)):
             self._resolve_marks(name, marks[name])
         self._check_new(name)
@@ -77,12 +77,11 @@ class RemoteStore(CheckpointStore):
     def remove(self, name: str) -> None:
         check_name(name)
         self.filesystem.write_file(self.locate(f"{REMOVED}{name}"), [])
-        self._remove_files(name)
-        self._remove_marks(name)
+        self._resolve_marks(name, {REMOVED})
 
     @override
     def clean_up(self) -> list[str]:
-        marks = find_marks(self.filesystem.list_directory(self.directory))
+        marks = find_marks(self._list_entries())
         for name, kinds in marks.items():
             self._resolve_marks(name, kinds)
         return sorted(f"{kind}{name}" for name, kinds in marks.items() for kind in kinds)
@@ -90,25 +89,23 @@ class RemoteStore(CheckpointStore):
     def _resolve_marks(self, name: str, marks: set[str]) -> None:
         if REMOVED in marks or not self._is_committed(name):
             self._remove_files(name)
-        self._remove_marks(name)
+        for kind in (PARTIAL, REMOVED):
+            self.filesystem.remove_file(self.locate(f"{kind}{name}"))
 
     def _remove_files(self, name: str) -> None:
         self.filesystem.remove_file(self.locate(name, MANIFEST))  # first: from here on it is not a checkpoint
         self.filesystem.remove_tree(self.locate(name))
 
-    def _remove_marks(self, name: str) -> None:
-        for kind in (PARTIAL, REMOVED):
-            self.filesystem.remove_file(self.locate(f"{kind}{name}"))
-
     @override
     def _list_directories(self) -> list[str]:
-        entries = self.filesystem.list_directory(self.directory)
+        entries = self._list_entries()
         marks = find_marks(entries)
-        return sorted(
-            name
-            for name, is_directory in entries.items()
-            if is_directory and (name not in marks or (REMOVED not in marks[name] and self._is_committed(name)))
-        )
+        with as_checkpoint_error(self.directory):
+            return sorted(
+                name
+                for name, is_directory in entries.items()
+                if is_directory and (name not in marks or (REMOVED not in marks[name] and self._is_committed(name)))
+            )
 
     def _is_committed(self, name: str) -> bool:
         try:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from pathlib import Path
 
-from ptacc.checkpoint.storage.filesystem import PARTIAL, FileDigest, FileSystem
+from ptacc.checkpoint.storage.filesystem import PARTIAL, FileDigest, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import FILE_NAME, MAX_MANIFEST_SIZE, Manifest
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 
@@ -90,6 +90,8 @@ class CheckpointStore:
 
     def write(self, pending: PendingCheckpoint, file: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
         """Write one file of a checkpoint durably. Any rank may call this."""
+        if not FILE_NAME.fullmatch(file) or file == MANIFEST:
+            raise CheckpointError(f"{file!r} is not a valid name for a file of a checkpoint.")
         return self.filesystem.write_file(f"{pending.path}/{file}", parts)
 
     def commit(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
@@ -146,8 +148,11 @@ class CheckpointStore:
 
     def _list_directories(self) -> list[str]:
         """Return the sorted names of the directories in the store."""
-        entries = self.filesystem.list_directory(self.directory)
-        return sorted(name for name, is_directory in entries.items() if is_directory)
+        return sorted(name for name, is_directory in self._list_entries().items() if is_directory)
+
+    def _list_entries(self) -> dict[str, bool]:
+        with as_checkpoint_error(self.directory):
+            return self.filesystem.list_directory(self.directory)
 
     def names(self) -> list[str]:
         """Return the names of the run's checkpoints in alphabetical order, without reading them."""
