@@ -10,6 +10,7 @@ checkpoint -> Snapshot --------+
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -97,10 +98,7 @@ def write_weights(
     Raises:
         CheckpointError: The path is taken, unsuitable or cannot be written, or the format has no such dtype.
     """
-
-    def check() -> None:
-        check_target(filesystem, path, overwrite=overwrite)
-
+    check = partial(check_target, filesystem, path, overwrite=overwrite)
     with as_checkpoint_error(f"{path} was not written"):
         digest = filesystem.replace_file(path, safetensors_parts(tensors), check)
         filesystem.sync_directory(split_path(path)[0])

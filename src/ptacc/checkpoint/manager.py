@@ -23,7 +23,6 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import Save, copy_to_host
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import first_non_finite
 from ptacc.types.aliases import T
 
 OnError: TypeAlias = Literal["raise", "warn"]
@@ -113,18 +112,10 @@ class CheckpointManager:
         """Whether a checkpoint is being saved in the background."""
         return self._save is not None
 
-    def begin(
-        self,
-        manifest: Manifest,
-        shared: Sequence[Part],
-        own: Sequence[Part],
-        path: str | None = None,
-        weights: Sequence[tuple[str, Tensor]] = (),
-    ) -> str | None:
+    def begin(self, manifest: Manifest, shared: Sequence[Part], own: Sequence[Part], path: str | None) -> str | None:
         """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
-        The manifest has no name and no files yet. The default path is in the run's directory, with the step in the
-        name. The checkpoint is not saved if the weights, which this rank has by name, are not finite.
+        The manifest has no name and no files yet. The default path is in the run's directory, named by its step.
 
         Returns:
             The path of the checkpoint, None if it is not complete yet or could not be saved.
@@ -132,9 +123,6 @@ class CheckpointManager:
         Raises:
             CheckpointError: It could not be saved, and `on_error` is `"raise"`.
         """
-        if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
-            self._warn(f"The run was not saved after step {manifest.step}: {names[0]} holds NaN or infinity.")
-            return None
         store, name = self.store, ""
         if path is not None:
             directory, name = split_path(path)
@@ -192,7 +180,7 @@ class CheckpointManager:
             save.cancel(f"{save.pending.name} was not saved: the run ended before another rank had written its files.")
             save.join()
         if save.error is not None:
-            self._warn(str(save.error))
+            self.warn(str(save.error))
 
     def _remove_old(self, newest: str) -> None:
         """Remove the checkpoints that no rule keeps, after the newest has been verified."""
@@ -208,8 +196,9 @@ class CheckpointManager:
     def _report(self, error: CheckpointError) -> None:
         if self.on_error == "raise":
             raise error
-        self._warn(f"{error} The run continues without this checkpoint.")
+        self.warn(f"{error} The run continues without this checkpoint.")
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Warn once for all ranks."""
         if self.distributed.rank == 0:
             warnings.warn(message, stacklevel=2)

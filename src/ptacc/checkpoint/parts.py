@@ -131,5 +131,4 @@ def read_all_ranks(store: CheckpointStore, manifest: Manifest) -> list[Snapshot]
 
 def merge_shards(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     """Return the shared parts that contain sharded tensors, from the own parts of all ranks."""
-    parts: dict[str, Any] = merge_states([snapshot.get(SHARDS, {}) for snapshot in snapshots])
-    return parts
+    return cast(dict[str, Any], merge_states([snapshot.get(SHARDS, {}) for snapshot in snapshots]))

@@ -20,7 +20,7 @@ from ptacc.checkpoint.parts import MODEL, Part
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
-from ptacc.model.state_dict import canonical_name, is_placeholder
+from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
@@ -33,7 +33,6 @@ class RunSaver:
     Args:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
-        allows_non_finite: Whether to save weights that hold NaN or infinity.
         on_saved: Called with the path of each checkpoint that was saved.
         saved_at: The progress of the run when it was last saved.
     """
@@ -102,6 +101,11 @@ class RunSaver:
         if path is None:
             self.saved_at = now  # first, since the checkpoint contains it
         shared, own = collect_parts(self.trainer)
+        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
+            self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
+            self.saved_at = before
+            return
         manifest = Manifest(
             name="",
             run=self.manager.identity,
@@ -113,8 +117,7 @@ class RunSaver:
             parts={part.name: part.version for part in shared},
             metrics=self.trainer.run.current_values(),
         )
-        parameters = () if self.allows_non_finite else local_parameters(self.trainer, shared)
-        saved = self.manager.begin(manifest, *move_shards(shared, own), path, parameters)
+        saved = self.manager.begin(manifest, *move_shards(shared, own), path)
         if saved is not None:
             self.on_saved(saved)
         elif not self.manager.is_saving:

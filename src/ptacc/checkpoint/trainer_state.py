@@ -47,7 +47,8 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
         ENGINE: state.shared,
         **state.optimizers,
     }
-    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: get_random_streams(trainer).state_dict()}
+    random = RandomStreams(devices=trainer.device.type != "cpu")
+    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
     return (
         [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
         [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
@@ -79,11 +80,6 @@ def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[P
     if not sharded:
         return shared, own
     return [part for part in shared if part.name not in sharded], [*own, Part(SHARDS, sharded)]
-
-
-def get_random_streams(trainer: TrainerCore) -> RandomStreams:
-    """Return the random generators that a run uses."""
-    return RandomStreams(devices=trainer.device.type != "cpu")
 
 
 def get_flags(model: nn.Module) -> StateDict:
@@ -136,7 +132,7 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
             if name in parts:
                 state.load_state_dict(parts[name])
     if RANDOM in own:
-        get_random_streams(trainer).load_state_dict(own[RANDOM])
+        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
     else:  # saved by another number of ranks
         seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
 
@@ -169,9 +165,8 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"
     needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
-    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.keys()))
-    unexpected = sorted(shared.keys() - needed.keys())
-    yield from ((name, f"the checkpoint has an unexpected part {name!r}") for name in unexpected)
+    for name in sorted(needed.keys() ^ shared.keys()):
+        yield name, f"the checkpoint has {'no' if name in needed else 'an unexpected'} part {name!r}"
     for name, _ in named_states(trainer, each_rank=True):
         if name not in own and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this rank"

@@ -60,11 +60,9 @@ class Encoded:
 
 
 def encode(state: object, name: str = "state") -> Encoded:
-    """Encode a state.
+    """Encode numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
 
-    Args:
-        state: Numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
-        name: Of the state in errors and in the keys of tensors.
+    The name is that of the state, for errors and for the keys of tensors.
 
     Raises:
         CheckpointError: A value cannot be stored; the message says which.

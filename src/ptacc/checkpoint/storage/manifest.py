@@ -32,11 +32,9 @@ class Manifest:
 
     Args:
         name: Of the checkpoint and its directory.
-        run: The identity of the run.
         step: Optimizer steps completed.
         epoch: Epochs completed.
         offset: How much of the current epoch's data has been used, over all processes: samples, or batches of a loader.
-        world_size: Number of processes.
         sequence: Position among the checkpoints of the directory, in the order in which they were saved.
         label: What it was saved for; empty if no label was given.
         parts: The version of each part's state, by the name of the part.

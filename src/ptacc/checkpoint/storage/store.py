@@ -50,7 +50,6 @@ class CheckpointStore:
     Args:
         directory: A path, which is created when the first checkpoint is saved.
         key: Signs checkpoints; those that are not signed with it are refused.
-        filesystem: Reads and writes the files.
     """
 
     directory: str
