@@ -101,7 +101,7 @@ class Resumption:
         return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 
     def resume_state(self, *, with_file: bool) -> ResumeState:
-        """Return the state of the run. `with_file`: whether its history continues in the file that it was read from."""
+        """Return the state of the run. `with_file`: whether the history continues in the file of the saved run."""
         run = self.shared[RUN]
         history = run["history"] if with_file else {**run["history"], "file": None}
         return ResumeState({**run, "history": history}, self.own[RUN])
