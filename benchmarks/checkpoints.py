@@ -42,13 +42,12 @@ class Timed(CheckpointMixin, Trainer):
 
     @override
     def save_run_state(self) -> None:
-        manager, number = self.run[SAVER].manager, len(self.turns)
+        saver, number = self.run[SAVER], len(self.turns)
+        manager = saver.manager
         turn: dict[str, float] = {}
         for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):
-            manager.in_background, manager.saved_at = (
-                kind == "background",
-                Progress(),
-            )  # otherwise the second save would be skipped
+            manager.in_background = kind == "background"
+            saver.saved_at = Progress()  # otherwise the second save would be skipped
             started = time.perf_counter()
             if kind == "torch.save":
                 self._torch_save()

@@ -21,7 +21,7 @@ def draw() -> list[float]:
 
 def test_the_generators_are_restored_from_a_file(tmp_path: Path) -> None:
     draw()
-    state = through_files(tmp_path, Part("random", RandomStreams().state_dict())).take("random")
+    state = through_files(tmp_path, Part("random", RandomStreams().state_dict()))["random"]
     expected = [draw(), draw()]
     RandomStreams().load_state_dict(state)
     assert [draw(), draw()] == expected

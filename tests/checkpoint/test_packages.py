@@ -256,7 +256,7 @@ def states(metric: object) -> MetricStates:
 
 
 def through(directory: Path, saved: MetricStates) -> Any:
-    return through_files(directory, Part("metric", saved.state_dict())).take("metric")
+    return through_files(directory, Part("metric", saved.state_dict()))["metric"]
 
 
 def check_resumes(make: Callable[[], Any], give: Callable[[], Any], directory: Path, hows: str = "ufufu") -> Any:

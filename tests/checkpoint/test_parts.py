@@ -40,13 +40,13 @@ def through_files(directory: Path, *parts: Part) -> Snapshot:
 def test_parts_come_back_by_their_names(tmp_path: Path) -> None:
     weights = {"weight": torch.randn(2, 3), "bias": torch.zeros(0)}
     back = through_files(tmp_path, Part("model", weights), Part("progress", {"steps": 3}))
-    assert torch.equal(back.take("model")["weight"], weights["weight"])
-    assert back.take("progress") == {"steps": 3}
+    assert torch.equal(back["model"]["weight"], weights["weight"])
+    assert back["progress"] == {"steps": 3}
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingPartError, match=r"no part 'ema'.* It has: model"):
-        through_files(tmp_path, Part("model", {})).take("ema")
+        through_files(tmp_path, Part("model", {}))["ema"]
 
 
 def test_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
     encoded = [encode_parts([Part("random", rank)]) for rank in (0, 1)]
     files = {k: v for rank in (0, 1) for k, v in write_parts(store, pending, rank_files(rank), encoded[rank]).items()}
     manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 2, files=files))
-    assert [read_parts(store, manifest, rank_files(rank)).take("random") for rank in (0, 1)] == [0, 1]
+    assert [read_parts(store, manifest, rank_files(rank))["random"] for rank in (0, 1)] == [0, 1]
 
 
 @pytest.mark.parametrize("text", [b"[1, 2]", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff"])
@@ -143,9 +143,9 @@ def check_resumes(make: Callable[[], Work], directory: Path) -> None:
     whole.train(range(10))
     saved.train(range(5))
     back = through_files(directory, *saved.parts())
-    resumed.model.load_state_dict(back.take("model"))
-    resumed.optimizer.load_state_dict(back.take("optimizer"))
-    resumed.scheduler.load_state_dict(back.take("scheduler"))
+    resumed.model.load_state_dict(back["model"])
+    resumed.optimizer.load_state_dict(back["optimizer"])
+    resumed.scheduler.load_state_dict(back["scheduler"])
     resumed.train(range(5, 10))
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
@@ -173,4 +173,4 @@ def test_a_state_as_plain_json_would_not_come_back() -> None:
 
 @pytest.mark.parametrize("tensor", [torch.arange(6.0).reshape(2, 3).T, torch.arange(4.0)[::2][:1], torch.ones(())])
 def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: torch.Tensor, tmp_path: Path) -> None:
-    assert torch.equal(through_files(tmp_path, Part("odd", tensor)).take("odd"), tensor)
+    assert torch.equal(through_files(tmp_path, Part("odd", tensor))["odd"], tensor)

@@ -36,7 +36,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint import manager as line
+from ptacc.checkpoint import manager
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import (
     CheckpointError,
@@ -501,7 +501,7 @@ def test_a_key_is_never_printed(tmp_path: Path) -> None:
 
 def test_hosts_that_do_not_share_the_directory_are_detected(tmp_path: Path) -> None:
     def worker() -> str:
-        line.SEEN_WITHIN_SECONDS = 0.5
+        manager.SEEN_WITHIN_SECONDS = 0.5
         here = tmp_path / os.environ["RANK"]
         here.mkdir()
         os.chdir(here)

@@ -24,15 +24,12 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 
-LATER_RUN = re.compile(r"run-([2-9]|[1-9][0-9]+)")
-
 
 @dataclass(frozen=True)
 class CheckpointEntry:
     """A checkpoint in a listing.
 
     Args:
-        store: The store that contains it.
         name: Its name in the store.
         title: Its name in the listing.
         manifest: None if it cannot be read.
@@ -66,7 +63,7 @@ def list_checkpoints(directory: str, key: bytes | None) -> list[CheckpointEntry]
     if entry := find_checkpoint(directory, key):
         return [entry]
     filesystem = select_filesystem(directory)
-    matches = (LATER_RUN.fullmatch(name) for name in filesystem.list_directory(directory))
+    matches = (re.fullmatch(r"run-([2-9]|[1-9][0-9]+)", name) for name in filesystem.list_directory(directory))
     runs = sorted(int(match[1]) for match in matches if match)
     entries = list_run(open_store(directory, key), "")
     for run in runs:
@@ -91,9 +88,5 @@ def list_run(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
     """Return the checkpoints of one run, oldest first, then those of unknown age."""
     names = sorted([*store.names(), *store.custom_names()])
     entries = [CheckpointEntry(store, name, f"{prefix}{name}").check(files=False) for name in names]
-    return sorted((entry for entry in entries if not entry.is_gone), key=get_age)
-
-
-def get_age(entry: CheckpointEntry) -> tuple[float, int]:
-    """Return the key that the checkpoints of one run are sorted by."""
-    return (math.inf, 0) if entry.manifest is None else (entry.manifest.sequence, entry.manifest.step)
+    remaining = [entry for entry in entries if not entry.is_gone]
+    return sorted(remaining, key=lambda entry: entry.manifest.sequence if entry.manifest else math.inf)

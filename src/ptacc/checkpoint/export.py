@@ -1,7 +1,9 @@
-"""Exporting the weights of a checkpoint to one safetensors file, which is read without ptacc.
+"""Exporting the weights of a trainer or a checkpoint to one safetensors file, which is read without ptacc.
 
 ```
-Snapshot -> exported_weights() -> {name: tensor} -> write_weights() -> model.load_state_dict(load_file(path))
+trainer -> states_to_export() -+
+                               |-> exported_weights() -> {name: tensor} -> write_weights() -> a safetensors file
+checkpoint -> Snapshot --------+
 ```
 """
 
@@ -9,29 +11,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from ptacc.checkpoint.parts import Snapshot
+from ptacc.checkpoint.parts import MODEL, Snapshot
 from ptacc.checkpoint.serialization.json_codec import get_memory_key
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
+from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, as_checkpoint_error
 from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
+from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import get_weights
+from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
+from ptacc.types.protocols import Stateful
 
-MODEL = "model"
 AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
-RESERVED = "__metadata__"
-"""A key in the header of a safetensors file that is not the name of a tensor."""
+
+
+def states_to_export(trainer: TrainerCore, averages: str | None) -> Snapshot:
+    """Return a trainer's weights, and the averages of its last run. A collective; rank 0 gets full tensors."""
+    is_running = trainer.is_running
+    weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
+    states: dict[str, Any] = {MODEL: weights}
+    for key, state in trainer.run.states() if trainer.has_run else ():
+        if key.name == averages and isinstance(state, Stateful):
+            states[key.name] = state.state_dict()
+
+    def gather(value: Any) -> Any:
+        if not is_dtensor(value):
+            return value
+        full = full_tensor(value)
+        return full.cpu() if trainer.distributed.rank == 0 else None
+
+    return Snapshot(map_state(states, gather))
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
     """Return what `model.load_state_dict()` takes: a tensor for each name in the model's `state_dict()`.
 
     Args:
-        snapshot: The shared parts of a checkpoint.
+        snapshot: The shared parts of a checkpoint, or what `states_to_export` returned.
         averages: The part with the averages to export, such as `"ema"`. A tensor without an average is exported as it
             is, unless it is tied to one with an average: then both get the average.
 
@@ -39,24 +61,20 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
         MissingPartError: The snapshot has no such part.
         CheckpointError: The part does not contain weights, or averages that were never updated.
     """
-    weights = require_tensors(snapshot.take(MODEL), MODEL)
+    weights = require_tensors(snapshot[MODEL], MODEL)
     if averages is None:
         return weights
-    state = snapshot.take(averages)
+    state = snapshot[averages]
     if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
             f"The averages {averages!r} have not been updated yet: export the weights, or a later checkpoint."
         )
-    return replace_by_averages(weights, require_tensors(state["averages"], averages))
-
-
-def replace_by_averages(weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with those replaced that have an average. Of tied weights, only one name has an average."""
-    by_memory = {get_memory_key(weights[name]): average for name, average in averages.items() if name in weights}
-    # Averages of buffers that are not persistent have no weight, and are left out.
-    return {name: averages.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
+    by_name = require_tensors(state["averages"], averages)
+    # Of tied weights, only one name has an average. Buffers that are not persistent have an average, but no weight.
+    by_memory = {get_memory_key(weights[name]): average for name, average in by_name.items() if name in weights}
+    return {name: by_name.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
 
 
 def require_tensors(state: object, part: str) -> dict[str, Tensor]:
@@ -64,7 +82,7 @@ def require_tensors(state: object, part: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"The part {part!r} is a {type(state).__name__}: weights must be tensors by name.")
     for name, value in state.items():
-        if not isinstance(value, Tensor) or name == RESERVED:
+        if not isinstance(value, Tensor) or name == "__metadata__":  # a key that the format reserves
             raise CheckpointError(
                 f"{part}[{name!r}] is a {type(value).__name__}, which a safetensors file cannot store under that "
                 "name. If it is the extra state of a module, let its get_extra_state() return a tensor."
@@ -78,12 +96,12 @@ def write_weights(
     """Write tensors to a safetensors file, durably. The file appears complete.
 
     Raises:
-        CheckpointError: The path is taken or unsuitable, or the format does not have the dtype of a tensor.
+        CheckpointError: The path is taken, unsuitable or cannot be written, or the format has no such dtype.
     """
     check = partial(check_target, filesystem, path, overwrite=overwrite)
-    check()
-    digest = filesystem.replace_file(path, safetensors_parts(tensors), check)  # another process may write it first
-    filesystem.sync_directory(split_path(path)[0])
+    with as_checkpoint_error(f"{path} was not written"):
+        digest = filesystem.replace_file(path, safetensors_parts(tensors), check)
+        filesystem.sync_directory(split_path(path)[0])
     return digest
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 import secrets
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Literal, TypeAlias
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
@@ -28,10 +23,7 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import Save, copy_to_host
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import first_non_finite
 from ptacc.types.aliases import T
-from ptacc.types.progress import Progress
-from ptacc.types.protocols import StateDict
 
 OnError: TypeAlias = Literal["raise", "warn"]
 
@@ -48,14 +40,9 @@ class CheckpointManager:
     """Saves the checkpoints of one run, and removes old ones.
 
     Args:
-        store: Where they are saved.
-        distributed: The ranks.
-        retention: Which checkpoints are kept.
-        on_error: What to do when a checkpoint cannot be saved.
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
-        saved_at: The progress of the run when it was last saved.
     """
 
     store: CheckpointStore
@@ -65,31 +52,8 @@ class CheckpointManager:
     in_background: bool = False
     identity: str = field(default_factory=lambda: secrets.token_hex(8))
     resumed_from: str | None = None
-    saved_at: Progress = field(default_factory=Progress)
     _save: Save | None = None
     _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-
-    # ---- its state in a checkpoint
-
-    def state_dict(self) -> StateDict:
-        """Return the run's identity, when it was last saved, and the versions of packages that affect results."""
-        at = self.saved_at
-        return {
-            "identity": self.identity,
-            "saved_at": {"steps": at.steps, "epochs": at.epochs, "batches": at.batches, "seconds": at.seconds},
-            "versions": dict(get_versions()),
-        }
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore the state, and warn if versions have changed."""
-        self.identity = state_dict["identity"]
-        self.saved_at = Progress(**state_dict["saved_at"])
-        before, now = state_dict["versions"], get_versions()
-        if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
-            warnings.warn(
-                f"The run resumes with other versions ({', '.join(changed)}), so results may differ in the last bits.",
-                stacklevel=2,
-            )
 
     # ---- opening
 
@@ -102,17 +66,17 @@ class CheckpointManager:
         self.identity = self.distributed.broadcast(self.identity) if resumption is None else resumption.manifest.run
         if resumption is not None and split_path(resumption.path)[0] == self.store.directory:
             self.resumed_from = resumption.manifest.name
-        path = self.store.locate(self._on_rank_0(self._create_token))
+        path = self.store.locate(self.call_on_rank_0(self._create_token))
         deadline = time.monotonic() + SEEN_WITHIN_SECONDS
         with as_checkpoint_error(self.store.directory):
             while not (is_visible := self.store.filesystem.exists(path)) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        blind = [rank for rank, sees in enumerate(self.distributed.gather(is_visible)) if not sees]
-        self._on_rank_0(lambda: self.store.filesystem.remove_file(path))
-        if blind:
+        without_file = [rank for rank, found in enumerate(self.distributed.gather(is_visible)) if not found]
+        self.call_on_rank_0(lambda: self.store.filesystem.remove_file(path))
+        if without_file:
             raise CheckpointError(
-                f"{self.store.directory} is not one directory for all processes: rank {blind[0]} does not see a file "
-                "that rank 0 created there. Give a directory that all hosts share."
+                f"{self.store.directory} is not one directory for all processes: rank {without_file[0]} does not see a "
+                "file that rank 0 created there. Give a directory that all hosts share."
             )
 
     def _create_token(self) -> str:
@@ -128,7 +92,7 @@ class CheckpointManager:
         filesystem.write_file(self.store.locate(token), [])
         return token
 
-    def _on_rank_0(self, call: Callable[[], T]) -> T:
+    def call_on_rank_0(self, call: Callable[[], T]) -> T:
         """Call a function on rank 0, and return its result on all ranks, or raise its error."""
         value, error = None, None
         if self.distributed.rank == 0:
@@ -148,24 +112,10 @@ class CheckpointManager:
         """Whether a checkpoint is being saved in the background."""
         return self._save is not None
 
-    def begin(
-        self,
-        at: Progress,
-        manifest: Manifest,
-        shared: Sequence[Part],
-        own: Sequence[Part],
-        path: str | None = None,
-        weights: Sequence[tuple[str, Tensor]] = (),
-    ) -> str | None:
-        """Save a checkpoint, or begin to save one in the background. A collective.
+    def begin(self, manifest: Manifest, shared: Sequence[Part], own: Sequence[Part], path: str | None) -> str | None:
+        """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
-        Args:
-            at: The progress of the run.
-            manifest: Describes the checkpoint, except for its name and files.
-            shared: The parts that are the same on all ranks, as rank 0 writes them.
-            own: The parts of this rank.
-            path: Where to save it. The default is in the run's directory, with the step in the name.
-            weights: This rank's part of the weights by name, to check that they are finite; empty for no check.
+        The manifest has no name and no files yet. The default path is in the run's directory, named by its step.
 
         Returns:
             The path of the checkpoint, None if it is not complete yet or could not be saved.
@@ -173,16 +123,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: It could not be saved, and `on_error` is `"raise"`.
         """
-        self.finish()
-        if names := [name for name in self.distributed.gather(first_non_finite(weights)) if name]:
-            self._warn(f"The run was not saved after step {at.steps}: {names[0]} holds NaN or infinity.")
-            return None
         store, name = self.store, ""
         if path is not None:
             directory, name = split_path(path)
             store = open_sibling(self.store, directory)
         try:
-            pending = self._on_rank_0(lambda: store.begin(name or store.free_name(at.steps)))
+            pending = self.call_on_rank_0(lambda: store.begin(name or store.free_name(manifest.step)))
         except CheckpointError as error:
             self._report(error)
             return None
@@ -234,7 +180,7 @@ class CheckpointManager:
             save.cancel(f"{save.pending.name} was not saved: the run ended before another rank had written its files.")
             save.join()
         if save.error is not None:
-            self._warn(str(save.error))
+            self.warn(str(save.error))
 
     def _remove_old(self, newest: str) -> None:
         """Remove the checkpoints that no rule keeps, after the newest has been verified."""
@@ -250,19 +196,9 @@ class CheckpointManager:
     def _report(self, error: CheckpointError) -> None:
         if self.on_error == "raise":
             raise error
-        self._warn(f"{error} The run continues without this checkpoint.")
+        self.warn(f"{error} The run continues without this checkpoint.")
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Warn once for all ranks."""
         if self.distributed.rank == 0:
             warnings.warn(message, stacklevel=2)
-
-
-@functools.cache
-def get_versions() -> dict[str, str]:
-    """Return the versions that results depend on, to the last bit."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "accelerate": version("accelerate"),
-    }

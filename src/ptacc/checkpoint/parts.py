@@ -12,8 +12,8 @@ format can be distinguished from an earlier one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ptacc.checkpoint.serialization.json_codec import Encoded, Json, decode, encode, one_line
@@ -24,6 +24,8 @@ from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 from ptacc.tensors.dtensor import localize, map_state, merge_states
 
+RUN, MODEL = "run", "model"
+"""The parts with the state of the run and with the weights."""
 SHARED = "shared"
 """The name of the files that all ranks read."""
 SHARDS = "shards"
@@ -41,28 +43,14 @@ class Part:
     version: int = 1
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(dict[str, Any]):
     """States that were read from a checkpoint, by the names of their parts."""
 
-    states: Mapping[str, Any] = field(default_factory=dict)
-
-    def take(self, name: str) -> Any:
-        """Return the state of a part, or raise `MissingPartError`."""
-        if name not in self.states:
-            raise MissingPartError(
-                f"The checkpoint has no part {name!r}. It has: {', '.join(sorted(self.states)) or 'no parts'}. "
-                "To resume a run without it, add its name to resume_ignore."
-            )
-        return self.states[name]
-
-    def joined(self, parts: Mapping[str, Any]) -> Snapshot:
-        """Return the snapshot with further parts."""
-        return Snapshot({**self.states, **parts})
-
-    def mapped(self, change: Callable[[Any], Any]) -> Snapshot:
-        """Return the snapshot with each value in its states changed."""
-        return Snapshot(map_state(dict(self.states), change))
+    def __missing__(self, name: str) -> Any:
+        raise MissingPartError(
+            f"The checkpoint has no part {name!r}. It has: {', '.join(sorted(self)) or 'no parts'}. "
+            "To resume a run without it, add its name to resume_ignore."
+        )
 
 
 def rank_files(rank: int) -> str:
@@ -130,13 +118,17 @@ def read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapsho
 def read_full_parts(store: CheckpointStore, manifest: Manifest) -> Snapshot:
     """Read the shared parts, with sharded tensors assembled from the files of all ranks."""
     shared = read_parts(store, manifest, SHARED)
-    if manifest.parts.keys() <= shared.states.keys():
+    if manifest.parts.keys() <= shared.keys():
         return shared
-    own = [read_parts(store, manifest, rank_files(rank)) for rank in range(manifest.world_size)]
-    return shared.joined(merge_shards(own)).mapped(lambda value: localize(value, {}))
+    shards = merge_shards(read_all_ranks(store, manifest))
+    return Snapshot(map_state({**shared, **shards}, lambda value: localize(value, {})))
+
+
+def read_all_ranks(store: CheckpointStore, manifest: Manifest) -> list[Snapshot]:
+    """Read the own parts of each rank that saved a checkpoint."""
+    return [read_parts(store, manifest, rank_files(rank)) for rank in range(manifest.world_size)]
 
 
 def merge_shards(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     """Return the shared parts that contain sharded tensors, from the own parts of all ranks."""
-    parts: dict[str, Any] = merge_states([snapshot.states.get(SHARDS, {}) for snapshot in snapshots])
-    return parts
+    return cast(dict[str, Any], merge_states([snapshot.get(SHARDS, {}) for snapshot in snapshots]))

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptacc.checkpoint.parts import SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_parts
+from ptacc.checkpoint.parts import RUN, SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
-from ptacc.checkpoint.trainer_state import RUN
 from ptacc.errors import CheckpointError
 from ptacc.run.state import ResumeState
 
@@ -78,11 +77,7 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    Args:
-        path: The checkpoint's directory.
-        manifest: The checkpoint's manifest.
-        shared: The parts that all ranks share.
-        own: The parts of this rank. If the number of ranks has changed: the run alone, merged from all ranks.
+    If the number of ranks has changed, the rank's own parts are only the state of the run, merged from all ranks.
     """
 
     path: str
@@ -97,23 +92,19 @@ class Resumption:
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
             if manifest.world_size == world_size:
-                own_parts = read_parts(store, manifest, rank_files(rank))
-                shards = own_parts.states.get(SHARDS, {})
+                own = read_parts(store, manifest, rank_files(rank))
+                shards = own.get(SHARDS, {})
             else:
-                all_ranks = [read_parts(store, manifest, rank_files(other)) for other in range(manifest.world_size)]
-                own_parts = Snapshot({RUN: merge_run_states([parts.take(RUN) for parts in all_ranks])})
+                all_ranks = read_all_ranks(store, manifest)
+                own = Snapshot({RUN: merge_run_states([parts[RUN] for parts in all_ranks])})
                 shards = merge_shards(all_ranks)
-        return cls(store.locate(name), manifest, shared.joined(shards), own_parts)
+        return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 
     def resume_state(self, *, with_file: bool) -> ResumeState:
-        """Return the state of the run.
-
-        Args:
-            with_file: Whether the history continues in the file that it was written to.
-        """
-        run = self.shared.take(RUN)
+        """Return the state of the run. `with_file`: whether the history continues in the file of the saved run."""
+        run = self.shared[RUN]
         history = run["history"] if with_file else {**run["history"], "file": None}
-        return ResumeState({**run, "history": history}, self.own.take(RUN))
+        return ResumeState({**run, "history": history}, self.own[RUN])
 
 
 def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,11 +29,8 @@ class Retention:
     def removable(self, manifests: Sequence[Manifest], protected: Collection[str] = ()) -> list[str]:
         """Return the names of the checkpoints to remove, oldest first.
 
-        The newest is always kept, and so is the newest of each label.
-
-        Args:
-            manifests: Of the intact checkpoints.
-            protected: Names of others to keep, such as the one that was resumed from.
+        The newest of the intact checkpoints is always kept, and so are the newest of each label and those whose names
+        are protected, such as the one that was resumed from.
 
         Example:
             >>> manifests = [Manifest(f"step-{n}", "run", n, 0, 0, 1, sequence=n) for n in (1, 2, 3, 4)]
@@ -55,10 +52,7 @@ class Retention:
 def rank_best(manifests: Sequence[Manifest], monitor: Monitor, count: int) -> list[str]:
     """Return the names of at most `count` best checkpoints, best first. Those with NaN or no value are left out.
 
-    Args:
-        manifests: Oldest first. Of two with equal values, the newer one is better.
-        monitor: The value to compare.
-        count: How many to return.
+    The manifests are given oldest first. Of two with equal values, the newer one is better.
     """
     sign = 1 if monitor.mode == "min" else -1
     values = {manifest.name: manifest.metrics.get(monitor.name, math.nan) for manifest in manifests}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 import signal
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
-from ptacc.checkpoint.parts import Part
+from ptacc.checkpoint.parts import MODEL, Part
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.trainer_state import MODEL, collect_parts, move_shards
+from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
-from ptacc.model.state_dict import canonical_name, is_placeholder
+from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
-from ptacc.types.progress import Cadence
+from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
 
 
@@ -26,12 +31,10 @@ class RunSaver:
     """Saves the run of a trainer.
 
     Args:
-        trainer: The trainer, within its run.
-        manager: The run's checkpoints.
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
-        allows_non_finite: Whether to save weights that hold NaN or infinity.
         on_saved: Called with the path of each checkpoint that was saved.
+        saved_at: The progress of the run when it was last saved.
     """
 
     trainer: TrainerCore
@@ -40,13 +43,14 @@ class RunSaver:
     signals: Collection[signal.Signals]
     allows_non_finite: bool
     on_saved: Callable[[str], None]
+    saved_at: Progress = field(default_factory=Progress)
     _requests: list[tuple[str | None, str]] = field(default_factory=list)
 
     def request(self, path: str | None, label: str) -> str:
         """Request a checkpoint as soon as the run can be saved, and return where it will be. A collective."""
         self._requests.append((path, label))
-        store, distributed, steps = self.manager.store, self.trainer.distributed, self.trainer.progress.steps
-        return path or store.locate(distributed.broadcast(store.free_name(steps) if distributed.rank == 0 else ""))
+        store, step = self.manager.store, self.trainer.progress.steps
+        return path or store.locate(self.manager.call_on_rank_0(lambda: store.free_name(step)))
 
     def save_if_due(self) -> None:
         """Save the run if a checkpoint is due or was requested. A collective, between two steps or epochs."""
@@ -83,7 +87,7 @@ class RunSaver:
                 warnings.warn(f"The run could not be saved either: {failure}", stacklevel=2)
 
     def _is_due(self) -> bool:
-        run, last = self.trainer.run, self.manager.saved_at
+        run, last = self.trainer.run, self.saved_at
         now = run.progress
         if (now.steps, now.epochs, now.batches) == (last.steps, last.epochs, last.batches):
             return False
@@ -93,10 +97,15 @@ class RunSaver:
 
     def _save(self, path: str | None, label: str) -> None:
         self.finish()
-        now, before = self.trainer.progress, self.manager.saved_at
+        now, before = self.trainer.progress, self.saved_at
         if path is None:
-            self.manager.saved_at = now  # first, since the checkpoint contains it
+            self.saved_at = now  # first, since the checkpoint contains it
         shared, own = collect_parts(self.trainer)
+        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
+            self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
+            self.saved_at = before
+            return
         manifest = Manifest(
             name="",
             run=self.manager.identity,
@@ -108,20 +117,36 @@ class RunSaver:
             parts={part.name: part.version for part in shared},
             metrics=self.trainer.run.current_values(),
         )
-        parameters = () if self.allows_non_finite else local_parameters(self.trainer, shared)
-        saved = self.manager.begin(now, manifest, *move_shards(shared, own), path, parameters)
+        saved = self.manager.begin(manifest, *move_shards(shared, own), path)
         if saved is not None:
             self.on_saved(saved)
         elif not self.manager.is_saving:
-            self.manager.saved_at = before
+            self.saved_at = before
 
     def state_dict(self) -> StateDict:
-        """Return the state of the run's checkpoints."""
-        return self.manager.state_dict()
+        """Return when the run was last saved, and the versions of packages that affect results."""
+        return {"saved_at": asdict(self.saved_at), "versions": get_versions()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load the state of the run's checkpoints."""
-        self.manager.load_state_dict(state_dict)
+        """Restore the state, and warn if versions have changed."""
+        self.saved_at = Progress(**state_dict["saved_at"])
+        before, now = state_dict["versions"], get_versions()
+        if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            warnings.warn(
+                f"The run resumes with other versions ({', '.join(changed)}), so results may differ in the last bits.",
+                stacklevel=2,
+            )
+
+
+@functools.cache
+def get_versions() -> dict[str, str]:
+    """Return the versions that results depend on, to the last bit."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "accelerate": version("accelerate"),
+    }
 
 
 def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:

@@ -14,17 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.parts import SHARDS, Part, Snapshot
+from ptacc.checkpoint.parts import MODEL, RUN, SHARDS, Part, Snapshot, read_full_parts
+from ptacc.checkpoint.resume import find_at
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.paths import split_path
+from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
-from ptacc.model.state_dict import canonical_name, weight_differences
+from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
-from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize
+from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.protocols import StateDict, Stateful
 
-RUN, MODEL, FLAGS, ENGINE, RANDOM = "run", "model", "flags", "engine", "random"
+FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 
 
 # ---- from a trainer to parts
@@ -43,7 +47,8 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
         ENGINE: state.shared,
         **state.optimizers,
     }
-    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: get_random_streams(trainer).state_dict()}
+    random = RandomStreams(devices=trainer.device.type != "cpu")
+    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
     return (
         [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
         [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
@@ -77,11 +82,6 @@ def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[P
     return [part for part in shared if part.name not in sharded], [*own, Part(SHARDS, sharded)]
 
 
-def get_random_streams(trainer: TrainerCore) -> RandomStreams:
-    """Return the random generators that a run uses."""
-    return RandomStreams(devices=trainer.device.type != "cpu")
-
-
 def get_flags(model: nn.Module) -> StateDict:
     """Return the names of modules in eval mode, and of frozen parameters."""
     return {
@@ -93,14 +93,28 @@ def get_flags(model: nn.Module) -> StateDict:
 # ---- from parts to a trainer
 
 
+def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool) -> str:
+    """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
+
+    Raises:
+        CheckpointError: The path has no checkpoint, or one of another model.
+    """
+    found = find_at(path, open_store(path, key))
+    directory, name = split_path(found)
+    store = open_store(directory, key)
+    with as_checkpoint_error(path):
+        shared = read_full_parts(store, store.manifest(name))
+    load_weights(trainer.unwrapped_model, shared[MODEL])
+    if not weights_only:
+        for slot in trainer.optimizer_slots():
+            load_optimizer_state(slot.optimizer, shared[slot.name])
+    return found
+
+
 def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> None:
     """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
 
-    Args:
-        trainer: The trainer.
-        shared: The parts that all ranks share.
-        own: The parts of this rank. Missing ones are not restored.
-        ignored: Names of parts that may be missing, and of differences that are allowed.
+    `ignored` contains the names of parts that may be missing, and of differences that are allowed.
 
     Raises:
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
@@ -108,18 +122,17 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     check_matches(trainer, shared, own, ignored)
     run, model = trainer.run, trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
-    states = shared.mapped(partial(localize, dtensors=dtensors)).states
+    states = map_state({**shared}, partial(localize, dtensors=dtensors))
     optimizers = {slot.name: states[slot.name] for slot in run.engine.slots if slot.name in states}
-    own_state = own.states.get(ENGINE, {})
-    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own_state))
+    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
     if FLAGS in states:
         load_flags(model, states[FLAGS])
-    for parts, each_rank in ((states, False), (own.states, True)):
+    for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
             if name in parts:
                 state.load_state_dict(parts[name])
-    if RANDOM in own.states:
-        get_random_streams(trainer).load_state_dict(own.states[RANDOM])
+    if RANDOM in own:
+        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
     else:  # saved by another number of ranks
         seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
 
@@ -135,7 +148,7 @@ def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored
             + f"\nCreate the trainer as it was, or resume despite the differences: resume_ignore={{{names}}}."
         )
     run, scheme = trainer.run, trainer.run.data.partition_scheme
-    before = shared.states[RUN]["conditions"]["batch_size"]
+    before = shared[RUN]["conditions"]["batch_size"]
     if run.is_within_epoch and before != scheme.batching and not scheme.allows_rebatching:
         raise CheckpointError(
             f"The checkpoint is within an epoch whose data was split into {before}, and is now split into "
@@ -148,17 +161,16 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
     """Yield each difference between a checkpoint and a trainer: the name to ignore it by, and a description."""
     run = trainer.run
     for name, value in run.invariants.items():
-        before = shared.states[RUN]["conditions"].get(name)
+        before = shared[RUN]["conditions"].get(name)
         if before != value:
             yield name, f"{name} was {before!r} and is {value!r}"
     needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
-    yield from ((name, f"the checkpoint has no part {name!r}") for name in sorted(needed.keys() - shared.states.keys()))
-    unexpected = sorted(shared.states.keys() - needed.keys())
-    yield from ((name, f"the checkpoint has an unexpected part {name!r}") for name in unexpected)
+    for name in sorted(needed.keys() ^ shared.keys()):
+        yield name, f"the checkpoint has {'no' if name in needed else 'an unexpected'} part {name!r}"
     for name, _ in named_states(trainer, each_rank=True):
-        if name not in own.states and run.is_within_epoch:
+        if name not in own and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this rank"
-    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.states.get(MODEL, {})))
+    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.get(MODEL, {})))
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:
@@ -167,5 +179,4 @@ def load_flags(model: nn.Module, flags: StateDict) -> None:
     for name, module in model.named_modules():
         module.training = canonical_name(name) not in in_eval
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (canonical_name(name) in frozen):
-            parameter.requires_grad_(canonical_name(name) not in frozen)
+        parameter.requires_grad_(canonical_name(name) not in frozen)

@@ -47,11 +47,8 @@ class Save:
     """One rank's work on a checkpoint, in a thread.
 
     Args:
-        store: Where the checkpoint is saved.
-        pending: What rank 0 began.
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
-        distributed: The ranks.
         on_commit: Called on rank 0 with the name of the new checkpoint, if given.
     """
 

@@ -13,16 +13,18 @@ from typing import Literal, get_args
 
 from typing_extensions import override
 
-from ptacc.checkpoint.load import check_export, export_to, load_into, states_to_export
+from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
 from ptacc.checkpoint.manager import CheckpointManager, OnError
 from ptacc.checkpoint.parts import Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
+from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
+from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
-from ptacc.checkpoint.trainer_state import collect_parts, restore, stateful_parts
+from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
@@ -173,13 +175,14 @@ class CheckpointMixin(Mixin):
             CheckpointError: The file exists, or there are no such averages.
         """
         target = parse_path(path)
-        with self._distributed.synced("export_model()"):
-            if self.distributed.rank == 0:
-                check_export(target, overwrite=overwrite)
+        filesystem, is_main = select_filesystem(target), self.distributed.rank == 0
+        with self._distributed.synced("export_model()"), as_checkpoint_error(target):
+            if is_main:
+                check_target(filesystem, target, overwrite=overwrite)
         states = states_to_export(self, averages)
         with self._distributed.synced("the writing of export_model()"):
-            if self.distributed.rank == 0:
-                export_to(target, states, averages, overwrite=overwrite)
+            if is_main:
+                write_weights(filesystem, target, exported_weights(states, averages), overwrite=overwrite)
 
     # ---- resuming
 

@@ -114,7 +114,7 @@ def outcome_of(read: Callable[[], object]) -> str:
 
 
 def read_all(store: CheckpointStore, manifest: Manifest) -> list[object]:
-    return [dict(read_parts(store, manifest, name).states) for name in (SHARED, rank_files(0))]
+    return [dict(read_parts(store, manifest, name)) for name in (SHARED, rank_files(0))]
 
 
 def visit(store: CheckpointStore) -> str:

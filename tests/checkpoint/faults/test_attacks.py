@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptacc.checkpoint import parts as snapshot
+from ptacc.checkpoint import parts as parts_module
 from ptacc.checkpoint.parts import MAX_JSON_SIZE, SHARED, read_parts
 from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
 from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem
@@ -173,7 +173,7 @@ def test_json_that_takes_many_times_its_size_in_memory_is_not_read(arena: Arena)
 
 
 def test_no_json_is_written_that_would_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(snapshot, "MAX_JSON_SIZE", 1000)
+    monkeypatch.setattr(parts_module, "MAX_JSON_SIZE", 1000)
     with pytest.raises(CheckpointError, match=r"model, optimizer, .* store what is long in them"):
         save(CheckpointStore(str(tmp_path)), 1)
 

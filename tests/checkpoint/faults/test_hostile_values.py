@@ -51,7 +51,7 @@ FILED = Manifest(
 
 def read_tree(tree: str) -> str:
     """Return what becomes of a file of parts."""
-    return outcome_of(lambda: dict(read_parts(Handed("", tree=tree.encode()), FILED, SHARED).states))
+    return outcome_of(lambda: dict(read_parts(Handed("", tree=tree.encode()), FILED, SHARED)))
 
 
 @pytest.mark.parametrize("whole", payloads.TAGGED, ids=lambda whole: whole["~"])

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from typing_extensions import override
 
 from ptacc import Best, Callback, StepResult, Steps
-from ptacc.checkpoint import manager as line
+from ptacc.checkpoint import manager
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import parse_path, split_path
 from ptacc.checkpoint.storage.remote_filesystem import RemoteFileSystem
@@ -677,7 +677,7 @@ def test_two_processes_one_of_which_is_killed_resume(both: list[End], tmp_path: 
 
 
 def test_processes_that_do_not_share_the_store_get_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line, "SEEN_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr(manager, "SEEN_WITHIN_SECONDS", 0.2)
 
     def start() -> str:
         with pytest.raises(CheckpointError) as caught:

@@ -41,7 +41,6 @@ NUMERIC: Final = "biufc"
 """Kinds of numeric NumPy dtypes."""
 ARRAY_DTYPE: Final = re.compile(rf"[<>|=][{NUMERIC}][0-9]{{1,2}}")
 """NumPy's names of numeric dtypes. For other strings, NumPy imports modules, parses Python, or warns."""
-FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 MAPPINGS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 SEQUENCES: Final[dict[type, str]] = {tuple: "tuple", torch.Size: "Size", set: "set", frozenset: "frozenset"}
 CONTAINERS: Final[Mapping[str, Callable[[Any], object]]] = {tag: kind for kind, tag in (MAPPINGS | SEQUENCES).items()}
@@ -61,11 +60,9 @@ class Encoded:
 
 
 def encode(state: object, name: str = "state") -> Encoded:
-    """Encode a state.
+    """Encode numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
 
-    Args:
-        state: Numbers, strings, bytes, tensors, arrays, dtypes, devices, and containers of them.
-        name: Of the state in errors and in the keys of tensors.
+    The name is that of the state, for errors and for the keys of tensors.
 
     Raises:
         CheckpointError: A value cannot be stored; the message says which.
@@ -177,7 +174,6 @@ class _Decoder:
     tensors: Mapping[str, Tensor]
 
     def decode(self, tree: Json, depth: int) -> Any:
-        """Decode one value."""
         if depth > 3 * MAX_DEPTH:  # a tagged dictionary takes three levels
             raise DamagedCheckpointError("The containers of a state are nested too deeply.")
         if isinstance(tree, list):
@@ -251,7 +247,7 @@ def _to_complex(parts: object) -> complex:
 
 
 LEAVES: Final[Mapping[type, tuple[str, Callable[[Any], Json], Callable[[Any], object]]]] = {
-    float: ("float", repr, FLOATS.__getitem__),
+    float: ("float", repr, {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.__getitem__),
     complex: ("complex", lambda value: [encode(value.real).tree, encode(value.imag).tree], _to_complex),
     bytes: (
         "bytes",

@@ -17,8 +17,6 @@ from ptacc.checkpoint.serialization.json_codec import one_line
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.tensors.structures import as_bytes
 
-ALIGNMENT = 8
-
 
 def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file. Tensors on the host are not copied."""
@@ -41,7 +39,7 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
         header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % ALIGNMENT)
+    return text + b" " * (-len(text) % 8)  # so that the tensors are aligned
 
 
 @functools.cache

@@ -98,16 +98,8 @@ class FileSystem:
             while data:
                 data = data[self.write(descriptor, data) :]
 
-        with with_filename(path):
-            descriptor = self.open_new(path)
-            try:
-                yield write
-                self.sync(descriptor)
-            except BaseException:
-                with contextlib.suppress(OSError):  # the first error is raised
-                    self.close(descriptor)
-                raise
-            self.close(descriptor)
+        with self._synced(path, self.open_new) as descriptor:
+            yield write
 
     def write_file(self, path: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
         """Write a new file durably, and hash it at the same time. Its name is durable once its directory is synced."""
@@ -141,12 +133,26 @@ class FileSystem:
 
     def sync_directory(self, path: str) -> None:
         """Make the names in a directory durable."""
-        with with_filename(path):
-            descriptor = self.open_directory(path)
+        with self._synced(path, self.open_directory):
+            pass
+
+    @contextlib.contextmanager
+    def _synced(self, path: str, open_path: Callable[[str], int]) -> Iterator[int]:
+        """Sync and close what `open_path` opens. An `OSError` of its descriptor gets the path."""
+        try:
+            descriptor = open_path(path)
             try:
+                yield descriptor
                 self.sync(descriptor)
-            finally:
-                self.close(descriptor)
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first error is raised
+                    self.close(descriptor)
+                raise
+            self.close(descriptor)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = path
+            raise
 
     def remove_tree(self, path: str) -> None:
         """Remove a file, a link, or a directory with everything below it, if there is one."""
@@ -258,17 +264,6 @@ def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
         view = memoryview(part).cast("B")
         for start in range(0, len(view), CHUNK_SIZE):
             yield view[start : start + CHUNK_SIZE]
-
-
-@contextlib.contextmanager
-def with_filename(path: str) -> Iterator[None]:
-    """Add the path to an `OSError` that was raised for a descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = path
-        raise
 
 
 @contextlib.contextmanager

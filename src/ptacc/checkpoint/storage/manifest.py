@@ -24,8 +24,6 @@ FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 """The valid names of checkpoints and their files. None leads to another directory."""
 MAX_MANIFEST_SIZE: Final = 1 << 24
 """In bytes; enough for fifty thousand processes."""
-HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-MAX_COUNT: Final = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,9 @@ class Manifest:
 
     Args:
         name: Of the checkpoint and its directory.
-        run: The identity of the run.
         step: Optimizer steps completed.
         epoch: Epochs completed.
         offset: How much of the current epoch's data has been used, over all processes: samples, or batches of a loader.
-        world_size: Number of processes.
         sequence: Position among the checkpoints of the directory, in the order in which they were saved.
         label: What it was saved for; empty if no label was given.
         parts: The version of each part's state, by the name of the part.
@@ -58,15 +54,14 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 
-    def to_bytes(self, key: bytes | None = None) -> bytes:
-        """Return the content of the manifest's file, signed with the key if there is one. It is deterministic."""
-        content = self.content()
-        signature = None if key is None else hmac.new(key, to_json(content), hashlib.sha256).hexdigest()
-        return add_hash(content, signature)
-
-    def content(self) -> dict[str, Any]:
-        """Return what is hashed and signed."""
-        return {"format": FORMAT, **asdict(self), "metrics": encode(dict(self.metrics)).tree}
+    def to_bytes(self, key: bytes | None = None, signature: str | None = None) -> bytes:
+        """Return the content of the manifest's file, which is deterministic. A key replaces the given signature."""
+        content = {"format": FORMAT, **asdict(self), "metrics": encode(dict(self.metrics)).tree}
+        data = to_json(content)
+        if key is not None:
+            signature = hmac.new(key, data, hashlib.sha256).hexdigest()
+        signed = {} if signature is None else {"hmac": signature}
+        return to_json({"manifest": content, "sha256": hashlib.sha256(data).hexdigest(), **signed})
 
     @classmethod
     def from_bytes(cls, data: bytes, key: bytes | None = None) -> Manifest:
@@ -86,8 +81,7 @@ class Manifest:
             content["files"] = {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
             manifest = cls(**content)
             manifest.check()
-            # Without a key, the signature cannot be checked, and is expected as it is.
-            expected = manifest.to_bytes(key) if key is not None else add_hash(manifest.content(), document.get("hmac"))
+            expected = manifest.to_bytes(key, document.get("hmac"))  # without a key, the signature cannot be checked
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"The manifest is invalid: {one_line(error)}.") from error
         if key is not None and not hmac.compare_digest(expected, data):
@@ -107,7 +101,7 @@ class Manifest:
             raise ValueError("invalid count")
         if not all(type(value) is float or (type(value) is int and is_count(abs(value))) for value in metrics):
             raise ValueError("a metric is not a number")
-        if not all(HEX_DIGEST.fullmatch(file.sha256) for file in self.files.values()):
+        if not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in self.files.values()):
             raise ValueError("invalid hash")
         for name in (self.name, *self.files):
             if not FILE_NAME.fullmatch(name):
@@ -115,14 +109,8 @@ class Manifest:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is an integer from 0 to `MAX_COUNT`."""
-    return type(value) is int and 0 <= value <= MAX_COUNT
-
-
-def add_hash(content: Mapping[str, Any], signature: str | None) -> bytes:
-    """Return the content of a manifest's file."""
-    signed = {} if signature is None else {"hmac": signature}
-    return to_json({"manifest": content, "sha256": hashlib.sha256(to_json(content)).hexdigest(), **signed})
+    """Whether a value is an integer that is not negative and has at most 63 bits."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

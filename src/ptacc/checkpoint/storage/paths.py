@@ -13,7 +13,6 @@ from typing import Final
 from ptacc.errors import OptionError
 
 URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://(.*)", re.DOTALL)
-LOCAL_PROTOCOLS: Final = ("file", "local")
 
 
 def is_url(path: str) -> bool:
@@ -36,7 +35,7 @@ def parse_path(path: str | Path) -> str:
     if match is None:
         return str(Path(path))
     protocol, rest = match.groups()
-    if protocol in LOCAL_PROTOCOLS:
+    if protocol in ("file", "local"):
         if not rest.startswith("/"):
             raise OptionError(f"{path!r} is not an absolute path: write file:///PATH, or the path without a protocol.")
         return str(Path("/" + rest.lstrip("/")))

@@ -51,11 +51,10 @@ class RemoteStore(CheckpointStore):
     @override
     def begin(self, name: str) -> PendingCheckpoint:
         """Begin a checkpoint. A save of the same name that was interrupted is removed."""
-        check_name(name)
         entries = self._list_entries()
         if name in (marks := find_marks(entries)):
             self._resolve_marks(name, marks[name])
-        self._check_free(name)
+        self._check_new(name)
         if not entries:
             self.prepare()
         self.filesystem.write_file(self.locate(f"{PARTIAL}{name}"), [])
@@ -78,29 +77,24 @@ class RemoteStore(CheckpointStore):
     def remove(self, name: str) -> None:
         check_name(name)
         self.filesystem.write_file(self.locate(f"{REMOVED}{name}"), [])
-        self._remove_files(name)
-        self._remove_marks(name)
+        self._resolve_marks(name, {REMOVED})
 
     @override
     def clean_up(self) -> list[str]:
         marks = find_marks(self._list_entries())
-        with as_checkpoint_error(self.directory):
-            for name, kinds in marks.items():
-                self._resolve_marks(name, kinds)
+        for name, kinds in marks.items():
+            self._resolve_marks(name, kinds)
         return sorted(f"{kind}{name}" for name, kinds in marks.items() for kind in kinds)
 
     def _resolve_marks(self, name: str, marks: set[str]) -> None:
         if REMOVED in marks or not self._is_committed(name):
             self._remove_files(name)
-        self._remove_marks(name)
+        for kind in (PARTIAL, REMOVED):
+            self.filesystem.remove_file(self.locate(f"{kind}{name}"))
 
     def _remove_files(self, name: str) -> None:
         self.filesystem.remove_file(self.locate(name, MANIFEST))  # first: from here on it is not a checkpoint
         self.filesystem.remove_tree(self.locate(name))
-
-    def _remove_marks(self, name: str) -> None:
-        for kind in (PARTIAL, REMOVED):
-            self.filesystem.remove_file(self.locate(f"{kind}{name}"))
 
     @override
     def _list_directories(self) -> list[str]:

@@ -21,7 +21,7 @@ import posixpath
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from ptacc.checkpoint.storage.filesystem import PARTIAL, FileDigest, FileSystem, as_checkpoint_error
@@ -50,7 +50,6 @@ class CheckpointStore:
     Args:
         directory: A path, which is created when the first checkpoint is saved.
         key: Signs checkpoints; those that are not signed with it are refused.
-        filesystem: Reads and writes the files.
     """
 
     directory: str
@@ -69,12 +68,19 @@ class CheckpointStore:
 
     def prepare(self) -> None:
         """Create the directory, durably, unless it exists."""
-        self._make_durable_directory(Path(self.directory))
+        path = Path(self.directory)
+        missing = list(takewhile(lambda path: not self.filesystem.is_directory(str(path)), [path, *path.parents]))
+        existing = missing[-1].parent if missing else path
+        # A run may have created it, and been killed before the sync. It did not where the parent cannot be read.
+        with contextlib.suppress(PermissionError):
+            self.filesystem.sync_directory(str(existing.parent))
+        for path in reversed(missing):
+            self.filesystem.make_directory(str(path))
+            self.filesystem.sync_directory(str(path.parent))
 
     def begin(self, name: str) -> PendingCheckpoint:
         """Begin to write a checkpoint with a new name. Called on one rank, which broadcasts the result."""
-        check_name(name)
-        self._check_free(name)
+        self._check_new(name)
         if not self.filesystem.is_directory(self.directory):
             self.prepare()
         pending = PendingCheckpoint(name, self._make_temporary_name(PARTIAL, name))
@@ -108,17 +114,15 @@ class CheckpointStore:
     def clean_up(self) -> list[str]:
         """Remove what is left of interrupted saves and removals, and return the names of the leftovers."""
         leftovers = [name for name in self._list_directories() if name.startswith((PARTIAL, REMOVED))]
-        with as_checkpoint_error(self.directory):
-            for name in leftovers:
-                self.filesystem.remove_tree(self.locate(name))
+        for name in leftovers:
+            self.filesystem.remove_tree(self.locate(name))
         return leftovers
 
     def free_name(self, step: int) -> str:
         """Return an unused name for a checkpoint at a step. A run that was resumed earlier may have saved this step."""
         name = f"{PREFIX}{step:08}"
         candidates = chain([name], (f"{name}.{number:02}" for number in range(1, 10_000)))
-        with as_checkpoint_error(self.directory):
-            return next(name for name in candidates if not self.filesystem.exists(self.locate(name)))
+        return next(name for name in candidates if not self.filesystem.exists(self.locate(name)))
 
     def _write_manifest(self, pending: PendingCheckpoint, manifest: Manifest) -> Manifest:
         manifests = self.manifests()
@@ -127,19 +131,10 @@ class CheckpointStore:
         self.filesystem.write_file(f"{pending.path}/{MANIFEST}", [manifest.to_bytes(self.key)])
         return manifest
 
-    def _check_free(self, name: str) -> None:
+    def _check_new(self, name: str) -> None:
+        check_name(name)
         if self.filesystem.exists(self.locate(name)):
             raise CheckpointError(f"{self.locate(name)} exists already: a checkpoint is never overwritten.")
-
-    def _make_durable_directory(self, directory: Path) -> None:
-        if not self.filesystem.is_directory(str(directory)):
-            self._make_durable_directory(directory.parent)
-            self.filesystem.make_directory(str(directory))
-            self.filesystem.sync_directory(str(directory.parent))
-            return
-        # A run may have created it, and been killed before the sync. It did not where the parent cannot be read.
-        with contextlib.suppress(PermissionError):
-            self.filesystem.sync_directory(str(directory.parent))
 
     def _make_temporary_name(self, prefix: str, name: str) -> str:
         return self.locate(f"{prefix}{name}-{secrets.token_hex(4)}")
@@ -165,8 +160,7 @@ class CheckpointStore:
     def custom_names(self) -> list[str]:
         """Return the names of the checkpoints that users saved under a name of their own, in alphabetical order."""
         names = [name for name in self._list_directories() if not name.startswith((".", PREFIX))]
-        with as_checkpoint_error(self.directory):
-            return [name for name in names if self.filesystem.exists(self.locate(name, MANIFEST))]
+        return [name for name in names if self.filesystem.exists(self.locate(name, MANIFEST))]
 
     def manifests(self) -> list[Manifest]:
         """Return the valid manifests of the run's checkpoints, oldest first. No other file is read."""
