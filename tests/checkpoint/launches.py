@@ -18,7 +18,7 @@ from tests.ranks import FORK, find_free_port, make_environment
 
 
 @dataclass
-class Trail:
+class StepLog:
     """What a process has logged so far."""
 
     path: Path
@@ -46,7 +46,7 @@ class Launch:
         """Start `work` in processes with the environment of a launcher."""
         trail.parent.mkdir(parents=True, exist_ok=True)
         port = find_free_port()
-        self.trails = [Trail(Path(f"{trail}.{rank}")) for rank in range(world_size)]
+        self.trails = [StepLog(Path(f"{trail}.{rank}")) for rank in range(world_size)]
         self.processes: list[ForkProcess] = []
         for rank in range(world_size):
             environment = make_environment(rank, world_size, port)

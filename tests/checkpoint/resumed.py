@@ -190,10 +190,10 @@ def run(directory: Path, workers: int = 0, batch_size: int = 4, **options: Any) 
     history: RunHistory = trainer.train(
         Augmented(), Augmented(6), per_device_batch_size=batch_size, train_dataloader_kwargs=kwargs, **of_train
     )
-    return end_of(trainer, history, watching)
+    return read_end(trainer, history, watching)
 
 
-def end_of(trainer: Full, history: RunHistory, watching: Watching) -> End:
+def read_end(trainer: Full, history: RunHistory, watching: Watching) -> End:
     file = Path(str(trainer.history_file))
     lines = [json.loads(line) for line in file.read_text().splitlines()] if trainer.distributed.rank == 0 else []
     states = {key.name: state for key, state in trainer.run.states()}

@@ -164,7 +164,7 @@ def in_memory() -> Path | None:
     return memory if memory.is_dir() else None
 
 
-def store_of(directory: Path) -> CheckpointStore:
+def open_run_store(directory: Path) -> CheckpointStore:
     return CheckpointStore(str(directory / "checkpoints"))
 
 
@@ -184,10 +184,10 @@ def train(trainer: KillableTrainer, samples: int = SAMPLES, **options: Any) -> E
     """Train two epochs of steps of four samples, or what is left of them."""
     batch = 4 // trainer.distributed.world_size
     given: dict[str, Any] = {"num_epochs": 2, "per_device_batch_size": batch, **options}
-    return end_of(trainer, trainer.train(tiny_data(samples), tiny_data(12), **given))
+    return read_end(trainer, trainer.train(tiny_data(samples), tiny_data(12), **given))
 
 
-def end_of(trainer: KillableTrainer, history: RunHistory) -> End:
+def read_end(trainer: KillableTrainer, history: RunHistory) -> End:
     states = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
     return End(
         weights=trainer.model.state_dict(),
@@ -219,7 +219,7 @@ def save_each_step(directory: Path, **options: Any) -> End:
 def intact_checkpoints(directory: Path) -> list[Manifest]:
     """Return the checkpoints of a run, the newest first, and fail if one that has a name is torn."""
     manifests: list[Manifest] = []
-    for name, found in store_of(directory).verified():
+    for name, found in open_run_store(directory).verified():
         assert isinstance(found, Manifest), f"{name}: {found}"
         manifests.append(found)
     return manifests
@@ -227,7 +227,7 @@ def intact_checkpoints(directory: Path) -> list[Manifest]:
 
 def check_cleaned_up(directory: Path) -> None:
     """Fail if a run that has ended left anything in addition to its checkpoints."""
-    store = store_of(directory)
+    store = open_run_store(directory)
     assert sorted(path.name for path in Path(store.directory).iterdir()) == store.names()
 
 
@@ -242,7 +242,7 @@ def check_resumes(directory: Path, whole: End, least: int, most: int, **options:
     check_cleaned_up(directory)
 
 
-def exit_code_of(do: Callable[[], object]) -> int:
+def run_for_exit_code(do: Callable[[], object]) -> int:
     """Do something in a process of its own."""
     child = os.fork()
     if child == 0:

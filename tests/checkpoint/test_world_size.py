@@ -84,7 +84,7 @@ def legs(directory: Path, plan: Plan, **options: Any) -> tuple[list[int], Any]:
     samples: list[int] = []
     found: Any = None
     for world_size, batch_size, until in plan:
-        found = run_ranks(lambda *leg_of: leg(*leg_of, **options), world_size, directory, batch_size, until)
+        found = run_ranks(lambda *choose_leg: leg(*choose_leg, **options), world_size, directory, batch_size, until)
         for batches in zip(*(rank[0] for rank in found), strict=True):
             samples += [number for batch in batches for number in batch]
     return samples, found[0][1:]

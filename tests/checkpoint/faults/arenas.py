@@ -100,7 +100,7 @@ def check_plain(state: object) -> None:
         repr(state)
 
 
-def outcome_of(read: Callable[[], object]) -> str:
+def classify_outcome(read: Callable[[], object]) -> str:
     """Return whether something was read as plain data, or refused in words that can be printed."""
     try:
         check_plain(read())
@@ -122,9 +122,9 @@ def visit(store: CheckpointStore) -> str:
     newest, _ = store.newest()
     assert newest is not None
     assert store.manifests()[0].name == "step-1"
-    assert outcome_of(partial(CheckpointStore(store.directory, KEY).verify, "step-2")) != READ
-    verified = outcome_of(lambda: read_all(store, store.verify("step-2")))
-    read = outcome_of(lambda: read_all(store, store.manifest("step-2")))
+    assert classify_outcome(partial(CheckpointStore(store.directory, KEY).verify, "step-2")) != READ
+    verified = classify_outcome(lambda: read_all(store, store.verify("step-2")))
+    read = classify_outcome(lambda: read_all(store, store.manifest("step-2")))
     return f"{verified} {read} {newest.name}"
 
 

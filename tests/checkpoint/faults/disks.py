@@ -96,15 +96,15 @@ class Losing(FileSystem):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.tree = self._of(root)
+        self.tree = self._read_tree(root)
         self.opened: dict[int, File | Directory] = {}
         self.states: list[Callable[[Path], None]] = []
 
-    def _of(self, path: Path) -> Directory:
+    def _read_tree(self, path: Path) -> Directory:
         here = Directory()
         for entry in path.iterdir():
             if entry.is_dir():
-                here.names[entry.name] = self._of(entry)
+                here.names[entry.name] = self._read_tree(entry)
             else:
                 here.names[entry.name] = File(bytearray(entry.read_bytes()), entry.read_bytes())
         here.durable = dict(here.names)

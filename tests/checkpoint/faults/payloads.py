@@ -24,7 +24,7 @@ from ptacc.checkpoint.storage.manifest import to_json
 DEEP = 100_000
 
 
-class Runs:
+class RunsCode:
     """Makes a directory when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
@@ -40,19 +40,19 @@ class Runs:
 
 def of_torch(marker: Path, *, zipped: bool = True) -> bytes:
     file = io.BytesIO()
-    torch.save({"model": Runs(marker)}, file, _use_new_zipfile_serialization=zipped)
+    torch.save({"model": RunsCode(marker)}, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
 
 
 def of_numpy(marker: Path) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.array([Runs(marker)], dtype=object), allow_pickle=True)
+    np.save(file, np.array([RunsCode(marker)], dtype=object), allow_pickle=True)
     return file.getvalue()
 
 
 RUNNING: Mapping[str, Callable[[Path], bytes]] = {
-    "a pickle of protocol 0": lambda marker: pickle.dumps(Runs(marker), 0),
-    "a pickle": lambda marker: pickle.dumps(Runs(marker)),
+    "a pickle of protocol 0": lambda marker: pickle.dumps(RunsCode(marker), 0),
+    "a pickle": lambda marker: pickle.dumps(RunsCode(marker)),
     "a file of torch": of_torch,
     "an old file of torch": lambda marker: of_torch(marker, zipped=False),
     "an array of NumPy": of_numpy,
@@ -264,7 +264,7 @@ def sealed(content: object, key: bytes | None = None, others: Mapping[str, objec
     return to_json({"manifest": content, "sha256": hashlib.sha256(text).hexdigest()} | seal | {**(others or {})})
 
 
-def content_of(checkpoint: Path) -> dict[str, Any]:
+def read_content(checkpoint: Path) -> dict[str, Any]:
     """Return what is in a manifest."""
     content: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_bytes())["manifest"]
     return content
@@ -272,7 +272,7 @@ def content_of(checkpoint: Path) -> dict[str, Any]:
 
 def reseal(checkpoint: Path, key: bytes | None = None) -> None:
     """Write the hash and the size of everything that is there now into the manifest."""
-    content = content_of(checkpoint)
+    content = read_content(checkpoint)
     content["files"] = {name: described(checkpoint / name) for name in content["files"]}
     (checkpoint / "manifest.json").write_bytes(sealed(content, key))
 

@@ -122,12 +122,12 @@ def leave_some(directory: Directory, target: Path, chance: random.Random) -> Non
         before, now = directory.durable.get(name), directory.names.get(name)
         entry = now if now is before else chance.choice([before, now])
         if isinstance(entry, File):
-            (target / name).write_bytes(some_of(entry, chance))
+            (target / name).write_bytes(choose_some(entry, chance))
         elif entry is not None:
             leave_some(entry, target / name, chance)
 
 
-def some_of(file: File, chance: random.Random) -> bytes:
+def choose_some(file: File, chance: random.Random) -> bytes:
     """Return what is left of a file: all of it where that was synced, else a part, or nothing but its length."""
     written = bytes(file.written)
     if written == file.durable:

@@ -34,8 +34,8 @@ from tests.checkpoint.faults.arenas import (
     Arena,
     check,
     check_replaced,
+    classify_outcome,
     contents,
-    outcome_of,
     save,
     visit,
 )
@@ -254,7 +254,7 @@ def test_odd_names_are_reported_in_printable_characters(arena: Arena) -> None:
         (Path(store.directory) / os.fsdecode(name)).mkdir()
         (Path(store.directory) / "step-2" / os.fsdecode(name)).mkdir()
     check(arena, {"it": partial(visit, store)}, {f"{DAMAGED} {READ} step-1"})
-    assert {outcome_of(partial(store.verify, name)) for name in store.names() if name != "step-1"} == {DAMAGED}
+    assert {classify_outcome(partial(store.verify, name)) for name in store.names() if name != "step-1"} == {DAMAGED}
 
 
 def test_a_name_is_taken_by_a_link_to_nothing(arena: Arena) -> None:

@@ -25,10 +25,10 @@ from tests.checkpoint.faults.arenas import (
     REFUSED,
     Arena,
     check,
-    outcome_of,
+    classify_outcome,
     visit,
 )
-from tests.checkpoint.faults.payloads import content_of, sealed, spoiled
+from tests.checkpoint.faults.payloads import read_content, sealed, spoiled
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ FILED = Manifest(
 
 def read_tree(tree: str) -> str:
     """Return what becomes of a file of parts."""
-    return outcome_of(lambda: dict(read_parts(Handed("", tree=tree.encode()), FILED, SHARED)))
+    return classify_outcome(lambda: dict(read_parts(Handed("", tree=tree.encode()), FILED, SHARED)))
 
 
 @pytest.mark.parametrize("whole", payloads.TAGGED, ids=lambda whole: whole["~"])
@@ -104,14 +104,14 @@ def read_manifest(store: CheckpointStore, content: object, others: Mapping[str, 
         Retention(last=1, best=1, monitor=Monitor("loss")).removable([found, FILED])
         for file, written in found.files.items():
             assert isinstance(written.sha256, str)
-            outcome_of(partial(store.read, found, file))
+            classify_outcome(partial(store.read, found, file))
         return found
 
-    return outcome_of(read)
+    return classify_outcome(read)
 
 
 def test_a_manifest_of_any_values_is_one_or_damage(arena: Arena) -> None:
-    read, content = partial(read_manifest, arena.store()), content_of(arena.whole / "step-2")
+    read, content = partial(read_manifest, arena.store()), read_content(arena.whole / "step-2")
     trials = {f"{number}: {other!r:.3000}": partial(read, other) for number, other in enumerate(spoiled(content))}
     for number, value in enumerate(payloads.VALUES):
         trials[f"more {number}: {value!r:.200}"] = partial(read, content, {"more": value})
@@ -128,7 +128,7 @@ def test_a_name_in_a_manifest_leads_nowhere_else(arena: Arena) -> None:
     for text in (*NO_NAMES, str(arena.outside / "secret")):
         for which in ("name", "files"):
             store = arena.store()
-            content = content_of(Path(store.directory) / "step-2")
+            content = read_content(Path(store.directory) / "step-2")
             content[which] = text if which == "name" else content["files"] | {text: secret}
             (Path(store.directory) / "step-2" / MANIFEST).write_bytes(sealed(content))
             trials[f"{which}: {text:.200}"] = partial(visit, store)

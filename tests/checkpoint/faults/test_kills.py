@@ -22,9 +22,9 @@ from tests.checkpoint.runs import (
     End,
     check_cleaned_up,
     check_resumes,
-    exit_code_of,
     in_memory,
     intact_checkpoints,
+    run_for_exit_code,
     save_each_step,
 )
 from tests.ranks import run_ranks
@@ -102,7 +102,7 @@ def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory)
 
 
 def kill_and_resume(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
-    killed = exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number), **options))
+    killed = run_for_exit_code(lambda: save_each_step(directory, filesystem=dying_at(number), **options))
     assert killed == KILLED
     committed = whole.calls[number].committed
     check_resumes(directory, whole.end, committed, committed, **options)
@@ -154,7 +154,7 @@ def test_a_run_killed_before_any_call_resumes(
 def test_a_run_killed_again_and_again_ends(uninterrupted: Uninterrupted, directory: Path) -> None:
     chance, kills = random.Random(0), 0
     disk = dying_at(chance.randrange(50, 150))
-    while exit_code_of(lambda: save_each_step(directory, filesystem=disk, resume=True)) == KILLED:  # noqa: B023
+    while run_for_exit_code(lambda: save_each_step(directory, filesystem=disk, resume=True)) == KILLED:  # noqa: B023
         kills += 1
         disk = dying_at(chance.randrange(50, 150))
     assert kills >= 3
@@ -165,7 +165,7 @@ def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
     uninterrupted: Uninterrupted, directory: Path
 ) -> None:
     number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "remove_file file of token")
-    assert exit_code_of(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
+    assert run_for_exit_code(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
     assert [path.name[:7] for path in (directory / "checkpoints").iterdir()] == [".token-"]
     check_resumes(directory, uninterrupted.end, 0, 0)
 

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ptacc import Epochs, RunPlan, Steps
 from ptacc.testing import tiny_data
-from tests.checkpoint.launches import Launch, Trail
-from tests.checkpoint.runs import End, KillableTrainer, check_cleaned_up, end_of, in_memory, intact_checkpoints, make
+from tests.checkpoint.launches import Launch, StepLog
+from tests.checkpoint.runs import End, KillableTrainer, check_cleaned_up, in_memory, intact_checkpoints, make, read_end
 from tests.ranks import run_ranks
 
 SECONDS = 5.0
@@ -78,7 +78,7 @@ class Case:
             now = trainer.progress
             trainer.log("exit", epoch=now.epochs, offset=now.offset, reason=trainer.history.stop_reason)
             raise
-        return end_of(trainer, history)
+        return read_end(trainer, history)
 
 
 CASES = (
@@ -105,7 +105,7 @@ class Uninterrupted:
 
 
 @dataclass
-class Runs:
+class RunningSamples:
     """The uninterrupted runs of the cases, each made when it is first asked for."""
 
     directory: Path
@@ -116,17 +116,17 @@ class Runs:
             directory = self.directory / f"{len(self.made)}"
             directory.mkdir()
             ends = run_ranks(partial(case.train, directory, trail=directory / "trail"), case.world_size)
-            trail = Trail(directory / "trail.0")
+            trail = StepLog(directory / "trail.0")
             trail.look()
             self.made[case] = Uninterrupted(ends, len(trail.lines), trail.lines[-1]["step"])
         return self.made[case]
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
+def runs() -> Iterator[RunningSamples]:
     with tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
         CASES[0].train(Path(directory) / "first")  # what is imported at the first run, forked processes have then
-        yield Runs(Path(directory))
+        yield RunningSamples(Path(directory))
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def check_saved(directory: Path, logs: list[list[dict[str, Any]]]) -> float:
     return float(saved["at"])
 
 
-def requests(number: int, runs: Runs) -> Iterator[tuple[Request, Uninterrupted]]:
+def requests(number: int, runs: RunningSamples) -> Iterator[tuple[Request, Uninterrupted]]:
     """Iterate over requests to terminate, more than `number`: those of each case from all over its run."""
     chance = random.Random(0)
     turns = -(-number // len(CASES))
@@ -235,7 +235,7 @@ def requests(number: int, runs: Runs) -> Iterator[tuple[Request, Uninterrupted]]
         )
 
 
-def ask(number: int, runs: Runs, directory: Path) -> list[Asked]:
+def ask(number: int, runs: RunningSamples, directory: Path) -> list[Asked]:
     """Ask runs to terminate until so many were asked in time."""
     asked: list[Asked] = []
     for index, (request, whole) in enumerate(requests(number, runs)):
@@ -253,20 +253,20 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def test_runs_that_are_asked_to_terminate_resume(runs: Runs, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_resume(runs: RunningSamples, directory: Path) -> None:
     asked = ask(8, runs, directory)
     assert any(one.in_evaluation for one in asked)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: Runs, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: RunningSamples, directory: Path) -> None:
     asked = ask(50, runs, directory)
     assert sum(one.in_evaluation for one in asked) >= 10
     assert sum(one.at_epoch_end for one in asked) >= 5
 
 
-def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: Runs, directory: Path) -> None:
+def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: RunningSamples, directory: Path) -> None:
     trail = directory / "trail"
     case = Case(2, Epochs(1), patience=100)
     launch = Launch(partial(case.train, directory, trail=trail, step_seconds=0.4), 2, trail)

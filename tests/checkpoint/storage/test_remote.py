@@ -27,7 +27,7 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from tests.checkpoint.objects import FOLDER, keys, object_at, observed_by
-from tests.checkpoint.runs import STEPS, End, KillableTrainer, exit_code_of, make, save_each_step, train
+from tests.checkpoint.runs import STEPS, End, KillableTrainer, make, run_for_exit_code, save_each_step, train
 from tests.ranks import RankFailed, launch, run_ranks
 
 KILLED = 9
@@ -345,7 +345,7 @@ def save_and_die(directory: Path, number: int, **options: Any) -> None:
 
 
 def kill_and_resume(directory: Path, number: int, committed: int, whole: End, **options: Any) -> None:
-    assert exit_code_of(lambda: save_and_die(directory, number, **options)) == KILLED
+    assert run_for_exit_code(lambda: save_and_die(directory, number, **options)) == KILLED
     assert (steps() or [0])[0] == committed
     assert save(directory, resume=True, **options).differences(whole) == []
     assert steps()[:2] == [STEPS, STEPS - 1]

@@ -79,7 +79,7 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
 # ---- the process ends, the power goes, the disk fails
 
 
-def calls_of(do: Callable[[CheckpointStore], object], directory: Path) -> list[str]:
+def record_calls(do: Callable[[CheckpointStore], object], directory: Path) -> list[str]:
     """Return the names of the system calls that something makes."""
     names: list[str] = []
     disk = Interposed(lambda number, name, arguments: names.append(name))
@@ -90,10 +90,10 @@ def calls_of(do: Callable[[CheckpointStore], object], directory: Path) -> list[s
 def calls_of_a_save(directory: Path) -> list[str]:
     """Return the calls of a save in a directory with another checkpoint."""
     save(CheckpointStore(str(directory)), 1)
-    return calls_of(lambda store: save(store, 2), directory)
+    return record_calls(lambda store: save(store, 2), directory)
 
 
-def exit_code_of(do: Callable[[], object]) -> int:
+def run_for_exit_code(do: Callable[[], object]) -> int:
     """Do something in a process of its own."""
     child = os.fork()
     if child == 0:
@@ -107,7 +107,7 @@ def test_a_process_that_ends_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_pa
     for number in range(len(calls)):
         directory = tmp_path / f"{number}"
         save(CheckpointStore(str(directory)), 1)
-        assert exit_code_of(lambda: save(CheckpointStore(str(directory), filesystem=dying_at(number)), 2)) == 9  # noqa: B023
+        assert run_for_exit_code(lambda: save(CheckpointStore(str(directory), filesystem=dying_at(number)), 2)) == 9  # noqa: B023
         renamed = "rename" in calls[:number]
         assert newest_step(directory) == (2 if renamed else 1)
         left = CheckpointStore(str(directory)).clean_up()
@@ -117,12 +117,12 @@ def test_a_process_that_ends_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_pa
 
 def test_a_process_that_ends_in_a_removal_leaves_nothing_in_part(tmp_path: Path) -> None:
     save(CheckpointStore(str(tmp_path / "count")), 1)
-    calls = calls_of(lambda store: store.remove("step-0000000001"), tmp_path / "count")
+    calls = record_calls(lambda store: store.remove("step-0000000001"), tmp_path / "count")
     for number in range(len(calls)):
         directory = tmp_path / f"{number}"
         save(CheckpointStore(str(directory)), 1)
         store = CheckpointStore(str(directory), filesystem=dying_at(number))
-        assert exit_code_of(lambda: store.remove("step-0000000001")) == 9  # noqa: B023
+        assert run_for_exit_code(lambda: store.remove("step-0000000001")) == 9  # noqa: B023
         assert newest_step(directory) == (1 if number == 0 else 0)
         CheckpointStore(str(directory)).clean_up()
         assert [*directory.iterdir()] == ([directory / "step-0000000001"] if number == 0 else [])
@@ -230,7 +230,7 @@ def two(tmp_path: Path) -> CheckpointStore:
     return store
 
 
-def files_of(store: CheckpointStore, name: str) -> list[Path]:
+def list_files(store: CheckpointStore, name: str) -> list[Path]:
     return sorted((Path(store.directory) / name).iterdir())
 
 
@@ -244,7 +244,7 @@ def check_passed_over(store: CheckpointStore) -> None:
 
 
 def flip_and_check(store: CheckpointStore, chance: random.Random) -> None:
-    path = chance.choice(files_of(store, "step-0000000002"))
+    path = chance.choice(list_files(store, "step-0000000002"))
     whole = path.read_bytes()
     bit = chance.randrange(8 * len(whole))
     damaged = bytearray(whole)
@@ -255,7 +255,7 @@ def flip_and_check(store: CheckpointStore, chance: random.Random) -> None:
 
 
 def truncate_and_check(store: CheckpointStore, chance: random.Random) -> None:
-    path = chance.choice(files_of(store, "step-0000000002"))
+    path = chance.choice(list_files(store, "step-0000000002"))
     whole = path.read_bytes()
     path.write_bytes(whole[: chance.randrange(len(whole))])
     check_passed_over(store)
@@ -290,13 +290,13 @@ def test_every_bit_of_a_manifest_counts(two: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("index", range(3))
 def test_a_missing_file_is_found(index: int, two: CheckpointStore) -> None:
-    files_of(two, "step-0000000002")[index].unlink()
+    list_files(two, "step-0000000002")[index].unlink()
     check_passed_over(two)
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_a_file_of_another_checkpoint_is_found(index: int, two: CheckpointStore) -> None:
-    first, second = (files_of(two, f"step-000000000{step}")[index] for step in (1, 2))
+    first, second = (list_files(two, f"step-000000000{step}")[index] for step in (1, 2))
     second.write_bytes(first.read_bytes())
     check_passed_over(two)
 
@@ -307,7 +307,7 @@ def test_a_file_too_many_is_found(two: CheckpointStore) -> None:
 
 
 def test_a_link_is_not_followed(two: CheckpointStore, tmp_path: Path) -> None:
-    path = files_of(two, "step-0000000002")[-1]
+    path = list_files(two, "step-0000000002")[-1]
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     check_passed_over(two)

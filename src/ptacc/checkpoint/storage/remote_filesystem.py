@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final
 
 from typing_extensions import override
@@ -21,7 +21,7 @@ from ptacc.errors import CheckpointError
 if TYPE_CHECKING:
     from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-ERROR_NUMBERS: Final = {
+ERROR_NUMBERS: Final[Mapping[type[OSError], int]] = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
     NotADirectoryError: errno.ENOTDIR,
