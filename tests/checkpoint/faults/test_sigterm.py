@@ -105,7 +105,7 @@ class Uninterrupted:
 
 
 @dataclass
-class RunningSamples:
+class UninterruptedRuns:
     """The uninterrupted runs of the cases, each made when it is first asked for."""
 
     directory: Path
@@ -123,10 +123,10 @@ class RunningSamples:
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[RunningSamples]:
+def runs() -> Iterator[UninterruptedRuns]:
     with tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
         CASES[0].train(Path(directory) / "first")  # what is imported at the first run, forked processes have then
-        yield RunningSamples(Path(directory))
+        yield UninterruptedRuns(Path(directory))
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def check_saved(directory: Path, logs: list[list[dict[str, Any]]]) -> float:
     return float(saved["at"])
 
 
-def requests(number: int, runs: RunningSamples) -> Iterator[tuple[Request, Uninterrupted]]:
+def requests(number: int, runs: UninterruptedRuns) -> Iterator[tuple[Request, Uninterrupted]]:
     """Iterate over requests to terminate, more than `number`: those of each case from all over its run."""
     chance = random.Random(0)
     turns = -(-number // len(CASES))
@@ -235,7 +235,7 @@ def requests(number: int, runs: RunningSamples) -> Iterator[tuple[Request, Unint
         )
 
 
-def ask(number: int, runs: RunningSamples, directory: Path) -> list[Asked]:
+def ask(number: int, runs: UninterruptedRuns, directory: Path) -> list[Asked]:
     """Ask runs to terminate until so many were asked in time."""
     asked: list[Asked] = []
     for index, (request, whole) in enumerate(requests(number, runs)):
@@ -253,20 +253,20 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def test_runs_that_are_asked_to_terminate_resume(runs: RunningSamples, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_resume(runs: UninterruptedRuns, directory: Path) -> None:
     asked = ask(8, runs, directory)
     assert any(one.in_evaluation for one in asked)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
-def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: RunningSamples, directory: Path) -> None:
+def test_runs_that_are_asked_to_terminate_fifty_times_resume(runs: UninterruptedRuns, directory: Path) -> None:
     asked = ask(50, runs, directory)
     assert sum(one.in_evaluation for one in asked) >= 10
     assert sum(one.at_epoch_end for one in asked) >= 5
 
 
-def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: RunningSamples, directory: Path) -> None:
+def test_a_signal_in_the_first_steps_is_handled_though_they_are_long(runs: UninterruptedRuns, directory: Path) -> None:
     trail = directory / "trail"
     case = Case(2, Epochs(1), patience=100)
     launch = Launch(partial(case.train, directory, trail=trail, step_seconds=0.4), 2, trail)
