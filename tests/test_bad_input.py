@@ -647,7 +647,7 @@ def test_a_launch_and_an_option_that_disagree_are_refused(monkeypatch: pytest.Mo
 def test_a_second_precision_is_refused_while_the_first_lives() -> None:
     first, second = make(Full, mixed_precision="bf16"), make()
     first.train(DATA, num_epochs=1)
-    message = r"Trainer needs an accelerator with default settings, and Full holds.*mixed_precision='bf16'"
+    message = r"Trainer needs an accelerator with default settings, and Full uses.*mixed_precision='bf16'"
     with refused(second, AcceleratorConflictError, message):
         second.train(DATA, num_epochs=1)
     del first

@@ -445,7 +445,7 @@ def test_the_history_file_goes_on_where_the_checkpoint_left_it(tmp_path: Path) -
     with pytest.raises(DamagedCheckpointError, match=r"not the history that was saved.*resume_ignore={'history'}"):
         train(tmp_path / "run", history_file=file, resume=True)
     file.unlink()
-    with pytest.raises(DamagedCheckpointError, match="is gone"):
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
         train(tmp_path / "run", history_file=file, resume=True)
     train(tmp_path / "run", history_file=file, resume=True, resume_ignore={"history"}, num_epochs=3)
 
