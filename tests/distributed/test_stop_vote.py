@@ -2,6 +2,7 @@
 
 import math
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,20 @@ REQUESTED_AT, STOPPED_AT = 7, 17
 
 
 class Requesting(CheckpointMixin, Trainer):
-    """Requests a stop in step 7 of rank 1, with steps of random length, and may crash on rank 0 after a step."""
+    """Requests a stop in step 7 of rank 1, with steps of random length. Rank 0 may crash or receive SIGTERM."""
 
     kind: str = "early stop"
     longest_step: float = 0.0
     crashes_after: int | None = None
+    signalled_after: int | None = None
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         time.sleep(random.SystemRandom().uniform(0, self.longest_step))
         if self.crashes_after == self.progress.steps and self.distributed.rank == 0:
             raise KeyError("crash")
+        if self.signalled_after == self.progress.steps and self.distributed.rank == 0:
+            signal.raise_signal(signal.SIGTERM)
         output = super().train_step(batch)
         is_bad = self.kind == "NaN" and self.distributed.rank == 1 and self.progress.steps + 1 == REQUESTED_AT
         return StepOutput(output.loss * math.nan, output.outputs) if is_bad else output
@@ -77,20 +81,33 @@ def test_the_same_request_stops_all_ranks_after_the_same_step(kind: str, reason:
     assert run_ranks(stop_ten_times, 2, kind, tmp_path) == [[(STOPPED_AT, reason)] * 10] * 2
 
 
-@pytest.mark.parametrize("crashes_after", [9, 16])
-def test_a_resumed_run_stops_after_the_same_step(crashes_after: int, tmp_path: Path) -> None:
-    def make(crashes_after: int | None) -> Requesting:
-        options: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": Steps(1), "resume": True}
-        return Requesting(**tiny_parts(), **options, crashes_after=crashes_after)
+def make(directory: Path, **options: Any) -> Requesting:
+    return Requesting(**tiny_parts(), checkpoint_dir=directory, checkpoint_every=Steps(1), resume=True, **options)
 
+
+@pytest.mark.parametrize("crashes_after", [9, 16])
+def test_a_run_resumed_after_a_crash_stops_after_the_same_step(crashes_after: int, tmp_path: Path) -> None:
     def crash() -> int:
-        trainer = make(crashes_after)
+        trainer = make(tmp_path, crashes_after=crashes_after)
         with pytest.raises((KeyError, RankFailedError)):
             train(trainer)
         return trainer.progress.steps
 
     assert run_ranks(crash, 2) == [crashes_after] * 2
-    assert run_ranks(lambda: train(make(None)), 2) == [(STOPPED_AT, "early stop")] * 2
+    assert run_ranks(lambda: train(make(tmp_path)), 2) == [(STOPPED_AT, "early stop")] * 2
+
+
+@pytest.mark.parametrize("signalled_after", [14, 15, 16])
+def test_a_run_resumed_after_a_signal_stops_after_the_same_step(signalled_after: int, tmp_path: Path) -> None:
+    def terminate() -> int:
+        trainer = make(tmp_path, signalled_after=signalled_after)
+        with pytest.raises(SystemExit):
+            train(trainer)
+        return trainer.progress.steps
+
+    # Saves after each step wait for signals, but not for the vote that was started after step 16.
+    assert run_ranks(terminate, 2) == [signalled_after + 1] * 2
+    assert run_ranks(lambda: train(make(tmp_path)), 2) == [(STOPPED_AT, "early stop")] * 2
 
 
 def test_max_time_stops_soon_where_steps_are_long(tmp_path: Path) -> None:

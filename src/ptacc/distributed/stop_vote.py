@@ -34,11 +34,13 @@ class StopRequest:
 
     Args:
         reason: The reason, as reported in `history.stop_reason`.
+        step: Number of completed steps when it was made.
         exit_code: For a signal, the exit code of the process.
         depends_on_clock: Whether the request depends on the clock, and not on the training alone.
     """
 
     reason: str
+    step: int = 0
     exit_code: int | None = None
     depends_on_clock: bool = False
 
@@ -89,6 +91,11 @@ class StopConsensus:
         if self._distributed.is_single_process:
             return request
         return self._decide(self._distributed.maximum(self._encode(request)), request)
+
+    def repeat_vote(self, request: StopRequest | None, step: int) -> StopRequest | None:
+        """Return the decision that a resumed run would have read after `step`, had no signal ended it there."""
+        took_part = request is not None and request.step < step and (step - 1) % self._check_every == 0
+        return self.agree_now(request if took_part else None)
 
     def _send(self, request: StopRequest | None) -> None:
         now = time.monotonic()

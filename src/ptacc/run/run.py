@@ -213,7 +213,7 @@ class Run:
         was_applied = self.history.stop_reason is not None and self.exit_code is None
         return {
             "losses": self.epoch.losses.total,
-            "stop_request": None if self._stop_request is None or was_applied else self._stop_request.reason,
+            "stop_request": None if self._stop_request is None or was_applied else asdict(self._stop_request),
             "data": self.data.state_dict(),
         }
 
@@ -228,20 +228,22 @@ class Run:
         if self.is_within_epoch:
             remaining = self.data.num_batches(self.progress.offset)
             self.epoch.num_batches = None if remaining is None else self.progress.batches + remaining
-        if own["stop_request"] is not None:
-            self.request_stop(own["stop_request"])
         self.data.load_state_dict(own["data"])
+        if own["stop_request"] is not None:
+            self._stop_request = StopRequest(**own["stop_request"])
+        self._accept(self.consensus.repeat_vote(self._stop_request, self.progress.steps))
 
     # ---- stopping
 
     def request_stop(self, reason: str) -> None:
         """Request the end of the run; all ranks stop after the same step. The first reason is kept."""
-        self._stop_request = self._stop_request or StopRequest(reason)
+        self._stop_request = self._stop_request or StopRequest(reason, self.progress.steps)
 
     def request_termination(self, signal: str, exit_code: int) -> None:
         """Request the end of the run and of the process, because this rank received a signal."""
         reason = f"{signal} on rank {self.distributed.rank}"
-        self._termination = self._termination or StopRequest(reason, exit_code, depends_on_clock=True)
+        request = StopRequest(reason, self.progress.steps, exit_code, depends_on_clock=True)
+        self._termination = self._termination or request
 
     def agree_to_stop(self, reason: str | None, *, at_epoch_end: bool = False) -> None:
         """Vote with all ranks on stopping.
