@@ -143,10 +143,10 @@ def test_padding_batches_do_not_count() -> None:
 
 
 def train_in_bfloat16() -> tuple[list[float], Tensor]:
-    class Mixed(SyncBatchNormMixin, AMPMixin, Trainer): ...
+    class Mixed(SeedMixin, SyncBatchNormMixin, AMPMixin, Trainer): ...
 
     model = make_model("2d").float()
-    trainer = Mixed(**make_parts(model), mixed_precision="bf16")
+    trainer = Mixed(**make_parts(model), mixed_precision="bf16", seed=0)
     data = TensorDataset(tiny_data(25).tensors[0].float(), tiny_data(25).tensors[1])
     history = trainer.train(data, num_epochs=5, per_device_batch_size=4)
     return [epoch.train_loss for epoch in history], model.state_dict()["2.running_var"]
