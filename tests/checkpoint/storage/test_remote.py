@@ -379,9 +379,8 @@ def test_a_run_killed_before_a_request_of_every_other_kind_resumes(
 @pytest.mark.timeout(1800)
 def test_a_run_killed_before_any_request_resumes(whole: End, tmp_path: Path, in_background: bool) -> None:
     requests = requests_of_a_run(tmp_path / "requests", checkpoint_in_background=in_background)
-    numbers = range(in_background, len(requests), 2 if in_background else 1)
-    assert len(numbers) >= 180
-    kill_at_each(numbers, requests, whole, tmp_path, checkpoint_in_background=in_background)
+    assert len(requests) >= 300
+    kill_at_each(range(len(requests)), requests, whole, tmp_path, checkpoint_in_background=in_background)
 
 
 # ---- marks
