@@ -1,5 +1,6 @@
 """The search for a batch size keeps the global batch, agrees on all ranks, and leaves no trace."""
 
+import ctypes
 import gc
 import resource
 from typing import Any
@@ -189,6 +190,7 @@ def search_with_memory(megabytes: int, spare: int) -> BatchSizeSearch:
     trainer = Accumulating(**parts, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.train(data, num_epochs=1, per_device_batch_size=1)  # allocates what is loaded only once
     gc.collect()  # what earlier tests left would be freed within the search, and be more than `megabytes`
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
         used = int(file.read().split()[0]) * resource.getpagesize()
     allowed = used + megabytes * 2**20
