@@ -81,6 +81,7 @@ class Run:
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._max_seconds = max_seconds(self.options)
         self.begin_epoch()
         if self.resume_state is None:
             self.history.begin(self.seed, self.plan)
@@ -277,8 +278,7 @@ class Run:
         self._accept(self._termination)
 
     def _clock_request(self) -> StopRequest | None:
-        limit = max_seconds(self.options)
-        is_time_up = limit is not None and self.progress.seconds >= limit
+        is_time_up = self._max_seconds is not None and self.progress.seconds >= self._max_seconds
         return self._termination or (StopRequest(self._time_limit, depends_on_clock=True) if is_time_up else None)
 
     def _accept(self, decision: StopRequest | None) -> None:

@@ -15,7 +15,6 @@ def test_my_trainer_learns() -> None:
 ```
 """
 
-import ptacc.public
 from ptacc.data.sampling import epoch_order
 from ptacc.testing.datasets import iris, iris_parts, iris_split, tiny_data, tiny_parts
 from ptacc.testing.laws import check_mixin, check_order_changes_nothing
@@ -34,5 +33,3 @@ __all__ = [
     "tiny_data",
     "tiny_parts",
 ]
-
-ptacc.public.set_public_module(__name__, __all__)
