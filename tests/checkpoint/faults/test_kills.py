@@ -203,9 +203,10 @@ def kill_one_of_two(directory: Path, rank: int, lines: int, chance: random.Rando
     time.sleep(chance.uniform(0, 0.01))
     launch.send(rank, signal.SIGKILL)
     codes = launch.exit_codes(20)
-    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
-    saved = [line["step"] for line in launch.trails[0].lines if line["what"] == "saved"]
-    check_both_resume(directory, both, max(saved, default=0))
+    saved = max((line["step"] for line in launch.trails[0].lines if line["what"] == "saved"), default=0)
+    # Once the last checkpoint is there, the other process may have ended before the kill.
+    assert (codes[rank], codes[1 - rank]) in [(-signal.SIGKILL, 1), *([(-signal.SIGKILL, 0)] if saved == STEPS else [])]
+    check_both_resume(directory, both, saved)
 
 
 def kill_in_turn(times: int, directory: Path, both: list[End]) -> None:
