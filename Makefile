@@ -71,8 +71,10 @@ $(VENV)/.installed-examples: $(VENV)/.installed-torch pyproject.toml
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 
+# timm depends on torchvision, whose wheels require a CUDA build of torch. The tests only use `timm.scheduler`.
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable ".[dev,docs,examples]"
+	$(PIP) --no-deps timm
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 
