@@ -52,6 +52,6 @@ def deepspeed_built() -> Iterator[None]:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(built.parent))
         if (built / "lock").exists() or not (built / "deepspeed_shm_comm.so").exists():
             shutil.rmtree(built, ignore_errors=True)
-            subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=100, capture_output=True)
+            subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=300, capture_output=True)
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
         yield
