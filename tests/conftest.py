@@ -3,6 +3,7 @@
 import importlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 from ptacc.distributed.accelerator import release_accelerator
+
+# A shell starts a background job with SIGINT ignored, and nohup with SIGHUP ignored, which the tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests fork (tests/ranks.py), and a forked process does not have the threads of its parent's pools.
 torch.set_num_threads(1)

@@ -223,26 +223,36 @@ def test_a_signal_is_applied_soon_where_evaluations_are_slow() -> None:
     assert run_ranks(train, 2, timeout=60)[1] < 2.0
 
 
-class TimingOut(Failing):
+class Raising(Failing):
+    error: Exception
+
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
         try:
             return super().train_step(batch)
         except KeyError:
-            raise RuntimeError("DataLoader timed out after 2.0 seconds") from None
+            raise self.error from None
 
 
-def test_an_error_of_the_users_code_is_not_mistaken_for_a_broken_collective() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader timed out after 2.0 seconds"),
+        RuntimeError("connection closed by server"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:41365"),
+        RuntimeError("NCCL error: unhandled system error in process group"),
+        ConnectionResetError("connection reset by peer"),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_users_code_is_not_mistaken_for_a_broken_collective(error: Exception) -> None:
     def train() -> tuple[str, str]:
-        trainer = TimingOut(**tiny_parts(), rank=1)
+        trainer = Raising(**tiny_parts(), rank=1, error=error)
         return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=2))
 
     first, second = run_ranks(train, 2, timeout=30)
-    assert second == ("RuntimeError", "DataLoader timed out after 2.0 seconds")
-    assert first == (
-        "RankFailedError",
-        "rank 1 failed after step 3: RuntimeError: DataLoader timed out after 2.0 seconds",
-    )
+    assert second == (type(error).__name__, str(error))
+    assert first == ("RankFailedError", f"rank 1 failed after step 3: {type(error).__name__}: {error}")
 
 
 def test_failures_are_reported_with_a_second_accelerator_as_well() -> None:

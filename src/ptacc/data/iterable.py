@@ -21,6 +21,7 @@ from ptacc.data.loading import (
 )
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import ReplaySource
+from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed
@@ -76,7 +77,7 @@ class IterableSource(ReplaySource):
                 return
             self._stream.resume_from(start, dataset_state)
             batches = start
-        loaded = iter(self._loader)
+        loaded = start_iteration(self._loader)
         for data, samples, total in loaded:
             batches += 1
             if expected is not None and batches == expected and next(loaded, None) is not None:

@@ -24,6 +24,7 @@ from ptacc.data.loading import (
 )
 from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches, global_batches
 from ptacc.data.sampling import ListedSampler, epoch_order
+from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import streams_seeded
@@ -89,7 +90,7 @@ class MapStyleSource(BatchSource):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         keys = self._key_sampler.keys = self._batch_keys(epoch, start)
         is_loaded_here = not (self._loader.num_workers or self._loader.pin_memory)
-        loaded: Iterable[Any] = self._dataset.load_all(keys) if is_loaded_here else self._loader
+        loaded: Iterable[Any] = self._dataset.load_all(keys) if is_loaded_here else start_iteration(self._loader)
         length = self._length
         for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None

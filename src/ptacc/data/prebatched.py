@@ -12,6 +12,7 @@ from ptacc.data.batch import HostBatch, PartitionScheme
 from ptacc.data.loading import require_batch, set_epoch
 from ptacc.data.partition import count_global_batches
 from ptacc.data.replay import ReplaySource
+from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.rng import derive_seed, streams_seeded
 
@@ -54,7 +55,7 @@ class PrebatchedSource(ReplaySource):
         while True:
             size = min(self._replicas, start - end) if end < start else self._replicas
             with streams_seeded(derive_seed(self._seed, epoch, end // self._replicas)):
-                batches = iter(self._loader) if batches is None else batches
+                batches = start_iteration(self._loader) if batches is None else batches
                 group = [batch for _, batch in zip(range(size), batches, strict=False)]
             if not group:
                 return

@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from ptacc.distributed.failure import open_connections
 from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.distributed.startup import all_ranks_started
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.types.aliases import Precision
 from ptacc.types.protocols import AcceleratorProtocol
@@ -155,7 +156,7 @@ def make_accelerator(builder: AcceleratorBuilder) -> _SharedAccelerator:
     plugin = GradientAccumulationPlugin(num_steps=1)  # the launch's own number would make Accelerate scale the loss
     if not is_initialized():
         _connections_before_init[os.getpid()] = open_connections()
-    with hidden_environment(builder.hidden):
+    with hidden_environment(builder.hidden), all_ranks_started():
         accelerator = Accelerator(gradient_accumulation_plugin=plugin, **builder.settings)
     try:
         check_accelerator(accelerator)

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import socket
 import stat
 import time
@@ -28,8 +29,6 @@ from ptacc.errors import PtaccError, RankFailedError
 
 ANSWER_SECONDS = 3.0
 """Time in which the other ranks have to answer after a connection was closed."""
-BROKEN_COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "process group")
-"""Words in the errors of collectives whose peer is gone, or which timed out."""
 UNKNOWN_PLACE = "at an unknown place"
 
 
@@ -88,7 +87,7 @@ class FailureMonitor:
         except BaseException as error:
             if self.failure is not None:  # an inner block has reported it
                 raise
-            cause = self._await_cause() if is_broken_collective(error) else None
+            cause = self._await_cause() if self._is_broken_collective(error) else None
             if cause is None:
                 self.report_failure(where if isinstance(where, str) else where(), error)
                 raise
@@ -122,6 +121,17 @@ class FailureMonitor:
                 return failure
         return None
 
+    def _is_broken_collective(self, error: BaseException) -> bool:
+        """Return whether a collective raised the error because another rank is gone, or did not answer in time.
+
+        gloo then closes its connection to that rank. Its errors have no type of their own, and any text can stand in
+        an error of the user's code.
+        """
+        if isinstance(error, dist.DistError):
+            return True
+        is_from_torch = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
+        return is_from_torch and any(is_closed(*connection) for connection in self._connections)
+
     def _await_cause(self) -> Failure | None:
         """Return the failure that broke a collective; None if all ranks answer and report none."""
         try:
@@ -154,12 +164,6 @@ class FailureMonitor:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
 
-def is_broken_collective(error: BaseException) -> bool:
-    """Return whether an error is one that torch raises from a collective when a peer is gone."""
-    is_from_torch = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
-    return is_from_torch and any(word in str(error).lower() for word in BROKEN_COLLECTIVE_WORDS)
-
-
 @functools.cache
 def host_identity() -> str:
     """Return a name shared by the processes that see each other's process ids: a host name may not be unique."""
@@ -183,6 +187,18 @@ def is_running(process: int) -> bool:
     except PermissionError:
         return True
     return state not in "ZX"
+
+
+def is_closed(descriptor: int, inode: int) -> bool:
+    """Return whether this process or the other end has closed a connection."""
+    try:
+        if os.fstat(descriptor).st_ino != inode:  # the descriptor was reused
+            return True
+    except OSError:
+        return True
+    poll = select.poll()
+    poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))
 
 
 def open_connections() -> frozenset[tuple[int, int]]:
