@@ -123,7 +123,8 @@ def simpler(case: Case) -> Iterator[Case]:
         yield from valid(replace(case, mixins=tuple(other for other in case.mixins if other != name)))
     for field in fields(Case):
         if field.name not in ("mixins", "kills") and getattr(case, field.name) != field.default:
-            yield from valid(replace(case, **{field.name: field.default}))
+            simple: dict[str, Any] = {field.name: field.default}
+            yield from valid(replace(case, **simple))
     for kill in case.kills if len(case.kills) > 1 else ():
         yield from valid(replace(case, kills=(kill,)))
     if case.epochs > 2:

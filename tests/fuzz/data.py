@@ -139,7 +139,7 @@ class Backwards(Sampler[int]):
         yield from [(index + self.epoch) % self.samples for index in reversed(range(self.samples))]
 
 
-class Batches(DataLoader[Sample]):
+class Batches(DataLoader[Any]):
     """A loader of another type."""
 
 

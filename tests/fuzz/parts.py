@@ -70,6 +70,18 @@ class ExtraState(nn.Linear):
         self.scale = state["scale"]
 
 
+class Forgetful(nn.Linear):
+    """Scales its outputs by a number that no checkpoint has: resumed, it must end differently."""
+
+    scale = 1.0
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.scale *= 0.9
+        return super().forward(inputs) * self.scale
+
+
 class Merging(nn.Module):
     """A low-rank update that is merged into the weight in evaluation mode."""
 
@@ -110,7 +122,7 @@ def partly_in_eval_mode() -> nn.Module:
     return model
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(FEATURES, CLASSES),
     "layers": layers,
     "dropout": lambda: layers(nn.Dropout(0.3)),
@@ -124,13 +136,15 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "partly in eval mode": partly_in_eval_mode,
     "merging": Merging,
 }
+BROKEN: dict[str, Callable[[], nn.Module]] = {"forgetful": lambda: Forgetful(FEATURES, CLASSES)}
+"""Models that are never drawn."""
 DRAWS = frozenset({"dropout", "counting", "spectral norm", "extra state", "partly in eval mode"})
 """Models that draw random numbers, or whose ranks compute buffers from their own batches."""
 
 
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[name]().double()
+    return (MODELS | BROKEN)[name]().double()
 
 
 def two_groups(parameters: list[nn.Parameter]) -> Optimizer:

@@ -27,6 +27,7 @@ from ptacc import (
     LRSchedulerMixin,
     MetricsMixin,
     RestoreBestWeights,
+    RunPlan,
     SeedMixin,
     StepOutput,
     StepResult,
@@ -78,7 +79,9 @@ class RecordingTrainer(Trainer):
         self.killed.event()
         inputs, targets = batch
         batch = (inputs.to(next(self.model.parameters()).dtype), targets)
-        self.batches.setdefault(self.progress.steps, []).append((batch[0].clone(), batch[1].clone()))
+        step = self.batches.setdefault(self.progress.steps, [])
+        if self.run.batch is not None and not self.run.batch.is_padding:
+            step.append((batch[0].clone(), batch[1].clone()))
         output = super().train_step(batch)
         if self.logs_values:
             return StepOutput(output.loss, output.outputs, logged={"norm": output.outputs.detach().norm()})
@@ -150,6 +153,7 @@ class Outcome:
         events: Number of events.
         batches: The batches of each step.
         random: State of torch's generator before the first step.
+        planned_steps: The length of the run for schedules, None if it is unknown.
         changed: What the run left changed.
         explained: The text of `explain()`.
     """
@@ -158,6 +162,7 @@ class Outcome:
     events: int
     batches: list[list[Batch]]
     random: Tensor
+    planned_steps: int | None
     changed: list[str]
     explained: str
 
@@ -269,7 +274,7 @@ def train(case: Case, directory: Path, at: int | None = None) -> Outcome:
     )
     after = fingerprint(trainer)
     changed = [name for name, value in after.items() if value != before[name]]
-    return Outcome(end, killed.count, list(trainer.batches.values()), streams.start, changed, explained)
+    return Outcome(end, killed.count, list(trainer.batches.values()), streams.start, trainer.run.plan.known_total_steps, changed, explained)
 
 
 def fingerprint(trainer: Any) -> dict[str, object]:
@@ -305,18 +310,18 @@ def run_killed(case: Case, directory: Path, at: int) -> None:
     run_ranks(killed_on_one_rank, case.world_size, timeout=40, may_die=range(case.world_size))
 
 
-def plain_losses(case: Case, windows: Iterable[list[Batch]], random: Tensor) -> list[float]:
+def plain_losses(case: Case, windows: Iterable[list[Batch]], outcome: Outcome) -> list[float]:
     """Train on the same batches in plain PyTorch, and return the loss of each step."""
     model = make_model(case.model)
     if "bf16" in case.mixins:
         model.float()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = OPTIMIZERS[case.optimizer](weights)
-    plan: Any = Plan(case, windows := list(windows))
+    plan = RunPlan.compute(num_epochs=None, steps_per_epoch=None, max_steps=outcome.planned_steps)
     create = SCHEDULES[case.schedule]
     scheduler = None if create is None else create(optimizer, plan)
     autocast: Any = torch.autocast("cpu", torch.bfloat16) if "bf16" in case.mixins else nullcontext()
-    torch.set_rng_state(random)
+    torch.set_rng_state(outcome.random)
     losses = []
     for batches in windows:
         items, total = sum(len(targets) for _, targets in batches), 0.0
@@ -324,8 +329,8 @@ def plain_losses(case: Case, windows: Iterable[list[Batch]], random: Tensor) -> 
         for inputs, targets in batches:
             with autocast:
                 loss = nn.functional.cross_entropy(model(inputs), targets) * (len(targets) / items)
-            loss.backward()
-            total += float(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
         if "clip_norm" in case.mixins:
             nn.utils.clip_grad_norm_(weights, MAX_NORM)
         if "clip_value" in case.mixins:
@@ -335,15 +340,3 @@ def plain_losses(case: Case, windows: Iterable[list[Batch]], random: Tensor) -> 
             scheduler.step()
         losses.append(total)
     return losses
-
-
-@dataclass
-class Plan:
-    """The length of a run, for a schedule in plain PyTorch."""
-
-    case: Case
-    windows: list[list[Batch]]
-
-    @property
-    def total_steps(self) -> int:
-        return len(self.windows)
