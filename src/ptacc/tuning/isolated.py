@@ -19,6 +19,8 @@ from ptacc.data.dataloader_config import check_dataset
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
+from ptacc.model.gradients import discard_gradients
+from ptacc.model.modes import get_modes, set_modes
 from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
 from ptacc.tensors.structures import map_tensors
@@ -145,12 +147,12 @@ def save_module(module: nn.Module) -> Restore:
         for owner in module.modules()
         if type(owner).get_extra_state is not nn.Module.get_extra_state
     ]
-    flags = [(owner, owner.training) for owner in module.modules()]
-    for parameter in module.parameters():
-        parameter.grad = None
+    modes = get_modes(module)
+    discard_gradients(module)
 
     @torch.no_grad()
     def restore() -> None:
+        set_modes(modes)  # before the weights: a module's `train(mode)` may change them
         for parameter, value, gradient, requires_grad in parameters:
             if parameter.shape == value.shape:  # else an error left the weights with the engine
                 parameter.copy_(value)
@@ -160,8 +162,6 @@ def save_module(module: nn.Module) -> Restore:
             setattr(owner, name, buffer.to(getattr(owner, name).device))
         for owner, state in extra_states:
             owner.set_extra_state(state)
-        for owner, training in flags:
-            owner.training = training
 
     return restore
 
