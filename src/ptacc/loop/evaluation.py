@@ -25,6 +25,7 @@ from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
 from ptacc.model.gradients import preserved_gradients
+from ptacc.model.option_modules import options_moved
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
@@ -292,13 +293,17 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     @contextlib.contextmanager
     def _wrapped_model(self) -> Iterator[ModelState]:
-        """Restore the user's model after a block that may wrap and patch it. Yield its state before."""
+        """Restore the user's model after a block that may wrap and patch it. Yield its state before.
+
+        Modules among the options are on the device within the block.
+        """
         accelerator = self.accelerator  # raises for an unsupported launch, before the model is touched
         unwrapped = self.model
         saved = ModelState.capture(unwrapped)
         self._state.unwrapped_model = unwrapped
         try:
-            yield saved
+            with options_moved(self, unwrapped, self.device):
+                yield saved
         finally:
             self._set_model(unwrapped)
             self._state.unwrapped_model = None

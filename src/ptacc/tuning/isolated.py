@@ -21,6 +21,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
 from ptacc.model.gradients import discard_gradients
 from ptacc.model.modes import get_modes, set_modes
+from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
 from ptacc.tensors.structures import map_tensors
@@ -124,7 +125,7 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(devices=True))
-        for module in (option for option in options if isinstance(option, nn.Module)):
+        for module in find_option_modules(trainer):
             stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():
             stack.callback(save_optimizer(slot.optimizer))
