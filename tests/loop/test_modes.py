@@ -47,9 +47,9 @@ class LoRALinear(nn.Linear):
         return super().train(mode)
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:
-        update = 0 if self.merged else inputs @ self.right.T @ self.left.T
-        return super().forward(inputs) + update
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch names it
+        update = 0 if self.merged else input @ self.right.T @ self.left.T
+        return super().forward(input) + update
 
 
 class KeepsNormInEval(nn.Sequential):
@@ -143,7 +143,7 @@ def test_a_module_in_eval_mode_inside_a_training_model_stays_merged() -> None:
 
 def test_a_model_that_keeps_a_module_in_eval_mode_does_so_in_a_run() -> None:
     log, model = ModesOfSteps(), KeepsNormInEval(nn.Dropout(), nn.Linear(4, 2).double())
-    parts = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     Trainer(**parts, callbacks=[log]).train(tiny_data(16), tiny_data(8), num_epochs=2, evaluate_every=Steps(1))
     assert log.modes == [[False, True]] * 4
     assert model[0].training

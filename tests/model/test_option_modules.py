@@ -46,7 +46,8 @@ class Distilling(MetricsMixin, Trainer):
 
 
 def make(**options: Any) -> Distilling:
-    return Distilling(**{"teacher": Recording(), **tiny_parts(), **options})
+    parts: dict[str, Any] = {"teacher": Recording(), **tiny_parts(), **options}
+    return Distilling(**parts)
 
 
 def test_modules_are_found_in_all_options_and_class_attributes_each_once() -> None:
