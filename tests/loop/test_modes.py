@@ -47,7 +47,7 @@ class LoRALinear(nn.Linear):
         return super().train(mode)
 
     @override
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as torch names it
+    def forward(self, input: Tensor) -> Tensor:  # as torch names it
         update = 0 if self.merged else input @ self.right.T @ self.left.T
         return super().forward(input) + update
 
