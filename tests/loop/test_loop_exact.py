@@ -2,16 +2,19 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from typing_extensions import override
 
-from ptacc import GradAccumMixin, GradClipMixin, LRSchedulerMixin, RunHistory, Trainer
+from ptacc import GradAccumMixin, GradClipMixin, LRSchedulerMixin, Pair, RunHistory, StepOutput, Trainer
 
 EPOCHS, BATCH = 3, 8
 
@@ -172,3 +175,32 @@ def test_a_second_run_restarts_its_schedule() -> None:
     rates = [[s.learning_rate for s in trainer.train(make_data(48), num_epochs=2).steps] for _ in range(2)]
     assert rates[0] == rates[1]
     assert trainer.optimizer.param_groups[0] | {"params": None} == before
+
+
+class MatchesDerivatives(Trainer):
+    """Has a loss of the model's derivatives with respect to its inputs."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        outputs = self.model(batch[0])
+        return StepOutput(loss=derivative_loss(outputs, *batch), outputs=outputs)
+
+
+def derivative_loss(outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    (slopes,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+    return nn.functional.cross_entropy(outputs, targets) + slopes.square().mean()
+
+
+@pytest.mark.parametrize("part", [range(48), [5, 3, 40, 7, 8, 9, 1, 2, 30, 31, 32, 33, 0, 47, 46, 45]])
+def test_derivatives_by_inputs_that_require_a_gradient_equal_those_of_a_plain_loop(part: Sequence[int]) -> None:
+    plain_net, net, full = make_net().eval(), make_net(), make_data(48)
+    full.tensors[0].requires_grad_()
+    data, optimizer = Subset(full, part), make_optimizer(plain_net)
+    for inputs, targets in DataLoader(data, batch_size=BATCH):
+        derivative_loss(plain_net(inputs), inputs, targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    net.get_submodule("1").eval()
+    parts: dict[str, Any] = {"optimizer": make_optimizer(net), "loss_func": nn.MSELoss(), "default_callbacks": ()}
+    MatchesDerivatives(net, **parts).train(DataLoader(data, batch_size=BATCH), num_epochs=1)
+    assert torch.equal(get_weights(net), get_weights(plain_net))

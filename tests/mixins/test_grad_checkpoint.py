@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ptacc import (
     SWAMixin,
     SyncBatchNormMixin,
     Trainer,
+    TrainingLoop,
 )
 from ptacc.errors import ModelError, OptionError
 from ptacc.model.selection import select_submodules
@@ -297,3 +299,33 @@ def test_backward_can_run_twice_through_a_graph() -> None:
             super().backward(loss)
 
     assert_same(train([Block], Twice), train(()))
+
+
+def train_gpt2(names: Sequence[str], *, use_cache: bool, fails: bool = False) -> tuple[Tensor, Any]:
+    transformers = pytest.importorskip("transformers")
+
+    class LanguageModel(GradCheckpointMixin, TrainingLoop[Tensor, Tensor]):
+        @override
+        def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+            outputs = self.model(input_ids=batch, labels=batch)
+            assert not fails
+            return StepOutput(loss=outputs.loss, outputs=outputs.logits)
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(**sizes, use_cache=use_cache, attn_implementation="eager", n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = LanguageModel(model, optimizer=optimizer, default_callbacks=(), gradient_checkpointing=names)
+    with suppress(AssertionError):
+        trainer.train([torch.arange(8)] * 16, num_epochs=1)
+    return nn.utils.parameters_to_vector(model.parameters()), config
+
+
+def test_a_model_with_a_cache_trains_without_it_and_has_it_again_after_the_run() -> None:
+    expected, _ = train_gpt2([], use_cache=False)
+    weights, config = train_gpt2(["transformer.h.*"], use_cache=True)
+    assert torch.equal(weights, expected)
+    assert config.use_cache
+    assert train_gpt2(["transformer.h.*"], use_cache=True, fails=True)[1].use_cache
+    assert not train_gpt2(["transformer.h.*"], use_cache=False)[1].use_cache

@@ -22,6 +22,7 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
+from ptacc.model.modes import set_modes
 from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
@@ -124,9 +125,9 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
     states = map_state({**shared}, partial(localize, dtensors=dtensors))
     optimizers = {slot.name: states[slot.name] for slot in run.engine.slots if slot.name in states}
-    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
-    if FLAGS in states:
+    if FLAGS in states:  # before the weights: a module's `train(mode)` may change them
         load_flags(model, states[FLAGS])
+    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
     for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
             if name in parts:
@@ -174,9 +175,8 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:
-    """Set the training flag of each module, and which parameters are frozen."""
+    """Set the mode of each module, and which parameters are frozen."""
     in_eval, frozen = set(flags["eval"]), set(flags["frozen"])
-    for name, module in model.named_modules():
-        module.training = canonical_name(name) not in in_eval
+    set_modes([(module, canonical_name(name) not in in_eval) for name, module in model.named_modules()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(canonical_name(name) not in frozen)

@@ -198,8 +198,12 @@ class KeyedDataset(Dataset[Any]):
 
 
 def holds_plain_tensors(dataset: object) -> bool:
-    """Return whether a dataset is a plain `TensorDataset` of strided tensors."""
-    return type(dataset) is TensorDataset and all(tensor.layout is torch.strided for tensor in dataset.tensors)
+    """Return whether a dataset is a plain `TensorDataset` of strided tensors, without those that require a gradient.
+
+    Batches of those have a graph. Batches that are indexed together would share it, and the first one would free it.
+    """
+    tensors = dataset.tensors if type(dataset) is TensorDataset else ()
+    return bool(tensors) and all(tensor.layout is torch.strided and not tensor.requires_grad for tensor in tensors)
 
 
 def read_versions(tensors: Sequence[Tensor]) -> list[int]:

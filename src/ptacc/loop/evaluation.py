@@ -24,6 +24,8 @@ from ptacc.data.wrappers import count_once_per_replica, sync_lengths
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
+from ptacc.model.gradients import preserved_gradients
+from ptacc.model.option_modules import options_moved
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
@@ -290,14 +292,18 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
 
     @contextlib.contextmanager
-    def _wrapped_model(self) -> Iterator[None]:
-        """Restore the user's model after a block that may wrap and patch it."""
+    def _wrapped_model(self) -> Iterator[ModelState]:
+        """Restore the user's model after a block that may wrap and patch it. Yield its state before.
+
+        Modules among the options are on the device within the block.
+        """
         accelerator = self.accelerator  # raises for an unsupported launch, before the model is touched
         unwrapped = self.model
         saved = ModelState.capture(unwrapped)
         self._state.unwrapped_model = unwrapped
         try:
-            yield
+            with options_moved(self, unwrapped, self.device):
+                yield saved
         finally:
             self._set_model(unwrapped)
             self._state.unwrapped_model = None
@@ -306,15 +312,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        """Disable gradients and training mode for the block. Train flags and random streams are restored after it."""
+        """Put the model into eval mode, without gradients, for the block.
+
+        Modes, gradients and random streams are restored after it. The modes come first: a module whose `train(mode)`
+        changes its weights has to change back the weights that the evaluation used.
+        """
         saved = ModelState.capture(self.model)
         streams = preserved_streams(devices=self.device.type != "cpu")
-        try:
-            with torch.no_grad(), streams, self.around_evaluation_weights():
+        with torch.no_grad(), streams, preserved_gradients(self.model), self.around_evaluation_weights():
+            try:
                 self.model.eval()
                 yield
-        finally:
-            saved.restore_flags()
+            finally:
+                saved.restore_flags()
 
 
 def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:

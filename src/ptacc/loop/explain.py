@@ -17,6 +17,7 @@ from ptacc.composition.guards import calls_super, get_hook_shape
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.advice import collect_advice
+from ptacc.model.modes import find_eval_roots
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import Stateful
 
@@ -27,6 +28,7 @@ HEADINGS = {
     "options": "options",
     "launch": "launch",
     "batches": "batches",
+    "modes": "modes of the model's modules during a run",
     "state": "state that a checkpoint contains",
     "advice": "advice for faster training",
 }
@@ -36,7 +38,7 @@ Rows: TypeAlias = tuple[tuple[str, ...], ...]
 class Explanation(dict[str, Rows]):
     """What a trainer will do: print it, or look up the rows of a table by its key.
 
-    The keys are `classes`, `hooks`, `options`, `launch`, `batches` and `state`, and `advice` if there is any.
+    The keys are `classes`, `hooks`, `options`, `launch`, `batches`, `modes` and `state`, and `advice` if there is any.
     """
 
     @override
@@ -62,6 +64,7 @@ def explain(
         options=option_rows(trainer),
         launch=launch_rows(trainer),
         batches=batch_rows(trainer, samples, batch_size, num_epochs, max_steps),
+        modes=mode_rows(trainer.unwrapped_model),
         state=state_rows(trainer),
     )
     advice = advice_rows(trainer)
@@ -159,6 +162,15 @@ def batch_rows(
         if plan.known_total_steps is not None:
             rows.append(("total steps", f"{plan.total_steps} in {plan.num_epochs} epochs"))
     return tuple(rows)
+
+
+def mode_rows(model: nn.Module) -> Rows:
+    """Return which modules a run trains in training mode, and which stay in eval mode. See `start_training`."""
+    if not model.training:
+        return (("training", "all modules", "the model is in eval mode, and a run changes that"),)
+    in_eval = tuple(find_eval_roots(model))
+    rows = [("training", "all other modules" if in_eval else "all modules", "")]
+    return (*rows, *(("eval", name, "as it is now, with its submodules") for name in in_eval))
 
 
 def state_rows(trainer: TrainerCore) -> Rows:

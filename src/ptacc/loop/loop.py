@@ -26,6 +26,8 @@ from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
+from ptacc.model.gradients import discard_gradients
+from ptacc.model.modes import start_training
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
 from ptacc.run.window import Window, make_windows
@@ -193,11 +195,11 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 num_epochs=num_epochs, max_steps=max_steps, max_time=max_time, collate_fn=collate_fn, **options
             )
             check_run_options(run_options)
-        with self._wrapped_model():
+        with self._wrapped_model() as before:
             run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
             try:
                 self._set_model(run.model)
-                self.model.train()
+                start_training(self.model, before.modes)
                 failures = run.distributed.propagate_failure(lambda: f"after step {run.progress.steps}")
                 handlers = signal_handlers(self.stop_signals(), run.request_termination)
                 with failures, handlers, forwards_counted(run):
@@ -249,6 +251,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with self.around_run(), self._saving_on_exception(run):
             events.run_start()
             self._start_or_resume(run)
+            discard_gradients(self.unwrapped_model)  # of the user's own code, or of a step that was interrupted
             while run.is_within_epoch or not run.is_done():
                 run.begin_epoch()
                 with self.around_epoch():

@@ -24,7 +24,8 @@ class GradCheckpointMixin(Mixin):
     This saves memory and takes time; losses and weights are equal to the bit. Only the inputs of a selected submodule
     are stored, and its forward runs twice. Select large submodules, such as the blocks of a network, each of whose
     activations fit in memory. Dropout draws the same mask both times, and the running statistics of norm layers are
-    updated once. Other buffers that the forward updates are updated twice.
+    updated once. Other buffers that the forward updates are updated twice. A model of transformers that keeps keys and
+    values in a cache would do so twice too: its `config.use_cache` is False during the run.
 
     Options:
         gradient_checkpointing: Classes of submodules, or names as in `named_modules()` with `*` as a wildcard.
@@ -57,8 +58,21 @@ class GradCheckpointMixin(Mixin):
         with super().around_run():
             option = f"{type(self).__name__}(gradient_checkpointing=[...])"
             selected = select_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
-            with patched_forwards(selected, checkpointed_forward):
-                yield
+            caching = find_caching_configs(self.unwrapped_model) if selected else []
+            for config in caching:
+                config.use_cache = False
+            try:
+                with patched_forwards(selected, checkpointed_forward):
+                    yield
+            finally:
+                for config in caching:
+                    config.use_cache = True
+
+
+def find_caching_configs(model: nn.Module) -> list[Any]:
+    """Return the configurations of transformers' models that turn on a cache of keys and values, each once."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if getattr(config, "use_cache", None) is True]
 
 
 # ---- one module

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ptacc.model.modes import Modes, get_modes, set_modes
+
 
 @dataclass(frozen=True)
 class ModelState:
     """The state of a user's model that a run changes besides weights, and restores at its end.
 
     Args:
-        training: Each module with its training flag.
+        modes: Each module with its mode.
         patched: The model's own attributes among those that Accelerate replaces.
         syncing: The DDP wrapper, with whether its next forward pass broadcasts rank 0's buffers.
     """
 
-    training: tuple[tuple[nn.Module, bool], ...]
+    modes: Modes
     patched: Mapping[str, object]
     syncing: tuple[DistributedDataParallel, bool] | None = None
 
@@ -31,12 +33,11 @@ class ModelState:
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
         ddp = find_ddp_module(model)
         syncing = None if ddp is None else (ddp, ddp.require_forward_param_sync)
-        return cls(tuple((module, module.training) for module in model.modules()), patched, syncing)
+        return cls(get_modes(model), patched, syncing)
 
     def restore_flags(self) -> None:
-        """Restore the training flags and DDP's flag, which a forward pass without gradients clears."""
-        for module, training in self.training:
-            module.training = training
+        """Restore the modes and DDP's flag, which a forward pass without gradients clears."""
+        set_modes(self.modes)
         if self.syncing is not None:
             self.syncing[0].require_forward_param_sync = self.syncing[1]
 

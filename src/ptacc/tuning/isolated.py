@@ -19,6 +19,9 @@ from ptacc.data.dataloader_config import check_dataset
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
+from ptacc.model.gradients import discard_gradients
+from ptacc.model.modes import get_modes, set_modes
+from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
 from ptacc.tensors.structures import map_tensors
@@ -122,7 +125,7 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(devices=True))
-        for module in (option for option in options if isinstance(option, nn.Module)):
+        for module in find_option_modules(trainer):
             stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():
             stack.callback(save_optimizer(slot.optimizer))
@@ -145,12 +148,12 @@ def save_module(module: nn.Module) -> Restore:
         for owner in module.modules()
         if type(owner).get_extra_state is not nn.Module.get_extra_state
     ]
-    flags = [(owner, owner.training) for owner in module.modules()]
-    for parameter in module.parameters():
-        parameter.grad = None
+    modes = get_modes(module)
+    discard_gradients(module)
 
     @torch.no_grad()
     def restore() -> None:
+        set_modes(modes)  # before the weights: a module's `train(mode)` may change them
         for parameter, value, gradient, requires_grad in parameters:
             if parameter.shape == value.shape:  # else an error left the weights with the engine
                 parameter.copy_(value)
@@ -160,8 +163,6 @@ def save_module(module: nn.Module) -> Restore:
             setattr(owner, name, buffer.to(getattr(owner, name).device))
         for owner, state in extra_states:
             owner.set_extra_state(state)
-        for owner, training in flags:
-            owner.training = training
 
     return restore
 

@@ -31,6 +31,7 @@ from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_di
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.original_model import OriginalModel
 from ptacc.engines.deepspeed.stages import STAGES, Stage3
+from ptacc.engines.reduction import frozen_parameters
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
@@ -77,6 +78,7 @@ class DeepSpeedEngine(TorchEngine):
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
         # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
         super().__init__(accelerator, model, slots, is_replicated=False)
+        self._frozen = frozen_parameters(slots)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
         self._model = self._engine
         self._stage = STAGES[config.stage](self._engine, slot, self._groups)

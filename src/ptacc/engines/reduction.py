@@ -1,0 +1,92 @@
+"""Checks at the end of a window that the gradients of all trained parameters were averaged over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ptacc.engines.base import OptimizerSlot
+from ptacc.errors import ModelError
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer types by their size in bytes."""
+
+
+def frozen_parameters(slots: Iterable[OptimizerSlot]) -> tuple[Parameter, ...]:
+    """Return the parameters of optimizers that require no gradient now."""
+    return tuple(parameter for slot in slots for parameter in slot.parameters if not parameter.requires_grad)
+
+
+def check_still_frozen(model: nn.Module, frozen: Collection[Parameter]) -> None:
+    """Raise `ModelError` if a parameter requires a gradient that was frozen when the engine wrapped the model."""
+    if any(parameter.requires_grad for parameter in frozen):
+        unfrozen = [parameter for parameter in frozen if parameter.requires_grad]
+        raise ModelError(
+            f"{join_names(model, unfrozen)} required no gradient when the run began, and requires one now. The engine "
+            "would not average its gradient over the processes. Set requires_grad before train(): to train more "
+            "parameters from some epoch on, end the run there and call train() again."
+        )
+
+
+class GradientComparison:
+    """Compares the gradients of all ranks in the windows 1, 4, 16, 64, ... of a run.
+
+    Averaged gradients are equal to the bit, since each entry is computed once and sent to all ranks. Other gradients
+    are of the rank's own batches. Other windows cost nothing.
+    """
+
+    def __init__(self, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
+        self._model, self._slots = model, slots
+        self._windows, self._next = 0, 1
+
+    def check(self) -> None:
+        """Count a window, and compare if it is due. A collective, which then reads from the device.
+
+        Raises:
+            ModelError: The gradient of a parameter differs. Raised on all ranks.
+        """
+        self._windows += 1
+        if self._windows < self._next:
+            return
+        self._next *= 4
+        groups = [group for slot in self._slots for group in slot.optimizer.param_groups]
+        parameters: list[Parameter] = [parameter for group in groups for parameter in group["params"]]
+        if different := find_differences(parameters):
+            raise ModelError(
+                f"The processes have different gradients of {join_names(self._model, different)}, so that they would "
+                "train different weights. DDP averages the gradients of the first backward pass after a call of "
+                "self.model(...). Call self.model in train_step, not unwrapped_model, and do not compute gradients "
+                "a second time for the same batch."
+            )
+
+
+def find_differences(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return the parameters whose gradients are not equal to the bit on all ranks. A collective."""
+    sums = torch.stack([sum_bits(parameter.grad, parameter.device) for parameter in parameters])
+    extremes = torch.cat([sums, ~sums])  # the largest ~x is that of the smallest x
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = extremes[: len(sums)], ~extremes[len(sums) :]
+    return [parameter for parameter, differs in zip(parameters, (largest != smallest).tolist(), strict=True) if differs]
+
+
+def sum_bits(gradient: Tensor | None, device: torch.device) -> Tensor:
+    """Return the sum of a gradient's entries, read as integers: a scalar that any change of a bit changes.
+
+    Unlike a sum of floats it does not depend on the order of the entries, and so not on the kernel.
+    """
+    if gradient is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    real = torch.view_as_real(values) if values.is_complex() else values
+    return real.detach().contiguous().view(INTEGERS[real.element_size()]).sum(dtype=torch.int64)
+
+
+def join_names(model: nn.Module, parameters: Sequence[Parameter]) -> str:
+    """Return the names of the first parameters of a list, for an error message."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    listed = ", ".join(names.get(parameter, "a parameter outside of the model") for parameter in parameters[:3])
+    return f"{listed} and {len(parameters) - 3} more" if len(parameters) > 3 else listed

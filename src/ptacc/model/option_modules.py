@@ -1,0 +1,102 @@
+"""Modules and metrics among a trainer's options: a weighted loss, a teacher. A run has them on its device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HOST = torch.device("cpu")
+
+
+def find_option_modules(trainer: Any) -> list[nn.Module]:
+    """Return the modules among the options and the class attributes of a trainer, each once.
+
+    They may be in tuples, lists, mappings and dataclasses, and may be what a partial or a bound method calls.
+    """
+    options = [getattr(trainer, field.name) for field in dataclasses.fields(trainer) if field.init]
+    shared = [value for base in type(trainer).__mro__ for name, value in vars(base).items() if name[:2] != "__"]
+    return list(iterate_modules([*options, *shared], set()))
+
+
+def iterate_modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules in a structure, without those within another one. `seen` has the ids of visited values."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    for part in list_parts(value):
+        yield from iterate_modules(part, seen)
+
+
+def list_parts(value: object) -> Iterable[object]:
+    """Return the values in a container, and what a partial or a bound method calls."""
+    if isinstance(value, tuple | list):
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return ()
+
+
+@contextlib.contextmanager
+def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move the modules among a trainer's options from the host to a device for the block, and back after it.
+
+    Modules with a tensor elsewhere stay where they are: the user has placed them. A module that holds tensors of the
+    model, which the engine moves, is moved without them.
+
+    Args:
+        trainer: The trainer.
+        model: Its model, not wrapped.
+        device: The device. Nothing is moved if it is the host.
+    """
+    moved: list[nn.Module] = []
+    if device.type != HOST.type:
+        own = {id(tensor) for tensor in iterate_tensors(model)}
+        modules = [module for module in find_option_modules(trainer) if module is not model]
+        apart = (part for module in modules for part in split_off(module, own))
+        moved += [part for part in apart if is_on_host(part)]
+    try:
+        for module in moved:
+            module.to(device)
+        yield
+    finally:
+        for module in moved:
+            module.to(HOST)
+
+
+def iterate_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and the buffers of a module."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def split_off(module: nn.Module, excluded: set[int]) -> Iterator[nn.Module]:
+    """Yield a module, or those of its submodules that hold none of the excluded tensors."""
+    if not any(id(tensor) in excluded for tensor in iterate_tensors(module)):
+        yield module
+        return
+    for child in module.children():
+        yield from split_off(child, excluded)
+
+
+def is_on_host(module: nn.Module) -> bool:
+    """Return whether all tensors of a module are on the host, and the states of the metrics in it."""
+    # torchmetrics keeps states outside of the buffers, and their device in this attribute.
+    metric_devices = (vars(part).get("_device") for part in module.modules())
+    devices = (*metric_devices, *(tensor.device for tensor in iterate_tensors(module)))
+    return all(device.type == HOST.type for device in devices if isinstance(device, torch.device))
