@@ -14,6 +14,7 @@ from typing_extensions import override
 from ptacc.core.checks import check_monitor
 from ptacc.core.hooks import Mixin
 from ptacc.errors import OptionError, SchedulerError
+from ptacc.model.optimizer_state import save_settings
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitor, as_monitor
@@ -106,18 +107,12 @@ class LRSchedulerMixin(Mixin):
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        saved = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
+        restore_settings = save_settings(self.optimizer)
         try:
             with super().around_run():
                 yield
         finally:
-            # A resumed run has loaded other group objects.
-            for group, values in zip(self.optimizer.param_groups, saved, strict=True):
-                for name in group.keys() - values.keys() - {"params"}:
-                    del group[name]  # such as `initial_lr`, which the next scheduler would start from
-                group.update(values)
+            restore_settings()
 
 
 def needs_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:

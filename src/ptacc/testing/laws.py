@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +86,8 @@ def check_state_survives(mixin: type[Mixin], options: Mapping[str, Any]) -> None
     fresh_states = {key.name: state for key, state in fresh.run.states()}
     for key, state in trained.run.states():
         if isinstance(state, Stateful):
-            saved, loaded = state.state_dict(), fresh_states[key.name]
-            loaded.load_state_dict(saved)
+            saved, loaded = copy.deepcopy(state.state_dict()), fresh_states[key.name]
+            loaded.load_state_dict(copy.deepcopy(saved))
             assert same(loaded.state_dict(), saved), f"{mixin.__name__}: {key.name} is not the same after loading"
 
 
