@@ -1,12 +1,14 @@
-"""The settings of an optimizer's parameter groups, restored by value."""
+"""The parameter groups of an optimizer: their settings, restored by value, and their parameters by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ptacc.model.state_dict import canonical_name
 
 
 def save_settings(optimizer: Optimizer) -> Callable[[], None]:
@@ -52,3 +54,15 @@ def _save_value(value: object) -> Callable[[], object]:
 
         return restore_list
     return lambda: value
+
+
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of the parameters in each group. A tied parameter has the first of its names in the alphabet.
+
+    Parameters that an engine has put in the place of the model's have empty names.
+    """
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        canonical = canonical_name(name)
+        names[parameter] = min(canonical, names.get(parameter, canonical))
+    return [[names.get(parameter, "") for parameter in group["params"]] for group in optimizer.param_groups]
