@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import canonical_name
+from ptacc.types.protocols import StateDict
+
+# ---- settings
 
 
 def save_settings(optimizer: Optimizer) -> Callable[[], None]:
@@ -56,6 +60,9 @@ def _save_value(value: object) -> Callable[[], object]:
     return lambda: value
 
 
+# ---- parameters by name
+
+
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Return the names of the parameters in each group. A tied parameter has the first of its names in the alphabet.
 
@@ -66,3 +73,45 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
         canonical = canonical_name(name)
         names[parameter] = min(canonical, names.get(parameter, canonical))
     return [[names.get(parameter, "") for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def add_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
+    """Add the names of the parameters to the state of an optimizer, which torch numbers by their position."""
+    names = group_names(model, optimizer)
+    return state if any("" in group for group in names) else {**state, "names": names}
+
+
+def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -> Iterator[str]:
+    """Yield the differences between the parameter groups of an optimizer and those of a saved state with names."""
+    if "names" not in state:
+        return
+    present, saved = group_names(model, optimizer), state["names"]
+    for owner, groups, other in (("optimizer", present, saved), ("checkpoint", saved, present)):
+        contents = {frozenset(names) for names in other}
+        for index, names in enumerate(groups):
+            if frozenset(names) not in contents:
+                listed = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
+                rest = "checkpoint's optimizer" if owner == "optimizer" else "optimizer"
+                yield f"group {index} of the {owner} holds {listed}, and no group of the {rest} holds just these"
+
+
+def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
+    """Return a saved state with its groups and parameters in the order of an optimizer's. One without names is kept.
+
+    Raises:
+        CheckpointError: The groups hold other parameters.
+    """
+    if "names" not in state:
+        return state
+    if different := list(name_differences(model, optimizer, state)):
+        raise CheckpointError(
+            f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
+        )
+    saved = list(zip(state["names"], state["param_groups"], strict=True))
+    indices = {name: index for names, group in saved for name, index in zip(names, group["params"], strict=True)}
+    settings = {frozenset(names): group for names, group in saved}
+    groups = []
+    for names in group_names(model, optimizer):
+        kept = {name: value for name, value in settings[frozenset(names)].items() if name != "param_names"}
+        groups.append({**kept, "params": [indices[name] for name in names]})
+    return {"state": state["state"], "param_groups": groups}
