@@ -152,7 +152,15 @@ class DeepSpeedEngine(TorchEngine):
 
         Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
         is reported.
+
+        Raises:
+            ModelError: A parameter group was added to the optimizer during the run.
         """
+        if len(self._optimizer.param_groups) != len(self._groups):
+            raise ModelError(
+                "A parameter group was added to the optimizer during the run, and DeepSpeed partitions parameters at "
+                "its start. Add the group before train(), or train without DeepSpeed."
+            )
         with self._stage.stepping():
             self._engine.step()
         broadcast_buffers(self._unwrapped_model)
