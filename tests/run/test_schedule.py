@@ -236,6 +236,21 @@ class AtEnd(Callback[TrainerCore]):
         self.group = dict(trainer.optimizer.param_groups[0])
 
 
+def test_the_settings_at_the_start_of_the_run_are_those_of_the_saved_run(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", TORCH["LinearLR"], 4)
+    train(tmp_path / "stopped", TORCH["LinearLR"], 2, max_steps=5)
+    other = two_groups()
+    other["optimizer"].param_groups[0]["lr"] = 0.7
+    resumed = train(tmp_path / "stopped", TORCH["LinearLR"], 4, **other)
+    assert resumed == {step: settings for step, settings in whole.items() if step > 5}
+
+
+def test_another_scheduler_enters_at_the_present_step(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", TORCH["LinearLR"], 2)
+    train(tmp_path / "stopped", TORCH["ExponentialLR"], 2, max_steps=5)
+    assert train(tmp_path / "stopped", TORCH["LinearLR"], 2) == {6: whole[6]}
+
+
 def test_a_run_that_is_past_its_new_length_trains_nothing(tmp_path: Path) -> None:
     train(tmp_path, TORCH["OneCycleLR"], 2)
     assert train(tmp_path, TORCH["OneCycleLR"], 1) == {}

@@ -7,8 +7,8 @@ step(epoch, metric=None), step_update(num_updates) those of timm                
 ```
 
 A resumed run of the same length loads the state of the scheduler. If the length of the run has changed, the state would
-keep the old length: a new scheduler is created and brought to the present step, as if the run had had the new length
-from its start.
+keep the old length: a new scheduler is created from the settings that the optimizer had at the start of the run, and is
+brought to the present step, as if the run had had the new length from its start.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ptacc.errors import SchedulerError
-from ptacc.model.optimizer_state import group_names, save_settings
+from ptacc.model.optimizer_state import group_names
 from ptacc.run.run import Run
+from ptacc.tensors.structures import map_tensors
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import (
     CountedSchedulerLike,
@@ -38,6 +40,8 @@ from ptacc.types.protocols import (
 
 Interval: TypeAlias = Literal["step", "epoch"]
 Kind: TypeAlias = Literal["steps", "values", "counts"]
+NO_SETTINGS = frozenset({"params", "param_names"})
+"""What a parameter group holds besides settings."""
 VALUE_NAME = re.compile("metric|loss|value|score")
 """Names of the argument of `step` that is a monitored value, as a part of them."""
 
@@ -63,7 +67,7 @@ class Schedule:
     def __post_init__(self) -> None:
         self.optimizer = self.run.engine.slots[0].optimizer
         self._num_groups = len(self.optimizer.param_groups)
-        self._restore_settings = save_settings(self.optimizer)
+        self._initial = [get_settings(group) for group in self.optimizer.param_groups]
         self.scheduler = self.create(self.optimizer, self.run.plan)
         check_scheduler(self.scheduler, self.optimizer, self.run.plan, self.interval)
         self.kind = get_kind(self.scheduler)
@@ -98,13 +102,14 @@ class Schedule:
     # ---- saving and resuming
 
     def state_dict(self) -> StateDict:
-        """Return the state of the scheduler, with the length and the groups that it was created for."""
+        """Return the state of the scheduler, with the length, the groups and the settings that it was created for."""
         plan = self.run.plan
         length = [self.interval, plan.known_total_steps, plan.known_epochs, plan.known_steps_per_epoch]
         groups = [min(names, default="") for names in group_names(self.model, self.optimizer)]
         # A schedule of counts needs no state, and may hold functions.
         state = {} if self.kind == "counts" else self.scheduler.state_dict()
-        return {"kind": self.kind, "length": length, "groups": groups, "state": state}
+        kind = type(self.scheduler).__name__
+        return {"class": kind, "length": length, "groups": groups, "initial": self._initial, "state": state}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the scheduler. The state of the optimizer and the progress of the run have been restored before.
@@ -114,23 +119,31 @@ class Schedule:
                 brought to the present step.
         """
         present = self.state_dict()
-        if self.kind == "values" and state_dict["groups"] != present["groups"]:
+        has_order = state_dict["groups"] == present["groups"]
+        if self.kind == "values" and not has_order:
             raise SchedulerError(
                 f"The optimizer's parameter groups are in another order than in the checkpoint, whose "
                 f"{type(self.scheduler).__name__} has values for each of them. Create the groups in the order "
                 f"{', '.join(state_dict['groups'])}: these are their first parameters."
             )
-        is_alike = all(state_dict[name] == present[name] for name in ("kind", "length", "groups"))
-        if self.kind == "values" or (self.kind == "steps" and (is_alike or self._is_over())):
-            self.scheduler.load_state_dict(state_dict["state"])
-        else:
+        by_group = dict(zip(state_dict["groups"], state_dict["initial"], strict=True))
+        names = zip(present["groups"], self._initial, strict=True)
+        self._initial = state_dict["initial"] if has_order else [by_group.get(name, here) for name, here in names]
+        has_class = state_dict["class"] == present["class"]
+        is_alike = has_order and state_dict["length"] == present["length"]
+        if self.kind == "counts" or (self.kind == "steps" and not (has_class and (is_alike or self._is_over()))):
             self._create_at_present_step()
+        elif has_class:
+            self.scheduler.load_state_dict(state_dict["state"])
 
     def _create_at_present_step(self) -> None:
         """Create the scheduler again, and advance it from its start. Settings that it does not change are kept."""
         groups = self.optimizer.param_groups
         loaded = [dict(group) for group in groups]
-        self._restore_settings()
+        for group, settings in zip(groups, self._initial, strict=True):
+            for name in group.keys() - settings.keys() - NO_SETTINGS:
+                del group[name]
+            group.update(map_tensors(torch.clone, settings))
         initial = [dict(group) for group in groups]
         self.scheduler = self.create(self.optimizer, self.run.plan)
         try:
@@ -167,6 +180,11 @@ class Schedule:
         """Return whether the run is past its new length, so that the scheduler will not step again."""
         length = planned_count(self.run.plan, self.interval)
         return length is not None and self._count() > length
+
+
+def get_settings(group: Mapping[str, object]) -> dict[str, Any]:
+    """Return the settings of a parameter group, with copies of tensors and containers."""
+    return map_tensors(torch.clone, {name: value for name, value in group.items() if name not in NO_SETTINGS})
 
 
 def get_kind(scheduler: SchedulerLike) -> Kind:
