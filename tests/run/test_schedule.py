@@ -251,6 +251,20 @@ def test_another_scheduler_enters_at_the_present_step(tmp_path: Path) -> None:
     assert train(tmp_path / "stopped", TORCH["LinearLR"], 2) == {6: whole[6]}
 
 
+def test_a_batch_of_another_size_changes_the_length(tmp_path: Path) -> None:
+    """After three steps of 8 samples come twelve of 4."""
+    train(tmp_path, TORCH["LambdaLR"], 2, max_steps=3)
+    resumed = Scheduled(
+        **two_groups(),
+        checkpoint_dir=tmp_path,
+        resume=True,
+        resume_ignore={"batch_size"},
+        create_scheduler=TORCH["LambdaLR"],
+    )
+    resumed.train(tiny_data(24), num_epochs=3, per_device_batch_size=4)
+    assert [resumed.settings[step][0] for step in (4, 15)] == pytest.approx([0.1 * 12 / 15, 0.1 / 15])
+
+
 def test_a_run_that_is_past_its_new_length_trains_nothing(tmp_path: Path) -> None:
     train(tmp_path, TORCH["OneCycleLR"], 2)
     assert train(tmp_path, TORCH["OneCycleLR"], 1) == {}

@@ -6,8 +6,8 @@ step(metrics)                                      ReduceLROnPlateau, GreedyLR  
 step(epoch, metric=None), step_update(num_updates) those of timm                                     "counts"
 ```
 
-A resumed run of the same length loads the state of the scheduler. If the length of the run has changed, the state would
-keep the old length: a new scheduler is created from the settings that the optimizer had at the start of the run, and is
+A resumed run with the same limits and the same data loads the state of the scheduler. If they have changed, the state
+would keep the old length: a new scheduler is created from the settings that the optimizer had at the start of the run, and is
 brought to the present step, as if the run had had the new length from its start.
 """
 
@@ -67,6 +67,7 @@ class Schedule:
     def __post_init__(self) -> None:
         self.optimizer = self.run.engine.slots[0].optimizer
         self._num_groups = len(self.optimizer.param_groups)
+        self._length = describe_length(self.run, self.interval)  # now, since the plan may be revised during the run
         self._initial = [get_settings(group) for group in self.optimizer.param_groups]
         self.scheduler = self.create(self.optimizer, self.run.plan)
         check_scheduler(self.scheduler, self.optimizer, self.run.plan, self.interval)
@@ -102,14 +103,12 @@ class Schedule:
     # ---- saving and resuming
 
     def state_dict(self) -> StateDict:
-        """Return the state of the scheduler, with the length, the groups and the settings that it was created for."""
-        plan = self.run.plan
-        length = [self.interval, plan.known_total_steps, plan.known_epochs, plan.known_steps_per_epoch]
+        """Return the state of the scheduler, with what it was created for: length, groups and settings."""
         groups = [min(names, default="") for names in group_names(self.model, self.optimizer)]
         # A schedule of counts needs no state, and may hold functions.
         state = {} if self.kind == "counts" else self.scheduler.state_dict()
         kind = type(self.scheduler).__name__
-        return {"class": kind, "length": length, "groups": groups, "initial": self._initial, "state": state}
+        return {"class": kind, "length": self._length, "groups": groups, "initial": self._initial, "state": state}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the scheduler. The state of the optimizer and the progress of the run have been restored before.
@@ -180,6 +179,16 @@ class Schedule:
         """Return whether the run is past its new length, so that the scheduler will not step again."""
         length = planned_count(self.run.plan, self.interval)
         return length is not None and self._count() > length
+
+
+def describe_length(run: Run, interval: Interval) -> dict[str, object]:
+    """Return what the length of a schedule depends on. The total of a resumed run depends on its progress as well."""
+    return {
+        "interval": interval,
+        "steps_per_epoch": run.plan.known_steps_per_epoch,
+        **{name: run.options.get(name) for name in ("num_epochs", "max_steps")},
+        **{name: run.invariants[name] for name in ("data", "batch_size", "accumulation_steps")},
+    }
 
 
 def get_settings(group: Mapping[str, object]) -> dict[str, Any]:
