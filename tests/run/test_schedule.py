@@ -301,7 +301,7 @@ STEP_FUNCTIONS: list[Any] = [
 
 @pytest.mark.parametrize("step", STEP_FUNCTIONS)
 def test_a_scheduler_whose_step_is_unknown_is_refused(tmp_path: Path, step: Any) -> None:
-    kind = type("Odd", (WithoutStep,), {"step": step})
+    kind: Any = type("Odd", (WithoutStep,), {"step": step})
     with pytest.raises(SchedulerError, match=r"returned a Odd, whose step\(.+\) is not known"):
         train(tmp_path, lambda o, plan: kind(), 1)
 

@@ -7,8 +7,8 @@ step(epoch, metric=None), step_update(num_updates) those of timm                
 ```
 
 A resumed run with the same limits and the same data loads the state of the scheduler. If they have changed, the state
-would keep the old length: a new scheduler is created from the settings that the optimizer had at the start of the run, and is
-brought to the present step, as if the run had had the new length from its start.
+would keep the old length: a new scheduler is created, with the settings that the optimizer had at the start of the run,
+and is brought to the present step, as if the run had had the new length from its start.
 """
 
 from __future__ import annotations
