@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from typing_extensions import override
 
@@ -54,7 +54,8 @@ def make(directory: Path, order: str = "first second head", groups: Groups = ONE
         for group in groups
     ]
     parts: dict[str, Any] = {"loss_func": nn.CrossEntropyLoss(), "default_callbacks": (), **options}
-    return Saving(model, optimizer=torch.optim.Adam(settings), checkpoint_dir=directory, **parts)
+    parts = {"model": model, "optimizer": torch.optim.Adam(settings), **parts}
+    return Saving(checkpoint_dir=directory, **parts)
 
 
 def end(trainer: Saving, **limits: Any) -> dict[str, Tensor]:
@@ -111,6 +112,30 @@ def test_a_run_can_resume_without_the_state_of_other_groups(tmp_path: Path) -> N
     trainer = make(tmp_path, resume=True, resume_ignore={"optimizer"})
     end(trainer)
     assert float(trainer.optimizer.state[trainer.model.get_parameter("head.weight")]["step"]) == 2
+
+
+class Counting(SGD):
+    """Has a state besides that of its parameters."""
+
+    count = 0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"count": self.count}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "count"})
+        self.count = state_dict["count"]
+
+
+def test_what_a_class_adds_to_the_state_is_kept(tmp_path: Path) -> None:
+    model = Net("first second head")
+    saved, loaded = (make(tmp_path, optimizer=Counting(model.parameters(), lr=0.1), model=model) for _ in range(2))
+    saved.optimizer.__dict__["count"] = 7
+    end(saved)
+    loaded.load_checkpoint(tmp_path)
+    assert vars(loaded.optimizer)["count"] == 7
 
 
 def test_a_scheduler_with_values_of_groups_in_another_order_is_refused(tmp_path: Path) -> None:

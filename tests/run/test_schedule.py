@@ -197,6 +197,19 @@ def test_a_scheduler_of_timm_takes_a_new_length(
     check_resumes_with_another_length(tmp_path, of_timm(timm_schedulers, name, t_in_epochs=t_in_epochs))
 
 
+def test_a_rate_in_a_tensor_takes_a_new_length(tmp_path: Path) -> None:
+    def in_tensors() -> dict[str, Any]:
+        parts = two_groups()
+        for group in parts["optimizer"].param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        return parts
+
+    whole = train(tmp_path / "whole", TORCH["LinearLR"], 4, **in_tensors())
+    train(tmp_path / "stopped", TORCH["LinearLR"], 2, max_steps=5, **in_tensors())
+    resumed = train(tmp_path / "stopped", TORCH["LinearLR"], 4, **in_tensors())
+    assert resumed == {step: settings for step, settings in whole.items() if step > 5}
+
+
 def test_so_does_a_scheduler_of_epochs(tmp_path: Path) -> None:
     def create(optimizer: Optimizer, plan: RunPlan) -> lr_scheduler.CosineAnnealingLR:
         return lr_scheduler.CosineAnnealingLR(optimizer, plan.num_epochs)

@@ -12,6 +12,9 @@ from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import canonical_name
 from ptacc.types.protocols import StateDict
 
+NAMES = "parameter_names"
+"""The names of the parameters of each group, in the saved state of an optimizer."""
+
 # ---- settings
 
 
@@ -78,14 +81,14 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 def add_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
     """Add the names of the parameters to the state of an optimizer, which torch numbers by their position."""
     names = group_names(model, optimizer)
-    return state if any("" in group for group in names) else {**state, "names": names}
+    return state if any("" in group for group in names) else {**state, NAMES: names}
 
 
 def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -> Iterator[str]:
     """Yield the differences between the parameter groups of an optimizer and those of a saved state with names."""
-    if "names" not in state:
+    if NAMES not in state:
         return
-    present, saved = group_names(model, optimizer), state["names"]
+    present, saved = group_names(model, optimizer), state[NAMES]
     for owner, groups, other in (("optimizer", present, saved), ("checkpoint", saved, present)):
         contents = {frozenset(names) for names in other}
         for index, names in enumerate(groups):
@@ -101,17 +104,17 @@ def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> S
     Raises:
         CheckpointError: The groups hold other parameters.
     """
-    if "names" not in state:
+    if NAMES not in state:
         return state
     if different := list(name_differences(model, optimizer, state)):
         raise CheckpointError(
             f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
         )
-    saved = list(zip(state["names"], state["param_groups"], strict=True))
+    saved = list(zip(state[NAMES], state["param_groups"], strict=True))
     indices = {name: index for names, group in saved for name, index in zip(names, group["params"], strict=True)}
     settings = {frozenset(names): group for names, group in saved}
     groups = []
     for names in group_names(model, optimizer):
         kept = {name: value for name, value in settings[frozenset(names)].items() if name != "param_names"}
         groups.append({**kept, "params": [indices[name] for name in names]})
-    return {"state": state["state"], "param_groups": groups}
+    return {**{key: value for key, value in state.items() if key != NAMES}, "param_groups": groups}

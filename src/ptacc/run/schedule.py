@@ -130,10 +130,11 @@ class Schedule:
         self._initial = state_dict["initial"] if has_order else [by_group.get(name, here) for name, here in names]
         has_class = state_dict["class"] == present["class"]
         is_alike = has_order and state_dict["length"] == present["length"]
-        if self.kind == "counts" or (self.kind == "steps" and not (has_class and (is_alike or self._is_over()))):
-            self._create_at_present_step()
-        elif has_class:
+        can_load = self.kind == "values" or (self.kind == "steps" and (is_alike or self._is_over()))
+        if has_class and can_load:
             self.scheduler.load_state_dict(state_dict["state"])
+        elif self.kind != "values":  # else another class begins with the next value
+            self._create_at_present_step()
 
     def _create_at_present_step(self) -> None:
         """Create the scheduler again, and advance it from its start. Settings that it does not change are kept."""
