@@ -10,10 +10,12 @@ from ptacc.types.aliases import CompileBackend, CompileMode, PairSample, Precisi
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
     AcceleratorProtocol,
+    CountedSchedulerLike,
     LRSchedulerLike,
     MetricLike,
     PlateauSchedulerLike,
     SchedulerFactory,
+    SchedulerLike,
     SizedDataset,
     Stateful,
     SupportsCheckpoint,
@@ -31,6 +33,7 @@ __all__ = [
     "AcceleratorProtocol",
     "CompileBackend",
     "CompileMode",
+    "CountedSchedulerLike",
     "DataLoaderKwargs",
     "Engine",
     "EngineState",
@@ -41,6 +44,7 @@ __all__ = [
     "PlateauSchedulerLike",
     "Precision",
     "SchedulerFactory",
+    "SchedulerLike",
     "SizedDataset",
     "Stateful",
     "SupportsCheckpoint",

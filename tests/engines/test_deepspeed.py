@@ -29,6 +29,7 @@ from ptacc import (
     GradCheckpointMixin,
     LRSchedulerMixin,
     RestoreBestWeights,
+    ResumeState,
     RunPlan,
     StepOutput,
     StepResult,
@@ -37,7 +38,7 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.errors import CheckpointError, CompositionError, LaunchError, OptionError
+from ptacc.errors import CheckpointError, CompositionError, LaunchError, ModelError, OptionError
 from ptacc.protocols import ZeroStage
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, make_optimizer, train
 from tests.marks import DEEPSPEED
@@ -477,6 +478,42 @@ def test_a_run_resumes_with_the_same_stage_and_number_of_ranks_only(tmp_path: Pa
     assert f"engine was {there} and is 'deepspeed zero 2, 1 processes'" in said
 
 
+class Reordered(DeepSaving):
+    """Has the optimizer's parameters in the opposite order, if they are not in a checkpoint's order."""
+
+    @override
+    def find_resume_state(self) -> ResumeState | None:
+        if self.resume:
+            self.optimizer.param_groups[0]["params"].reverse()
+        return super().find_resume_state()
+
+
+def test_partitions_of_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
+    def resume() -> str:
+        with pytest.raises(CheckpointError) as refused:
+            saving(Reordered, tmp_path, 20, resume=True, zero_stage=1)
+        return str(refused.value)
+
+    run_ranks(lambda: saving(Reordered, tmp_path, 4, zero_stage=1), 2)
+    for said in run_ranks(resume, 2):
+        assert "The optimizer's parameters are in another order" in said
+
+
+def test_a_group_that_is_added_during_the_run_is_refused() -> None:
+    class Growing(Deep):
+        @override
+        def on_epoch_start(self) -> None:
+            super().on_epoch_start()
+            self.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    def said() -> str:
+        with pytest.raises(ModelError) as refused:
+            Growing(**parts(make()), zero_stage=1).train(digits(), max_steps=1, per_device_batch_size=6)
+        return str(refused.value)
+
+    assert "A parameter group was added to the optimizer during the run" in run_ranks(said, 1)[0]
+
+
 # ---- the configuration
 
 
@@ -651,6 +688,16 @@ def with_optimizer(optimizer: Callable[[nn.Module], Optimizer], **options: Any) 
     return Deep(**{**parts(model), "optimizer": optimizer(model)}, **options)
 
 
+class Keeping(SGD):
+    """Keeps the gradients of a step for the next one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
 def of_dtype(dtype: torch.dtype) -> Deep:
     return Deep(**parts(make().to(dtype)))
 
@@ -662,6 +709,7 @@ def of_dtype(dtype: torch.dtype) -> Deep:
             lambda: with_optimizer(lambda m: Adafactor(m.parameters())),
             "Adafactor under ZeRO 2 may need full parameters",
         ),
+        (lambda: with_optimizer(Keeping), "Keeping has a zero_grad of its own"),
         (lambda: of_dtype(torch.float64), "enter.weight is float64, and DeepSpeed updates weights in float32"),
         (lambda: of_dtype(torch.bfloat16), "enter.weight is bfloat16, and DeepSpeed"),
         (

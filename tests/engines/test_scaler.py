@@ -161,9 +161,7 @@ def count_reads(step: Callable[[torch.amp.GradScaler, torch.optim.Optimizer], ob
 @pytest.mark.parametrize("loss", [1.0, float("inf")])
 def test_whether_a_step_happened_costs_no_further_read(loss: float) -> None:
     def step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        engine = TorchEngine(
-            Accelerator(cpu=True), nn.Linear(1, 1), [OptimizerSlot.create("optimizer", optimizer)], scaler
-        )
+        engine = TorchEngine(Accelerator(cpu=True), nn.Linear(1, 1), [OptimizerSlot("optimizer", optimizer)], scaler)
         assert engine.update() is (loss == 1.0)
 
     assert count_reads(step, loss) == count_reads(step_plainly, loss) > 0
@@ -182,7 +180,7 @@ def test_each_run_begins_with_the_same_factor() -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=TOO_LARGE)
     for _ in range(2):
         model, optimizer, _ = make_parts()
-        engine = TorchEngine(accelerator, model, [OptimizerSlot.create("optimizer", optimizer)])
+        engine = TorchEngine(accelerator, model, [OptimizerSlot("optimizer", optimizer)])
         engine.backward(model(torch.full((1, 4), torch.inf)).sum())
         assert not engine.update()
         assert engine.get_state().shared["scaler"]["scale"] == TOO_LARGE / 2

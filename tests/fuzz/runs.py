@@ -274,7 +274,15 @@ def train(case: Case, directory: Path, at: int | None = None) -> Outcome:
     )
     after = fingerprint(trainer)
     changed = [name for name, value in after.items() if value != before[name]]
-    return Outcome(end, killed.count, list(trainer.batches.values()), streams.start, trainer.run.plan.known_total_steps, changed, explained)
+    return Outcome(
+        end,
+        killed.count,
+        list(trainer.batches.values()),
+        streams.start,
+        trainer.run.plan.known_total_steps,
+        changed,
+        explained,
+    )
 
 
 def fingerprint(trainer: Any) -> dict[str, object]:

@@ -562,3 +562,45 @@ def test_a_normal_run_emits_no_warnings(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         train(tmp_path, num_epochs=1)
         train(tmp_path, resume=True)
+
+
+class Popping:
+    """A tensor, of which `load_state_dict` empties the dictionary that it is given."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict.pop("value")
+
+
+POPPING = [StateKey[Popping]("all_ranks"), StateKey[Popping]("this_rank", each_rank=True)]
+
+
+class ChangedAtEpochs(Saving):
+    """Changes states in place when an epoch begins: after it has resumed, and before it loads its states again."""
+
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        for key in POPPING:
+            self.run[key] = Popping()
+
+    @override
+    def on_epoch_start(self) -> None:
+        super().on_epoch_start()
+        for key in POPPING:
+            self.run[key].value += 1
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+
+def test_objects_may_change_the_states_that_they_load(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", ChangedAtEpochs)
+    train(tmp_path / "stopped", ChangedAtEpochs, max_steps=5)
+    resumed = train(tmp_path / "stopped", ChangedAtEpochs, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert [resumed.run[key].value for key in POPPING] == [whole.run[key].value for key in POPPING]

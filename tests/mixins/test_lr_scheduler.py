@@ -1,9 +1,10 @@
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from ptacc import GradAccumMixin, LRSchedulerMixin, RunPlan, Trainer
 from ptacc.protocols import SchedulerFactory
@@ -92,3 +93,46 @@ def test_a_custom_scheduler_needs_three_methods() -> None:
         def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
     assert rates(lambda o, plan: Halving(o), num_epochs=1) == [0.1, 0.05, 0.025]
+
+
+# ---- after the run
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], SchedulerFactory]] = {
+    "a tensor": ({"lr": torch.tensor(0.1)}, lambda o, plan: StepLR(o, 1, gamma=0.5)),
+    "a tuple": ({"betas": (0.7, 0.9)}, lambda o, plan: OneCycleLR(o, 0.1, plan.total_steps)),
+    "a tuple of tensors": ({"betas": (torch.tensor(0.7), torch.tensor(0.9))}, lambda o, plan: InPlace(o)),
+    "a list": ({"betas": [0.7, 0.9]}, lambda o, plan: InPlace(o)),
+}
+
+
+class InPlace:
+    """Halves the first of Adam's betas, in the tensor or the list that holds it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.betas = optimizer.param_groups[0]["betas"]
+
+    def step(self) -> None:
+        if isinstance(self.betas, list):
+            self.betas[0] /= 2
+        else:
+            self.betas[0].mul_(0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_scheduled_settings_return_to_their_values_in_the_same_objects(kind: str) -> None:
+    settings, create = SETTINGS[kind]
+    parts = tiny_parts()
+    parts["optimizer"] = optimizer = torch.optim.Adam(parts["model"].parameters(), lr=0.1)
+    group = optimizer.param_groups[0]
+    group.update(settings)
+    before = copy.deepcopy(settings)
+    Scheduled(**parts, create_scheduler=create).train(tiny_data(24), num_epochs=1)
+    assert {name: group[name] for name in settings} == before
+    assert all(group[name] is value for name, value in settings.items() if not isinstance(value, tuple))
+    assert "initial_lr" not in group

@@ -74,8 +74,8 @@ from ptacc.protocols import (
     EvalOptions,
     LRSchedulerLike,
     MetricLike,
-    PlateauSchedulerLike,
     SchedulerFactory,
+    SchedulerLike,
     SizedDataset,
     Stateful,
     SupportsCheckpoint,
@@ -891,7 +891,7 @@ PairLoop(net, optimizer=opt, metrics={"mean": MeanMetric()}, train_metrics={"man
 
 
 def needs_protocols(trainer: Everything) -> None:
-    assert_type(trainer.scheduler, LRSchedulerLike | PlateauSchedulerLike)
+    assert_type(trainer.scheduler, SchedulerLike)
     precision: SupportsMixedPrecision = trainer
     accumulation: SupportsGradAccum = trainer
     clipping: SupportsGradClip = trainer

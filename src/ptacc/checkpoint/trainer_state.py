@@ -23,6 +23,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
 from ptacc.model.modes import set_modes
+from ptacc.model.optimizer_state import add_names, name_differences, order_by_name
 from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
 from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
@@ -48,6 +49,9 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
         ENGINE: state.shared,
         **state.optimizers,
     }
+    for slot in run.engine.slots:
+        if slot.name in shared:
+            shared[slot.name] = add_names(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
     random = RandomStreams(devices=trainer.device.type != "cpu")
     own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
     return (
@@ -105,10 +109,11 @@ def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_onl
     store = open_store(directory, key)
     with as_checkpoint_error(path):
         shared = read_full_parts(store, store.manifest(name))
-    load_weights(trainer.unwrapped_model, shared[MODEL])
-    if not weights_only:
-        for slot in trainer.optimizer_slots():
-            load_optimizer_state(slot.optimizer, shared[slot.name])
+    model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
+    states = [order_by_name(model, slot.optimizer, shared[slot.name]) for slot in slots]
+    load_weights(model, shared[MODEL])
+    for slot, state in zip(slots, states, strict=True):
+        load_optimizer_state(slot.optimizer, state)
     return found
 
 
@@ -124,7 +129,12 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     run, model = trainer.run, trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
     states = map_state({**shared}, partial(localize, dtensors=dtensors))
-    optimizers = {slot.name: states[slot.name] for slot in run.engine.slots if slot.name in states}
+    optimizers = {
+        slot.name: order_by_name(model, slot.optimizer, states[slot.name])
+        for slot in run.engine.slots
+        if slot.name in states
+        and not (slot.name in ignored and any(name_differences(model, slot.optimizer, states[slot.name])))
+    }
     if FLAGS in states:  # before the weights: a module's `train(mode)` may change them
         load_flags(model, states[FLAGS])
     run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
@@ -172,6 +182,10 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
         if name not in own and run.is_within_epoch:
             yield name, f"the checkpoint has no part {name!r} for this rank"
     yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.get(MODEL, {})))
+    for slot in run.engine.slots:
+        if slot.name in shared:
+            texts = name_differences(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
+            yield from ((slot.name, text) for text in texts)
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

@@ -48,7 +48,7 @@ class TrainerCore(TrainerBase):
     @hook("default")
     def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
         """Return the optimizers with their names and parameters. Default hook: the option `optimizer`."""
-        return (OptimizerSlot.create("optimizer", self.optimizer),)
+        return (OptimizerSlot("optimizer", self.optimizer),)
 
     @hook("default")
     def all_callbacks(self) -> Sequence[Callback[Any]]:

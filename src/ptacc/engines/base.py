@@ -21,17 +21,15 @@ class OptimizerSlot:
     Args:
         name: Its name in checkpoints and logs.
         optimizer: The user's optimizer, never wrapped.
-        parameters: The parameters of all its groups, in order.
     """
 
     name: str
     optimizer: Optimizer
-    parameters: tuple[Parameter, ...]
 
-    @classmethod
-    def create(cls, name: str, optimizer: Optimizer) -> OptimizerSlot:
-        """Create the slot of an optimizer with the parameters it has at present."""
-        return cls(name, optimizer, tuple(p for group in optimizer.param_groups for p in group["params"]))
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters that all groups of the optimizer have at present, in order."""
+        return tuple(p for group in self.optimizer.param_groups for p in group["params"])
 
     @property
     def learning_rate(self) -> float | Tensor:

@@ -1,4 +1,4 @@
-"""What engines share: equal buffers on all ranks, and removal of what other libraries add to a model."""
+"""What engines share: equal buffers on all ranks, and what was changed in models and optimizers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 @torch.no_grad()
@@ -54,3 +55,8 @@ class AddedAttributes:
         lazy = {name for name in names if name.startswith(prefixes)} - self._original[owner]
         for name in self._added.get(owner, frozenset()) | lazy:
             names.pop(name, None)
+
+
+def has_own_zero_grad(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer, or its class, has a `zero_grad` other than torch's."""
+    return getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad

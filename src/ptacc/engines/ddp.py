@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import Engine, EngineState, OptimizerSlot
-from ptacc.engines.common import broadcast_buffers
+from ptacc.engines.common import broadcast_buffers, has_own_zero_grad
 from ptacc.engines.reduction import GradientComparison, check_still_frozen, frozen_parameters
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import find_ddp_module
@@ -136,8 +136,8 @@ class TorchEngine(Engine):
 
 
 def clear_gradients(optimizer: Optimizer) -> None:
-    """Do what `Optimizer.zero_grad()` does in a tenth of its time. A subclass's own `zero_grad` is called."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+    """Do what `Optimizer.zero_grad()` does in a tenth of its time. A `zero_grad` of a class or an object is called."""
+    if has_own_zero_grad(optimizer):
         optimizer.zero_grad()
         return
     for group in optimizer.param_groups:

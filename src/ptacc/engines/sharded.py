@@ -69,7 +69,7 @@ class ShardedEngine(TorchEngine):
             with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         # Accelerate prepares it for the precision and the compiler, but does not wrap it: DDP is for replicas.
-        super().__init__(accelerator, model, refresh_slots(slots), is_replicated=False)
+        super().__init__(accelerator, model, slots, is_replicated=False)
 
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -105,8 +105,7 @@ class ShardedEngine(TorchEngine):
         if self._sharded is not None and self._unshard_after_run:
             with rebinding_optimizers(self._unwrapped_model, self._slots):
                 self._sharded.release()
-            # The run keeps this engine; the shards' memory is freed.
-            self._sharded, self._slots = None, refresh_slots(self._slots)
+            self._sharded = None
 
 
 # ---- the model
@@ -178,11 +177,6 @@ def broadcast_model(model: nn.Module, device: torch.device) -> None:
 
 
 # ---- the optimizers
-
-
-def refresh_slots(slots: Sequence[OptimizerSlot]) -> tuple[OptimizerSlot, ...]:
-    """Return slots of the same optimizers, with the parameters that those hold now."""
-    return tuple(OptimizerSlot.create(slot.name, slot.optimizer) for slot in slots)
 
 
 @contextlib.contextmanager

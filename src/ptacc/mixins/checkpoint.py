@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -228,8 +229,11 @@ class CheckpointMixin(Mixin):
         if self._resumption is None:
             return
         saved = self._resumption
+        is_last = self.run.is_consistent or not self.run.is_within_epoch
+        if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
+            saved = copy.deepcopy(saved)
         restore(self, saved.shared, saved.own, self.resume_ignore)
-        if self.run.is_consistent or not self.run.is_within_epoch:  # otherwise it is called again at the epoch's start
+        if is_last:
             self._resumption = None
             if saved.manifest.world_size != self.distributed.world_size:
                 warnings.warn(

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import cast
 
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.core.checks import check_monitor
 from ptacc.core.hooks import Mixin
-from ptacc.errors import OptionError, SchedulerError
+from ptacc.errors import OptionError
+from ptacc.model.optimizer_state import save_settings
 from ptacc.run.history import StepResult
+from ptacc.run.schedule import Interval, Schedule
 from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord
-from ptacc.types.progress import RunPlan
-from ptacc.types.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
+from ptacc.types.protocols import PlateauSchedulerLike, SchedulerFactory, SchedulerLike
 from ptacc.validation import value_text
 
-SCHEDULER: StateKey[LRSchedulerLike | PlateauSchedulerLike] = StateKey("scheduler")
+SCHEDULE: StateKey[Schedule] = StateKey("scheduler")
 
 
 class LRSchedulerMixin(Mixin):
@@ -33,10 +31,10 @@ class LRSchedulerMixin(Mixin):
 
     Options:
         create_scheduler: Creates the scheduler of a run from the optimizer and the `RunPlan`, whose `total_steps` and
-            `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any torch scheduler, including
-            `ReduceLROnPlateau`.
+            `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any scheduler of torch, including
+            `ReduceLROnPlateau`, of transformers or of timm.
         scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps at the
-            end of an epoch.
+            end of an epoch. A scheduler of timm counts steps or epochs as its own `t_in_epochs` says.
         scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
     Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `around_run`.
@@ -55,7 +53,7 @@ class LRSchedulerMixin(Mixin):
     """
 
     create_scheduler: SchedulerFactory
-    scheduler_interval: Literal["step", "epoch"] = "step"
+    scheduler_interval: Interval = "step"
     scheduler_monitor: str | Monitor = "eval_loss"
 
     @override
@@ -73,83 +71,39 @@ class LRSchedulerMixin(Mixin):
             )
 
     @property
-    def scheduler(self) -> LRSchedulerLike | PlateauSchedulerLike:
+    def scheduler(self) -> SchedulerLike:
         """The scheduler of the current or last run."""
-        return self.run[SCHEDULER]
+        return self.run[SCHEDULE].scheduler
 
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        optimizer = self.run.engine.slots[0].optimizer
-        scheduler = self.create_scheduler(optimizer, self.run.plan)
-        check_scheduler(scheduler, optimizer, self.run.plan, self.scheduler_interval)
-        if needs_value(scheduler):
+        schedule = Schedule(self.create_scheduler, self.scheduler_interval, self.run, self.unwrapped_model)
+        if schedule.kind == "values":
             check_monitor(as_monitor(self.scheduler_monitor), self.run.value_names, self, "scheduler_monitor")
-        self.run[SCHEDULER] = scheduler
+        self.run[SCHEDULE] = schedule
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        if self.scheduler_interval == "step" and not needs_value(self.scheduler):
-            cast(LRSchedulerLike, self.scheduler).step()
+        self.run[SCHEDULE].end_step()
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
-        if needs_value(self.scheduler):
+        if record.is_complete:
+            self.run[SCHEDULE].end_epoch()
+        if self.run[SCHEDULE].kind == "values":
             name = as_monitor(self.scheduler_monitor).name
             if name in record.values():
                 cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
-        elif self.scheduler_interval == "epoch" and record.is_complete:
-            cast(LRSchedulerLike, self.scheduler).step()
 
     @override
     @contextlib.contextmanager
     def around_run(self) -> Iterator[None]:
-        saved = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
+        restore_settings = save_settings(self.optimizer)
         try:
             with super().around_run():
                 yield
         finally:
-            # A resumed run has loaded other group objects.
-            for group, values in zip(self.optimizer.param_groups, saved, strict=True):
-                for name in group.keys() - values.keys() - {"params"}:
-                    del group[name]  # such as `initial_lr`, which the next scheduler would start from
-                group.update(values)
-
-
-def needs_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:
-    """Whether `scheduler.step` needs a value, as that of `ReduceLROnPlateau` does."""
-    return _class_needs_value(type(scheduler))
-
-
-@functools.cache  # inspecting a signature takes longer than a step of a scheduler
-def _class_needs_value(cls: type[LRSchedulerLike | PlateauSchedulerLike]) -> bool:
-    try:
-        inspect.signature(cls.step).bind(None)
-    except TypeError:
-        return True
-    return False
-
-
-def check_scheduler(
-    scheduler: LRSchedulerLike | PlateauSchedulerLike, optimizer: Optimizer, plan: RunPlan, interval: str
-) -> None:
-    """Raise `SchedulerError` for a scheduler of another optimizer, and for one with fewer steps than the run."""
-    name = type(scheduler).__name__
-    if not hasattr(scheduler, "step"):
-        raise SchedulerError(f"create_scheduler returned {name}: it must return the scheduler. Check its `return`.")
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise SchedulerError(
-            f"create_scheduler returned a {name} for an optimizer other than the trainer's. Use its argument: "
-            f"`create_scheduler=lambda optimizer, plan: {name}(optimizer, ...)`."
-        )
-    needed = plan.known_total_steps if interval == "step" else plan.known_epochs
-    length = getattr(scheduler, "total_steps", None)
-    if isinstance(length, int) and needed is not None and length < needed:
-        raise SchedulerError(
-            f"create_scheduler returned a {name} of {length} steps, and the run has {needed} {interval}s. Take the "
-            f"length from the plan: `total_steps=plan.{'total_steps' if interval == 'step' else 'num_epochs'}`."
-        )
+            restore_settings()

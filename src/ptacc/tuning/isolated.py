@@ -21,6 +21,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
 from ptacc.model.gradients import discard_gradients
 from ptacc.model.modes import get_modes, set_modes
+from ptacc.model.optimizer_state import save_settings
 from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
@@ -168,17 +169,14 @@ def save_module(module: nn.Module) -> Restore:
 
 
 def save_optimizer(optimizer: Optimizer) -> Restore:
-    """Save the state, the groups and the attributes of an optimizer. Tensors in groups stay the same objects."""
+    """Save the state, the settings and the attributes of an optimizer."""
     state = map_tensors(copy_to_host, optimizer.state_dict())
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    restore_settings = save_settings(optimizer)
     attributes = set(vars(optimizer))
 
-    @torch.no_grad()
     def restore() -> None:
         load_optimizer_state(optimizer, state)
-        for group, values, saved in zip(optimizer.param_groups, groups, state["param_groups"], strict=True):
-            for name, value in values.items():
-                group[name] = value.copy_(saved[name]) if isinstance(value, Tensor) else value
+        restore_settings()
         for name in vars(optimizer).keys() - attributes:
             delattr(optimizer, name)  # a scheduler of torch's wraps `step`
 

@@ -66,7 +66,20 @@ class PlateauSchedulerLike(Stateful, Protocol):
         ...
 
 
-SchedulerFactory: TypeAlias = Callable[[Optimizer, RunPlan], LRSchedulerLike | PlateauSchedulerLike]
+class CountedSchedulerLike(Stateful, Protocol):
+    """A schedule that is a function of the numbers of updates and epochs, as those of timm."""
+
+    def step(self, epoch: int, metric: float | None = None) -> object:
+        """Set the values for the next epoch, given the number of complete epochs."""
+        ...
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> object:
+        """Set the values for the next step, given the number of steps."""
+        ...
+
+
+SchedulerLike: TypeAlias = LRSchedulerLike | PlateauSchedulerLike | CountedSchedulerLike
+SchedulerFactory: TypeAlias = Callable[[Optimizer, RunPlan], SchedulerLike]
 
 
 class ParallelStyleLike(Protocol):
@@ -191,7 +204,7 @@ class SupportsLRScheduler(Protocol):
     """Trainers that schedule the learning rate: `LRSchedulerMixin`."""
 
     @property
-    def scheduler(self) -> LRSchedulerLike | PlateauSchedulerLike:
+    def scheduler(self) -> SchedulerLike:
         """The schedule of the current run."""
         ...
 

@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from ptacc.engines.common import has_own_zero_grad
 from ptacc.engines.deepspeed.config import ZeroConfig, value_at
 from ptacc.errors import LaunchError, ModelError
 
@@ -62,7 +63,12 @@ def check_model(model: nn.Module, config: ZeroConfig) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, config: ZeroConfig) -> None:
-    """Raise `ModelError` for an optimizer that may not update each entry of a parameter independently."""
+    """Raise `ModelError` for an optimizer that DeepSpeed would not use as it is meant."""
+    if has_own_zero_grad(optimizer):
+        raise ModelError(
+            f"{config.owner}: {type(optimizer).__name__} has a zero_grad of its own, and DeepSpeed clears gradients "
+            "itself. Leave it out, or train without DeepSpeed."
+        )
     kind = type(optimizer)
     is_known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
     if config.stage > 0 and not is_known and value_at(config.given, "zero_allow_untested_optimizer") is not True:

@@ -154,7 +154,15 @@ class DeepSpeedEngine(TorchEngine):
 
         Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
         is reported.
+
+        Raises:
+            ModelError: A parameter group was added to the optimizer during the run.
         """
+        if len(self._optimizer.param_groups) != len(self._groups):
+            raise ModelError(
+                "A parameter group was added to the optimizer during the run, and DeepSpeed partitions parameters at "
+                "its start. Add the group before train(), or train without DeepSpeed."
+            )
         with self._stage.stepping():
             self._engine.step()
         broadcast_buffers(self._unwrapped_model)
@@ -165,7 +173,7 @@ class DeepSpeedEngine(TorchEngine):
     @override
     def get_state(self) -> EngineState:
         counters = {name: getattr(self._engine, name) for name in COUNTERS}
-        own: StateDict = {"layout": self._layout, "counters": counters}
+        own: StateDict = {"layout": self._layout, "counters": counters, "groups": self._group_names()}
         optimizer = self._optimizer.state_dict()
         if self._stage.is_partitioned:
             return EngineState(self._gather_weights(), own={**own, "optimizer": optimizer})
@@ -208,10 +216,19 @@ class DeepSpeedEngine(TorchEngine):
                 f"The optimizer's state was saved under {own.get('layout')!r}, and this is {self._layout!r}: its "
                 "partitions do not fit. Load the weights alone by load_checkpoint(weights_only=True)."
             )
+        if self._stage.is_partitioned and own.get("groups") != self._group_names():
+            raise CheckpointError(
+                "The optimizer's parameters are in another order than in the checkpoint, whose partitions contain them "
+                "in that order. Create the model and the optimizer in the same order, or load the weights alone by "
+                "load_checkpoint(weights_only=True)."
+            )
         for name, value in own["counters"].items():
             setattr(self._engine, name, value)
         if self._stage.is_partitioned:
             load_optimizer_state(self._optimizer, own["optimizer"])
+
+    def _group_names(self) -> list[list[str]]:
+        return [[self._names.get(id(parameter), "") for parameter in group] for group in self._groups]
 
     # ---- the end
 

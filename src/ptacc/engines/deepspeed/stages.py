@@ -55,8 +55,8 @@ class Stage0:
 
     Args:
         engine: DeepSpeed's engine.
-        slot: The user's optimizer, with its parameters before DeepSpeed replaced them.
-        groups: Those parameters by the optimizer's parameter groups.
+        slot: The user's optimizer, in which DeepSpeed may have replaced the parameters.
+        groups: The parameters before that, by the optimizer's parameter groups.
     """
 
     is_partitioned: bool = False
@@ -66,7 +66,7 @@ class Stage0:
         self, engine: deepspeed.DeepSpeedEngine, slot: OptimizerSlot, groups: Sequence[Sequence[Parameter]]
     ) -> None:
         self.engine, self.optimizer, self.groups = engine, slot.optimizer, groups
-        self.trained = [parameter for parameter in slot.parameters if parameter.requires_grad]
+        self.trained = [parameter for group in groups for parameter in group if parameter.requires_grad]
         self._trained_ids = frozenset(map(id, self.trained))
         self.zero_optimizer: Any = engine.optimizer
         """DeepSpeed's wrapper of the optimizer. It is untyped."""

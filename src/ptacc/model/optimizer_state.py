@@ -1,0 +1,120 @@
+"""The parameter groups of an optimizer: their settings, restored by value, and their parameters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ptacc.errors import CheckpointError
+from ptacc.model.state_dict import canonical_name
+from ptacc.types.protocols import StateDict
+
+NAMES = "parameter_names"
+"""The names of the parameters of each group, in the saved state of an optimizer."""
+
+# ---- settings
+
+
+def save_settings(optimizer: Optimizer) -> Callable[[], None]:
+    """Save the settings of an optimizer's groups by value, and return a function that restores them.
+
+    Tensors and lists that hold settings stay the same objects. Settings that were added are removed. A group that was
+    added keeps its settings.
+    """
+    saved = [
+        {name: _save_value(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+    def restore() -> None:
+        # The groups may be other objects by now, since loading a state replaces them.
+        for group, settings in zip(optimizer.param_groups, saved, strict=False):
+            for name in group.keys() - settings.keys() - {"params"}:
+                del group[name]  # such as `initial_lr`, which the next scheduler would start from
+            group.update({name: get_value() for name, get_value in settings.items()})
+
+    return restore
+
+
+def _save_value(value: object) -> Callable[[], object]:
+    """Save a setting, and return a function that returns the same object with the value that it has now."""
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()
+
+        def restore_tensor() -> object:
+            with torch.no_grad():
+                return value.copy_(copy)
+
+        return restore_tensor
+    if type(value) is tuple:
+        parts = tuple(map(_save_value, value))
+        return lambda: tuple(get_part() for get_part in parts)
+    if isinstance(value, list):
+        items = list(map(_save_value, value))
+
+        def restore_list() -> object:
+            value[:] = [get_item() for get_item in items]
+            return value
+
+        return restore_list
+    return lambda: value
+
+
+# ---- parameters by name
+
+
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of the parameters in each group. A tied parameter has the first of its names in the alphabet.
+
+    Parameters that an engine has put in the place of the model's have empty names.
+    """
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        canonical = canonical_name(name)
+        names[parameter] = min(canonical, names.get(parameter, canonical))
+    return [[names.get(parameter, "") for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def add_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
+    """Add the names of the parameters to the state of an optimizer, which torch numbers by their position."""
+    names = group_names(model, optimizer)
+    return state if any("" in group for group in names) else {**state, NAMES: names}
+
+
+def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -> Iterator[str]:
+    """Yield the differences between the parameter groups of an optimizer and those of a saved state with names."""
+    if NAMES not in state:
+        return
+    present, saved = group_names(model, optimizer), state[NAMES]
+    for owner, groups, other in (("optimizer", present, saved), ("checkpoint", saved, present)):
+        contents = {frozenset(names) for names in other}
+        for index, names in enumerate(groups):
+            if frozenset(names) not in contents:
+                listed = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
+                rest = "checkpoint's optimizer" if owner == "optimizer" else "optimizer"
+                yield f"group {index} of the {owner} holds {listed}, and no group of the {rest} holds just these"
+
+
+def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
+    """Return a saved state with its groups and parameters in the order of an optimizer's. One without names is kept.
+
+    Raises:
+        CheckpointError: The groups hold other parameters.
+    """
+    if NAMES not in state:
+        return state
+    if different := list(name_differences(model, optimizer, state)):
+        raise CheckpointError(
+            f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
+        )
+    saved = list(zip(state[NAMES], state["param_groups"], strict=True))
+    indices = {name: index for names, group in saved for name, index in zip(names, group["params"], strict=True)}
+    settings = {frozenset(names): group for names, group in saved}
+    groups = []
+    for names in group_names(model, optimizer):
+        kept = {name: value for name, value in settings[frozenset(names)].items() if name != "param_names"}
+        groups.append({**kept, "params": [indices[name] for name in names]})
+    return {**{key: value for key, value in state.items() if key != NAMES}, "param_groups": groups}
