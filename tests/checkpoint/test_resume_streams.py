@@ -98,7 +98,7 @@ def test_a_short_last_window_ends_the_epoch_of_a_stream_that_resets_its_position
 def test_a_stateful_dataloader_resumes(tmp_path: Path, data: str, workers: int, every: int) -> None:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    def make() -> DataLoader[Any]:
+    def make() -> Any:
         options: Any = {"batch_size": 4, "num_workers": workers, "snapshot_every_n_steps": every}
         if data == "map-style":
             return StatefulDataLoader(Augmented(), shuffle=True, generator=drawn(), **options)

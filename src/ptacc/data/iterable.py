@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
+from ptacc.data.division import check_same_on_all_ranks
 from ptacc.data.loading import get_loader_settings, has_default_collate, require_batch
 from ptacc.data.replay import ReplaySource
 from ptacc.data.shared_stream import SharedStream, StreamReader
@@ -31,6 +32,7 @@ class IterableSource(ReplaySource):
 
     def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
         super().__init__(loader.dataset)
+        self._distributed = distributed
         self._stream = SharedStream(loader, distributed, seed)
         self._loader = DataLoader(self._stream, batch_size=None, **get_loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
@@ -69,7 +71,9 @@ class IterableSource(ReplaySource):
             return
         reader = self._reader = self._open(start, saved.get("stream"))
         expected = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
-        for data, samples, total in reader:
+        if self._distributed.rendezvous is not None:
+            check_same_on_all_ranks(self._distributed, self._owner_name, reader.first_summary())
+        for data, samples, total, _ in reader:
             end = reader.batches
             if expected is not None and end == expected and reader.peek():
                 self._stream.check_length(end + 1, expected, "more")

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
+from ptacc.data.division import summarize
 from ptacc.data.loading import get_collate_fn, seeded_loading, set_epoch
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import compute_digest
@@ -21,8 +22,11 @@ from ptacc.errors import DataError
 from ptacc.rng import derive_seed
 from ptacc.types.protocols import StateDict, Stateful
 
-LoadedItem: TypeAlias = tuple[Any, int, int]
-"""A batch, the number of its samples or 0 for padding, and the number of samples in the global batch."""
+LoadedItem: TypeAlias = tuple[Any, int, int, list[float] | None]
+"""A batch, the number of its samples or 0 for padding, and the number of samples in the global batch.
+
+The first one has a summary of the global batch, which must be the same on all ranks.
+"""
 DIGEST_SAMPLES = 8
 """Samples, at least, whose digest is saved with the state of a stream. One sample alone may be right by chance."""
 
@@ -34,6 +38,7 @@ class SharedStream(IterableDataset[Any]):
         self.dataset: Any = loader.dataset
         self.size = (loader.batch_size or 1) * distributed.replicas
         self._collate, self._drop_last, self._seed = get_collate_fn(loader), loader.drop_last, seed
+        self._world_size = distributed.world_size
         self._replica, self._replicas = distributed.replica, distributed.replicas
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers must see it change
@@ -66,7 +71,6 @@ class SharedStream(IterableDataset[Any]):
 
     @override
     def __iter__(self) -> Iterator[LoadedItem]:
-        """Iterate over (batch, number of its samples or 0 for padding, number of samples in the global batch)."""
         epoch = int(self._epoch)
         set_epoch(self.dataset, epoch)
         worker = get_worker_info()
@@ -77,6 +81,7 @@ class SharedStream(IterableDataset[Any]):
             self.dataset.load_state_dict(copy.deepcopy(state))
             index = resumed_at
         samples: Iterator[Any] | None = None
+        is_compared = self._world_size > 1
         while True:
             with seeded_loading(derive_seed(self._seed, epoch, index)):
                 samples = iter(self.dataset) if samples is None else samples
@@ -86,7 +91,8 @@ class SharedStream(IterableDataset[Any]):
                 local = local_range(chunk, self._replica, self._replicas)
                 batch = self._collate(list(local or chunk))
             self.chunk = chunk
-            yield batch, len(local), len(chunk)
+            summary, is_compared = summarize(chunk) if is_compared else None, False
+            yield batch, len(local), len(chunk), summary
             index += stride
 
 
@@ -115,7 +121,7 @@ class StreamReader:
         self, loader: DataLoader[Any], stream: SharedStream, batches: int = 0, state: StateDict | None = None
     ) -> None:
         self._items, self._stream, self.batches = iter(loader), stream, batches
-        self._state = state
+        self._state, self._has_workers = state, loader.num_workers > 0
         self._ahead: deque[StreamItem] = deque()
         self._is_intact = True
 
@@ -127,6 +133,12 @@ class StreamReader:
             yield item
         self._ahead.clear()
         self.peek()  # the end, and the state of the dataset there
+
+    def first_summary(self) -> list[float] | None:
+        """Return the summary of the first global batch, an empty one if the stream is empty."""
+        self.peek()
+        item = self._ahead[0].item
+        return [] if item is None else item[-1]
 
     def peek(self, count: int = 1) -> bool:
         """Read up to `count` batches ahead. Return whether there is one."""
@@ -154,4 +166,6 @@ class StreamReader:
 
     def _dataset_state(self) -> StateDict | None:
         dataset = self._stream.dataset
-        return copy.deepcopy(dataset.state_dict()) if isinstance(dataset, Stateful) else None
+        if self._has_workers or not isinstance(dataset, Stateful):
+            return None
+        return copy.deepcopy(dataset.state_dict())
