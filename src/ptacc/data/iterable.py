@@ -37,14 +37,15 @@ class IterableSource(ReplaySource):
         self._loader = DataLoader(self._stream, batch_size=None, **get_loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
         self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None
+        self._num_read: int | None = None  # batches of the last epoch of a stream with a length
         self._reader: StreamReader | None = None
         self._beginning: StateDict = {}  # of the current epoch: the dataset's state, and the digest of the first batch
         self._keeps_samples = has_default_collate(loader)
 
     @override
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the number of batches left. With several workers it is an upper bound."""
-        total = self._stream.num_batches(self._workers)
+        """Return the number of batches left. Until an epoch was read, workers are taken to share it evenly."""
+        total = self._stream.num_batches(self._workers) if self._num_read is None else self._num_read
         return None if total is None else max(total - start, 0)
 
     @override
@@ -66,11 +67,13 @@ class IterableSource(ReplaySource):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         self._stream.set_epoch(epoch)
         saved = self._start_epoch(start)
+        self._saved = saved  # until the dataset has been read, or for the next epoch
         if start and is_at_end(start, saved.get("stream")):
-            self._saved = saved  # the next epoch continues from it
             return
         reader = self._reader = self._open(start, saved.get("stream"))
-        expected = self.num_batches() if self._workers == 1 else None  # several may each end in a short batch
+        self._saved = {}
+        # Each of several workers may end in a short batch, and it is the dataset that splits itself over them.
+        expected = self._stream.num_batches(1) if self._workers == 1 else None
         if self._distributed.rendezvous is not None:
             check_same_on_all_ranks(self._distributed, self._owner_name, reader.first_summary())
         for data, samples, total, _ in reader:
@@ -84,6 +87,8 @@ class IterableSource(ReplaySource):
                 yield HostBatch(batch, None, samples, known_total, is_padding=not samples, end=end)
         if expected is not None:
             self._stream.check_length(reader.batches, expected, str(reader.batches))
+        if self._stream.num_batches(1) is not None:
+            self._num_read = reader.batches
 
     def _open(self, start: int, saved: StateDict | None) -> StreamReader:
         """Start to read an epoch: at `start` if the dataset's saved state leads there, otherwise at the beginning.

@@ -54,12 +54,13 @@ class SharedStream(IterableDataset[Any]):
         self._resume_state = (batch, state)
 
     def num_batches(self, workers: int) -> int | None:
-        """Return the largest number of batches of an epoch, None if the stream has no length."""
+        """Return the number of batches of an epoch if the workers share it evenly, None if it has no length."""
         try:
             samples = len(self.dataset)
         except TypeError:
             return None
-        return workers * count_global_batches(-(-samples // workers), self.size, drop_last=self._drop_last)
+        shares = ((samples + worker) // workers for worker in range(workers))
+        return sum(count_global_batches(share, self.size, drop_last=self._drop_last) for share in shares)
 
     def check_length(self, batches: int, expected: int, given: str) -> None:
         """Raise `DataError` if the stream gave another number of batches than its length promised."""
