@@ -80,8 +80,9 @@ def node_part(rank: int, streams: bool = True) -> Any:
     from datasets import Dataset as Rows
     from datasets.distributed import split_dataset_by_node
 
-    rows = Rows.from_dict({"x": list(range(16))})
-    return split_dataset_by_node(rows.to_iterable_dataset(num_shards=2) if streams else rows, rank, 2)
+    rows: Any = Rows.from_dict({"x": list(range(16))})
+    data: Any = rows.to_iterable_dataset(num_shards=2) if streams else rows
+    return split_dataset_by_node(data, rank, 2)
 
 
 DIVIDED: dict[str, Callable[[int], Any]] = {

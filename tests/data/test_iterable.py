@@ -65,7 +65,8 @@ class Unrepeatable(OneOff):
 
 
 def make(dataset: IterableDataset[Any], **options: Any) -> BatchSource:
-    return make_source(DataLoader(dataset, **{"batch_size": 4, **options}), DistributedRuntime(), 7)
+    settings: dict[str, Any] = {"batch_size": 4, **options}
+    return make_source(DataLoader(dataset, **settings), DistributedRuntime(), 7)
 
 
 def read(source: BatchSource, epoch: int, start: int = 0, until: int | None = None) -> list[Any]:
@@ -93,7 +94,8 @@ def test_a_stream_whose_state_spans_epochs_resumes_in_each_of_them(start: int) -
 def test_a_state_that_leads_to_other_samples_is_replaced_by_a_replay(kind: type[Shuffled]) -> None:
     expected, source = read(make(kind()), 0), make(kind())
     batches = source.epoch(0)
-    next(batches), next(batches)
+    next(batches)
+    next(batches)
     with pytest.warns(UserWarning, match=rf"{kind.__name__}.load_state_dict\(\) led to another batch"):
         assert read(resumed(source, kind()), 0, 2) == expected[2:]
 
