@@ -77,6 +77,9 @@ class BatchSource(ABC):
     def fingerprint(self) -> str:
         """Describe what must be the same on all ranks. Empty if each rank has its own data."""
 
+    def sync(self) -> None:
+        """Exchange what this rank must know of the others' data. A collective, called before the source is used."""
+
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Iterate over the batches of an epoch.

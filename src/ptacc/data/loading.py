@@ -85,10 +85,10 @@ class Pinnable:
         return Pinnable(pin_memory(self.batch))
 
 
-def wrap_first(item: tuple[object, int, int]) -> tuple[object, int, int]:
+def wrap_first(item: tuple[object, ...]) -> tuple[object, ...]:
     """Wrap the batch of an item of a stream, which holds numbers of samples, too."""
-    batch, samples, total = item
-    return Pinnable(batch), samples, total
+    batch, *numbers = item
+    return Pinnable(batch), *numbers
 
 
 def require_batch(data: T | None) -> T:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ptacc.data.batch import BatchSource, HostBatch, PartitionScheme
 from ptacc.data.dataloader_config import check_dataset
+from ptacc.data.division import check_same_on_all_ranks, is_close, summarize
 from ptacc.data.loading import (
     CollateFn,
     default_collate,
@@ -85,6 +86,15 @@ class MapStyleSource(BatchSource):
     def fingerprint(self) -> str:
         scheme = self.partition_scheme
         return f"{scheme.data} in {scheme.batching}"
+
+    @override
+    def sync(self) -> None:
+        if self._distributed.is_single_process:
+            return
+        dataset = self._dataset.dataset
+        # With workers, this process loads no sample: a file that it opened would be shared with them.
+        summary = None if self._loader.num_workers else summarize_last_sample(dataset)
+        check_same_on_all_ranks(self._distributed, type(dataset).__name__, summary)
 
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
@@ -238,6 +248,15 @@ def check_last_sample(dataset: Any) -> None:
             dataset[last]
     except LookupError as error:
         raise missing_sample_error(dataset, f"the index {last}", error) from error
+
+
+def summarize_last_sample(dataset: Any) -> list[float] | None:
+    """Return a summary of the last sample, None if it differs each time it is loaded."""
+    summaries = []
+    for _ in range(2):
+        with streams_seeded(0):
+            summaries.append(summarize(dataset[len(dataset) - 1]))
+    return summaries[0] if is_close(*summaries) else None
 
 
 def missing_sample_error(dataset: Any, index: str, error: LookupError) -> DataError:

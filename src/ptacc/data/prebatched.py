@@ -49,7 +49,7 @@ class PrebatchedSource(ReplaySource):
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         set_epoch(self._loader, epoch)
-        expected = self._start_epoch(start)
+        self._start_epoch(start)
         batches: Iterator[Any] | None = None
         end = 0
         while True:
@@ -62,8 +62,6 @@ class PrebatchedSource(ReplaySource):
             end += len(group)
             is_padding = self._replica >= len(group)
             batch = require_batch(group[0 if is_padding else self._replica])
+            self._check_replayed(batch, end)
             if end > start:
-                self._last_batch = batch
                 yield HostBatch(batch, None, None, None, is_padding, end)
-            elif end == start:
-                self._check_replayed(batch, expected)

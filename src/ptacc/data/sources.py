@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from ptacc.data.batch import BatchSource
+from ptacc.data.division import check_not_dispatched, find_division
 from ptacc.data.iterable import IterableSource
 from ptacc.data.map_style import MapStyleSource
 from ptacc.data.prebatched import PrebatchedSource
@@ -28,7 +29,7 @@ def make_source(
     data_is_sharded: bool = False,
     limit: int | None = None,
 ) -> BatchSource:
-    """Make the source of this rank's batches, without communication: call `sync_lengths` before it is used.
+    """Make the source of this rank's batches, without communication: call `sync_sources` before it is used.
 
     Args:
         loader: The loader, made by the trainer or by the user.
@@ -38,11 +39,14 @@ def make_source(
         limit: Number of batches to take of each epoch, all if None.
 
     Raises:
-        DataError: Each rank has its own data, but several ranks share a replica of the model.
+        DataError: Each rank has its own data, but several ranks share a replica of the model. Or the data is divided
+            into other parts than those of the ranks.
     """
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not distributed.is_single_process:
-        data_is_sharded = True
+    if not (data_is_sharded or distributed.is_single_process):
+        check_not_dispatched(loader)
+        if division := find_division(loader):
+            division.check(distributed)
+            data_is_sharded = True
     if data_is_sharded and distributed.replica_size > 1:
         raise DataError(
             f"Each process has its own data, but {distributed.replica_size} processes share a replica of the model and "

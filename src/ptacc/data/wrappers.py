@@ -40,6 +40,10 @@ class SourceWrapper(BatchSource):
         return self._source.fingerprint()
 
     @override
+    def sync(self) -> None:
+        self._source.sync()
+
+    @override
     def epoch(self, epoch: int, start: int = 0) -> Batches:
         return self._source.epoch(epoch, start)
 
@@ -105,7 +109,7 @@ class LimitedSource(SourceWrapper):
 class PaddedSource(SourceWrapper):
     """Data of which each rank has its own part. A rank that runs out early repeats its last batch as padding.
 
-    Offsets are numbers of batches. `sync_lengths` must be called before the source is used.
+    Offsets are numbers of batches. `sync` must be called before the source is used.
     """
 
     def __init__(self, source: BatchSource, distributed: DistributedRuntime) -> None:
@@ -114,8 +118,8 @@ class PaddedSource(SourceWrapper):
         self._num_batches: int | None = None
         self._data = ""
 
-    def sync_lengths(self) -> None:
-        """Exchange the number of batches with the other ranks. A collective."""
+    @override
+    def sync(self) -> None:
         self._data = ", ".join(self._distributed.gather(self._source.partition_scheme.data))
         lengths = self._distributed.gather(self._source.num_batches())
         known = [length for length in lengths if length is not None]
@@ -161,11 +165,10 @@ class PaddedSource(SourceWrapper):
             yield HostBatch(last.data, None, None, None, is_padding=batch is None, end=end)
 
 
-def sync_lengths(sources: Iterable[BatchSource]) -> None:
-    """Exchange the numbers of batches of sources whose data differs between ranks. A collective."""
+def sync_sources(sources: Iterable[BatchSource]) -> None:
+    """Exchange what the ranks must know of each other's data. A collective."""
     for source in sources:
-        if isinstance(source, PaddedSource):
-            source.sync_lengths()
+        source.sync()
 
 
 def count_once_per_replica(batches: Batches, distributed: DistributedRuntime) -> Batches:

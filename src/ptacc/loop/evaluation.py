@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, over
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from ptacc.composition.composable import hook
@@ -18,9 +18,10 @@ from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.checks import check_eval_output, check_not_wrapped
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
+from ptacc.data.division import find_division
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.transfer import Transfer, make_transfer
-from ptacc.data.wrappers import count_once_per_replica, sync_lengths
+from ptacc.data.wrappers import count_once_per_replica, sync_sources
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
@@ -271,10 +272,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             kwargs = options.get("dataloader_kwargs", {})
             request = DataLoaderConfig(data, options.get("per_device_batch_size"), collate_fn, kwargs, self.device)
             return self.make_eval_dataloader(request)
-        sampler = getattr(data.batch_sampler, "sampler", None)
-        if isinstance(sampler, DistributedSampler) and not self._distributed.is_single_process:
+        division = None if self._distributed.is_single_process else find_division(data)
+        if division is not None and division.owner is not data.dataset:
             raise DataError(
-                "The evaluation data comes with a DistributedSampler, whose padding would count samples twice. "
+                f"The evaluation data comes with a {type(division.owner).__name__}, whose padding would count samples "
+                "twice. "
                 "Leave the sampler out: the samples are split over the processes."
             )
         return data
@@ -283,7 +285,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
         """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
         with self._distributed.propagate_failure("setting an evaluation up"):
-            sync_lengths(sources)
+            sync_sources(sources)
         if self.is_running:
             yield
             return

@@ -16,7 +16,7 @@ from ptacc.core.checks import check_monitor, check_trainable
 from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
-from ptacc.data.wrappers import sync_lengths
+from ptacc.data.wrappers import sync_sources
 from ptacc.distributed.stop_vote import StopConsensus
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
@@ -65,7 +65,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 f"accumulation_steps={self.accumulation_steps()}",
             ]
         with distributed.propagate_failure("setting a run up"):
-            sync_lengths([data, *eval_sets.values()])
+            sync_sources([data, *eval_sets.values()])
             scheme = data.partition_scheme
             return Run(
                 options=options,

@@ -132,6 +132,7 @@ class Run:
             items=before.items + step.items if happened else before.items,
             seconds=time.monotonic() - self._started,
         )
+        self.epoch.is_exhausted = len(window.batches) < self.accumulation_steps  # only the last window is smaller
         self._skipped_steps = 0 if happened else self._skipped_steps + 1
         if self._skipped_steps == MAX_SKIPPED_STEPS:
             raise LossError(
