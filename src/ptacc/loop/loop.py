@@ -195,6 +195,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             check_run_options(run_options)
         with self._wrapped_model():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
+            self._state.averages = {}
             try:
                 self._set_model(run.model)
                 self.model.train()
@@ -209,6 +210,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 raise
             finally:
                 run.is_over = True
+                self._state.averages = run.averages()
+                self._state.mark_averages_current(self.unwrapped_model)
                 run.distributed.count_progress()
         if run.exit_code is not None:
             raise SystemExit(run.exit_code)

@@ -146,7 +146,8 @@ class CheckpointMixin(Mixin):
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
-        To resume the saved run instead, pass `resume=path` to the trainer.
+        Averages of the weights are loaded with them, so that `evaluate` returns what the saved run reported. A new run
+        starts new averages. To resume the saved run instead, pass `resume=path` to the trainer.
 
         Args:
             path: Path or URL of a checkpoint, or of a directory of checkpoints, whose newest is loaded.
@@ -160,7 +161,9 @@ class CheckpointMixin(Mixin):
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         with self._distributed.synced("load_checkpoint()"):
-            loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
+            loaded, averages = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
+            self._state.averages = averages
+            self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
@@ -168,7 +171,8 @@ class CheckpointMixin(Mixin):
 
         Args:
             path: Path or URL of the file.
-            averages: `"ema"` or `"swa"` to write the averages of the last run instead of the weights.
+            averages: `"ema"` or `"swa"` to write the averages of the weights instead: of the last run, or of a
+                checkpoint that was loaded after it.
             overwrite: Whether to replace an existing file.
 
         Raises:
@@ -179,7 +183,8 @@ class CheckpointMixin(Mixin):
         with self._distributed.synced("export_model()"), as_checkpoint_error(target):
             if is_main:
                 check_target(filesystem, target, overwrite=overwrite)
-        states = states_to_export(self, averages)
+        found = None if averages is None else self._averages(averages)
+        states = states_to_export(self, {} if found is None else {str(averages): found.state_dict()})
         with self._distributed.synced("the writing of export_model()"):
             if is_main:
                 write_weights(filesystem, target, exported_weights(states, averages), overwrite=overwrite)

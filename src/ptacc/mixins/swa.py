@@ -71,9 +71,12 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
     @override
     def on_run_end(self) -> None:
         if self.run[SWA_STATE].updates:
-            self.run[SWA_STATE].swap(self.unwrapped_model)
+            self.run[SWA_STATE].sync_buffers(self.unwrapped_model, self.distributed.broadcast)
+            self.run[SWA_STATE].copy_to(self.unwrapped_model)
             if self.swa_updates_batch_norm:
                 self._update_batch_norm()
+            for averages in self.run.averages().values():
+                averages.copy_from(self.unwrapped_model)  # evaluations and exports after the run use these weights
         super().on_run_end()
 
     def _update_batch_norm(self) -> None:
