@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, cast
 
 from torch.optim import Optimizer
@@ -13,11 +13,12 @@ from typing_extensions import override
 
 from ptacc.core.checks import check_monitor
 from ptacc.core.hooks import Mixin
+from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import OptionError, SchedulerError
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitor, as_monitor
-from ptacc.types.outputs import EpochRecord
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import LRSchedulerLike, PlateauSchedulerLike, SchedulerFactory
 from ptacc.validation import value_text
@@ -35,11 +36,11 @@ class LRSchedulerMixin(Mixin):
         create_scheduler: Creates the scheduler of a run from the optimizer and the `RunPlan`, whose `total_steps` and
             `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any torch scheduler, including
             `ReduceLROnPlateau`.
-        scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps at the
-            end of an epoch.
+        scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps when its
+            value is reported: after each evaluation of the run, or for a training value at the end of each epoch.
         scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
-    Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `around_run`.
+    Hooks: `on_run_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `around_run`.
 
     Combines with: everything. The scheduler does not step when the gradient scaler skips a step.
 
@@ -94,12 +95,16 @@ class LRSchedulerMixin(Mixin):
             cast(LRSchedulerLike, self.scheduler).step()
 
     @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        if (values := evaluated_values(self, name, result)) and needs_value(self.scheduler):
+            step_on_value(self.scheduler, self.scheduler_monitor, values)
+
+    @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
         if needs_value(self.scheduler):
-            name = as_monitor(self.scheduler_monitor).name
-            if name in record.values():
-                cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
+            step_on_value(self.scheduler, self.scheduler_monitor, epoch_values(record))
         elif self.scheduler_interval == "epoch" and record.is_complete:
             cast(LRSchedulerLike, self.scheduler).step()
 
@@ -123,6 +128,14 @@ class LRSchedulerMixin(Mixin):
 def needs_value(scheduler: LRSchedulerLike | PlateauSchedulerLike) -> bool:
     """Whether `scheduler.step` needs a value, as that of `ReduceLROnPlateau` does."""
     return _class_needs_value(type(scheduler))
+
+
+def step_on_value(
+    scheduler: LRSchedulerLike | PlateauSchedulerLike, monitor: str | Monitor, values: Mapping[str, float]
+) -> None:
+    """Step a scheduler that needs a value, if the value is reported."""
+    if (name := as_monitor(monitor).name) in values:
+        cast(PlateauSchedulerLike, scheduler).step(values[name])
 
 
 @functools.cache  # inspecting a signature takes longer than a step of a scheduler
