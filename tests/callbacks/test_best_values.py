@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from ptacc import (
+    Best,
     Callback,
     CheckpointMixin,
     EarlyStoppingMixin,
@@ -156,6 +157,20 @@ def test_each_best_checkpoint_holds_the_weights_that_were_evaluated(tmp_path: Pa
         trainer.load_checkpoint(tmp_path / manifest.name)
         assert (manifest.step, manifest.metrics["eval_loss"]) == (step, value)
         assert trainer.evaluate(tiny_data()).loss == value
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_keep_best_keeps_the_best_evaluations_at_any_interval(tmp_path: Path, stream: bool) -> None:
+    class Saved(CheckpointMixin, Trainer): ...
+
+    recorded = Recorded()
+    rules: Any = {"checkpoint_every": Steps(3), "keep_last": 1, "keep_best": Best("eval_loss", mode="max", count=2)}
+    for steps in (5, 10):
+        trainer = Saved(**tiny_parts(), checkpoint_dir=tmp_path, callbacks=[recorded], resume=True, **rules)
+        train(trainer, stream, max_steps=steps)
+    manifests = CheckpointStore(str(tmp_path)).manifests()
+    assert [manifest.step for manifest in manifests] == [2, 4, 5, 10]  # the run resumed from step 5
+    assert [manifest.metrics["eval_loss"] for manifest in manifests[:2]] == [value for value, *_ in recorded.seen[:2]]
 
 
 def test_the_best_checkpoint_by_a_training_value_is_saved_after_each_epoch(tmp_path: Path) -> None:

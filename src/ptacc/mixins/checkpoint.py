@@ -26,10 +26,12 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
+from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
@@ -64,7 +66,8 @@ class CheckpointMixin(Mixin):
             for the first run of the trainer.
         resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
         keep_last: Number of newest checkpoints to keep.
-        keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
+        keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`. The run is also saved after each
+            evaluation that is among the best, with the weights that were evaluated.
         keep_every: Keep checkpoints whose step is a multiple of this. A checkpoint is kept if any of the three options
             keeps it. Without any of them, all are kept.
         checkpoint_in_background: Whether to write files in a background thread. Steps wait only while the state is
@@ -77,7 +80,8 @@ class CheckpointMixin(Mixin):
         checkpoint_key: Key to sign checkpoints with (HMAC). Checkpoints without a valid signature are then refused.
 
     Hooks: `find_resume_state`, `load_run_state`, `save_run_state`, `save_on_exception`, `stop_signals`,
-    `around_run`, `on_run_start`, `on_epoch_start`, `on_step_end`, `on_run_end`, `monitors`.
+    `around_run`, `on_run_start`, `on_epoch_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `on_run_end`,
+    `monitors`.
 
     Combines with: everything.
 
@@ -225,7 +229,7 @@ class CheckpointMixin(Mixin):
             manager.open(self._resumption)
         on_saved = self._events().save
         signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, best)
 
     @override
     def load_run_state(self) -> None:
@@ -270,6 +274,18 @@ class CheckpointMixin(Mixin):
         if step.step == 1:  # optimizers and metrics have a state from here on
             optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
             check_storable([*optimizers, *stateful_parts(self, each_rank=True)])
+
+    @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        if values := evaluated_values(self, name, result):
+            self.run[SAVER].observe(values)
+
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        super().on_epoch_end(record)
+        if record.is_complete:  # a run that ends within an epoch has been saved
+            self.run[SAVER].observe(epoch_values(record))
 
     @override
     def on_run_end(self) -> None:
