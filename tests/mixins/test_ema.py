@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ptacc.checkpoint.export import exported_weights
 from ptacc.checkpoint.parts import SHARED, Snapshot, read_parts
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
-from ptacc.errors import NoRunError
+from ptacc.errors import NestedRunError, NoRunError
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.model.averaging import AveragedWeights
 from ptacc.testing import tiny_data, tiny_parts
@@ -208,6 +209,18 @@ def test_a_search_after_a_run_leaves_the_averages_in_use() -> None:
     expected = trainer.evaluate(tiny_data()).loss
     find_learning_rate(trainer, tiny_data(), steps=10)
     assert trainer.evaluate(tiny_data()).loss == expected
+
+
+def test_weights_are_not_changed_within_averaged_weights(tmp_path: Path) -> None:
+    trainer = make_saved(tmp_path)
+    trainer.train(tiny_data(), num_epochs=1)
+    changes: dict[str, Callable[[], object]] = {
+        "train": lambda: trainer.train(tiny_data(), num_epochs=1),
+        "load_checkpoint": lambda: trainer.load_checkpoint(tmp_path),
+    }
+    for name, change in changes.items():
+        with trainer.averaged_weights(), pytest.raises(NestedRunError, match=rf"{name}\(\) was called within"):
+            change()
 
 
 def test_averages_start_with_weights_that_a_callback_loads() -> None:

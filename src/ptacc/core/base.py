@@ -22,7 +22,7 @@ from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
 from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
-from ptacc.errors import NoRunError, OptionError
+from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
@@ -125,6 +125,14 @@ class TrainerBase(Composable):
             stacklevel=3,
         )
         return None
+
+    def _check_weights_are_own(self, call: str) -> None:
+        """Raise `NestedRunError` for a call that changes weights while the model has averages."""
+        if any(averages.is_applied for averages in self._state.averages.values()):
+            raise NestedRunError(
+                f"{type(self).__name__}.{call} was called within averaged_weights(), which restores the weights at its "
+                "end. Call it after that block."
+            )
 
     # ---- the run
 

@@ -242,6 +242,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
                 "Call it after that has ended, or make a second trainer."
             )
+        self._check_weights_are_own("train()")
 
     # ---- the loop
 

@@ -160,10 +160,11 @@ class CheckpointMixin(Mixin):
         Raises:
             CheckpointError: No checkpoint is found, or it is of another model; the message lists each difference.
             DamagedCheckpointError: A file of the checkpoint was changed or is missing.
-            NestedRunError: It was called during a run.
+            NestedRunError: It was called during a run, or within `averaged_weights()`.
         """
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
+        self._check_weights_are_own("load_checkpoint()")
         with self._distributed.synced("load_checkpoint()"):
             loaded, averages = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
             self._state.averages = averages

@@ -26,12 +26,16 @@ class AveragedWeights:
 
     Other tensors have no average: with the averages, the model has its present ones. The averages have the placement of
     their tensors, and their dtype or float32: in 16 bits, small changes of an average would be rounded away.
+
+    Attributes:
+        updates: How often the averages were updated.
+        is_applied: Whether the model has the averages, within `applied`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Start with a copy of the model's present tensors."""
         self.updates = 0
-        self._is_applied = False
+        self.is_applied = False
         self._averages: dict[str, Tensor] = {}
         self._may_be_infinite: set[str] = set()
         self._versions: list[tuple[int, int]] = []
@@ -83,16 +87,16 @@ class AveragedWeights:
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give the model the averages for the block. Blocks within it change nothing."""
-        if self._is_applied:
+        if self.is_applied:
             yield
             return
         own = [(tensor, tensor.detach().clone()) for tensor, _ in self._pairs(model)]
-        self._is_applied, were_current = True, self.are_current(model)
+        self.is_applied, were_current = True, self.are_current(model)
         try:
             self.copy_to(model)
             yield
         finally:
-            self._is_applied = False
+            self.is_applied = False
             copy_into(own)
             if were_current:
                 self.mark_current(model)
@@ -103,7 +107,7 @@ class AveragedWeights:
 
     def are_current(self, model: nn.Module) -> bool:
         """Return whether no parameter was replaced or written to since `mark_current`, or the averages are applied."""
-        return self._is_applied or self._versions == parameter_versions(model)
+        return self.is_applied or self._versions == parameter_versions(model)
 
     @torch.no_grad()
     def sync_buffers(self, model: nn.Module, broadcast: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
