@@ -78,10 +78,10 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
                 self._update_batch_norm()
             for averages in self.run.averages().values():
                 averages.copy_from(self.unwrapped_model)  # evaluations and exports after the run use these weights
-        elif self.swa_start is not None and self.history.stop_reason is None:
+        elif self.swa_start is not None and self.history.stop_reason is None and not self.is_isolated:
             warnings.warn(
-                f"{type(self).__name__}(swa_start={self.swa_start}): the run completed {self.progress.epochs} epochs, so "
-                "no weights were averaged, and it ends with its last weights. Set a smaller swa_start, or train longer.",
+                f"{type(self).__name__}(swa_start={self.swa_start}): no weights were averaged, since the run completed "
+                f"{self.progress.epochs} epochs. It ends with its last weights. Set a smaller swa_start, or train longer.",
                 stacklevel=2,
             )
         super().on_run_end()
