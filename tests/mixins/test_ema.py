@@ -186,7 +186,7 @@ def test_a_run_after_loading_starts_new_averages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "part"), [(Saved, "ema"), (SavedWithSWA, "swa")])
 def test_the_averages_of_a_loaded_checkpoint_are_exported(tmp_path: Path, kind: type[Any], part: str) -> None:
-    options = {"ema_decay": 0.5} if kind is Saved else {"swa_start": 1}
+    options: dict[str, Any] = {"ema_decay": 0.5} if kind is Saved else {"swa_start": 1}
     trainer = kind(**tiny_parts(), checkpoint_dir=tmp_path, **options)
     trainer.train(tiny_data(), num_epochs=3)
     trainer.load_checkpoint(tmp_path / "step-00000006")

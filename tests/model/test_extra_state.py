@@ -43,10 +43,21 @@ class Transposed(nn.Linear):
     _version = 2
 
     @override
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         if local_metadata.get("version", 1) < 2:
             state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].T
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class Averaged(CheckpointMixin, EMAMixin, SWAMixin, Trainer):

@@ -81,7 +81,7 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         elif self.swa_start is not None and self.history.stop_reason is None and not self.is_isolated:
             warnings.warn(
                 f"{type(self).__name__}(swa_start={self.swa_start}): no weights were averaged, since the run completed "
-                f"{self.progress.epochs} epochs. It ends with its last weights. Set a smaller swa_start, or train longer.",
+                f"{self.progress.epochs} epochs. It ends with its last weights. Set a smaller swa_start.",
                 stacklevel=2,
             )
         super().on_run_end()
