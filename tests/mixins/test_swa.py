@@ -40,6 +40,12 @@ def test_without_a_start_nothing_is_averaged() -> None:
     assert torch.equal(plain.model.state_dict()["weight"], averaged.model.state_dict()["weight"])
 
 
+def test_a_run_that_ends_before_the_start_says_so() -> None:
+    trainer = Averaged(**tiny_parts(), swa_start=3)
+    with pytest.warns(UserWarning, match="no weights were averaged, since the run completed 2"):
+        trainer.train(tiny_data(), num_epochs=2)
+
+
 @pytest.mark.parametrize("updates", [True, False])
 def test_batch_norm_statistics_are_recomputed_as_torch_does(updates: bool) -> None:
     torch.manual_seed(0)

@@ -118,7 +118,7 @@ def make_everything(folder: Path, make_optimizer: Callable[..., Optimizer]) -> E
         max_grad_norm=1.0,
         create_scheduler=one_cycle,
         ema_decay=0.9,
-        swa_start=2,
+        swa_start=1,
         checkpoint_dir=folder,
         resume=True,
         keep_best=Best("eval_loss"),

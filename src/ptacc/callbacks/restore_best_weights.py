@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
 from typing_extensions import override
 
-from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.monitoring import BestValue
 from ptacc.errors import OptionError
-from ptacc.model.averaging import AveragedWeights
+from ptacc.model.state_dict import copy_to_host, get_weights, load_weights
 from ptacc.types.aliases import Mode
-from ptacc.types.monitor import Monitor, as_monitor
-from ptacc.types.outputs import EpochRecord
+from ptacc.types.monitor import Monitor
 from ptacc.types.protocols import StateDict, SupportsSWA
 
 
-class RestoreBestWeights(Callback[TrainerCore]):
-    """Copies the weights of the best epoch to host memory, and loads them into the model at the end of the run.
+class RestoreBestWeights(BestValue[TrainerCore]):
+    """Copies the best weights to host memory, and loads them into the model at the end of the run.
 
-    The weights are those used for evaluation: with `EMAMixin`, the averages.
+    An evaluated value is compared after each evaluation of the run, and the weights are those that were evaluated: with
+    `EMAMixin`, the averages. Any other value, such as `train_loss`, is compared at the end of each epoch.
 
     Args:
         monitor: The name of the value, or a `Monitor`.
@@ -29,55 +26,52 @@ class RestoreBestWeights(Callback[TrainerCore]):
 
     Attributes:
         best_value: The best value so far, NaN before the first.
-        best_epoch: The epoch that reported it, 0 before the first.
+        best_epoch: The epoch that reported it, counted from 1; 0 before the first step.
+        best_step: The number of steps at that time.
     """
 
     def __init__(self, monitor: str | Monitor, *, mode: Mode = "min", restore: bool = True) -> None:
-        self.best_value: float = math.nan
-        self.best_epoch: int = 0
-        self._monitor, self._restore = as_monitor(monitor, mode), restore
-        self._weights: dict[str, Tensor] = {}
+        self._weights: StateDict = {}
+        super().__init__(monitor, mode)
+        self._restore = restore
 
     @property
-    def best_weights(self) -> dict[str, Tensor]:
-        """The weights of the best epoch, in host memory; empty before the first."""
+    def best_weights(self) -> StateDict:
+        """The model's `state_dict()` with the best value, in host memory; empty before the first."""
         return self._weights
 
+    @override
     def state_dict(self) -> StateDict:
-        """Return the state for a checkpoint."""
-        return {"best_value": self.best_value, "best_epoch": self.best_epoch, "weights": self._weights}
+        return {**super().state_dict(), "weights": self._weights}
 
+    @override
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore the state of a checkpoint."""
-        self.best_value, self.best_epoch = state_dict["best_value"], state_dict["best_epoch"]
+        super().load_state_dict(state_dict)
         self._weights = dict(state_dict["weights"])
 
     @override
-    def monitors(self) -> tuple[Monitor, ...]:
-        return (self._monitor,)
-
-    @override
     def on_run_start(self, trainer: TrainerCore) -> None:
+        super().on_run_start(trainer)
         if self._restore and isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
             raise OptionError(
                 f"RestoreBestWeights({self._monitor.name!r}) and swa_start={trainer.swa_start}: the run cannot end "
                 "both with the best weights and with the average. Pass restore=False, or leave out one of them."
             )
-        self.best_value, self.best_epoch, self._weights = math.nan, 0, {}
 
     @override
-    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        value = record.values().get(self._monitor.name, math.nan)
-        if self._monitor.is_better(value, than=self.best_value):
-            self.best_value, self.best_epoch = value, record.epoch
-            with trainer.around_evaluation_weights():
-                weights = trainer.unwrapped_model.state_dict()
-                self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+    def _reset(self) -> None:
+        super()._reset()
+        self._weights = {}
+
+    @override
+    def _act(self, trainer: TrainerCore) -> None:
+        with trainer.around_evaluation_weights():
+            weights = get_weights(trainer.unwrapped_model)
+            self._weights = {name: copy_to_host(value) for name, value in weights.items()}
 
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         if self._restore and self._weights:
-            trainer.unwrapped_model.load_state_dict(self._weights)
-            for _, state in trainer.run.states():
-                if isinstance(state, AveragedWeights):
-                    state.copy_from(trainer.unwrapped_model)
+            load_weights(trainer.unwrapped_model, self._weights)
+            for averages in trainer.run.averages().values():
+                averages.copy_from(trainer.unwrapped_model)

@@ -23,22 +23,18 @@ from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
+from ptacc.model.averaging import holds_averages
 from ptacc.model.state_dict import get_weights
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
-from ptacc.types.protocols import Stateful
 
 AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
 
 
-def states_to_export(trainer: TrainerCore, averages: str | None) -> Snapshot:
-    """Return a trainer's weights, and the averages of its last run. A collective; rank 0 gets full tensors."""
+def states_to_export(trainer: TrainerCore, averages: Mapping[str, Any]) -> Snapshot:
+    """Return a trainer's weights, with averages of them. A collective; rank 0 gets full tensors."""
     is_running = trainer.is_running
     weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
-    states: dict[str, Any] = {MODEL: weights}
-    for key, state in trainer.run.states() if trainer.has_run else ():
-        if key.name == averages and isinstance(state, Stateful):
-            states[key.name] = state.state_dict()
 
     def gather(value: Any) -> Any:
         if not is_dtensor(value):
@@ -46,7 +42,7 @@ def states_to_export(trainer: TrainerCore, averages: str | None) -> Snapshot:
         full = full_tensor(value)
         return full.cpu() if trainer.distributed.rank == 0 else None
 
-    return Snapshot(map_state(states, gather))
+    return Snapshot(map_state({MODEL: weights, **averages}, gather))
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:
@@ -65,7 +61,7 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
     if averages is None:
         return weights
     state = snapshot[averages]
-    if not isinstance(state, Mapping) or not {"updates", "averages"} <= state.keys():
+    if not holds_averages(state):
         raise CheckpointError(f"The part {averages!r} does not contain averaged weights.")
     if not state["updates"]:
         raise CheckpointError(
@@ -74,7 +70,10 @@ def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[st
     by_name = require_tensors(state["averages"], averages)
     # Of tied weights, only one name has an average. Buffers that are not persistent have an average, but no weight.
     by_memory = {get_memory_key(weights[name]): average for name, average in by_name.items() if name in weights}
-    return {name: by_name.get(name, by_memory.get(get_memory_key(weight), weight)) for name, weight in weights.items()}
+    return {
+        name: by_name.get(name, by_memory.get(get_memory_key(weight), weight)).to(weight.dtype)
+        for name, weight in weights.items()
+    }
 
 
 def require_tensors(state: object, part: str) -> dict[str, Tensor]:

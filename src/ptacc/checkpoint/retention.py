@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.types.monitor import Monitor
+from ptacc.types.monitor import Best, Monitor
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,16 @@ def rank_best(manifests: Sequence[Manifest], monitor: Monitor, count: int) -> li
     ranked = [manifest for manifest in reversed(manifests) if not math.isnan(values[manifest.name])]
     ranked.sort(key=lambda manifest: sign * values[manifest.name])
     return [manifest.name for manifest in ranked[:count]]
+
+
+def add_if_best(values: Sequence[float], value: float, best: Best) -> list[float] | None:
+    """Return the best values so far with another one, best first; None if it is not among the best.
+
+    Example:
+        >>> add_if_best([0.1, 0.5], 0.3, Best("eval_loss", count=2))
+        [0.1, 0.3]
+    """
+    monitor = best.resolved_monitor
+    if math.isnan(value) or (len(values) == best.count and not monitor.is_better(value, than=values[-1])):
+        return None
+    return sorted([*values, value], reverse=monitor.mode == "max")[: best.count]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.parts import MODEL, Part
+from ptacc.checkpoint.retention import add_if_best
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
+from ptacc.types.monitor import Best
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
 
@@ -34,6 +37,7 @@ class RunSaver:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         on_saved: Called with the path of each checkpoint that was saved.
+        best: Which values to save the run at, in addition.
         saved_at: The progress of the run when it was last saved.
     """
 
@@ -43,7 +47,10 @@ class RunSaver:
     signals: Collection[signal.Signals]
     allows_non_finite: bool
     on_saved: Callable[[str], None]
+    best: Best | None = None
     saved_at: Progress = field(default_factory=Progress)
+    _best_values: list[float] = field(default_factory=list)
+    _is_among_best: bool = False
     _requests: list[tuple[str | None, str]] = field(default_factory=list)
 
     def request(self, path: str | None, label: str) -> str:
@@ -51,6 +58,14 @@ class RunSaver:
         self._requests.append((path, label))
         store, step = self.manager.store, self.trainer.progress.steps
         return path or store.locate(self.manager.call_on_rank_0(lambda: store.free_name(step)))
+
+    def observe(self, values: Mapping[str, float]) -> None:
+        """Save the run as soon as possible, if the value of `best` is reported and is among the best so far."""
+        if self.best is None or not self.trainer.progress.steps:
+            return
+        value = values.get(self.best.resolved_monitor.name, math.nan)
+        if (best_values := add_if_best(self._best_values, value, self.best)) is not None:
+            self._best_values, self._is_among_best = best_values, True
 
     def save_if_due(self) -> None:
         """Save the run if a checkpoint is due or was requested. A collective, between two steps or epochs."""
@@ -64,7 +79,7 @@ class RunSaver:
 
     def save(self) -> None:
         """Save the run, unless its weights are not finite."""
-        requests, self._requests = self._requests or [(None, "")], []
+        requests, self._requests, self._is_among_best = self._requests or [(None, "")], [], False
         run = self.trainer.run
         run.history.read_steps(run.distributed)
         for path, label in requests:
@@ -93,7 +108,7 @@ class RunSaver:
             return False
         if run.exit_code is not None:
             return run.exit_code - 128 in self.signals
-        return run.is_done() or (self.every is not None and run.is_due(self.every, last))
+        return run.is_done() or self._is_among_best or (self.every is not None and run.is_due(self.every, last))
 
     def _save(self, path: str | None, label: str) -> None:
         self.finish()
@@ -124,12 +139,12 @@ class RunSaver:
             self.saved_at = before
 
     def state_dict(self) -> StateDict:
-        """Return when the run was last saved, and the versions of packages that affect results."""
-        return {"saved_at": asdict(self.saved_at), "versions": get_versions()}
+        """Return when the run was last saved, the best values, and the versions of packages that affect results."""
+        return {"saved_at": asdict(self.saved_at), "versions": get_versions(), "best_values": self._best_values}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the state, and warn if versions have changed."""
-        self.saved_at = Progress(**state_dict["saved_at"])
+        self.saved_at, self._best_values = Progress(**state_dict["saved_at"]), state_dict["best_values"]
         before, now = state_dict["versions"], get_versions()
         if changed := [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             warnings.warn(

@@ -22,6 +22,7 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError
+from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.modes import set_modes
 from ptacc.model.optimizer_state import add_names, name_differences, order_by_name
 from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
@@ -98,8 +99,13 @@ def get_flags(model: nn.Module) -> StateDict:
 # ---- from parts to a trainer
 
 
-def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool) -> str:
-    """Load the weights of a checkpoint, and the optimizer's state, into a trainer; return the checkpoint's path.
+def load_into(
+    trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool
+) -> tuple[str, dict[str, AveragedWeights]]:
+    """Load the weights of a checkpoint, and the optimizer's state, into a trainer.
+
+    Returns:
+        The path of the checkpoint, and its averages of the weights by the names of their parts.
 
     Raises:
         CheckpointError: The path has no checkpoint, or one of another model.
@@ -114,7 +120,10 @@ def load_into(trainer: TrainerCore, path: str, key: bytes | None, *, weights_onl
     load_weights(model, shared[MODEL])
     for slot, state in zip(slots, states, strict=True):
         load_optimizer_state(slot.optimizer, state)
-    return found
+    averages = {part: AveragedWeights(model) for part, state in shared.items() if holds_averages(state)}
+    for part, average in averages.items():
+        average.load_state_dict(shared[part])
+    return found, averages
 
 
 def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
 from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
-from ptacc.errors import NoRunError, OptionError
+from ptacc.errors import NestedRunError, NoRunError, OptionError
+from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
@@ -42,6 +44,7 @@ class TrainerState:
         runtime: The accelerator and the process group; None before their first use.
         runtime_pid: The process that created them; a forked process creates its own.
         num_runs: The number of runs started so far.
+        averages: Averages of the weights outside of a run: those of the last run, or of a checkpoint loaded since.
     """
 
     run: Run | None = None
@@ -49,6 +52,12 @@ class TrainerState:
     runtime: tuple[AcceleratorProtocol, DistributedRuntime] | None = None
     runtime_pid: int = 0
     num_runs: int = 0
+    averages: dict[str, AveragedWeights] = field(default_factory=dict)
+
+    def mark_averages_current(self, model: nn.Module) -> None:
+        """Record that the averages belong to the model's present weights."""
+        for averages in self.averages.values():
+            averages.mark_current(model)
 
 
 class TrainerBase(Composable):
@@ -98,6 +107,32 @@ class TrainerBase(Composable):
     def _set_model(self, model: nn.Module) -> None:
         """Set the option `model`; a method, since a trainer may narrow the type of the option."""
         self.model = model
+
+    def _averages(self, name: str) -> AveragedWeights | None:
+        """Return the averages of the model's present weights by the name of their part, None if there are none.
+
+        Warns:
+            UserWarning: The weights were changed outside of a run, so that they are newer than their averages.
+        """
+        if self.is_running:
+            return self.run.averages().get(name)
+        averages = self._state.averages.get(name)
+        if averages is None or averages.are_current(self.unwrapped_model):
+            return averages
+        warnings.warn(
+            f"{type(self).__name__}: the weights were changed after the averages {name!r} were made. The present "
+            "weights are used, and not the averages.",
+            stacklevel=3,
+        )
+        return None
+
+    def _check_weights_are_own(self, call: str) -> None:
+        """Raise `NestedRunError` for a call that changes weights while the model has averages."""
+        if any(averages.is_applied for averages in self._state.averages.values()):
+            raise NestedRunError(
+                f"{type(self).__name__}.{call} was called within averaged_weights(), which restores the weights at its "
+                "end. Call it after that block."
+            )
 
     # ---- the run
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,6 +19,7 @@ from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.advice import collect_advice
 from ptacc.model.modes import find_eval_roots
+from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import Stateful
 
@@ -176,7 +178,7 @@ def mode_rows(model: nn.Module) -> Rows:
 def state_rows(trainer: TrainerCore) -> Rows:
     """Return the parts of the state that a checkpoint contains."""
     weights = trainer.unwrapped_model.state_dict()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in iterate_tensors(weights) if not is_lazy(tensor))
     rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {size:,} bytes")]
     rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.optimizer_slots()]
     rows += [("run", "progress, history, random states, position in the data")]

@@ -197,6 +197,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             check_run_options(run_options)
         with self._wrapped_model() as before:
             run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
+            self._state.averages = {}
             try:
                 self._set_model(run.model)
                 start_training(self.model, before.modes)
@@ -211,6 +212,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 raise
             finally:
                 run.is_over = True
+                self._state.averages = run.averages()
+                self._state.mark_averages_current(self.unwrapped_model)
                 run.distributed.count_progress()
         if run.exit_code is not None:
             raise SystemExit(run.exit_code)
@@ -241,6 +244,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 f"{type(self).__name__}.train() was called within its own run, or within an evaluation or prediction. "
                 "Call it after that has ended, or make a second trainer."
             )
+        self._check_weights_are_own("train()")
 
     # ---- the loop
 

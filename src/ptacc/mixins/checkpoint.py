@@ -27,10 +27,12 @@ from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
+from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
@@ -65,7 +67,8 @@ class CheckpointMixin(Mixin):
             for the first run of the trainer.
         resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
         keep_last: Number of newest checkpoints to keep.
-        keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
+        keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`. The run is also saved after each
+            evaluation that is among the best, with the weights that were evaluated.
         keep_every: Keep checkpoints whose step is a multiple of this. A checkpoint is kept if any of the three options
             keeps it. Without any of them, all are kept.
         checkpoint_in_background: Whether to write files in a background thread. Steps wait only while the state is
@@ -78,7 +81,8 @@ class CheckpointMixin(Mixin):
         checkpoint_key: Key to sign checkpoints with (HMAC). Checkpoints without a valid signature are then refused.
 
     Hooks: `find_resume_state`, `load_run_state`, `save_run_state`, `save_on_exception`, `stop_signals`,
-    `around_run`, `on_run_start`, `on_epoch_start`, `on_step_end`, `on_run_end`, `monitors`.
+    `around_run`, `on_run_start`, `on_epoch_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `on_run_end`,
+    `monitors`.
 
     Combines with: everything.
 
@@ -147,7 +151,8 @@ class CheckpointMixin(Mixin):
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
-        To resume the saved run instead, pass `resume=path` to the trainer.
+        Averages of the weights are loaded with them, so that `evaluate` returns what the saved run reported. A new run
+        starts new averages. To resume the saved run instead, pass `resume=path` to the trainer.
 
         Args:
             path: Path or URL of a checkpoint, or of a directory of checkpoints, whose newest is loaded.
@@ -156,12 +161,15 @@ class CheckpointMixin(Mixin):
         Raises:
             CheckpointError: No checkpoint is found, or it is of another model; the message lists each difference.
             DamagedCheckpointError: A file of the checkpoint was changed or is missing.
-            NestedRunError: It was called during a run.
+            NestedRunError: It was called during a run, or within `averaged_weights()`.
         """
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
+        self._check_weights_are_own("load_checkpoint()")
         with self._distributed.synced("load_checkpoint()"):
-            loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
+            loaded, averages = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
+            self._state.averages = averages
+            self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
     def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
@@ -169,7 +177,8 @@ class CheckpointMixin(Mixin):
 
         Args:
             path: Path or URL of the file.
-            averages: `"ema"` or `"swa"` to write the averages of the last run instead of the weights.
+            averages: `"ema"` or `"swa"` to write the averages of the weights instead: of the last run, or of a
+                checkpoint that was loaded after it.
             overwrite: Whether to replace an existing file.
 
         Raises:
@@ -180,7 +189,8 @@ class CheckpointMixin(Mixin):
         with self._distributed.synced("export_model()"), as_checkpoint_error(target):
             if is_main:
                 check_target(filesystem, target, overwrite=overwrite)
-        states = states_to_export(self, averages)
+        found = None if averages is None else self._averages(averages)
+        states = states_to_export(self, {} if found is None else {str(averages): found.state_dict()})
         with self._distributed.synced("the writing of export_model()"):
             if is_main:
                 write_weights(filesystem, target, exported_weights(states, averages), overwrite=overwrite)
@@ -221,7 +231,7 @@ class CheckpointMixin(Mixin):
             manager.open(self._resumption)
         on_saved = self._events().save
         signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, best)
 
     @override
     def load_run_state(self) -> None:
@@ -269,6 +279,18 @@ class CheckpointMixin(Mixin):
         if step.step == 1:  # optimizers and metrics have a state from here on
             optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
             check_storable([*optimizers, *stateful_parts(self, each_rank=True)])
+
+    @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        if values := evaluated_values(self, name, result):
+            self.run[SAVER].observe(values)
+
+    @override
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        super().on_epoch_end(record)
+        if record.is_complete:  # a run that ends within an epoch has been saved
+            self.run[SAVER].observe(epoch_values(record))
 
     @override
     def on_run_end(self) -> None:

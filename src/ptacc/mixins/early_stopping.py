@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
+from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import OptionError
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import Mode
@@ -40,6 +42,11 @@ class Patience:
             self.best, self.num_bad = value, 0
         else:
             self.num_bad += 1
+
+    def observe_if_reported(self, values: Mapping[str, float]) -> None:
+        """Compare the monitored value with the best one, if it is among `values`."""
+        if self.monitor.name in values:
+            self.observe(values[self.monitor.name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, and the number of observations since then."""
@@ -97,18 +104,13 @@ class EarlyStoppingMixin(Mixin):
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
         super().on_evaluation_end(name, result)
-        if self.has_run and self.run.is_scheduled_evaluation:
-            patience, values = self.run[PATIENCE], result.values(name)
-            if patience.monitor.name in values:
-                patience.observe(values[patience.monitor.name])
+        if values := evaluated_values(self, name, result):
+            self.run[PATIENCE].observe_if_reported(values)
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
-        patience, values = self.run[PATIENCE], record.values()
-        evaluated = {name for set_name, result in record.evaluations.items() for name in result.values(set_name)}
-        if patience.monitor.name in values.keys() - evaluated:
-            patience.observe(values[patience.monitor.name])
+        self.run[PATIENCE].observe_if_reported(epoch_values(record))
 
     @override
     def should_stop(self) -> str | None:

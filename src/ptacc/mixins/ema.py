@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.errors import OptionError
+from ptacc.errors import NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
@@ -19,15 +19,16 @@ EMA_STATE: StateKey[AveragedWeights] = StateKey("ema")
 class EMAMixin(Mixin):
     """Maintains an exponential moving average (EMA) of the weights, and evaluates with it.
 
-    The average is updated after each step: `average = ema_decay * average + (1 - ema_decay) * weights`. Floating-point
-    buffers are averaged too; integer buffers are copied. Training uses the weights themselves. Evaluations and
-    predictions use the average, during the run and after it.
+    The average starts with the weights before the first step, and is updated after each step:
+    `average = ema_decay * average + (1 - ema_decay) * weights`. Floating-point and complex buffers are averaged too;
+    other buffers are the model's own. Training uses the weights themselves. Evaluations and predictions use the
+    average, during the run and after it, until other weights are loaded.
 
     Options:
         ema_decay: The decay factor, at least 0 (no averaging) and less than 1.
         ema_evaluates: Whether evaluations and predictions use the average.
 
-    Hooks: `on_run_start`, `on_step_end`, `around_evaluation_weights`.
+    Hooks: `on_run_start`, `on_epoch_start`, `on_step_end`, `on_run_end`, `around_evaluation_weights`.
 
     Combines with: everything. Steps that the gradient scaler skips do not update the average.
 
@@ -53,20 +54,43 @@ class EMAMixin(Mixin):
         self.run[EMA_STATE] = AveragedWeights(self.unwrapped_model)
 
     @override
+    def on_epoch_start(self) -> None:
+        super().on_epoch_start()
+        if not self.run[EMA_STATE].updates:  # a callback or a checkpoint may have changed the weights
+            self.run[EMA_STATE].copy_from(self.unwrapped_model)
+
+    @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
         self.run[EMA_STATE].update(self.unwrapped_model, weight=1 - self.ema_decay)
 
+    @override
+    def on_run_end(self) -> None:
+        self.run[EMA_STATE].sync_buffers(self.unwrapped_model, self.distributed.broadcast)
+        super().on_run_end()
+
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Swap in the average of the current or last run for the block."""
-        with self.run[EMA_STATE].applied(self.unwrapped_model):
+        """Give the model the averages for the block: those of the run, or of a checkpoint that was loaded after it.
+
+        Raises:
+            NoRunError: There are no averages of the model's present weights.
+        """
+        if (averages := self._averages(EMA_STATE.name)) is None:
+            raise NoRunError(
+                f"{type(self).__name__}.averaged_weights(): the model's present weights have no averages. Train it, or "
+                "load a checkpoint with averages, first."
+            )
+        with averages.applied(self.unwrapped_model):
             yield
 
     @override
     @contextlib.contextmanager
     def around_evaluation_weights(self) -> Iterator[None]:
-        has_average = self.has_run and EMA_STATE in self.run
-        weights = self.averaged_weights() if self.ema_evaluates and has_average else contextlib.nullcontext()
+        averages = self._averages(EMA_STATE.name) if self.ema_evaluates else None
+        if averages is None or not averages.updates:  # before the first update, they may be of other weights
+            weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        else:
+            weights = averages.applied(self.unwrapped_model)
         with weights, super().around_evaluation_weights():
             yield

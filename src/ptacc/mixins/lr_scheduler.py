@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from typing_extensions import override
 
 from ptacc.core.checks import check_monitor
 from ptacc.core.hooks import Mixin
+from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import OptionError
 from ptacc.model.optimizer_state import save_settings
 from ptacc.run.history import StepResult
 from ptacc.run.schedule import Interval, Schedule
 from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitor, as_monitor
-from ptacc.types.outputs import EpochRecord
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import PlateauSchedulerLike, SchedulerFactory, SchedulerLike
 from ptacc.validation import value_text
 
@@ -33,11 +34,12 @@ class LRSchedulerMixin(Mixin):
         create_scheduler: Creates the scheduler of a run from the optimizer and the `RunPlan`, whose `total_steps` and
             `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any scheduler of torch, including
             `ReduceLROnPlateau`, of transformers or of timm.
-        scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps at the
-            end of an epoch. A scheduler of timm counts steps or epochs as its own `t_in_epochs` says.
+        scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps when its
+            value is reported: after each evaluation of the run, or for a training value at the end of each epoch. A
+            scheduler of timm counts steps or epochs as its own `t_in_epochs` says.
         scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
-    Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `around_run`.
+    Hooks: `on_run_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `around_run`.
 
     Combines with: everything. The scheduler does not step when the gradient scaler skips a step.
 
@@ -89,14 +91,22 @@ class LRSchedulerMixin(Mixin):
         self.run[SCHEDULE].end_step()
 
     @override
+    def on_evaluation_end(self, name: str, result: EvalResult) -> None:
+        super().on_evaluation_end(name, result)
+        self._step_on_value(evaluated_values(self, name, result))
+
+    def _step_on_value(self, values: Mapping[str, float]) -> None:
+        """Step a scheduler that needs a value, if the value is among those that are reported now."""
+        name = as_monitor(self.scheduler_monitor).name
+        if self.run[SCHEDULE].kind == "values" and name in values:
+            cast(PlateauSchedulerLike, self.scheduler).step(values[name])
+
+    @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
         if record.is_complete:
             self.run[SCHEDULE].end_epoch()
-        if self.run[SCHEDULE].kind == "values":
-            name = as_monitor(self.scheduler_monitor).name
-            if name in record.values():
-                cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
+        self._step_on_value(epoch_values(record))
 
     @override
     @contextlib.contextmanager

@@ -13,7 +13,6 @@ from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
 from ptacc.engines.base import Engine
 from ptacc.errors import LaunchError
-from ptacc.model.averaging import AveragedWeights
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
@@ -90,6 +89,5 @@ class ShardingMixin(Mixin):
         with super().around_run():
             yield
         if self.should_unshard_after_run():  # the averages are unsharded with the model
-            for _, state in self.run.states():
-                if isinstance(state, AveragedWeights):
-                    state.unshard()
+            for averages in self.run.averages().values():
+                averages.unshard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -71,9 +72,18 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
     @override
     def on_run_end(self) -> None:
         if self.run[SWA_STATE].updates:
-            self.run[SWA_STATE].swap(self.unwrapped_model)
+            self.run[SWA_STATE].sync_buffers(self.unwrapped_model, self.distributed.broadcast)
+            self.run[SWA_STATE].copy_to(self.unwrapped_model)
             if self.swa_updates_batch_norm:
                 self._update_batch_norm()
+            for averages in self.run.averages().values():
+                averages.copy_from(self.unwrapped_model)  # evaluations and exports after the run use these weights
+        elif self.swa_start is not None and self.history.stop_reason is None and not self.is_isolated:
+            warnings.warn(
+                f"{type(self).__name__}(swa_start={self.swa_start}): no weights were averaged, since the run completed "
+                f"{self.progress.epochs} epochs. It ends with its last weights. Set a smaller swa_start.",
+                stacklevel=2,
+            )
         super().on_run_end()
 
     def _update_batch_norm(self) -> None:

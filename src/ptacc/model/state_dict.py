@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
 from ptacc.tensors.dtensor import Shard, match_placement
+from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import StateDict
 
+EXTRA_STATE = "_extra_state"
+"""torch's name for what `get_extra_state` of a module returns: a value of any type."""
 COMPILED = "_orig_mod."
 """What `torch.compile` adds to the names of a module's tensors."""
 
@@ -25,6 +29,13 @@ def canonical_name(name: str) -> str:
         'blocks.0.weight'
     """
     return name.replace(COMPILED, "")
+
+
+def copy_to_host(value: Any) -> Any:
+    """Return a copy of an entry of a `state_dict()`, with its tensors on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.deepcopy(map_tensors(lambda tensor: tensor.detach().cpu(), value))
 
 
 def get_weights(model: nn.Module) -> StateDict:
@@ -43,12 +54,15 @@ def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -
     Raises:
         CheckpointError: They are of another model; the message lists each difference.
     """
-    present = get_weights(model)
+    own = model.state_dict()
+    present = {canonical_name(name): value for name, value in own.items()}
     if strict and (different := sorted(weight_differences(present, weights))):
         raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
-    names = {canonical_name(name): name for name in model.state_dict()}
+    names = {canonical_name(name): name for name in own}
     placed = {n: match_placement(present[n], value) if n in present else value for n, value in weights.items()}
-    model.load_state_dict({names.get(name, name): value for name, value in placed.items()}, strict=strict)
+    own.clear()  # it keeps the versions of the modules' formats: without them, modules convert the state as an old one
+    own.update({names.get(name, name): value for name, value in placed.items()})
+    model.load_state_dict(own, strict=strict)
 
 
 def weight_differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
@@ -56,6 +70,8 @@ def weight_differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     yield from (f"the model's {name} is not in the checkpoint" for name in present if name not in saved)
     yield from (f"the checkpoint's {name} is not in the model" for name in saved if name not in present)
     for name in filter(saved.__contains__, present):
+        if name.rpartition(".")[2] == EXTRA_STATE:  # of any type and shape
+            continue
         here, there = describe_tensor(present[name]), describe_tensor(saved[name])
         if here != there:
             yield f"the model's {name} is {here}, and the checkpoint's {there}"

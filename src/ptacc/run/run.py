@@ -15,6 +15,7 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.distributed.stop_vote import StopConsensus, StopRequest
 from ptacc.engines.base import Engine
 from ptacc.errors import LossError, NoRunError
+from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
 from ptacc.run.window import Window
@@ -113,6 +114,10 @@ class Run:
     def states(self) -> Iterator[tuple[StateKey[Any], Any]]:
         """Iterate over the states of mixins with their keys."""
         yield from self._states.items()
+
+    def averages(self) -> dict[str, AveragedWeights]:
+        """Return the averages of the weights, by the names of their parts in checkpoints."""
+        return {key.name: state for key, state in self.states() if isinstance(state, AveragedWeights)}
 
     # ---- progress
 

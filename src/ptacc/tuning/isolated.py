@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader, IterableDataset
 
+from ptacc.core.base import TrainerState
 from ptacc.data.dataloader_config import check_dataset
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
@@ -126,6 +127,8 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(devices=True))
+        for state in (option for option in options if isinstance(option, TrainerState)):
+            stack.callback(save_validity(state, trainer.unwrapped_model))
         for module in find_option_modules(trainer):
             stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():
@@ -164,6 +167,17 @@ def save_module(module: nn.Module) -> Restore:
             setattr(owner, name, buffer.to(getattr(owner, name).device))
         for owner, state in extra_states:
             owner.set_extra_state(state)
+
+    return restore
+
+
+def save_validity(state: TrainerState, model: nn.Module) -> Restore:
+    """Save whether the averages of the weights belong to the present weights, which are written to and restored."""
+    are_current = [averages for averages in state.averages.values() if averages.are_current(model)]
+
+    def restore() -> None:
+        for averages in are_current:
+            averages.mark_current(model)
 
     return restore
 
