@@ -27,6 +27,7 @@ from ptacc.errors import DataError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.state import LossSum
+from ptacc.run.window import check_counts
 from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
@@ -173,7 +174,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
-                    _add_loss(losses, output, self.count_items(host.data))
+                    _add_loss(losses, output, self._count_eval_items(host))
                 if self._is_interruptible() and self.run.agree_to_terminate():
                     raise CoordinatedExit
             total, items = self.distributed.sum([float(losses.total), losses.items])
@@ -195,6 +196,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output
+
+    def _count_eval_items(self, host: HostBatch[BatchT]) -> float:
+        count = self.count_items(host.data)
+        if self._items_are_samples(host.data):
+            check_counts([host], [count])
+        return count
 
     def _is_interruptible(self) -> bool:
         """Return whether a termination signal may end the run within this evaluation.
@@ -333,7 +340,7 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
         )
 
 
-def _add_loss(losses: LossSum, output: StepOutput[Any], count: int) -> None:
+def _add_loss(losses: LossSum, output: StepOutput[Any], count: float) -> None:
     if output.is_sum:
         losses.total.add_(output.loss)
         losses.items += count

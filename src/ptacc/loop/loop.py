@@ -305,9 +305,12 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         if run.is_within_epoch and run.is_epoch_complete:
             return
         batches = run.data.epoch(run.progress.epochs, run.progress.offset)
-        items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = make_windows(
-            batches, run.accumulation_steps, self.count_items, run.distributed, items_are_samples=items_are_samples
+            batches,
+            run.accumulation_steps,
+            self.count_items,
+            run.distributed,
+            items_are_samples=self._items_are_samples,
         )
         while not run.is_done():
             if (window := next(windows, None)) is None:
