@@ -35,7 +35,7 @@ def test_steps_and_epochs_agree() -> None:
 def test_what_steps_log_is_a_mean_over_items() -> None:
     history = Logging(**tiny_parts()).train(tiny_data(20), num_epochs=1)
     assert [step.logged["size"] for step in history.steps] == [8, 8, 4]
-    assert history[0].values()["size"] == pytest.approx((8 + 8 + 4) / 3)
+    assert history[0].values()["train/size"] == pytest.approx((8 + 8 + 4) / 3)
 
 
 def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_long_epochs_are_read_before_they_end() -> None:
     history = trainer.train(long, num_epochs=1, per_device_batch_size=1)
     assert len(history.steps) == STEPS_IN_MEMORY
     assert history.steps[-1].step == 1200
-    assert history[0].logged["size"] == 1.0
+    assert history[0].train_metrics["size"] == 1.0
 
 
 def test_a_history_is_exported_as_a_mapping_lines_and_a_frame(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_count_that_is_not_the_number_of_samples_is_an_error_on_one_process(ca
         return [batch, [torch.ones(3, 2) for _ in batch]]
 
     options: dict[str, Any] = {"num_epochs": 1} if call == "train" else {}
-    with pytest.raises(DataError, match="A batch of 8 samples holds [2-6] items"):
+    with pytest.raises(DataError, match=r"A batch of 8 samples holds [2-6] items"):
         getattr(make_loop(), call)(sequences(), collate_fn=collate, **options)
 
 

@@ -23,15 +23,15 @@ from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.data.wrappers import count_once_per_replica, sync_lengths
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
-from ptacc.errors import DataError, OptionError
+from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
-from ptacc.run.state import LossSum
+from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import check_counts
 from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
-from ptacc.types.outputs import EvalResult, StepOutput
+from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
 from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
@@ -166,7 +166,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
-            losses, transfer = LossSum(self.device), make_transfer(self.device)
+            sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(source.epoch(0), self._distributed)
             for number, host in enumerate(batches, start=1):
                 self._distributed.count_progress()
@@ -174,15 +174,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
-                    _add_loss(losses, output, self._count_eval_items(host))
+                    sums.add(output, self._count_eval_items(host))
                 if self._is_interruptible() and self.run.agree_to_terminate():
                     raise CoordinatedExit
-            total, items = self.distributed.sum([float(losses.total), losses.items])
-            if not items:
-                raise DataError(
-                    f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
-                )
-            result = EvalResult(total / items, self.compute_metrics())
+            result = self._make_result(name, sums.means(self._distributed))
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
@@ -196,6 +191,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output
+
+    def _make_result(self, name: str, means: dict[str, float]) -> EvalResult:
+        if LOSS not in means:
+            raise DataError(
+                f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
+            )
+        loss, metrics = means.pop(LOSS), self.compute_metrics()
+        if taken := means.keys() & (metrics.keys() | RESERVED_NAMES):
+            raise LossError(
+                f"{type(self).__name__}.eval_step: logged[{min(taken)!r}]: an evaluation reports another value of this "
+                "name. Log it under a name of its own."
+            )
+        return EvalResult(loss, means | metrics)
 
     def _count_eval_items(self, host: HostBatch[BatchT]) -> float:
         count = self.count_items(host.data)
@@ -338,11 +346,3 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
             f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
             "loader has its own. Give the dataset instead, or leave them out."
         )
-
-
-def _add_loss(losses: LossSum, output: StepOutput[Any], count: float) -> None:
-    if output.is_sum:
-        losses.total.add_(output.loss)
-        losses.items += count
-    elif count:
-        losses.add(output.loss, count)

@@ -357,6 +357,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.is_consistent = False
         run.history.read_steps(run.distributed)
         record = run.make_epoch_record(number, self.compute_train_metrics())
+        self._check_train_monitors(record)
         run.history.add_epoch(record)
         return record
 
@@ -380,6 +381,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             run.is_scheduled_evaluation = False
         run.epoch.evaluations |= run.partial_evaluation
         run.evaluated_at, run.partial_evaluation = run.progress, {}
+        self._check_evaluated_monitors(run)
         return True
 
     @contextlib.contextmanager

@@ -39,7 +39,7 @@ class LRSchedulerMixin(Mixin):
             end of an epoch.
         scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
-    Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `around_run`.
+    Hooks: `on_run_start`, `on_step_end`, `on_epoch_end`, `monitors`, `around_run`.
 
     Combines with: everything. The scheduler does not step when the gradient scaler skips a step.
 
@@ -102,6 +102,11 @@ class LRSchedulerMixin(Mixin):
                 cast(PlateauSchedulerLike, self.scheduler).step(record.values()[name])
         elif self.scheduler_interval == "epoch" and record.is_complete:
             cast(LRSchedulerLike, self.scheduler).step()
+
+    @override
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
+        needs_monitor = self.is_running and SCHEDULER in self.run and needs_value(self.scheduler)
+        return (*super().monitors(), *([(self, as_monitor(self.scheduler_monitor))] if needs_monitor else []))
 
     @override
     @contextlib.contextmanager
