@@ -28,7 +28,8 @@ from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import check_counts
-from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
+from ptacc.tensors.samples import SampleSplitter, count_samples
+from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
 from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
@@ -233,6 +234,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         (source,) = sources.values()
         events = self._events()
         position, transfer = 0, make_transfer(self.device)
+        splitter = SampleSplitter(f"{type(self).__name__}.predict_step")
         failures = self._distributed.propagate_failure("in a prediction")
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
@@ -240,7 +242,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 local = self._predict_batch(host, transfer)
                 # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                 for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
-                    for index, output in zip(indices, split_samples(outputs, len(indices)), strict=True):
+                    for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
             events.prediction_end()
@@ -248,15 +250,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
         """Return the indices of a batch's samples, -1 if unknown, and their outputs on the CPU."""
         outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
-        count = leading_dimension(outputs)
-        if host.indices is None:
-            return [-1] * count, outputs
-        if count != len(host.indices):
-            raise DataError(
-                f"{type(self).__name__}.predict_step gave {count} outputs for {len(host.indices)} samples. "
-                "Return one for each sample, along the first dimension."
-            )
-        return host.indices, outputs
+        if host.indices is not None:
+            return host.indices, outputs
+        count = host.samples if host.samples is not None and host.total is not None else None
+        return [-1] * (count_samples(outputs, host.data) if count is None else count), outputs
 
     # ---- data and model
 

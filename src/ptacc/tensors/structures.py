@@ -112,11 +112,6 @@ def leading_dimension(batch: object) -> int:
     )
 
 
-def split_samples(outputs: NestedT, count: int) -> list[NestedT]:
-    """Split the outputs of a batch of `count` samples into one for each sample."""
-    return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
-
-
 def to_host(tensor: Tensor) -> Tensor:
     """Copy a tensor to the host, without its graph."""
     return tensor.detach().cpu()
