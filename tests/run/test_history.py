@@ -1,6 +1,9 @@
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -91,3 +94,32 @@ def test_a_history_is_restored_from_a_file(tmp_path: Path) -> None:
 def test_a_file_on_a_remote_store_raises() -> None:
     with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): must be a local path"):
         Trainer(**tiny_parts(), history_file="s3://bucket/history.jsonl")
+
+
+def read_strictly(file: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def test_losses_that_are_not_finite_are_written_as_json_and_read_back(tmp_path: Path) -> None:
+    class Diverging(Trainer):
+        @override
+        def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return torch.tensor(math.inf, dtype=outputs.dtype)
+
+        @override
+        def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().compute_train_loss(outputs, targets) * math.nan
+
+    file = tmp_path / "history.jsonl"
+    history = Diverging(**{**tiny_parts(), "default_callbacks": ()}, history_file=file).train(
+        tiny_data(8), tiny_data(8), num_epochs=1
+    )
+    epoch = read_strictly(file)[-1]
+    assert epoch["train_loss"] is None
+    assert epoch["evaluations"][""]["loss"] == math.inf
+    history.write_jsonl(tmp_path / "again.jsonl")
+    assert read_strictly(tmp_path / "again.jsonl")[-1] == epoch
+    assert pd.read_json(file, lines=True).train_loss.dtype == float

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.run.history_file import HistoryFile
+from ptacc.run.history_file import HistoryFile, to_json
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
@@ -184,7 +184,7 @@ class RunHistory(Sequence[EpochRecord]):
         """Write the steps in memory and the epochs to `path`, one JSON object per line."""
         records = [("step", asdict(step)) for step in self._steps] + [("epoch", asdict(epoch)) for epoch in self]
         with Path(path).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records)
+            file.writelines(to_json({"kind": kind, **record}) + "\n" for kind, record in records)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the epochs as a data frame, one row each.
