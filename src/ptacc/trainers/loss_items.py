@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
-OPTIONS = {"reduction": "mean", "weight": None, "ignore_index": -100}
+OPTIONS: dict[str, Any] = {"reduction": "mean", "weight": None, "ignore_index": -100}
 """Options that determine what a loss is a mean over, with torch's defaults."""
 
 
@@ -34,7 +34,7 @@ class LossItems:
         self.reduction: str = options["reduction"]
         self._has_classes = function in CLASS_LOSSES
         self._options, self._ignored = options, options["ignore_index"]
-        self.is_selective = self._has_classes and (options["weight"] is not None or self._ignored >= 0)
+        self.is_selective: bool = self._has_classes and (options["weight"] is not None or self._ignored >= 0)
         self._weights: tuple[Tensor, int, Tensor] | None = None
 
     def class_indices(self, batch: object) -> Tensor | None:
