@@ -114,9 +114,8 @@ def test_losses_that_are_not_finite_are_written_as_json_and_read_back(tmp_path: 
             return super().compute_train_loss(outputs, targets) * math.nan
 
     file = tmp_path / "history.jsonl"
-    history = Diverging(**{**tiny_parts(), "default_callbacks": ()}, history_file=file).train(
-        tiny_data(8), tiny_data(8), num_epochs=1
-    )
+    parts: dict[str, Any] = {**tiny_parts(), "default_callbacks": (), "history_file": file}
+    history = Diverging(**parts).train(tiny_data(8), tiny_data(8), num_epochs=1)
     epoch = read_strictly(file)[-1]
     assert epoch["train_loss"] is None
     assert epoch["evaluations"][""]["loss"] == math.inf

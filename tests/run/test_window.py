@@ -71,7 +71,7 @@ def train_gpt(loop: type[OwnLoss], size: int) -> float:
     config = GPT2Config(
         vocab_size=20, n_positions=12, n_embd=8, n_layer=1, n_head=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
     tokens = torch.randint(0, 20, (8, 12), generator=torch.Generator().manual_seed(1))
     hidden = torch.arange(12) >= torch.tensor([[12], [3], [9], [4], [12], [5], [7], [2]])
     data = [{"input_ids": row, "labels": row.masked_fill(mask, -100)} for row, mask in zip(tokens, hidden, strict=True)]

@@ -40,7 +40,7 @@ class Predicting(TrainingLoop[Pair, Any]):
 def predict(make: Callable[[Tensor], Any], samples: int = 6, size: int = 3, *, in_loader: bool = False) -> list[Any]:
     parts = tiny_parts()
     del parts["loss_func"]
-    data = tiny_data(samples)
+    data: Any = tiny_data(samples)
     loader = DataLoader(
         data, batch_size=size, collate_fn=lambda batch: tuple(map(torch.stack, zip(*batch, strict=True)))
     )
