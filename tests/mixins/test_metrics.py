@@ -1,6 +1,8 @@
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
 from ptacc import MetricsMixin, StepOutput, Trainer, TrainingLoop
-from ptacc.errors import DataError
+from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike
 from ptacc.testing import tiny_data, tiny_parts
 
@@ -96,3 +98,40 @@ def test_update_metrics_can_be_overridden() -> None:
     trainer = LossMeasured(**tiny_parts(), metrics={"mean_loss": MeanMetric().double()})
     result = trainer.evaluate(tiny_data(13), per_device_batch_size=4)
     assert result.metrics["mean_loss"] == pytest.approx(result.loss)
+
+
+class Reports(MeanMetric):
+    """Reports what it is given, in place of its mean."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    @override
+    def update(self, *args: Any) -> None:
+        super().update(1.0)
+
+    @override
+    def compute(self) -> Any:
+        return self.value
+
+
+def evaluate_reporting(value: Any) -> dict[str, float]:
+    trainer = Measured(**tiny_parts(), metrics={"m": Reports(value)})
+    return dict(trainer.evaluate(tiny_data(8)).metrics)
+
+
+def test_a_metric_may_report_arrays_and_nothing() -> None:
+    arrays = evaluate_reporting({"a": np.array([0.25, 0.5]), "b": np.float32(2), "c": [1, torch.ones(2)]})
+    assert arrays == {"m/a/0": 0.25, "m/a/1": 0.5, "m/b": 2.0, "m/c/0": 1.0, "m/c/1/0": 1.0, "m/c/1/1": 1.0}
+    assert math.isnan(evaluate_reporting(None)["m"])
+
+
+def test_a_metric_that_reports_a_text_is_refused_by_name() -> None:
+    with pytest.raises(OptionError, match=r"The metric 'm/report' gave a str, .*must be a number"):
+        evaluate_reporting({"report": "precision 0.5"})
+
+
+def test_two_values_of_one_name_are_refused() -> None:
+    with pytest.raises(OptionError, match="Two values of metrics are called 'm/1'"):
+        evaluate_reporting({1: 0.5, "1": 0.25})

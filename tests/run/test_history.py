@@ -1,6 +1,9 @@
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ def test_steps_and_epochs_agree() -> None:
 def test_what_steps_log_is_a_mean_over_items() -> None:
     history = Logging(**tiny_parts()).train(tiny_data(20), num_epochs=1)
     assert [step.logged["size"] for step in history.steps] == [8, 8, 4]
-    assert history[0].values()["size"] == pytest.approx((8 + 8 + 4) / 3)
+    assert history[0].values()["train/size"] == pytest.approx((8 + 8 + 4) / 3)
 
 
 def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_long_epochs_are_read_before_they_end() -> None:
     history = trainer.train(long, num_epochs=1, per_device_batch_size=1)
     assert len(history.steps) == STEPS_IN_MEMORY
     assert history.steps[-1].step == 1200
-    assert history[0].logged["size"] == 1.0
+    assert history[0].train_metrics["size"] == 1.0
 
 
 def test_a_history_is_exported_as_a_mapping_lines_and_a_frame(tmp_path: Path) -> None:
@@ -91,3 +94,31 @@ def test_a_history_is_restored_from_a_file(tmp_path: Path) -> None:
 def test_a_file_on_a_remote_store_raises() -> None:
     with pytest.raises(OptionError, match=r"history_file='s3://bucket/history.jsonl'\): must be a local path"):
         Trainer(**tiny_parts(), history_file="s3://bucket/history.jsonl")
+
+
+def read_strictly(file: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def test_losses_that_are_not_finite_are_written_as_json_and_read_back(tmp_path: Path) -> None:
+    class Diverging(Trainer):
+        @override
+        def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return torch.tensor(math.inf, dtype=outputs.dtype)
+
+        @override
+        def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().compute_train_loss(outputs, targets) * math.nan
+
+    file = tmp_path / "history.jsonl"
+    parts: dict[str, Any] = {**tiny_parts(), "default_callbacks": (), "history_file": file}
+    history = Diverging(**parts).train(tiny_data(8), tiny_data(8), num_epochs=1)
+    epoch = read_strictly(file)[-1]
+    assert epoch["train_loss"] is None
+    assert epoch["evaluations"][""]["loss"] == math.inf
+    history.write_jsonl(tmp_path / "again.jsonl")
+    assert read_strictly(tmp_path / "again.jsonl")[-1] == epoch
+    assert pd.read_json(file, lines=True).train_loss.dtype == float

@@ -460,7 +460,7 @@ class Scores(NamedTuple):
 
 class LanguageModel(AMPMixin, GradClipMixin, MetricsMixin[TokenBatch, Tensor], TrainingLoop[TokenBatch, Tensor]):
     @override
-    def count_items(self, batch: TokenBatch) -> int:
+    def count_items(self, batch: TokenBatch) -> float:
         return batch.num_targets
 
     @override
@@ -700,7 +700,7 @@ class GenericMixin(BatchMixin[BatchT, Tensor], Generic[BatchT]):
     seen: list[BatchT] = field(default_factory=list)
 
     @override
-    def count_items(self, batch: BatchT) -> int:
+    def count_items(self, batch: BatchT) -> float:
         self.seen.append(batch)
         return super().count_items(batch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -35,6 +35,20 @@ FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 
 
 # ---- from a trainer to parts
+
+
+@runtime_checkable
+class ComparesStates(Protocol):
+    """A state that says whether it can be loaded, such as that of metrics. Otherwise it is started afresh."""
+
+    def difference(self, state_dict: StateDict, /) -> str:
+        """Describe why the state cannot continue from a saved one, empty if it can."""
+        ...
+
+
+def find_difference(state: object, saved: StateDict) -> str:
+    """Describe why a state cannot continue from a saved one, empty if it can or does not say."""
+    return state.difference(saved) if isinstance(state, ComparesStates) else ""
 
 
 def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
@@ -149,7 +163,7 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
     for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
-            if name in parts:
+            if name in parts and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
     if RANDOM in own:
         RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
@@ -187,9 +201,11 @@ def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) ->
     needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
     for name in sorted(needed.keys() ^ shared.keys()):
         yield name, f"the checkpoint has {'no' if name in needed else 'an unexpected'} part {name!r}"
-    for name, _ in named_states(trainer, each_rank=True):
-        if name not in own and run.is_within_epoch:
+    for name, state in named_states(trainer, each_rank=True) if run.is_within_epoch else ():
+        if name not in own:
             yield name, f"the checkpoint has no part {name!r} for this rank"
+        elif text := find_difference(state, own[name]):
+            yield name, f"{name}: {text}"
     yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.get(MODEL, {})))
     for slot in run.engine.slots:
         if slot.name in shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.optim import LBFGS
 
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
-from ptacc.types.monitor import Monitor
+from ptacc.types.monitor import Monitor, ValueNames
 from ptacc.types.outputs import StepOutput
 from ptacc.validation import did_you_mean, value_text
 
@@ -78,7 +79,7 @@ def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type
 def check_output(owner: str, output: object, device: torch.device) -> None:
     """Raise `LossError` for an invalid output of `train_step`, which is on `device`."""
     step = f"{owner}.train_step"
-    loss, logged = _check_scalar_loss(step, output)
+    loss = _check_scalars(step, output)
     if loss.is_complex():
         raise LossError(f"{step}: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real.")
     if not loss.requires_grad:
@@ -88,20 +89,14 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
         )
     if loss.device.type != device.type:
         raise LossError(f"{step}: the loss is on {loss.device}, and must be on {device}. Do not move it.")
-    for name, value in logged.items():
-        if not isinstance(value, torch.Tensor) or value.dim() != 0:
-            raise LossError(
-                f"{step}: logged[{name!r}] {_describe(value)}, and must be a scalar tensor: a mean over the batch's "
-                "items."
-            )
 
 
 def check_eval_output(owner: str, output: object) -> None:
     """Raise `LossError` for an invalid output of `eval_step`."""
-    _check_scalar_loss(f"{owner}.eval_step", output)
+    _check_scalars(f"{owner}.eval_step", output)
 
 
-def _check_scalar_loss(step: str, output: object) -> tuple[torch.Tensor, Mapping[str, object]]:
+def _check_scalars(step: str, output: object) -> torch.Tensor:
     if not isinstance(output, StepOutput):
         raise LossError(f"{step} returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...).")
     loss: object = output.loss
@@ -112,7 +107,14 @@ def _check_scalar_loss(step: str, output: object) -> tuple[torch.Tensor, Mapping
             f"{step}: the loss {_describe(loss)}, and must be a scalar tensor: the mean over the batch's items. Use "
             'reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
         )
-    return loss, output.logged
+    logged: Mapping[str, object] = output.logged
+    for name, value in logged.items():
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            raise LossError(
+                f"{step}: logged[{name!r}] {_describe(value)}, and must be a scalar tensor: a mean over the batch's "
+                "items."
+            )
+    return loss
 
 
 def _describe(value: object) -> str:
@@ -123,10 +125,14 @@ def _describe(value: object) -> str:
     )
 
 
-def check_monitor(monitor: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> None:
-    """Raise `MonitorError` for a monitor whose value is not among the `known` names."""
-    if monitor.name in known:
-        return
+def check_monitor(monitor: Monitor, names: ValueNames, owner: object, option: str = "monitor") -> None:
+    """Raise `MonitorError` for a monitor whose value the run cannot report."""
+    if not names.allow(monitor.name):
+        raise_unreported(monitor, names.declared, owner, option)
+
+
+def raise_unreported(monitor: Monitor, known: Collection[str], owner: object, option: str = "monitor") -> NoReturn:
+    """Raise `MonitorError` for a monitor whose value is not among the reported ones."""
     has_evaluation = any(name == "eval_loss" or name.endswith("/loss") for name in known)
     hint = did_you_mean(monitor.name, known) if has_evaluation else "No eval_dataset was given. "
     raise MonitorError(

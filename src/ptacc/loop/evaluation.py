@@ -24,16 +24,18 @@ from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.data.wrappers import count_once_per_replica, sync_sources
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
-from ptacc.errors import DataError, OptionError
+from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.option_modules import options_moved
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
-from ptacc.run.state import LossSum
-from ptacc.tensors.structures import leading_dimension, map_tensors, split_samples, to_host
+from ptacc.run.eval_sums import LOSS, EvalSums
+from ptacc.run.window import check_counts
+from ptacc.tensors.samples import SampleSplitter, count_samples
+from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_data_is_sharded
-from ptacc.types.outputs import EvalResult, StepOutput
+from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
 from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
@@ -168,7 +170,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             self.around_evaluation(),
         ):
             events.evaluation_start(name)
-            losses, transfer = LossSum(self.device), make_transfer(self.device)
+            sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(source.epoch(0), self._distributed)
             for number, host in enumerate(batches, start=1):
                 self._distributed.count_progress()
@@ -176,15 +178,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
-                    _add_loss(losses, output, self.count_items(host.data))
+                    sums.add(output, self._count_eval_items(host))
                 if self._is_interruptible() and self.run.agree_to_terminate():
                     raise CoordinatedExit
-            total, items = self.distributed.sum([float(losses.total), losses.items])
-            if not items:
-                raise DataError(
-                    f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
-                )
-            result = EvalResult(total / items, self.compute_metrics())
+            result = self._make_result(name, sums.means(self._distributed))
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
@@ -198,6 +195,25 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output
+
+    def _make_result(self, name: str, means: dict[str, float]) -> EvalResult:
+        if LOSS not in means:
+            raise DataError(
+                f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
+            )
+        loss, metrics = means.pop(LOSS), self.compute_metrics()
+        if taken := means.keys() & (metrics.keys() | RESERVED_NAMES):
+            raise LossError(
+                f"{type(self).__name__}.eval_step: logged[{min(taken)!r}]: an evaluation reports another value of this "
+                "name. Log it under a name of its own."
+            )
+        return EvalResult(loss, means | metrics)
+
+    def _count_eval_items(self, host: HostBatch[BatchT]) -> float:
+        count = self.count_items(host.data)
+        if self._items_are_samples(host.data):
+            check_counts([host], [count])
+        return count
 
     def _is_interruptible(self) -> bool:
         """Return whether a termination signal may end the run within this evaluation.
@@ -221,6 +237,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         (source,) = sources.values()
         events = self._events()
         position, transfer = 0, make_transfer(self.device)
+        splitter = SampleSplitter(f"{type(self).__name__}.predict_step")
         failures = self._distributed.propagate_failure("in a prediction")
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
@@ -228,7 +245,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 local = self._predict_batch(host, transfer)
                 # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                 for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
-                    for index, output in zip(indices, split_samples(outputs, len(indices)), strict=True):
+                    for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):
                         yield (position if index < 0 else index), output
                         position += 1
             events.prediction_end()
@@ -236,15 +253,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
         """Return the indices of a batch's samples, -1 if unknown, and their outputs on the CPU."""
         outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
-        count = leading_dimension(outputs)
-        if host.indices is None:
-            return [-1] * count, outputs
-        if count != len(host.indices):
-            raise DataError(
-                f"{type(self).__name__}.predict_step gave {count} outputs for {len(host.indices)} samples. "
-                "Return one for each sample, along the first dimension."
-            )
-        return host.indices, outputs
+        if host.indices is not None:
+            return host.indices, outputs
+        count = host.samples if host.samples is not None and host.total is not None else None
+        return [-1] * (count_samples(outputs, host.data) if count is None else count), outputs
 
     # ---- data and model
 
@@ -343,11 +355,3 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
             f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
             "loader has its own. Give the dataset instead, or leave them out."
         )
-
-
-def _add_loss(losses: LossSum, output: StepOutput[Any], count: int) -> None:
-    if output.is_sum:
-        losses.total.add_(output.loss)
-        losses.items += count
-    elif count:
-        losses.add(output.loss, count)

@@ -312,9 +312,12 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         if run.is_within_epoch and run.is_epoch_complete:
             return
         batches = run.data.epoch(run.progress.epochs, run.progress.offset)
-        items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = make_windows(
-            batches, run.accumulation_steps, self.count_items, run.distributed, items_are_samples=items_are_samples
+            batches,
+            run.accumulation_steps,
+            self.count_items,
+            run.distributed,
+            items_are_samples=self._items_are_samples,
         )
         while not run.is_done():
             if (window := next(windows, None)) is None:
@@ -361,6 +364,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.is_consistent = False
         run.history.read_steps(run.distributed)
         record = run.make_epoch_record(number, self.compute_train_metrics())
+        self._check_train_monitors(record)
         run.history.add_epoch(record)
         return record
 
@@ -384,6 +388,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             run.is_scheduled_evaluation = False
         run.epoch.evaluations |= run.partial_evaluation
         run.evaluated_at, run.partial_evaluation = run.progress, {}
+        self._check_evaluated_monitors(run)
         return True
 
     @contextlib.contextmanager

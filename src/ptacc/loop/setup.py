@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.checks import check_monitor, check_trainable
+from ptacc.core.checks import check_monitor, check_trainable, raise_unreported
 from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
@@ -25,7 +25,8 @@ from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
 from ptacc.types.arguments import DEFAULT_STOP_CHECK_EVERY, EvalOptions, RunOptions, options_fingerprint
-from ptacc.types.outputs import EvalResult
+from ptacc.types.monitor import ValueNames
+from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Progress, RunPlan
 
 
@@ -106,8 +107,8 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         )
         return self._eval_sources(data, options["collate_fn"], eval_options, limit)
 
-    def _reported_names(self, set_names: Iterable[str]) -> frozenset[str]:
-        """Return the names of all values that the run will report."""
+    def _reported_names(self, set_names: Iterable[str]) -> ValueNames:
+        """Return the names of the values that the run may report."""
         result = EvalResult(0.0, dict.fromkeys(self.eval_value_names(), 0.0))
         train_names = self.train_value_names()
         eval_names = frozenset().union(*(result.values(name) for name in set_names))
@@ -116,7 +117,22 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 f"{type(self).__name__}: two values would be reported as {min(duplicates)!r}, one of training and one "
                 "of an evaluation. Give the metric, or the evaluation set, another name."
             )
-        return train_names | eval_names
+        return ValueNames(train_names | eval_names, frozenset(set_names), allow_logged=has_own_steps(type(self)))
+
+    def _check_evaluated_monitors(self, run: Run) -> None:
+        """Raise `MonitorError` if the first evaluation of all sets has not reported a value that is monitored."""
+        reported = self.train_value_names().union(*(r.values(name) for name, r in run.epoch.evaluations.items()))
+        for owner, monitor in () if run.has_checked_monitors else self.monitors():
+            if monitor.name not in reported and not monitor.name.startswith("train/"):
+                run.is_consistent = False  # the epoch may lack its record
+                raise_unreported(monitor, reported, owner)
+        run.has_checked_monitors = True
+
+    def _check_train_monitors(self, record: EpochRecord) -> None:
+        """Raise `MonitorError` if the first epoch has not reported a value of training that is monitored."""
+        for owner, monitor in self.monitors() if record.epoch == 1 and record.is_complete else ():
+            if monitor.name not in record.values() and monitor.name.startswith("train/"):
+                raise_unreported(monitor, record.values().keys(), owner)
 
     # ---- the length of the run
 
@@ -154,6 +170,12 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         total = progress.steps + steps_left
         limited = min(total, options["max_steps"] or total)
         return replace(plan, known_epochs=options["num_epochs"], known_total_steps=limited)
+
+
+def has_own_steps(trainer: type) -> bool:
+    """Return whether a class has steps that are not of this library, so that they may log values."""
+    own = [cls for cls in trainer.__mro__ if cls.__module__.partition(".")[0] != "ptacc"]
+    return any(step in vars(cls) for cls in own for step in ("train_step", "eval_step"))
 
 
 @contextlib.contextmanager

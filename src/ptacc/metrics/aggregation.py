@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, SupportsFloat
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.errors import OptionError
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.protocols import MetricLike, StateDict
+from ptacc.validation import value_text
 
 
 class GatheredMetric:
@@ -77,7 +81,10 @@ def compute_metrics(metrics: Mapping[str, MetricLike], distributed: DistributedR
         # A rank with padding batches only has had no update. Its empty state is right, but torchmetrics would warn.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         for name, metric in metrics.items():
-            values |= dict(flatten_value(name, metric.compute()))
+            for full_name, value in flatten_value(name, metric.compute()):
+                if full_name in values:
+                    raise OptionError(f"Two values of metrics are called {full_name!r}. Give a metric another name.")
+                values[full_name] = value
     return values
 
 
@@ -106,7 +113,10 @@ def pad_empty_list_states(metrics: Mapping[str, MetricLike], distributed: Distri
 
 
 def flatten_value(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Iterate over the numbers in the value of a metric: `name`, or `name/key` for each of several.
+    """Iterate over the numbers in the value of a metric: `name`, or `name/key` for each of several. None is NaN.
+
+    Raises:
+        OptionError: A value is not a number, such as a string.
 
     Example:
         >>> dict(flatten_value("f1", {"micro": torch.tensor(0.5), "each": torch.tensor([0.25, 0.75])}))
@@ -115,10 +125,17 @@ def flatten_value(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from flatten_value(f"{name}/{key}", part)
-    elif isinstance(value, Tensor) and value.dim() == 0:
-        yield name, float(value)
-    elif isinstance(value, Tensor | Sequence):
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        yield from flatten_value(name, value.tolist())  # one copy from the device
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for index, part in enumerate(value):
             yield from flatten_value(f"{name}/{index}", part)
-    else:
+    elif value is None:
+        yield name, math.nan
+    elif isinstance(value, SupportsFloat):
         yield name, float(value)
+    else:
+        raise OptionError(
+            f"The metric {name!r} gave a {type(value).__name__}, {value_text(value)}. The value of a metric must be a "
+            "number, None for NaN, or several of them in tensors, arrays, lists or dictionaries."
+        )

@@ -76,14 +76,25 @@ class MetricStates:
         Raises:
             CheckpointError: A state is that of another metric, or of one with other arguments.
         """
+        self._check(state_dict)
+        for path, metric in iterate_metrics(self._metrics):
+            load_metric_state(metric, deepcopy(state_dict[path]["values"]))
+        share_group_states(self._metrics)
+
+    def difference(self, state_dict: StateDict) -> str:
+        """Describe why these metrics cannot continue with a state, empty if they can."""
+        try:
+            self._check(state_dict)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    def _check(self, state_dict: StateDict) -> None:
         metrics = dict(iterate_metrics(self._metrics))
         if metrics.keys() != state_dict.keys():
             raise CheckpointError(f"The state has the metrics {[*state_dict]}, and the run {[*metrics]}. {REMEDY}")
         for path, metric in metrics.items():
             check_metric_state(metric, state_dict[path])
-        for path, metric in metrics.items():
-            load_metric_state(metric, deepcopy(state_dict[path]["values"]))
-        share_group_states(self._metrics)
 
 
 def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

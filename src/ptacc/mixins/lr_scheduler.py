@@ -39,7 +39,7 @@ class LRSchedulerMixin(Mixin):
             scheduler of timm counts steps or epochs as its own `t_in_epochs` says.
         scheduler_monitor: The value passed to `ReduceLROnPlateau.step`: a name or a `Monitor`.
 
-    Hooks: `on_run_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `around_run`.
+    Hooks: `on_run_start`, `on_step_end`, `on_evaluation_end`, `on_epoch_end`, `monitors`, `around_run`.
 
     Combines with: everything. The scheduler does not step when the gradient scaler skips a step.
 
@@ -107,6 +107,11 @@ class LRSchedulerMixin(Mixin):
         if record.is_complete:
             self.run[SCHEDULE].end_epoch()
         self._step_on_value(epoch_values(record))
+
+    @override
+    def monitors(self) -> tuple[tuple[object, Monitor], ...]:
+        needs_monitor = self.is_running and SCHEDULE in self.run and self.run[SCHEDULE].kind == "values"
+        return (*super().monitors(), *([(self, as_monitor(self.scheduler_monitor))] if needs_monitor else []))
 
     @override
     @contextlib.contextmanager

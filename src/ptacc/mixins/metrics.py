@@ -18,12 +18,11 @@ from ptacc.metrics.aggregation import compute_metrics, prepare_metrics
 from ptacc.metrics.state import MetricStates
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import BatchT, OutputT
-from ptacc.types.outputs import StepOutput
+from ptacc.types.outputs import RESERVED_NAMES, StepOutput
 from ptacc.types.protocols import MetricLike
 from ptacc.validation import value_text
 
 TRAIN_METRICS: StateKey[MetricStates] = StateKey("train_metrics", each_rank=True)
-RESERVED = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
 
 
 class MetricsMixin(BatchMixin[BatchT, OutputT]):
@@ -156,7 +155,7 @@ def check_metrics(owner: str, option: str, metrics: object) -> None:
 
 def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
     """Raise `OptionError` for names that the trainer reports already, and for names that two metrics report."""
-    if taken := RESERVED & metrics.keys():
+    if taken := RESERVED_NAMES & metrics.keys():
         raise OptionError(
             f"{owner}(metrics={{{min(taken)!r}: ...}}): every run reports a value of this name already. "
             "Give the metric another name."

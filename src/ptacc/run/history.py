@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.run.history_file import HistoryFile
+from ptacc.run.history_file import HistoryFile, to_json
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
@@ -85,6 +85,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
         self._logged: dict[str, tuple[float, int]] = {}
+        self._step_names: set[str] = set()
         self._file = None if file is None else HistoryFile(Path(file))
 
     @overload
@@ -128,12 +129,14 @@ class RunHistory(Sequence[EpochRecord]):
         unread, self._unread = self._unread, []
         if not unread:
             return
+        read, names = _read(unread, distributed)
         records = [
             StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
-            for result, (loss, logged) in zip(unread, _read(unread, distributed), strict=True)
+            for result, (loss, logged) in zip(unread, read, strict=True)
         ]
         self._steps.extend(records)
         self._write(("step", asdict(record)) for record in records)
+        self._step_names |= names
         for record in records:
             for name, value in record.logged.items():
                 total, count = self._logged.get(name, (0.0, 0))
@@ -147,6 +150,7 @@ class RunHistory(Sequence[EpochRecord]):
             "steps": json.dumps([STEP_FIELDS(step) for step in self._steps]),  # faster than a thousand dicts
             "initial": {name: asdict(result) for name, result in self.initial.items()},
             "logged": dict(self._logged),
+            "step_names": sorted(self._step_names),
             "file": None if self._file is None else self._file.state_dict(),
         }
 
@@ -161,12 +165,14 @@ class RunHistory(Sequence[EpochRecord]):
         self._epochs = [_decode_epoch(epoch) for epoch in state_dict["epochs"]]
         self._steps = deque((StepRecord(*row) for row in json.loads(state_dict["steps"])), STEPS_IN_MEMORY)
         self.initial = _decode_results(state_dict["initial"])
-        self._logged = dict(state_dict["logged"])
+        self._logged, self._step_names = dict(state_dict["logged"]), set(state_dict["step_names"])
 
-    def pop_logged_means(self) -> dict[str, float]:
-        """Return the means of the logged values over the steps read since the last call."""
-        logged, self._logged = self._logged, {}
-        return {name: total / count for name, (total, count) in logged.items()}
+    def pop_logged_means(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the means over the steps read since the last call: of what hooks logged, and of what steps logged."""
+        means = {name: total / count for name, (total, count) in self._logged.items()}
+        by_steps = {name: means.pop(name) for name in [*means] if name in self._step_names}
+        self._logged = {}
+        return means, by_steps
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return the epochs as columns by name; NaN where an epoch has no such value."""
@@ -178,7 +184,7 @@ class RunHistory(Sequence[EpochRecord]):
         """Write the steps in memory and the epochs to `path`, one JSON object per line."""
         records = [("step", asdict(step)) for step in self._steps] + [("epoch", asdict(epoch)) for epoch in self]
         with Path(path).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records)
+            file.writelines(to_json({"kind": kind, **record}) + "\n" for kind, record in records)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the epochs as a data frame, one row each.
@@ -199,9 +205,16 @@ class RunHistory(Sequence[EpochRecord]):
             self._file.append(records)
 
 
-def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list[tuple[float, dict[str, float]]]:
-    """Return the losses and the logged values of steps: one copy from the device, averaged over the ranks."""
-    names = sorted(set[str]().union(*distributed.gather({name for result in unread for name in result.logged})))
+def _read(
+    unread: Sequence[StepResult], distributed: DistributedRuntime
+) -> tuple[list[tuple[float, dict[str, float]]], set[str]]:
+    """Return the losses and the logged values of steps: one copy from the device, averaged over the ranks.
+
+    The names of the values that `train_step` logged are returned, too.
+    """
+    own = {(name, name in result.weights) for result in unread for name in result.logged}
+    all_names = set[tuple[str, bool]]().union(*distributed.gather(own))
+    names = sorted({name for name, _ in all_names})
     cells = [(i, name) for i in range(len(unread)) for name in names]
     losses = torch.stack([result.loss for result in unread]).to(torch.float64)
     logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
@@ -215,7 +228,7 @@ def _read(unread: Sequence[StepResult], distributed: DistributedRuntime) -> list
     for (i, name), value, weight in zip(cells, sums[first:last], sums[last:], strict=True):
         if weight:
             read[i][1][name] = value / weight
-    return read
+    return read, {name for name, is_from_step in all_names if is_from_step}
 
 
 def _decode_epoch(state: Mapping[str, Any]) -> EpochRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 from ptacc.errors import DamagedCheckpointError
 from ptacc.types.protocols import StateDict
+
+INFINITY = "\0infinity"
+"""Marks an infinity in text that becomes JSON."""
 
 
 class HistoryFile:
@@ -31,7 +35,7 @@ class HistoryFile:
 
     def append(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Append records, each with its kind."""
-        text = "".join(json.dumps({"kind": kind, **record}) + "\n" for kind, record in records).encode()
+        text = "".join(to_json({"kind": kind, **record}) + "\n" for kind, record in records).encode()
         directories = [*directories_to_sync(self._path)] if self._start is None else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
@@ -75,6 +79,29 @@ class HistoryFile:
                 f"{self._path} is missing, and the saved run has written {self._length} bytes to it. Put it back, or "
                 "waive it: resume_ignore={'history'} starts a new one."
             ) from None
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Return a record as JSON. NaN is null and infinity 1e999, which readers of JSON take for infinity.
+
+    Example:
+        >>> to_json({"loss": math.nan, "grad_norm": -math.inf})
+        '{"loss": null, "grad_norm": -1e999}'
+    """
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:
+        text = json.dumps(mark_non_finite(record))
+        return text.replace(json.dumps(INFINITY), "1e999").replace(json.dumps(f"-{INFINITY}"), "-1e999")
+
+
+def mark_non_finite(value: Any) -> Any:
+    """Replace NaN by None, and infinities by a mark, in nested mappings of numbers."""
+    if isinstance(value, Mapping):
+        return {key: mark_non_finite(part) for key, part in value.items()}
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else INFINITY if value > 0 else f"-{INFINITY}"
 
 
 def directories_to_sync(path: Path) -> Iterator[Path]:

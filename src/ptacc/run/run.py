@@ -21,6 +21,7 @@ from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
 from ptacc.run.window import Window
 from ptacc.types.aliases import T
 from ptacc.types.arguments import RunOptions, max_seconds
+from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
 from ptacc.types.protocols import StateDict
@@ -41,7 +42,7 @@ class Run:
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
         consensus: Votes of the ranks on stopping.
         accumulation_steps: Batches of a step on each rank.
-        value_names: Names of the reported values.
+        value_names: Names of the values that it may report.
         invariants: What must be the same when the run is resumed, by name.
         resume_state: The saved run that this run resumes; None for a new run.
         evaluated_at: Progress at the last evaluation of all sets.
@@ -49,6 +50,7 @@ class Run:
         partial_evaluation: Results of the sets evaluated so far, in an evaluation that is in progress or interrupted.
         is_consistent: Whether the run is between two steps, with nothing of the next step done, and can be saved.
         is_scheduled_evaluation: Whether the evaluation in progress is the loop's own. False if a hook evaluates.
+        has_checked_monitors: Whether an evaluation has reported all values of evaluations that are monitored.
         exit_code: Exit code of the process, if a signal ended the run.
     """
 
@@ -63,7 +65,7 @@ class Run:
     history: RunHistory
     consensus: StopConsensus
     accumulation_steps: int
-    value_names: frozenset[str]
+    value_names: ValueNames
     invariants: Mapping[str, str]
     resume_state: ResumeState | None = None
     epoch: EpochState = field(init=False)
@@ -73,6 +75,7 @@ class Run:
     partial_evaluation: dict[str, EvalResult] = field(default_factory=dict)
     is_consistent: bool = False
     is_scheduled_evaluation: bool = False
+    has_checked_monitors: bool = False
     is_over: bool = False
     exit_code: int | None = None
     _skipped_steps: int = 0
@@ -176,7 +179,9 @@ class Run:
 
     def make_epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
         """Return the record of the epoch. A collective."""
-        losses = self.epoch.losses
+        losses, (logged, means) = self.epoch.losses, self.history.pop_logged_means()
+        if taken := means.keys() & metrics.keys():
+            raise LossError(f"train_step: logged[{min(taken)!r}] has the name of a training metric. Give it another.")
         (total,) = self.distributed.sum([float(losses.total)])
         return EpochRecord(
             epoch=number,
@@ -187,8 +192,8 @@ class Run:
             learning_rate=float(self.epoch.learning_rate),
             is_complete=self.epoch.is_counted,
             evaluations=dict(self.epoch.evaluations),
-            logged=self.history.pop_logged_means(),
-            train_metrics=metrics,
+            logged=logged,
+            train_metrics={**means, **metrics},
         )
 
     def current_values(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic
@@ -12,6 +12,7 @@ from torch import Tensor
 from ptacc.data.batch import HostBatch
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError, LossError
+from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.aliases import BatchT
 from ptacc.types.outputs import StepOutput
 
@@ -28,7 +29,7 @@ class Window(Generic[BatchT]):
     """
 
     batches: list[HostBatch[BatchT]]
-    counts: list[int]
+    counts: list[float]
     total: float
     replicas: int
 
@@ -63,10 +64,10 @@ def divide(value: Tensor, weight: float, total: float) -> Tensor:
 def make_windows(
     batches: Iterator[HostBatch[BatchT]],
     size: int,
-    count_items: Callable[[BatchT], int],
+    count_items: Callable[[BatchT], float],
     distributed: DistributedRuntime,
     *,
-    items_are_samples: bool,
+    items_are_samples: Callable[[BatchT], bool],
 ) -> Iterator[Window[BatchT]]:
     """Group batches into windows of `size`, of which the last may be smaller, and count their items.
 
@@ -75,15 +76,17 @@ def make_windows(
         size: Batches per window.
         count_items: Returns the items of a batch, on the host.
         distributed: The ranks. They sum their counts, unless the total follows from the partition of the samples.
-        items_are_samples: Whether the items of a batch are its samples, so that it does.
+        items_are_samples: Returns whether the items of a batch are its samples, so that it does.
     """
     while window := list(islice(batches, size)):
         counts = [0 if batch.is_padding else count_items(batch.data) for batch in window]
+        are_samples = items_are_samples(window[0].data)
+        if are_samples:
+            check_counts(window, counts)
         if distributed.is_single_process:
             total: float = sum(counts)
-        elif items_are_samples and all(batch.total is not None for batch in window):
+        elif are_samples and all(batch.total is not None for batch in window):
             total = sum(batch.total or 0 for batch in window)
-            check_counts(window, counts)
         else:
             (total,) = distributed.sum([sum(counts) if distributed.is_replica_leader else 0])
         if not total:
@@ -94,11 +97,18 @@ def make_windows(
         yield Window(window, counts, total, distributed.replicas)
 
 
-def check_counts(window: list[HostBatch[Any]], counts: list[int]) -> None:
-    """Raise `DataError` if the items of a batch are not its samples."""
-    for batch, count in zip(window, counts, strict=True):
-        if count != batch.samples:
+def check_counts(batches: Iterable[HostBatch[Any]], counts: Iterable[float]) -> None:
+    """Raise `DataError` if the items of a batch are not its samples.
+
+    A collate function may leave samples out. All tensors of such a batch have the same number of items.
+    """
+    for batch, count in zip(batches, counts, strict=True):
+        if batch.samples in (None, count) or batch.is_padding:
+            continue
+        sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
+        if batch.total is not None or sizes != {count}:
             raise DataError(
-                f"A batch of {batch.samples} samples holds {count} items. Override count_items to say what the loss "
-                "is a mean over."
+                f"A batch of {batch.samples} samples holds {count:g} items: the size of its first tensor, without "
+                "targets that the loss ignores. Override count_items(self, batch) to return what the loss is a mean "
+                "over, such as `len(batch[1])` or `int((batch[1] != -100).sum())`."
             )

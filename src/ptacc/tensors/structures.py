@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import TypeVar
 
 from ptacc.errors import DataError
@@ -91,14 +92,17 @@ def iterate_leaves(structure: object, path: str = "") -> Iterator[tuple[str, obj
 
 
 def leading_dimension(batch: object) -> int:
-    """Return the size of the first dimension of the first tensor in `batch`.
+    """Return the size of the first dimension of the first tensor in `batch`; of a `PackedSequence`, its sequences.
 
     Raises:
         DataError: The batch contains no tensor with a dimension.
     """
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if isinstance(first, Tensor) and first.dim():  # fast, for most batches
+    if isinstance(first, Tensor) and first.dim() and not isinstance(batch, PackedSequence):  # fast, for most batches
         return first.shape[0]
+    for part in (batch, first):
+        if isinstance(part, PackedSequence):
+            return int(part.batch_sizes[0])
     for tensor in iterate_tensors(batch):
         if tensor.dim():
             return tensor.shape[0]
@@ -106,11 +110,6 @@ def leading_dimension(batch: object) -> int:
         f"count_items: a batch of type {type(batch).__name__} holds no tensor whose leading dimension could be "
         "counted. Override count_items(self, batch) to return the number of items that its loss is a mean over."
     )
-
-
-def split_samples(outputs: NestedT, count: int) -> list[NestedT]:
-    """Split the outputs of a batch of `count` samples into one for each sample."""
-    return [map_tensors(lambda tensor, i=i: tensor[i], outputs) for i in range(count)]  # type: ignore[misc]  # i is an int
 
 
 def to_host(tensor: Tensor) -> Tensor:

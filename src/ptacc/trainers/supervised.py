@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import field
 
 from torch import Tensor
 from typing_extensions import override
 
+from ptacc.core.callback import overrides
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.loop import TrainingLoop
+from ptacc.trainers.loss_items import LossItems
 from ptacc.types.aliases import Pair, PairSample
 from ptacc.types.outputs import StepOutput
 
@@ -17,7 +20,9 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
     """Trains a model on batches `(inputs, targets)` with a loss function of its outputs and the targets.
 
     Options:
-        loss_func: Returns the mean loss of a batch, a scalar, from `(outputs, targets)`.
+        loss_func: Returns the mean loss of a batch, a scalar, from `(outputs, targets)`. The items of torch's
+            cross-entropy and negative log-likelihood are the targets that are not ignored, times the weights of their
+            classes. The items of other losses are samples.
 
     Hooks: `compute_train_loss` and `compute_eval_loss`. They are separate, so that label smoothing or mixup in training
     does not affect evaluation.
@@ -36,6 +41,7 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
     """
 
     loss_func: Callable[[Tensor, Tensor], Tensor]
+    _known_loss: LossItems | None = field(init=False, default=None)
 
     @override
     def check_options(self) -> None:
@@ -44,6 +50,7 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
                 f"{type(self).__name__}(loss_func={self.loss_func!r}): must be a function of (outputs, targets), "
                 "such as nn.CrossEntropyLoss()."
             )
+        check_mean(self, self._loss_items)
 
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a training batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
@@ -52,6 +59,25 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
     def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of an evaluation batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
         return self.loss_func(outputs, targets)
+
+    @override
+    def count_items(self, batch: Pair) -> float:
+        """Return the number of items that the loss of a batch is a mean over. A default hook.
+
+        Items are the targets that a class loss of torch does not ignore, with their weights; for other losses, samples.
+        """
+        count = self._loss_items.count(batch)
+        return super().count_items(batch) if count is None else count
+
+    @override
+    def _items_are_samples(self, batch: Pair) -> bool:
+        return not overrides(self, Trainer, "count_items") and self._loss_items.are_samples(batch)
+
+    @property
+    def _loss_items(self) -> LossItems:
+        if self._known_loss is None or self._known_loss.loss_func is not self.loss_func:
+            self._known_loss = LossItems(self.loss_func)
+        return self._known_loss
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
@@ -79,6 +105,26 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
                 f"{describe(batch)}. Give a collate_fn that makes pairs, or derive from TrainingLoop for batches of "
                 "your own."
             )
+
+
+def check_mean(trainer: Trainer, items: LossItems) -> None:
+    """Raise `OptionError` if the loss is not a mean, or if it is unknown what it is a mean over."""
+    owner = type(trainer).__name__
+    is_used = [
+        not overrides(trainer, Trainer, f"compute_{kind}_loss") and not overrides(trainer, Trainer, f"{kind}_step")
+        for kind in ("train", "eval")
+    ]
+    if items.reduction in ("sum", "none") and any(is_used):
+        raise OptionError(
+            f"{owner}(loss_func=...): the loss has reduction={items.reduction!r}, and must be a mean over the batch. "
+            "Leave reduction out, or derive from TrainingLoop and return StepOutput.from_sum(loss_sum, ...)."
+        )
+    if items.is_selective and not all(is_used) and not overrides(trainer, Trainer, "count_items"):
+        raise OptionError(
+            f"{owner}: loss_func weights or ignores classes, and {owner} computes a loss of its own. Override "
+            "count_items(self, batch) to return what that loss is a mean over: `return super().count_items(batch)` if "
+            "it is the same as for loss_func, and `return len(batch[1])` if it is the samples."
+        )
 
 
 def describe(batch: object) -> str:

@@ -39,6 +39,33 @@ class Monitor:
         return math.isnan(than) or (value < than if self.mode == "min" else value > than)
 
 
+@dataclass(frozen=True, slots=True)
+class ValueNames:
+    """The names of the values that a run may report.
+
+    Args:
+        declared: Names that are known at the start. A metric with several values reports `name/key` instead.
+        eval_sets: Names of the evaluation sets, empty for a single set without a name.
+        allow_logged: Whether steps may log further values.
+
+    Example:
+        >>> names = ValueNames(frozenset({"train_loss", "eval_loss", "f1"}), frozenset({""}), allow_logged=False)
+        >>> names.allow("f1/0"), names.allow("kl")
+        (True, False)
+    """
+
+    declared: frozenset[str]
+    eval_sets: frozenset[str]
+    allow_logged: bool
+
+    def allow(self, name: str) -> bool:
+        """Return whether the run declares a value of this name, or may report one that it does not declare."""
+        if name in self.declared or any(name.startswith(f"{known}/") for known in self.declared):
+            return True
+        prefixes = ["train/", *(f"{eval_set}/" if eval_set else "" for eval_set in self.eval_sets)]
+        return self.allow_logged and name.startswith(tuple(prefixes))
+
+
 def as_monitor(monitor: str | Monitor, mode: Mode = "min") -> Monitor:
     """Return the monitor of a name and `mode`. A monitor is returned as it is, with its own mode."""
     return monitor if isinstance(monitor, Monitor) else Monitor(monitor, mode)

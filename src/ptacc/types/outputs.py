@@ -13,6 +13,9 @@ from ptacc.types.aliases import (
     OutputT_co,
 )
 
+RESERVED_NAMES = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
+"""Names of values that every run reports."""
+
 # ---- what a step returns
 
 
@@ -24,7 +27,8 @@ class StepOutput(Generic[OutputT_co]):
         loss: Scalar, the mean over the batch's items (or their sum, see `from_sum`), with its graph in training.
         outputs: What metrics and predictions need, such as logits `(items, classes)`.
         logged: Further scalars to report, each a mean over the batch's items. They are averaged over all items of
-            the step, and are copied from the device together with the history.
+            the step, and are copied from the device together with the history. Those of `eval_step` are averaged over
+            all items of the evaluation, and are among its metrics.
         is_sum: Whether `loss` is a sum over the batch's items. Set by `from_sum`.
 
     Example:
@@ -58,7 +62,7 @@ class EvalResult:
 
     Args:
         loss: Mean over all items of the data, each counted once.
-        metrics: Values of the metrics by name.
+        metrics: Values of the metrics by name, and means of what `eval_step` logged.
     """
 
     loss: float
@@ -120,8 +124,8 @@ class EpochRecord:
         learning_rate: Learning rate of the first parameter group at the epoch's last step.
         is_complete: False if the run ended within the epoch.
         evaluations: The last evaluation of each set in this epoch, by name (`""` for a single set without a name).
-        logged: Means of the steps' logged values, such as `grad_norm`.
-        train_metrics: Metrics over the training batches.
+        logged: Means over the steps of what hooks logged, such as `grad_norm`.
+        train_metrics: Metrics over the training batches, and means over the steps of what `train_step` logged.
     """
 
     epoch: int

@@ -1,0 +1,97 @@
+"""What torch's losses are means over: for losses of class indices, the targets they do not ignore, with weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
+OPTIONS: dict[str, Any] = {"reduction": "mean", "weight": None, "ignore_index": -100}
+"""Options that determine what a loss is a mean over, with torch's defaults."""
+
+
+class LossItems:
+    """Counts the items that a loss is a mean over.
+
+    Args:
+        loss_func: Any loss. Torch's modules and functions are known, and `partial`s of functions.
+
+    Attributes:
+        reduction: The reduction of a known loss. Other losses are taken for means.
+        is_selective: Whether the loss gives classes weights, or ignores one of them.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
+    """
+
+    def __init__(self, loss_func: object) -> None:
+        self.loss_func = loss_func
+        function, options = resolve_loss(loss_func)
+        self.reduction: str = options["reduction"]
+        self._has_classes = function in CLASS_LOSSES
+        self._options, self._ignored = options, options["ignore_index"]
+        self.is_selective: bool = self._has_classes and (options["weight"] is not None or self._ignored >= 0)
+        self._weights: tuple[Tensor, int, Tensor] | None = None
+
+    def class_indices(self, batch: object) -> Tensor | None:
+        """Return the targets of a batch if its loss is a mean over them. Of probabilities, it is one over samples."""
+        if not (self._has_classes and isinstance(batch, tuple | list) and len(batch) == 2):
+            return None
+        targets = batch[1]
+        is_indices = isinstance(targets, Tensor) and targets.dim() and not targets.is_floating_point()
+        return targets if is_indices else None
+
+    def are_samples(self, batch: object) -> bool:
+        """Return whether the items of a batch are its samples, unless the loss ignores some of them."""
+        return self.is_selective is False and ((targets := self.class_indices(batch)) is None or targets.dim() == 1)
+
+    def count(self, batch: object) -> float | None:
+        """Return the number of targets that the loss does not ignore, or the sum of their weights; None if unknown.
+
+        Targets on an accelerator are read only if each sample has several, or if the loss is selective.
+        """
+        if (targets := self.class_indices(batch)) is None:
+            return None
+        if self.are_samples(batch) and not has_negative(targets):
+            return len(targets)
+        is_counted = targets != self._ignored
+        if self._options["weight"] is None:
+            return int(is_counted.sum())
+        return float(self._host_weights().to(targets.device)[targets[is_counted]].sum(dtype=torch.float64))
+
+    def _host_weights(self) -> Tensor:
+        """Return the weights on the host, where they are copied again only after they changed."""
+        module = self.loss_func if isinstance(self.loss_func, nn.CrossEntropyLoss | nn.NLLLoss) else None
+        weight: Tensor = self._options["weight"] if module is None or module.weight is None else module.weight
+        known = self._weights
+        if known is None or known[0] is not weight or known[1] != weight._version:  # noqa: SLF001
+            self._weights = known = (weight, weight._version, weight.detach().cpu())  # noqa: SLF001
+        return known[2]
+
+
+def has_negative(targets: Tensor) -> bool:
+    """Return whether integers on the host have negative ones among them. Those on a device are not read."""
+    return targets.is_cpu and targets.numel() > 0 and bool(np.from_dlpack(targets).min() < 0)
+
+
+def resolve_loss(loss_func: object) -> tuple[object, dict[str, Any]]:
+    """Return the class or the function of a loss, and its `OPTIONS` if it is one of torch's.
+
+    Example:
+        >>> function, options = resolve_loss(functools.partial(functional.mse_loss, reduction="sum"))
+        >>> function.__name__, options["reduction"]
+        ('mse_loss', 'sum')
+    """
+    if isinstance(loss_func, functools.partial):
+        function, options = resolve_loss(loss_func.func)
+        return function, options | {name: value for name, value in loss_func.keywords.items() if name in options}
+    if not isinstance(loss_func, nn.Module):
+        return loss_func, dict(OPTIONS)
+    is_torch = type(loss_func).__module__ == nn.CrossEntropyLoss.__module__
+    return type(loss_func), {
+        name: getattr(loss_func, name, value) if is_torch else value for name, value in OPTIONS.items()
+    }
