@@ -91,7 +91,7 @@ KINDS: dict[str, Callable[[], DataLoader[Any]]] = {
 
 class Plain(CheckpointMixin, SeedMixin, Trainer):
     seed: int | None = 5
-    seen: list[Any] = field(init=False, default_factory=list)
+    seen: list[Any] = field(init=False, metadata={"saved": False}, default_factory=list)
 
     @override
     def train_step(self, batch: Sample) -> StepOutput[Tensor]:

@@ -41,7 +41,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 class Elastic(CheckpointMixin, EMAMixin, MetricsMixin, SeedMixin, Trainer):
     seed: int | None = SEED
     ema_decay: float = 0.5
-    seen: list[list[int]] = field(init=False, default_factory=list)
+    seen: list[list[int]] = field(init=False, metadata={"saved": False}, default_factory=list)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:

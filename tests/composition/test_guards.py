@@ -490,14 +490,15 @@ def test_a_near_miss_of_an_option_is_refused(body: dict[str, object]) -> None:
         type("Mine", (GradClipMixin, Trainer), body)
 
 
-def test_an_option_whose_name_continues_another_is_accepted() -> None:
+def test_an_option_with_a_name_of_its_own_is_accepted() -> None:
     class Mine(Trainer):
         optimizers: Sequence[Optimizer] = ()
         model_b: nn.Module | None = None
+        mode: str = "fast"  # a short word, such as `model`
 
         class Model(nn.Module): ...
 
-    assert {"optimizers", "model_b"} <= option_names(Mine)
+    assert {"optimizers", "model_b", "mode"} <= option_names(Mine)
 
 
 def test_an_option_may_have_the_prefix_of_hooks() -> None:

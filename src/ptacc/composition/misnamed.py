@@ -65,6 +65,10 @@ EVENTS_ELSEWHERE = _invert(
 """Events of other trainers, each with its name here."""
 
 
+MIN_LETTERS = 8
+"""Shorter names have neighbours that are words of their own, such as `seed` and `seen`."""
+
+
 def find_near_miss(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that differs from `name` by one typing error, in case or in underscores; None without.
 
@@ -78,7 +82,8 @@ def find_near_miss(name: str, known: Iterable[str]) -> str | None:
     """
     if name.startswith("_"):
         return None
-    return next((other for other in sorted(known) if other != name and _is_near(_letters(name), _letters(other))), None)
+    long = (other for other in sorted(known) if len(_letters(other)) >= MIN_LETTERS and other != name)
+    return next((other for other in long if _is_near(_letters(name), _letters(other))), None)
 
 
 def _letters(name: str) -> str:

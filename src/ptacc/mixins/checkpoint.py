@@ -25,6 +25,7 @@ from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
+from ptacc.checkpoint.unsaved import warn_of_unsaved_states
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
@@ -256,6 +257,8 @@ class CheckpointMixin(Mixin):
     def on_epoch_start(self) -> None:
         super().on_epoch_start()
         if not self.progress.steps:  # a run that cannot be saved fails at its start
+            if not self.is_isolated:
+                warn_of_unsaved_states(self)
             shared, own = collect_parts(self)
             check_storable([*shared, *own])
 

@@ -30,7 +30,7 @@ TRAINER_RANGES = {
 ENGINE_RANGES = {"update": "ptacc/optimizer"}
 """Methods that the loop calls, each with the name of its range in the trace."""
 
-PROFILER: StateKey[StepProfiler] = StateKey("profiler")
+PROFILER: StateKey[StepProfiler] = StateKey("profiler", saved=False)
 
 
 class ProfilerMixin(Mixin):
