@@ -34,7 +34,7 @@ def _unsaved_states(trainer: TrainerCore) -> Iterator[str]:
     for key, state in trainer.run.states():
         if key.saved and not isinstance(state, Stateful):
             yield f"the state {key.name!r}, a {type(state).__name__}"
-    fields: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(trainer)}  # type: ignore[arg-type]
+    fields: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(trainer)}
     for name in {**fields, **vars(trainer)}:
         field = fields.get(name)
         is_declared = field is not None and (field.init or not field.metadata.get("saved", True))
