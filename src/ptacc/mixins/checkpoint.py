@@ -25,8 +25,8 @@ from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
-from ptacc.checkpoint.unsaved import warn_of_unsaved_states
 from ptacc.core.hooks import Mixin
+from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState, StateKey

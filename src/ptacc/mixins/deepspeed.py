@@ -76,6 +76,12 @@ class DeepSpeedMixin(Mixin):
                 f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, with GradClipMixin."
             )
 
+        if names := os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
+            raise LaunchError(
+                f"The launch sets ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES={names}, which {type(self).__name__} does "
+                "not support. Leave it out."
+            )
+
     @override
     def make_engine(self) -> Engine:
         """Partition the model and the optimizer's state. A collective.
