@@ -29,6 +29,7 @@ from ptacc.core.hooks import Mixin
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
+from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
@@ -121,6 +122,9 @@ class CheckpointMixin(Mixin):
                 raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
+        self.checkpoint_dir = fix_path(self.checkpoint_dir)
+        if not isinstance(self.resume, bool):
+            self.resume = fix_path(self.resume)
 
     def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -201,6 +205,10 @@ class CheckpointMixin(Mixin):
     def _find(self) -> str | None:
         is_first = self._state.num_runs == 1
         return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
+
+    @override
+    def _make_history_file(self, path: Path) -> HistoryFile:
+        return HistoryFile(path, self._store().directory, may_start_over=self.resume is True)
 
     def _store(self) -> CheckpointStore:
         directory = make_absolute(parse_path(self.checkpoint_dir))
@@ -300,3 +308,9 @@ def check_path(owner: str, name: str, value: str | Path) -> None:
         parse_path(value)
     except OptionError as error:
         raise OptionError(f"{owner}({name}={value!r}): {error}") from error
+
+
+def fix_path(value: str | Path) -> str | Path:
+    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`."""
+    path = make_absolute(parse_path(value))
+    return path if isinstance(value, str) else Path(path)

@@ -83,10 +83,10 @@ class Run:
     def __post_init__(self) -> None:
         self._max_seconds = max_seconds(self.options)
         self.begin_epoch()
-        if self.resume_state is None:
-            self.history.begin(self.seed, self.plan)
-        else:
+        if self.resume_state is not None:
             self._restore(self.resume_state)
+        if self.resume_state is None or self.resume_state.shared["history"]["file"] is None:
+            self.history.begin(self.seed, self.plan)
 
     @property
     def model(self) -> nn.Module:
