@@ -71,7 +71,7 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
-        resume_ignore=despite,
+        resume_ignore={*despite, "stop"},
         train_metrics={"accuracy": MulticlassAccuracy(2)} if metrics else {},
     )
     loader = DataLoader(data, batch_size=batch_size, shuffle=data is DATA)

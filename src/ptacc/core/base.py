@@ -136,7 +136,8 @@ class TrainerBase(Composable):
     def stop(self, reason: str) -> None:
         """Request the end of the run after the current step.
 
-        All ranks end at the same step, and `history.stop_reason` is `reason`.
+        All ranks end at the same step, and `history.stop_reason` is `reason`. A run that is resumed stays stopped,
+        unless `resume_ignore` contains `"stop"`.
         """
         self.run.request_stop(reason)
 

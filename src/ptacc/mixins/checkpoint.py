@@ -64,7 +64,8 @@ class CheckpointMixin(Mixin):
             is saved at its end.
         resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
             for the first run of the trainer.
-        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
+        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack. `"stop"`
+            continues a run that `trainer.stop()` has stopped.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
         keep_every: Keep checkpoints whose step is a multiple of this. A checkpoint is kept if any of the three options
@@ -200,7 +201,9 @@ class CheckpointMixin(Mixin):
         directory, name = split_path(found)
         store = open_store(directory, self.checkpoint_key)
         self._resumption = Resumption.read(store, name, self.distributed.rank, self.distributed.world_size)
-        return self._resumption.resume_state(with_file="history" not in self.resume_ignore)
+        return self._resumption.resume_state(
+            with_file="history" not in self.resume_ignore, with_stop="stop" not in self.resume_ignore
+        )
 
     def _find(self) -> str | None:
         is_first = self._state.num_runs == 1
