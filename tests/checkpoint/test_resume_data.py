@@ -125,6 +125,7 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
+        resume_ignore={"stop"},
     )
     history = trainer.train(
         loader, Augmented(5), num_epochs=3, max_steps=13, stop_check_every=1, data_is_sharded=data_is_sharded
