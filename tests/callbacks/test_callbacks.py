@@ -1,6 +1,6 @@
 import io
-import sys
 import math
+import sys
 from typing import Any
 
 import pytest
