@@ -401,6 +401,7 @@ OF_OTHERS = {
     "val_dataloader": "make_eval_dataloader",
     "configure_optimizers": "optimizer_slots",
     "create_scheduler": "LRSchedulerMixin",
+    "optimizer_step": "make_engine",
     "update_metrics": "MetricsMixin",
     "on_train_epoch_end": "on_epoch_end",
     "on_train_begin": "on_run_start",

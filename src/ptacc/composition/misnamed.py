@@ -28,6 +28,8 @@ METHODS_ELSEWHERE = _invert(
         "the option `create_scheduler` of LRSchedulerMixin": "create_scheduler lr_scheduler_step scheduler_step",
         "the option `max_grad_norm` of GradClipMixin or the hook `on_gradients_ready`": "clip_gradients "
         "configure_gradient_clipping",
+        "an engine from `make_engine`, or the hooks `on_gradients_ready` and `on_step_end`": "optimizer_step "
+        "optimizer_zero_grad",
         "the argument `model`": "configure_model configure_sharded_model",
         "the method `to` of the batch's class": "transfer_batch_to_device _prepare_inputs _prepare_input",
         "a hook of MetricsMixin, which has to be among the bases": "update_metrics",
