@@ -133,7 +133,8 @@ def test_a_run_that_left_no_checkpoint_starts_its_file_over(tmp_path: Path, left
         file.write_bytes(left)  # what a loss of power left of the first line
     Saving(**tiny_parts(), **options).train(tiny_data(), num_epochs=1)
     assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["run", *["step"] * 3, "epoch"]
-    other = Saving(**tiny_parts(), **{**options, "checkpoint_dir": tmp_path / "other"})
+    options["checkpoint_dir"] = tmp_path / "other"
+    other = Saving(**tiny_parts(), **options)
     with pytest.raises(OptionError, match="belongs to another run"):
         other.train(tiny_data(), num_epochs=1)
 
@@ -144,7 +145,8 @@ def test_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatc
     names = ("checkpoint_dir", "resume", "profile_dir", "history_file", "deepspeed_config")
     (tmp_path / "deepspeed_config").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    trainer = All(**tiny_parts(), **{name: name for name in names})  # type: ignore[arg-type]
+    paths: dict[str, Any] = {name: name for name in names}
+    trainer = All(**tiny_parts(), **paths)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert {name: str(getattr(trainer, name)) for name in names} == {name: str(tmp_path / name) for name in names}
