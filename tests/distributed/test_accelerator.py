@@ -17,7 +17,7 @@ from accelerate.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from ptacc import AcceleratorBuilder, AMPMixin, FSDPMixin, Mixin, Trainer
+from ptacc import AcceleratorBuilder, AMPMixin, DeepSpeedMixin, FSDPMixin, Mixin, Trainer
 from ptacc.distributed.accelerator import release_accelerator
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.testing import tiny_data, tiny_parts
@@ -130,6 +130,14 @@ def test_a_launch_with_a_setting_of_fsdp_that_the_trainer_lacks_is_refused(
         monkeypatch.setenv(name, launched)
     with pytest.raises(LaunchError, match=r"The launch sets .*Sharded"):
         Sharded(**tiny_parts()).train(tiny_data(), num_epochs=1)
+
+
+def test_a_launch_of_deepspeed_with_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Partitioned(DeepSpeedMixin, Trainer): ...
+
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "Experts")
+    with pytest.raises(LaunchError, match="MOE_LAYER_CLS_NAMES=Experts, which Partitioned does not support"):
+        Partitioned(**tiny_parts()).train(tiny_data(), num_epochs=1)
 
 
 # ---- equal settings

@@ -1,6 +1,5 @@
 """When a run is saved, which checkpoints are kept, how a run resumes, and what is refused."""
 
-import contextlib
 import math
 import os
 import signal
@@ -304,8 +303,7 @@ def test_resume_continues_a_saved_run_or_starts_a_new_one(tmp_path: Path) -> Non
     assert (noting.loaded, second.progress.steps) == (["step-00000003"], 6)
     assert torch.equal(weights(second), weights(uninterrupted))
     assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in uninterrupted.history]
-    with nothing_trained("is complete"):
-        third = train(tmp_path / "run", resume=True)
+    third = train(tmp_path / "run", resume=True)
     assert torch.equal(weights(third), weights(uninterrupted))
     assert names(tmp_path / "run") == [3, 6]
 
@@ -328,8 +326,7 @@ def test_each_run_of_a_trainer_has_its_own_directory(tmp_path: Path) -> None:
 
     uninterrupted = script(2)
     assert (names(tmp_path / "run"), names(tmp_path / "run" / "run-2")) == ([3, 6], [3, 6])
-    with nothing_trained("is complete"):
-        again = script(2)
+    again = script(2)
     assert torch.equal(weights(again), weights(uninterrupted))
 
 
@@ -354,15 +351,13 @@ def test_a_run_without_an_intact_checkpoint_does_not_start_silently(tmp_path: Pa
         train(tmp_path, resume=True)
 
 
-def nothing_trained(message: str) -> contextlib.AbstractContextManager[object]:
-    return pytest.warns(UserWarning, match=rf"Saving.train\(\): the run {message}.*so nothing was trained")
-
-
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(tmp_path: Path, step: int) -> None:
+def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(
+    tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped = train(tmp_path / "run", callbacks=[At(step, lambda trainer: trainer.stop("enough"))])
-    with nothing_trained(rf"was stopped \(enough\) after {step} steps"):
-        again = train(tmp_path / "run", resume=True, num_epochs=9)
+    again = train(tmp_path / "run", resume=True, num_epochs=9)
+    assert f"the run was stopped (enough) after {step} steps, so nothing was trained" in capsys.readouterr().out
     assert (again.history.stop_reason, again.progress.steps) == ("enough", step)
     assert torch.equal(weights(again), weights(stopped))
     assert [epoch.values() for epoch in again.history] == [epoch.values() for epoch in stopped.history]
@@ -371,10 +366,10 @@ def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(tmp_path: Pat
     assert torch.equal(weights(resumed), weights(train(tmp_path / "whole")))
 
 
-def test_a_finished_run_says_so_and_returns_its_history(tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_returns_its_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = train(tmp_path / "run", num_epochs=2).history
-    with nothing_trained("is complete after 6 steps"):
-        again = train(tmp_path / "run", resume=True, num_epochs=2)
+    again = train(tmp_path / "run", resume=True, num_epochs=2)
+    assert "Saving.train(): the run is complete after 6 steps, so nothing was trained." in capsys.readouterr().out
     assert list(again.history) == list(history)
     assert again.history.steps == history.steps
     assert train(tmp_path / "run", resume=True, num_epochs=3).progress.steps == 9
@@ -386,8 +381,7 @@ def test_a_run_that_stopped_early_stops_again(tmp_path: Path) -> None:
         early_stopping_min_delta = 100.0
 
     first = train(tmp_path, Stopping, resume=True, num_epochs=9)
-    with pytest.warns(UserWarning, match=r"the run stops again \(eval_loss .*change what stops it"):
-        again = train(tmp_path, Stopping, resume=True, num_epochs=9)
+    again = train(tmp_path, Stopping, resume=True, num_epochs=9)
     assert first.progress.steps == again.progress.steps == 6
     assert first.history.stop_reason == again.history.stop_reason is not None
     assert list(first.history)[-1].train_loss == list(again.history)[-1].train_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import field
@@ -273,7 +272,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 if run.is_within_epoch:  # the run ends within it
                     break
             run.engine.sync_buffers()
-            warn_if_finished_before(type(self).__name__, run)
+            if text := describe_finished_run(run):
+                self.print(f"{type(self).__name__}.train(): {text}")
             events.run_end()
             run.engine.release()
 
@@ -398,27 +398,20 @@ def is_evaluation_due(run: Run) -> bool:
     return run.is_due(run.options.get("evaluate_every", DEFAULT_CADENCE), run.evaluated_at)
 
 
-def warn_if_finished_before(owner: str, run: Run) -> None:
-    """Warn, on rank 0, if a resumed run had nothing left to do.
-
-    Warns:
-        UserWarning: It made no step and no evaluation.
-    """
+def describe_finished_run(run: Run) -> str:
+    """Describe why a resumed run has made no step and no evaluation; empty if it has made one."""
     saved, reason = run.resume_state, run.history.stop_reason
-    if saved is None or run.exit_code is not None or run.distributed.rank != 0:
-        return
+    if saved is None or run.exit_code is not None:
+        return ""
     if (run.progress.steps, run.evaluated_at) != (saved.progress.steps, Progress(**saved.shared["evaluated_at"])):
-        return
-    if reason is not None and saved.shared["stopped"] is None:  # a signal ended it before it stopped
-        return
+        return ""
     if reason is None:
         what, advice = "is complete", "To train more, pass a larger num_epochs or max_steps."
     elif run.stays_stopped:
         what, advice = f"was stopped ({reason})", "To continue it, pass resume_ignore={'stop'}."
     else:
         what, advice = f"stops again ({reason})", "To continue it, change what stops it."
-    warnings.warn(
-        f"{owner}.train(): the run {what} after {run.progress.steps} steps, so nothing was trained. {advice} To start "
-        "a new run, give it a checkpoint_dir of its own.",
-        stacklevel=4,
+    return (
+        f"the run {what} after {run.progress.steps} steps, so nothing was trained. {advice} To start a new run, give "
+        "it a checkpoint_dir of its own."
     )
