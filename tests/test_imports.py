@@ -44,6 +44,7 @@ NEVER_EACH_OTHER = ("mixins", "callbacks")
 SHARED_BASE = "ptacc.mixins.model_sharding"
 MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
+    "ptacc.distributed.accelerator_settings",
     *(f"ptacc.mixins.{engine}" for engine in ("compile", "deepspeed", "fsdp", "tensor_parallel")),
 }
 MOST_FILES = 20

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral
+from pathlib import Path
 
 from ptacc.errors import OptionError
 
@@ -28,6 +30,18 @@ def check_positive(owner: str, name: str, value: object, advice: str = "") -> No
     """Raise `OptionError` unless `value` is a finite number above 0."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise OptionError(f"{owner}({name}={value!r}): must be a finite number above 0. {advice}".rstrip())
+
+
+def absolute_path(owner: str, name: str, value: object, advice: str = "") -> Path:
+    """Return a local path that does not depend on the working directory, with `~` expanded.
+
+    Raises:
+        OptionError: The path is empty, or a URL.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value).strip() or "://" in str(value):
+        raise OptionError(f"{owner}({name}={str(value)!r}): must be a local path. {advice}".rstrip())
+    path: str | os.PathLike[str] = value
+    return Path(path).expanduser().absolute()
 
 
 _VALUE_WIDTH = 40

@@ -1,5 +1,6 @@
 import io
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -97,6 +98,28 @@ def test_the_bar_is_hidden_without_a_terminal() -> None:
     out = io.StringIO()
     Trainer(**make_parts(ProgressBar(file=out))).train(tiny_data(), num_epochs=1)
     assert out.getvalue() == ""
+
+
+class Writer:
+    """A stream without `isatty`, as some services install."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("stream", [None, Writer()], ids=["no console", "no isatty"])
+@pytest.mark.parametrize("shown", [None, True])
+def test_the_default_callbacks_work_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, stream: Writer | None, shown: bool | None
+) -> None:
+    trainer = Trainer(**make_parts(ProgressBar(shown=shown), PrintMetrics()))
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    history = trainer.train(tiny_data(), tiny_data(), num_epochs=1)
+    monkeypatch.undo()
+    assert len(history) == 1
 
 
 def test_the_bar_shows_loss_rate_and_speed() -> None:

@@ -121,7 +121,7 @@ class Full(
     max_grad_norm: float | None = 1.0
     early_stopping_patience = 100
     create_scheduler: SchedulerFactory = cosine
-    seen: dict[int, list[list[int]]] = field(init=False, default_factory=dict)
+    seen: dict[int, list[list[int]]] = field(init=False, metadata={"saved": False}, default_factory=dict)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:

@@ -62,7 +62,7 @@ class KillableTrainer(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMA
     trail: Path | None = None
     step_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-    streams: dict[str, Any] = field(init=False, default_factory=dict)
+    streams: dict[str, Any] = field(init=False, metadata={"saved": False}, default_factory=dict)
 
     def log(self, what: str, **more: object) -> None:
         """Write an event to the trail."""

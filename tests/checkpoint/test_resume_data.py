@@ -91,7 +91,7 @@ KINDS: dict[str, Callable[[], DataLoader[Any]]] = {
 
 class Plain(CheckpointMixin, SeedMixin, Trainer):
     seed: int | None = 5
-    seen: list[Any] = field(init=False, default_factory=list)
+    seen: list[Any] = field(init=False, metadata={"saved": False}, default_factory=list)
 
     @override
     def train_step(self, batch: Sample) -> StepOutput[Tensor]:
@@ -125,6 +125,7 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
+        resume_ignore={"stop"},
     )
     history = trainer.train(
         loader, Augmented(5), num_epochs=3, max_steps=13, stop_check_every=1, data_is_sharded=data_is_sharded

@@ -41,7 +41,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 class Elastic(CheckpointMixin, EMAMixin, MetricsMixin, SeedMixin, Trainer):
     seed: int | None = SEED
     ema_decay: float = 0.5
-    seen: list[list[int]] = field(init=False, default_factory=list)
+    seen: list[list[int]] = field(init=False, metadata={"saved": False}, default_factory=list)
 
     @override
     def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
@@ -71,7 +71,7 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
-        resume_ignore=despite,
+        resume_ignore={*despite, "stop"},
         train_metrics={"accuracy": MulticlassAccuracy(2)} if metrics else {},
     )
     loader = DataLoader(data, batch_size=batch_size, shuffle=data is DATA)

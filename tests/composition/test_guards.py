@@ -31,7 +31,9 @@ from ptacc import (
     LRSchedulerMixin,
     MetricsMixin,
     Mixin,
+    Pair,
     RunPlan,
+    StepOutput,
     StepResult,
     Trainer,
     TrainerCore,
@@ -40,6 +42,7 @@ from ptacc import (
     replaces_super,
 )
 from ptacc.composition.guards import calls_super
+from ptacc.composition.misnamed import EVENTS_ELSEWHERE, METHODS_ELSEWHERE
 from ptacc.errors import CompositionError
 from ptacc.protocols import MetricLike, SchedulerFactory, SupportsMetrics, SupportsMixedPrecision
 
@@ -361,6 +364,142 @@ def test_a_declared_hook_can_be_overridden() -> None:
         class WithoutSuper(Declares):
             @override
             def on_tea_break(self) -> None: ...
+
+
+def is_accepted(base: type, name: str) -> bool:
+    try:
+        type("Mine", (base,), {name: log_step})
+    except CompositionError:
+        return False
+    return True
+
+
+NEAR_MISSES = {
+    "train_setp": "train_step",
+    "trainStep": "train_step",
+    "evalstep": "eval_step",
+    "count_item": "count_items",
+    "should_stopp": "should_stop",
+    "make_sead": "make_seed",
+    "check_option": "check_options",
+}
+
+
+@pytest.mark.parametrize(("name", "meant"), NEAR_MISSES.items())
+def test_a_near_miss_of_a_hook_is_refused_with_the_name_that_is_meant(name: str, meant: str) -> None:
+    with refused(rf"Mine.{name}: no base declares this hook.*Did you mean `{meant}`\?.*`@hook"):
+        type("Mine", (Trainer,), {name: log_step})
+
+
+OF_OTHERS = {
+    "training_step": "train_step",
+    "validation_step": "eval_step",
+    "prediction_step": "eval_step",
+    "compute_loss": "train_step",
+    "calculate_train_batch_loss": "train_step",
+    "get_train_dataloader": "make_train_dataloader",
+    "val_dataloader": "make_eval_dataloader",
+    "configure_optimizers": "optimizer_slots",
+    "create_scheduler": "LRSchedulerMixin",
+    "optimizer_step": "make_engine",
+    "update_metrics": "MetricsMixin",
+    "on_train_epoch_end": "on_epoch_end",
+    "on_train_begin": "on_run_start",
+}
+
+
+@pytest.mark.parametrize(("name", "here"), OF_OTHERS.items())
+def test_a_hook_of_another_trainer_is_refused_with_its_name_here(name: str, here: str) -> None:
+    with refused(f"Mine.{name}: no base declares this hook.*{here}"):
+        type("Mine", (Trainer,), {name: log_step})
+
+
+def test_each_hook_of_another_trainer_is_none_of_ptacc_and_has_a_name_here() -> None:
+    hooks = {name for cls in TrainingLoop.__mro__ for name in cls.__dict__}
+    elsewhere = {**METHODS_ELSEWHERE, **EVENTS_ELSEWHERE}
+    assert not hooks & elsewhere.keys()
+    assert {here for here in elsewhere.values() if here.isidentifier()} <= hooks
+
+
+HELPERS = [
+    "train_epoch",
+    "retrain_step",
+    "count_tokens",
+    "check_batches",
+    "predict_proba",
+    "compute_accuracy",
+    "_train_stp",
+]
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_a_helper_with_a_name_of_its_own_is_accepted(name: str) -> None:
+    assert is_accepted(Trainer, name)
+    assert is_accepted(Callback, name)
+
+
+def test_a_helper_may_resemble_a_hook_that_its_class_defines_too() -> None:
+    class Mine(Trainer):
+        @override
+        def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return self.training_step(batch)
+
+        def training_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return super().train_step(batch)
+
+    class Derived(Mine):
+        @override
+        def training_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return super().training_step(batch)
+
+    assert Derived.__name__ == "Derived"
+
+
+def test_a_name_that_is_meant_is_declared_with_hook() -> None:
+    class Mine(Trainer):
+        @hook("default")
+        def configure_optimizers(self) -> None: ...
+
+    class Watches(Callback[object]):
+        @hook("default")
+        def monitor(self) -> None: ...
+
+    assert {Mine.__name__, Watches.__name__} == {"Mine", "Watches"}
+
+
+@pytest.mark.parametrize(("name", "meant"), [("monitor", "monitors"), ("state_dcit", "state_dict")])
+def test_a_near_miss_of_a_callbacks_method_is_refused(name: str, meant: str) -> None:
+    with refused(f"Mine.{name}: no base declares this hook.*Did you mean `{meant}`"):
+        type("Mine", (Callback,), {name: log_step})
+
+
+def test_a_callback_that_would_stop_the_run_by_a_hook_of_trainers_is_refused() -> None:
+    with refused(r"Here it is a call of `trainer.stop\(reason\)`"):
+        type("Mine", (Callback,), {"should_stop": log_step})
+
+
+def test_an_override_of_a_final_method_is_refused() -> None:
+    with refused(r"Mine.evaluate: evaluate\(\) is final"):
+        type("Mine", (Trainer,), {"evaluate": log_step})
+
+
+@pytest.mark.parametrize(
+    "body", [{"max_grad_nrom": 1.0}, {"max_grad_nrom": 1.0, "__annotations__": {"max_grad_nrom": float}}]
+)
+def test_a_near_miss_of_an_option_is_refused(body: dict[str, object]) -> None:
+    with refused("Mine.max_grad_nrom: no base has an option of this name. Did you mean `max_grad_norm`"):
+        type("Mine", (GradClipMixin, Trainer), body)
+
+
+def test_an_option_with_a_name_of_its_own_is_accepted() -> None:
+    class Mine(Trainer):
+        optimizers: Sequence[Optimizer] = ()
+        model_b: nn.Module | None = None
+        mode: str = "fast"  # a short word, such as `model`
+
+        class Model(nn.Module): ...
+
+    assert {"optimizers", "model_b", "mode"} <= option_names(Mine)
 
 
 def test_an_option_may_have_the_prefix_of_hooks() -> None:

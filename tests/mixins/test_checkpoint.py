@@ -351,12 +351,28 @@ def test_a_run_without_an_intact_checkpoint_does_not_start_silently(tmp_path: Pa
         train(tmp_path, resume=True)
 
 
-def test_a_stopped_run_resumes(tmp_path: Path) -> None:
-    stopped = train(tmp_path / "run", callbacks=[At(2, lambda trainer: trainer.stop("enough"))])
-    assert stopped.history.stop_reason == "enough"
-    again = train(tmp_path / "run", resume=True)
-    assert (again.history.stop_reason, again.progress.steps) == (None, 6)
-    assert torch.equal(weights(again), weights(train(tmp_path / "whole")))
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(
+    tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = train(tmp_path / "run", callbacks=[At(step, lambda trainer: trainer.stop("enough"))])
+    again = train(tmp_path / "run", resume=True, num_epochs=9)
+    assert f"the run was stopped (enough) after {step} steps, so nothing was trained" in capsys.readouterr().out
+    assert (again.history.stop_reason, again.progress.steps) == ("enough", step)
+    assert torch.equal(weights(again), weights(stopped))
+    assert [epoch.values() for epoch in again.history] == [epoch.values() for epoch in stopped.history]
+    resumed = train(tmp_path / "run", resume=True, resume_ignore={"stop"})
+    assert (resumed.history.stop_reason, resumed.progress.steps) == (None, 6)
+    assert torch.equal(weights(resumed), weights(train(tmp_path / "whole")))
+
+
+def test_a_finished_run_says_so_and_returns_its_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = train(tmp_path / "run", num_epochs=2).history
+    again = train(tmp_path / "run", resume=True, num_epochs=2)
+    assert "Saving.train(): the run is complete after 6 steps, so nothing was trained." in capsys.readouterr().out
+    assert list(again.history) == list(history)
+    assert again.history.steps == history.steps
+    assert train(tmp_path / "run", resume=True, num_epochs=3).progress.steps == 9
 
 
 def test_a_run_that_stopped_early_stops_again(tmp_path: Path) -> None:
@@ -364,7 +380,8 @@ def test_a_run_that_stopped_early_stops_again(tmp_path: Path) -> None:
         early_stopping_patience = 1
         early_stopping_min_delta = 100.0
 
-    first, again = (train(tmp_path, Stopping, resume=True, num_epochs=9) for _ in range(2))
+    first = train(tmp_path, Stopping, resume=True, num_epochs=9)
+    again = train(tmp_path, Stopping, resume=True, num_epochs=9)
     assert first.progress.steps == again.progress.steps == 6
     assert first.history.stop_reason == again.history.stop_reason is not None
     assert list(first.history)[-1].train_loss == list(again.history)[-1].train_loss

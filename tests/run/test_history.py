@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import StepOutput, Trainer
+from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
 from ptacc.checkpoint.parts import Part
 from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
@@ -89,6 +89,75 @@ def test_a_history_is_restored_from_a_file(tmp_path: Path) -> None:
     assert list(restored) == list(history)
     assert (restored.steps, restored.initial) == (history.steps, history.initial)
     assert same(restored.state_dict(), history.state_dict())
+
+
+def test_a_file_belongs_to_one_run(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    Trainer(**tiny_parts(), history_file=file).train(tiny_data(), num_epochs=1)
+    before, other = file.read_text(), Trainer(**tiny_parts(), history_file=file)
+    weight = next(other.model.parameters()).clone()
+    with pytest.raises(OptionError, match=r"history.jsonl' belongs to another run: .*Give this run a file of its own"):
+        other.train(tiny_data(), num_epochs=1)
+    assert file.read_text() == before
+    assert torch.equal(next(other.model.parameters()), weight)
+
+
+def test_a_file_that_is_no_history_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("to do")
+    with pytest.raises(OptionError, match="belongs to another run: it has 5 bytes"):
+        Trainer(**tiny_parts(), history_file=tmp_path / "notes.txt").train(tiny_data(), num_epochs=1)
+
+
+def test_later_runs_of_a_trainer_have_files_of_their_own(tmp_path: Path) -> None:
+    trainer = Trainer(**tiny_parts(), history_file=tmp_path / "history.jsonl")
+    for _ in range(2):
+        trainer.train(tiny_data(), num_epochs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history-run-2.jsonl", "history.jsonl"]
+
+
+class Interrupted(Trainer):
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("left", [None, b'{"kind": "r', b'{"kin\0\0\0', b""])
+def test_a_run_that_left_no_checkpoint_starts_its_file_over(tmp_path: Path, left: bytes | None) -> None:
+    class Saving(CheckpointMixin, Trainer): ...
+
+    class Killed(CheckpointMixin, Interrupted): ...
+
+    file = tmp_path / "history.jsonl"
+    options: dict[str, Any] = {"checkpoint_dir": tmp_path / "run", "history_file": file, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        Killed(**tiny_parts(), **options, checkpoint_on_exception=False).train(tiny_data(), num_epochs=1)
+    if left is not None:
+        file.write_bytes(left)  # what a loss of power left of the first line
+    Saving(**tiny_parts(), **options).train(tiny_data(), num_epochs=1)
+    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["run", *["step"] * 3, "epoch"]
+    options["checkpoint_dir"] = tmp_path / "other"
+    other = Saving(**tiny_parts(), **options)
+    with pytest.raises(OptionError, match="belongs to another run"):
+        other.train(tiny_data(), num_epochs=1)
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class All(CheckpointMixin, ProfilerMixin, DeepSpeedMixin, Trainer): ...
+
+    names = ("checkpoint_dir", "resume", "profile_dir", "history_file", "deepspeed_config")
+    (tmp_path / "deepspeed_config").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    paths: dict[str, Any] = {name: name for name in names}
+    trainer = All(**tiny_parts(), **paths)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert {name: str(getattr(trainer, name)) for name in names} == {name: str(tmp_path / name) for name in names}
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_refused(path: str) -> None:
+    with pytest.raises(OptionError, match=r"history_file='.*must be a local path"):
+        Trainer(**tiny_parts(), history_file=path)
 
 
 def test_a_file_on_a_remote_store_raises() -> None:

@@ -38,8 +38,9 @@ class ProgressBar(Callback[TrainerCore]):
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        file = self._file or sys.stderr
-        shown = file.isatty() if self._shown is None else self._shown
+        file = self._file or sys.stderr  # None without a console
+        is_terminal = getattr(file, "isatty", lambda: False)
+        shown = file is not None and (is_terminal() if self._shown is None else self._shown)
         if shown and trainer.distributed.rank == 0:
             plan = trainer.run.plan
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""

@@ -100,11 +100,17 @@ class Resumption:
                 shards = merge_shards(all_ranks)
         return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 
-    def resume_state(self, *, with_file: bool) -> ResumeState:
-        """Return the state of the run. `with_file`: whether the history continues in the file of the saved run."""
+    def resume_state(self, *, with_file: bool, with_stop: bool) -> ResumeState:
+        """Return the state of the run.
+
+        Args:
+            with_file: Whether the history continues in the file of the saved run.
+            with_stop: Whether a run that `trainer.stop()` has stopped stays stopped.
+        """
         run = self.shared[RUN]
         history = run["history"] if with_file else {**run["history"], "file": None}
-        return ResumeState({**run, "history": history}, self.own[RUN])
+        stopped = run["stopped"] if with_stop else None
+        return ResumeState({**run, "history": history, "stopped": stopped}, self.own[RUN])
 
 
 def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> Iterator[Part]:
 def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
     """Yield the states of mixins and callbacks, each with the name of its part."""
     for key, state in trainer.run.states():
-        if key.each_rank == each_rank and isinstance(state, Stateful):
+        if key.each_rank == each_rank and key.saved and isinstance(state, Stateful):
             yield key.name, state
     counts: dict[str, int] = {}
     for callback in trainer.all_callbacks():

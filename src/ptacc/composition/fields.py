@@ -14,6 +14,7 @@ from typing import Any, ClassVar, ForwardRef, get_origin
 from torch import nn
 from typing_extensions import Format, get_annotations
 
+from ptacc.composition.misnamed import find_near_miss
 from ptacc.errors import CompositionError
 from ptacc.validation import value_text
 
@@ -160,6 +161,28 @@ def check_members_against_options(cls: type) -> None:
             raise CompositionError(
                 f"{cls.__name__}.{name}: {name} is an option, and this {kind} would hide it. "
                 f"Give the {kind} another name."
+            )
+
+
+def check_near_misses_of_options(cls: type) -> None:
+    """Raise `CompositionError` for a value in a class body whose name is almost that of an inherited option.
+
+    With an annotation it is a new option, whose name may continue the other, as `optimizers` or `model_b` does.
+    """
+    inherited, annotated = inherited_options(cls), own_annotations(cls)
+    for name in {**cls.__dict__, **annotated}:
+        value = cls.__dict__.get(name)
+        if (
+            any(hasattr(base, name) for base in cls.__mro__[1:])
+            or isinstance(value, type)
+            or is_method(cls, name, value)
+        ):
+            continue
+        near = find_near_miss(name, inherited)
+        if near is not None and not (name in annotated and name.startswith(near)):
+            raise CompositionError(
+                f"{cls.__name__}.{name}: no base has an option of this name. Did you mean `{near}`? Otherwise give it "
+                "a name that differs more."
             )
 
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import CodeType
 
-from ptacc.composition.fields import check_members_against_options, check_own_options, own_annotations, unwrap_function
+from ptacc.composition.fields import (
+    check_members_against_options,
+    check_near_misses_of_options,
+    check_own_options,
+    own_annotations,
+    unwrap_function,
+)
+from ptacc.composition.misnamed import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, find_near_miss
 from ptacc.composition.roles import find_loop, get_role, is_mixin
 from ptacc.composition.type_arguments import describe_type_mismatch
 from ptacc.errors import CompositionError
@@ -40,6 +47,8 @@ def check_class_statement(cls: type) -> None:
     _check_no_constructor(cls)
     check_own_options(cls)
     check_members_against_options(cls)
+    check_near_misses_of_options(cls)
+    _check_no_final_override(cls)
     _check_hooks(cls)
 
 
@@ -76,23 +85,59 @@ def _check_no_constructor(cls: type) -> None:
         )
 
 
-def check_hooks_are_declared(cls: type, advice: str = "") -> None:
-    """Raise `CompositionError` for an `on_...` or `around_...` method that no base declares as a hook."""
+def check_hooks_are_declared(cls: type, known: Collection[str], elsewhere: Mapping[str, str]) -> None:
+    """Raise `CompositionError` for a method that looks like a hook and that is never called.
+
+    That is an `on_...` or `around_...` method that no base declares, a near miss of a name that is called, or a hook
+    of another trainer. If the class also defines the method that could be meant, the name is accepted.
+
+    Args:
+        cls: The class that was just created.
+        known: Names without these prefixes that are called.
+        elsewhere: Names that are not called, and what they are here: the name of a hook, or a description.
+    """
+    declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
+    for name in _new_methods(cls):
+        if name.startswith(("on_", "around_")):
+            here = EVENTS_ELSEWHERE.get(name)
+            hint = f"Did you mean `{here}`? " if here in declared else did_you_mean(name, declared)
+        else:
+            here = elsewhere.get(name) or find_near_miss(name, known)
+            if here is None or here in cls.__dict__:
+                continue
+            hint = f"Did you mean `{here}`? " if here.isidentifier() else f"Here it is {here}. "
+        raise CompositionError(
+            f"{cls.__name__}.{name}: no base declares this hook, so it would never be called. {hint}Otherwise give it "
+            "another name, or decorate it with `@hook(...)` to declare a hook or a method that you call yourself."
+        )
+
+
+def _check_no_final_override(cls: type) -> None:
+    for name in cls.__dict__:
+        if any(getattr(base.__dict__.get(name), "__final__", False) for base in cls.__mro__[1:]):
+            raise CompositionError(
+                f"{cls.__name__}.{name}: {name}() is final, and a run would not call this method. Override a hook, or "
+                "give the method another name."
+            )
+
+
+def _new_methods(cls: type) -> Iterator[str]:
+    """Yield the names of methods in a class body that no base has, and that are not decorated with `@hook(...)`."""
     annotated = own_annotations(cls)
     for name, value in cls.__dict__.items():
-        if not name.startswith(("on_", "around_")) or name in annotated or not _is_callable(value):
-            continue
-        declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
-        if name not in declared and get_hook_shape(value) is None:
-            raise CompositionError(
-                f"{cls.__name__}.{name}: no base declares this hook, so it would never be called. "
-                f"{did_you_mean(name, declared)}If it is not a hook, give it another name.{advice}"
-            )
+        is_new = not any(name in base.__dict__ for base in cls.__mro__[1:])
+        if is_new and name not in annotated and _is_callable(value) and get_hook_shape(value) is None:
+            yield name
+
+
+def _is_hook(value: object) -> bool:
+    return get_hook_shape(value) is not None or getattr(value, "__isabstractmethod__", False)
 
 
 def _check_hooks(cls: type) -> None:
     if get_role(cls) != "core":  # the core's `on_main_process` is not a hook
-        check_hooks_are_declared(cls, " To declare a new hook, decorate it with `@hook(...)`.")
+        hooks = {name for base in cls.__mro__[1:] for name, value in base.__dict__.items() if _is_hook(value)}
+        check_hooks_are_declared(cls, hooks | CALLED_PER_CLASS, METHODS_ELSEWHERE)
     for name, value in cls.__dict__.items():
         declaring = next((base for base in cls.__mro__[1:] if get_hook_shape(base.__dict__.get(name))), None)
         if declaring is None:

@@ -25,11 +25,13 @@ from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory
+from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types.aliases import T
 from ptacc.types.progress import Progress
 from ptacc.types.protocols import AcceleratorProtocol
+from ptacc.validation import absolute_path
 
 P = ParamSpec("P")
 
@@ -67,7 +69,8 @@ class TrainerBase(Composable):
         model: The model, not wrapped, on any device. A run wraps it at its start and unwraps it at its end.
         optimizer: An optimizer of the model's parameters: one of torch's, or your own.
         callbacks: Callbacks in addition to the default ones.
-        history_file: A file to which the history of each run is appended as JSON lines.
+        history_file: A new file for the history of the run, as JSON lines. Later runs of the same trainer write files
+            with their number: `history-run-2.jsonl`.
     """
 
     _role: ClassVar[Role] = "core"
@@ -75,7 +78,7 @@ class TrainerBase(Composable):
     model: nn.Module = field(kw_only=False)
     optimizer: Optimizer
     callbacks: Sequence[Callback[Self]] = ()
-    history_file: str | Path | None = None
+    history_file: str | os.PathLike[str] | None = None
     is_isolated: ClassVar[bool] = False
     """Whether this is a copy made by a search or an assertion. Mixins of a copy write no files and report nothing."""
     _state: TrainerState = field(init=False, default_factory=TrainerState)
@@ -91,11 +94,9 @@ class TrainerBase(Composable):
                 "SGD(model.parameters(), lr=0.1)."
             )
         check_callbacks(owner, self.callbacks, Callback)
-        if "://" in str(self.history_file):
-            raise OptionError(
-                f"{owner}(history_file={str(self.history_file)!r}): must be a local path, since remote stores cannot "
-                "append lines to a file."
-            )
+        if self.history_file is not None:
+            advice = "Remote stores cannot append lines to a file."
+            self.history_file = absolute_path(owner, "history_file", self.history_file, advice)
 
     # ---- the model
 
@@ -170,7 +171,8 @@ class TrainerBase(Composable):
     def stop(self, reason: str) -> None:
         """Request the end of the run after the current step.
 
-        All ranks end at the same step, and `history.stop_reason` is `reason`.
+        All ranks end at the same step, and `history.stop_reason` is `reason`. A run that is resumed stays stopped,
+        unless `resume_ignore` contains `"stop"`.
         """
         self.run.request_stop(reason)
 
@@ -249,6 +251,9 @@ class TrainerBase(Composable):
 
         Called once, when the accelerator is created. Two mixins that write the same argument are an error.
         """
+
+    def _make_history_file(self, path: Path) -> HistoryFile:
+        return HistoryFile(path)
 
     def _runtime(self) -> tuple[AcceleratorProtocol, DistributedRuntime]:
         if self._state.runtime is None or self._state.runtime_pid != os.getpid():

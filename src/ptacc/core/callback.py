@@ -17,6 +17,8 @@ from ptacc.types.outputs import EpochRecord, EvalResult
 
 P = ParamSpec("P")
 TrainerT_contra = TypeVar("TrainerT_contra", contravariant=True)
+CALLED_BY_NAME = frozenset({"monitors", "state_dict", "load_state_dict"})
+"""Methods of callbacks that are called, in addition to events."""
 
 
 class Callback(Generic[TrainerT_contra]):
@@ -34,7 +36,7 @@ class Callback(Generic[TrainerT_contra]):
     @override
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        check_hooks_are_declared(cls)
+        check_hooks_are_declared(cls, CALLED_BY_NAME, {"should_stop": "a call of `trainer.stop(reason)`"})
 
     def monitors(self) -> tuple[Monitor, ...]:
         """Return the values that this callback monitors; their names are checked before the first step."""

@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -16,24 +16,17 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.distributed import is_initialized
 from typing_extensions import Unpack
 
+from ptacc.distributed.accelerator_settings import (
+    AcceleratorSettings,
+    check_effective_settings,
+    check_settings,
+    effective_settings,
+)
 from ptacc.distributed.failure import open_connections
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.distributed.startup import all_ranks_started
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
-from ptacc.types.aliases import Precision
 from ptacc.types.protocols import AcceleratorProtocol
-
-
-class AcceleratorSettings(TypedDict, total=False):
-    """Arguments of `accelerate.Accelerator` that mixins may set."""
-
-    mixed_precision: Precision | None
-    cpu: bool
-    kwargs_handlers: list[object]
-    dynamo_plugin: object
-    deepspeed_plugin: object
-    fsdp_plugin: object
-    parallelism_config: object
 
 
 @dataclass
@@ -60,13 +53,15 @@ class AcceleratorBuilder:
         """Set settings on behalf of the mixin `writer`.
 
         Raises:
-            CompositionError: Another mixin has set one of them.
+            CompositionError: Another mixin has set one of them to another value.
+            OptionError: A setting has no effect on a trainer.
         """
+        check_settings(writer.__name__, settings)
         for name, value in settings.items():
-            if name in self._writers:
+            if name in self._writers and self.settings[name] != value:
                 raise CompositionError(
-                    f"{self._writers[name]} and {writer.__name__} both set the accelerator's {name}. "
-                    "Compose one of them only."
+                    f"{self._writers[name]} and {writer.__name__} both set the accelerator's {name}, and their "
+                    "values differ. Compose one of them only."
                 )
             self._writers[name] = writer.__name__
             self.settings[name] = value
@@ -101,6 +96,9 @@ LAUNCH_FEATURES: Final[Mapping[str, LaunchFeature]] = {
     "parallelism": LaunchFeature("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "TensorParallelMixin"),
 }
 
+SHARDED: Final = frozenset({"deepspeed", "fsdp", "parallelism"})
+"""The features of engines that do not use DDP."""
+
 
 @dataclass
 class _SharedAccelerator:
@@ -108,6 +106,7 @@ class _SharedAccelerator:
 
     accelerator: Accelerator
     distributed: DistributedRuntime
+    given: dict[str, Any]
     settings: dict[str, Any]
     owners: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
     process: int = field(default_factory=os.getpid)
@@ -119,7 +118,7 @@ _connections_before_init: dict[int, frozenset[tuple[int, int]]] = {}
 
 
 def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[AcceleratorProtocol, DistributedRuntime]:
-    """Return the accelerator with these settings. Trainers with equal settings share it.
+    """Return the accelerator with these settings. Trainers whose settings have the same effect share it.
 
     Args:
         owner: The trainer.
@@ -128,19 +127,22 @@ def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[Acc
     Raises:
         AcceleratorConflictError: Another trainer uses an accelerator with other settings.
         LaunchError: The launch requests a feature that the trainer lacks, or its processes are not connected.
-        OptionError: fp16 on a CPU, where Accelerate would train in fp32.
+        OptionError: A precision that is not supported, such as fp8, or fp16 on a CPU, where Accelerate would train in
+            fp32.
     """
     check_launch_environment(builder)
     check_restarts()
     if _shared and _shared[0].process != os.getpid():
         release_accelerator()  # forked, as by a notebook launcher: the parent's accelerator is of another launch
-    if _shared and _shared[0].settings != builder.settings:
+    settings = effective_settings(builder.settings)
+    check_effective_settings(type(owner).__name__, settings, uses_ddp=not builder.provided & SHARDED)
+    if _shared and _shared[0].settings != settings:
         gc.collect()  # an unreferenced trainer must not count as an owner
         others = [other for other in _shared[0].owners if other is not owner]
         if others:
             raise AcceleratorConflictError(
                 f"{type(owner).__name__} needs an accelerator with {describe(builder.settings)}, and "
-                f"{type(others[0]).__name__} uses the one of this process with {describe(_shared[0].settings)}. "
+                f"{type(others[0]).__name__} uses the one of this process with {describe(_shared[0].given)}. "
                 "Delete that trainer first, or give both the same options."
             )
         release_accelerator()
@@ -164,7 +166,11 @@ def make_accelerator(builder: AcceleratorBuilder) -> _SharedAccelerator:
         release_accelerator()  # the next trainer must not use an invalid accelerator
         raise
     other_connections = _connections_before_init.get(os.getpid(), frozenset())
-    return _SharedAccelerator(accelerator, DistributedRuntime.from_process_group(other_connections), builder.settings)
+    distributed, settings = (
+        DistributedRuntime.from_process_group(other_connections),
+        effective_settings(builder.settings),
+    )
+    return _SharedAccelerator(accelerator, distributed, builder.settings, settings)
 
 
 def release_accelerator() -> None:

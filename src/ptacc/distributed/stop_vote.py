@@ -37,12 +37,15 @@ class StopRequest:
         step: Number of completed steps when it was made.
         exit_code: For a signal, the exit code of the process.
         depends_on_clock: Whether the request depends on the clock, and not on the training alone.
+        is_lasting: Whether a run that was stopped by it stays stopped when it is resumed. The cause of any other
+            request is evaluated again.
     """
 
     reason: str
     step: int = 0
     exit_code: int | None = None
     depends_on_clock: bool = False
+    is_lasting: bool = False
 
     @property
     def priority(self) -> int:

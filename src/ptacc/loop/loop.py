@@ -42,6 +42,7 @@ from ptacc.types.arguments import (
     check_run_options,
 )
 from ptacc.types.outputs import EpochRecord, StepOutput
+from ptacc.types.progress import Progress
 from ptacc.validation import check_keywords
 
 
@@ -278,6 +279,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 if run.is_within_epoch:  # the run ends within it
                     break
             run.engine.sync_buffers()
+            if text := describe_finished_run(run):
+                self.print(f"{type(self).__name__}.train(): {text}")
             events.run_end()
             run.engine.release()
 
@@ -405,3 +408,22 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 def is_evaluation_due(run: Run) -> bool:
     """Return whether `evaluate_every` requires an evaluation now."""
     return run.is_due(run.options.get("evaluate_every", DEFAULT_CADENCE), run.evaluated_at)
+
+
+def describe_finished_run(run: Run) -> str:
+    """Describe why a resumed run has made no step and no evaluation; empty if it has made one."""
+    saved, reason = run.resume_state, run.history.stop_reason
+    if saved is None or run.exit_code is not None:
+        return ""
+    if (run.progress.steps, run.evaluated_at) != (saved.progress.steps, Progress(**saved.shared["evaluated_at"])):
+        return ""
+    if reason is None:
+        what, advice = "is complete", "To train more, pass a larger num_epochs or max_steps."
+    elif run.stays_stopped:
+        what, advice = f"was stopped ({reason})", "To continue it, pass resume_ignore={'stop'}."
+    else:
+        what, advice = f"stops again ({reason})", "To continue it, change what stops it."
+    return (
+        f"the run {what} after {run.progress.steps} steps, so nothing was trained. {advice} To start a new run, give "
+        "it a checkpoint_dir of its own."
+    )

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from ptacc.distributed.stop_vote import StopConsensus
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
 from ptacc.run.history import RunHistory
+from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
@@ -50,7 +52,10 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         with distributed.propagate_failure("drawing a seed"):
             saved = self.find_resume_state()
             seed = distributed.broadcast(self.make_seed()) if saved is None else saved.seed
+        history_file = self._history_file_of_run() if distributed.rank == 0 else None
         with distributed.synced("the set-up of train()") as must_match:
+            if history_file is not None and (saved is None or saved.shared["history"]["file"] is None):
+                history_file.check_unused()
             check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
             limit = limit_from_environment(options.get("limit_batches"))
             loader, is_sharded = self._train_loader(train_data, options), options.get("data_is_sharded", False)
@@ -77,13 +82,20 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 distributed=distributed,
                 data=data,
                 eval_data=eval_sets,
-                history=RunHistory(self.history_file if distributed.rank == 0 else None),
+                history=RunHistory(history_file),
                 consensus=StopConsensus(distributed, options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY)),
                 accumulation_steps=self.accumulation_steps(),
                 value_names=values,
                 invariants={**self.resume_invariants(), "data": scheme.data, "batch_size": scheme.batching},
                 resume_state=saved,
             )
+
+    def _history_file_of_run(self) -> HistoryFile | None:
+        """Return the file of the run: that of the option, and for later runs of the trainer one with their number."""
+        if self.history_file is None:
+            return None
+        path, number = Path(self.history_file), self._state.num_runs
+        return self._make_history_file(path if number == 1 else path.with_stem(f"{path.stem}-run-{number}"))
 
     def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
         check_dataset(data)

@@ -28,8 +28,10 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
+from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.run.history import StepResult
+from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
@@ -65,7 +67,8 @@ class CheckpointMixin(Mixin):
             is saved at its end.
         resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
             for the first run of the trainer.
-        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
+        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack. `"stop"`
+            continues a run that `trainer.stop()` has stopped.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`. The run is also saved after each
             evaluation that is among the best, with the weights that were evaluated.
@@ -125,6 +128,9 @@ class CheckpointMixin(Mixin):
                 raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
+        self.checkpoint_dir = fix_path(self.checkpoint_dir)
+        if not isinstance(self.resume, bool):
+            self.resume = fix_path(self.resume)
 
     def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -206,11 +212,17 @@ class CheckpointMixin(Mixin):
         directory, name = split_path(found)
         store = open_store(directory, self.checkpoint_key)
         self._resumption = Resumption.read(store, name, self.distributed.rank, self.distributed.world_size)
-        return self._resumption.resume_state(with_file="history" not in self.resume_ignore)
+        return self._resumption.resume_state(
+            with_file="history" not in self.resume_ignore, with_stop="stop" not in self.resume_ignore
+        )
 
     def _find(self) -> str | None:
         is_first = self._state.num_runs == 1
         return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
+
+    @override
+    def _make_history_file(self, path: Path) -> HistoryFile:
+        return HistoryFile(path, self._store().directory, may_start_over=self.resume is True)
 
     def _store(self) -> CheckpointStore:
         directory = make_absolute(parse_path(self.checkpoint_dir))
@@ -270,6 +282,8 @@ class CheckpointMixin(Mixin):
     def on_epoch_start(self) -> None:
         super().on_epoch_start()
         if not self.progress.steps:  # a run that cannot be saved fails at its start
+            if not self.is_isolated:
+                warn_of_unsaved_states(self)
             shared, own = collect_parts(self)
             check_storable([*shared, *own])
 
@@ -323,3 +337,9 @@ def check_path(owner: str, name: str, value: str | Path) -> None:
         parse_path(value)
     except OptionError as error:
         raise OptionError(f"{owner}({name}={value!r}): {error}") from error
+
+
+def fix_path(value: str | Path) -> str | Path:
+    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`."""
+    path = make_absolute(parse_path(value))
+    return path if isinstance(value, str) else Path(path)

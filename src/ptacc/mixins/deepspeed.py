@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch.distributed import is_initialized
@@ -19,6 +18,7 @@ from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
 from ptacc.types.aliases import ZeroStage
 from ptacc.types.protocols import SupportsGradClip, SupportsSWA
+from ptacc.validation import absolute_path
 
 
 class DeepSpeedMixin(Mixin):
@@ -58,10 +58,13 @@ class DeepSpeedMixin(Mixin):
     zero_stage: ZeroStage | None = None
     zero_offload_optimizer: bool | None = None
     zero_offload_param: bool | None = None
-    deepspeed_config: Mapping[str, object] | str | Path | None = None
+    deepspeed_config: Mapping[str, object] | str | os.PathLike[str] | None = None
 
     @override
     def check_options(self) -> None:
+        if isinstance(self.deepspeed_config, str | os.PathLike):
+            owner = type(self).__name__
+            self.deepspeed_config = absolute_path(owner, "deepspeed_config", self.deepspeed_config)
         check_composes(self, self._zero_config())
 
     @override
@@ -74,6 +77,12 @@ class DeepSpeedMixin(Mixin):
             raise LaunchError(
                 f"The launch sets ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
                 f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, with GradClipMixin."
+            )
+
+        if names := os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
+            raise LaunchError(
+                f"The launch sets ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES={names}, which {type(self).__name__} does "
+                "not support. Leave it out."
             )
 
     @override

@@ -74,11 +74,8 @@ class FSDPMixin(ShardingMixin):
         """Handle the launch's FSDP settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
         builder.provide("fsdp", hide=True)
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"} and os.environ.get("FSDP_VERSION") == "1":
-            raise LaunchError(
-                f"The launch asks for FSDP of version 1, and {type(self).__name__} shards by version 2. Set "
-                "`fsdp_version: 2` in the launch's configuration."
-            )
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
+            check_launch(self)
 
     @override
     def shard_functions(self) -> Mapping[str, ShardFn]:
@@ -115,3 +112,36 @@ class FSDPMixin(ShardingMixin):
             return [module for module in model.modules() if type(module).__name__ in names]
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         return [block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList | nn.ModuleDict)]
+
+
+def check_launch(trainer: FSDPMixin) -> None:
+    """Raise `LaunchError` if the launch sets something for FSDP that the trainer does not do."""
+    owner = type(trainer).__name__
+    if os.environ.get("FSDP_VERSION") == "1":
+        raise LaunchError(
+            f"The launch asks for FSDP of version 1, and {owner} shards by version 2. Set `fsdp_version: 2` in the "
+            "launch's configuration."
+        )
+    wanted = {
+        "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", trainer.fsdp_reshard_after_forward),
+        "FSDP_OFFLOAD_PARAMS": ("fsdp_cpu_offload", trainer.fsdp_cpu_offload),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "gradient_checkpointing",
+            bool(getattr(trainer, "gradient_checkpointing", ())),
+        ),
+    }
+    for variable, (option, value) in wanted.items():
+        launched = os.environ.get(variable, "").lower()
+        if launched in ({"false", "0", "no_reshard"} if value else {"true", "1", "full_shard", "shard_grad_op"}):
+            raise LaunchError(
+                f"The launch sets {variable}={launched}, and {owner} has {option}={getattr(trainer, option, ())!r}. "
+                "Make both agree."
+            )
+    is_sized = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP"
+    if trainer.fsdp_wrap is None and (is_sized or os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")):
+        raise LaunchError(
+            f"The launch sets the units of FSDP, which {owner} takes from its options. Pass them: fsdp_wrap=[...], or "
+            "leave them out of the launch's configuration."
+        )
+    if os.environ.get("FSDP_IGNORED_MODULES"):
+        raise LaunchError(f"The launch sets FSDP_IGNORED_MODULES, and {owner} shards every module. Leave it out.")

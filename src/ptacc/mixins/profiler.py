@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing_extensions import override
 from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import ObservedSource
-from ptacc.errors import OptionError
 from ptacc.profiling.trace import Profile, StepProfiler, annotate_calls, annotate_loading
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
-from ptacc.validation import check_at_least
+from ptacc.validation import absolute_path, check_at_least
 
 DATA, EVALUATION = "ptacc/data", "ptacc/evaluation"
 TRAINER_RANGES = {
@@ -30,7 +30,7 @@ TRAINER_RANGES = {
 ENGINE_RANGES = {"update": "ptacc/optimizer"}
 """Methods that the loop calls, each with the name of its range in the trace."""
 
-PROFILER: StateKey[StepProfiler] = StateKey("profiler")
+PROFILER: StateKey[StepProfiler] = StateKey("profiler", saved=False)
 
 
 class ProfilerMixin(Mixin):
@@ -71,7 +71,7 @@ class ProfilerMixin(Mixin):
         ...     profile_wait = 20
     """
 
-    profile_dir: str | Path | None = None
+    profile_dir: str | os.PathLike[str] | None = None
     profile_wait: int = 5
     profile_warmup: int = 2
     profile_active: int = 3
@@ -87,11 +87,9 @@ class ProfilerMixin(Mixin):
         check_at_least(owner, "profile_wait", self.profile_wait, 0)
         for name in ("profile_warmup", "profile_active", "profile_repeat", "profile_rows"):
             check_at_least(owner, name, getattr(self, name), 1)
-        if "://" in str(self.profile_dir):
-            raise OptionError(
-                f"{owner}(profile_dir={str(self.profile_dir)!r}): torch writes traces to local files only. Give a "
-                "local path, and copy them from there."
-            )
+        if self.profile_dir is not None:
+            advice = "torch writes traces to local files only. Give a local path, and copy them from there."
+            self.profile_dir = absolute_path(owner, "profile_dir", self.profile_dir, advice)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:

@@ -78,7 +78,7 @@ class RunHistory(Sequence[EpochRecord]):
         [0.5]
     """
 
-    def __init__(self, file: str | Path | None = None) -> None:
+    def __init__(self, file: HistoryFile | None = None) -> None:
         self.stop_reason: str | None = None
         self.initial: dict[str, EvalResult] = {}
         self._epochs: list[EpochRecord] = []
@@ -86,7 +86,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._unread: list[StepResult] = []
         self._logged: dict[str, tuple[float, int]] = {}
         self._step_names: set[str] = set()
-        self._file = None if file is None else HistoryFile(Path(file))
+        self._file = file
 
     @overload
     def __getitem__(self, index: int) -> EpochRecord: ...
@@ -110,8 +110,9 @@ class RunHistory(Sequence[EpochRecord]):
         return tuple(self._steps)
 
     def begin(self, seed: int, plan: RunPlan) -> None:
-        """Write a line that separates this run from earlier ones in the file."""
-        self._write([("run", {"seed": seed, **asdict(plan)})])
+        """Write the first line of a new file."""
+        checkpoints = None if self._file is None else self._file.checkpoints
+        self._write([("run", {"seed": seed, **asdict(plan), "checkpoints": checkpoints})])
 
     def add_step(self, result: StepResult, distributed: DistributedRuntime) -> None:
         """Add a step, whose values are read later. Every 1,000 steps, read the values of the steps before it."""

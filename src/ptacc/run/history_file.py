@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines, whose verified length is part of a checkpoint."""
+"""An append-only file of JSON lines of one run, whose verified length is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,50 +10,79 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptacc.errors import DamagedCheckpointError
+from ptacc.errors import DamagedCheckpointError, OptionError
 from ptacc.types.protocols import StateDict
 
 INFINITY = "\0infinity"
 """Marks an infinity in text that becomes JSON."""
+HEADER = b'{"kind": "run"'
+"""How the first line of a history begins."""
 
 
 class HistoryFile:
-    """A file to which a run appends lines. Lines of earlier runs stay.
+    """A file to which one run appends lines.
 
-    Its state is the position of the run's lines with their hash. A resumed run verifies the hash, and removes the lines
+    Its state is the length of the run's lines with their hash. A resumed run verifies the hash, and removes the lines
     written after the checkpoint.
 
     Args:
         path: The file, which is created with its directory at the first line.
+        checkpoints: The directory of the run's checkpoints, which identifies the run; None without checkpoints.
+        may_start_over: Whether a new run replaces what an earlier one with this directory, which left no checkpoint,
+            has written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoints: str | None = None, *, may_start_over: bool = False) -> None:
+        if checkpoints is not None and "://" not in checkpoints:
+            checkpoints = os.path.relpath(checkpoints, path.parent)  # both can be moved together
+        self.checkpoints = checkpoints
+        self._may_start_over = may_start_over
         self._path = path
-        self._start: int | None = None
         self._length = 0
         self._digest = hashlib.sha256()
+
+    def check_unused(self) -> None:
+        """Raise `OptionError` if the file belongs to another run."""
+        content = self._path.read_bytes() if self._path.exists() else b""
+        header, newline, _ = content.partition(b"\n")
+        if not newline:  # a loss of power may leave a part of the first line
+            is_own = HEADER.startswith(header.rstrip(b"\0")[: len(HEADER)])
+        else:
+            is_own = self._may_start_over and header.startswith(HEADER)
+            is_own = is_own and json.loads(header).get("checkpoints") == self.checkpoints
+        if not is_own:
+            raise OptionError(
+                f"history_file={str(self._path)!r} belongs to another run: it has {len(content)} bytes. Give this "
+                "run a file of its own, or move that file away."
+            )
 
     def append(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Append records, each with its kind."""
         text = "".join(to_json({"kind": kind, **record}) + "\n" for kind, record in records).encode()
-        directories = [*directories_to_sync(self._path)] if self._start is None else []
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            if self._start is None:
-                if has_partial_line(self._path):  # of a run that was killed
-                    file.write(b"\n")
-                self._start = file.tell()
-            file.write(text)
-        for directory in directories:
-            sync(directory)
+        if not text:
+            return
+        if self._length:
+            with self._path.open("ab") as file:
+                file.write(text)
+        else:
+            self._create(text)
         self._digest.update(text)
         self._length += len(text)
 
+    def _create(self, text: bytes) -> None:
+        self.check_unused()
+        directories = [*directories_to_sync(self._path)]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("wb") as file:
+            file.write(text)
+        for path in (self._path, *directories):
+            sync(path)
+
     def state_dict(self) -> StateDict:
-        """Flush the file to the disk, and return the position and the hash of the run's lines."""
-        if self._start is not None:
+        """Flush the file to the disk, and return the length and the hash of the run's lines."""
+        if self._length:
             sync(self._path)
-        return {"start": self._start, "length": self._length, "sha256": self._digest.hexdigest()}
+        return {"length": self._length, "sha256": self._digest.hexdigest()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue after the lines of a state, and remove the lines after them.
@@ -61,23 +90,23 @@ class HistoryFile:
         Raises:
             DamagedCheckpointError: The file is missing, or these lines have changed.
         """
-        self._start, self._length = state_dict["start"], state_dict["length"]
-        if self._start is None:
+        self._length = state_dict["length"]
+        if not self._length:
             return
+        advice = "To start a new one, move it away and pass resume_ignore={'history'}."
         try:
             with self._path.open("r+b") as file:
-                file.seek(self._start)
                 self._digest = hashlib.sha256(file.read(self._length))
                 if self._digest.hexdigest() != state_dict["sha256"]:
                     raise DamagedCheckpointError(
-                        f"{self._path} is not the history that was saved: its {self._length} bytes from {self._start} "
-                        "on differ. Put it back, or waive it: resume_ignore={'history'} starts a new one."
+                        f"{self._path} is not the history that was saved: its first {self._length} bytes differ. "
+                        f"Put it back. {advice}"
                     )
-                file.truncate(self._start + self._length)
+                file.truncate(self._length)
         except FileNotFoundError:
             raise DamagedCheckpointError(
                 f"{self._path} is missing, and the saved run has written {self._length} bytes to it. Put it back, or "
-                "waive it: resume_ignore={'history'} starts a new one."
+                "pass resume_ignore={'history'} to start a new one."
             ) from None
 
 
@@ -109,13 +138,6 @@ def directories_to_sync(path: Path) -> Iterator[Path]:
     yield path.parent
     if not path.parent.exists():
         yield from directories_to_sync(path.parent)
-
-
-def has_partial_line(path: Path) -> bool:
-    """Return whether the last line of a file is incomplete."""
-    with path.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        return file.read() not in (b"", b"\n")
 
 
 def sync(path: Path) -> None:

@@ -79,6 +79,7 @@ class Run:
     is_over: bool = False
     exit_code: int | None = None
     _skipped_steps: int = 0
+    _stopped_by: StopRequest | None = None
     _stop_request: StopRequest | None = None
     _termination: StopRequest | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -87,10 +88,10 @@ class Run:
     def __post_init__(self) -> None:
         self._max_seconds = max_seconds(self.options)
         self.begin_epoch()
-        if self.resume_state is None:
-            self.history.begin(self.seed, self.plan)
-        else:
+        if self.resume_state is not None:
             self._restore(self.resume_state)
+        if self.resume_state is None or self.resume_state.shared["history"]["file"] is None:
+            self.history.begin(self.seed, self.plan)
 
     @property
     def model(self) -> nn.Module:
@@ -215,6 +216,7 @@ class Run:
             "conditions": dict(self.invariants),
             "progress": asdict(self.progress),
             "evaluated_at": asdict(self.evaluated_at),
+            "stopped": None if self._stopped_by is None or self.exit_code else asdict(self._stopped_by),
             "partial_evaluation": {name: asdict(result) for name, result in self.partial_evaluation.items()},
             "history": self.history.state_dict(),
             "epoch": self.epoch.state_dict(),
@@ -243,13 +245,15 @@ class Run:
         self.data.load_state_dict(own["data"])
         if own["stop_request"] is not None:
             self._stop_request = StopRequest(**own["stop_request"])
+        if shared["stopped"] is not None and shared["stopped"]["is_lasting"]:
+            self._accept(StopRequest(**shared["stopped"]))
         self._accept(self.consensus.repeat_vote(self._stop_request, self.progress.steps))
 
     # ---- stopping
 
     def request_stop(self, reason: str) -> None:
         """Request the end of the run; all ranks stop after the same step. The first reason is kept."""
-        self._stop_request = self._stop_request or StopRequest(reason, self.progress.steps)
+        self._request(StopRequest(reason, self.progress.steps, is_lasting=True))
 
     def request_termination(self, signal: str, exit_code: int) -> None:
         """Request the end of the run and of the process, because this rank received a signal."""
@@ -265,7 +269,7 @@ class Run:
             at_epoch_end: Whether to wait for the decision. Between steps, the decision follows one step later.
         """
         if reason is not None:
-            self.request_stop(reason)
+            self._request(StopRequest(reason, self.progress.steps))
         request = self._clock_request() or self._stop_request
         if at_epoch_end:
             self._accept(self.consensus.agree_now(request))
@@ -288,6 +292,9 @@ class Run:
         """Apply a signal that arrived after the last vote, to this process alone."""
         self._accept(self._termination)
 
+    def _request(self, request: StopRequest) -> None:
+        self._stop_request = self._stop_request or request
+
     def _clock_request(self) -> StopRequest | None:
         is_time_up = self._max_seconds is not None and self.progress.seconds >= self._max_seconds
         return self._termination or (StopRequest(self._time_limit, depends_on_clock=True) if is_time_up else None)
@@ -298,6 +305,13 @@ class Run:
             return
         if self.history.stop_reason is None or decision.exit_code is not None:
             self.history.stop_reason, self.exit_code = decision.reason, decision.exit_code
+        if decision.exit_code is None:
+            self._stopped_by = decision
+
+    @property
+    def stays_stopped(self) -> bool:
+        """Whether `trainer.stop()` has stopped the run, so that it stays stopped when it is resumed."""
+        return self._stopped_by is not None and self._stopped_by.is_lasting
 
     @property
     def _time_limit(self) -> str:

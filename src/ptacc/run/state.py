@@ -23,6 +23,8 @@ class StateKey(Generic[T]):
     Args:
         name: Name of the part in checkpoints.
         each_rank: Whether each rank has a state of its own. By default the state is the same on all ranks.
+        saved: Whether the state belongs in checkpoints. A state without `state_dict` and `load_state_dict` stays out of
+            them, with a warning. `saved=False` declares that it need not be saved.
 
     Example:
         >>> COUNTS: StateKey[list[int]] = StateKey("counts")
@@ -30,6 +32,7 @@ class StateKey(Generic[T]):
 
     name: str
     each_rank: bool = False
+    saved: bool = True
 
 
 @dataclass(frozen=True)

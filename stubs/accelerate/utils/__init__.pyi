@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from typing import Any, Self
 
@@ -29,3 +31,59 @@ class TorchDynamoPlugin:
         disable: bool = False,
         use_regional_compilation: bool | None = None,
     ) -> None: ...
+
+class KwargsHandler: ...
+
+@dataclass
+class AutocastKwargs(KwargsHandler):
+    enabled: bool = True
+    cache_enabled: bool | None = None
+
+@dataclass
+class DistributedDataParallelKwargs(KwargsHandler):
+    dim: int = 0
+    broadcast_buffers: bool = True
+    bucket_cap_mb: int = 25
+    find_unused_parameters: bool = False
+    check_reduction: bool = False
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    comm_hook: Any = ...
+    comm_wrapper: Any = ...
+    comm_state_option: dict[str, Any] = ...
+
+@dataclass
+class GradScalerKwargs(KwargsHandler):
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    enabled: bool = True
+
+@dataclass
+class InitProcessGroupKwargs(KwargsHandler):
+    backend: str | None = "nccl"
+    init_method: str | None = None
+    timeout: timedelta | None = None
+
+@dataclass
+class ProfileKwargs(KwargsHandler):
+    activities: list[Any] | None = None
+    schedule_option: dict[str, int] | None = None
+    on_trace_ready: Any = None
+    record_shapes: bool = False
+    profile_memory: bool = False
+    with_stack: bool = False
+    with_flops: bool = False
+    with_modules: bool = False
+    output_trace_dir: str | None = None
+
+@dataclass
+class DataLoaderConfiguration:
+    split_batches: bool = False
+    dispatch_batches: bool | None = None
+    even_batches: bool = True
+    use_seedable_sampler: bool = False
+    data_seed: int | None = None
+    non_blocking: bool = False
+    use_stateful_dataloader: bool = False

@@ -62,7 +62,7 @@ class ZeroConfig:
     def read(
         cls,
         owner: str,
-        config: Mapping[str, object] | str | Path | None,
+        config: Mapping[str, object] | str | os.PathLike[str] | None,
         stage: ZeroStage | None,
         offload_optimizer: bool | None,
         offload_param: bool | None,
@@ -168,7 +168,7 @@ def launch_option(name: str) -> str | None:
     return None if value in ("", "none") else value
 
 
-def read_config(owner: str, config: Mapping[str, object] | str | Path | None) -> Mapping[str, Any]:
+def read_config(owner: str, config: Mapping[str, object] | str | os.PathLike[str] | None) -> Mapping[str, Any]:
     """Return a configuration, read from its JSON file if it is a path.
 
     Raises:
@@ -178,7 +178,7 @@ def read_config(owner: str, config: Mapping[str, object] | str | Path | None) ->
         return {}
     if isinstance(config, Mapping):
         return config
-    if not isinstance(config, str | Path):
+    if not isinstance(config, str | os.PathLike):
         raise OptionError(f"{owner}(deepspeed_config={config!r}): must be a mapping, or the path of a JSON file.")
     try:
         read = json.loads(Path(config).read_text(encoding="utf-8"))
