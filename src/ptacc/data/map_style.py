@@ -31,6 +31,8 @@ from ptacc.types.protocols import StateDict
 
 INDEXED_BYTES = 1 << 18
 """Bytes of an in-memory dataset that are indexed together, at least one batch."""
+ALIGNMENT = 64
+"""Bytes to which torch aligns a tensor's memory on the CPU."""
 
 
 class MapStyleSource(BatchSource):
@@ -181,7 +183,7 @@ class KeyedDataset(Dataset[Any]):
         sizes = [len(key.indices) for key in keys]
         # Plain views would share a version counter, by which autograd detects changes in place.
         columns = (torch.unsafe_split_with_sizes(rows, sizes) for rows in index_rows(dataset.tensors, indices))
-        return zip(*columns, strict=True)
+        return zip(*(map(align, column) for column in columns), strict=True)
 
     @override
     def __getitem__(self, index: object) -> object:
@@ -213,6 +215,14 @@ def index_rows(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tenso
         return tuple([tensor.index_select(0, rows) for tensor in tensors])
     except (IndexError, RuntimeError):  # negative indices, or tensors on a device
         return tuple(tensor[rows] for tensor in tensors)
+
+
+def align(rows: Tensor) -> Tensor:
+    """Return rows in memory that begins as a tensor's own does: the last bit of a matrix product may depend on it.
+
+    Otherwise it would depend on which batches are indexed together, and so on where an epoch is resumed.
+    """
+    return rows.clone() if rows.data_ptr() % ALIGNMENT else rows
 
 
 def unwrap_subsets(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
