@@ -62,7 +62,10 @@ class BatchSource(ABC):
 
     @abstractmethod
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the number of batches left in an epoch at offset `start`, None if the data has no length."""
+        """Return the number of batches left in an epoch at offset `start`, None if the data has no length.
+
+        It is known exactly for the epoch that `epoch` began last. Before the first one it is what the data promises.
+        """
 
     @abstractmethod
     def offset_after(self, batches: int) -> int:
@@ -79,7 +82,7 @@ class BatchSource(ABC):
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of an epoch.
+        """Begin an epoch, at once, and return an iterator over its batches. A collective.
 
         Args:
             epoch: The epoch, counted from 0.

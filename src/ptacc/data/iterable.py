@@ -15,6 +15,7 @@ from ptacc.data.loading import (
     get_collate_fn,
     get_loader_settings,
     has_default_collate,
+    known_length,
     require_batch,
     seeded_loading,
     set_epoch,
@@ -126,9 +127,8 @@ class SharedStream(IterableDataset[Any]):
 
     def num_batches(self, workers: int) -> int | None:
         """Return the largest number of batches of an epoch, None if the stream has no length."""
-        try:
-            samples = len(self.dataset)
-        except TypeError:
+        samples = known_length(self.dataset)
+        if samples is None:
             return None
         return workers * count_global_batches(-(-samples // workers), self.size, drop_last=self._drop_last)
 

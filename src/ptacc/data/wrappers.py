@@ -98,8 +98,8 @@ class LimitedSource(SourceWrapper):
     @override
     def epoch(self, epoch: int, start: int = 0) -> Batches:
         batches = self._source.epoch(epoch, self._source.offset_after(start))
-        for end, batch in zip(range(start + 1, self._limit + 1), batches, strict=False):
-            yield replace(batch, end=end)
+        ends = range(start + 1, self._limit + 1)
+        return (replace(batch, end=end) for end, batch in zip(ends, batches, strict=False))
 
 
 class PaddedSource(SourceWrapper):
@@ -145,6 +145,10 @@ class PaddedSource(SourceWrapper):
         available = self._source.num_batches()
         first = 0 if available is None else min(start, max(available - 1, 0))  # the last one may be needed as padding
         batches = self._source.epoch(epoch, self._source.offset_after(first))
+        self.sync_lengths()
+        return self._pad(batches, first, start)
+
+    def _pad(self, batches: Batches, first: int, start: int) -> Batches:
         last: HostBatch[Any] | None = None
         for _ in range(first, start):
             last = next(batches, last)

@@ -259,6 +259,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 EVALUATION_SEED,
                 data_is_sharded=options.get("data_is_sharded", False),
                 limit=limit,
+                sets_epoch=False,
             )
             for name, data in sets.items()
         }

@@ -304,14 +304,15 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Iterate over the remaining windows of an epoch."""
         if run.is_within_epoch and run.is_epoch_complete:
             return
-        batches = run.data.epoch(run.progress.epochs, run.progress.offset)
+        batches = run.read_epoch()
         items_are_samples = not overrides(self, BatchHooks, "count_items")
         windows = make_windows(
             batches, run.accumulation_steps, self.count_items, run.distributed, items_are_samples=items_are_samples
         )
         while not run.is_done():
-            if (window := next(windows, None)) is None:
-                run.epoch.is_exhausted = True
+            window = next(windows, None)
+            run.epoch.is_exhausted = window is None
+            if window is None:
                 return
             if run.progress.steps == 0:
                 self.check_batch(window.batches[0].data)
