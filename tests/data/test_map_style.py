@@ -1,5 +1,6 @@
 """Map-style data: set-up reads none of it, and an error names what is wrong with it."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -45,10 +46,10 @@ class Endless(Sampler[int]):
             yield from torch.randperm(len(self.source)).tolist()
 
 
-def make() -> Trainer:
+def make(kind: type[Trainer] = Trainer) -> Trainer:
     net = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    return Trainer(net, loss_func=nn.MSELoss(), optimizer=optimizer, default_callbacks=())
+    return kind(net, loss_func=nn.MSELoss(), optimizer=optimizer, default_callbacks=())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -144,3 +145,29 @@ def test_an_epoch_of_a_sampler_without_end_is_as_long_as_it_says(in_batches: boo
 def test_a_virtual_length_costs_neither_time_nor_memory() -> None:
     history = make().train(Zeros(1 << 60), max_steps=3, train_dataloader_kwargs={"shuffle": False})
     assert history[-1].step == 3
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_workers_end_with_the_run(steps: int) -> None:
+    before = set(multiprocessing.active_children())
+    kwargs: Any = {"num_workers": 1, "persistent_workers": True, "timeout": 30}
+    trainer = make()
+    options: Any = {"train_dataloader_kwargs": kwargs, "eval_dataloader_kwargs": kwargs}
+    trainer.train(Zeros(16), Zeros(8), max_steps=steps, **options)
+    assert trainer.has_run
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_workers_end_with_a_run_that_fails() -> None:
+    class Failing(Trainer):
+        @override
+        def train_step(self, batch: Any) -> StepOutput[Tensor]:
+            if self.progress.epochs == 1:
+                raise RuntimeError("broken")
+            return super().train_step(batch)
+
+    before = set(multiprocessing.active_children())
+    kwargs: Any = {"num_workers": 1, "persistent_workers": True, "timeout": 30}
+    with pytest.raises(RuntimeError, match="broken"):
+        make(Failing).train(Zeros(16), num_epochs=2, train_dataloader_kwargs=kwargs)
+    assert set(multiprocessing.active_children()) <= before

@@ -98,3 +98,6 @@ class BatchSource(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: StateDict, /) -> None:
         """Restore a state, which takes effect when the next epoch begins."""
+
+    def close(self) -> None:
+        """Stop the workers that a loader made by the source keeps between epochs. They start again if needed."""

@@ -19,6 +19,7 @@ from ptacc.data.loading import (
     require_batch,
     seeded_loading,
     set_epoch,
+    stop_workers,
 )
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import ReplaySource
@@ -103,6 +104,10 @@ class IterableSource(ReplaySource):
         super().load_state_dict(state_dict)
         if self._stateful is not None and "place" in state_dict:
             self._dataset_state, self._is_at_end = state_dict["place"], state_dict["is_at_end"]
+
+    @override
+    def close(self) -> None:
+        stop_workers(self._loader)
 
 
 class SharedStream(IterableDataset[Any]):

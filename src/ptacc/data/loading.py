@@ -85,6 +85,13 @@ def known_length(data: Any) -> int | None:
         return None
 
 
+def stop_workers(loader: Any) -> None:
+    """Stop the workers that a loader keeps between epochs. The next iteration starts others."""
+    iterator, loader._iterator = getattr(loader, "_iterator", None), None  # noqa: SLF001  # torch has no other way
+    if iterator is not None:
+        iterator._shutdown_workers()  # noqa: SLF001
+
+
 def get_collate_fn(loader: DataLoader[Any]) -> CollateFn:
     """Return the loader's collate function, with torch's own replaced by one that keeps tuples."""
     return default_collate if has_default_collate(loader) else loader.collate_fn

@@ -25,6 +25,7 @@ from ptacc.data.loading import (
     require_batch,
     seeded_loading,
     set_epoch,
+    stop_workers,
 )
 from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches
 from ptacc.data.sampling import IntArray, ListedSampler, permutation
@@ -145,6 +146,10 @@ class MapStyleSource(BatchSource):
     def load_state_dict(self, state_dict: StateDict) -> None:
         if self._listed is not None:
             self._listed.load_state_dict(state_dict)
+
+    @override
+    def close(self) -> None:
+        stop_workers(self._loader)
 
 
 class _BatchKeySampler:

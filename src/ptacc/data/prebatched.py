@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
-from ptacc.data.loading import known_length, require_batch, set_epoch
+from ptacc.data.loading import known_length, require_batch, set_epoch, stop_workers
 from ptacc.data.partition import count_global_batches
 from ptacc.data.replay import ReplaySource
 from ptacc.distributed.process_group import DistributedRuntime
@@ -50,7 +50,7 @@ class PrebatchedSource(ReplaySource):
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         if self._sets_epoch and set_epoch(self._loader, epoch) and getattr(self._loader, "persistent_workers", False):
-            self._loader._iterator = None  # noqa: SLF001  # workers that persist have copies of the dataset
+            stop_workers(self._loader)  # they have copies of the dataset, which cannot be reached
         return self._load(epoch, start)
 
     def _load(self, epoch: int, start: int) -> Iterator[HostBatch[Any]]:

@@ -51,6 +51,10 @@ class SourceWrapper(BatchSource):
     def load_state_dict(self, state_dict: StateDict) -> None:
         self._source.load_state_dict(state_dict)
 
+    @override
+    def close(self) -> None:
+        self._source.close()
+
 
 class ObservedSource(SourceWrapper):
     """A source whose batches pass through an observer: `run.data = ObservedSource(run.data, observe)`.

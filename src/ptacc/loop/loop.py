@@ -208,7 +208,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._events().exception(error)
                 raise
             finally:
-                run.is_over = True
+                run.close()
                 run.distributed.count_progress()
         if run.exit_code is not None:
             raise SystemExit(run.exit_code)

@@ -245,6 +245,12 @@ class Run:
             values |= replace(self.history[-1], evaluations={}).values()
         return values
 
+    def close(self) -> None:
+        """End the run: stop the workers of its loaders."""
+        self.is_over = True
+        for source in (self.data, *self.eval_data.values()):
+            source.close()
+
     # ---- saving and resuming
 
     def state_dict(self) -> StateDict:
