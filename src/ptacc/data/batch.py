@@ -21,7 +21,7 @@ class HostBatch(Generic[BatchT]):
     """One batch of this rank, as loaded on the host.
 
     Args:
-        data: The batch.
+        data: The batch. None if the collate function returned None, which leaves it out.
         indices: Indices of its samples in the dataset, None if unknown.
         samples: Number of its samples, 0 for a padding batch, None if unknown.
         total: Number of samples in the batches of all ranks together, None if unknown.

@@ -16,10 +16,10 @@ from ptacc.data.loading import (
     get_loader_settings,
     has_default_collate,
     known_length,
-    require_batch,
     seeded_loading,
     set_epoch,
     stop_workers,
+    unwrap_batch,
 )
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import ReplaySource
@@ -86,7 +86,7 @@ class IterableSource(ReplaySource):
             if batches > start:
                 self._is_at_end = total < self._stream.size
                 total = total if self._keeps_samples else None
-                self._last_batch = require_batch(data)
+                self._last_batch = unwrap_batch(data)
                 yield HostBatch(self._last_batch, None, samples, total, is_padding=not samples, end=batches)
             elif batches == start:
                 self._check_replayed(data, digest)

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 
-from ptacc.errors import DataError
 from ptacc.rng import seed_everything, streams_seeded
 from ptacc.tensors.structures import pin_memory
 from ptacc.types.aliases import T
@@ -135,14 +134,6 @@ def wrap_first(item: tuple[object, int, int]) -> tuple[object, int, int]:
     return Pinnable(batch), samples, total
 
 
-def require_batch(data: T | None) -> T:
-    """Return the batch that was loaded, unwrapped.
-
-    Raises:
-        DataError: The collate function returned None.
-    """
-    if isinstance(data, Pinnable):
-        data = data.batch
-    if data is None:
-        raise DataError("The collate function returned None. Check that it ends in `return batch`.")
-    return data
+def unwrap_batch(data: T) -> T:
+    """Return the batch that was loaded, None if the collate function left it out."""
+    return data.batch if isinstance(data, Pinnable) else data

@@ -22,10 +22,10 @@ from ptacc.data.loading import (
     get_collate_fn,
     get_loader_settings,
     has_default_collate,
-    require_batch,
     seeded_loading,
     set_epoch,
     stop_workers,
+    unwrap_batch,
 )
 from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches
 from ptacc.data.sampling import IntArray, ListedSampler, permutation
@@ -117,7 +117,7 @@ class MapStyleSource(BatchSource):
         for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = min(start + index * self._size, length)
-            yield HostBatch(require_batch(data), key.indices, key.samples, total, key.is_padding, end)
+            yield HostBatch(unwrap_batch(data), key.indices, key.samples, total, key.is_padding, end)
 
     def _make_keys(self, order: Order, epoch: int, start: int) -> Iterator[BatchKey]:
         """Iterate over the keys of this rank's batches in an epoch from offset `start` on."""

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
-from ptacc.data.loading import known_length, require_batch, set_epoch, stop_workers
+from ptacc.data.loading import known_length, set_epoch, stop_workers, unwrap_batch
 from ptacc.data.partition import count_global_batches
 from ptacc.data.replay import ReplaySource
 from ptacc.distributed.process_group import DistributedRuntime
@@ -66,7 +66,7 @@ class PrebatchedSource(ReplaySource):
                 return
             end += len(group)
             is_padding = self._replica >= len(group)
-            batch = require_batch(group[0 if is_padding else self._replica])
+            batch = unwrap_batch(group[0 if is_padding else self._replica])
             if end > start:
                 self._last_batch = batch
                 yield HostBatch(batch, None, None, None, is_padding, end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
@@ -179,3 +179,25 @@ def sync_lengths(sources: Iterable[BatchSource]) -> None:
 def count_once_per_replica(batches: Batches, distributed: DistributedRuntime) -> Batches:
     """Mark the batches as padding on all ranks of a model replica but the first, which have the same batches."""
     return batches if distributed.is_replica_leader else (replace(batch, is_padding=True) for batch in batches)
+
+
+def fill_skipped(batches: Sequence[HostBatch[Any]], distributed: DistributedRuntime) -> list[HostBatch[Any]]:
+    """Replace batches that a collate function left out by one of `batches`, of any rank, as padding. A collective.
+
+    All ranks then run the same number of batches. Return none if all batches of all ranks were left out.
+    """
+    given = next((batch.data for batch in batches if batch.data is not None), None)
+    found = next((data for data in distributed.gather(given) if data is not None), None)
+    if found is None:
+        return []
+    filling = {"data": found, "samples": 0, "is_padding": True}
+    return [replace(batch, **filling) if batch.data is None else batch for batch in batches]
+
+
+def fill_each(batches: Batches, distributed: DistributedRuntime) -> Batches:
+    """Apply `fill_skipped` to each batch. A collective for each batch that another rank may have left out."""
+    for batch in batches:
+        if batch.total is None and distributed.maximum(int(batch.data is None)):
+            yield from fill_skipped([batch], distributed)
+        else:
+            yield batch

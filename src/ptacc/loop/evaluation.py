@@ -20,7 +20,7 @@ from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.transfer import Transfer, make_transfer
-from ptacc.data.wrappers import count_once_per_replica, sync_lengths
+from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_lengths
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, OptionError
@@ -166,7 +166,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         ):
             events.evaluation_start(name)
             losses, transfer = LossSum(self.device), make_transfer(self.device)
-            batches = count_once_per_replica(source.epoch(0), self._distributed)
+            batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
             for number, host in enumerate(batches, start=1):
                 self._distributed.count_progress()
                 if number == 1:
@@ -222,6 +222,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
             for host in count_once_per_replica(source.epoch(0), self._distributed):
+                check_not_skipped(host)
                 local = self._predict_batch(host, transfer)
                 # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                 for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
@@ -331,6 +332,15 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
         raise OptionError(
             f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
             "loader has its own. Give the dataset instead, or leave them out."
+        )
+
+
+def check_not_skipped(host: HostBatch[Any]) -> None:
+    """Raise `DataError` if a collate function left a batch of a prediction out."""
+    if host.data is None:
+        raise DataError(
+            "The collate function returned None, which leaves a batch out: a prediction needs one output for each "
+            "sample. Leave the samples out of the dataset."
         )
 
 

@@ -314,6 +314,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             run.epoch.is_exhausted = window is None
             if window is None:
                 return
+            if not window.batches:
+                run.skip_window(window)
+                continue
             if run.progress.steps == 0:
                 self.check_batch(window.batches[0].data)
             yield window
@@ -346,8 +349,11 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _end_epoch(self, run: Run) -> EpochRecord:
         number, before = run.progress.epochs + 1, run.progress
         if run.is_epoch_complete:
-            if not run.is_within_epoch:
-                raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
+            if run.is_epoch_empty:
+                raise DataError(
+                    "The training data gave no batch in a whole epoch. Check what the dataset yields, and that "
+                    "collate_fn ends in `return batch`."
+                )
             run.complete_epoch()
             if (run.should_evaluate_at_end or is_evaluation_due(run)) and not self._evaluate_sets(run):
                 run.reopen_epoch(before)

@@ -166,15 +166,13 @@ class Run:
         self.progress = Progress(
             steps=step.step if happened else before.steps,
             epochs=before.epochs,
-            batches=before.batches + len(window.batches),
-            offset=window.batches[-1].end,
+            batches=before.batches + window.read,
+            offset=window.end,
             items=before.items + step.items if happened else before.items,
             seconds=time.monotonic() - self._started,
             skipped=before.skipped + (not happened),
         )
-        if self.epoch.num_batches is not None and self.progress.batches >= self.epoch.num_batches:
-            self.epoch.is_exhausted = True
-            self._check_for_end(self.epoch.num_batches)
+        self._check_epoch_end()
         self._skipped_steps = 0 if happened else self._skipped_steps + 1
         if self._skipped_steps == MAX_SKIPPED_STEPS:
             raise LossError(
@@ -187,13 +185,30 @@ class Run:
         self.epoch.losses.add(step.loss, step.items)
         self.history.add_step(step, self.distributed)
 
-    def _check_for_end(self, promised: int) -> None:
-        is_limited = self.plan.step_limit is not None or self._max_seconds is not None
-        if self.progress.batches > ENDLESS * promised and not is_limited:
+    def skip_window(self, window: Window[Any]) -> None:
+        """Count the batches of a window that were all left out by the collate function."""
+        before = self.progress
+        self.epoch.left_out += window.read
+        self.progress = replace(
+            before, batches=before.batches + window.read, offset=window.end, skipped=before.skipped + 1
+        )
+        self._check_epoch_end()
+
+    def _check_epoch_end(self) -> None:
+        batches, promised = self.progress.batches, self.epoch.num_batches
+        if promised is None or batches < promised:
+            return
+        self.epoch.is_exhausted = True
+        if batches > ENDLESS * promised and self.plan.step_limit is None and self._max_seconds is None:
             raise DataError(
-                f"The training data promised {promised} batches, and has given {self.progress.batches} without an end. "
-                "End the epoch after as many batches, or limit the run by max_steps."
+                f"The training data promised {promised} batches, and has given {batches} without an end. End the epoch "
+                "after as many batches, or limit the run by max_steps."
             )
+
+    @property
+    def is_epoch_empty(self) -> bool:
+        """Whether the epoch has given no batch so far, apart from those that the collate function left out."""
+        return self.progress.batches == self.epoch.left_out
 
     def complete_epoch(self) -> None:
         """Count the epoch, whose data is exhausted."""

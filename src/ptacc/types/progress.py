@@ -23,7 +23,8 @@ class Progress:
         offset: Position in the epoch's data: samples used by all processes together, or batches of a loader or stream.
         items: Items trained on, over all processes.
         seconds: Time since the run started, measured by this process at the end of the last step.
-        skipped: Steps that were not made, because a gradient scaler skipped the update. Not included in `steps`.
+        skipped: Steps that were not made: a gradient scaler skipped the update, or `collate_fn` returned None for all
+            batches. Not included in `steps`.
     """
 
     steps: int = 0
