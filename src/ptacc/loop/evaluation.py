@@ -69,11 +69,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def evaluate(self, dataset: EvalSets[SampleT], **options: Unpack[EvalOptions]) -> dict[str, EvalResult]: ...
     @overload
     def evaluate(
-        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self,
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[EvalOptions],
     ) -> EvalResult: ...
     @overload
     def evaluate(
-        self, dataset: EvalSets[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self,
+        dataset: EvalSets[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[EvalOptions],
     ) -> dict[str, EvalResult]: ...
     @final
     def evaluate(
@@ -83,7 +91,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
         Args:
             dataset: A dataset or a DataLoader, or several of them by name.
-            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
+            collate_fn: Makes a batch of a list of samples, or returns None to leave them out. Default: torch's
+                `default_collate`.
             options: See `EvalOptions`.
 
         Returns:

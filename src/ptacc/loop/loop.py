@@ -119,7 +119,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: TrainData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[EpochLimited],
     ) -> RunHistory: ...
     @overload
@@ -132,7 +132,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[StepLimited],
     ) -> RunHistory: ...
     @overload
@@ -145,7 +145,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[TimeLimited],
     ) -> RunHistory: ...
     @final
@@ -165,7 +165,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         Args:
             train_dataset: A dataset, map-style or iterable, or a DataLoader.
             eval_dataset: A dataset or DataLoader, or several of them by name. Default: no evaluation.
-            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
+            collate_fn: Makes a batch of a list of samples, or returns None to leave them out. Default: torch's
+                `default_collate`.
             num_epochs: Largest number of passes over the data.
             max_steps: Largest number of optimizer steps.
             max_time: Longest duration, in seconds or as a `timedelta`. The run ends after the step that reaches it.
