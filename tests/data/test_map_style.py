@@ -171,3 +171,18 @@ def test_workers_end_with_a_run_that_fails() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         make(Failing).train(Zeros(16), num_epochs=2, train_dataloader_kwargs=kwargs)
     assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "c"], [(0, "a"), (0, "b"), (1, "a")]])
+def test_samples_may_have_keys_that_are_not_numbers(keys: list[Any]) -> None:
+    class ByKey(Zeros):
+        @override
+        def __getitem__(self, index: Any) -> Sample:
+            return torch.tensor([float(keys.index(index))]), torch.zeros(1)
+
+    loader: DataLoader[object] = DataLoader(ByKey(3), batch_size=2, sampler=keys[::-1])
+    trainer = make()
+    trainer.train(loader, num_epochs=1)
+    with torch.no_grad():
+        expected = [trainer.model(torch.tensor([float(place)])) for place in (2, 1, 0)]
+    torch.testing.assert_close(trainer.predict(loader), expected)

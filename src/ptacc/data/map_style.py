@@ -117,7 +117,9 @@ class MapStyleSource(BatchSource):
         for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = min(start + index * self._size, length)
-            yield HostBatch(unwrap_batch(data), key.indices, key.samples, total, key.is_padding, end)
+            are_places = not isinstance(next(iter(key.indices), 0), str | tuple)
+            indices = key.indices if are_places else None
+            yield HostBatch(unwrap_batch(data), indices, key.samples, total, key.is_padding, end)
 
     def _make_keys(self, order: Order, epoch: int, start: int) -> Iterator[BatchKey]:
         """Iterate over the keys of this rank's batches in an epoch from offset `start` on."""

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any, ClassVar, Generic, Self, final, overload
 
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
@@ -19,10 +20,11 @@ from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
+from ptacc.data.loading import known_length
 from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
-from ptacc.errors import DataError, NestedRunError
+from ptacc.errors import DataError, NestedRunError, OptionError
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
@@ -226,12 +228,21 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Describe what this trainer will do, as tables to print: classes, hooks, options, launch, batches, state.
 
         Args:
-            train_dataset: The data, for the number of steps.
+            train_dataset: The data, for the number of steps. A loader has its own batch size.
             num_epochs: As for `train`.
             max_steps: As for `train`.
             per_device_batch_size: As for `train`.
         """
-        samples = None if train_dataset is None else len(train_dataset)
+        samples = known_length(train_dataset)
+        if isinstance(train_dataset, DataLoader):
+            if train_dataset.batch_size is None:
+                raise OptionError(
+                    f"{type(self).__name__}.explain() got a loader without a batch size: the samples of its steps are "
+                    "unknown. Give the dataset, with per_device_batch_size."
+                )
+            is_stream = isinstance(train_dataset.dataset, IterableDataset)
+            samples = known_length(train_dataset.dataset if is_stream else train_dataset.sampler)
+            per_device_batch_size = train_dataset.batch_size
         return explain(self, samples, per_device_batch_size, num_epochs, max_steps)
 
     def _check_not_running(self) -> None:
