@@ -117,8 +117,9 @@ class MapStyleSource(BatchSource):
         for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = min(start + index * self._size, length)
-            are_places = not isinstance(next(iter(key.indices), 0), str | tuple)
-            indices = key.indices if are_places else None
+            indices: Sequence[int] | None = key.indices
+            if self._listed is not None and isinstance(next(iter(key.indices), 0), str | tuple):
+                indices = None  # keys are no places
             yield HostBatch(unwrap_batch(data), indices, key.samples, total, key.is_padding, end)
 
     def _make_keys(self, order: Order, epoch: int, start: int) -> Iterator[BatchKey]:

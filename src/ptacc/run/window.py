@@ -97,11 +97,11 @@ def count_batches(
     items_are_samples: bool,
 ) -> tuple[list[HostBatch[BatchT]], list[int], float]:
     """Return the batches to run, the items of each, and the items of all ranks. No batches if all were left out."""
-    if distributed.is_single_process:
+    is_alone = distributed.is_single_process
+    if is_alone:
         window = [batch for batch in window if batch.data is not None]
-    is_used = [not batch.is_padding and batch.data is not None for batch in window]
-    counts = [count_items(batch.data) if used else 0 for batch, used in zip(window, is_used, strict=True)]
-    if distributed.is_single_process:
+    counts = [0 if batch.is_padding or batch.data is None else count_items(batch.data) for batch in window]
+    if is_alone:
         total: float = sum(counts)
     elif items_are_samples and all(batch.total is not None for batch in window):
         total = sum(batch.total or 0 for batch in window)
