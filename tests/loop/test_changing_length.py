@@ -106,7 +106,8 @@ def leg(
         checkpoint_every=None,
         resume=True,
     )
-    history = trainer.train(loader, **{"num_epochs": 3, "stop_check_every": 1, **limits})
+    settings: Any = {"num_epochs": 3, "stop_check_every": 1, **limits}
+    history = trainer.train(loader, **settings)
     ends = [record.step for record in history]
     return history[-1].train_loss, net.weight.item(), ends, trainer.totals
 

@@ -13,7 +13,6 @@ from torch.utils.data import default_collate as torch_default_collate
 
 from ptacc.rng import seed_everything, streams_seeded
 from ptacc.tensors.structures import pin_memory
-from ptacc.types.aliases import T
 
 CollateFn: TypeAlias = Callable[[list[Any]], object]
 DATASETS = frozenset({"dataset", "datasets"})
@@ -134,6 +133,6 @@ def wrap_first(item: tuple[object, int, int]) -> tuple[object, int, int]:
     return Pinnable(batch), samples, total
 
 
-def unwrap_batch(data: T) -> T:
+def unwrap_batch(data: Any) -> Any:
     """Return the batch that was loaded, None if the collate function left it out."""
     return data.batch if isinstance(data, Pinnable) else data
