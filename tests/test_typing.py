@@ -212,6 +212,8 @@ ALLOWED_ANY = {
     "MetricLike.update": "each metric has its own arguments",
     "Run.batch": "a run does not depend on the type of batches",
     "Run.count_window": "a run does not depend on the type of batches",
+    "Run.read_epoch": "a run does not depend on the type of batches",
+    "Run.skip_window": "a run does not depend on the type of batches",
     "Run.states": "the type of each state is in its key",
     "TrainerCore.all_callbacks": "`Callback[Self]` could not be overridden: a callback is contravariant in `Self`",
     "TrainingLoop.all_callbacks": "as for `TrainerCore`",

@@ -273,6 +273,14 @@ def test_batches_indexed_together_share_no_memory() -> None:
     assert torch.equal(data.tensors[0], torch.ones(10, 3))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(3, 6), (5, 7), (4, 16), (1, 1)])
+def test_memory_of_a_batch_is_aligned_wherever_loading_started(rows: int, columns: int) -> None:
+    data = TensorDataset(torch.randn(16, columns), torch.randn(16))
+    for start in range(3):
+        for batch in batches(data, batch_size=rows, start=start):
+            assert [tensor.data_ptr() % 64 for tensor in batch.data] == [0, 0]
+
+
 def test_changes_to_the_data_are_in_the_next_batch() -> None:
     data = TensorDataset(torch.zeros(12, 2), torch.arange(12))
     loader = DataLoaderConfig(data, 4, None, {}).build(shuffle=False)

@@ -12,11 +12,10 @@ from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
 from ptacc.data.dataloader_config import DataLoaderConfig
-from ptacc.data.loading import Pinnable, require_batch
+from ptacc.data.loading import Pinnable, unwrap_batch
 from ptacc.data.sources import make_source
 from ptacc.data.transfer import Transfer, have_same_layout, make_transfer
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.errors import DataError
 from ptacc.tensors.structures import pin_memory, to_device
 from ptacc.types.arguments import DataLoaderKwargs
 
@@ -148,10 +147,5 @@ def test_batches_of_a_pinning_loader_are_unwrapped(dataset: Any, workers: int) -
 def test_parts_with_a_pin_memory_method_pin_themselves() -> None:
     batch: tuple[Graph, list[Graph]] = pin_memory((Graph(), [Graph()]))
     assert [batch[0].path, batch[1][0].path] == [("pinned",), ("pinned",)]
-    graph: Any = require_batch(Pinnable(Graph()).pin_memory())
+    graph: Any = unwrap_batch(Pinnable(Graph()).pin_memory())
     assert graph.path == ("pinned",)
-
-
-def test_a_missing_batch_of_a_pinning_loader_is_an_error() -> None:
-    with pytest.raises(DataError, match="The collate function returned None"):
-        require_batch(Pinnable(None))

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.utils.data import DataLoader
 
 from ptacc import GradAccumMixin, Trainer
+from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
@@ -188,6 +190,14 @@ def test_the_batch_arithmetic_covers_all_ranks() -> None:
         ("steps per epoch", "2 = 24 samples / 12, rounded up"),
         ("total steps", "4 in 2 epochs"),
     )
+
+
+def test_the_batches_of_a_loader_are_its_own() -> None:
+    trainer, data = make(SGD), tiny_data()
+    loader: DataLoader[Any] = DataLoader(data, batch_size=5)
+    assert trainer.explain(loader)["batches"] == trainer.explain(data, per_device_batch_size=5)["batches"]
+    with pytest.raises(OptionError, match="a loader without a batch size"):
+        trainer.explain(DataLoader(data, batch_sampler=[[0, 1]]))
 
 
 def test_an_unknown_section_raises_key_error() -> None:

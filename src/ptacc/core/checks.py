@@ -98,7 +98,9 @@ def check_eval_output(owner: str, output: object) -> None:
 
 def _check_scalars(step: str, output: object) -> torch.Tensor:
     if not isinstance(output, StepOutput):
-        raise LossError(f"{step} returned {type(output).__name__}: it must return StepOutput(loss=..., outputs=...).")
+        hint = " To leave a batch out, return None from collate_fn." if output is None else ""
+        name = type(output).__name__
+        raise LossError(f"{step} returned {name}: it must return StepOutput(loss=..., outputs=...).{hint}")
     loss: object = output.loss
     if not isinstance(loss, torch.Tensor):
         raise LossError(f"{step}: the loss {_describe(loss)}, and must be a scalar tensor. Do not call .item().")

@@ -21,7 +21,7 @@ class HostBatch(Generic[BatchT]):
     """One batch of this rank, as loaded on the host.
 
     Args:
-        data: The batch.
+        data: The batch. None if the collate function returned None, which leaves it out.
         indices: Indices of its samples in the dataset, None if unknown.
         samples: Number of its samples, 0 for a padding batch, None if unknown.
         total: Number of samples in the batches of all ranks together, None if unknown.
@@ -62,7 +62,10 @@ class BatchSource(ABC):
 
     @abstractmethod
     def num_batches(self, start: int = 0) -> int | None:
-        """Return the number of batches left in an epoch at offset `start`, None if the data has no length."""
+        """Return the number of batches left in an epoch at offset `start`, None if the data has no length.
+
+        It is known exactly for the epoch that `epoch` began last. Before the first one it is what the data promises.
+        """
 
     @abstractmethod
     def offset_after(self, batches: int) -> int:
@@ -82,7 +85,7 @@ class BatchSource(ABC):
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        """Iterate over the batches of an epoch.
+        """Begin an epoch, at once, and return an iterator over its batches. A collective.
 
         Args:
             epoch: The epoch, counted from 0.
@@ -98,3 +101,6 @@ class BatchSource(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: StateDict, /) -> None:
         """Restore a state, which takes effect when the next epoch begins."""
+
+    def close(self) -> None:
+        """Stop the workers that a loader made by the source keeps between epochs. They start again if needed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ptacc.data.loading import known_length
 from ptacc.errors import DataError, OptionError
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.validation import check_at_least, check_keywords
@@ -76,11 +77,12 @@ def check_dataset(dataset: object) -> None:
         return
     if isinstance(dataset, Mapping):
         raise DataError("Got a mapping, but one dataset is needed. Only evaluations take several datasets by name.")
-    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+    length = known_length(dataset)
+    if length is None or not hasattr(dataset, "__getitem__"):
         raise DataError(
             f"{type(dataset).__name__} is not a dataset: it needs __len__ and __getitem__, or to be an IterableDataset."
         )
-    if len(dataset) == 0:
+    if length == 0:
         raise DataError(f"{type(dataset).__name__} is empty: its length is 0. Pass a dataset with samples in it.")
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
 from ptacc.data.division import check_same_on_all_ranks
-from ptacc.data.loading import get_loader_settings, has_default_collate, require_batch
+from ptacc.data.loading import get_loader_settings, has_default_collate, stop_workers, unwrap_batch
 from ptacc.data.replay import ReplaySource
 from ptacc.data.shared_stream import SharedStream, StreamReader
 from ptacc.distributed.process_group import DistributedRuntime
@@ -80,7 +80,7 @@ class IterableSource(ReplaySource):
             end = reader.batches
             if expected is not None and end == expected and reader.peek():
                 self._stream.check_length(end + 1, expected, "more")
-            batch = require_batch(data)
+            batch = unwrap_batch(data)
             self._check_replayed(batch, end)
             if end > start:
                 known_total = total if self._keeps_samples else None
@@ -128,6 +128,10 @@ class IterableSource(ReplaySource):
         if self._reader is None:
             return state | {"stream": {"batches": 0, "start": copy.deepcopy(self._stateful.state_dict())}}
         return state | {"stream": self._beginning | self._reader.state_dict()}
+
+    @override
+    def close(self) -> None:
+        stop_workers(self._loader)
 
 
 def is_at_end(start: int, saved: StateDict | None) -> bool:

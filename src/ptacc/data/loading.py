@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 
-from ptacc.errors import DataError
 from ptacc.rng import seed_everything, streams_seeded
 from ptacc.tensors.structures import pin_memory
-from ptacc.types.aliases import T
 
 CollateFn: TypeAlias = Callable[[list[Any]], object]
+DATASETS = frozenset({"dataset", "datasets"})
+SAMPLERS = frozenset({"sampler", "batch_sampler"})
+"""Attributes in which torch's classes, and those that follow them, hold datasets and samplers."""
 
 
 def identity(batch: object) -> object:
@@ -41,11 +42,52 @@ def seeded_loading(seed: int) -> Iterator[None]:
             yield
 
 
-def set_epoch(target: object, epoch: int) -> None:
-    """Pass the epoch to a sampler, dataset or loader that has a `set_epoch` method."""
-    setter = getattr(target, "set_epoch", None)
-    if callable(setter):
-        setter(epoch)
+def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS) -> bool:
+    """Call `set_epoch` of a dataset, sampler or loader, or else of what it holds, once each.
+
+    An object with a `set_epoch` is responsible for what it holds.
+
+    Args:
+        target: The dataset, sampler or loader.
+        epoch: The epoch, counted from 0.
+        within: Names of the attributes in which it may hold others.
+
+    Returns:
+        Whether there was one.
+    """
+    found, visited = [target], dict[int, object]()
+    was_set = False
+    while found:
+        owner = found.pop()
+        if id(owner) in visited:
+            continue
+        visited[id(owner)] = owner
+        setter = getattr(owner, "set_epoch", None)
+        if callable(setter):
+            setter(epoch)
+            was_set = True
+            continue
+        attributes = getattr(owner, "__dict__", {})  # a property might open a file
+        for name in within & attributes.keys():
+            value = attributes[name]
+            values = value.values() if isinstance(value, Mapping) else value
+            found += values if isinstance(value, list | tuple | Mapping) else [value]
+    return was_set
+
+
+def known_length(data: Any) -> int | None:
+    """Return the length of a dataset, sampler or loader, None if its `__len__` raises as torch's do, or is missing."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def stop_workers(loader: Any) -> None:
+    """Stop the workers that a loader keeps between epochs. The next iteration starts others."""
+    iterator, loader._iterator = getattr(loader, "_iterator", None), None  # noqa: SLF001  # torch has no other way
+    if iterator is not None:
+        iterator._shutdown_workers()  # noqa: SLF001
 
 
 def get_collate_fn(loader: DataLoader[Any]) -> CollateFn:
@@ -91,14 +133,6 @@ def wrap_first(item: tuple[object, ...]) -> tuple[object, ...]:
     return Pinnable(batch), *numbers
 
 
-def require_batch(data: T | None) -> T:
-    """Return the batch that was loaded, unwrapped.
-
-    Raises:
-        DataError: The collate function returned None.
-    """
-    if isinstance(data, Pinnable):
-        data = data.batch
-    if data is None:
-        raise DataError("The collate function returned None. Check that it ends in `return batch`.")
-    return data
+def unwrap_batch(data: Any) -> Any:
+    """Return the batch that was loaded, None if the collate function left it out."""
+    return data.batch if isinstance(data, Pinnable) else data

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice, tee
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -15,16 +18,19 @@ from ptacc.data.batch import BatchSource, HostBatch, PartitionScheme
 from ptacc.data.dataloader_config import check_dataset
 from ptacc.data.division import check_same_on_all_ranks, is_close, summarize
 from ptacc.data.loading import (
+    DATASETS,
     CollateFn,
     default_collate,
     get_collate_fn,
     get_loader_settings,
     has_default_collate,
-    require_batch,
     seeded_loading,
+    set_epoch,
+    stop_workers,
+    unwrap_batch,
 )
-from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches, global_batches
-from ptacc.data.sampling import ListedSampler, epoch_order
+from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches
+from ptacc.data.sampling import IntArray, ListedSampler, permutation
 from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
@@ -33,6 +39,11 @@ from ptacc.types.protocols import StateDict
 
 INDEXED_BYTES = 1 << 18
 """Bytes of an in-memory dataset that are indexed together, at least one batch."""
+ALIGNMENT = 64
+"""Bytes to which torch aligns a tensor's memory on the CPU."""
+
+Order: TypeAlias = Sequence[Any] | IntArray
+"""The samples of an epoch, or its batches."""
 
 
 class MapStyleSource(BatchSource):
@@ -41,14 +52,14 @@ class MapStyleSource(BatchSource):
     The order does not depend on the number of ranks, so that a global batch may start anywhere in it.
     """
 
-    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, sets_epoch: bool = True
+    ) -> None:
         check_dataset(loader.dataset)
-        check_last_sample(loader.dataset)
-        self._distributed, self._seed = distributed, seed
-        self._num_samples = len(loader.dataset)  # type: ignore[arg-type]  # checked: it has a length
+        self._distributed, self._seed, self._sets_epoch = distributed, seed, sets_epoch
         self._is_in_batches = loader.batch_size is None  # the loader was given a batch sampler
         sampler = loader.batch_sampler if self._is_in_batches else getattr(loader.batch_sampler, "sampler", None)
-        self._is_shuffled = is_plain_shuffle(sampler, self._num_samples)
+        self._is_shuffled = is_plain_shuffle(sampler, len(loader.dataset))  # type: ignore[arg-type]  # checked
         is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
         self._listed = None if is_torchs_own else ListedSampler(sampler, distributed, seed)
         # Samples, or batches of a batch sampler, that all replicas take at a time.
@@ -56,13 +67,20 @@ class MapStyleSource(BatchSource):
         self._drop_last = loader.drop_last and not self._is_in_batches
         self._keeps_samples = has_default_collate(loader)
         self._dataset = KeyedDataset(loader.dataset, get_collate_fn(loader))
+        self._order: Order | None = None
         self._key_sampler = _BatchKeySampler()
         batch_sampler = cast(Sampler[list[int]], self._key_sampler)
         self._loader = DataLoader(self._dataset, batch_sampler=batch_sampler, **get_loader_settings(loader))
 
     @property
+    def _num_samples(self) -> int:
+        return len(self._dataset.dataset)
+
+    @property
     def _length(self) -> int:
-        """The length of an epoch's order."""
+        """The length of the current epoch's order, or that of the first one as promised."""
+        if self._order is not None:
+            return len(self._order)
         return self._num_samples if self._listed is None else len(self._listed)
 
     @override
@@ -71,7 +89,7 @@ class MapStyleSource(BatchSource):
 
     @override
     def offset_after(self, batches: int) -> int:
-        return min(batches * self._size, self._length)
+        return batches * self._size
 
     @property
     @override
@@ -98,33 +116,43 @@ class MapStyleSource(BatchSource):
 
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        keys = self._key_sampler.keys = self._batch_keys(epoch, start)
-        is_loaded_here = not (self._loader.num_workers or self._loader.pin_memory)
-        loaded: Iterable[Any] = self._dataset.load_all(keys) if is_loaded_here else start_iteration(self._loader)
+        if self._sets_epoch:
+            self._dataset.set_epoch(epoch)
+        self._order = self._make_order(epoch)
+        make_keys = self._key_sampler.make_keys = partial(self._make_keys, self._order, epoch, start)
+        if self._loader.num_workers or self._loader.pin_memory:
+            return self._load(make_keys(), self._loader, start)
+        keys, keys_ahead = tee(make_keys())
+        return self._load(keys, self._dataset.load_all(keys_ahead), start)
+
+    def _load(self, keys: Iterable[BatchKey], loaded: Iterable[Any], start: int) -> Iterator[HostBatch[Any]]:
         length = self._length
-        for index, (key, data) in enumerate(zip(keys, loaded, strict=True), start=1):
+        for index, (key, data) in enumerate(zip(keys, start_iteration(loaded), strict=True), start=1):
             total = key.total if self._keeps_samples else None
             end = min(start + index * self._size, length)
-            yield HostBatch(require_batch(data), key.indices, key.samples, total, key.is_padding, end)
+            indices: Sequence[int] | None = key.indices
+            if self._listed is not None and isinstance(next(iter(key.indices), 0), str | tuple):
+                indices = None  # keys are no places
+            yield HostBatch(unwrap_batch(data), indices, key.samples, total, key.is_padding, end)
 
-    def _batch_keys(self, epoch: int, start: int) -> list[BatchKey]:
-        """Return the keys of this rank's batches in an epoch from offset `start` on."""
-        replica, replicas = self._distributed.replica, self._distributed.replicas
-        groups = global_batches(self._order(epoch)[start:], self._size, drop_last=self._drop_last)
-        keys = []
-        for index, group in enumerate(groups, start // self._size):
-            seed_path = (self._seed, epoch, index, replica)
+    def _make_keys(self, order: Order, epoch: int, start: int) -> Iterator[BatchKey]:
+        """Iterate over the keys of this rank's batches in an epoch from offset `start` on."""
+        replica, replicas, size = self._distributed.replica, self._distributed.replicas, self._size
+        for index in range(self.num_batches(start)):
+            group = order[start + index * size : start + (index + 1) * size]
+            seed_path = (self._seed, epoch, start // size + index, replica)
             if self._is_in_batches:
-                keys.append(assign_batches(group, replica, seed_path))
+                yield assign_batches(cast(Sequence[Sequence[int]], group), replica, seed_path)
             else:
-                keys.append(assign_samples(group, replica, replicas, seed_path))
-        return keys
+                samples = group.tolist() if isinstance(group, np.ndarray) else group
+                yield assign_samples(samples, replica, replicas, seed_path)
 
-    def _order(self, epoch: int) -> Sequence[Any]:
+    def _make_order(self, epoch: int) -> Order:
         """Return the samples of an epoch, or its batches, in order."""
         if self._listed is not None:
             return cast(Sequence[Any], self._listed.order(epoch))
-        return epoch_order(self._seed, epoch, self._num_samples) if self._is_shuffled else range(self._num_samples)
+        length = self._num_samples
+        return permutation(self._seed, epoch, length) if self._is_shuffled else range(length)
 
     @override
     def state_dict(self) -> StateDict:
@@ -135,18 +163,18 @@ class MapStyleSource(BatchSource):
         if self._listed is not None:
             self._listed.load_state_dict(state_dict)
 
+    @override
+    def close(self) -> None:
+        stop_workers(self._loader)
+
 
 class _BatchKeySampler:
     """The batch sampler of a loader that loads batches by their keys."""
 
-    def __init__(self) -> None:
-        self.keys: list[BatchKey] = []
+    make_keys: Callable[[], Iterator[BatchKey]]
 
     def __iter__(self) -> Iterator[BatchKey]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
+        return self.make_keys()
 
 
 def is_plain_shuffle(sampler: object, samples: int) -> bool:
@@ -161,30 +189,39 @@ class KeyedDataset(Dataset[Any]):
         self.dataset: Any = dataset
         self._collate = collate
         self._is_in_memory = collate is default_collate and holds_plain_tensors(unwrap_subsets(dataset, ())[0])
+        self._epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the dataset in this process. Workers that persist get it with the keys of their batches."""
+        self._epoch = epoch
+        set_epoch(self.dataset, epoch, DATASETS)
 
     def __getitems__(self, key: BatchKey) -> object:
         """Load and collate one batch. Called by torch's loader with an item of its batch sampler."""
         if self._is_in_memory:
             return next(self._index_batches([key]))
+        if self._epoch is not None and self._epoch != key.epoch:
+            self.set_epoch(key.epoch)
         with seeded_loading(key.seed):
             return self._collate(self._load_samples(key))
 
-    def load_all(self, keys: Sequence[BatchKey]) -> Iterator[object]:
+    def load_all(self, keys: Iterator[BatchKey]) -> Iterator[object]:
         """Load and collate one batch after the other. Batches of tensors in memory are indexed several at a time."""
-        if not self._is_in_memory or not keys:
+        if not self._is_in_memory:
             yield from map(self.__getitems__, keys)
             return
         tensors = unwrap_subsets(self.dataset, ())[0].tensors
         row_bytes = sum(tensor[:1].nbytes for tensor in tensors)
-        group_size = max(INDEXED_BYTES // max(row_bytes * len(keys[0].indices), 1), 1)
-        done = 0
-        while done < len(keys):
-            versions = read_versions(tensors)
-            for batch in self._index_batches(keys[done : done + group_size]):
-                yield batch
-                done += 1
-                if read_versions(tensors) != versions:  # a step wrote to the data: batches read ahead are outdated
-                    break
+        for key in keys:
+            ahead = max(INDEXED_BYTES // max(row_bytes * len(key.indices), 1), 1) - 1
+            group, done = [key, *islice(keys, ahead)], 0
+            while done < len(group):
+                versions = read_versions(tensors)
+                for batch in self._index_batches(group[done:]):
+                    yield batch
+                    done += 1
+                    if read_versions(tensors) != versions:  # a step wrote to the data: batches read ahead are outdated
+                        break
 
     def _index_batches(self, keys: Sequence[BatchKey]) -> Iterator[tuple[Tensor, ...]]:
         """Index several batches together, and iterate over them."""
@@ -192,7 +229,7 @@ class KeyedDataset(Dataset[Any]):
         sizes = [len(key.indices) for key in keys]
         # Plain views would share a version counter, by which autograd detects changes in place.
         columns = (torch.unsafe_split_with_sizes(rows, sizes) for rows in index_rows(dataset.tensors, indices))
-        return zip(*columns, strict=True)
+        return zip(*(map(align, column) for column in columns), strict=True)
 
     @override
     def __getitem__(self, index: object) -> object:
@@ -204,7 +241,9 @@ class KeyedDataset(Dataset[Any]):
                 return list(self.dataset.__getitems__(list(key.indices)))
             return [self.dataset[index] for index in key.indices]
         except LookupError as error:
-            raise missing_sample_error(self.dataset, f"an index up to {max(key.indices)}", error) from error
+            if (missing := missing_sample_error(self.dataset, key.indices, error)) is None:
+                raise
+            raise missing from error
 
 
 def holds_plain_tensors(dataset: object) -> bool:
@@ -230,6 +269,14 @@ def index_rows(tensors: Sequence[Tensor], indices: Sequence[int]) -> tuple[Tenso
         return tuple(tensor[rows] for tensor in tensors)
 
 
+def align(rows: Tensor) -> Tensor:
+    """Return rows in memory that begins as a tensor's own does: the last bit of a matrix product may depend on it.
+
+    Otherwise it would depend on which batches are indexed together, and so on where an epoch is resumed.
+    """
+    return rows.clone() if rows.data_ptr() % ALIGNMENT else rows
+
+
 def unwrap_subsets(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
     """Return the dataset of which a `Subset` is a part, and the indices in it."""
     while type(dataset) is Subset:
@@ -238,30 +285,26 @@ def unwrap_subsets(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[
     return dataset, indices
 
 
-def check_last_sample(dataset: Any) -> None:
-    """Raise `DataError` if a dataset has fewer samples than its `__len__` says."""
-    if isinstance(dataset, TensorDataset):
-        return
-    last = len(dataset) - 1
-    try:
-        with streams_seeded(0):
-            dataset[last]
-    except LookupError as error:
-        raise missing_sample_error(dataset, f"the index {last}", error) from error
-
-
 def summarize_last_sample(dataset: Any) -> list[float] | None:
-    """Return a summary of the last sample, None if it differs each time it is loaded."""
+    """Return a summary of the last sample, None if it differs each time it is loaded, or has no number as its index."""
     summaries = []
     for _ in range(2):
-        with streams_seeded(0):
+        with contextlib.suppress(LookupError, TypeError), streams_seeded(0):
             summaries.append(summarize(dataset[len(dataset) - 1]))
-    return summaries[0] if is_close(*summaries) else None
+    return summaries[0] if len(summaries) == 2 and is_close(*summaries) else None
 
 
-def missing_sample_error(dataset: Any, index: str, error: LookupError) -> DataError:
-    """Return the error for a dataset that raised `error` for an index below its length."""
+def missing_sample_error(dataset: Any, indices: Sequence[Any], error: LookupError) -> DataError | None:
+    """Return the error for a dataset without a sample at one of `indices`, None if `error` is about something else."""
+    if isinstance(error, KeyError):
+        if not error.args or error.args[0] not in indices:
+            return None  # a lookup within `__getitem__`
+        indices = [error.args[0]]
+    name, length, raised = type(dataset).__name__, len(dataset), f"{type(error).__name__}({error})"
+    for index in indices:
+        if not isinstance(index, int) or not -length <= index < length:
+            return DataError(f"The sampler gives the index {index!r}, for which {name} of {length} samples has none.")
     return DataError(
-        f"{type(dataset).__name__} says it has {len(dataset)} samples, and asked for {index} it raises "
-        f"{type(error).__name__}({error}). Correct its __len__ or __getitem__."
+        f"{name} says it has {length} samples, and asked for an index up to {max(indices)} it raises {raised}. "
+        "Correct its __len__ or __getitem__."
     )

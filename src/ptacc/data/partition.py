@@ -36,6 +36,11 @@ class BatchKey:
         return derive_seed(*self.seed_path)
 
     @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0."""
+        return self.seed_path[1]
+
+    @property
     def samples(self) -> int:
         """Number of samples, 0 for a padding batch."""
         return 0 if self.is_padding else len(self.indices)
@@ -49,12 +54,6 @@ def local_range(samples: Sequence[T], rank: int, world_size: int) -> Sequence[T]
         [[0, 1], [2, 3], [4, 5, 6]]
     """
     return samples[len(samples) * rank // world_size : len(samples) * (rank + 1) // world_size]
-
-
-def global_batches(order: Sequence[T], size: int, *, drop_last: bool) -> list[Sequence[T]]:
-    """Split an epoch's order into global batches of `size`. The last one may be smaller, or is dropped."""
-    end = len(order) - len(order) % size if drop_last else len(order)
-    return [order[start : start + size] for start in range(0, end, size)]
 
 
 def count_global_batches(samples: int, size: int, *, drop_last: bool) -> int:

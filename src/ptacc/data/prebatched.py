@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
-from ptacc.data.loading import require_batch, set_epoch
+from ptacc.data.loading import known_length, set_epoch, stop_workers, unwrap_batch
 from ptacc.data.partition import count_global_batches
 from ptacc.data.replay import ReplaySource
 from ptacc.data.workers import start_iteration
@@ -20,17 +20,19 @@ from ptacc.rng import derive_seed, streams_seeded
 class PrebatchedSource(ReplaySource):
     """A loader that is used as it is: each rank takes whole batches of it, in turn. Offsets are numbers of batches."""
 
-    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, sets_epoch: bool = True
+    ) -> None:
         super().__init__(loader)
-        self._loader, self._seed = loader, seed
+        self._loader, self._seed, self._sets_epoch = loader, seed, sets_epoch
         self._replica, self._replicas = distributed.replica, distributed.replicas
 
     @override
     def num_batches(self, start: int = 0) -> int | None:
-        try:
-            return count_global_batches(max(len(self._loader) - start, 0), self._replicas, drop_last=False)
-        except TypeError:
+        length = known_length(self._loader)
+        if length is None:
             return None
+        return count_global_batches(max(length - start, 0), self._replicas, drop_last=False)
 
     @override
     def offset_after(self, batches: int) -> int:
@@ -48,7 +50,11 @@ class PrebatchedSource(ReplaySource):
 
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        set_epoch(self._loader, epoch)
+        if self._sets_epoch and set_epoch(self._loader, epoch) and getattr(self._loader, "persistent_workers", False):
+            stop_workers(self._loader)  # they have copies of the dataset, which cannot be reached
+        return self._load(epoch, start)
+
+    def _load(self, epoch: int, start: int) -> Iterator[HostBatch[Any]]:
         self._start_epoch(start)
         batches: Iterator[Any] | None = None
         end = 0
@@ -61,7 +67,7 @@ class PrebatchedSource(ReplaySource):
                 return
             end += len(group)
             is_padding = self._replica >= len(group)
-            batch = require_batch(group[0 if is_padding else self._replica])
+            batch = unwrap_batch(group[0 if is_padding else self._replica])
             self._check_replayed(batch, end)
             if end > start:
                 yield HostBatch(batch, None, None, None, is_padding, end)

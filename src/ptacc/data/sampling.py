@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ptacc.data.loading import set_epoch
+from ptacc.data.loading import SAMPLERS, known_length, set_epoch
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.protocols import StateDict, Stateful
+
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+ENDLESS = 10
+"""A sampler that gives this many times its length has no end: an epoch is as long as its `__len__` says."""
+
+
+def permutation(seed: int, epoch: int, n: int) -> IntArray:
+    """Return `epoch_order` as an array, which takes 4 bytes a sample up to 2**31 samples."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    dtype = torch.int32 if n < 1 << 31 else torch.int64  # the permutation is the same
+    array: IntArray = torch.randperm(n, generator=generator, dtype=dtype).numpy()
+    return array
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
@@ -21,8 +36,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
         >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
         (True, [0, 1, 2, 3, 4])
     """
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
+    order: list[int] = permutation(seed, epoch, n).tolist()
     return order
 
 
@@ -44,13 +58,13 @@ class ListedSampler:
         self._saved: StateDict = {}
 
     def __len__(self) -> int:
-        try:
-            return len(self._sampler)
-        except TypeError:
+        length = known_length(self._sampler)
+        if length is None:
             raise DataError(
                 f"{type(self._sampler).__name__} has no length: a run is planned by the batches of an epoch. "
                 "Give the sampler a __len__, or yield the samples from an IterableDataset."
-            ) from None
+            )
+        return length
 
     def order(self, epoch: int) -> Any:
         """Return the order of an epoch. A collective."""
@@ -66,13 +80,18 @@ class ListedSampler:
             self._state_at_start = copy.deepcopy(self._stateful.state_dict())
         order: list[Any] = []
         for number in range(min(self._next_epoch, epoch), epoch + 1):
-            set_epoch(self._sampler, number)
+            set_epoch(self._sampler, number, SAMPLERS)
             with streams_seeded(derive_seed(self._seed, number)):
-                order = list(self._sampler)
+                order = self._list_epoch()
         self._next_epoch = epoch + 1
         if self._stateful is not None and is_within_epoch:
             self._stateful.load_state_dict(saved["now"])
         return order
+
+    def _list_epoch(self) -> list[Any]:
+        length = max(len(self), 1)
+        order = list(islice(self._sampler, ENDLESS * length))
+        return order[:length] if len(order) == ENDLESS * length else order
 
     def state_dict(self) -> StateDict:
         """Return the state of a `Stateful` sampler before and after the current epoch was listed."""

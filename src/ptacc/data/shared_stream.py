@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
 from ptacc.data.division import summarize
-from ptacc.data.loading import get_collate_fn, seeded_loading, set_epoch
+from ptacc.data.loading import get_collate_fn, known_length, seeded_loading, set_epoch
 from ptacc.data.partition import count_global_batches, local_range
 from ptacc.data.replay import compute_digest
 from ptacc.data.workers import start_iteration
@@ -56,9 +56,8 @@ class SharedStream(IterableDataset[Any]):
 
     def num_batches(self, workers: int) -> int | None:
         """Return the number of batches of an epoch if the workers share it evenly, None if it has no length."""
-        try:
-            samples = len(self.dataset)
-        except TypeError:
+        samples = known_length(self.dataset)
+        if samples is None:
             return None
         shares = ((samples + worker) // workers for worker in range(workers))
         return sum(count_global_batches(share, self.size, drop_last=self._drop_last) for share in shares)

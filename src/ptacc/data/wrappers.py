@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
@@ -55,6 +55,10 @@ class SourceWrapper(BatchSource):
     def load_state_dict(self, state_dict: StateDict) -> None:
         self._source.load_state_dict(state_dict)
 
+    @override
+    def close(self) -> None:
+        self._source.close()
+
 
 class ObservedSource(SourceWrapper):
     """A source whose batches pass through an observer: `run.data = ObservedSource(run.data, observe)`.
@@ -102,8 +106,8 @@ class LimitedSource(SourceWrapper):
     @override
     def epoch(self, epoch: int, start: int = 0) -> Batches:
         batches = self._source.epoch(epoch, self._source.offset_after(start))
-        for end, batch in zip(range(start + 1, self._limit + 1), batches, strict=False):
-            yield replace(batch, end=end)
+        ends = range(start + 1, self._limit + 1)
+        return (replace(batch, end=end) for end, batch in zip(ends, batches, strict=False))
 
 
 class PaddedSource(SourceWrapper):
@@ -149,6 +153,10 @@ class PaddedSource(SourceWrapper):
         available = self._source.num_batches()
         first = 0 if available is None else min(start, max(available - 1, 0))  # the last one may be needed as padding
         batches = self._source.epoch(epoch, self._source.offset_after(first))
+        self.sync()
+        return self._pad(batches, first, start)
+
+    def _pad(self, batches: Batches, first: int, start: int) -> Batches:
         last: HostBatch[Any] | None = None
         for _ in range(first, start):
             last = next(batches, last)
@@ -174,3 +182,25 @@ def sync_sources(sources: Iterable[BatchSource]) -> None:
 def count_once_per_replica(batches: Batches, distributed: DistributedRuntime) -> Batches:
     """Mark the batches as padding on all ranks of a model replica but the first, which have the same batches."""
     return batches if distributed.is_replica_leader else (replace(batch, is_padding=True) for batch in batches)
+
+
+def fill_skipped(batches: Sequence[HostBatch[Any]], distributed: DistributedRuntime) -> list[HostBatch[Any]]:
+    """Replace batches that a collate function left out by one of `batches`, of any rank, as padding. A collective.
+
+    All ranks then run the same number of batches. Return none if all batches of all ranks were left out.
+    """
+    given = next((batch.data for batch in batches if batch.data is not None), None)
+    found = next((data for data in distributed.gather(given) if data is not None), None)
+    if found is None:
+        return []
+    filling = {"data": found, "samples": 0, "is_padding": True}
+    return [replace(batch, **filling) if batch.data is None else batch for batch in batches]
+
+
+def fill_each(batches: Batches, distributed: DistributedRuntime) -> Batches:
+    """Apply `fill_skipped` to each batch. A collective for each batch that another rank may have left out."""
+    for batch in batches:
+        if batch.total is None and distributed.maximum(int(batch.data is None)):
+            yield from fill_skipped([batch], distributed)
+        else:
+            yield batch

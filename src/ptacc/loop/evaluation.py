@@ -21,7 +21,7 @@ from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_
 from ptacc.data.division import find_division
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.transfer import Transfer, make_transfer
-from ptacc.data.wrappers import count_once_per_replica, sync_sources
+from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_sources
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
@@ -74,11 +74,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def evaluate(self, dataset: EvalSets[SampleT], **options: Unpack[EvalOptions]) -> dict[str, EvalResult]: ...
     @overload
     def evaluate(
-        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self,
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[EvalOptions],
     ) -> EvalResult: ...
     @overload
     def evaluate(
-        self, dataset: EvalSets[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self,
+        dataset: EvalSets[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[EvalOptions],
     ) -> dict[str, EvalResult]: ...
     @final
     def evaluate(
@@ -88,7 +96,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
         Args:
             dataset: A dataset or a DataLoader, or several of them by name.
-            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
+            collate_fn: Makes a batch of a list of samples, or returns None to leave them out. Default: torch's
+                `default_collate`.
             options: See `EvalOptions`.
 
         Returns:
@@ -171,7 +180,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         ):
             events.evaluation_start(name)
             sums, transfer = EvalSums(self.device), make_transfer(self.device)
-            batches = count_once_per_replica(source.epoch(0), self._distributed)
+            batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
             for number, host in enumerate(batches, start=1):
                 self._distributed.count_progress()
                 if number == 1:
@@ -242,6 +251,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
             for host in count_once_per_replica(source.epoch(0), self._distributed):
+                check_not_skipped(host)
                 local = self._predict_batch(host, transfer)
                 # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                 for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
@@ -274,6 +284,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 EVALUATION_SEED,
                 data_is_sharded=options.get("data_is_sharded", False),
                 limit=limit,
+                sets_epoch=False,
             )
             for name, data in sets.items()
         }
@@ -354,4 +365,13 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
         raise OptionError(
             f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
             "loader has its own. Give the dataset instead, or leave them out."
+        )
+
+
+def check_not_skipped(host: HostBatch[Any]) -> None:
+    """Raise `DataError` if a collate function left a batch of a prediction out."""
+    if host.data is None:
+        raise DataError(
+            "The collate function returned None, which leaves a batch out: a prediction needs one output for each "
+            "sample. Leave the samples out of the dataset."
         )

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any, ClassVar, Generic, Self, final, overload
 
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
@@ -19,10 +20,11 @@ from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
+from ptacc.data.loading import known_length
 from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
-from ptacc.errors import DataError, NestedRunError
+from ptacc.errors import DataError, NestedRunError, OptionError
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
@@ -122,7 +124,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: TrainData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[EpochLimited],
     ) -> RunHistory: ...
     @overload
@@ -135,7 +137,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[StepLimited],
     ) -> RunHistory: ...
     @overload
@@ -148,7 +150,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[TimeLimited],
     ) -> RunHistory: ...
     @final
@@ -168,7 +170,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         Args:
             train_dataset: A dataset, map-style or iterable, or a DataLoader.
             eval_dataset: A dataset or DataLoader, or several of them by name. Default: no evaluation.
-            collate_fn: Makes a batch of a list of samples. Default: torch's `default_collate`.
+            collate_fn: Makes a batch of a list of samples, or returns None to leave them out. Default: torch's
+                `default_collate`.
             num_epochs: Largest number of passes over the data.
             max_steps: Largest number of optimizer steps.
             max_time: Longest duration, in seconds or as a `timedelta`. The run ends after the step that reaches it.
@@ -212,7 +215,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._events().exception(error)
                 raise
             finally:
-                run.is_over = True
+                run.close()
                 self._state.averages = run.averages()
                 self._state.mark_averages_current(self.unwrapped_model)
                 run.distributed.count_progress()
@@ -231,12 +234,21 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Describe what this trainer will do, as tables to print: classes, hooks, options, launch, batches, state.
 
         Args:
-            train_dataset: The data, for the number of steps.
+            train_dataset: The data, for the number of steps. A loader has its own batch size.
             num_epochs: As for `train`.
             max_steps: As for `train`.
             per_device_batch_size: As for `train`.
         """
-        samples = None if train_dataset is None else len(train_dataset)
+        samples = known_length(train_dataset)
+        if isinstance(train_dataset, DataLoader):
+            if train_dataset.batch_size is None:
+                raise OptionError(
+                    f"{type(self).__name__}.explain() got a loader without a batch size: the samples of its steps are "
+                    "unknown. Give the dataset, with per_device_batch_size."
+                )
+            is_stream = isinstance(train_dataset.dataset, IterableDataset)
+            samples = known_length(train_dataset.dataset if is_stream else train_dataset.sampler)
+            per_device_batch_size = train_dataset.batch_size
         return explain(self, samples, per_device_batch_size, num_epochs, max_steps)
 
     def _check_not_running(self) -> None:
@@ -314,7 +326,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Iterate over the remaining windows of an epoch."""
         if run.is_within_epoch and run.is_epoch_complete:
             return
-        batches = run.data.epoch(run.progress.epochs, run.progress.offset)
+        batches = run.read_epoch()
         windows = make_windows(
             batches,
             run.accumulation_steps,
@@ -323,9 +335,13 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             items_are_samples=self._items_are_samples,
         )
         while not run.is_done():
-            if (window := next(windows, None)) is None:
-                run.epoch.is_exhausted = True
+            window = next(windows, None)
+            run.epoch.is_exhausted = window is None
+            if window is None:
                 return
+            if not window.batches:
+                run.skip_window(window)
+                continue
             if run.progress.steps == 0:
                 self.check_batch(window.batches[0].data)
             yield window
@@ -358,8 +374,11 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _end_epoch(self, run: Run) -> EpochRecord:
         number, before = run.progress.epochs + 1, run.progress
         if run.is_epoch_complete:
-            if not run.is_within_epoch:
-                raise DataError("The training data gave no batch in a whole epoch. Check what the dataset yields.")
+            if run.is_epoch_empty:
+                raise DataError(
+                    "The training data gave no batch in a whole epoch. Check what the dataset yields, and that "
+                    "collate_fn ends in `return batch`."
+                )
             run.complete_epoch()
             if (run.should_evaluate_at_end or is_evaluation_due(run)) and not self._evaluate_sets(run):
                 run.reopen_epoch(before)

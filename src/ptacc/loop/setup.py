@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -29,7 +28,7 @@ from ptacc.types.aliases import BatchT, OutputT, SampleT
 from ptacc.types.arguments import DEFAULT_STOP_CHECK_EVERY, EvalOptions, RunOptions, options_fingerprint
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
-from ptacc.types.progress import Progress, RunPlan
+from ptacc.types.progress import RunPlan
 
 
 class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
@@ -169,19 +168,12 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         was_split_alike = (scheme.data, scheme.batching) == (before["data"], before["batch_size"])
         if was_split_alike and before["accumulation_steps"] == str(self.accumulation_steps()):
             return plan
-        return self._replan(plan, data, saved.progress, options)
-
-    def _replan(self, plan: RunPlan, data: BatchSource, progress: Progress, options: RunOptions) -> RunPlan:
-        """Correct the plan of a resumed run whose steps so far had another number of samples."""
-        if plan.known_steps_per_epoch is None or options["num_epochs"] is None:
+        # The steps so far had another number of samples.
+        progress = saved.progress
+        batches_left = data.num_batches(progress.offset) if progress.batches else num_batches
+        if steps is None or batches_left is None:
             return plan
-        is_within_epoch = progress.batches > 0
-        batches_left = (data.num_batches(progress.offset) or 0) if is_within_epoch else 0
-        epochs_left = options["num_epochs"] - progress.epochs - is_within_epoch
-        steps_left = math.ceil(batches_left / self.accumulation_steps()) + epochs_left * plan.known_steps_per_epoch
-        total = progress.steps + steps_left
-        limited = min(total, options["max_steps"] or total)
-        return replace(plan, known_epochs=options["num_epochs"], known_total_steps=limited)
+        return plan.revise(progress, math.ceil(batches_left / self.accumulation_steps()), steps)
 
 
 def has_own_steps(trainer: type) -> bool:

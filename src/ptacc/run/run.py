@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -11,10 +13,11 @@ import torch
 from torch import nn
 
 from ptacc.data.batch import BatchSource, HostBatch
+from ptacc.data.sampling import ENDLESS
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.distributed.stop_vote import StopConsensus, StopRequest
 from ptacc.engines.base import Engine
-from ptacc.errors import LossError, NoRunError
+from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
@@ -128,7 +131,43 @@ class Run:
     def begin_epoch(self) -> None:
         """Reset the epoch's state, unless the run is resumed within the epoch."""
         if not self.is_within_epoch:
-            self.epoch = EpochState(LossSum(self.device), self.data.num_batches())
+            self.epoch = EpochState(LossSum(self.device))
+
+    def read_epoch(self) -> Iterator[HostBatch[Any]]:
+        """Begin to read the data of the epoch, and revise the plan if it differs from what was planned. A collective.
+
+        Raises:
+            DataError: The epoch is resumed within it, and its data differs.
+        """
+        batches = self.data.epoch(self.progress.epochs, self.progress.offset)
+        self._check_epoch_data(self.data.partition_scheme.data)
+        left, whole = self.data.num_batches(self.progress.offset), self.data.num_batches()
+        if left is not None and whole is not None:
+            self.epoch.num_batches = self.progress.batches + left
+            steps_left, steps = (math.ceil(number / self.accumulation_steps) for number in (left, whole))
+            self._revise_plan(self.plan.revise(self.progress, steps_left, steps))
+        return batches
+
+    def _check_epoch_data(self, data: str) -> None:
+        is_expected = self.resume_state is not None and self.resume_state.invariants["data"] == self.invariants["data"]
+        if self.is_within_epoch and is_expected and self.epoch.data != data:
+            raise DataError(
+                f"The run was saved within an epoch of {self.epoch.data}, and the data now has {data}. Data whose "
+                "length changes must have the length of that epoch again before it is read: set it in `set_epoch`, or "
+                "save it with the run."
+            )
+        self.epoch.data = data
+
+    def _revise_plan(self, plan: RunPlan) -> None:
+        before, now = self.plan.known_total_steps, plan.known_total_steps
+        self.plan = plan
+        if before != now and self.distributed.is_main:
+            warnings.warn(
+                f"Epoch {self.progress.epochs + 1} has {self.epoch.num_batches} batches on each process: the run now "
+                f"has {now} steps, and was planned with {before}. A learning-rate schedule of {before} steps does not "
+                "change its length: give it the number of steps to expect, or let the data report its length.",
+                stacklevel=2,
+            )
 
     def count_window(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window, and its step unless the gradient scaler skipped the update."""
@@ -136,12 +175,13 @@ class Run:
         self.progress = Progress(
             steps=step.step if happened else before.steps,
             epochs=before.epochs,
-            batches=before.batches + len(window.batches),
-            offset=window.batches[-1].end,
+            batches=before.batches + window.read,
+            offset=window.end,
             items=before.items + step.items if happened else before.items,
             seconds=time.monotonic() - self._started,
+            skipped=before.skipped + (not happened),
         )
-        self.epoch.is_exhausted = len(window.batches) < self.accumulation_steps  # only the last window is smaller
+        self._check_epoch_end(window)
         self._skipped_steps = 0 if happened else self._skipped_steps + 1
         if self._skipped_steps == MAX_SKIPPED_STEPS:
             raise LossError(
@@ -153,6 +193,32 @@ class Run:
         self.epoch.learning_rate = step.learning_rate
         self.epoch.losses.add(step.loss, step.items)
         self.history.add_step(step, self.distributed)
+
+    def skip_window(self, window: Window[Any]) -> None:
+        """Count the batches of a window that were all left out by the collate function."""
+        before = self.progress
+        self.epoch.left_out += window.read
+        self.progress = replace(
+            before, batches=before.batches + window.read, offset=window.end, skipped=before.skipped + 1
+        )
+        self._check_epoch_end(window)
+
+    def _check_epoch_end(self, window: Window[Any]) -> None:
+        self.epoch.is_exhausted = window.read < self.accumulation_steps  # only the last window is smaller
+        batches, promised = self.progress.batches, self.epoch.num_batches
+        if promised is None or batches < promised:
+            return
+        self.epoch.is_exhausted = True
+        if batches > ENDLESS * promised and self.plan.step_limit is None and self._max_seconds is None:
+            raise DataError(
+                f"The training data promised {promised} batches, and has given {batches} without an end. End the epoch "
+                "after as many batches, or limit the run by max_steps."
+            )
+
+    @property
+    def is_epoch_empty(self) -> bool:
+        """Whether the epoch has given no batch so far, apart from those that the collate function left out."""
+        return self.progress.batches == self.epoch.left_out
 
     def complete_epoch(self) -> None:
         """Count the epoch, whose data is exhausted."""
@@ -175,8 +241,7 @@ class Run:
     @property
     def is_epoch_complete(self) -> bool:
         """Whether the run has trained on all data of the epoch."""
-        epoch = self.epoch
-        return epoch.is_counted or epoch.is_exhausted or self.progress.batches == epoch.num_batches
+        return self.epoch.is_counted or self.epoch.is_exhausted
 
     def make_epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
         """Return the record of the epoch. A collective."""
@@ -206,6 +271,12 @@ class Run:
         if self.epoch.is_counted:
             values |= replace(self.history[-1], evaluations={}).values()
         return values
+
+    def close(self) -> None:
+        """End the run: stop the workers of its loaders."""
+        self.is_over = True
+        for source in (self.data, *self.eval_data.values()):
+            source.close()
 
     # ---- saving and resuming
 
@@ -239,9 +310,6 @@ class Run:
         self._started -= self.progress.seconds
         self.epoch.load_state_dict(shared["epoch"])
         self.epoch.losses.total.copy_(own["losses"])
-        if self.is_within_epoch:
-            remaining = self.data.num_batches(self.progress.offset)
-            self.epoch.num_batches = None if remaining is None else self.progress.batches + remaining
         self.data.load_state_dict(own["data"])
         if own["stop_request"] is not None:
             self._stop_request = StopRequest(**own["stop_request"])
@@ -340,6 +408,6 @@ def is_done(progress: Progress, plan: RunPlan) -> bool:
         >>> is_done(Progress(steps=25), RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25))
         True
     """
-    if plan.known_total_steps is not None and progress.steps >= plan.known_total_steps:
+    if plan.step_limit is not None and progress.steps >= plan.step_limit:
         return True
     return plan.epoch_limit is not None and progress.epochs >= plan.epoch_limit

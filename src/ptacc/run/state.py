@@ -83,16 +83,21 @@ class EpochState:
 
     Args:
         losses: Sum of the training losses.
-        num_batches: Number of batches of the epoch on each rank; None for data without a length.
+        num_batches: Number of batches of the epoch on each rank; None for data without a length, and before the
+            epoch's data is read.
+        data: Describes the data of the epoch.
+        left_out: Number of batches in windows whose batches were all left out.
         started: Time at which the epoch began, on the monotonic clock.
         learning_rate: Learning rate of the last step.
         evaluations: Results of the evaluations within the epoch, by the name of the set.
-        is_exhausted: Whether the iterator of the data has ended.
+        is_exhausted: Whether all data of the epoch was trained on.
         is_counted: Whether the epoch is included in `progress.epochs`.
     """
 
     losses: LossSum
-    num_batches: int | None
+    num_batches: int | None = None
+    data: str = ""
+    left_out: int = 0
     started: float = field(default_factory=time.monotonic)
     learning_rate: float | Tensor = 0.0
     evaluations: dict[str, EvalResult] = field(default_factory=dict)
@@ -105,6 +110,8 @@ class EpochState:
             "items": self.losses.items,
             "seconds": time.monotonic() - self.started,
             "learning_rate": self.learning_rate,
+            "data": self.data,
+            "left_out": self.left_out,
             "is_exhausted": self.is_exhausted,
             "evaluations": {name: asdict(result) for name, result in self.evaluations.items()},
         }
@@ -114,4 +121,5 @@ class EpochState:
         self.losses.items = state_dict["items"]
         self.started = time.monotonic() - state_dict["seconds"]
         self.learning_rate, self.is_exhausted = state_dict["learning_rate"], state_dict["is_exhausted"]
+        self.data, self.left_out = state_dict["data"], state_dict["left_out"]
         self.evaluations = {name: EvalResult(**result) for name, result in state_dict["evaluations"].items()}

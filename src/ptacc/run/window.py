@@ -10,6 +10,7 @@ from typing import Any, Generic
 from torch import Tensor
 
 from ptacc.data.batch import HostBatch
+from ptacc.data.wrappers import fill_skipped
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError, LossError
 from ptacc.tensors.structures import iterate_tensors
@@ -22,16 +23,20 @@ class Window(Generic[BatchT]):
     """The batches that this rank takes for one step.
 
     Args:
-        batches: The batches. The last window of an epoch may have fewer.
+        batches: The batches. The last window of an epoch may have fewer. None if all were left out on all ranks.
         counts: Items of each batch, 0 for a padding batch.
         total: Items of the step, over all batches and all ranks.
         replicas: Number of replicas of the model, over which gradients are averaged.
+        read: Number of batches that were read for it, including those that were left out.
+        end: Offset in the epoch's data after them.
     """
 
     batches: list[HostBatch[BatchT]]
     counts: list[float]
     total: float
     replicas: int
+    read: int
+    end: int
 
     def scale_loss(self, index: int, output: StepOutput[Any]) -> Tensor:
         """Return the loss of a batch, scaled so that the gradients averaged over the replicas are those of the step.
@@ -71,6 +76,8 @@ def make_windows(
 ) -> Iterator[Window[BatchT]]:
     """Group batches into windows of `size`, of which the last may be smaller, and count their items.
 
+    A batch that was left out keeps its place in a window, without items.
+
     Args:
         batches: The batches of this rank in an epoch.
         size: Batches per window.
@@ -78,23 +85,41 @@ def make_windows(
         distributed: The ranks. They sum their counts, unless the total follows from the partition of the samples.
         items_are_samples: Returns whether the items of a batch are its samples, so that it does.
     """
-    while window := list(islice(batches, size)):
-        counts = [0 if batch.is_padding else count_items(batch.data) for batch in window]
-        are_samples = items_are_samples(window[0].data)
-        if are_samples:
-            check_counts(window, counts)
-        if distributed.is_single_process:
-            total: float = sum(counts)
-        elif are_samples and all(batch.total is not None for batch in window):
-            total = sum(batch.total or 0 for batch in window)
-        else:
-            (total,) = distributed.sum([sum(counts) if distributed.is_replica_leader else 0])
-        if not total:
-            raise DataError(
-                f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every "
-                "process. Leave such batches out of the data."
-            )
-        yield Window(window, counts, total, distributed.replicas)
+    while loaded := list(islice(batches, size)):
+        window, counts, total = count_batches(loaded, count_items, distributed, items_are_samples)
+        yield Window(window, counts, total, distributed.replicas, len(loaded), loaded[-1].end)
+
+
+def count_batches(
+    window: list[HostBatch[BatchT]],
+    count_items: Callable[[BatchT], float],
+    distributed: DistributedRuntime,
+    items_are_samples: Callable[[BatchT], bool],
+) -> tuple[list[HostBatch[BatchT]], list[float], float]:
+    """Return the batches to run, the items of each, and the items of all ranks. No batches if all were left out."""
+    is_alone = distributed.is_single_process
+    if is_alone:
+        window = [batch for batch in window if batch.data is not None]
+    counts = [0 if batch.is_padding or batch.data is None else count_items(batch.data) for batch in window]
+    first = next((batch.data for batch in window if batch.data is not None), None)
+    are_samples = first is not None and items_are_samples(first)
+    if are_samples:
+        check_counts(window, counts)
+    if is_alone:
+        total: float = sum(counts)
+    elif are_samples and all(batch.total is not None for batch in window):
+        total = sum(batch.total or 0 for batch in window)
+    else:
+        skipped: float = sum(batch.data is None for batch in window)
+        is_counted = distributed.is_replica_leader
+        total, skipped = distributed.sum([sum(counts), skipped] if is_counted else [0, 0])
+        window = fill_skipped(window, distributed) if skipped else window
+    if window and not total:
+        raise DataError(
+            f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every process. "
+            "Leave such batches out of the data: return None from collate_fn."
+        )
+    return window, counts, total
 
 
 def check_counts(batches: Iterable[HostBatch[Any]], counts: Iterable[float]) -> None:
@@ -103,7 +128,7 @@ def check_counts(batches: Iterable[HostBatch[Any]], counts: Iterable[float]) -> 
     A collate function may leave samples out. All tensors of such a batch have the same number of items.
     """
     for batch, count in zip(batches, counts, strict=True):
-        if batch.samples in (None, count) or batch.is_padding:
+        if batch.samples in (None, count) or batch.is_padding or batch.data is None:
             continue
         sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
         if batch.total is not None or sizes != {count}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ptacc.errors import OptionError
@@ -23,6 +23,8 @@ class Progress:
         offset: Position in the epoch's data: samples used by all processes together, or batches of a loader or stream.
         items: Items trained on, over all processes.
         seconds: Time since the run started, measured by this process at the end of the last step.
+        skipped: Steps that were not made: a gradient scaler skipped the update, or `collate_fn` returned None for all
+            batches. Not included in `steps`.
     """
 
     steps: int = 0
@@ -31,11 +33,14 @@ class Progress:
     offset: int = 0
     items: float = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
     """The planned length of a run in optimizer steps.
+
+    It is revised when an epoch begins whose number of batches differs from the planned one.
 
     `num_epochs`, `steps_per_epoch` and `total_steps` raise an `OptionError` if the number is unknown, as for a stream
     without a length. The arguments are None in that case.
@@ -46,6 +51,7 @@ class RunPlan:
         known_total_steps: Steps of the run.
         epoch_limit: Largest number of epochs, as given to `train`. `known_epochs` may be exceeded: steps that a
             gradient scaler skips do not count, so that the same number of steps takes more epochs.
+        step_limit: Largest number of steps, as given to `train`.
 
     Example:
         >>> plan = RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25)
@@ -57,6 +63,7 @@ class RunPlan:
     known_steps_per_epoch: int | None = None
     known_total_steps: int | None = None
     epoch_limit: int | None = None
+    step_limit: int | None = None
 
     @classmethod
     def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
@@ -68,7 +75,30 @@ class RunPlan:
         if total is not None and steps_per_epoch:
             epochs_needed = math.ceil(total / steps_per_epoch)
             num_epochs = epochs_needed if num_epochs is None else min(num_epochs, epochs_needed)
-        return cls(num_epochs, steps_per_epoch, total, epoch_limit)
+        return cls(num_epochs, steps_per_epoch, total, epoch_limit, max_steps)
+
+    def revise(self, progress: Progress, steps_left: int, steps_per_epoch: int) -> RunPlan:
+        """Return the plan of a run with the same limits, from its present progress on.
+
+        Args:
+            progress: The progress of the run.
+            steps_left: Steps left in the current epoch, or in the next one between two epochs.
+            steps_per_epoch: Steps of each later epoch.
+
+        Example:
+            >>> plan = RunPlan.compute(num_epochs=3, steps_per_epoch=5, max_steps=None)
+            >>> plan.revise(Progress(steps=6, epochs=1), steps_left=8, steps_per_epoch=8).total_steps
+            22
+        """
+        at_end = progress.steps + progress.skipped + steps_left
+        limits = [] if self.step_limit is None else [self.step_limit]
+        if self.epoch_limit is not None:
+            limits.append(at_end + (self.epoch_limit - progress.epochs - 1) * steps_per_epoch)
+        total, epochs = min(limits) if limits else None, self.epoch_limit
+        if total is not None and steps_per_epoch:
+            epochs_needed = progress.epochs + 1 + math.ceil(max(total - at_end, 0) / steps_per_epoch)
+            epochs = epochs_needed if epochs is None else min(epochs, epochs_needed)
+        return replace(self, known_epochs=epochs, known_steps_per_epoch=steps_per_epoch, known_total_steps=total)
 
     @property
     def num_epochs(self) -> int:

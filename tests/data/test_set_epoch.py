@@ -1,0 +1,137 @@
+"""`set_epoch` is called once an epoch, wherever a dataset or sampler that has it sits, and in every process."""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from typing_extensions import override
+
+from ptacc import Epochs, Steps, Trainer
+from ptacc.data.loading import set_epoch
+from ptacc.data.sources import make_source
+from ptacc.distributed.process_group import DistributedRuntime
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
+Sample = tuple[Tensor, Tensor]
+
+
+class Epochwise(Dataset[Sample]):
+    """Samples that hold the last epoch, and how many times it was set in the process that loads them."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def __len__(self) -> int:
+        return 4
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        return torch.tensor([float(index), self.epochs[-1], len(self.epochs)]), torch.zeros(1)
+
+
+class EpochwiseStream(IterableDataset[Sample]):
+    def __init__(self) -> None:
+        self.source = Epochwise()
+        self.set_epoch = self.source.set_epoch
+
+    @override
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.source[index] for index in range(4))
+
+
+class Order:
+    """A sampler."""
+
+    def __init__(self, source: Sized) -> None:
+        self.source, self.epochs = source, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.source)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+def holders(data: Epochwise) -> dict[str, Dataset[Any]]:
+    return {
+        "bare": data,
+        "a subset": Subset(Subset(data, range(4)), range(4)),
+        "a concatenation": ConcatDataset([Subset(data, range(2)), Subset(data, range(2, 4))]),
+    }
+
+
+LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
+    "torch's": DataLoader,
+    "stateful": StatefulDataLoader,
+}
+
+
+def epochs_seen(loader: DataLoader[Any]) -> list[list[list[float]]]:
+    """Return [epoch, times set] of the samples of two epochs."""
+    source = make_source(loader, DistributedRuntime(), 7)
+    return [[row[1:] for batch in source.epoch(epoch) for row in batch.data[0].tolist()] for epoch in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("holder", holders(Epochwise()))
+def test_a_dataset_is_told_the_epoch_once_wherever_it_is_held(holder: str, kind: str) -> None:
+    loader = LOADERS[kind](holders(Epochwise())[holder], batch_size=2)
+    assert epochs_seen(loader) == [[[0, 1]] * 4, [[1, 2]] * 4]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_so_are_the_copies_in_workers(kind: str, is_persistent: bool) -> None:
+    options: Any = {"num_workers": 2, "persistent_workers": is_persistent, "timeout": 30}
+    loader = LOADERS[kind](Subset(Epochwise(), range(4)), batch_size=2, **options)
+    assert epochs_seen(loader) == [[[0, 1]] * 4, [[1, 2]] * 4]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_stream_within_another_is_told_the_epoch(kind: str) -> None:
+    loader = LOADERS[kind](ChainDataset([EpochwiseStream()]), batch_size=2)
+    assert epochs_seen(loader) == [[[0, 1]] * 4, [[1, 2]] * 4]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_samplers_are_told_the_epoch_once(kind: str) -> None:
+    data = [(torch.ones(3), torch.ones(1))] * 4
+    alone, within = Order(data), Order(data)
+    loaders = [
+        LOADERS[kind](data, batch_size=2, sampler=alone),
+        LOADERS[kind](data, batch_sampler=BatchSampler(within, 2, drop_last=False)),
+    ]
+    for loader in loaders:
+        epochs_seen(loader)
+    assert alone.epochs == within.epochs == [0, 1]
+
+
+def test_an_object_that_sets_the_epoch_of_what_it_holds_is_not_passed_over() -> None:
+    class Forwarding(Subset[Sample]):
+        def set_epoch(self, epoch: int) -> None:
+            set_epoch(self.dataset, epoch)
+
+    data = Epochwise()
+    assert set_epoch(Forwarding(data, range(4)), 3)
+    assert data.epochs == [3]
+    assert not set_epoch([data], 4)  # a list of samples
+
+
+def test_an_evaluation_on_another_part_of_the_data_does_not_set_the_epoch() -> None:
+    net, data = nn.Linear(3, 1), Epochwise()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    trainer = Trainer(net, loss_func=nn.MSELoss(), optimizer=optimizer, default_callbacks=())
+    parts = Subset(data, range(2)), Subset(data, range(2, 4))
+    for cadence in (Steps(1), Epochs(1)):
+        trainer.train(*parts, num_epochs=2, per_device_batch_size=1, evaluate_every=cadence)
+    assert data.epochs == [0, 1, 0, 1]
