@@ -17,7 +17,7 @@ from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import split_path
+from ptacc.checkpoint.storage.paths import resolve_links, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import Save, copy_to_host
@@ -64,7 +64,8 @@ class CheckpointManager:
             CheckpointError: The directory cannot be written to, is another run's, or is not the same on all hosts.
         """
         self.identity = self.distributed.broadcast(self.identity) if resumption is None else resumption.manifest.run
-        if resumption is not None and split_path(resumption.path)[0] == self.store.directory:
+        directory = resolve_links(self.store.directory)
+        if resumption is not None and split_path(resolve_links(resumption.path))[0] == directory:
             self.resumed_from = resumption.manifest.name
         path = self.store.locate(self.call_on_rank_0(self._create_token))
         deadline = time.monotonic() + SEEN_WITHIN_SECONDS

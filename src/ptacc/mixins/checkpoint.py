@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
-from pathlib import Path
+from os import PathLike
 from types import NoneType
 from typing import Literal, get_args
 
@@ -20,7 +20,7 @@ from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
-from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
+from ptacc.checkpoint.storage.paths import make_absolute, parse_path, resolve_links, split_path
 from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
@@ -35,9 +35,9 @@ from ptacc.validation import check_at_least
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
 OPTION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "checkpoint_dir": ((str, Path), "a path"),
+    "checkpoint_dir": ((str, PathLike), "a path"),
     "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
-    "resume": ((bool, str, Path), "True, False, or the path of a checkpoint"),
+    "resume": ((bool, str, PathLike), "True, False, or the path of a checkpoint"),
     "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
     "checkpoint_key": ((bytes, NoneType), "bytes"),
 }
@@ -88,9 +88,9 @@ class CheckpointMixin(Mixin):
         ...     keep_last = 3
     """
 
-    checkpoint_dir: str | Path
+    checkpoint_dir: str | PathLike[str]
     checkpoint_every: Cadence | None = field(default_factory=lambda: Epochs(1))
-    resume: bool | str | Path = False
+    resume: bool | str | PathLike[str] = False
     resume_ignore: Collection[str] = ()
     keep_last: int | None = None
     keep_best: Best | None = None
@@ -112,7 +112,7 @@ class CheckpointMixin(Mixin):
         for name, (types, needed) in OPTION_TYPES.items():
             if not isinstance(value := getattr(self, name), types):
                 raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-            if isinstance(value, str | Path):
+            if isinstance(value, str | PathLike):
                 check_path(owner, name, value)
         for name, (item_type, needed) in ITEM_TYPES.items():
             value = getattr(self, name)
@@ -121,7 +121,7 @@ class CheckpointMixin(Mixin):
         if self.checkpoint_errors not in get_args(OnError):
             raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
+    def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
 
         Args:
@@ -141,9 +141,9 @@ class CheckpointMixin(Mixin):
                 "Every run is saved at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].request(None if path is None else parse_path(path), label)
+        return self.run[SAVER].request(None if path is None else make_absolute(parse_path(path)), label)
 
-    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+    def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
         To resume the saved run instead, pass `resume=path` to the trainer.
@@ -163,7 +163,7 @@ class CheckpointMixin(Mixin):
             loaded = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
         self._events().load(loaded)
 
-    def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
+    def export_model(self, path: str | PathLike[str], *, averages: str | None = None, overwrite: bool = False) -> None:
         """Write the model's `state_dict()` to a safetensors file. A collective.
 
         Args:
@@ -174,7 +174,7 @@ class CheckpointMixin(Mixin):
         Raises:
             CheckpointError: The file exists, or there are no such averages.
         """
-        target = parse_path(path)
+        target = resolve_links(parse_path(path))
         filesystem, is_main = select_filesystem(target), self.distributed.rank == 0
         with self._distributed.synced("export_model()"), as_checkpoint_error(target):
             if is_main:
@@ -291,7 +291,7 @@ class CheckpointMixin(Mixin):
         return (*super().monitors(), *own)
 
 
-def check_path(owner: str, name: str, value: str | Path) -> None:
+def check_path(owner: str, name: str, value: str | PathLike[str]) -> None:
     """Raise `OptionError` for a URL whose file system is unknown or not installed."""
     try:
         parse_path(value)
