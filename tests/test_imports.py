@@ -32,6 +32,7 @@ PACKAGES = [
     "distributed",
     "model",
     "composition",
+    "serialization",
     "tensors",
     "rng",
     "types",

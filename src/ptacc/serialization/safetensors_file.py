@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ptacc.checkpoint.serialization.json_codec import one_line
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.serialization.json_codec import one_line
 from ptacc.tensors.structures import as_bytes
 
 
