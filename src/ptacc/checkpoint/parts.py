@@ -24,8 +24,10 @@ from ptacc.serialization.json_codec import Encoded, Json, decode, encode, one_li
 from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
 from ptacc.tensors.dtensor import localize, map_state, merge_states
 
-RUN, MODEL = "run", "model"
-"""The parts with the state of the run and with the weights."""
+RUN, MODEL, BUFFERS, OPTIONS = "run", "model", "buffers", "options"
+"""The parts with the state of the run, the weights, the model's other buffers, and the modules among the options."""
+KINDS = "kinds"
+"""The part with the class of each mixin's state."""
 SHARED = "shared"
 """The name of the files that all ranks read."""
 SHARDS = "shards"

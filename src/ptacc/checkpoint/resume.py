@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from ptacc.checkpoint.parts import RUN, SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
+from ptacc.checkpoint.parts import (
+    OPTIONS,
+    RUN,
+    SHARDS,
+    SHARED,
+    Snapshot,
+    merge_shards,
+    rank_files,
+    read_all_ranks,
+    read_parts,
+)
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import parse_path, resolve_links, split_path
@@ -78,7 +88,8 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    If the number of ranks has changed, the rank's own parts are only the state of the run, merged from all ranks.
+    If the number of ranks has changed, the rank's own parts are the state of the run, merged
+    from all ranks, and rank 0's buffers of modules among the options.
     """
 
     path: str
@@ -97,7 +108,8 @@ class Resumption:
                 shards = own.get(SHARDS, {})
             else:
                 all_ranks = read_all_ranks(store, manifest)
-                own = Snapshot({RUN: merge_run_states([parts[RUN] for parts in all_ranks])})
+                merged = merge_run_states([parts[RUN] for parts in all_ranks])
+                own = Snapshot({RUN: merged, OPTIONS: all_ranks[0].get(OPTIONS, {})})
                 shards = merge_shards(all_ranks)
         return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 

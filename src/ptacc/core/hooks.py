@@ -89,6 +89,7 @@ class TrainerCore(TrainerBase):
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
             "accumulation_steps": str(self.accumulation_steps()),
+            **{f"{slot.name}.{name}": value for slot in self.optimizer_slots() for name, value in slot.settings()},
         }
 
     @hook("fold")

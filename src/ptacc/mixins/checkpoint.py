@@ -13,9 +13,10 @@ from typing import Literal, get_args
 
 from typing_extensions import override
 
+from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
 from ptacc.checkpoint.manager import CheckpointManager, OnError
-from ptacc.checkpoint.parts import Part, check_storable
+from ptacc.checkpoint.parts import RUN, Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
@@ -228,7 +229,7 @@ class CheckpointMixin(Mixin):
         if self._resumption is None:
             return
         saved = self._resumption
-        restore(self, saved.shared, saved.own, self.resume_ignore)
+        left_out = restore(self, saved.shared, saved.own, self.resume_ignore)
         if self.run.is_consistent or not self.run.is_within_epoch:  # otherwise it is called again at the epoch's start
             self._resumption = None
             if saved.manifest.world_size != self.distributed.world_size:
@@ -237,6 +238,7 @@ class CheckpointMixin(Mixin):
                     f"{saved.manifest.world_size}: results are equal up to rounding, except for random operations.",
                     stacklevel=2,
                 )
+            warn_of_changes(self, saved.shared[RUN]["conditions"], self.resume_ignore, left_out)
             self._events().load(saved.path)
 
     # ---- saving

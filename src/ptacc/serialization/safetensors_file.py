@@ -54,6 +54,13 @@ def safetensors_dtype(dtype: torch.dtype) -> str | None:
     return name
 
 
+def is_storable(value: object) -> bool:
+    """Return whether a value is a tensor that a file can store: dense, with data, and of a dtype of the format."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return safetensors_dtype(value.dtype) is not None
+
+
 def sort_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names in the order of writing, in which each tensor is aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

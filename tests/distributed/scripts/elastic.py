@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import field
+from os import PathLike
 from pathlib import Path
 
 from typing_extensions import override

@@ -42,7 +42,7 @@ class Resumed(AMPMixin, GradAccumMixin, EMAMixin, SeedMixin, CheckpointMixin, Tr
     seed: int | None = 7
     deterministic: bool = True
     checkpoint_every: Cadence | None = field(default_factory=lambda: Steps(3))
-    resume: bool | str | PathLike[str] = True
+    resume: bool | str | os.PathLike[str] = True
 
 
 class Killed(Callback[TrainerCore]):
