@@ -16,6 +16,7 @@ from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
 from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.paths import resolve_links, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
@@ -43,6 +44,7 @@ class CheckpointManager:
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
+        lock: The lock of the directory, on rank 0.
     """
 
     store: CheckpointStore
@@ -52,6 +54,7 @@ class CheckpointManager:
     in_background: bool = False
     identity: str = field(default_factory=lambda: secrets.token_hex(8))
     resumed_from: str | None = None
+    lock: DirectoryLock | None = None
     _save: Save | None = None
     _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -139,7 +142,7 @@ class CheckpointManager:
         if self.in_background:
             files = {name: copy_to_host(parts, self._buffers[name]) for name, parts in files.items()}
         on_commit = self._remove_old if store is self.store else None
-        self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
+        self._save = Save(store, pending, manifest, files, self.distributed, self.lock, on_commit)
         self._save.start()
         return None if self.in_background else self.finish()
 

@@ -266,6 +266,11 @@ class TrainerCore(TrainerBase):
         """
         return None
 
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Reserve what only one run may use at a time, from before its set-up until it has ended. A collective."""
+        yield
+
     def _events(self) -> Events:
         return Events.collect(self, TrainerCore, self.all_callbacks())
 

@@ -21,9 +21,10 @@ from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.paths import make_absolute, parse_path, resolve_links, split_path
 from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
-from ptacc.checkpoint.storage.remote_store import open_store
+from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
@@ -103,6 +104,7 @@ class CheckpointMixin(Mixin):
     checkpoint_allows_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
+    _lock: DirectoryLock | None = field(init=False, default=None)
 
     @override
     def check_options(self) -> None:
@@ -188,6 +190,20 @@ class CheckpointMixin(Mixin):
     # ---- resuming
 
     @override
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
+        with contextlib.ExitStack() as stack:
+            with self._distributed.synced("the set-up of checkpoints"):
+                if self.distributed.rank == 0 and not self.is_isolated:
+                    directory = make_absolute(parse_path(self.checkpoint_dir))
+                    self._lock = DirectoryLock(open_sibling(self._store(), directory))
+                    with as_checkpoint_error(directory):
+                        stack.enter_context(self._lock.held())
+            stack.enter_context(super()._reserved())
+            yield
+
+    @override
     def find_resume_state(self) -> ResumeState | None:
         found = self.distributed.broadcast(self._find() if self.distributed.rank == 0 else None)
         self._resumption = None
@@ -215,7 +231,12 @@ class CheckpointMixin(Mixin):
         retention = Retention(self.keep_last, num_best, self.keep_every, monitor)
         in_background = self.checkpoint_in_background
         manager = CheckpointManager(
-            self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
+            self._store(),
+            self._distributed,
+            retention,
+            self.checkpoint_errors,
+            in_background=in_background,
+            lock=self._lock,
         )
         if not self.is_isolated:
             manager.open(self._resumption)
