@@ -36,6 +36,7 @@ PACKAGES = [
     "tensors",
     "rng",
     "types",
+    "files",
     "validation",
     "errors",
     "public",

@@ -27,9 +27,9 @@ from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_chec
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.parts import read_full_parts
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import parse_path, resolve_links
-from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.errors import CheckpointError, OptionError, PtaccError
+from ptacc.files.paths import parse_path, resolve_links
+from ptacc.files.remote_filesystem import select_filesystem
 
 UNKNOWN = "-"
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
+from ptacc.files.filesystem import FileDigest
 from ptacc.serialization.json_codec import Encoded, Json, decode, encode, one_line
 from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
 from ptacc.tensors.dtensor import localize, map_state, merge_states

@@ -19,12 +19,12 @@ from ptacc.checkpoint.parts import (
     read_all_ranks,
     read_parts,
 )
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import parse_path, resolve_links, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.run.state import ResumeState
 
 

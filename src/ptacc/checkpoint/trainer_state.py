@@ -27,12 +27,12 @@ from ptacc.checkpoint.parts import (
     read_full_parts,
 )
 from ptacc.checkpoint.resume import find_at
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
-from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError, OptionError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import split_path
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -101,8 +101,8 @@ def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
             kind, key = type(callback).__name__, callback.state_key()
             if (name := ".".join(["callback", kind, *filter(None, [key])])) in named:
                 raise OptionError(
-                    f"{type(trainer).__name__}: two callbacks are a {kind} with the state_key {key!r}, so their states "
-                    "cannot be told apart in a checkpoint. Override state_key() to return another string for each."
+                    f"{type(trainer).__name__}: two callbacks are a {kind} with the state_key {key!r}, so a "
+                    "checkpoint cannot distinguish their states. Override state_key() to return another string for each."
                 )
             named[name] = callback
     return named

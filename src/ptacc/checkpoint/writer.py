@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import write_parts
-from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import MAX_MANIFEST_SIZE, Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.distributed.failure import Failure
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import FileDigest
 from ptacc.serialization.json_codec import Encoded
 
 TIMEOUT_SECONDS = 1800.0

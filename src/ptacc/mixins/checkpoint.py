@@ -20,15 +20,15 @@ from ptacc.checkpoint.parts import RUN, Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
 from ptacc.checkpoint.storage.lock import DirectoryLock
-from ptacc.checkpoint.storage.paths import make_absolute, parse_path, resolve_links, split_path
-from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import make_absolute, parse_path, resolve_links, split_path
+from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor

@@ -98,7 +98,7 @@ def non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_non_persistent_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Restore buffers by canonical names. One that is missing, or has another shape or dtype, is registered anew.
+    """Restore buffers by canonical names. One that is missing, or has another shape or dtype, is registered.
 
     Buffers of submodules that do not exist are left out.
     """

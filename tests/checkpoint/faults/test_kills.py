@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ptacc.checkpoint.storage.filesystem import FileSystem
+from ptacc.files.filesystem import FileSystem
 from tests.checkpoint.faults.disks import CALLS, Interposed, dying_at
 from tests.checkpoint.launches import Launch
 from tests.checkpoint.runs import (

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from ptacc.checkpoint.storage.filesystem import FileSystem
-from ptacc.checkpoint.storage.paths import is_url
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.files.filesystem import FileSystem
+from ptacc.files.paths import is_url
 
 LOCK = ".lock"
 WAIT_SECONDS = 10.0
