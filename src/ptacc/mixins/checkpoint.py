@@ -64,7 +64,8 @@ class CheckpointMixin(Mixin):
             is saved at its end.
         resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
             for the first run of the trainer.
-        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack.
+        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack, or
+            patterns: `"model.head.*"`. An error lists the names; the guide says what happens to each.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`.
         keep_every: Keep checkpoints whose step is a multiple of this. A checkpoint is kept if any of the three options
