@@ -109,6 +109,17 @@ def test_averages_of_a_model_of_another_width_are_named(tmp_path: Path) -> None:
     assert resume(tmp_path, Averaging, model=net(16), resume_ignore={"model", "ema"}).progress.steps == 6
 
 
+def test_averages_that_were_not_saved_start_from_the_loaded_weights(tmp_path: Path) -> None:
+    class Averaging(EMAMixin, Saving):
+        ema_decay: float = 0.999
+
+    saved = train(make(tmp_path)).model.state_dict()
+    trainer = resume(tmp_path, Averaging, model=net(), epochs=1, resume_ignore={"ema"})
+    assert isinstance(trainer, Averaging)
+    with trainer.averaged_weights():
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
+
+
 def test_another_optimizer_starts_without_a_state(tmp_path: Path) -> None:
     train(make(tmp_path))
     model = net()

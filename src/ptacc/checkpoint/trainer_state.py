@@ -33,6 +33,7 @@ from ptacc.engines.base import EngineState
 from ptacc.errors import CheckpointError, OptionError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import split_path
+from ptacc.model.averaging import AveragedWeights
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -102,7 +103,7 @@ def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
             if (name := ".".join(["callback", kind, *filter(None, [key])])) in named:
                 raise OptionError(
                     f"{type(trainer).__name__}: two callbacks are a {kind} with the state_key {key!r}, so a "
-                    "checkpoint cannot distinguish their states. Override state_key() to return another string for each."
+                    "checkpoint cannot distinguish their states. Override state_key() to return one of its own."
                 )
             named[name] = callback
     return named
@@ -187,6 +188,8 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
         for name, state in named_states(trainer, each_rank=each_rank):
             if name in parts and name not in left_out:
                 state.load_state_dict(parts[name])
+            elif isinstance(state, AveragedWeights):
+                state.copy_from(model)  # averages start from the weights that were loaded
     if RANDOM in own:
         RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
     else:  # saved by another number of ranks

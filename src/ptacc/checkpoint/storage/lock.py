@@ -47,6 +47,7 @@ class DirectoryLock:
     store: CheckpointStore
     owner: bytes = field(default_factory=describe_process)
     _file: FileIO | None = None
+    _is_held: bool = False
 
     @property
     def path(self) -> str:
@@ -69,14 +70,16 @@ class DirectoryLock:
                     "this one a directory of its own."
                 )
             time.sleep(0.1)
+        self._is_held = True
         try:
             yield
         finally:
+            self._is_held = False
             self._release()
 
     def check(self) -> None:
-        """Raise `CheckpointError` if another run has taken the directory over."""
-        if self._read() != self.owner:
+        """Raise `CheckpointError` if another run has taken the directory over while the lock is held here."""
+        if self._is_held and self._read() != self.owner:
             raise CheckpointError(
                 f"{self.store.directory} was taken over by another run: {self._describe_owner()}. This run cannot save "
                 "there any more."
