@@ -53,7 +53,11 @@ def samples(count: int) -> TensorDataset:
 
 def train(trainer: Saving, data: Any = None, **options: Any) -> Saving:
     """Train on 24 samples: three steps an epoch."""
-    given = {"num_epochs": 1, **({} if isinstance(data, DataLoader) else {"per_device_batch_size": 8}), **options}
+    given: dict[str, Any] = {
+        "num_epochs": 1,
+        **({} if isinstance(data, DataLoader) else {"per_device_batch_size": 8}),
+        **options,
+    }
     trainer.train(samples(24) if data is None else data, **given)
     return trainer
 
@@ -169,7 +173,8 @@ def test_other_settings_of_the_optimizer_are_those_of_the_saved_run_and_a_warnin
 ) -> None:
     saved = train(make(tmp_path)).optimizer.param_groups[0]
     model = net()
-    optimizer = Adam(model.parameters(), **{"lr": 0.1, **setting})
+    settings: dict[str, Any] = {"lr": 0.1, **setting}
+    optimizer = Adam(model.parameters(), **settings)
     (name,) = setting
     with pytest.warns(UserWarning, match=f"resumes with the settings of the saved run: optimizer.{name}="):
         resume(tmp_path, model=model, optimizer=optimizer)

@@ -612,8 +612,9 @@ def test_a_home_directory_is_expanded_in_every_path(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("empty", ["", " ", "\0"])
 def test_an_empty_path_is_refused(tmp_path: Path, empty: str) -> None:
     for option in ("checkpoint_dir", "resume"):
+        given: dict[str, Any] = {**tiny_parts(), "checkpoint_dir": tmp_path, option: empty}
         with pytest.raises(OptionError, match=rf"Saving\({option}=.*is not a path"):
-            Saving(**{**tiny_parts(), "checkpoint_dir": tmp_path, option: empty})
+            Saving(**given)
     trainer = Saving(**tiny_parts(), checkpoint_dir=Somewhere(tmp_path))
     for call in (trainer.load_checkpoint, trainer.export_model):
         with pytest.raises(OptionError, match="is not a path"):

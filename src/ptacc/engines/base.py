@@ -40,7 +40,7 @@ class OptimizerSlot:
         for name in sorted({name for group in groups for name in group} - {"params", "initial_lr"}):
             values = [value.tolist() if isinstance(value := group.get(name), Tensor) else value for group in groups]
             if all(isinstance(value, int | float | str | tuple | NoneType) for value in values):
-                yield name, repr(values[0]) if len({*values}) == 1 else repr(values)
+                yield name, repr(values[0]) if all(value == values[0] for value in values) else repr(values)
 
     @property
     def learning_rate(self) -> float | Tensor:
