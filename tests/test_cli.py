@@ -20,11 +20,11 @@ from torch import nn
 from ptacc.checkpoint.catalog import list_checkpoints
 from ptacc.checkpoint.export import write_weights
 from ptacc.checkpoint.parts import SHARED, Part, encode_parts, write_parts
-from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import FileSystem
 from ptacc.model.averaging import AveragedWeights
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, failing_at
 

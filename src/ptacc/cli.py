@@ -27,9 +27,9 @@ from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_chec
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.parts import read_full_parts
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import parse_path
-from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.errors import CheckpointError, OptionError, PtaccError
+from ptacc.files.paths import parse_path, resolve_links
+from ptacc.files.remote_filesystem import select_filesystem
 
 UNKNOWN = "-"
 
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ptacc {get_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key that signs the checkpoints")
+    common.add_argument("--key-file", type=expand_file, metavar="FILE", help="file with the key of the checkpoints")
 
     listing = commands.add_parser("checkpoints", parents=[common], help="list checkpoints, oldest first")
     listing.add_argument("directory", type=parse_location, metavar="DIR", help="the checkpoint_dir of a trainer")
@@ -108,6 +108,11 @@ def parse_location(text: str) -> str:
         return parse_path(text)
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def expand_file(text: str) -> Path:
+    """Parse an argument that is a local file."""
+    return Path(text).expanduser()
 
 
 def get_version() -> str:
@@ -151,14 +156,15 @@ def verify(options: Options) -> int:
 
 def export(options: Options) -> int:
     """Write the weights of a checkpoint to a safetensors file."""
-    filesystem = select_filesystem(options.output)
-    check_target(filesystem, options.output, overwrite=options.force)  # before the checkpoint is read
+    target = resolve_links(options.output)
+    filesystem = select_filesystem(target)
+    check_target(filesystem, target, overwrite=options.force)  # before the checkpoint is read
     key = read_key(options.key_file)
     # If one checkpoint is given, only the files that are exported have to be intact.
     entry = find_checkpoint(options.directory, key) or find_newest_intact(options.directory, key)
     snapshot = read_full_parts(entry.store, entry.store.manifest(entry.name))
     weights = exported_weights(snapshot, options.averages)
-    digest = write_weights(filesystem, options.output, weights, overwrite=options.force)
+    digest = write_weights(filesystem, target, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
     size = human_size(digest.size)
     print_line(f"{options.output}: {what} of {printable(entry.title)}, {len(weights)} tensors, {size}")

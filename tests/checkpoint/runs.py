@@ -33,9 +33,9 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.storage.filesystem import FileSystem
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.files.filesystem import FileSystem
 from ptacc.protocols import SchedulerFactory
 from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data

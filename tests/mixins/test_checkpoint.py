@@ -574,6 +574,70 @@ def test_invalid_options_are_refused(tmp_path: Path, options: dict[str, Any], me
         Saving(**given)
 
 
+# ---- paths
+
+
+class Somewhere:
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_a_run_resumes_from_a_link_to_a_checkpoint_or_to_a_directory(tmp_path: Path) -> None:
+    train(tmp_path / "run", num_epochs=1)
+    (tmp_path / "runs").symlink_to(tmp_path / "run")
+    (tmp_path / "latest").symlink_to(tmp_path / "runs" / "step-00000003")
+    for link in ("latest", "runs"):
+        resumed = train(tmp_path / f"from-{link}", resume=tmp_path / link)
+        assert resumed.history.steps[0].step == 1
+        assert names(tmp_path / f"from-{link}") == [6]
+    train(tmp_path / "runs", resume=True, keep_last=1)
+    assert names(tmp_path / "run") == [3, 6]  # the one that it resumed from is kept
+
+
+def test_a_link_to_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
+    first = train(tmp_path / "run")
+    (tmp_path / "latest").symlink_to("run/step-00000006")
+    other = Saving(**tiny_parts(), checkpoint_dir=tmp_path / "other")
+    other.load_checkpoint(Somewhere(tmp_path / "latest"))
+    assert torch.equal(weights(other), weights(first))
+
+
+def test_an_export_through_a_link_replaces_its_target(tmp_path: Path) -> None:
+    trainer = train(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "weights")
+    for overwrite in (False, True):
+        trainer.export_model(Somewhere(tmp_path / "link"), overwrite=overwrite)
+    assert (tmp_path / "link").is_symlink()
+    assert set(safetensors.torch.load_file(tmp_path / "weights")) == {"weight", "bias"}
+
+
+def test_a_home_directory_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    trainer = train(Path("~/run"), callbacks=[At(2, lambda trainer: trainer.save_checkpoint("~/mine"))])
+    trainer.export_model("~/weights")
+    trainer.load_checkpoint("~/mine")
+    train(tmp_path / "again", resume="~/run")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "mine", "weights", "again"}
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\0"])
+def test_an_empty_path_is_refused(tmp_path: Path, empty: str) -> None:
+    for option in ("checkpoint_dir", "resume"):
+        given: dict[str, Any] = {**tiny_parts(), "checkpoint_dir": tmp_path, option: empty}
+        with pytest.raises(OptionError, match=rf"Saving\({option}=.*is not a path"):
+            Saving(**given)
+    trainer = Saving(**tiny_parts(), checkpoint_dir=Somewhere(tmp_path))
+    for call in (trainer.load_checkpoint, trainer.export_model):
+        with pytest.raises(OptionError, match="is not a path"):
+            call(empty)
+
+
 def test_a_normal_run_emits_no_warnings(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

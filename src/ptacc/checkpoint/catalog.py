@@ -12,17 +12,16 @@ runs/digits/
 from __future__ import annotations
 
 import math
-import os
 import posixpath
 import re
 from dataclasses import dataclass, replace
 
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import is_url, split_path
-from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.files.paths import resolve_links, split_path
+from ptacc.files.remote_filesystem import select_filesystem
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def list_checkpoints(directory: str, key: bytes | None) -> list[CheckpointEntry]
 
 def find_checkpoint(directory: str, key: bytes | None) -> CheckpointEntry | None:
     """Return the checkpoint that a directory is, None if it is not a checkpoint."""
-    path = directory if is_url(directory) else os.path.realpath(directory)
+    path = resolve_links(directory)
     filesystem = select_filesystem(path)
     if not filesystem.exists(f"{path}/{MANIFEST}"):
         # A checkpoint without its manifest still has its name and its files, and no directories.

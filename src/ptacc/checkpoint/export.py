@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from ptacc.checkpoint.parts import MODEL, Snapshot
-from ptacc.checkpoint.serialization.json_codec import get_memory_key
-from ptacc.checkpoint.serialization.safetensors_file import safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, as_checkpoint_error
-from ptacc.checkpoint.storage.paths import is_url, split_path
 from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import FileDigest, FileSystem, as_checkpoint_error
+from ptacc.files.paths import is_url, split_path
 from ptacc.model.averaging import holds_averages
 from ptacc.model.state_dict import get_weights
+from ptacc.serialization.json_codec import get_memory_key
+from ptacc.serialization.safetensors_file import safetensors_parts
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
 
 AVERAGES = ("ema", "swa")

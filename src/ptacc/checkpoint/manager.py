@@ -15,14 +15,15 @@ from torch import Tensor
 from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
 from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import Save, copy_to_host
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import resolve_links, split_path
 from ptacc.types.aliases import T
 
 OnError: TypeAlias = Literal["raise", "warn"]
@@ -43,6 +44,7 @@ class CheckpointManager:
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
+        lock: The lock of the directory, on rank 0.
     """
 
     store: CheckpointStore
@@ -52,6 +54,7 @@ class CheckpointManager:
     in_background: bool = False
     identity: str = field(default_factory=lambda: secrets.token_hex(8))
     resumed_from: str | None = None
+    lock: DirectoryLock | None = None
     _save: Save | None = None
     _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -64,7 +67,8 @@ class CheckpointManager:
             CheckpointError: The directory cannot be written to, is another run's, or is not the same on all hosts.
         """
         self.identity = self.distributed.broadcast(self.identity) if resumption is None else resumption.manifest.run
-        if resumption is not None and split_path(resumption.path)[0] == self.store.directory:
+        directory = resolve_links(self.store.directory)
+        if resumption is not None and split_path(resolve_links(resumption.path))[0] == directory:
             self.resumed_from = resumption.manifest.name
         path = self.store.locate(self.call_on_rank_0(self._create_token))
         deadline = time.monotonic() + SEEN_WITHIN_SECONDS
@@ -138,7 +142,7 @@ class CheckpointManager:
         if self.in_background:
             files = {name: copy_to_host(parts, self._buffers[name]) for name, parts in files.items()}
         on_commit = self._remove_old if store is self.store else None
-        self._save = Save(store, pending, manifest, files, self.distributed, on_commit)
+        self._save = Save(store, pending, manifest, files, self.distributed, self.lock, on_commit)
         self._save.start()
         return None if self.in_background else self.finish()
 

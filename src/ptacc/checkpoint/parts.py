@@ -16,16 +16,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ptacc.checkpoint.serialization.json_codec import Encoded, Json, decode, encode, one_line
-from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
+from ptacc.files.filesystem import FileDigest
+from ptacc.serialization.json_codec import Encoded, Json, decode, encode, one_line
+from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
 from ptacc.tensors.dtensor import localize, map_state, merge_states
 
-RUN, MODEL = "run", "model"
-"""The parts with the state of the run and with the weights."""
+RUN, MODEL, BUFFERS, OPTIONS = "run", "model", "buffers", "options"
+"""The parts with the state of the run, the weights, the model's other buffers, and the modules among the options."""
+KINDS = "kinds"
+"""The part with the class of each mixin's state."""
 SHARED = "shared"
 """The name of the files that all ranks read."""
 SHARDS = "shards"

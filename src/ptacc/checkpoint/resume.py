@@ -5,20 +5,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
-from ptacc.checkpoint.parts import RUN, SHARDS, SHARED, Snapshot, merge_shards, rank_files, read_all_ranks, read_parts
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
+from ptacc.checkpoint.parts import (
+    OPTIONS,
+    RUN,
+    SHARDS,
+    SHARED,
+    Snapshot,
+    merge_shards,
+    rank_files,
+    read_all_ranks,
+    read_parts,
+)
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.run.state import ResumeState
 
 
-def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | None:
+def find_checkpoint(store: CheckpointStore, resume: bool | str | PathLike[str]) -> str | None:
     """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:
@@ -34,7 +44,7 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | 
         UserWarning: A damaged checkpoint is skipped.
     """
     if not isinstance(resume, bool):
-        return find_at(make_absolute(parse_path(resume)), store)
+        return find_at(parse_path(resume), store)
     if resume:
         return find_newest(store)
     if names := store.names():
@@ -46,7 +56,8 @@ def find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> str | 
 
 
 def find_at(path: str, like: CheckpointStore) -> str:
-    """Return the path of a checkpoint, verified, or that of the newest one in a directory."""
+    """Return the path of a checkpoint, verified, or that of the newest one in a directory. Either may be a link."""
+    path = resolve_links(path)
     with as_checkpoint_error(path):
         if like.filesystem.exists(f"{path}/{MANIFEST}"):
             directory, name = split_path(path)
@@ -77,7 +88,8 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    If the number of ranks has changed, the rank's own parts are only the state of the run, merged from all ranks.
+    If the number of ranks has changed, the rank's own parts are the state of the run, merged
+    from all ranks, and rank 0's buffers of modules among the options.
     """
 
     path: str
@@ -96,7 +108,8 @@ class Resumption:
                 shards = own.get(SHARDS, {})
             else:
                 all_ranks = read_all_ranks(store, manifest)
-                own = Snapshot({RUN: merge_run_states([parts[RUN] for parts in all_ranks])})
+                merged = merge_run_states([parts[RUN] for parts in all_ranks])
+                own = Snapshot({RUN: merged, OPTIONS: all_ranks[0].get(OPTIONS, {})})
                 shards = merge_shards(all_ranks)
         return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
 

@@ -1,8 +1,8 @@
 """The contents of a checkpoint: parts are collected from a trainer and its run, and restored into them.
 
 ```
-run, model, flags, optimizer, engine, ema, scheduler, callback.Name, ...   shared: equal on all ranks, or sharded
-run, engine, random, train_metrics, ...                                    own: of each rank
+run, model, buffers, optimizer, engine, ema, scheduler, callback.Name, ... shared: equal on all ranks, or sharded
+run, engine, random, options, train_metrics, ...                           own: of each rank
 ```
 """
 
@@ -10,23 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from ptacc.checkpoint.parts import MODEL, RUN, SHARDS, Part, Snapshot, read_full_parts
+from ptacc.checkpoint.differences import Comparison, find_difference, merge
+from ptacc.checkpoint.module_options import load_option_states, option_states
+from ptacc.checkpoint.parts import (
+    BUFFERS,
+    KINDS,
+    MODEL,
+    OPTIONS,
+    RUN,
+    SHARDS,
+    Part,
+    Snapshot,
+    read_full_parts,
+)
 from ptacc.checkpoint.resume import find_at
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
-from ptacc.checkpoint.storage.paths import split_path
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
-from ptacc.errors import CheckpointError
+from ptacc.errors import OptionError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.modes import set_modes
-from ptacc.model.optimizer_state import add_names, name_differences, order_by_name
-from ptacc.model.state_dict import canonical_name, load_optimizer_state, load_weights, weight_differences
+from ptacc.model.optimizer_state import add_names, order_by_name
+from ptacc.model.state_dict import (
+    canonical_name,
+    drop_misfits,
+    load_non_persistent_buffers,
+    load_optimizer_state,
+    load_weights,
+    non_persistent_buffers,
+)
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
+from ptacc.run.schedule import Schedule
+from ptacc.serialization.safetensors_file import is_storable
 from ptacc.tensors.dtensor import ShardingSpec, is_dtensor, localize, map_state
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.protocols import StateDict, Stateful
@@ -35,20 +55,6 @@ FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 
 
 # ---- from a trainer to parts
-
-
-@runtime_checkable
-class ComparesStates(Protocol):
-    """A state that says whether it can be loaded, such as that of metrics. Otherwise it is started afresh."""
-
-    def difference(self, state_dict: StateDict, /) -> str:
-        """Describe why the state cannot continue from a saved one, empty if it can."""
-        ...
-
-
-def find_difference(state: object, saved: StateDict) -> str:
-    """Describe why a state cannot continue from a saved one, empty if it can or does not say."""
-    return state.difference(saved) if isinstance(state, ComparesStates) else ""
 
 
 def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
@@ -60,6 +66,9 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
     shared = {
         RUN: run.state_dict(),
         MODEL: state.weights,
+        BUFFERS: {n: t for n, t in non_persistent_buffers(trainer.unwrapped_model).items() if is_storable(t)},
+        OPTIONS: option_states(trainer, each_rank=False),
+        KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
         FLAGS: get_flags(trainer.unwrapped_model),
         ENGINE: state.shared,
         **state.optimizers,
@@ -69,10 +78,16 @@ def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
             shared[slot.name] = add_names(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
     random = RandomStreams(devices=trainer.device.type != "cpu")
     own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
+    own[OPTIONS] = option_states(trainer, each_rank=True)
     return (
         [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
         [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
     )
+
+
+def get_kind(state: Stateful) -> str:
+    """Return the name of a state's class. That of a schedule is the class of the scheduler in it."""
+    return type(state.scheduler if isinstance(state, Schedule) else state).__name__
 
 
 def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> Iterator[Part]:
@@ -86,12 +101,23 @@ def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str
     for key, state in trainer.run.states():
         if key.each_rank == each_rank and key.saved and isinstance(state, Stateful):
             yield key.name, state
-    counts: dict[str, int] = {}
+    if not each_rank:
+        yield from name_callbacks(trainer).items()
+
+
+def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
+    """Return the callbacks with a state by the names of their parts, which do not depend on their order."""
+    named: dict[str, Stateful] = {}
     for callback in trainer.all_callbacks():
-        if isinstance(callback, Stateful) and not each_rank:
-            name = f"callback.{type(callback).__name__}"
-            counts[name] = counts.get(name, 0) + 1
-            yield f"{name}.{counts[name]}" if counts[name] > 1 else name, callback
+        if isinstance(callback, Stateful):
+            kind, key = type(callback).__name__, callback.state_key()
+            if (name := ".".join(["callback", kind, *filter(None, [key])])) in named:
+                raise OptionError(
+                    f"{type(trainer).__name__}: two callbacks are a {kind} with the state_key {key!r}, so a "
+                    "checkpoint cannot distinguish their states. Override state_key() to return one of its own."
+                )
+            named[name] = callback
+    return named
 
 
 def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[Part]]:
@@ -140,77 +166,51 @@ def load_into(
     return found, averages
 
 
-def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> None:
+def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> frozenset[str]:
     """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
 
-    `ignored` contains the names of parts that may be missing, and of differences that are allowed.
+    What the checkpoint lacks, and what does not fit but is ignored, keeps its present state.
+
+    Args:
+        trainer: The trainer.
+        shared: The parts of the checkpoint that all ranks share.
+        own: The parts of this rank.
+        ignored: Patterns of the names of differences to ignore.
+
+    Returns:
+        The names of the parts that differ, but whose differences are ignored.
 
     Raises:
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
     """
-    check_matches(trainer, shared, own, ignored)
+    present, present_own = (Snapshot({part.name: part.state for part in parts}) for parts in collect_parts(trainer))
+    left_out = Comparison(trainer, present, present_own, shared, own).check(ignored)
     run, model = trainer.run, trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
     states = map_state({**shared}, partial(localize, dtensors=dtensors))
-    optimizers = {
-        slot.name: order_by_name(model, slot.optimizer, states[slot.name])
-        for slot in run.engine.slots
-        if slot.name in states
-        and not (slot.name in ignored and any(name_differences(model, slot.optimizer, states[slot.name])))
-    }
+    weights = drop_misfits(present[MODEL], states.get(MODEL, {}))
+    loaded = [slot for slot in run.engine.slots if slot.name in states and slot.name not in left_out]
+    optimizers = {slot.name: order_by_name(model, slot.optimizer, states[slot.name]) for slot in loaded}
     if FLAGS in states:  # before the weights: a module's `train(mode)` may change them
         load_flags(model, states[FLAGS])
-    run.engine.load_state(EngineState(states.get(MODEL, {}), optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
+    run.engine.load_state(EngineState(weights, optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if canonical_name(name) in states.get(MODEL, {}).keys() - weights.keys():
+            for slot in loaded:
+                slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
+    load_non_persistent_buffers(model, states.get(BUFFERS, {}))
+    load_option_states(trainer, merge(states.get(OPTIONS, {}), own.get(OPTIONS, {})))
     for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
-            if name in parts and not find_difference(state, parts[name]):
+            if name in parts and name not in left_out and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
+            elif isinstance(state, AveragedWeights):
+                state.copy_from(model)  # averages start from the weights that were loaded
     if RANDOM in own:
         RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
     else:  # saved by another number of ranks
         seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
-
-
-def check_matches(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str]) -> None:
-    """Raise `CheckpointError` with each difference between a checkpoint and a trainer that is not ignored."""
-    found = [(name, text) for name, text in resume_differences(trainer, shared, own) if name not in ignored]
-    if found:
-        names = ", ".join(repr(name) for name in dict.fromkeys(name for name, _ in found))
-        raise CheckpointError(
-            "The checkpoint does not match this trainer:\n  "
-            + "\n  ".join(text for _, text in found)
-            + f"\nCreate the trainer as it was, or resume despite the differences: resume_ignore={{{names}}}."
-        )
-    run, scheme = trainer.run, trainer.run.data.partition_scheme
-    before = shared[RUN]["conditions"]["batch_size"]
-    if run.is_within_epoch and before != scheme.batching and not scheme.allows_rebatching:
-        raise CheckpointError(
-            f"The checkpoint is within an epoch whose data was split into {before}, and is now split into "
-            f"{scheme.batching}: the remaining samples are unknown. Resume from the end of an epoch, or with the same "
-            "split."
-        )
-
-
-def resume_differences(trainer: TrainerCore, shared: Snapshot, own: Snapshot) -> Iterator[tuple[str, str]]:
-    """Yield each difference between a checkpoint and a trainer: the name to ignore it by, and a description."""
-    run = trainer.run
-    for name, value in run.invariants.items():
-        before = shared[RUN]["conditions"].get(name)
-        if before != value:
-            yield name, f"{name} was {before!r} and is {value!r}"
-    needed: dict[str, Any] = {part.name: part.state for part in collect_parts(trainer)[0]}
-    for name in sorted(needed.keys() ^ shared.keys()):
-        yield name, f"the checkpoint has {'no' if name in needed else 'an unexpected'} part {name!r}"
-    for name, state in named_states(trainer, each_rank=True) if run.is_within_epoch else ():
-        if name not in own:
-            yield name, f"the checkpoint has no part {name!r} for this rank"
-        elif text := find_difference(state, own[name]):
-            yield name, f"{name}: {text}"
-    yield from ((MODEL, text) for text in weight_differences(needed[MODEL], shared.get(MODEL, {})))
-    for slot in run.engine.slots:
-        if slot.name in shared:
-            texts = name_differences(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
-            yield from ((slot.name, text) for text in texts)
+    return left_out
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import write_parts
-from ptacc.checkpoint.serialization.json_codec import Encoded
-from ptacc.checkpoint.storage.filesystem import FileDigest
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import MAX_MANIFEST_SIZE, Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.distributed.failure import Failure
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import FileDigest
+from ptacc.serialization.json_codec import Encoded
 
 TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the files of another rank."""
@@ -49,6 +50,7 @@ class Save:
     Args:
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
+        lock: The lock that this rank must still hold when the checkpoint is committed, if given.
         on_commit: Called on rank 0 with the name of the new checkpoint, if given.
     """
 
@@ -57,6 +59,7 @@ class Save:
     manifest: Manifest
     files: Mapping[str, Encoded]
     distributed: DistributedRuntime
+    lock: DirectoryLock | None
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
@@ -99,6 +102,8 @@ class Save:
             return
         for rank in range(1, self.distributed.world_size):
             written |= self._wait_for(rank)
+        if self.lock is not None:
+            self.lock.check()
         self.store.commit(self.pending, replace(self.manifest, files=written))
 
     def _fail(self, error: CheckpointError) -> None:

@@ -42,6 +42,13 @@ class Callback(Generic[TrainerT_contra]):
         """Return the values that this callback monitors; their names are checked before the first step."""
         return ()
 
+    def state_key(self) -> str:
+        """Return what distinguishes the state of this callback, in checkpoints, from those of others of its class.
+
+        By default the names of the monitored values. It must be the same when the run is resumed.
+        """
+        return ".".join(monitor.name for monitor in self.monitors())
+
     def on_run_start(self, trainer: TrainerT_contra) -> None:
         """The run is set up, and no step has been made."""
 

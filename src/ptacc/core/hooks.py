@@ -89,6 +89,7 @@ class TrainerCore(TrainerBase):
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
             "accumulation_steps": str(self.accumulation_steps()),
+            **{f"{slot.name}.{name}": value for slot in self.optimizer_slots() for name, value in slot.settings()},
         }
 
     @hook("fold")
@@ -264,6 +265,11 @@ class TrainerCore(TrainerBase):
         Any-of: `return super().should_stop() or ...`. Called after every step and every epoch.
         """
         return None
+
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Reserve what only one run may use at a time, from before its set-up until it has ended. A collective."""
+        yield
 
     def _events(self) -> Events:
         return Events.collect(self, TrainerCore, self.all_callbacks())

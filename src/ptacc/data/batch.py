@@ -46,11 +46,17 @@ class PartitionScheme:
         data: Describes the data, such as `"100 samples"`.
         batching: Describes how it is split. With the same data and batching, an offset is followed by the same batches.
         allows_rebatching: Whether an epoch may be resumed within it after the batching has changed.
+        order: Describes the order of the data, such as `"shuffled"`.
     """
 
     data: str
     batching: str
     allows_rebatching: bool
+    order: str = ""
+
+    def invariants(self) -> dict[str, str]:
+        """Return what must not change within an epoch when a run is resumed, by name."""
+        return {"data": self.data, "batch_size": self.batching, "data_order": self.order}
 
 
 class BatchSource(ABC):

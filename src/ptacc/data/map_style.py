@@ -59,6 +59,7 @@ class MapStyleSource(BatchSource):
         self._distributed, self._seed, self._sets_epoch = distributed, seed, sets_epoch
         self._is_in_batches = loader.batch_size is None  # the loader was given a batch sampler
         sampler = loader.batch_sampler if self._is_in_batches else getattr(loader.batch_sampler, "sampler", None)
+        self._sampler = describe_sampler(sampler)
         self._is_shuffled = is_plain_shuffle(sampler, len(loader.dataset))  # type: ignore[arg-type]  # checked
         is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
         self._listed = None if is_torchs_own else ListedSampler(sampler, distributed, seed)
@@ -98,7 +99,10 @@ class MapStyleSource(BatchSource):
         if self._listed is not None:
             data = f"{self._length} {'batches' if self._is_in_batches else 'draws'} of {data}"
         unit = "{} batches of a batch sampler" if self._is_in_batches else "global batches of {}"
-        return PartitionScheme(data, unit.format(self._size), allows_rebatching=True)
+        return PartitionScheme(data, unit.format(self._size), allows_rebatching=True, order=self._describe_order())
+
+    def _describe_order(self) -> str:
+        return f"{self._sampler}, drop_last" if self._drop_last else self._sampler
 
     @override
     def fingerprint(self) -> str:
@@ -180,6 +184,18 @@ class _BatchKeySampler:
 def is_plain_shuffle(sampler: object, samples: int) -> bool:
     """Return whether a sampler is what `shuffle=True` makes."""
     return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == samples
+
+
+def describe_sampler(sampler: object) -> str:
+    """Return the class of a sampler, and what one of torch's own was created with."""
+    parts = {name: getattr(sampler, name, None) for name in ("replacement", "weights", "indices")}
+    is_torchs_own = type(sampler).__module__.startswith("torch.")
+    known = {name: value for name, value in parts.items() if is_torchs_own and value is not None}
+    digests = {
+        name: value if isinstance(value, bool) else f"{hash(tuple(getattr(value, 'tolist', value.__iter__)())):x}"
+        for name, value in known.items()
+    }
+    return f"{type(sampler).__name__}({', '.join(f'{name}={value}' for name, value in digests.items())})"
 
 
 class KeyedDataset(Dataset[Any]):

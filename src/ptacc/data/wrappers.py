@@ -142,7 +142,7 @@ class PaddedSource(SourceWrapper):
     @override
     def partition_scheme(self) -> PartitionScheme:
         batching = f"{self._source.partition_scheme.batching} on each of {self._distributed.world_size} processes"
-        return PartitionScheme(self._data, batching, allows_rebatching=False)
+        return PartitionScheme(self._data, batching, allows_rebatching=False, order=self._source.partition_scheme.order)
 
     @override
     def fingerprint(self) -> str:

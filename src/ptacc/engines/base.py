@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ class OptimizerSlot:
     def parameters(self) -> tuple[Parameter, ...]:
         """The parameters that all groups of the optimizer have at present, in order."""
         return tuple(p for group in self.optimizer.param_groups for p in group["params"])
+
+    def settings(self) -> Iterator[tuple[str, str]]:
+        """Iterate over the settings of the parameter groups, such as `lr`: the name, and the values by group."""
+        groups = self.optimizer.param_groups
+        for name in sorted({name for group in groups for name in group} - {"params", "initial_lr"}):
+            values = [value.tolist() if isinstance(value := group.get(name), Tensor) else value for group in groups]
+            if all(isinstance(value, int | float | str | tuple | NoneType) for value in values):
+                yield name, repr(values[0]) if all(value == values[0] for value in values) else repr(values)
 
     @property
     def learning_rate(self) -> float | Tensor:

@@ -199,7 +199,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 num_epochs=num_epochs, max_steps=max_steps, max_time=max_time, collate_fn=collate_fn, **options
             )
             check_run_options(run_options)
-        with self._wrapped_model() as before:
+        with self._wrapped_model() as before, self._reserved():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
             self._state.averages = {}
             try:

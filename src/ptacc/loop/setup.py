@@ -85,7 +85,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 consensus=StopConsensus(distributed, options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY)),
                 accumulation_steps=self.accumulation_steps(),
                 value_names=values,
-                invariants={**self.resume_invariants(), "data": scheme.data, "batch_size": scheme.batching},
+                invariants={**self.resume_invariants(), **scheme.invariants()},
                 resume_state=saved,
             )
 

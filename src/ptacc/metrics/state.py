@@ -27,8 +27,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.errors import CheckpointError
+from ptacc.serialization.json_codec import encode
 from ptacc.tensors.structures import as_bytes, children, map_tensors
 from ptacc.types.protocols import StateDict, Stateful
 from ptacc.validation import value_text

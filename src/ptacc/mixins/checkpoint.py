@@ -8,28 +8,31 @@ import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args
 
 from typing_extensions import override
 
+from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
 from ptacc.checkpoint.manager import CheckpointManager, OnError
-from ptacc.checkpoint.parts import Part, check_storable
+from ptacc.checkpoint.parts import RUN, Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.filesystem import as_checkpoint_error
-from ptacc.checkpoint.storage.paths import make_absolute, parse_path, split_path
-from ptacc.checkpoint.storage.remote_filesystem import select_filesystem
-from ptacc.checkpoint.storage.remote_store import open_store
+from ptacc.checkpoint.storage.lock import DirectoryLock
+from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
 from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.files.filesystem import as_checkpoint_error
+from ptacc.files.paths import make_absolute, parse_path, resolve_links, split_path
+from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
@@ -40,9 +43,9 @@ from ptacc.validation import check_at_least
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
 OPTION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "checkpoint_dir": ((str, Path), "a path"),
+    "checkpoint_dir": ((str, PathLike), "a path"),
     "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
-    "resume": ((bool, str, Path), "True, False, or the path of a checkpoint"),
+    "resume": ((bool, str, PathLike), "True, False, or the path of a checkpoint"),
     "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
     "checkpoint_key": ((bytes, NoneType), "bytes"),
 }
@@ -67,7 +70,8 @@ class CheckpointMixin(Mixin):
             is saved at its end.
         resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
             for the first run of the trainer.
-        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack. `"stop"`
+        resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack, or
+            patterns: `"model.head.*"`. An error lists the names; the guide says what happens to each. `"stop"`
             continues a run that `trainer.stop()` has stopped.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Best checkpoints to keep, such as `Best("accuracy", mode="max")`. The run is also saved after each
@@ -96,9 +100,9 @@ class CheckpointMixin(Mixin):
         ...     keep_last = 3
     """
 
-    checkpoint_dir: str | Path
+    checkpoint_dir: str | PathLike[str]
     checkpoint_every: Cadence | None = field(default_factory=lambda: Epochs(1))
-    resume: bool | str | Path = False
+    resume: bool | str | PathLike[str] = False
     resume_ignore: Collection[str] = ()
     keep_last: int | None = None
     keep_best: Best | None = None
@@ -110,6 +114,7 @@ class CheckpointMixin(Mixin):
     checkpoint_allows_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
+    _lock: DirectoryLock | None = field(init=False, default=None)
 
     @override
     def check_options(self) -> None:
@@ -120,7 +125,7 @@ class CheckpointMixin(Mixin):
         for name, (types, needed) in OPTION_TYPES.items():
             if not isinstance(value := getattr(self, name), types):
                 raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-            if isinstance(value, str | Path):
+            if isinstance(value, str | PathLike):
                 check_path(owner, name, value)
         for name, (item_type, needed) in ITEM_TYPES.items():
             value = getattr(self, name)
@@ -132,7 +137,7 @@ class CheckpointMixin(Mixin):
         if not isinstance(self.resume, bool):
             self.resume = fix_path(self.resume)
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
+    def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
 
         Args:
@@ -152,9 +157,9 @@ class CheckpointMixin(Mixin):
                 "Every run is saved at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].request(None if path is None else parse_path(path), label)
+        return self.run[SAVER].request(None if path is None else make_absolute(parse_path(path)), label)
 
-    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+    def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
         Averages of the weights are loaded with them, so that `evaluate` returns what the saved run reported. A new run
@@ -178,7 +183,7 @@ class CheckpointMixin(Mixin):
             self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
-    def export_model(self, path: str | Path, *, averages: str | None = None, overwrite: bool = False) -> None:
+    def export_model(self, path: str | PathLike[str], *, averages: str | None = None, overwrite: bool = False) -> None:
         """Write the model's `state_dict()` to a safetensors file. A collective.
 
         Args:
@@ -190,7 +195,7 @@ class CheckpointMixin(Mixin):
         Raises:
             CheckpointError: The file exists, or there are no such averages.
         """
-        target = parse_path(path)
+        target = resolve_links(parse_path(path))
         filesystem, is_main = select_filesystem(target), self.distributed.rank == 0
         with self._distributed.synced("export_model()"), as_checkpoint_error(target):
             if is_main:
@@ -202,6 +207,20 @@ class CheckpointMixin(Mixin):
                 write_weights(filesystem, target, exported_weights(states, averages), overwrite=overwrite)
 
     # ---- resuming
+
+    @override
+    @contextlib.contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
+        with contextlib.ExitStack() as stack:
+            with self._distributed.synced("the set-up of checkpoints"):
+                if self.distributed.rank == 0 and not self.is_isolated:
+                    directory = make_absolute(parse_path(self.checkpoint_dir))
+                    self._lock = DirectoryLock(open_sibling(self._store(), directory))
+                    with as_checkpoint_error(directory):
+                        stack.enter_context(self._lock.held())
+            stack.enter_context(super()._reserved())
+            yield
 
     @override
     def find_resume_state(self) -> ResumeState | None:
@@ -237,7 +256,12 @@ class CheckpointMixin(Mixin):
         retention = Retention(self.keep_last, num_best, self.keep_every, monitor)
         in_background = self.checkpoint_in_background
         manager = CheckpointManager(
-            self._store(), self._distributed, retention, self.checkpoint_errors, in_background=in_background
+            self._store(),
+            self._distributed,
+            retention,
+            self.checkpoint_errors,
+            in_background=in_background,
+            lock=self._lock,
         )
         if not self.is_isolated:
             manager.open(self._resumption)
@@ -254,7 +278,7 @@ class CheckpointMixin(Mixin):
         is_last = self.run.is_consistent or not self.run.is_within_epoch
         if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
             saved = copy.deepcopy(saved)
-        restore(self, saved.shared, saved.own, self.resume_ignore)
+        left_out = restore(self, saved.shared, saved.own, self.resume_ignore)
         if is_last:
             self._resumption = None
             if saved.manifest.world_size != self.distributed.world_size:
@@ -263,6 +287,7 @@ class CheckpointMixin(Mixin):
                     f"{saved.manifest.world_size}: results are equal up to rounding, except for random operations.",
                     stacklevel=2,
                 )
+            warn_of_changes(self, saved.shared[RUN]["conditions"], self.resume_ignore, left_out)
             self._events().load(saved.path)
 
     # ---- saving
@@ -331,7 +356,7 @@ class CheckpointMixin(Mixin):
         return (*super().monitors(), *own)
 
 
-def check_path(owner: str, name: str, value: str | Path) -> None:
+def check_path(owner: str, name: str, value: str | PathLike[str]) -> None:
     """Raise `OptionError` for a URL whose file system is unknown or not installed."""
     try:
         parse_path(value)
@@ -339,7 +364,7 @@ def check_path(owner: str, name: str, value: str | Path) -> None:
         raise OptionError(f"{owner}({name}={value!r}): {error}") from error
 
 
-def fix_path(value: str | Path) -> str | Path:
+def fix_path(value: str | PathLike[str]) -> str | Path:
     """Return a path that does not depend on the working directory, as a string or a `Path` like `value`."""
     path = make_absolute(parse_path(value))
     return path if isinstance(value, str) else Path(path)

@@ -85,8 +85,16 @@ def add_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> State
 
 
 def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -> Iterator[str]:
-    """Yield the differences between the parameter groups of an optimizer and those of a saved state with names."""
+    """Yield the differences between the parameter groups of an optimizer and those of a saved state.
+
+    A state without names, such as that of an engine, is compared by the numbers of parameters.
+    """
     if NAMES not in state:
+        here, there = (
+            [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+        )
+        if here != there:
+            yield f"the optimizer's groups have {here} parameters, and those of the checkpoint {there}"
         return
     present, saved = group_names(model, optimizer), state[NAMES]
     for owner, groups, other in (("optimizer", present, saved), ("checkpoint", saved, present)):
@@ -104,12 +112,12 @@ def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> S
     Raises:
         CheckpointError: The groups hold other parameters.
     """
-    if NAMES not in state:
-        return state
     if different := list(name_differences(model, optimizer, state)):
         raise CheckpointError(
             f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
         )
+    if NAMES not in state:
+        return state
     saved = list(zip(state[NAMES], state["param_groups"], strict=True))
     indices = {name: index for names, group in saved for name, index in zip(names, group["params"], strict=True)}
     settings = {frozenset(names): group for names, group in saved}

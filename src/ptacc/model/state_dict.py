@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -
     """
     own = model.state_dict()
     present = {canonical_name(name): value for name, value in own.items()}
-    if strict and (different := sorted(weight_differences(present, weights))):
+    if strict and (different := sorted(text for _, text in weight_differences(present, weights))):
         raise CheckpointError("The weights are of another model:\n  " + "\n  ".join(different))
     names = {canonical_name(name): name for name in own}
     placed = {n: match_placement(present[n], value) if n in present else value for n, value in weights.items()}
@@ -65,16 +66,27 @@ def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -
     model.load_state_dict(own, strict=strict)
 
 
-def weight_differences(present: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the differences in name, dtype and shape between a model's weights and saved ones."""
-    yield from (f"the model's {name} is not in the checkpoint" for name in present if name not in saved)
-    yield from (f"the checkpoint's {name} is not in the model" for name in saved if name not in present)
+def weight_differences(
+    present: Mapping[str, Any], saved: Mapping[str, Any], owner: str = "model"
+) -> Iterator[tuple[str, str]]:
+    """Yield the differences in name, dtype and shape between a module's tensors and saved ones: (name, description)."""
+    yield from ((name, f"the {owner}'s {name} is not in the checkpoint") for name in present if name not in saved)
+    yield from ((name, f"the checkpoint's {name} is not in the {owner}") for name in saved if name not in present)
     for name in filter(saved.__contains__, present):
         if name.rpartition(".")[2] == EXTRA_STATE:  # of any type and shape
             continue
         here, there = describe_tensor(present[name]), describe_tensor(saved[name])
         if here != there:
-            yield f"the model's {name} is {here}, and the checkpoint's {there}"
+            yield name, f"the {owner}'s {name} is {here}, and the checkpoint's {there}"
+
+
+def drop_misfits(present: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved values without those whose shape is not that of the present one."""
+    return {
+        name: value
+        for name, value in saved.items()
+        if name not in present or full_shape(value) == full_shape(present[name])
+    }
 
 
 def describe_tensor(value: object) -> str:
@@ -82,8 +94,44 @@ def describe_tensor(value: object) -> str:
     tensor = value.local if isinstance(value, Shard) else value
     if not isinstance(tensor, Tensor):
         return type(value).__name__
-    shape = value.shape if isinstance(value, Shard) else tuple(tensor.shape)
-    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {full_shape(value)}"
+
+
+def full_shape(value: object) -> tuple[int, ...] | None:
+    """Return the full shape of a tensor or a shard, None for another value."""
+    return tuple(value.shape) if isinstance(value, Tensor | Shard) else None
+
+
+# ---- buffers that are not in the state dict
+
+
+def non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are not in a module's `state_dict()`, by canonical names."""
+    persistent = get_weights(module).keys()
+    buffers = {canonical_name(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
+    return {name: buffer for name, buffer in buffers.items() if name not in persistent}
+
+
+@torch.no_grad()
+def load_non_persistent_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Restore buffers by canonical names. One that is missing, or has another shape or dtype, is registered.
+
+    Buffers of submodules that do not exist are left out.
+    """
+    owners = {canonical_name(f"{name}." if name else ""): child for name, child in module.named_modules()}
+    device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
+    for name, saved in buffers.items():
+        path, dot, leaf = name.rpartition(".")
+        owner = owners.get(path + dot)
+        present = getattr(owner, leaf, None)
+        if isinstance(present, Tensor) and describe_tensor(present) == describe_tensor(saved):
+            if not torch.equal(present, placed := saved.to(present.device)):
+                present.copy_(placed)
+        elif owner is not None:
+            owner.register_buffer(leaf, saved.to(device, copy=True), persistent=False)
+
+
+# ---- optimizers
 
 
 def load_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:

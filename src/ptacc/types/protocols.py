@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
+from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -239,11 +239,11 @@ class SupportsMetrics(Protocol):
 class SupportsCheckpoint(Protocol):
     """Trainers that save their runs: `CheckpointMixin`."""
 
-    def save_checkpoint(self, path: str | Path | None = None, *, label: str = "") -> str:
+    def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Save the run as soon as the current step is complete."""
         ...
 
-    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+    def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
         """Load weights and the optimizer's state."""
         ...
 

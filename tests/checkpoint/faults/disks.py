@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import FileSystem
+from ptacc.files.filesystem import FileSystem
 
 CALLS = (
     "open_new",

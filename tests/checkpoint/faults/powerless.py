@@ -53,6 +53,8 @@ class Logged:
 
     def leave(self, target: Path, chance: random.Random | None) -> None:
         """Write to `target` what would be left of the file; with `chance`, perhaps more than what was synced."""
+        if not self.file.exists():
+            return
         written = self.file.read_bytes()
         if all(self.names.values()) or (chance is not None and chance.random() < 0.5):
             more = 0 if chance is None else chance.randint(0, len(written) - len(self.durable))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ptacc.checkpoint.storage.filesystem import FileSystem
+from ptacc.files.filesystem import FileSystem
 from tests.checkpoint.faults.disks import CALLS, Interposed, dying_at
 from tests.checkpoint.launches import Launch
 from tests.checkpoint.runs import (
@@ -102,6 +102,7 @@ def uninterrupted(in_background: bool, tmp_path_factory: pytest.TempPathFactory)
 
 
 def kill_and_resume(directory: Path, number: int, whole: Uninterrupted, **options: Any) -> None:
+    directory.mkdir()  # as that of the uninterrupted run, whose calls were counted
     killed = run_for_exit_code(lambda: save_each_step(directory, filesystem=dying_at(number), **options))
     assert killed == KILLED
     committed = whole.calls[number].committed
@@ -166,7 +167,7 @@ def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
 ) -> None:
     number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "remove_file file of token")
     assert run_for_exit_code(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
-    assert [path.name[:7] for path in (directory / "checkpoints").iterdir()] == [".token-"]
+    assert sorted(path.name[:7] for path in (directory / "checkpoints").iterdir()) == [".lock", ".token-"]
     check_resumes(directory, uninterrupted.end, 0, 0)
 
 

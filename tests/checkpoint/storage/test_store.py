@@ -13,12 +13,13 @@ import pytest
 import torch
 from typing_extensions import override
 
-from ptacc.checkpoint.serialization.json_codec import Encoded, decode, encode
-from ptacc.checkpoint.serialization.safetensors_file import parse_safetensors, safetensors_parts
-from ptacc.checkpoint.storage.filesystem import FileSystem
+from ptacc.checkpoint.export import write_weights
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.files.filesystem import FileSystem
+from ptacc.serialization.json_codec import Encoded, decode, encode
+from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_parts
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, dying_at, failing_at
 
 WEIGHTS = torch.arange(6.0).reshape(2, 3)
@@ -161,6 +162,52 @@ def test_a_loss_of_power_anywhere_in_a_save_leaves_the_old_or_the_new(tmp_path: 
     assert steps == sorted(steps, key=lambda step: step or 0)
     assert set(steps) == {1, 2}
     assert steps[-1] == 2
+
+
+def record_syncs(do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return what was synced and renamed, at the functions of `os`: (what, the name of the file or directory)."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name.split("-")[0]))
+
+    def record_rename(source: str, target: str) -> None:
+        rename(source, target)
+        events.append(("rename", Path(target).name))
+
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "fsync", record_sync)
+        patches.setattr(os, "rename", record_rename)
+        do()
+    return events
+
+
+def test_files_are_synced_by_the_system_before_the_rename_and_directories_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(str(tmp_path / "runs"))
+    store.prepare()
+    files = [("sync", name) for name in ("state.json", "state.safetensors", "manifest.json")]
+    around = [("sync", ".partial"), ("rename", "step-0000000001"), ("sync", "runs")]
+    assert record_syncs(lambda: save(store, 1), monkeypatch) == [*files, *around]
+
+
+def test_an_exported_file_is_synced_by_the_system_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export() -> None:
+        write_weights(FileSystem(), str(tmp_path / "weights"), {"weight": WEIGHTS})
+
+    expected = [("sync", ".partial"), ("rename", "weights"), ("sync", tmp_path.name.split("-")[0])]
+    assert record_syncs(export, monkeypatch) == expected
+
+
+def test_new_directories_are_synced_by_the_system_from_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(str(tmp_path / "a" / "b"))
+    synced = record_syncs(store.prepare, monkeypatch)
+    assert synced[-2:] == [("sync", tmp_path.name.split("-")[0]), ("sync", "a")]
 
 
 def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path: Path) -> None:

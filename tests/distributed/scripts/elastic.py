@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import field
+from os import PathLike
 from pathlib import Path
 
 from typing_extensions import override
@@ -23,7 +24,7 @@ GLOBAL_BATCH = 8
 class Mortal(CheckpointMixin, SeedMixin, Trainer):
     seed: int | None = 5
     checkpoint_every: Cadence | None = field(default_factory=lambda: Steps(1))
-    resume: bool | str | Path = True
+    resume: bool | str | PathLike[str] = True
     deaths: tuple[str, ...] = ()
 
     @override

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from dataclasses import field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,9 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.serialization.json_codec import encode
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.protocols import Precision
+from ptacc.serialization.json_codec import encode
 from ptacc.tensors.structures import as_bytes
 
 
@@ -43,7 +42,7 @@ class Resumed(AMPMixin, GradAccumMixin, EMAMixin, SeedMixin, CheckpointMixin, Tr
     seed: int | None = 7
     deterministic: bool = True
     checkpoint_every: Cadence | None = field(default_factory=lambda: Steps(3))
-    resume: bool | str | Path = True
+    resume: bool | str | os.PathLike[str] = True
 
 
 class Killed(Callback[TrainerCore]):

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ptacc.checkpoint.serialization.json_codec import Encoded, decode, encode, one_line
-from ptacc.checkpoint.storage.filesystem import FileDigest
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.files.filesystem import FileDigest
+from ptacc.serialization.json_codec import Encoded, decode, encode, one_line
 
 FORMAT: Final = 1
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")

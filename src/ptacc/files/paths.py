@@ -5,6 +5,7 @@ Names in either are separated by "/", so `posixpath` joins and splits both.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -20,20 +21,20 @@ def is_url(path: str) -> bool:
     return URL.match(path) is not None
 
 
-def parse_path(path: str | Path) -> str:
-    """Return the local path, or the URL without a slash at its end, that a user gave.
+def parse_path(path: str | os.PathLike[str]) -> str:
+    """Return the local path, or the URL without a slash at its end, that a user gave. `~` is expanded.
 
     Raises:
-        OptionError: The URL is malformed, or its file system is unknown or not installed.
+        OptionError: The path is empty, the URL is malformed, or its file system is unknown or not installed.
     """
-    if isinstance(path, Path):
-        check_not_url(path)
-        return str(path)
+    if isinstance(path, os.PathLike):
+        check_not_url(Path(path))
+        return expand_path(os.fspath(path))
     if "::" in path and "://" in path:
         raise OptionError(f"{path!r} chains several URLs, but a checkpoint has one location: give a URL without '::'.")
     match = URL.fullmatch(path)
     if match is None:
-        return str(Path(path))
+        return expand_path(path)
     protocol, rest = match.groups()
     if protocol in ("file", "local"):
         if not rest.startswith("/"):
@@ -45,6 +46,16 @@ def parse_path(path: str | Path) -> str:
     if {"", ".", ".."} & {*rest.rstrip("/").split("/")}:
         raise OptionError(f"{path!r} contains an empty name, '.' or '..', which file systems read in different ways.")
     return path.rstrip("/")
+
+
+def expand_path(path: str) -> str:
+    """Return a local path in which `~` is the home directory."""
+    if not path.strip() or "\0" in path:
+        raise OptionError(f"{path!r} is not a path: give a name, or '.' for the working directory.")
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise OptionError(f"{path!r}: {error} Write './{path}' for a name that starts with '~'.") from error
 
 
 def check_not_url(path: Path) -> None:
@@ -72,8 +83,13 @@ def check_protocol(url: str, protocol: str) -> None:
 
 
 def make_absolute(path: str) -> str:
-    """Return a path that does not depend on the working directory."""
+    """Return a parsed path that does not depend on the working directory."""
     return path if is_url(path) else str(Path(path).absolute())
+
+
+def resolve_links(path: str) -> str:
+    """Return a parsed path, absolute and without symbolic links. A checkpoint has the name of its own directory."""
+    return path if is_url(path) else os.path.realpath(path)
 
 
 def split_path(path: str) -> tuple[str, str]:

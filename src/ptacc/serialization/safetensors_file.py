@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ptacc.checkpoint.serialization.json_codec import one_line
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.serialization.json_codec import one_line
 from ptacc.tensors.structures import as_bytes
 
 
@@ -52,6 +52,13 @@ def safetensors_dtype(dtype: torch.dtype) -> str | None:
         return None
     name: str = json.loads(file[8:])[""]["dtype"]
     return name
+
+
+def is_storable(value: object) -> bool:
+    """Return whether a value is a tensor that a file can store: dense, with data, and of a dtype of the format."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return safetensors_dtype(value.dtype) is not None
 
 
 def sort_names(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, TypeAlias
 
-from ptacc.checkpoint.storage.paths import split_path
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.files.paths import split_path
 
 Kind: TypeAlias = Literal["file", "directory", "other"]
 CHUNK_SIZE = 1 << 22

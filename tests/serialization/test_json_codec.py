@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptacc.checkpoint.serialization.json_codec import MAX_DEPTH, Encoded, decode, encode
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.serialization.json_codec import MAX_DEPTH, Encoded, decode, encode
 
 scalars = st.one_of(
     st.none(),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.filesystem import FileDigest, FileSystem, Kind
-from ptacc.checkpoint.storage.paths import is_url
 from ptacc.errors import CheckpointError
+from ptacc.files.filesystem import FileDigest, FileSystem, Kind
+from ptacc.files.paths import is_url
 
 if TYPE_CHECKING:
     from fsspec.spec import AbstractBufferedFile, AbstractFileSystem

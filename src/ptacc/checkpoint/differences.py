@@ -1,0 +1,187 @@
+"""The differences between a checkpoint and the trainer that resumes from it, found before anything is loaded.
+
+Each difference has a name, such as `optimizer` or `model.head.weight`. `resume_ignore` has patterns of names. A
+pattern also covers the names below it: `model` covers `model.head.weight`, and so does `model.head`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, runtime_checkable
+
+from ptacc.checkpoint.export import AVERAGES
+from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS, RUN, Snapshot
+from ptacc.core.hooks import TrainerCore
+from ptacc.errors import CheckpointError
+from ptacc.model.optimizer_state import name_differences
+from ptacc.model.state_dict import full_shape, weight_differences
+from ptacc.types.protocols import StateDict
+
+DATA_ORDER = "data_order"
+DATA_SPLIT = {DATA_ORDER: "in the order of", "batch_size": "split into"}
+"""Invariants that must not change within an epoch, and how they are described."""
+
+
+@runtime_checkable
+class ComparesStates(Protocol):
+    """A state that says whether it can be loaded, such as that of metrics. Otherwise it is started afresh."""
+
+    def difference(self, state_dict: StateDict, /) -> str:
+        """Describe why the state cannot continue from a saved one, empty if it can."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference that prevents a run from resuming.
+
+    Args:
+        part: What differs: the name of a part of the checkpoint, or of an invariant of the run.
+        name: The part, or a name below it.
+        text: Describes the difference.
+    """
+
+    part: str
+    name: str
+    text: str
+
+    def is_ignored(self, patterns: Collection[str]) -> bool:
+        """Return whether a pattern covers the name."""
+        names = [(self.name, pattern) for pattern in patterns] + [(self.name, f"{pattern}.*") for pattern in patterns]
+        return self.name in patterns or any(fnmatchcase(name, pattern) for name, pattern in names)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compares a checkpoint with a trainer within a run.
+
+    Args:
+        trainer: The trainer.
+        present: The trainer's parts that all ranks share.
+        present_own: The trainer's parts of this rank.
+        shared: The shared parts of the checkpoint.
+        own: The checkpoint's parts of this rank.
+    """
+
+    trainer: TrainerCore
+    present: Mapping[str, Any]
+    present_own: Mapping[str, Any]
+    shared: Snapshot
+    own: Snapshot
+
+    def check(self, ignored: Collection[str]) -> frozenset[str]:
+        """Return the names of the parts that differ, but whose differences are covered by the patterns in `ignored`.
+
+        Raises:
+            CheckpointError: There are other differences; the message lists each of them.
+        """
+        found = [*self._invariants(), *self._parts(), *self._tensors()]
+        if refused := [difference for difference in found if not difference.is_ignored(ignored)]:
+            names = ", ".join(repr(part) for part in dict.fromkeys(difference.part for difference in refused))
+            raise CheckpointError(
+                "The checkpoint does not match this trainer:\n  "
+                + "\n  ".join(difference.text for difference in refused)
+                + f"\nCreate the trainer as it was, or resume despite the differences: resume_ignore={{{names}}}."
+            )
+        self._check_data_order()
+        return frozenset(difference.part for difference in found)
+
+    def _invariants(self) -> Iterator[Difference]:
+        now, before = self.trainer.run.invariants, self.shared[RUN]["conditions"]
+        for name in dict.fromkeys([*now, *before]):
+            if before.get(name) != now.get(name) and name != DATA_ORDER and not is_setting(self.trainer, name):
+                old, new = (repr(values[name]) if name in values else "not set" for values in (before, now))
+                yield Difference(name, name, f"{name} was {old} and is {new}")
+
+    def _parts(self) -> Iterator[Difference]:
+        for name in sorted(self.present.keys() ^ self.shared.keys()):
+            what = "no" if name in self.present else "an unexpected"
+            yield Difference(name, name, f"the checkpoint has {what} part {name!r}")
+        if self.trainer.run.is_within_epoch:
+            for key, state in self.trainer.run.states():
+                if key.name in self.present_own and key.name not in self.own:
+                    yield Difference(key.name, key.name, f"the checkpoint has no part {key.name!r} for this rank")
+                elif key.name in self.own and (text := find_difference(state, self.own[key.name])):
+                    yield Difference(key.name, key.name, f"{key.name}: {text}")
+        kinds = self.shared.get(KINDS, {})
+        for name, kind in self.present[KINDS].items():
+            if kinds.get(name, kind) != kind:
+                yield Difference(name, name, f"{name} was a {kinds[name]} and is a {kind}")
+
+    def _tensors(self) -> Iterator[Difference]:
+        for name, text in weight_differences(self.present[MODEL], self.shared.get(MODEL, {})):
+            yield Difference(MODEL, f"{MODEL}.{name}", text)
+        for slot in self.trainer.run.engine.slots:
+            if slot.name in self.present and slot.name in self.shared:
+                for text in name_differences(self.trainer.unwrapped_model, slot.optimizer, self.shared[slot.name]):
+                    yield Difference(slot.name, slot.name, text)
+        for part in AVERAGES:
+            here, there = (parts.get(part, {}).get("averages", {}) for parts in (self.present, self.shared))
+            for name in here.keys() & there.keys():
+                if full_shape(here[name]) != full_shape(there[name]):
+                    text = f"the average of {name} is {full_shape(here[name])}, and the checkpoint's "
+                    yield Difference(part, f"{part}.{name}", f"{text}{full_shape(there[name])}")
+        saved = merge(self.shared.get(OPTIONS, {}), self.own.get(OPTIONS, {}))
+        for option, here in merge(self.present[OPTIONS], self.present_own[OPTIONS]).items():
+            there = {name: value for name, value in saved.get(option, {}).items() if name in here}
+            for name, text in weight_differences(here, there, option):
+                yield Difference(OPTIONS, f"{OPTIONS}.{option}.{name}", text)
+
+    def _check_data_order(self) -> None:
+        """Raise `CheckpointError` if the run would resume within an epoch whose remaining samples are unknown."""
+        run, before = self.trainer.run, self.shared[RUN]["conditions"]
+        for name, how in DATA_SPLIT.items():
+            old, new = before.get(name, run.invariants[name]), run.invariants[name]
+            allows_change = name != DATA_ORDER and run.data.partition_scheme.allows_rebatching
+            if run.is_within_epoch and old != new and not allows_change:
+                raise CheckpointError(
+                    f"The checkpoint is within an epoch whose data was {how} {old}, and is now {how} {new}: the "
+                    "remaining samples are unknown. Resume from the end of an epoch, or with the same DataLoader."
+                )
+
+
+def find_difference(state: object, saved: StateDict) -> str:
+    """Describe why a state cannot continue from a saved one, empty if it can or does not say."""
+    return state.difference(saved) if isinstance(state, ComparesStates) else ""
+
+
+def merge(first: Mapping[str, StateDict], second: Mapping[str, StateDict]) -> dict[str, StateDict]:
+    """Merge two mappings of states."""
+    return {key: {**first.get(key, {}), **second.get(key, {})} for key in {**first, **second}}
+
+
+# ---- differences that are allowed
+
+
+def is_setting(trainer: TrainerCore, name: str) -> bool:
+    """Return whether an invariant is a setting of an optimizer's parameter groups, such as `optimizer.lr`."""
+    return any(name.startswith(f"{slot.name}.") for slot in trainer.optimizer_slots())
+
+
+def warn_of_changes(
+    trainer: TrainerCore, before: Mapping[str, str], ignored: Collection[str], left_out: Collection[str]
+) -> None:
+    """Warn, on rank 0, of settings of the optimizer and an order of the data that are not those of the saved run.
+
+    Args:
+        trainer: The trainer, within a run.
+        before: The invariants of the saved run.
+        ignored: Names that need no warning, or patterns of them.
+        left_out: The parts that were not loaded, such as the state of another type of optimizer.
+    """
+    now = trainer.run.invariants
+    names = [name for name in now if name in before and before[name] != now[name]]
+    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    settings = [name for name in names if is_setting(trainer, name) and name.partition(".")[0] not in left_out]
+    if settings and trainer.distributed.rank == 0:
+        warnings.warn(
+            f"The run resumes with the settings of the saved run: {', '.join(f'{n}={before[n]}' for n in settings)}, "
+            f"and not with {', '.join(f'{n}={now[n]}' for n in settings)}. To train with other settings, set them in "
+            "the callback event `on_load`, or start a new run after load_checkpoint(..., weights_only=True).",
+            stacklevel=2,
+        )
+    if DATA_ORDER in names and trainer.distributed.rank == 0:
+        old, new = before[DATA_ORDER], now[DATA_ORDER]
+        warnings.warn(f"The order of the data was {old}, and is {new} from this epoch on.", stacklevel=2)

@@ -1,0 +1,48 @@
+"""The states of modules among a trainer's options, such as a loss function with buffers, or a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ptacc.core.hooks import TrainerCore
+from ptacc.model.state_dict import (
+    canonical_name,
+    drop_misfits,
+    get_weights,
+    load_non_persistent_buffers,
+    load_weights,
+    non_persistent_buffers,
+)
+from ptacc.serialization.safetensors_file import is_storable
+from ptacc.types.protocols import StateDict
+
+
+def module_options(trainer: TrainerCore) -> dict[str, nn.Module]:
+    """Return the modules among a trainer's options by the name of the option, without the model."""
+    names = [field.name for field in dataclasses.fields(trainer) if field.init and field.name != "model"]
+    values = {name: getattr(trainer, name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+
+
+def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:
+    """Return the tensors of each module: its parameters, or its buffers, which may differ between ranks."""
+    states: dict[str, StateDict] = {}
+    for option, module in module_options(trainer).items():
+        parameters = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        tensors = {**get_weights(module), **non_persistent_buffers(module)}
+        states[option] = {
+            name: value for name, value in tensors.items() if (name in parameters) != each_rank and is_storable(value)
+        }
+    return {option: state for option, state in states.items() if state}
+
+
+def load_option_states(trainer: TrainerCore, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Restore the tensors of each module. Those that a module does not have, or with another shape, are left out."""
+    for option, module in module_options(trainer).items():
+        state, present = saved.get(option, {}), get_weights(module)
+        load_weights(module, drop_misfits(present, {n: v for n, v in state.items() if n in present}), strict=False)
+        load_non_persistent_buffers(module, {name: value for name, value in state.items() if name not in present})

@@ -1,0 +1,1 @@
+"""File systems, local and remote, and paths on them."""
