@@ -146,9 +146,7 @@ def test_other_groups_are_refused_before_any_weight_is_changed(tmp_path: Path) -
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = make(tmp_path, model=model, optimizer=split_groups(model), resume=True)
     for refused in (lambda: train(trainer, num_epochs=2), lambda: trainer.load_checkpoint(tmp_path)):
-        with pytest.raises(
-            CheckpointError, match=r"groups of optimizer have \[1, 5\] parameters, and the checkpoint's"
-        ):
+        with pytest.raises(CheckpointError, match=r"group 0 of the optimizer holds 0.weight, and no group of the"):
             refused()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert resume(tmp_path, model=model, optimizer=split_groups(model), resume_ignore={"optimizer"}).progress.steps == 6

@@ -82,7 +82,7 @@ class StopAt(Callback[TrainerCore]):
 
 class Recording(CheckpointMixin, GradAccumMixin, SeedMixin, TrainingLoop[Tensor, Tensor]):
     seed: int | None = 3
-    totals: list[int] = field(init=False, default_factory=list)
+    totals: list[int] = field(init=False, default_factory=list, metadata={"saved": False})
 
     @override
     def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
@@ -105,6 +105,7 @@ def leg(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
+        resume_ignore={"stop"},
     )
     settings: Any = {"num_epochs": 3, "stop_check_every": 1, **limits}
     history = trainer.train(loader, **settings)

@@ -58,6 +58,7 @@ def run(
         checkpoint_dir=directory,
         checkpoint_every=None,
         resume=True,
+        resume_ignore={"stop"},
     )
     settings: Any = {"per_device_batch_size": size, "train_dataloader_kwargs": {"shuffle": False, **options}}
     history = trainer.train(Data(), collate_fn=collate, num_epochs=2, stop_check_every=1, **settings)

@@ -54,14 +54,14 @@ def test_modules_are_found_in_all_options_and_class_attributes_each_once() -> No
     a, b, c, d, e, metric = *(Recording() for _ in range(5)), MulticlassAccuracy(2)
     losses = {"first": [a, (b, a)], "second": [Losses(c)]}
     trainer = make(teacher=d, losses=losses, loss_func=partial(e.measure), metrics={"accuracy": metric})
-    found = find_option_modules(trainer)
+    found = [*find_option_modules(trainer).values()]
     assert {id(part) for part in found} == {id(part) for part in (trainer.model, a, b, c, d, e, metric, trainer.shared)}
     assert len(found) == 8
 
 
 def test_modules_are_on_the_device_within_the_block_and_back_after_it() -> None:
     trainer = make(losses={"first": [Recording(nn.Linear(2, 2))]})
-    parts = [part for part in find_option_modules(trainer) if isinstance(part, Recording)]
+    parts = [part for part in find_option_modules(trainer).values() if isinstance(part, Recording)]
     for part in parts:
         part.calls.clear()
     with options_moved(trainer, trainer.model, META):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ptacc.core.hooks import TrainerCore
+from ptacc.metrics.state import is_metric
+from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -22,10 +23,9 @@ from ptacc.types.protocols import StateDict
 
 
 def module_options(trainer: TrainerCore) -> dict[str, nn.Module]:
-    """Return the modules among a trainer's options by the name of the option, without the model."""
-    names = [field.name for field in dataclasses.fields(trainer) if field.init and field.name != "model"]
-    values = {name: getattr(trainer, name) for name in names}
-    return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+    """Return the modules among a trainer's options by their places, without the model and without metrics."""
+    modules = find_option_modules(trainer).items()
+    return {place: part for place, part in modules if part is not trainer.unwrapped_model and not is_metric(part)}
 
 
 def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:

@@ -100,13 +100,14 @@ class MetricStates:
 def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Iterate over metrics, the metrics in them, and modules with buffers in them, each with its path."""
     for name, metric in metrics.items():
-        if _is_metric(metric) or getattr(metric, "_buffers", None):
+        if is_metric(metric) or getattr(metric, "_buffers", None):
             yield f"{prefix}{name}", metric
         if isinstance(metric, nn.Module):  # `named_modules()` would hash the states of metrics
             yield from iterate_metrics(metric._modules, f"{prefix}{name}.")  # noqa: SLF001
 
 
-def _is_metric(value: object) -> bool:
+def is_metric(value: object) -> bool:
+    """Return whether a value has the methods of a metric."""
     methods = ("update", "compute", "reset")
     return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
 
@@ -142,7 +143,7 @@ def list_attributes(metric: nn.Module) -> dict[str, Any]:
     """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    own, common = vars(metric) if _is_metric(metric) else {}, frozenset(vars(nn.Module()))
+    own, common = vars(metric) if is_metric(metric) else {}, frozenset(vars(nn.Module()))
     if isinstance(metric, Metric):
         common = list_common_attributes()
         if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
@@ -176,7 +177,7 @@ def _is_storable(value: object) -> bool:
 
 def is_constant(value: object) -> bool:
     """Whether an object that cannot be stored comes with the metric, and `update()` does not change it."""
-    if _is_metric(value):
+    if is_metric(value):
         return False
     parts = [part for _, part in children(value)]
     is_known = (

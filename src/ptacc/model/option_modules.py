@@ -15,40 +15,48 @@ from torch import Tensor, nn
 HOST = torch.device("cpu")
 
 
-def find_option_modules(trainer: Any) -> list[nn.Module]:
-    """Return the modules among the options and the class attributes of a trainer, each once.
+def find_option_modules(trainer: Any) -> dict[str, nn.Module]:
+    """Return the modules among the options and the class attributes of a trainer, each once, by their places.
 
-    They may be in tuples, lists, mappings and dataclasses, and may be what a partial or a bound method calls.
+    They may be in tuples, lists, mappings and dataclasses, and may be what a partial or a bound method calls: a place
+    is `loss_func`, or `losses.0`.
     """
-    options = [getattr(trainer, field.name) for field in dataclasses.fields(trainer) if field.init]
-    shared = [value for base in type(trainer).__mro__ for name, value in vars(base).items() if name[:2] != "__"]
-    return list(iterate_modules([*options, *shared], set()))
+    options = {field.name: getattr(trainer, field.name) for field in dataclasses.fields(trainer) if field.init}
+    for base in type(trainer).__mro__:
+        options = {name: value for name, value in vars(base).items() if name[:2] != "__"} | options
+    return dict(iterate_modules("", options, set()))
 
 
-def iterate_modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
-    """Yield the modules in a structure, without those within another one. `seen` has the ids of visited values."""
+def iterate_modules(place: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a structure by their places, without those within another one.
+
+    Args:
+        place: The place of `value`.
+        value: The structure.
+        seen: Ids of the values that were visited. Those of this structure are added.
+    """
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
-        yield value
+        yield place, value
         return
-    for part in list_parts(value):
-        yield from iterate_modules(part, seen)
+    for name, part in list_parts(value):
+        yield from iterate_modules(f"{place}.{name}" if place else f"{name}", part, seen)
 
 
-def list_parts(value: object) -> Iterable[object]:
-    """Return the values in a container, and what a partial or a bound method calls."""
+def list_parts(value: object) -> Iterable[tuple[object, object]]:
+    """Return the values in a container by name or number, and what a partial or a bound method calls."""
     if isinstance(value, tuple | list):
-        return value
+        return enumerate(value)
     if isinstance(value, Mapping):
-        return value.values()
+        return value.items()
     if isinstance(value, partial):
-        return (value.func, value.args, value.keywords)
+        return {"func": value.func, "args": value.args, **value.keywords}.items()
     if isinstance(value, MethodType):
-        return (value.__self__,)
+        return {"self": value.__self__}.items()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
     return ()
 
 
@@ -67,7 +75,7 @@ def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Itera
     moved: list[nn.Module] = []
     if device.type != HOST.type:
         own = {id(tensor) for tensor in iterate_tensors(model)}
-        modules = [module for module in find_option_modules(trainer) if module is not model]
+        modules = [module for module in find_option_modules(trainer).values() if module is not model]
         apart = (part for module in modules for part in split_off(module, own))
         moved += [part for part in apart if is_on_host(part)]
     try:

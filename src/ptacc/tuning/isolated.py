@@ -129,7 +129,7 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
         stack.enter_context(preserved_streams(devices=True))
         for state in (option for option in options if isinstance(option, TrainerState)):
             stack.callback(save_validity(state, trainer.unwrapped_model))
-        for module in find_option_modules(trainer):
+        for module in find_option_modules(trainer).values():
             stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():
             stack.callback(save_optimizer(slot.optimizer))
