@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from ptacc.core.hooks import TrainerCore
-from ptacc.metrics.state import is_metric
-from ptacc.model.option_modules import find_option_modules
+from ptacc.model.option_modules import find_option_modules, is_metric
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ptacc.errors import CheckpointError
+from ptacc.model.option_modules import is_metric
 from ptacc.serialization.json_codec import encode
 from ptacc.tensors.structures import as_bytes, children, map_tensors
 from ptacc.types.protocols import StateDict, Stateful
@@ -104,12 +105,6 @@ def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator
             yield f"{prefix}{name}", metric
         if isinstance(metric, nn.Module):  # `named_modules()` would hash the states of metrics
             yield from iterate_metrics(metric._modules, f"{prefix}{name}.")  # noqa: SLF001
-
-
-def is_metric(value: object) -> bool:
-    """Return whether a value has the methods of a metric."""
-    methods = ("update", "compute", "reset")
-    return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
 
 
 def share_group_states(metrics: Mapping[str, object]) -> None:

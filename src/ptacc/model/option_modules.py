@@ -60,6 +60,12 @@ def list_parts(value: object) -> Iterable[tuple[object, object]]:
     return ()
 
 
+def is_metric(value: object) -> bool:
+    """Return whether a value has the methods of a metric."""
+    methods = ("update", "compute", "reset")
+    return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
+
+
 @contextlib.contextmanager
 def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Iterator[None]:
     """Move the modules among a trainer's options from the host to a device for the block, and back after it.
