@@ -71,10 +71,11 @@ $(VENV)/.installed-examples: $(VENV)/.installed-torch pyproject.toml
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 
-# timm depends on torchvision, whose wheels require a CUDA build of torch. The tests only use `timm.scheduler`.
+# timm depends on torchvision, whose wheels require a CUDA build of torch. The tests only use `timm.scheduler`. It has a
+# folder of its own, because Accelerate's launcher imports timm if it is installed.
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable ".[dev,docs,examples]"
-	$(PIP) --no-deps timm
+	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 

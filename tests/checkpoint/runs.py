@@ -205,7 +205,9 @@ def last_run_in(file: Path) -> list[dict[str, Any]]:
     """Return the records of the last run in a history file, in the order in which they were written."""
     lines = file.read_text().splitlines()
     last = max(number for number, line in enumerate(lines) if '"kind": "run"' in line)
-    return [timeless(json.loads(line)) for line in lines[last:]]
+    records = [timeless(json.loads(line)) for line in lines[last:]]
+    del records[0]["checkpoints"]  # the directory
+    return records
 
 
 def save_each_step(directory: Path, **options: Any) -> End:

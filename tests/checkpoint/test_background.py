@@ -173,7 +173,7 @@ def test_a_run_that_an_exception_ends_is_saved_though_the_save_before_failed(tmp
     trainer = background(tmp_path, filesystem=Failing(16, errno.EIO), keep_last=None)
     with pytest.raises(RuntimeError, match="a bad sample"), pytest.warns(UserWarning, match=os.strerror(errno.EIO)):
         trainer.train(Breaking(), num_epochs=2, per_device_batch_size=4)
-    assert [CheckpointStore(str(tmp_path)).verify(name).step for name in CheckpointStore(str(tmp_path)).names()] == [2]
+    assert [CheckpointStore(str(tmp_path)).verify(name).step for name in CheckpointStore(str(tmp_path)).names()] == [3]
 
 
 def saves_of_a_rank_that_fails(directory: Path) -> list[str]:

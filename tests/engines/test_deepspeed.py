@@ -619,7 +619,7 @@ def test_a_trainer_without_the_mixin_rejects_such_a_launch(monkeypatch: pytest.M
         ({"zero_stage": 0, "zero_offload_optimizer": True}, r"zero_offload_optimizer=True\) with ZeRO 0"),
         ({"zero_stage": 2, "zero_offload_param": True}, "zero_offload_param=True.* Take zero_stage=3 or more"),
         ({"deepspeed_config": 3}, "must be a mapping, or the path of a JSON file"),
-        ({"deepspeed_config": "nowhere.json"}, "'nowhere.json'.* cannot be read"),
+        ({"deepspeed_config": "nowhere.json"}, "nowhere.json'.* cannot be read"),
         ({"deepspeed_config": {"optimizer": {"type": "Adam"}}}, "sets optimizer. The trainer has one. Leave it out"),
         (
             {"deepspeed_config": {"torch_autocast": {"enabled": True}}},

@@ -1,6 +1,7 @@
 """Runs of a random composition, each in processes of its own: uninterrupted, killed and resumed."""
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -258,7 +259,9 @@ def train(case: Case, directory: Path, at: int | None = None) -> Outcome:
     before = fingerprint(trainer)
     explained = str(trainer.explain())
     torch.manual_seed(3)  # the run has its own seed
-    history = trainer.train(data, eval_data(case), **run_options(case))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*swa_start=1\\): no weights were averaged")  # a run that ends in an epoch
+        history = trainer.train(data, eval_data(case), **run_options(case))
     states = {key.name: state for key, state in trainer.run.states() if isinstance(state, Stateful)}
     trainer.model.eval()
     end = End(

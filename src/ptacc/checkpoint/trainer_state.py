@@ -202,7 +202,8 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     load_option_states(trainer, merge(states.get(OPTIONS, {}), own.get(OPTIONS, {})))
     for parts, each_rank in ((states, False), (own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
-            if name in parts and name not in left_out and not find_difference(state, parts[name]):
+            is_loaded = name not in left_out or isinstance(state, Schedule)  # which enters at the present step
+            if name in parts and is_loaded and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
             elif isinstance(state, AveragedWeights):
                 state.copy_from(model)  # averages start from the weights that were loaded

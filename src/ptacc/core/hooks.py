@@ -89,7 +89,11 @@ class TrainerCore(TrainerBase):
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
             "accumulation_steps": str(self.accumulation_steps()),
-            **{f"{slot.name}.{name}": value for slot in self.optimizer_slots() for name, value in slot.settings()},
+            **{
+                f"{slot.name}.{name}": value
+                for slot in self.optimizer_slots()
+                for name, value in slot.settings(self.unwrapped_model)
+            },
         }
 
     @hook("fold")

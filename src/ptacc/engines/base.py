@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from types import NoneType
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ptacc.model.optimizer_state import group_names
 from ptacc.types.protocols import StateDict
 
 
@@ -32,9 +34,14 @@ class OptimizerSlot:
         """The parameters that all groups of the optimizer have at present, in order."""
         return tuple(p for group in self.optimizer.param_groups for p in group["params"])
 
-    def settings(self) -> Iterator[tuple[str, str]]:
-        """Iterate over the settings of the parameter groups, such as `lr`: the name, and the values by group."""
-        groups = self.optimizer.param_groups
+    def settings(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """Iterate over the settings of the parameter groups, such as `lr`: the name, and the values by group.
+
+        The groups are in the order of the names of their parameters, which does not depend on the optimizer's.
+        """
+        names = [min(names, default="") for names in group_names(model, self.optimizer)]
+        ordered = sorted(zip(names, self.optimizer.param_groups, strict=True), key=itemgetter(0))
+        groups = [group for _, group in ordered]
         for name in sorted({name for group in groups for name in group} - {"params", "initial_lr"}):
             values = [value.tolist() if isinstance(value := group.get(name), Tensor) else value for group in groups]
             if all(isinstance(value, int | float | str | tuple | NoneType) for value in values):
