@@ -29,7 +29,12 @@ class AcceleratorSettings(TypedDict, total=False):
     dynamo_plugin: object
 
 
-HANDLERS: Final = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs)
+HANDLERS: Final[tuple[type, ...]] = (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+)
 ON: Final = frozenset({"1", "true", "yes", "on", "y", "t"})
 INSTEAD: Final[Mapping[str, str]] = {
     "device_placement": "A run moves the model and its batches to the device.",
