@@ -56,10 +56,10 @@ class ExtraState(nn.Linear):
     scale = 1.0
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.training:
             self.scale *= 0.99
-        return super().forward(inputs) * self.scale
+        return super().forward(input) * self.scale
 
     @override
     def get_extra_state(self) -> dict[str, float]:
@@ -76,10 +76,10 @@ class Forgetful(nn.Linear):
     scale = 1.0
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.training:
             self.scale *= 0.9
-        return super().forward(inputs) * self.scale
+        return super().forward(input) * self.scale
 
 
 class Merging(nn.Module):

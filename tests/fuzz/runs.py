@@ -126,8 +126,9 @@ class CountSteps(Callback[TrainerCore]):
 
 @cache
 def composed(mixins: frozenset[type[TrainerCore]]) -> type[Any]:
-    bases = sorted(mixins, key=lambda mixin: mixin.__name__)
-    return type("Composed", (CheckpointMixin, GradAccumMixin, SeedMixin, *bases, RecordingTrainer), {})
+    drawn: list[type] = sorted(mixins, key=lambda mixin: mixin.__name__)
+    bases: list[type] = [CheckpointMixin, GradAccumMixin, SeedMixin, *drawn, RecordingTrainer]
+    return type("Composed", tuple(bases), {})
 
 
 @dataclass

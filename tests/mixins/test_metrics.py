@@ -108,7 +108,7 @@ class Reports(MeanMetric):
         self.value = value
 
     @override
-    def update(self, *args: Any) -> None:
+    def update(self, value: Any, weight: Any = 1.0) -> None:
         super().update(1.0)
 
     @override

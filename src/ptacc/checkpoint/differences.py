@@ -31,6 +31,7 @@ class ComparesStates(Protocol):
 
     def difference(self, state_dict: StateDict, /) -> str:
         """Describe why the state cannot continue from a saved one, empty if it can."""
+        ...
 
 
 @dataclass(frozen=True)
