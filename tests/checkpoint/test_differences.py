@@ -25,6 +25,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
+from ptacc.checkpoint.module_options import module_options
 from ptacc.errors import CheckpointError, OptionError
 from ptacc.types.aliases import CompileBackend
 from tests.ranks import run_ranks
@@ -350,6 +351,16 @@ def test_buffers_of_a_loss_are_resumed_on_each_of_two_processes(tmp_path: Path) 
         return torch.equal(centred(tmp_path / "run"), expected)
 
     assert run_ranks(both, 2) == [True, True]
+
+
+def test_the_model_is_not_among_the_options_that_are_saved(tmp_path: Path) -> None:
+    class Finding(Saving):
+        @override
+        def on_run_end(self) -> None:
+            super().on_run_end()
+            assert module_options(self).keys() == {"loss_func"}  # the model is wrapped here
+
+    assert run_ranks(lambda: train(make(tmp_path, Finding)).progress.steps, 2)
 
 
 def test_buffers_that_are_not_persistent_are_resumed(tmp_path: Path) -> None:

@@ -23,8 +23,11 @@ from ptacc.types.protocols import StateDict
 
 def module_options(trainer: TrainerCore) -> dict[str, nn.Module]:
     """Return the modules among a trainer's options by their places, without the model and without metrics."""
+    models = (trainer.model, trainer.unwrapped_model)
     modules = find_option_modules(trainer).items()
-    return {place: part for place, part in modules if part is not trainer.unwrapped_model and not is_metric(part)}
+    return {
+        place: part for place, part in modules if not any(part is model for model in models) and not is_metric(part)
+    }
 
 
 def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:
