@@ -47,7 +47,7 @@ class LossItems:
 
     def are_samples(self, batch: object) -> bool:
         """Return whether the items of a batch are its samples, unless the loss ignores some of them."""
-        return self.is_selective is False and ((targets := self.class_indices(batch)) is None or targets.dim() == 1)
+        return not self.is_selective and ((targets := self.class_indices(batch)) is None or targets.dim() == 1)
 
     def count(self, batch: object) -> float | None:
         """Return the number of targets that the loss does not ignore, or the sum of their weights; None if unknown.
@@ -56,8 +56,8 @@ class LossItems:
         """
         if (targets := self.class_indices(batch)) is None:
             return None
-        if self.are_samples(batch) and not has_negative(targets):
-            return len(targets)
+        if not self.is_selective and targets.dim() == 1 and not has_negative(targets):
+            return targets.shape[0]
         is_counted = targets != self._ignored
         if self._options["weight"] is None:
             return int(is_counted.sum())
