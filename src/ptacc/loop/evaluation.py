@@ -299,8 +299,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         if division is not None and division.owner is not data.dataset:
             raise DataError(
                 f"The evaluation data comes with a {type(division.owner).__name__}, whose padding would count samples "
-                "twice. "
-                "Leave the sampler out: the samples are split over the processes."
+                "twice. Leave the sampler out: the samples are split over the processes."
             )
         return data
 

@@ -141,10 +141,10 @@ class Run:
         """
         batches = self.data.epoch(self.progress.epochs, self.progress.offset)
         self._check_epoch_data(self.data.partition_scheme.data)
-        left, whole = self.data.num_batches(self.progress.offset), self.data.num_batches()
-        if left is not None and whole is not None:
+        left, per_epoch = self.data.num_batches(self.progress.offset), self.data.num_batches()
+        if left is not None and per_epoch is not None:
             self.epoch.num_batches = self.progress.batches + left
-            steps_left, steps = (math.ceil(number / self.accumulation_steps) for number in (left, whole))
+            steps_left, steps = (math.ceil(number / self.accumulation_steps) for number in (left, per_epoch))
             self._revise_plan(self.plan.revise(self.progress, steps_left, steps))
         return batches
 

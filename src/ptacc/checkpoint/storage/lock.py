@@ -119,7 +119,7 @@ class DirectoryLock:
             self._file = None
 
     def _read(self) -> bytes | None:
-        """Return the content of the lock's file, None if there is none, or another one than this process has opened."""
+        """Return the content of the lock's file, None if it is missing, or was replaced after it was opened here."""
         if self._file is not None:  # to open and close it again would release the lock
             return os.pread(self._file.fileno(), MAX_SIZE, 0) if self._is_current(self._file) else None
         with contextlib.suppress(DamagedCheckpointError):
