@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 from typing_extensions import override
 
-from ptacc import GradAccumMixin, StepOutput, Trainer, TrainingLoop
+from ptacc import GradAccumMixin, SeedMixin, StepOutput, Trainer, TrainingLoop
 from ptacc.errors import DataError, OptionError
 from tests.ranks import run_ranks
 
@@ -27,7 +27,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class Accumulating(GradAccumMixin, Trainer): ...
+class Accumulating(SeedMixin, GradAccumMixin, Trainer):
+    """Its order of samples is the same in each run: by chance, all targets of a batch could be ignored ones."""
 
 
 def labelled(samples: int = 16) -> TensorDataset:
@@ -52,7 +53,7 @@ class Sentences(Dataset[Pair]):
 
 def train(model: nn.Module, loss: str, data: Any, size: int, accumulation: int) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    options: dict[str, Any] = {"loss_func": LOSSES[loss], "optimizer": optimizer, "default_callbacks": ()}
+    options: dict[str, Any] = {"loss_func": LOSSES[loss], "optimizer": optimizer, "default_callbacks": (), "seed": 0}
     trainer = Accumulating(model, gradient_accumulation_steps=accumulation, **options)
     evaluated = trainer.evaluate(data, per_device_batch_size=size).loss
     history = trainer.train(data, num_epochs=1, per_device_batch_size=size)
