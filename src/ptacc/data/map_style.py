@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice, tee
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -125,19 +125,18 @@ class MapStyleSource(BatchSource):
         self._order = self._make_order(epoch)
         make_keys = self._key_sampler.make_keys = partial(self._make_keys, self._order, epoch, start)
         if self._loader.num_workers or self._loader.pin_memory:
-            return self._load(make_keys(), self._loader, start)
-        keys, keys_ahead = tee(make_keys())
-        return self._load(keys, self._dataset.load_all(keys_ahead), start)
+            loaded = map(unwrap_batch, start_iteration(self._loader))
+            return self._host_batches(zip(make_keys(), loaded, strict=True), start)
+        return self._host_batches(self._dataset.load_all(make_keys()), start)
 
-    def _load(self, keys: Iterable[BatchKey], loaded: Iterable[Any], start: int) -> Iterator[HostBatch[Any]]:
-        length = self._length
-        for index, (key, data) in enumerate(zip(keys, start_iteration(loaded), strict=True), start=1):
-            total = key.total if self._keeps_samples else None
-            end = min(start + index * self._size, length)
+    def _host_batches(self, loaded: Iterable[tuple[BatchKey, Any]], start: int) -> Iterator[HostBatch[Any]]:
+        length, size, keeps_samples = self._length, self._size, self._keeps_samples
+        for end, (key, data) in zip(itertools.count(start + size, size), loaded, strict=False):
             indices: Sequence[int] | None = key.indices
             if self._listed is not None and isinstance(next(iter(key.indices), 0), str | tuple):
                 indices = None  # keys are no places
-            yield HostBatch(unwrap_batch(data), indices, key.samples, total, key.is_padding, end)
+            total = key.total if keeps_samples else None
+            yield HostBatch(data, indices, key.samples, total, key.is_padding, min(end, length))
 
     def _make_keys(self, order: Order, epoch: int, start: int) -> Iterator[BatchKey]:
         """Iterate over the keys of this rank's batches in an epoch from offset `start` on."""
@@ -221,20 +220,20 @@ class KeyedDataset(Dataset[Any]):
         with seeded_loading(key.seed):
             return self._collate(self._load_samples(key))
 
-    def load_all(self, keys: Iterator[BatchKey]) -> Iterator[object]:
+    def load_all(self, keys: Iterator[BatchKey]) -> Iterator[tuple[BatchKey, object]]:
         """Load and collate one batch after the other. Batches of tensors in memory are indexed several at a time."""
         if not self._is_in_memory:
-            yield from map(self.__getitems__, keys)
+            yield from ((key, self.__getitems__(key)) for key in keys)
             return
         tensors = unwrap_subsets(self.dataset, ())[0].tensors
         row_bytes = sum(tensor[:1].nbytes for tensor in tensors)
         for key in keys:
             ahead = max(INDEXED_BYTES // max(row_bytes * len(key.indices), 1), 1) - 1
-            group, done = [key, *islice(keys, ahead)], 0
+            group, done = [key, *itertools.islice(keys, ahead)], 0
             while done < len(group):
-                versions = read_versions(tensors)
-                for batch in self._index_batches(group[done:]):
-                    yield batch
+                versions, rest = read_versions(tensors), group[done:]
+                for pair in zip(rest, self._index_batches(rest), strict=True):
+                    yield pair
                     done += 1
                     if read_versions(tensors) != versions:  # a step wrote to the data: batches read ahead are outdated
                         break

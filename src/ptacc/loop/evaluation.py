@@ -220,8 +220,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _count_eval_items(self, host: HostBatch[BatchT]) -> float:
         count = self.count_items(host.data)
-        if self._items_are_samples(host.data):
-            check_counts([host], [count])
+        check_counts([host], [count], self._items_are_samples)
         return count
 
     def _is_interruptible(self) -> bool:

@@ -101,19 +101,10 @@ def count_batches(
     if is_alone:
         window = [batch for batch in window if batch.data is not None]
     counts = [0 if batch.is_padding or batch.data is None else count_items(batch.data) for batch in window]
-    first = next((batch.data for batch in window if batch.data is not None), None)
-    are_samples = first is not None and items_are_samples(first)
-    if are_samples:
-        check_counts(window, counts)
-    if is_alone:
-        total: float = sum(counts)
-    elif are_samples and all(batch.total is not None for batch in window):
-        total = sum(batch.total or 0 for batch in window)
-    else:
-        skipped: float = sum(batch.data is None for batch in window)
-        is_counted = distributed.is_replica_leader
-        total, skipped = distributed.sum([sum(counts), skipped] if is_counted else [0, 0])
-        window = fill_skipped(window, distributed) if skipped else window
+    check_counts(window, counts, items_are_samples)
+    total: float = sum(counts)
+    if not is_alone:
+        window, total = sum_counts(window, total, distributed, items_are_samples)
     if window and not total:
         raise DataError(
             f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every process. "
@@ -122,13 +113,35 @@ def count_batches(
     return window, counts, total
 
 
-def check_counts(batches: Iterable[HostBatch[Any]], counts: Iterable[float]) -> None:
-    """Raise `DataError` if the items of a batch are not its samples.
+def sum_counts(
+    window: list[HostBatch[BatchT]],
+    items: float,
+    distributed: DistributedRuntime,
+    items_are_samples: Callable[[BatchT], bool],
+) -> tuple[list[HostBatch[BatchT]], float]:
+    """Return the batches to run, and the items of all ranks, of which this rank has `items`.
+
+    A collective, unless the number of items is that of the samples, which is known.
+    """
+    if all(batch.total is not None for batch in window) and items_are_samples(window[0].data):
+        return window, sum(batch.total or 0 for batch in window)
+    skipped: float = sum(batch.data is None for batch in window)
+    is_counted = distributed.is_replica_leader
+    total, skipped = distributed.sum([items, skipped] if is_counted else [0, 0])
+    return fill_skipped(window, distributed) if skipped else window, total
+
+
+def check_counts(
+    batches: Iterable[HostBatch[BatchT]], counts: Iterable[float], items_are_samples: Callable[[BatchT], bool]
+) -> None:
+    """Raise `DataError` if the items of a batch are its samples and their numbers differ.
 
     A collate function may leave samples out. All tensors of such a batch have the same number of items.
     """
     for batch, count in zip(batches, counts, strict=True):
-        if batch.samples in (None, count) or batch.is_padding or batch.data is None:
+        if batch.samples == count or batch.samples is None or batch.is_padding or batch.data is None:
+            continue
+        if not items_are_samples(batch.data):
             continue
         sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
         if batch.total is not None or sizes != {count}:
