@@ -188,7 +188,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
                     sums.add(output, self._count_eval_items(host))
-                if self._is_interruptible() and self.run.agree_to_terminate():
+                if self._is_interruptible() and self.run.stop.poll_termination():
                     raise CoordinatedExit
             result = self._make_result(name, sums.means(self._distributed))
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):

@@ -17,15 +17,15 @@ from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.wrappers import sync_sources
-from ptacc.distributed.stop_vote import StopConsensus
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
 from ptacc.run.history import RunHistory
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
+from ptacc.run.stopping import StopState
 from ptacc.types.aliases import BatchT, OutputT, SampleT
-from ptacc.types.arguments import DEFAULT_STOP_CHECK_EVERY, EvalOptions, RunOptions, options_fingerprint
+from ptacc.types.arguments import EvalOptions, RunOptions, options_fingerprint
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import RunPlan
@@ -71,7 +71,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             ]
         with distributed.propagate_failure("setting a run up"):
             sync_sources([data, *eval_sets.values()])
-            scheme = data.partition_scheme
+            scheme, history = data.partition_scheme, RunHistory(history_file)
             return Run(
                 options=options,
                 plan=self._plan(data, options, saved),
@@ -81,8 +81,8 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 distributed=distributed,
                 data=data,
                 eval_data=eval_sets,
-                history=RunHistory(history_file),
-                consensus=StopConsensus(distributed, options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY)),
+                history=history,
+                stop=StopState(distributed, history, options),
                 accumulation_steps=self.accumulation_steps(),
                 value_names=values,
                 invariants={**self.resume_invariants(), **scheme.invariants()},

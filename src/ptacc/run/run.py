@@ -15,15 +15,15 @@ from torch import nn
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.sampling import ENDLESS
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.distributed.stop_vote import StopConsensus, StopRequest
 from ptacc.engines.base import Engine
 from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
+from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
 from ptacc.types.aliases import T
-from ptacc.types.arguments import RunOptions, max_seconds
+from ptacc.types.arguments import RunOptions
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
@@ -43,7 +43,7 @@ class Run:
         seed: Seed of the data order, and of all randomness in loading the data.
         data: Training batches of this rank.
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
-        consensus: Votes of the ranks on stopping.
+        stop: Requests to stop the run, and what the ranks decided.
         accumulation_steps: Batches of a step on each rank.
         value_names: Names of the values that it may report.
         invariants: What must be the same when the run is resumed, by name.
@@ -54,7 +54,6 @@ class Run:
         is_consistent: Whether the run is between two steps, with nothing of the next step done, and can be saved.
         is_scheduled_evaluation: Whether the evaluation in progress is the loop's own. False if a hook evaluates.
         has_checked_monitors: Whether an evaluation has reported all values of evaluations that are monitored.
-        exit_code: Exit code of the process, if a signal ended the run.
     """
 
     options: RunOptions
@@ -66,7 +65,7 @@ class Run:
     data: BatchSource
     eval_data: Mapping[str, BatchSource]
     history: RunHistory
-    consensus: StopConsensus
+    stop: StopState
     accumulation_steps: int
     value_names: ValueNames
     invariants: Mapping[str, str]
@@ -80,16 +79,11 @@ class Run:
     is_scheduled_evaluation: bool = False
     has_checked_monitors: bool = False
     is_over: bool = False
-    exit_code: int | None = None
     _skipped_steps: int = 0
-    _stopped_by: StopRequest | None = None
-    _stop_request: StopRequest | None = None
-    _termination: StopRequest | None = None
     _started: float = field(default_factory=time.monotonic)
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._max_seconds = max_seconds(self.options)
         self.begin_epoch()
         if self.resume_state is not None:
             self._restore(self.resume_state)
@@ -209,7 +203,7 @@ class Run:
         if promised is None or batches < promised:
             return
         self.epoch.is_exhausted = True
-        if batches > ENDLESS * promised and self.plan.step_limit is None and self._max_seconds is None:
+        if batches > ENDLESS * promised and self.plan.step_limit is None and self.options["max_time"] is None:
             raise DataError(
                 f"The training data promised {promised} batches, and has given {batches} without an end. End the epoch "
                 "after as many batches, or limit the run by max_steps."
@@ -287,7 +281,7 @@ class Run:
             "conditions": dict(self.invariants),
             "progress": asdict(self.progress),
             "evaluated_at": asdict(self.evaluated_at),
-            "stopped": None if self._stopped_by is None or self.exit_code else asdict(self._stopped_by),
+            "stopped": self.stop.state_dict(),
             "partial_evaluation": {name: asdict(result) for name, result in self.partial_evaluation.items()},
             "history": self.history.state_dict(),
             "epoch": self.epoch.state_dict(),
@@ -295,10 +289,9 @@ class Run:
 
     def rank_state_dict(self) -> StateDict:
         """Return the state of this rank."""
-        was_applied = self.history.stop_reason is not None and self.exit_code is None
         return {
             "losses": self.epoch.losses.total,
-            "stop_request": None if self._stop_request is None or was_applied else asdict(self._stop_request),
+            "stop_request": self.stop.request_state_dict(),
             "data": self.data.state_dict(),
         }
 
@@ -311,89 +304,18 @@ class Run:
         self.epoch.load_state_dict(shared["epoch"])
         self.epoch.losses.total.copy_(own["losses"])
         self.data.load_state_dict(own["data"])
-        if own["stop_request"] is not None:
-            self._stop_request = StopRequest(**own["stop_request"])
-        if shared["stopped"] is not None and shared["stopped"]["is_lasting"]:
-            self._accept(StopRequest(**shared["stopped"]))
-        self._accept(self.consensus.repeat_vote(self._stop_request, self.progress.steps))
+        self.stop.restore(shared["stopped"], own["stop_request"], self.progress.steps)
 
-    # ---- stopping
-
-    def request_stop(self, reason: str) -> None:
-        """Request the end of the run; all ranks stop after the same step. The first reason is kept."""
-        self._request(StopRequest(reason, self.progress.steps, is_lasting=True))
-
-    def request_termination(self, signal: str, exit_code: int) -> None:
-        """Request the end of the run and of the process, because this rank received a signal."""
-        reason = f"{signal} on rank {self.distributed.rank}"
-        request = StopRequest(reason, self.progress.steps, exit_code, depends_on_clock=True)
-        self._termination = self._termination or request
-
-    def agree_to_stop(self, reason: str | None, *, at_epoch_end: bool = False) -> None:
-        """Vote with all ranks on stopping.
-
-        Args:
-            reason: Why the trainer requests a stop now; None if it does not. Earlier requests count as well.
-            at_epoch_end: Whether to wait for the decision. Between steps, the decision follows one step later.
-        """
-        if reason is not None:
-            self._request(StopRequest(reason, self.progress.steps))
-        request = self._clock_request() or self._stop_request
-        if at_epoch_end:
-            self._accept(self.consensus.agree_now(request))
-        else:
-            self._accept(self.consensus.poll(request, self.progress.steps))
-
-    def agree_on_clock(self) -> None:
-        """Vote with all ranks on signals and `max_time` alone, and wait for the decision."""
-        self._accept(self.consensus.agree_now(self._clock_request()))
-
-    def agree_to_terminate(self) -> bool:
-        """Vote with all ranks on signals alone, within an evaluation. Return whether all ranks leave it now.
-
-        Other requests wait for the end of the evaluation, which may be the last one of the run.
-        """
-        self._accept(self.consensus.poll(self._termination))
-        return self.exit_code is not None
-
-    def apply_pending_signal(self) -> None:
-        """Apply a signal that arrived after the last vote, to this process alone."""
-        self._accept(self._termination)
-
-    def _request(self, request: StopRequest) -> None:
-        self._stop_request = self._stop_request or request
-
-    def _clock_request(self) -> StopRequest | None:
-        is_time_up = self._max_seconds is not None and self.progress.seconds >= self._max_seconds
-        return self._termination or (StopRequest(self._time_limit, depends_on_clock=True) if is_time_up else None)
-
-    def _accept(self, decision: StopRequest | None) -> None:
-        """Apply a decision: the first one, or the first one with an exit code."""
-        if decision is None or self.exit_code is not None:
-            return
-        if self.history.stop_reason is None or decision.exit_code is not None:
-            self.history.stop_reason, self.exit_code = decision.reason, decision.exit_code
-        if decision.exit_code is None:
-            self._stopped_by = decision
-
-    @property
-    def stays_stopped(self) -> bool:
-        """Whether `trainer.stop()` has stopped the run, so that it stays stopped when it is resumed."""
-        return self._stopped_by is not None and self._stopped_by.is_lasting
-
-    @property
-    def _time_limit(self) -> str:
-        return f"max_time={self.options['max_time']} reached"
+    # ---- the end
 
     @property
     def should_evaluate_at_end(self) -> bool:
         """Whether the run has reached its plan or `max_time`, and its last weights are not evaluated yet."""
-        is_planned_end = self.history.stop_reason in (None, self._time_limit)
-        return self.is_done() and is_planned_end and self.evaluated_at.steps < self.progress.steps
+        return self.is_done() and not self.stop.is_early and self.evaluated_at.steps < self.progress.steps
 
     def is_done(self) -> bool:
         """Return whether the plan is complete, or the ranks have agreed to stop."""
-        return self.history.stop_reason is not None or is_done(self.progress, self.plan)
+        return self.stop.decision is not None or is_done(self.progress, self.plan)
 
     def is_due(self, cadence: Cadence, last: Progress) -> bool:
         """Return whether something is due. For `Minutes`, the clock of rank 0 decides for all ranks."""
