@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ptacc import GradAccumMixin, SeedMixin, StepOutput, Trainer, TrainingLoop
 from ptacc.errors import DataError, OptionError
+from ptacc.trainers.loss_items import LossItems
 from tests.ranks import run_ranks
 
 Pair = tuple[Tensor, Tensor]
@@ -88,6 +89,11 @@ def test_targets_that_are_ignored_do_not_count_wherever_batches_are_split() -> N
     assert train_tagger(3, 6) == pytest.approx(whole, rel=1e-12)
     for split in run_ranks(train_tagger, 2, 3, 3):
         assert split == pytest.approx(whole, rel=1e-12)
+
+
+def test_targets_on_a_device_are_not_read_if_each_sample_has_one() -> None:
+    targets = torch.empty(4, dtype=torch.int64, device="meta")  # a read would raise
+    assert LossItems(nn.CrossEntropyLoss()).count((torch.empty(4, 3, device="meta"), targets)) == 4
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

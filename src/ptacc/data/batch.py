@@ -16,7 +16,7 @@ from ptacc.types.aliases import BatchT
 from ptacc.types.protocols import StateDict
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostBatch(Generic[BatchT]):
     """One batch of this rank, as loaded on the host.
 

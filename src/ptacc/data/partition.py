@@ -14,7 +14,7 @@ from ptacc.rng import derive_seed
 from ptacc.types.aliases import T
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchKey:
     """What a rank needs to load one of its batches.
 

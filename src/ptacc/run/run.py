@@ -176,17 +176,21 @@ class Run:
             skipped=before.skipped + (not happened),
         )
         self._check_epoch_end(window)
-        self._skipped_steps = 0 if happened else self._skipped_steps + 1
+        if not happened:
+            self._count_skipped_step()
+            return
+        self._skipped_steps = 0
+        self.epoch.learning_rate = step.learning_rate
+        self.epoch.losses.add(step.loss, step.items)
+        self.history.add_step(step, self.distributed)
+
+    def _count_skipped_step(self) -> None:
+        self._skipped_steps += 1
         if self._skipped_steps == MAX_SKIPPED_STEPS:
             raise LossError(
                 f"{MAX_SKIPPED_STEPS} steps in a row were skipped: the gradients are infinite or NaN at any scale. "
                 "Look for the first such loss: StopOnNonFinite names its step."
             )
-        if not happened:
-            return
-        self.epoch.learning_rate = step.learning_rate
-        self.epoch.losses.add(step.loss, step.items)
-        self.history.add_step(step, self.distributed)
 
     def skip_window(self, window: Window[Any]) -> None:
         """Count the batches of a window that were all left out by the collate function."""

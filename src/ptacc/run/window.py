@@ -18,7 +18,7 @@ from ptacc.types.aliases import BatchT
 from ptacc.types.outputs import StepOutput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Window(Generic[BatchT]):
     """The batches that this rank takes for one step.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,11 +38,12 @@ class LossItems:
 
     def class_indices(self, batch: object) -> Tensor | None:
         """Return the targets of a batch if its loss is a mean over them. Of probabilities, it is one over samples."""
-        if not (self._has_classes and isinstance(batch, tuple | list) and len(batch) == 2):
+        if not self._has_classes or not isinstance(batch, tuple | list) or len(batch) != 2:
             return None
         targets = batch[1]
-        is_indices = isinstance(targets, Tensor) and targets.dim() and not targets.is_floating_point()
-        return targets if is_indices else None
+        if not isinstance(targets, Tensor) or not targets.dim() or targets.is_floating_point():
+            return None
+        return targets
 
     def are_samples(self, batch: object) -> bool:
         """Return whether the items of a batch are its samples, unless the loss ignores some of them."""
@@ -75,7 +75,7 @@ class LossItems:
 
 def has_negative(targets: Tensor) -> bool:
     """Return whether integers on the host have negative ones among them. Those on a device are not read."""
-    return targets.is_cpu and targets.numel() > 0 and bool(np.from_dlpack(targets).min() < 0)
+    return targets.is_cpu and targets.numel() > 0 and targets.min().item() < 0
 
 
 def resolve_loss(loss_func: object) -> tuple[object, dict[str, Any]]:
