@@ -7,12 +7,14 @@ import hashlib
 import random
 import secrets
 import struct
-from collections.abc import Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.random import mtrand  # `numpy.random.set_bit_generator`, which NumPy's stubs leave out
+from typing_extensions import override
 
 
 def fresh_seed() -> int:
@@ -101,25 +103,120 @@ def preserved_streams(*, devices: bool = False) -> Iterator[None]:
         streams.load_state_dict(before)
 
 
-_SPARE_GENERATOR = np.random.MT19937(0)
-"""NumPy's global generator within `streams_seeded`: swapping generators takes half the time of restoring a state."""
+class HostStream(ABC):
+    """A global generator on the host."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Seed the generator."""
+
+    @abstractmethod
+    def draw(self) -> float:
+        """Draw a number."""
+
+    @abstractmethod
+    def begin(self) -> Any:
+        """Return what `end` needs to restore the generator. It may be another one until then."""
+
+    @abstractmethod
+    def end(self, saved: Any) -> None:
+        """Restore the generator."""
+
+
+class PythonStream(HostStream):
+    """Python's global generator."""
+
+    @override
+    def seed(self, seed: int) -> None:
+        random.seed(seed)
+
+    @override
+    def draw(self) -> float:
+        return random.random()
+
+    @override
+    def begin(self) -> Any:
+        return random.getstate()
+
+    @override
+    def end(self, saved: Any) -> None:
+        random.setstate(saved)
+
+
+class NumpyStream(HostStream):
+    """NumPy's global generator. Blocks use another one: swapping generators takes half the time of restoring one."""
+
+    _SPARE: Final = np.random.MT19937(0)
+
+    @override
+    def seed(self, seed: int) -> None:
+        np.random.seed(seed % 2**32)
+
+    @override
+    def draw(self) -> float:
+        return np.random.random_sample()
+
+    @override
+    def begin(self) -> Any:
+        state, generator = np.random.get_state(legacy=False), mtrand.get_bit_generator()
+        mtrand.set_bit_generator(self._SPARE)
+        return state, generator
+
+    @override
+    def end(self, saved: Any) -> None:
+        state, generator = saved
+        mtrand.set_bit_generator(generator)
+        # NumPy draws normal numbers in pairs. Swapping generators discards the second one of a pair.
+        if state["has_gauss"] or generator is self._SPARE:
+            np.random.set_state(state)
+
+
+class TorchStream(HostStream):
+    """Torch's global generator on the host."""
+
+    @override
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    @override
+    def draw(self) -> float:
+        return torch.rand((), dtype=torch.float64, device="cpu", generator=torch.default_generator).item()
+
+    @override
+    def begin(self) -> Any:
+        return torch.default_generator.get_state()
+
+    @override
+    def end(self, saved: Any) -> None:
+        torch.default_generator.set_state(saved)
+
+
+HOST_STREAMS: Final[dict[str, HostStream]] = {"python": PythonStream(), "numpy": NumpyStream(), "torch": TorchStream()}
+ALL_HOST_STREAMS: Final = frozenset(HOST_STREAMS)
 
 
 @contextlib.contextmanager
-def streams_seeded(seed: int) -> Iterator[None]:
-    """Seed the host's global generators for the block, and restore them after it. Blocks may be nested."""
-    python, cpu = random.getstate(), torch.default_generator.get_state()
-    numpy, generator = np.random.get_state(legacy=False), mtrand.get_bit_generator()
-    mtrand.set_bit_generator(_SPARE_GENERATOR)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+def streams_seeded(seed: int, names: Iterable[str] = ALL_HOST_STREAMS) -> Iterator[None]:
+    """Seed global generators of the host for the block, and restore them after it. Blocks may be nested.
+
+    Args:
+        seed: The seed.
+        names: The generators, all by default.
+    """
+    streams = [HOST_STREAMS[name] for name in names]
+    saved = [stream.begin() for stream in streams]
+    for stream in streams:
+        stream.seed(seed)
     try:
         yield
     finally:
-        random.setstate(python)
-        torch.default_generator.set_state(cpu)
-        mtrand.set_bit_generator(generator)
-        # NumPy draws normal numbers in pairs. Swapping generators discards the second one of a pair.
-        if numpy["has_gauss"] or generator is _SPARE_GENERATOR:
-            np.random.set_state(numpy)
+        for stream, state in zip(streams, saved, strict=True):
+            stream.end(state)
+
+
+def find_drawn_streams(seed: int) -> frozenset[str]:
+    """Return which generators of the host were drawn from in a block of `streams_seeded(seed)`, at its end."""
+    next_numbers = {name: stream.draw() for name, stream in HOST_STREAMS.items()}
+    for stream in HOST_STREAMS.values():
+        stream.seed(seed)
+    return frozenset(name for name, stream in HOST_STREAMS.items() if stream.draw() != next_numbers[name])

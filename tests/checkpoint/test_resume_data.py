@@ -7,6 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -163,6 +165,45 @@ def test_so_does_a_run_of_two_processes(tmp_path: Path, kind: str) -> None:
     stops: list[list[int | None]] = [[None], [2, 5, None]]
     whole, legs = (run_ranks(worker, 2, tmp_path / f"{len(until)}", until) for until in stops)
     assert legs == whole
+
+
+class RarelyDrawing(Dataset[Sample]):
+    """Draws from all three generators for 5 of 400 samples, and from one of them for others."""
+
+    def __len__(self) -> int:
+        return 400
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        values = torch.full((6,), index / 400, dtype=torch.float64)
+        if index % 80 == 3:
+            values += random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002
+        if index % 50 == 7:
+            values += random.gauss()
+        return values, torch.tensor(index % 2)
+
+
+@pytest.mark.parametrize("stop", [5, 33, 63, 64, 65, 99, 101, 140])
+def test_a_dataset_that_rarely_draws_resumes_exactly(tmp_path: Path, stop: int) -> None:
+    def train(directory: Path, until: int | None) -> list[float]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.4), nn.Linear(4, 2)).double()
+        options: dict[str, Any] = {"checkpoint_dir": directory, "checkpoint_every": None, "default_callbacks": ()}
+        optimizer, stopping = torch.optim.SGD(net.parameters(), lr=0.1), StopAt(until)
+        trainer = Plain(
+            net,
+            loss_func=nn.CrossEntropyLoss(),
+            optimizer=optimizer,
+            callbacks=[stopping],
+            resume=True,
+            resume_ignore={"stop"},
+            **options,
+        )
+        trainer.train(RarelyDrawing(), num_epochs=2, per_device_batch_size=4, max_steps=170, stop_check_every=1)
+        return [number for tensor in net.state_dict().values() for number in tensor.flatten().tolist()]
+
+    train(tmp_path / "legs", stop)
+    assert train(tmp_path / "legs", None) == train(tmp_path / "whole", None)
 
 
 class Scaled(Plain):

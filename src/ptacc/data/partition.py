@@ -41,6 +41,11 @@ class BatchKey:
         return self.seed_path[1]
 
     @property
+    def number(self) -> int:
+        """The number of the global batch in the epoch, counted from 0."""
+        return self.seed_path[2]
+
+    @property
     def samples(self) -> int:
         """Number of samples, 0 for a padding batch."""
         return 0 if self.is_padding else len(self.indices)
@@ -63,7 +68,7 @@ def count_global_batches(samples: int, size: int, *, drop_last: bool) -> int:
 
 def assign_samples(batch: Sequence[int], rank: int, world_size: int, seed_path: tuple[int, ...]) -> BatchKey:
     """Assign a rank its part of a global batch. A rank without a part gets the whole batch as padding."""
-    local = local_range(batch, rank, world_size)
+    local = batch if world_size == 1 else local_range(batch, rank, world_size)
     return BatchKey(local or batch, len(batch), seed_path, is_padding=not local)
 
 

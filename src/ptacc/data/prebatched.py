@@ -21,10 +21,10 @@ class PrebatchedSource(ReplaySource):
     """A loader that is used as it is: each rank takes whole batches of it, in turn. Offsets are numbers of batches."""
 
     def __init__(
-        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, sets_epoch: bool = True
+        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, is_training: bool = True
     ) -> None:
         super().__init__(loader)
-        self._loader, self._seed, self._sets_epoch = loader, seed, sets_epoch
+        self._loader, self._seed, self._is_training = loader, seed, is_training
         self._replica, self._replicas = distributed.replica, distributed.replicas
 
     @override
@@ -50,7 +50,7 @@ class PrebatchedSource(ReplaySource):
 
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        if self._sets_epoch and set_epoch(self._loader, epoch) and getattr(self._loader, "persistent_workers", False):
+        if self._is_training and set_epoch(self._loader, epoch) and getattr(self._loader, "persistent_workers", False):
             stop_workers(self._loader)  # they have copies of the dataset, which cannot be reached
         return self._load(epoch, start)
 

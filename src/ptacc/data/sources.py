@@ -28,7 +28,8 @@ def make_source(
     *,
     data_is_sharded: bool = False,
     limit: int | None = None,
-    sets_epoch: bool = True,
+    is_training: bool = True,
+    seed_every_batch: bool = False,
 ) -> BatchSource:
     """Make the source of this rank's batches, without communication: call `sync_sources` before it is used.
 
@@ -38,7 +39,8 @@ def make_source(
         seed: The run's seed, which determines the order of samples and all random numbers drawn in loading.
         data_is_sharded: Whether the loader of each rank has its own part of the data already.
         limit: Number of batches to take of each epoch, all if None.
-        sets_epoch: Whether to call `set_epoch`. An evaluation must not: its data may be a part of the training data.
+        is_training: Whether to call `set_epoch`. An evaluation must not: its data may be a part of the training data.
+        seed_every_batch: See `TrainOptions`.
 
     Raises:
         DataError: Each rank has its own data, but several ranks share a replica of the model. Or the data is divided
@@ -56,11 +58,11 @@ def make_source(
         )
     split_over = DistributedRuntime() if data_is_sharded else distributed
     if type(loader) is not DataLoader or loader.batch_sampler is None:
-        source: BatchSource = PrebatchedSource(loader, split_over, seed, sets_epoch=sets_epoch)
+        source: BatchSource = PrebatchedSource(loader, split_over, seed, is_training=is_training)
     elif isinstance(loader.dataset, IterableDataset):
         source = IterableSource(loader, split_over, seed)
     else:
-        source = MapStyleSource(loader, split_over, seed, sets_epoch=sets_epoch)
+        source = MapStyleSource(loader, split_over, seed, is_training=is_training, seed_every_batch=seed_every_batch)
     if limit is not None:
         source = LimitedSource(source, limit)
     needs_padding = data_is_sharded and not distributed.is_single_process

@@ -30,7 +30,7 @@ from ptacc.model.option_modules import options_moved
 from ptacc.model.wrapping import ModelState
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
-from ptacc.run.window import check_counts
+from ptacc.run.window import count_batch
 from ptacc.tensors.samples import SampleSplitter, count_samples
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
@@ -187,7 +187,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     self.check_batch(host.data)
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
-                    sums.add(output, self._count_eval_items(host))
+                    sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
                 if self._is_interruptible() and self.run.stop.poll_termination():
                     raise CoordinatedExit
             result = self._make_result(name, sums.means(self._distributed))
@@ -217,11 +217,6 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 "name. Log it under a name of its own."
             )
         return EvalResult(loss, means | metrics)
-
-    def _count_eval_items(self, host: HostBatch[BatchT]) -> float:
-        count = self.count_items(host.data)
-        check_counts([host], [count], self._items_are_samples)
-        return count
 
     def _is_interruptible(self) -> bool:
         """Return whether a termination signal may end the run within this evaluation.
@@ -283,7 +278,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 EVALUATION_SEED,
                 data_is_sharded=options.get("data_is_sharded", False),
                 limit=limit,
-                sets_epoch=False,
+                is_training=False,
             )
             for name, data in sets.items()
         }

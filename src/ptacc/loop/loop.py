@@ -15,7 +15,6 @@ from typing_extensions import Unpack, override
 from ptacc.callbacks.defaults import default_callbacks
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
-from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
@@ -301,7 +300,6 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.distributed.count_progress()
         number, epoch = run.progress.steps + 1, run.progress.epochs + 1
         step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
-        needs_output = run.distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end")
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.around_batch(is_last=index == len(window.batches) - 1):
@@ -309,7 +307,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss, logged = window.scale_loss(index, output), output.logged
-                retained = output if needs_output and not host.is_padding else None
+                retained = output if run.retains_outputs and not host.is_padding else None
                 del output  # unless it is retained, the backward pass can use its memory
                 run.distributed.count_progress()
                 self.backward(loss)

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
+from ptacc.core.batch_hooks import BatchHooks
+from ptacc.core.callback import overrides
 from ptacc.core.checks import check_monitor, check_trainable, raise_unreported
 from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
@@ -57,8 +59,14 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 history_file.check_unused()
             check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
             limit = limit_from_environment(options.get("limit_batches"))
-            loader, is_sharded = self._train_loader(train_data, options), options.get("data_is_sharded", False)
-            data = make_source(loader, distributed, seed, data_is_sharded=is_sharded, limit=limit)
+            data = make_source(
+                self._train_loader(train_data, options),
+                distributed,
+                seed,
+                data_is_sharded=options.get("data_is_sharded", False),
+                limit=limit,
+                seed_every_batch=options.get("seed_every_batch", False),
+            )
             eval_sets = self._run_eval_sources(eval_data, options, limit)
             values = self._reported_names(eval_sets)
             for owner, monitor in self.monitors():
@@ -84,6 +92,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 history=history,
                 stop=StopState(distributed, history, options),
                 accumulation_steps=self.accumulation_steps(),
+                retains_outputs=distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end"),
                 value_names=values,
                 invariants={**self.resume_invariants(), **scheme.invariants()},
                 resume_state=saved,

@@ -45,6 +45,7 @@ class Run:
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
         stop: Requests to stop the run, and what the ranks decided.
         accumulation_steps: Batches of a step on each rank.
+        retains_outputs: Whether `on_batch_end` needs the outputs of a step after the backward pass.
         value_names: Names of the values that it may report.
         invariants: What must be the same when the run is resumed, by name.
         resume_state: The saved run that this run resumes; None for a new run.
@@ -67,6 +68,7 @@ class Run:
     history: RunHistory
     stop: StopState
     accumulation_steps: int
+    retains_outputs: bool
     value_names: ValueNames
     invariants: Mapping[str, str]
     resume_state: ResumeState | None = None

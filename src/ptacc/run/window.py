@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Generic
 
 from torch import Tensor
@@ -97,15 +97,14 @@ def count_batches(
     items_are_samples: Callable[[BatchT], bool],
 ) -> tuple[list[HostBatch[BatchT]], list[float], float]:
     """Return the batches to run, the items of each, and the items of all ranks. No batches if all were left out."""
-    is_alone = distributed.is_single_process
-    if is_alone:
-        window = [batch for batch in window if batch.data is not None]
-    counts = [0 if batch.is_padding or batch.data is None else count_items(batch.data) for batch in window]
-    check_counts(window, counts, items_are_samples)
-    total: float = sum(counts)
-    if not is_alone:
+    counts = [count_batch(batch, count_items, items_are_samples) for batch in window]
+    total = sum(counts)
+    if not distributed.is_single_process:
         window, total = sum_counts(window, total, distributed, items_are_samples)
-    if window and not total:
+    elif not all(counts):
+        is_given = [batch.data is not None for batch in window]
+        window, counts = list(compress(window, is_given)), list(compress(counts, is_given))
+    if not total and window:
         raise DataError(
             f"The {len(window)} batches of a step have no items at all: count_items gave 0 for each, on every process. "
             "Leave such batches out of the data: return None from collate_fn."
@@ -131,18 +130,19 @@ def sum_counts(
     return fill_skipped(window, distributed) if skipped else window, total
 
 
-def check_counts(
-    batches: Iterable[HostBatch[BatchT]], counts: Iterable[float], items_are_samples: Callable[[BatchT], bool]
-) -> None:
-    """Raise `DataError` if the items of a batch are its samples and their numbers differ.
+def count_batch(
+    batch: HostBatch[BatchT], count_items: Callable[[BatchT], float], items_are_samples: Callable[[BatchT], bool]
+) -> float:
+    """Return the items of a batch: none in a padding batch, and in one that was left out.
 
-    A collate function may leave samples out. All tensors of such a batch have the same number of items.
+    Raises:
+        DataError: The items are the samples, and their numbers differ. A collate function may leave samples out: all
+            tensors of such a batch have the same number of items.
     """
-    for batch, count in zip(batches, counts, strict=True):
-        if batch.samples == count or batch.samples is None or batch.is_padding or batch.data is None:
-            continue
-        if not items_are_samples(batch.data):
-            continue
+    if batch.data is None or batch.is_padding:
+        return 0
+    count = count_items(batch.data)
+    if batch.samples != count and batch.samples is not None and items_are_samples(batch.data):
         sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
         if batch.total is not None or sizes != {count}:
             raise DataError(
@@ -150,3 +150,4 @@ def check_counts(
                 "targets that the loss ignores. Override count_items(self, batch) to return what the loss is a mean "
                 "over, such as `len(batch[1])` or `int((batch[1] != -100).sum())`."
             )
+    return count

@@ -78,6 +78,8 @@ class TrainOptions(TypedDict, total=False):
         limit_batches: Use only this many batches per process of each epoch and each evaluation, for a smoke run. The
             schedule is planned for the limited epochs. Default: the environment variable `PTACC_LIMIT_BATCHES`,
             otherwise no limit.
+        seed_every_batch: Seed the global generators for every batch of the training data that the main process loads,
+            also those from which no earlier batch was seen to draw. Default: False.
         stop_check_every: Steps between two votes of the ranks on requests to stop, such as early stopping and
             `trainer.stop()`. Default: 16. Signals and `max_time` are also voted on after each step that takes over half
             a second. One process stops after the current step.
@@ -90,6 +92,7 @@ class TrainOptions(TypedDict, total=False):
     evaluate_every: Cadence
     evaluate_first: bool
     limit_batches: int | None
+    seed_every_batch: bool
     stop_check_every: int
 
 
@@ -147,6 +150,8 @@ def check_run_options(options: RunOptions) -> None:
     if options["max_time"] is not None:
         check_positive("train", "max_time", max_seconds(options), "It is in seconds, or a timedelta.")
     check_data_is_sharded("train", options.get("data_is_sharded", False))
+    if not isinstance(seed_every_batch := options.get("seed_every_batch", False), bool):
+        raise OptionError(f"train(seed_every_batch={seed_every_batch!r}): must be True or False.")
     collate_fn, cadence = options["collate_fn"], options.get("evaluate_every", DEFAULT_CADENCE)
     if collate_fn is not None and not callable(collate_fn):
         raise OptionError(f"train(collate_fn={collate_fn!r}): must be a function of a list of samples.")
