@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from typing_extensions import override
 
 from ptacc.data.batch import BatchSource, HostBatch, PartitionScheme
@@ -24,14 +24,15 @@ from ptacc.data.loading import (
     unwrap_batch,
 )
 from ptacc.data.partition import BatchKey, assign_batches, assign_samples, count_global_batches
-from ptacc.data.sampling import IntArray, ListedSampler, permutation
+from ptacc.data.sampling import ListedSampler, describe_sampler, is_plain_shuffle
 from ptacc.data.seeding import BatchSeeding
+from ptacc.data.shuffling import ComputedPermutation, IntArray, shuffle
 from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.rng import streams_seeded
 from ptacc.types.protocols import StateDict
 
-Order: TypeAlias = Sequence[Any] | IntArray
+Order: TypeAlias = Sequence[Any] | IntArray | ComputedPermutation
 """The samples of an epoch, or its batches."""
 
 
@@ -152,7 +153,7 @@ class MapStyleSource(BatchSource):
         if self._listed is not None:
             return cast(Sequence[Any], self._listed.order(epoch))
         length = self._num_samples
-        return permutation(self._seed, epoch, length) if self._is_shuffled else range(length)
+        return shuffle(self._seed, epoch, length) if self._is_shuffled else range(length)
 
     @override
     def state_dict(self) -> StateDict:
@@ -177,23 +178,6 @@ class _BatchKeySampler:
 
     def __iter__(self) -> Iterator[BatchKey]:
         return self.make_keys()
-
-
-def is_plain_shuffle(sampler: object, samples: int) -> bool:
-    """Return whether a sampler is what `shuffle=True` makes."""
-    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == samples
-
-
-def describe_sampler(sampler: object) -> str:
-    """Return the class of a sampler, and what one of torch's own was created with."""
-    parts = {name: getattr(sampler, name, None) for name in ("replacement", "weights", "indices")}
-    is_torchs_own = type(sampler).__module__.startswith("torch.")
-    known = {name: value for name, value in parts.items() if is_torchs_own and value is not None}
-    digests = {
-        name: value if isinstance(value, bool) else f"{hash(tuple(getattr(value, 'tolist', value.__iter__)())):x}"
-        for name, value in known.items()
-    }
-    return f"{type(sampler).__name__}({', '.join(f'{name}={value}' for name, value in digests.items())})"
 
 
 def summarize_last_sample(dataset: Any) -> list[float] | None:

@@ -1,14 +1,14 @@
-"""The order of an epoch: a permutation of the samples, or what the user's own sampler gives."""
+"""The samplers of loaders."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch.utils.data import RandomSampler
 
 from ptacc.data.loading import SAMPLERS, known_length, set_epoch
 from ptacc.distributed.process_group import DistributedRuntime
@@ -16,28 +16,8 @@ from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
 from ptacc.types.protocols import StateDict, Stateful
 
-IntArray: TypeAlias = NDArray[np.integer[Any]]
 ENDLESS = 10
 """A sampler that gives this many times its length has no end: an epoch is as long as its `__len__` says."""
-
-
-def permutation(seed: int, epoch: int, n: int) -> IntArray:
-    """Return `epoch_order` as an array, which takes 4 bytes a sample up to 2**31 samples."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-    dtype = torch.int32 if n < 1 << 31 else torch.int64  # the permutation is the same
-    array: IntArray = torch.randperm(n, generator=generator, dtype=dtype).numpy()
-    return array
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
-    """Return the order in which a run shuffles `n` samples in an epoch. Epochs are counted from 0.
-
-    Example:
-        >>> epoch_order(0, 0, 5) == epoch_order(0, 0, 5), sorted(epoch_order(0, 1, 5))
-        (True, [0, 1, 2, 3, 4])
-    """
-    order: list[int] = permutation(seed, epoch, n).tolist()
-    return order
 
 
 class ListedSampler:
@@ -103,3 +83,30 @@ class ListedSampler:
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore a state, which takes effect when the next order is listed."""
         self._saved = state_dict
+
+
+def is_plain_shuffle(sampler: object, samples: int) -> bool:
+    """Return whether a sampler is what `shuffle=True` makes."""
+    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == samples
+
+
+def describe_sampler(sampler: object) -> str:
+    """Return the class of a sampler, and what one of torch's own was created with."""
+    kind = type(sampler)
+    names = ("replacement", "weights", "indices") if kind.__module__.startswith("torch.") else ()
+    values = {name: getattr(sampler, name, None) for name in names}
+    settings = [
+        f"{name}={value if isinstance(value, bool) else digest(value)}"
+        for name, value in values.items()
+        if value is not None
+    ]
+    return f"{kind.__name__}({', '.join(settings)})"
+
+
+def digest(values: Any) -> str:
+    """Return a hash of the numbers or keys of a sampler, the same in each process."""
+    try:
+        data: Any = np.ascontiguousarray(values, dtype=np.float64)
+    except (TypeError, ValueError):  # keys
+        data = repr(list(values)).encode()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

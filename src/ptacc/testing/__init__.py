@@ -15,7 +15,7 @@ def test_my_trainer_learns() -> None:
 ```
 """
 
-from ptacc.data.sampling import epoch_order
+from ptacc.data.shuffling import epoch_order
 from ptacc.testing.datasets import iris, iris_parts, iris_split, tiny_data, tiny_parts
 from ptacc.testing.laws import check_mixin, check_order_changes_nothing
 from ptacc.testing.overfitting import assert_overfits_one_batch
