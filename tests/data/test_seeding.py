@@ -79,11 +79,21 @@ def test_a_dataset_that_begins_to_draw_later_is_noticed_within_some_batches(draw
     assert here[CHECK_EVERY:] == there[CHECK_EVERY:]
 
 
-@pytest.mark.parametrize("options", [{"seed_every_batch": True}, {"is_training": False}])
-def test_every_batch_is_seeded_on_request_and_in_an_evaluation(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("is_training", [True, False])
+def test_every_batch_is_seeded_on_request(is_training: bool) -> None:
     dataset = Drawing(DRAWS["all"], lambda index: index % 50 == 3)
+    options = {"seed_every_batch": True, "is_training": is_training}
     here, there = (values(source_of(dataset, workers, **options)) for workers in (0, 1))
     assert here == there
+
+
+def test_an_evaluation_does_not_depend_on_those_before_it() -> None:
+    """A resumed run has not made them."""
+    source = source_of(Drawing(DRAWS["torch"], lambda index: index >= CHECK_EVERY), is_training=False)
+    torch.manual_seed(0)
+    first = values(source)
+    torch.manual_seed(0)
+    assert values(source) == first
 
 
 def test_a_batch_that_is_not_seeded_draws_from_the_generators_of_the_run() -> None:

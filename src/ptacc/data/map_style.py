@@ -63,8 +63,8 @@ class MapStyleSource(BatchSource):
         self._size = (1 if loader.batch_size is None else loader.batch_size) * distributed.replicas
         self._drop_last = loader.drop_last and not self._is_in_batches
         self._keeps_samples = has_default_collate(loader)
-        # Processes that share a replica must load the same batch, and an evaluation must load the same ones each time.
-        self._seeding = BatchSeeding(always=seed_every_batch or not is_training or distributed.replica_size > 1)
+        # Processes that share a replica must load the same batch, and their own generators may differ.
+        self._seeding = BatchSeeding(always=seed_every_batch or distributed.replica_size > 1)
         self._dataset = KeyedDataset(loader.dataset, get_collate_fn(loader), self._seeding)
         self._order: Order | None = None
         self._key_sampler = _BatchKeySampler()
@@ -120,6 +120,8 @@ class MapStyleSource(BatchSource):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         if self._is_training:
             self._dataset.set_epoch(epoch)
+        else:  # an evaluation does not depend on those before it, of which a resumed run knows nothing
+            self._seeding.reset()
         self._order = self._make_order(epoch)
         make_keys = self._key_sampler.make_keys = partial(self._make_keys, self._order, epoch, start)
         if self._loader.num_workers or self._loader.pin_memory:

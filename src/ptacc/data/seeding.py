@@ -26,7 +26,12 @@ class BatchSeeding:
     """
 
     def __init__(self, *, always: bool) -> None:
-        self._drawn = ALL_HOST_STREAMS if always else None  # None before the first check
+        self._always = always
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what batches have drawn from."""
+        self._drawn = ALL_HOST_STREAMS if self._always else None  # None before the first check
 
     def load(self, load: Callable[[BatchKey], object], key: BatchKey) -> object:
         """Return `load(key)`."""

@@ -34,7 +34,7 @@ from ptacc.run.window import count_batch
 from ptacc.tensors.samples import SampleSplitter, count_samples
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
-from ptacc.types.arguments import EvalOptions, check_data_is_sharded
+from ptacc.types.arguments import EvalOptions, check_flag
 from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
 from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
@@ -279,6 +279,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 data_is_sharded=options.get("data_is_sharded", False),
                 limit=limit,
                 is_training=False,
+                seed_every_batch=options.get("seed_every_batch", False),
             )
             for name, data in sets.items()
         }
@@ -348,7 +349,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:
     """Raise for invalid options, and for dataset options given together with a DataLoader."""
     check_keywords(f"{call}()", options, EvalOptions.__annotations__)
-    check_data_is_sharded(call, options.get("data_is_sharded", False))
+    for flag in ("data_is_sharded", "seed_every_batch"):
+        check_flag(call, flag, options.get(flag, False))
     for name in ("per_device_batch_size", "limit_batches"):
         if options.get(name) is not None:
             check_at_least(call, name, options.get(name), 1)

@@ -124,6 +124,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         eval_options = EvalOptions(
             per_device_batch_size=options.get("per_device_batch_size"),
             dataloader_kwargs=options.get("eval_dataloader_kwargs", {}),
+            seed_every_batch=options.get("seed_every_batch", False),
         )
         return self._eval_sources(data, options["collate_fn"], eval_options, limit)
 

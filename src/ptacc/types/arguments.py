@@ -55,12 +55,14 @@ class EvalOptions(TypedDict, total=False):
             all of the data, and ptacc splits it.
         limit_batches: Use only this many batches per process, for a smoke run. Default: the environment variable
             `PTACC_LIMIT_BATCHES` in `evaluate`, which predictions ignore; otherwise no limit.
+        seed_every_batch: As for `train`.
     """
 
     per_device_batch_size: int | None
     dataloader_kwargs: DataLoaderKwargs
     data_is_sharded: bool
     limit_batches: int | None
+    seed_every_batch: bool
 
 
 class TrainOptions(TypedDict, total=False):
@@ -78,8 +80,8 @@ class TrainOptions(TypedDict, total=False):
         limit_batches: Use only this many batches per process of each epoch and each evaluation, for a smoke run. The
             schedule is planned for the limited epochs. Default: the environment variable `PTACC_LIMIT_BATCHES`,
             otherwise no limit.
-        seed_every_batch: Seed the global generators for every batch of the training data that the main process loads,
-            also those from which no earlier batch was seen to draw. Default: False.
+        seed_every_batch: Seed the global generators of Python, NumPy and torch for every batch that the main process
+            loads. Default: False, those that earlier batches were seen to draw from.
         stop_check_every: Steps between two votes of the ranks on requests to stop, such as early stopping and
             `trainer.stop()`. Default: 16. Signals and `max_time` are also voted on after each step that takes over half
             a second. One process stops after the current step.
@@ -135,10 +137,10 @@ DEFAULT_STOP_CHECK_EVERY = 16
 """Steps between two votes on stopping, by default."""
 
 
-def check_data_is_sharded(call: str, value: object) -> None:
+def check_flag(call: str, name: str, value: object) -> None:
     """Raise `OptionError` for a value that is not a bool."""
     if not isinstance(value, bool):
-        raise OptionError(f"{call}(data_is_sharded={value!r}): must be True where each process has its own data.")
+        raise OptionError(f"{call}({name}={value!r}): must be True or False.")
 
 
 def check_run_options(options: RunOptions) -> None:
@@ -149,9 +151,8 @@ def check_run_options(options: RunOptions) -> None:
     check_at_least("train", "stop_check_every", options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY), 1)
     if options["max_time"] is not None:
         check_positive("train", "max_time", max_seconds(options), "It is in seconds, or a timedelta.")
-    check_data_is_sharded("train", options.get("data_is_sharded", False))
-    if not isinstance(seed_every_batch := options.get("seed_every_batch", False), bool):
-        raise OptionError(f"train(seed_every_batch={seed_every_batch!r}): must be True or False.")
+    for flag in ("data_is_sharded", "seed_every_batch"):
+        check_flag("train", flag, options.get(flag, False))
     collate_fn, cadence = options["collate_fn"], options.get("evaluate_every", DEFAULT_CADENCE)
     if collate_fn is not None and not callable(collate_fn):
         raise OptionError(f"train(collate_fn={collate_fn!r}): must be a function of a list of samples.")
