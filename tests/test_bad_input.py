@@ -262,9 +262,7 @@ def test_unknown_keywords_of_a_loader_are_refused() -> None:
 
 def test_an_invalid_data_is_sharded_is_refused() -> None:
     trainer = make()
-    with refused(
-        trainer, OptionError, r"train\(data_is_sharded='none'\): must be True or False"
-    ):
+    with refused(trainer, OptionError, r"train\(data_is_sharded='none'\): must be True or False"):
         trainer.train(DATA, num_epochs=1, data_is_sharded="none")
     with refused(trainer, OptionError, r"evaluate\(data_is_sharded='none'\)"):
         trainer.evaluate(DATA, data_is_sharded="none")

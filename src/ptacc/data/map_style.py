@@ -131,10 +131,9 @@ class MapStyleSource(BatchSource):
 
     def _host_batches(self, loaded: Iterable[tuple[BatchKey, Any]], start: int) -> Iterator[HostBatch[Any]]:
         length, size, keeps_samples = self._length, self._size, self._keeps_samples
+        has_keys = self._listed is not None and holds_keys(self._order, in_batches=self._is_in_batches)
         for end, (key, data) in zip(itertools.count(start + size, size), loaded, strict=False):
-            indices: Sequence[int] | None = key.indices
-            if self._listed is not None and isinstance(next(iter(key.indices), 0), str | tuple):
-                indices = None  # keys are no places
+            indices = None if has_keys else key.indices
             total = key.total if keeps_samples else None
             yield HostBatch(data, indices, key.samples, total, key.is_padding, min(end, length))
 
@@ -180,6 +179,12 @@ class _BatchKeySampler:
 
     def __iter__(self) -> Iterator[BatchKey]:
         return self.make_keys()
+
+
+def holds_keys(order: Any, *, in_batches: bool) -> bool:
+    """Return whether a listed order, of samples or of batches, consists of keys and not of places in the dataset."""
+    samples = itertools.chain.from_iterable(order) if in_batches else iter(order)
+    return isinstance(next(samples, None), str | tuple)
 
 
 def summarize_last_sample(dataset: Any) -> list[float] | None:
