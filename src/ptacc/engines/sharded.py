@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import AddedAttributes, broadcast_buffers, remove_hooks
+from ptacc.engines.common import OriginalModel, broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
 
-HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
+HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines")
 """The packages whose hooks a sharded model has."""
 
 
@@ -123,22 +123,20 @@ class ShardedModel:
         broadcast_model(model, device)
         self._model = model
         self._classes = {module: type(module) for module in model.modules()}  # FSDP2 changes them to subclasses
-        self._attributes = AddedAttributes(model.modules())
+        self._original = OriginalModel(model, HOOK_PACKAGES)
         self._owners = [
             (module, name, parameter)
             for module in model.modules()
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         ]
-        self._devices = {parameter: parameter.device for parameter in model.parameters()}
-        self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
         shard(model)
-        self._attributes.record()
-        remaining = {id(parameter) for parameter in model.parameters()}
-        for parameter in self._devices:
-            if id(parameter) not in remaining:
+        self._original.record_added_attributes()
+        remaining = set(model.parameters())
+        for parameter in self._original.devices:
+            if parameter not in remaining:
                 parameter.data = parameter.data.new_empty(0)
         # FSDP2 leaves the root unsharded after a forward pass, for a backward pass that evaluations do not make.
-        self._reshard_hook = model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
+        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
 
     def reshard(self) -> None:
         """Free the gathered parameters of all FSDP2 units."""
@@ -150,21 +148,17 @@ class ShardedModel:
     def release(self) -> None:
         """Gather the model into the user's own parameters, on their original devices. A collective."""
         self.reshard()
-        self._reshard_hook.remove()
         shards = {original: getattr(module, name) for module, name, original in self._owners}
         for original, shard in shards.items():
-            original.data = full_tensor(shard.detach()).to(self._devices[original])
+            original.data = full_tensor(shard.detach()).to(self._original.devices[original])
             original.requires_grad_(shard.requires_grad)
             original.grad = None
         for module, original_class in self._classes.items():
             module.__class__ = original_class
             _module_state_mapping.pop(module, None)
-            self._attributes.remove(module)
-            remove_hooks(module, HOOK_PACKAGES)
+        self._original.restore()
         for module, name, original in self._owners:
             setattr(module, name, original)
-        for name, buffer in self._model.named_buffers():
-            buffer.data = buffer.data.to(self._buffer_devices[name])
 
 
 @torch.no_grad()
