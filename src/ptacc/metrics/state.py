@@ -28,10 +28,9 @@ import torch
 from torch import nn
 
 from ptacc.errors import CheckpointError
-from ptacc.model.option_modules import is_metric
 from ptacc.serialization.json_codec import encode
 from ptacc.tensors.structures import as_bytes, children, map_tensors
-from ptacc.types.protocols import StateDict, Stateful
+from ptacc.types.protocols import MetricLike, StateDict, Stateful
 from ptacc.validation import value_text
 
 EXTRA: Final = "_extra_state"
@@ -101,7 +100,7 @@ class MetricStates:
 def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Iterate over metrics, the metrics in them, and modules with buffers in them, each with its path."""
     for name, metric in metrics.items():
-        if is_metric(metric) or getattr(metric, "_buffers", None):
+        if isinstance(metric, MetricLike) or getattr(metric, "_buffers", None):
             yield f"{prefix}{name}", metric
         if isinstance(metric, nn.Module):  # `named_modules()` would hash the states of metrics
             yield from iterate_metrics(metric._modules, f"{prefix}{name}.")  # noqa: SLF001
@@ -138,7 +137,7 @@ def list_attributes(metric: nn.Module) -> dict[str, Any]:
     """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    own, common = vars(metric) if is_metric(metric) else {}, frozenset(vars(nn.Module()))
+    own, common = vars(metric) if isinstance(metric, MetricLike) else {}, frozenset(vars(nn.Module()))
     if isinstance(metric, Metric):
         common = list_common_attributes()
         if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
@@ -172,7 +171,7 @@ def _is_storable(value: object) -> bool:
 
 def is_constant(value: object) -> bool:
     """Whether an object that cannot be stored comes with the metric, and `update()` does not change it."""
-    if is_metric(value):
+    if isinstance(value, MetricLike) and not isinstance(value, type):
         return False
     parts = [part for _, part in children(value)]
     is_known = (

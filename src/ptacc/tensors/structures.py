@@ -68,7 +68,7 @@ def children(structure: object) -> Iterable[tuple[object, Any]]:
     if isinstance(structure, Mapping):
         return structure.items()
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        return ((field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure))
+        return ((field.name, getattr(structure, field.name, None)) for field in dataclasses.fields(structure))
     return ()
 
 
