@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -83,13 +84,11 @@ class TorchEngine(Engine):
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        norms = [clip_grad_norm_(slot.parameters, max_norm) for slot in self._slots]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return clip_grad_norm_(self._parameters(), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
-        for slot in self._slots:
-            clip_grad_value_(slot.parameters, max_value)
+        clip_grad_value_(self._parameters(), max_value)
 
     @override
     def update(self) -> bool:
@@ -129,6 +128,9 @@ class TorchEngine(Engine):
                 load_optimizer_state(slot.optimizer, state.optimizers[slot.name])
         if self._scaler is not None and "scaler" in state.shared:
             self._scaler.load_state_dict(state.shared["scaler"])
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for slot in self._slots for parameter in slot.parameters]
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

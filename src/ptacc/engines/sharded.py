@@ -24,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
@@ -84,8 +83,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        norms = [clip_sharded_norm(slot.parameters, max_norm) for slot in self._slots]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return clip_sharded_norm(self._parameters(), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
@@ -175,32 +173,29 @@ def broadcast_model(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
-    """Surround a change of the model's parameters: the optimizers then hold the new ones of the same names."""
-    with contextlib.ExitStack() as stack:
-        for slot in slots:
-            stack.enter_context(rebinding(model, slot.optimizer))
-        yield
+    """Surround a change of the model's parameters: the optimizers then hold the new ones of the same names.
 
-
-@contextlib.contextmanager
-def rebinding(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Rebind one optimizer. Its parameters are released for the block, so that their memory can be freed."""
+    The parameters are released for the block, so that their memory can be freed.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    states = {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    states = [{names[p]: dict(state) for p, state in slot.optimizer.state.items()} for slot in slots]
+    groups = [group for slot in slots for group in slot.optimizer.param_groups]
+    names_by_group = [[names[parameter] for parameter in group["params"]] for group in groups]
     del names  # it refers to the parameters
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
+    for slot in slots:
+        slot.optimizer.state.clear()
+    for group in groups:
         group["params"] = []
     try:
         yield
     finally:
         parameters = dict(model.named_parameters())
-        for group, its_names in zip(optimizer.param_groups, group_names, strict=True):
+        for group, its_names in zip(groups, names_by_group, strict=True):
             group["params"] = [parameters[name] for name in its_names]
-        for name, state in states.items():
-            parameter = parameters[name]
-            optimizer.state[parameter] = {key: match_placement(parameter, value) for key, value in state.items()}
+        for slot, by_name in zip(slots, states, strict=True):
+            for name, state in by_name.items():
+                placed = {key: match_placement(parameters[name], value) for key, value in state.items()}
+                slot.optimizer.state[parameters[name]] = placed
 
 
 # ---- gradient norms

@@ -72,7 +72,7 @@ class DeepSpeedEngine(TorchEngine):
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
         self._original, self._with_gradient = OriginalModel(model, ("deepspeed",), LATE_ATTRIBUTES), set[int]()
         # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
-        self._parameters = {module: module._parameters for module in model.modules()}  # noqa: SLF001
+        self._parameter_tables = {module: module._parameters for module in model.modules()}  # noqa: SLF001
         states = dict(slot.optimizer.state)
         self._frozen_states = {p: state for p, state in states.items() if not p.requires_grad}
         slot.optimizer.state.clear()
@@ -244,7 +244,7 @@ class DeepSpeedEngine(TorchEngine):
         for parameter, device in self._original.devices.items():
             weight = self._stage.gather_weight(parameter).detach()
             parameter.data, parameter.grad = weight.to(device, torch.float32, copy=True), None  # see `check_model`
-        for module, own in self._parameters.items():
+        for module, own in self._parameter_tables.items():
             own.update(vars(module)["_parameters"])
             vars(module)["_parameters"] = own
         self._original.restore()
