@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import ModelError
+from ptacc.validation import list_some
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer types by their size in bytes."""
@@ -93,5 +94,4 @@ def sum_bits(gradient: Tensor | None, device: torch.device) -> Tensor:
 def join_names(model: nn.Module, parameters: Sequence[Parameter]) -> str:
     """Return the names of the first parameters of a list, for an error message."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    listed = ", ".join(names.get(parameter, "a parameter outside of the model") for parameter in parameters[:3])
-    return f"{listed} and {len(parameters) - 3} more" if len(parameters) > 3 else listed
+    return list_some([names.get(parameter, "a parameter outside of the model") for parameter in parameters])

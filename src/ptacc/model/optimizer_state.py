@@ -13,6 +13,7 @@ from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import canonical_name
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import StateDict
+from ptacc.validation import list_some
 
 NAMES = "parameter_names"
 """The names of the parameters of each group, in the saved state of an optimizer."""
@@ -99,9 +100,9 @@ def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -
         contents = {frozenset(names) for names in other}
         for index, names in enumerate(groups):
             if frozenset(names) not in contents:
-                listed = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
                 rest = "checkpoint's optimizer" if owner == "optimizer" else "optimizer"
-                yield f"group {index} of the {owner} holds {listed}, and no group of the {rest} holds just these"
+                held = f"group {index} of the {owner} holds {list_some(names)}"
+                yield f"{held}, and no group of the {rest} holds just these"
 
 
 def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:

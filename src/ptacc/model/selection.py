@@ -9,12 +9,10 @@ from typing import TypeAlias
 from torch import nn
 
 from ptacc.errors import ModelError, OptionError
-from ptacc.validation import did_you_mean, value_text
+from ptacc.validation import did_you_mean, list_some, value_text
 
 ModuleSelector: TypeAlias = type[nn.Module] | str
 """A class of submodules, or their names as in `named_modules()`, in which `*` stands for any characters."""
-SHOWN = 10
-"""The most names that an error message lists."""
 
 
 def check_selectors(owner: str, option: str, selectors: object) -> None:
@@ -73,10 +71,9 @@ def find_matches(
         need, sought = f"is a {selector.__name__}", selector.__name__
         known = sorted({type(module).__name__ for module in submodules.values()})
     if not matches:
-        shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
         raise ModelError(
             f"{option}: {type(model).__name__} calls no submodule that {need}. {did_you_mean(sought, known)}"
-            f"There are: {shown or 'none at all'}."
+            f"There are: {list_some(known, most=10) or 'none at all'}."
         )
     return matches
 
