@@ -70,7 +70,7 @@ class DeepSpeedEngine(TorchEngine):
         init_distributed(accelerator.device)
         self._layout, self._optimizer, settings = layout, slot.optimizer, config.to_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
-        self._original, self._with_gradient = OriginalModel(model, ("deepspeed",), LATE_ATTRIBUTES), set[int]()
+        self._original, self._with_gradient = OriginalModel(model, ("deepspeed",), LATE_ATTRIBUTES), set[Tensor]()
         # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
         self._parameter_tables = {module: module._parameters for module in model.modules()}  # noqa: SLF001
         states = dict(slot.optimizer.state)
@@ -89,9 +89,9 @@ class DeepSpeedEngine(TorchEngine):
         self._stage.scatter_optimizer_state(states)
         self._original.record_added_attributes()
         broadcast_buffers(model)
-        self._names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: canonical_name(name) for name, p in model.named_parameters()}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._with_gradient.add)  # type: ignore[no-untyped-call]
             for p in self._stage.trained
         ]
 
@@ -116,15 +116,12 @@ class DeepSpeedEngine(TorchEngine):
         self._with_gradient.clear()
         self._engine.backward(loss, scale_wrt_gas=False)
         if self._stage.is_partitioned and len(self._with_gradient) < len(self._stage.trained):
-            missing = [self._names.get(id(p), "?") for p in self._stage.trained if id(p) not in self._with_gradient]
+            missing = [self._names.get(p, "?") for p in self._stage.trained if p not in self._with_gradient]
             raise ModelError(
                 f"The loss does not depend on {', '.join(missing)}. ZeRO reduces gradients in the order in which they "
                 "are computed, and would add gradients of different parameters if ranks use different ones. Freeze "
                 "the unused parameters, or use zero_stage=0."
             )
-
-    def _note_gradient(self, parameter: Tensor) -> None:
-        self._with_gradient.add(id(parameter))
 
     @override
     @torch.no_grad()
@@ -231,7 +228,7 @@ class DeepSpeedEngine(TorchEngine):
             load_optimizer_state(self._optimizer, own["optimizer"])
 
     def _group_names(self) -> list[list[str]]:
-        return [[self._names.get(id(parameter), "") for parameter in group] for group in self._groups]
+        return [[self._names.get(parameter, "") for parameter in group] for group in self._groups]
 
     # ---- the end
 
