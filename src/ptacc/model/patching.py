@@ -34,7 +34,7 @@ class Patch:
 
 @contextlib.contextmanager
 def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Iterator[None]:
-    """Patch the forwards of modules for the block, then restore their attributes.
+    """Patch the forwards of modules for the block, then restore them.
 
     Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`.
 
@@ -44,15 +44,13 @@ def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forwa
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
-            attributes = {name: value for name, value in vars(module).items() if name == "forward"}
-            stack.callback(_restore, module, attributes)
-            vars(module)["forward"] = Patch(module.forward, patch(module, module.forward))
+            forward, attributes = module.forward, vars(module)
+            if "forward" in attributes:
+                stack.callback(attributes.update, forward=forward)
+            else:
+                stack.callback(attributes.pop, "forward", None)
+            attributes["forward"] = Patch(forward, patch(module, forward))
         yield
-
-
-def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    vars(module).pop("forward", None)
-    vars(module).update(attributes)
 
 
 def _identity(forward: Forward) -> Forward:

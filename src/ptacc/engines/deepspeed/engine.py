@@ -116,7 +116,7 @@ class DeepSpeedEngine(TorchEngine):
         self._with_gradient.clear()
         self._engine.backward(loss, scale_wrt_gas=False)
         if self._stage.is_partitioned and len(self._with_gradient) < len(self._stage.trained):
-            missing = [self._names.get(p, "?") for p in self._stage.trained if p not in self._with_gradient]
+            missing = [self._names[p] for p in self._stage.trained if p not in self._with_gradient]
             raise ModelError(
                 f"The loss does not depend on {', '.join(missing)}. ZeRO reduces gradients in the order in which they "
                 "are computed, and would add gradients of different parameters if ranks use different ones. Freeze "
@@ -228,7 +228,7 @@ class DeepSpeedEngine(TorchEngine):
             load_optimizer_state(self._optimizer, own["optimizer"])
 
     def _group_names(self) -> list[list[str]]:
-        return [[self._names.get(parameter, "") for parameter in group] for group in self._groups]
+        return [[self._names[parameter] for parameter in group] for group in self._groups]
 
     # ---- the end
 
