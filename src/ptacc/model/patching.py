@@ -1,4 +1,4 @@
-"""Temporary replacement of modules' `forward`."""
+"""Temporary replacement of methods, such as modules' `forward`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,21 @@ class Patch:
 
 
 @contextlib.contextmanager
+def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of an object for the block, then restore the object's attributes."""
+    original, attributes = getattr(owner, name), vars(owner)
+    own = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = Patch(original, replacement)
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(own)
+
+
+@contextlib.contextmanager
 def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Iterator[None]:
-    """Patch the forwards of modules for the block, then restore them.
+    """Patch the forwards of modules for the block, then restore their attributes.
 
     Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`.
 
@@ -44,14 +57,9 @@ def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forwa
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
-            forward, attributes = module.forward, vars(module)
-            if "forward" in attributes:
-                stack.callback(attributes.update, forward=forward)
-            else:
-                stack.callback(attributes.pop, "forward", None)
-            attributes["forward"] = Patch(forward, patch(module, forward))
+            stack.enter_context(patched(module, "forward", patch(module, module.forward)))
         yield
 
 
-def _identity(forward: Forward) -> Forward:
-    return forward
+def _identity(function: Forward) -> Forward:
+    return function
