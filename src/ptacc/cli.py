@@ -179,7 +179,7 @@ def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
 
 
 def verified(entries: Iterable[CheckpointEntry]) -> Iterator[CheckpointEntry]:
-    """Check every file of each checkpoint. Checkpoints that were deleted meanwhile are left out."""
+    """Check every file of each checkpoint, and leave out those that have been removed since they were listed."""
     checked = (entry.check(files=True) for entry in entries)
     return (entry for entry in checked if not entry.is_gone)
 
