@@ -19,7 +19,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def checkpoints(options: Options) -> int:
     """List the checkpoints of a directory."""
     entries = list_checkpoints(options.directory, read_key(options.key_file))
     if options.verify:
-        entries = [verified for entry in entries if not (verified := entry.check(files=True)).is_gone]
+        entries = list(verified(entries))
     if options.json:
         rows = [as_json(entry, is_verified=options.verify) for entry in entries]
         print_line(json.dumps(rows, indent=2, allow_nan=False))
@@ -144,14 +144,12 @@ def verify(options: Options) -> int:
     """Check every file of one checkpoint, or of all in a directory."""
     entries = list_checkpoints(options.directory, read_key(options.key_file))
     width = max((len(printable(entry.title)) for entry in entries), default=0)
-    verified: list[CheckpointEntry] = []
-    for entry in entries:
-        entry = entry.check(files=True)
-        if not entry.is_gone:
-            verified.append(entry)
-            print_line(f"{printable(entry.title):<{width}}  {printable(entry.problem) or 'intact'}")
-            sys.stdout.flush()  # the next checkpoint may take minutes
-    return get_exit_code(verified, options.directory)
+    found: list[CheckpointEntry] = []
+    for entry in verified(entries):
+        found.append(entry)
+        print_line(f"{printable(entry.title):<{width}}  {printable(entry.problem) or 'intact'}")
+        sys.stdout.flush()  # the next checkpoint may take minutes
+    return get_exit_code(found, options.directory)
 
 
 def export(options: Options) -> int:
@@ -173,13 +171,17 @@ def export(options: Options) -> int:
 
 def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
     """Return the newest intact checkpoint, and report the newer ones that are not."""
-    for entry in reversed(list_checkpoints(directory, key)):
-        entry = entry.check(files=True)
+    for entry in verified(reversed(list_checkpoints(directory, key))):
         if not entry.problem:
             return entry
-        if not entry.is_gone:
-            print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
+        print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
     raise CheckpointError(f"{directory} contains no intact checkpoint.")
+
+
+def verified(entries: Iterable[CheckpointEntry]) -> Iterator[CheckpointEntry]:
+    """Check every file of each checkpoint, and leave out those that have been removed since they were listed."""
+    checked = (entry.check(files=True) for entry in entries)
+    return (entry for entry in checked if not entry.is_gone)
 
 
 def get_exit_code(entries: Sequence[CheckpointEntry], directory: str) -> int:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -67,6 +67,16 @@ def value_text(value: object) -> str:
     text = repr(value)
     is_short = len(text) <= _VALUE_WIDTH and "\n" not in text and not text.startswith("<")
     return text if is_short else f"{type(value).__name__}(...)"
+
+
+def list_some(names: Sequence[str], most: int = 3) -> str:
+    """List the first names, and the number of the others.
+
+    Example:
+        >>> list_some(["a", "b", "c"]), list_some(["a", "b", "c"], most=2)
+        ('a, b, c', 'a, b and 1 more')
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

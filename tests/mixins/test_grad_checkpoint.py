@@ -233,7 +233,7 @@ def test_a_module_with_two_names_is_selected_once() -> None:
     [
         (
             "block.*",
-            r"has the name 'block\.\*'\. Did you mean `blocks\.\d`\? There are: first, last, .*, \.\.\.",
+            r"has the name 'block\.\*'\. Did you mean `blocks\.\d`\? There are: first, last, .* and \d+ more\.",
         ),
         ("blocks", r"has the name 'blocks'. Did you mean"),
         (nn.Conv2d, r"Network calls no submodule that is a Conv2d. There are: BatchNorm1d, Block, Dropout, Linear"),

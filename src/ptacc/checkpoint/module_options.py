@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ptacc.core.hooks import TrainerCore
-from ptacc.model.option_modules import find_option_modules, is_metric
+from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -18,15 +18,16 @@ from ptacc.model.state_dict import (
     non_persistent_buffers,
 )
 from ptacc.serialization.safetensors_file import is_storable
-from ptacc.types.protocols import StateDict
+from ptacc.types.protocols import MetricLike, StateDict
 
 
 def module_options(trainer: TrainerCore) -> dict[str, nn.Module]:
     """Return the modules among a trainer's options by their places, without the model and without metrics."""
     models = (trainer.model, trainer.unwrapped_model)
-    modules = find_option_modules(trainer).items()
     return {
-        place: part for place, part in modules if not any(part is model for model in models) and not is_metric(part)
+        place: module
+        for place, module in find_option_modules(trainer).items()
+        if not any(module is model for model in models) and not isinstance(module, MetricLike)
     }
 
 

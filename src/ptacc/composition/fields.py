@@ -16,11 +16,11 @@ from typing_extensions import Format, get_annotations
 
 from ptacc.composition.misnamed import find_near_miss
 from ptacc.errors import CompositionError
+from ptacc.types.protocols import MetricLike
 from ptacc.validation import value_text
 
 _CLASS_VARIABLE = re.compile(r"\s*(?:\w+\s*\.\s*)*ClassVar\s*(?:\[(?P<type>.*)\]\s*)?", re.DOTALL)
 _INIT_VARIABLE = re.compile(r"\s*(?:\w+\s*\.\s*)*InitVar\b")
-_METRIC_METHODS = ("update", "compute", "reset")
 
 
 def own_annotations(cls: type) -> dict[str, Any]:
@@ -205,8 +205,7 @@ def _check_default(cls: type, name: str, default: object) -> None:
     value = default.default if isinstance(default, Field) else default
     if value is MISSING or isinstance(value, type):
         return
-    is_metric = all(callable(getattr(value, method, None)) for method in _METRIC_METHODS)
-    if isinstance(value, nn.Module) or is_metric or type(value).__hash__ is None:
+    if isinstance(value, nn.Module | MetricLike) or type(value).__hash__ is None:
         new_value = f"{type(value).__name__}(...)"
         raise CompositionError(
             f"{cls.__name__}.{name} = {new_value}: every trainer would share this object. "

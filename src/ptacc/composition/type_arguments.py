@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from typing_extensions import TypeVar, is_typeddict
+from typing_extensions import TypeVar, get_original_bases, is_typeddict
 
 from ptacc.composition.fields import type_text
 from ptacc.composition.roles import get_role
@@ -81,7 +81,7 @@ def _bases_with_arguments(cls: type, arguments: tuple[Any, ...]) -> Iterator[tup
     """Yield each base of `cls`, its type arguments, and the class that lists it as a base; once for each path to it."""
     parameters: tuple[Any, ...] = getattr(cls, "__parameters__", ())
     bound = dict(zip(parameters, arguments, strict=False))
-    for base in cls.__dict__.get("__orig_bases__", cls.__bases__):
+    for base in get_original_bases(cls):
         origin = get_origin(base) or base
         if not isinstance(origin, type) or origin is object:
             continue

@@ -147,14 +147,19 @@ def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[Acc
             )
         release_accelerator()
     if not _shared:
-        _shared.append(make_accelerator(builder))
+        _shared.append(make_accelerator(builder, settings))
     _shared[0].owners.add(owner)
     distributed = _shared[0].distributed
     return _shared[0].accelerator, distributed.with_replica_size(builder.replica_size or distributed.world_size)
 
 
-def make_accelerator(builder: AcceleratorBuilder) -> _SharedAccelerator:
-    """Create an accelerator, and the process group of the launch unless it exists."""
+def make_accelerator(builder: AcceleratorBuilder, settings: dict[str, Any]) -> _SharedAccelerator:
+    """Create an accelerator, and the process group of the launch unless it exists.
+
+    Args:
+        builder: The settings as given.
+        settings: Their `effective_settings`.
+    """
     plugin = GradientAccumulationPlugin(num_steps=1)  # the launch's own number would make Accelerate scale the loss
     if not is_initialized():
         _connections_before_init[os.getpid()] = open_connections()
@@ -166,10 +171,7 @@ def make_accelerator(builder: AcceleratorBuilder) -> _SharedAccelerator:
         release_accelerator()  # the next trainer must not use an invalid accelerator
         raise
     other_connections = _connections_before_init.get(os.getpid(), frozenset())
-    distributed, settings = (
-        DistributedRuntime.from_process_group(other_connections),
-        effective_settings(builder.settings),
-    )
+    distributed = DistributedRuntime.from_process_group(other_connections)
     return _SharedAccelerator(accelerator, distributed, builder.settings, settings)
 
 

@@ -87,7 +87,7 @@ class DistributedRuntime(Distributed):
     _failures: FailureMonitor | None = None
 
     @classmethod
-    def from_process_group(cls, other_connections: frozenset[tuple[int, int]] = frozenset()) -> DistributedRuntime:
+    def from_process_group(cls, other_connections: frozenset[tuple[int, int]]) -> DistributedRuntime:
         """Return the ranks of the initialised process group. A collective.
 
         Args:

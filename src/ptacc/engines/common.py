@@ -1,8 +1,6 @@
-"""What engines share: equal buffers on all ranks, and what was changed in models and optimizers."""
+"""What engines share: equal buffers on all ranks, and the restoration of a model that a library has changed."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -37,24 +35,36 @@ def remove_hooks(module: nn.Module, packages: tuple[str, ...]) -> None:
             table.pop(key, None)
 
 
-class AddedAttributes:
-    """The attributes that a library adds to modules and parameters, so that they can be removed again."""
+class OriginalModel:
+    """A user's model as it was before a library changed it, to undo all that the library changed besides the weights.
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        """Record which attributes `objects` have before the library gets them."""
-        self._original = {owner: frozenset(vars(owner)) for owner in objects}
-        self._added: dict[object, frozenset[str]] = {}
+    Args:
+        model: The model, not changed yet.
+        packages: Those whose hooks are removed again.
+        prefixes: Of the attributes that the library adds as late as in the first forward pass.
+    """
 
-    def record(self) -> None:
-        """Take the attributes added so far as the library's. Those added later are the user's."""
-        self._added = {owner: frozenset(vars(owner)) - names for owner, names in self._original.items()}
+    def __init__(self, model: nn.Module, packages: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
+        self._model, self._packages, self._prefixes = model, packages, prefixes
+        self.devices = {parameter: parameter.device for parameter in model.parameters()}
+        self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
+        self._attributes = {owner: frozenset(vars(owner)) for owner in (*model.modules(), *self.devices)}
+        self._added = dict.fromkeys(self._attributes, frozenset[str]())
 
-    def remove(self, owner: object, prefixes: tuple[str, ...] = ()) -> None:
-        """Remove the library's attributes from an object, and later ones that start with a prefix."""
-        names = vars(owner)
-        lazy = {name for name in names if name.startswith(prefixes)} - self._original[owner]
-        for name in self._added.get(owner, frozenset()) | lazy:
-            names.pop(name, None)
+    def record_added_attributes(self) -> None:
+        """Take the attributes added so far as the library's. Later ones are the user's, save for the prefixes."""
+        self._added = {owner: frozenset(vars(owner)) - names for owner, names in self._attributes.items()}
+
+    def restore(self) -> None:
+        """Remove attributes and hooks of the library, and move buffers back to their devices."""
+        for owner, names in self._attributes.items():
+            late = {name for name in vars(owner) if name.startswith(self._prefixes)} - names
+            for name in self._added[owner] | late:
+                vars(owner).pop(name, None)
+        for module in self._model.modules():
+            remove_hooks(module, self._packages)
+        for name, buffer in self._model.named_buffers():
+            buffer.data = buffer.data.to(self._buffer_devices[name])
 
 
 def has_own_zero_grad(optimizer: Optimizer) -> bool:

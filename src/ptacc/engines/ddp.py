@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import Engine, EngineState, OptimizerSlot
 from ptacc.engines.common import broadcast_buffers, has_own_zero_grad
-from ptacc.engines.reduction import GradientComparison, check_still_frozen, frozen_parameters
+from ptacc.engines.reduction import ReductionCheck
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import find_ddp_module
 from ptacc.types.protocols import AcceleratorProtocol
@@ -49,8 +50,7 @@ class TorchEngine(Engine):
         self._model = accelerator.prepare_model(model, evaluation_mode=not is_replicated)
         self._ddp = find_ddp_module(self._model)
         self._slots = tuple(slots)
-        self._comparison = None if self._ddp is None else GradientComparison(model, self._slots)
-        self._frozen = () if self._ddp is None else frozen_parameters(slots)
+        self._reduction = None if self._ddp is None else ReductionCheck(model, self._slots, self._ddp)
         self._scaler = scaler or copy.deepcopy(accelerator.scaler)  # each run starts with the same scale
 
     @property
@@ -76,24 +76,19 @@ class TorchEngine(Engine):
     @override
     def unscale_gradients(self) -> None:
         """Divide the gradients by the scaler's factor, after checks that they were averaged over the ranks."""
-        check_still_frozen(self._unwrapped_model, self._frozen)
-        if self._ddp is not None and self._comparison is not None:
-            # DDP itself checks for unused parameters in its next forward pass only: after the update.
-            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]  # noqa: SLF001
-            self._comparison.check()
+        if self._reduction is not None:
+            self._reduction.check()
         if self._scaler is not None:
             for slot in self._slots:
                 self._scaler.unscale_(slot.optimizer)
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        norms = [clip_grad_norm_(slot.parameters, max_norm) for slot in self._slots]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return clip_grad_norm_(self._parameters(), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
-        for slot in self._slots:
-            clip_grad_value_(slot.parameters, max_value)
+        clip_grad_value_(self._parameters(), max_value)
 
     @override
     def update(self) -> bool:
@@ -133,6 +128,9 @@ class TorchEngine(Engine):
                 load_optimizer_state(slot.optimizer, state.optimizers[slot.name])
         if self._scaler is not None and "scaler" in state.shared:
             self._scaler.load_state_dict(state.shared["scaler"])
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for slot in self._slots for parameter in slot.parameters]
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

@@ -51,11 +51,9 @@ def shard_units(
 
 def clone_views(_: nn.Module, __: object, outputs: Any) -> Any:
     """Clone outputs of a unit that are views: FSDP2's backward hook on a view is lost if it is modified in place."""
-    if not torch.is_grad_enabled():
-        return outputs
-    return map_tensors(lambda tensor: tensor.clone() if is_view(tensor) else tensor, outputs)
 
+    def clone(tensor: Tensor) -> Tensor:
+        is_view = tensor._base is not None  # noqa: SLF001  # torch has no public property for it
+        return tensor.clone() if is_view and tensor.requires_grad else tensor
 
-def is_view(tensor: Tensor) -> bool:
-    """Return whether a tensor that requires a gradient is a view of another."""
-    return tensor.requires_grad and tensor._base is not None  # noqa: SLF001  # torch has no public property for it
+    return map_tensors(clone, outputs) if torch.is_grad_enabled() else outputs

@@ -2,66 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import ModelError
+from ptacc.validation import list_some
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer types by their size in bytes."""
 
 
-def frozen_parameters(slots: Iterable[OptimizerSlot]) -> tuple[Parameter, ...]:
-    """Return the parameters of optimizers that require no gradient now."""
-    return tuple(parameter for slot in slots for parameter in slot.parameters if not parameter.requires_grad)
+class ReductionCheck:
+    """Raises `ModelError`, before the update, for parameters whose gradients the engine does not average.
 
+    A parameter must not require a gradient if it did not when the engine wrapped the model. With DDP, the gradients of
+    all ranks are compared in the windows 1, 4, 16, 64, ... of a run: averaged gradients are equal to the bit, since
+    each entry is computed once and sent to all ranks. Other gradients are of the rank's own batches.
 
-def check_still_frozen(model: nn.Module, frozen: Collection[Parameter]) -> None:
-    """Raise `ModelError` if a parameter requires a gradient that was frozen when the engine wrapped the model."""
-    if any(parameter.requires_grad for parameter in frozen):
-        unfrozen = [parameter for parameter in frozen if parameter.requires_grad]
-        raise ModelError(
-            f"{join_names(model, unfrozen)} required no gradient when the run began, and requires one now. The engine "
-            "would not average its gradient over the processes. Set requires_grad before train(): to train more "
-            "parameters from some epoch on, end the run there and call train() again."
-        )
-
-
-class GradientComparison:
-    """Compares the gradients of all ranks in the windows 1, 4, 16, 64, ... of a run.
-
-    Averaged gradients are equal to the bit, since each entry is computed once and sent to all ranks. Other gradients
-    are of the rank's own batches. Other windows cost nothing.
+    Args:
+        model: The user's model.
+        slots: The optimizers.
+        ddp: The DDP wrapper; None if the engine averages gradients itself.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
-        self._model, self._slots = model, slots
+    def __init__(
+        self, model: nn.Module, slots: Sequence[OptimizerSlot], ddp: DistributedDataParallel | None = None
+    ) -> None:
+        self._model, self._slots, self._ddp = model, slots, ddp
+        self._frozen = [parameter for parameter in self._parameters() if not parameter.requires_grad]
         self._windows, self._next = 0, 1
 
     def check(self) -> None:
-        """Count a window, and compare if it is due. A collective, which then reads from the device.
+        """Check the gradients of a window. If a comparison is due, a collective that reads from the device.
 
         Raises:
-            ModelError: The gradient of a parameter differs. Raised on all ranks.
+            ModelError: A parameter was unfrozen, or its gradients differ. For the latter, raised on all ranks.
         """
+        if unfrozen := [parameter for parameter in self._frozen if parameter.requires_grad]:
+            raise ModelError(
+                f"{join_names(self._model, unfrozen)} required no gradient when the run began, and requires one now. "
+                "The engine would not average its gradient over the processes. Set requires_grad before train(): to "
+                "train more parameters from some epoch on, end the run there and call train() again."
+            )
+        if self._ddp is None:
+            return
+        # DDP itself checks for unused parameters in its next forward pass only: after the update.
+        self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]  # noqa: SLF001
         self._windows += 1
         if self._windows < self._next:
             return
         self._next *= 4
-        groups = [group for slot in self._slots for group in slot.optimizer.param_groups]
-        parameters: list[Parameter] = [parameter for group in groups for parameter in group["params"]]
-        if different := find_differences(parameters):
+        if different := find_differences(self._parameters()):
             raise ModelError(
                 f"The processes have different gradients of {join_names(self._model, different)}, so that they would "
                 "train different weights. DDP averages the gradients of the first backward pass after a call of "
                 "self.model(...). Call self.model in train_step, not unwrapped_model, and do not compute gradients "
                 "a second time for the same batch."
             )
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for slot in self._slots for parameter in slot.parameters]
 
 
 def find_differences(parameters: Sequence[Parameter]) -> list[Parameter]:
@@ -88,5 +94,4 @@ def sum_bits(gradient: Tensor | None, device: torch.device) -> Tensor:
 def join_names(model: nn.Module, parameters: Sequence[Parameter]) -> str:
     """Return the names of the first parameters of a list, for an error message."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    listed = ", ".join(names.get(parameter, "a parameter outside of the model") for parameter in parameters[:3])
-    return f"{listed} and {len(parameters) - 3} more" if len(parameters) > 3 else listed
+    return list_some([names.get(parameter, "a parameter outside of the model") for parameter in parameters])

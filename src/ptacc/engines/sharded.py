@@ -24,16 +24,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import AddedAttributes, broadcast_buffers, remove_hooks
+from ptacc.engines.common import OriginalModel, broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
 
-HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines.fsdp")
+HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines")
 """The packages whose hooks a sharded model has."""
 
 
@@ -84,8 +83,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        norms = [clip_sharded_norm(slot.parameters, max_norm) for slot in self._slots]
-        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        return clip_sharded_norm(self._parameters(), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
@@ -123,22 +121,20 @@ class ShardedModel:
         broadcast_model(model, device)
         self._model = model
         self._classes = {module: type(module) for module in model.modules()}  # FSDP2 changes them to subclasses
-        self._attributes = AddedAttributes(model.modules())
+        self._original = OriginalModel(model, HOOK_PACKAGES)
         self._owners = [
             (module, name, parameter)
             for module in model.modules()
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         ]
-        self._devices = {parameter: parameter.device for parameter in model.parameters()}
-        self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
         shard(model)
-        self._attributes.record()
-        remaining = {id(parameter) for parameter in model.parameters()}
-        for parameter in self._devices:
-            if id(parameter) not in remaining:
+        self._original.record_added_attributes()
+        remaining = set(model.parameters())
+        for parameter in self._original.devices:
+            if parameter not in remaining:
                 parameter.data = parameter.data.new_empty(0)
         # FSDP2 leaves the root unsharded after a forward pass, for a backward pass that evaluations do not make.
-        self._reshard_hook = model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
+        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
 
     def reshard(self) -> None:
         """Free the gathered parameters of all FSDP2 units."""
@@ -150,21 +146,17 @@ class ShardedModel:
     def release(self) -> None:
         """Gather the model into the user's own parameters, on their original devices. A collective."""
         self.reshard()
-        self._reshard_hook.remove()
         shards = {original: getattr(module, name) for module, name, original in self._owners}
         for original, shard in shards.items():
-            original.data = full_tensor(shard.detach()).to(self._devices[original])
+            original.data = full_tensor(shard.detach()).to(self._original.devices[original])
             original.requires_grad_(shard.requires_grad)
             original.grad = None
         for module, original_class in self._classes.items():
             module.__class__ = original_class
             _module_state_mapping.pop(module, None)
-            self._attributes.remove(module)
-            remove_hooks(module, HOOK_PACKAGES)
+        self._original.restore()
         for module, name, original in self._owners:
             setattr(module, name, original)
-        for name, buffer in self._model.named_buffers():
-            buffer.data = buffer.data.to(self._buffer_devices[name])
 
 
 @torch.no_grad()
@@ -181,32 +173,29 @@ def broadcast_model(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
-    """Surround a change of the model's parameters: the optimizers then hold the new ones of the same names."""
-    with contextlib.ExitStack() as stack:
-        for slot in slots:
-            stack.enter_context(rebinding(model, slot.optimizer))
-        yield
+    """Surround a change of the model's parameters: the optimizers then hold the new ones of the same names.
 
-
-@contextlib.contextmanager
-def rebinding(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Rebind one optimizer. Its parameters are released for the block, so that their memory can be freed."""
+    The parameters are released for the block, so that their memory can be freed.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    states = {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    states = [{names[p]: dict(state) for p, state in slot.optimizer.state.items()} for slot in slots]
+    groups = [group for slot in slots for group in slot.optimizer.param_groups]
+    names_by_group = [[names[parameter] for parameter in group["params"]] for group in groups]
     del names  # it refers to the parameters
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
+    for slot in slots:
+        slot.optimizer.state.clear()
+    for group in groups:
         group["params"] = []
     try:
         yield
     finally:
         parameters = dict(model.named_parameters())
-        for group, its_names in zip(optimizer.param_groups, group_names, strict=True):
+        for group, its_names in zip(groups, names_by_group, strict=True):
             group["params"] = [parameters[name] for name in its_names]
-        for name, state in states.items():
-            parameter = parameters[name]
-            optimizer.state[parameter] = {key: match_placement(parameter, value) for key, value in state.items()}
+        for slot, by_name in zip(slots, states, strict=True):
+            for name, state in by_name.items():
+                placed = {key: match_placement(parameters[name], value) for key, value in state.items()}
+                slot.optimizer.state[parameters[name]] = placed
 
 
 # ---- gradient norms

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from ptacc.errors import ModelError
-from ptacc.model.selection import describe_no_match, is_match
+from ptacc.model.selection import find_matches
 from ptacc.types.protocols import ParallelStyleLike
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
@@ -48,10 +48,7 @@ def resolve_layers(
     submodules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     layers: dict[str, tuple[nn.Module, SplitName | ParallelStyleLike]] = {}
     for pattern, split in plan.items():
-        matches = {name: module for name, module in submodules.items() if is_match(pattern, name, module)}
-        if not matches:
-            raise ModelError(f"{option}: {describe_no_match(pattern, model, submodules)}")
-        for name, module in matches.items():
+        for name, module in find_matches(pattern, model, submodules, option).items():
             if isinstance(split, str):
                 check_can_be_split(module, split, size, f"{option}: {name}")
             layers[name] = (module, split)

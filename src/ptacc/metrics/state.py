@@ -28,10 +28,9 @@ import torch
 from torch import nn
 
 from ptacc.errors import CheckpointError
-from ptacc.model.option_modules import is_metric
 from ptacc.serialization.json_codec import encode
 from ptacc.tensors.structures import as_bytes, children, map_tensors
-from ptacc.types.protocols import StateDict, Stateful
+from ptacc.types.protocols import MetricLike, StateDict, Stateful
 from ptacc.validation import value_text
 
 EXTRA: Final = "_extra_state"
@@ -77,31 +76,25 @@ class MetricStates:
         Raises:
             CheckpointError: A state is that of another metric, or of one with other arguments.
         """
-        self._check(state_dict)
+        if problem := self.difference(state_dict):
+            raise CheckpointError(problem)
         for path, metric in iterate_metrics(self._metrics):
             load_metric_state(metric, deepcopy(state_dict[path]["values"]))
         share_group_states(self._metrics)
 
     def difference(self, state_dict: StateDict) -> str:
         """Describe why these metrics cannot continue with a state, empty if they can."""
-        try:
-            self._check(state_dict)
-        except CheckpointError as error:
-            return str(error)
-        return ""
-
-    def _check(self, state_dict: StateDict) -> None:
         metrics = dict(iterate_metrics(self._metrics))
         if metrics.keys() != state_dict.keys():
-            raise CheckpointError(f"The state has the metrics {[*state_dict]}, and the run {[*metrics]}. {REMEDY}")
-        for path, metric in metrics.items():
-            check_metric_state(metric, state_dict[path])
+            return f"The state has the metrics {[*state_dict]}, and the run {[*metrics]}. {REMEDY}"
+        differences = (describe_difference(metric, state_dict[path]) for path, metric in metrics.items())
+        return next(filter(None, differences), "")
 
 
 def iterate_metrics(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Iterate over metrics, the metrics in them, and modules with buffers in them, each with its path."""
     for name, metric in metrics.items():
-        if is_metric(metric) or getattr(metric, "_buffers", None):
+        if isinstance(metric, MetricLike) or getattr(metric, "_buffers", None):
             yield f"{prefix}{name}", metric
         if isinstance(metric, nn.Module):  # `named_modules()` would hash the states of metrics
             yield from iterate_metrics(metric._modules, f"{prefix}{name}.")  # noqa: SLF001
@@ -138,7 +131,7 @@ def list_attributes(metric: nn.Module) -> dict[str, Any]:
     """Return the attributes of a metric that can be part of its state; of a network, the buffers."""
     from torchmetrics import Metric
 
-    own, common = vars(metric) if is_metric(metric) else {}, frozenset(vars(nn.Module()))
+    own, common = vars(metric) if isinstance(metric, MetricLike) else {}, frozenset(vars(nn.Module()))
     if isinstance(metric, Metric):
         common = list_common_attributes()
         if metric._is_synced:  # noqa: SLF001  # the states of this rank are in the cache
@@ -172,7 +165,7 @@ def _is_storable(value: object) -> bool:
 
 def is_constant(value: object) -> bool:
     """Whether an object that cannot be stored comes with the metric, and `update()` does not change it."""
-    if is_metric(value):
+    if isinstance(value, MetricLike) and not isinstance(value, type):
         return False
     parts = [part for _, part in children(value)]
     is_known = (
@@ -212,28 +205,29 @@ def metric_state(metric: object, initial_arguments: Mapping[str, object]) -> Sta
     return {"type": kind, "values": values | changed, "arguments": unchanged}
 
 
-def check_metric_state(metric: object, state: Any) -> None:
-    """Raise `CheckpointError` unless a state is that of such a metric."""
+def describe_difference(metric: object, state: Any) -> str:
+    """Describe why a metric cannot continue with a state, empty if it can."""
     kind, (values, arguments, _) = type(metric).__qualname__, group_attributes(metric)
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in ("values", "arguments")):
-        raise CheckpointError(f"The state of the {kind} is invalid: it needs values and arguments, two dictionaries.")
+        return f"The state of the {kind} is invalid: it needs values and arguments, two dictionaries."
     if state.get("type") != kind:
-        raise CheckpointError(f"The metric is a {kind}, and the state is that of a {state.get('type')}. {REMEDY}")
+        return f"The metric is a {kind}, and the state is that of a {state.get('type')}. {REMEDY}"
     for name in sorted(arguments.keys() & state["arguments"].keys()):
         now, saved = arguments[name], state["arguments"][name]
         if not is_same(now, saved):
-            raise CheckpointError(
+            return (
                 f"{kind}: the state is that of one with {name}={value_text(saved)}, and this one has "
                 f"{name}={value_text(now)}. {REMEDY}"
             )
     if missing := sorted(values.keys() - state["values"].keys()):
-        raise CheckpointError(f"{kind}: the state lacks {', '.join(missing)}. {REMEDY}")
+        return f"{kind}: the state lacks {', '.join(missing)}. {REMEDY}"
     if isinstance(metric, nn.Module):
         for name in state["values"].keys() - values.keys() - arguments.keys():
             # `update()` may set new attributes, and no attribute of another kind is replaced.
             is_new = str(name).isidentifier() and name not in vars(metric)
             if not (is_new and _is_storable(getattr(metric, name, None))):
-                raise CheckpointError(f"{kind}: the state has the value {name}, and this one cannot have it. {REMEDY}")
+                return f"{kind}: the state has the value {name}, and this one cannot have it. {REMEDY}"
+    return ""
 
 
 def load_metric_state(metric: object, values: StateDict) -> None:

@@ -71,11 +71,9 @@ class AveragedWeights:
             lerp_finite(averages, tensors, weight)
         self.updates += 1
 
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Set the model's tensors to their averages."""
-        for tensor, average in self._pairs(model):
-            tensor.copy_(average)
+        copy_into(self._pairs(model))
 
     @torch.no_grad()
     def copy_from(self, model: nn.Module) -> None:
@@ -154,9 +152,9 @@ class AveragedWeights:
         self._averages[name] = average
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Return the model's tensors that have an average of their shape, each with it."""
-        found = ((tensor, self._averages.get(name)) for name, tensor in averageable_tensors(model))
-        return [(tensor, avg) for tensor, avg in found if avg is not None and avg.shape == tensor.shape]
+        """Return the model's tensors that have an average, each with it."""
+        averages = self._averages
+        return [(tensor, averages[name]) for name, tensor in averageable_tensors(model) if name in averages]
 
 
 def holds_averages(state: object) -> bool:
@@ -183,7 +181,7 @@ def parameter_versions(model: nn.Module) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def copy_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, unless the shape of the first has changed."""
+    """Copy each second tensor into the first, unless their shapes differ."""
     for tensor, value in pairs:
         if tensor.shape == value.shape:
             tensor.copy_(value)

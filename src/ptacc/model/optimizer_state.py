@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
 from ptacc.model.state_dict import canonical_name
+from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import StateDict
+from ptacc.validation import list_some
 
 NAMES = "parameter_names"
 """The names of the parameters of each group, in the saved state of an optimizer."""
@@ -25,7 +28,7 @@ def save_settings(optimizer: Optimizer) -> Callable[[], None]:
     added keeps its settings.
     """
     saved = [
-        {name: _save_value(value) for name, value in group.items() if name != "params"}
+        {name: (value, _copy_value(value)) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
 
@@ -34,33 +37,29 @@ def save_settings(optimizer: Optimizer) -> Callable[[], None]:
         for group, settings in zip(optimizer.param_groups, saved, strict=False):
             for name in group.keys() - settings.keys() - {"params"}:
                 del group[name]  # such as `initial_lr`, which the next scheduler would start from
-            group.update({name: get_value() for name, get_value in settings.items()})
+            for name, (value, copied) in settings.items():
+                _restore_value(value, copied)
+                group[name] = value
 
     return restore
 
 
-def _save_value(value: object) -> Callable[[], object]:
-    """Save a setting, and return a function that returns the same object with the value that it has now."""
+def _copy_value(value: object) -> Any:
+    """Copy what may be changed in place: tensors, lists, and those within tuples."""
+    changeable = isinstance(value, Tensor | list | tuple)
+    return map_tensors(lambda tensor: tensor.detach().clone(), value) if changeable else value
+
+
+@torch.no_grad()
+def _restore_value(value: object, copied: Any) -> None:
+    """Restore the tensors and lists of a setting in place from their copies."""
     if isinstance(value, Tensor):
-        copy = value.detach().clone()
-
-        def restore_tensor() -> object:
-            with torch.no_grad():
-                return value.copy_(copy)
-
-        return restore_tensor
-    if type(value) is tuple:
-        parts = tuple(map(_save_value, value))
-        return lambda: tuple(get_part() for get_part in parts)
-    if isinstance(value, list):
-        items = list(map(_save_value, value))
-
-        def restore_list() -> object:
-            value[:] = [get_item() for get_item in items]
-            return value
-
-        return restore_list
-    return lambda: value
+        value.copy_(copied)
+    elif isinstance(value, list):
+        value[:] = copied
+    elif isinstance(value, tuple):
+        for part, copied_part in zip(value, copied, strict=True):
+            _restore_value(part, copied_part)
 
 
 # ---- parameters by name
@@ -101,9 +100,9 @@ def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -
         contents = {frozenset(names) for names in other}
         for index, names in enumerate(groups):
             if frozenset(names) not in contents:
-                listed = ", ".join(names[:3]) + (f", ... ({len(names)} parameters)" if len(names) > 3 else "")
                 rest = "checkpoint's optimizer" if owner == "optimizer" else "optimizer"
-                yield f"group {index} of the {owner} holds {listed}, and no group of the {rest} holds just these"
+                held = f"group {index} of the {owner} holds {list_some(names)}"
+                yield f"{held}, and no group of the {rest} holds just these"
 
 
 def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:

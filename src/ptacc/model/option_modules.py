@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ptacc.tensors.structures import children
 
 HOST = torch.device("cpu")
 
@@ -47,23 +49,9 @@ def iterate_modules(place: str, value: object, seen: set[int]) -> Iterator[tuple
 
 def list_parts(value: object) -> Iterable[tuple[object, object]]:
     """Return the values in a container by name or number, and what a partial or a bound method calls."""
-    if isinstance(value, tuple | list):
-        return enumerate(value)
-    if isinstance(value, Mapping):
-        return value.items()
     if isinstance(value, partial):
         return {"func": value.func, "args": value.args, **value.keywords}.items()
-    if isinstance(value, MethodType):
-        return {"self": value.__self__}.items()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    return ()
-
-
-def is_metric(value: object) -> bool:
-    """Return whether a value has the methods of a metric."""
-    methods = ("update", "compute", "reset")
-    return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
+    return [("self", value.__self__)] if isinstance(value, MethodType) else children(value)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Temporary replacement of modules' `forward`."""
+"""Temporary replacement of methods, such as modules' `forward`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ class Patch:
 
 
 @contextlib.contextmanager
+def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of an object for the block, then restore the object's attributes."""
+    original, attributes = getattr(owner, name), vars(owner)
+    own = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = Patch(original, replacement)
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(own)
+
+
+@contextlib.contextmanager
 def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Iterator[None]:
     """Patch the forwards of modules for the block, then restore their attributes.
 
@@ -44,16 +57,9 @@ def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forwa
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
-            attributes = {name: value for name, value in vars(module).items() if name == "forward"}
-            stack.callback(_restore, module, attributes)
-            vars(module)["forward"] = Patch(module.forward, patch(module, module.forward))
+            stack.enter_context(patched(module, "forward", patch(module, module.forward)))
         yield
 
 
-def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    vars(module).pop("forward", None)
-    vars(module).update(attributes)
-
-
-def _identity(forward: Forward) -> Forward:
-    return forward
+def _identity(function: Forward) -> Forward:
+    return function

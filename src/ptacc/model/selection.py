@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
 
 from ptacc.errors import ModelError, OptionError
-from ptacc.validation import did_you_mean, value_text
+from ptacc.validation import did_you_mean, list_some, value_text
 
 ModuleSelector: TypeAlias = type[nn.Module] | str
 """A class of submodules, or their names as in `named_modules()`, in which `*` stands for any characters."""
-SHOWN = 10
-"""The most names that an error message lists."""
 
 
 def check_selectors(owner: str, option: str, selectors: object) -> None:
@@ -52,17 +50,32 @@ def select_submodules(model: nn.Module, selectors: Sequence[ModuleSelector], opt
     }
     selected: set[str] = set()
     for selector in selectors:
-        matches = {name for name, module in submodules.items() if is_match(selector, name, module)}
-        if not matches:
-            raise ModelError(f"{option}: {describe_no_match(selector, model, submodules)}")
-        selected |= matches
+        selected |= find_matches(selector, model, submodules, option).keys()
     outermost = (name for name in submodules if name in selected and selected.isdisjoint(list_parents(name)))
     return list(dict.fromkeys(submodules[name] for name in outermost))  # a module may have several names
 
 
-def is_match(selector: ModuleSelector, name: str, module: nn.Module) -> bool:
-    """Return whether a selector matches a submodule."""
-    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
+def find_matches(
+    selector: ModuleSelector, model: nn.Module, submodules: Mapping[str, nn.Module], option: str
+) -> dict[str, nn.Module]:
+    """Return those of a model's submodules by name that match a selector.
+
+    Raises:
+        ModelError: None of them does. The message has a suggestion, and the known names or classes.
+    """
+    if isinstance(selector, str):
+        matches = {name: module for name, module in submodules.items() if fnmatchcase(name, selector)}
+        need, sought, known = f"has the name {selector!r}", selector, list(submodules)
+    else:
+        matches = {name: module for name, module in submodules.items() if isinstance(module, selector)}
+        need, sought = f"is a {selector.__name__}", selector.__name__
+        known = sorted({type(module).__name__ for module in submodules.values()})
+    if not matches:
+        raise ModelError(
+            f"{option}: {type(model).__name__} calls no submodule that {need}. {did_you_mean(sought, known)}"
+            f"There are: {list_some(known, most=10) or 'none at all'}."
+        )
+    return matches
 
 
 def list_parents(name: str) -> list[str]:
@@ -74,17 +87,3 @@ def list_parents(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def describe_no_match(selector: ModuleSelector, model: nn.Module, submodules: dict[str, nn.Module]) -> str:
-    """Return an error message for a selector without a match: a suggestion, and the known names or classes."""
-    if isinstance(selector, str):
-        need, sought, known = f"has the name {selector!r}", selector, list(submodules)
-    else:
-        need, sought = f"is a {selector.__name__}", selector.__name__
-        known = sorted({type(module).__name__ for module in submodules.values()})
-    shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
-    return (
-        f"{type(model).__name__} calls no submodule that {need}. {did_you_mean(sought, known)}"
-        f"There are: {shown or 'none at all'}."
-    )

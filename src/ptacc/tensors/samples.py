@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -10,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ptacc.errors import DataError
-from ptacc.tensors.structures import leading_dimension
+from ptacc.tensors.structures import leading_dimension, open_container
 
 
 class SampleSplitter:
@@ -47,7 +46,7 @@ class SampleSplitter:
             return outputs
         if type(outputs) is tuple and not self._has_parts(outputs, count, path):
             return list(outputs)
-        if (opened := open_container(outputs)) is None:
+        if isinstance(outputs, list) or (opened := open_outputs(outputs)) is None:
             self._refuse(outputs, count, path)
         parts, rebuild = opened
         columns = {
@@ -91,26 +90,11 @@ def is_splittable(outputs: object, count: int) -> bool:
     return True
 
 
-def open_container(outputs: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
-    """Return the parts of a container, and a function that rebuilds it of other parts; None for other objects."""
-    if isinstance(outputs, Mapping) and outputs:
-
-        def rebuild(parts: dict[Any, Any]) -> Any:
-            if not isinstance(outputs, dict) or type(outputs) is dict:
-                return parts
-            copied = outputs.copy()  # keeps the class and its attributes, as of model outputs
-            for key, part in parts.items():
-                copied[key] = part
-            return copied
-
-        return dict(outputs), rebuild
-    if isinstance(outputs, tuple) and outputs:
-        make = type(outputs) if hasattr(outputs, "_fields") else lambda *parts: parts
-        return dict(enumerate(outputs)), lambda parts: make(*parts.values())
-    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        parts = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs) if field.init}
-        return parts, lambda parts: dataclasses.replace(outputs, **parts)
-    return None
+def open_outputs(outputs: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
+    """Return what `open_container` does, also for other mappings than dictionaries; None without parts."""
+    is_other_mapping = isinstance(outputs, Mapping) and not isinstance(outputs, dict)
+    opened = open_container(dict(outputs) if is_other_mapping else outputs)
+    return opened if opened is not None and opened[0] else None
 
 
 def count_samples(outputs: object, batch: object) -> int:
@@ -119,7 +103,7 @@ def count_samples(outputs: object, batch: object) -> int:
         return len(outputs)
     if isinstance(outputs, Tensor | np.ndarray) and outputs.ndim:
         return int(outputs.shape[0])
-    opened = None if type(outputs) is tuple else open_container(outputs)
+    opened = None if type(outputs) is tuple else open_outputs(outputs)
     for part in () if opened is None else opened[0].values():
         if isinstance(part, Tensor | np.ndarray) or type(part) is list:
             return count_samples(part, batch)

@@ -27,21 +27,37 @@ def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *arg
         return change(structure)
     if method and type(structure) not in (tuple, list, dict) and callable(getattr(type(structure), method, None)):
         return getattr(structure, method)(*args)
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(_map(change, part, method, *args) for part in structure))
-    if isinstance(structure, tuple | list):
+    if isinstance(structure, tuple | list) and not hasattr(structure, "_fields"):
         return type(structure)(_map(change, part, method, *args) for part in structure)
+    if (opened := open_container(structure)) is None:
+        return structure
+    parts, rebuild = opened
+    return rebuild({key: _map(change, part, method, *args) for key, part in parts.items()})
+
+
+def open_container(structure: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
+    """Return the parts of a dictionary, a tuple or a dataclass, and a function that rebuilds it of other parts.
+
+    None for other objects.
+    """
     if isinstance(structure, dict):
-        # A shallow copy keeps the class and its attributes, of a defaultdict or of model outputs.
-        changed = structure.copy() if type(structure) is not dict else {}
-        for key, part in structure.items():
-            changed[key] = _map(change, part, method, *args)
-        return changed
+
+        def rebuild(parts: dict[Any, Any]) -> Any:
+            if type(structure) is dict:
+                return parts
+            copied = structure.copy()  # keeps the class and its attributes, of a defaultdict or of model outputs
+            for key, part in parts.items():
+                copied[key] = part
+            return copied
+
+        return structure, rebuild
+    if isinstance(structure, tuple):
+        make = type(structure) if hasattr(structure, "_fields") else lambda *parts: parts
+        return dict(enumerate(structure)), lambda parts: make(*parts.values())
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        fields = (f.name for f in dataclasses.fields(structure) if f.init)
-        values = {name: _map(change, getattr(structure, name), method, *args) for name in fields}
-        return dataclasses.replace(structure, **values)
-    return structure
+        parts = {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure) if field.init}
+        return parts, lambda parts: dataclasses.replace(structure, **parts)
+    return None
 
 
 def to_device(batch: NestedT, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> NestedT:
@@ -68,7 +84,7 @@ def children(structure: object) -> Iterable[tuple[object, Any]]:
     if isinstance(structure, Mapping):
         return structure.items()
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        return ((field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure))
+        return ((field.name, getattr(structure, field.name, None)) for field in dataclasses.fields(structure))
     return ()
 
 

@@ -18,7 +18,7 @@ from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_cop
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset
-from ptacc.validation import check_at_least
+from ptacc.validation import check_at_least, list_some
 
 
 @overload
@@ -139,20 +139,10 @@ def describe_checks(trainer: AnyLoop, before: Mapping[str, Tensor], steps: Seque
     parameters = dict(trainer.unwrapped_model.named_parameters())
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     unchanged = [n for n in parameters if n not in frozen and torch.equal(before[n], parameters[n].cpu())]
+    listed = [list_some(names, most=5) or "none" for names in (unchanged, frozen)]
     return (
         f"Check the learning rate ({steps[0].learning_rate:g} in the first step, {steps[-1].learning_rate:g} in the "
         f"last); trainable parameters that did not change, because they get no gradient or the optimizer does not "
-        f"hold them ({abbreviate(unchanged)}); frozen ones ({abbreviate(frozen)}); and the labels: does each belong "
-        "to its input, or are they shifted by one?"
+        f"hold them ({listed[0]}); frozen ones ({listed[1]}); and the labels: does each belong to its input, or are "
+        "they shifted by one?"
     )
-
-
-def abbreviate(names: Sequence[str]) -> str:
-    """List the first five names, and the number of the others.
-
-    Example:
-        >>> abbreviate(list("abcdefg")), abbreviate([])
-        ('a, b, c, d, e and 2 more', 'none')
-    """
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more if names else "none"

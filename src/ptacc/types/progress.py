@@ -68,14 +68,8 @@ class RunPlan:
     @classmethod
     def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
         """Compute the plan of a run that ends at the first of its limits. None means no limit, or an unknown one."""
-        limits = [max_steps] if max_steps is not None else []
-        if num_epochs is not None and steps_per_epoch is not None:
-            limits.append(num_epochs * steps_per_epoch)
-        total, epoch_limit = min(limits) if limits else None, num_epochs
-        if total is not None and steps_per_epoch:
-            epochs_needed = math.ceil(total / steps_per_epoch)
-            num_epochs = epochs_needed if num_epochs is None else min(num_epochs, epochs_needed)
-        return cls(num_epochs, steps_per_epoch, total, epoch_limit, max_steps)
+        plan = cls(num_epochs, None, max_steps, epoch_limit=num_epochs, step_limit=max_steps)
+        return plan if steps_per_epoch is None else plan.revise(Progress(), steps_per_epoch, steps_per_epoch)
 
     def revise(self, progress: Progress, steps_left: int, steps_per_epoch: int) -> RunPlan:
         """Return the plan of a run with the same limits, from its present progress on.

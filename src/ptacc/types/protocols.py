@@ -209,6 +209,7 @@ class SupportsLRScheduler(Protocol):
         ...
 
 
+@runtime_checkable
 class MetricLike(Protocol):
     """A metric: any `torchmetrics.Metric`, or an object with the same three methods."""
 

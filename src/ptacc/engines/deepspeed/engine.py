@@ -25,17 +25,18 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from ptacc.engines.base import EngineState, OptimizerSlot
-from ptacc.engines.common import broadcast_buffers
+from ptacc.engines.common import OriginalModel, broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
-from ptacc.engines.deepspeed.original_model import OriginalModel
 from ptacc.engines.deepspeed.stages import STAGES, Stage3
-from ptacc.engines.reduction import frozen_parameters
+from ptacc.engines.reduction import ReductionCheck
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
 from ptacc.types.protocols import AcceleratorProtocol, StateDict
 
+LATE_ATTRIBUTES = ("ds_", "_ds_", "_z3_", "applied_pre_backward")
+"""Prefixes of the attributes that DeepSpeed adds as late as in the first forward pass."""
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -69,7 +70,9 @@ class DeepSpeedEngine(TorchEngine):
         init_distributed(accelerator.device)
         self._layout, self._optimizer, settings = layout, slot.optimizer, config.to_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
-        self._original, self._with_gradient = OriginalModel(model), set[int]()
+        self._original, self._with_gradient = OriginalModel(model, ("deepspeed",), LATE_ATTRIBUTES), set[Tensor]()
+        # ZeRO 3 replaces each module's dictionary of parameters by one that gathers them.
+        self._parameter_tables = {module: module._parameters for module in model.modules()}  # noqa: SLF001
         states = dict(slot.optimizer.state)
         self._frozen_states = {p: state for p, state in states.items() if not p.requires_grad}
         slot.optimizer.state.clear()
@@ -78,7 +81,7 @@ class DeepSpeedEngine(TorchEngine):
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
         # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
         super().__init__(accelerator, model, slots, is_replicated=False)
-        self._frozen = frozen_parameters(slots)
+        self._reduction = ReductionCheck(model, self._slots)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
         self._model = self._engine
         self._stage = STAGES[config.stage](self._engine, slot, self._groups)
@@ -86,9 +89,9 @@ class DeepSpeedEngine(TorchEngine):
         self._stage.scatter_optimizer_state(states)
         self._original.record_added_attributes()
         broadcast_buffers(model)
-        self._names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: canonical_name(name) for name, p in model.named_parameters()}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._with_gradient.add)  # type: ignore[no-untyped-call]
             for p in self._stage.trained
         ]
 
@@ -113,15 +116,12 @@ class DeepSpeedEngine(TorchEngine):
         self._with_gradient.clear()
         self._engine.backward(loss, scale_wrt_gas=False)
         if self._stage.is_partitioned and len(self._with_gradient) < len(self._stage.trained):
-            missing = [self._names.get(id(p), "?") for p in self._stage.trained if id(p) not in self._with_gradient]
+            missing = [self._names[p] for p in self._stage.trained if p not in self._with_gradient]
             raise ModelError(
                 f"The loss does not depend on {', '.join(missing)}. ZeRO reduces gradients in the order in which they "
                 "are computed, and would add gradients of different parameters if ranks use different ones. Freeze "
                 "the unused parameters, or use zero_stage=0."
             )
-
-    def _note_gradient(self, parameter: Tensor) -> None:
-        self._with_gradient.add(id(parameter))
 
     @override
     @torch.no_grad()
@@ -228,16 +228,23 @@ class DeepSpeedEngine(TorchEngine):
             load_optimizer_state(self._optimizer, own["optimizer"])
 
     def _group_names(self) -> list[list[str]]:
-        return [[self._names.get(id(parameter), "") for parameter in group] for group in self._groups]
+        return [[self._names[parameter] for parameter in group] for group in self._groups]
 
     # ---- the end
 
     @override
+    @torch.no_grad()
     def release(self) -> None:
         states = self._stage.gather_optimizer_state(self._original.devices)
         for hook in self._hooks:
             hook.remove()
-        self._original.restore(self._stage.gather_weight)
+        for parameter, device in self._original.devices.items():
+            weight = self._stage.gather_weight(parameter).detach()
+            parameter.data, parameter.grad = weight.to(device, torch.float32, copy=True), None  # see `check_model`
+        for module, own in self._parameter_tables.items():
+            own.update(vars(module)["_parameters"])
+            vars(module)["_parameters"] = own
+        self._original.restore()
         self._engine.destroy()
         # Its finalizer destroys the optimizer again. During a later run that would unlink the parameters' state.
         self._engine.optimizer = None

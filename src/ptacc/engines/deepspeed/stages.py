@@ -67,7 +67,7 @@ class Stage0:
     ) -> None:
         self.engine, self.optimizer, self.groups = engine, slot.optimizer, groups
         self.trained = [parameter for group in groups for parameter in group if parameter.requires_grad]
-        self._trained_ids = frozenset(map(id, self.trained))
+        self._trained = frozenset(self.trained)
         self.zero_optimizer: Any = engine.optimizer
         """DeepSpeed's wrapper of the optimizer. It is untyped."""
 
@@ -97,7 +97,7 @@ class Stage0:
 
     def has_master_weight(self, parameter: Parameter) -> bool:
         """Return whether forward passes use a copy of a weight, in less precision than the one that is updated."""
-        return id(parameter) in self._trained_ids and parameter.dtype != torch.float32
+        return parameter in self._trained and parameter.dtype != torch.float32
 
     # ---- the optimizer's state
 
@@ -214,7 +214,7 @@ class Stage3(Partitioned):
             start = dist.get_rank() * partition.numel()
             size = min(max(as_partitioned(parameter).ds_numel - start, 0), partition.numel())
             partition[size:].zero_()
-            if id(parameter) in self._trained_ids:
+            if parameter in self._trained:
                 safe_get_local_fp32_param(parameter)[size:].zero_()
         self.bind_optimizer()
 
@@ -239,7 +239,7 @@ class Stage3(Partitioned):
         for parameter, weight in weights.items():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(weight)
-            if id(parameter) in self._trained_ids:
+            if parameter in self._trained:
                 safe_set_local_fp32_param(parameter, slice_partition(parameter, weight.to(self.engine.device).float()))
         self.zero_optimizer.checkpoint_event_epilogue()  # gathers the small weights, which stay gathered
 
