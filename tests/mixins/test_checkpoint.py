@@ -467,6 +467,15 @@ def test_the_history_file_continues_from_the_checkpoint(tmp_path: Path) -> None:
     train(tmp_path / "run", history_file=file, resume=True, resume_ignore={"history"}, num_epochs=3)
 
 
+def test_a_resume_that_is_refused_keeps_the_history_after_its_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    train(tmp_path / "run", history_file=file, checkpoint_every=Steps(1))
+    before, older = file.read_bytes(), tmp_path / "run" / "step-00000001"
+    with pytest.raises(CheckpointError, match="seed was '5' and is '6'"):
+        train(tmp_path / "run", history_file=file, resume=older, seed=6)
+    assert file.read_bytes() == before
+
+
 # ---- loading, exporting, signing
 
 
