@@ -9,11 +9,12 @@ run, engine, random, options, train_metrics, ...                           own: 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
-from ptacc.checkpoint.differences import Comparison, find_difference, merge
+from ptacc.checkpoint.differences import Comparison, find_difference
 from ptacc.checkpoint.module_options import load_option_states, option_states
 from ptacc.checkpoint.parts import (
     BUFFERS,
@@ -26,7 +27,7 @@ from ptacc.checkpoint.parts import (
     Snapshot,
     read_full_parts,
 )
-from ptacc.checkpoint.resume import find_at
+from ptacc.checkpoint.resume import Resumption, find_at
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
@@ -35,7 +36,7 @@ from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.modes import set_modes
-from ptacc.model.optimizer_state import add_names, order_by_name
+from ptacc.model.optimizer_state import add_names, check_names, order_by_name
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -156,25 +157,25 @@ def load_into(
     with as_checkpoint_error(path):
         shared = read_full_parts(store, store.manifest(name))
     model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
-    states = [order_by_name(model, slot.optimizer, shared[slot.name]) for slot in slots]
+    for slot in slots:
+        check_names(model, slot.optimizer, shared[slot.name])
     load_weights(model, shared[MODEL])
-    for slot, state in zip(slots, states, strict=True):
-        load_optimizer_state(slot.optimizer, state)
+    for slot in slots:
+        load_optimizer_state(slot.optimizer, order_by_name(model, slot.optimizer, shared[slot.name]))
     averages = {part: AveragedWeights(model) for part, state in shared.items() if holds_averages(state)}
     for part, average in averages.items():
         average.load_state_dict(shared[part])
     return found, averages
 
 
-def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> frozenset[str]:
+def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = ()) -> frozenset[str]:
     """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
 
     What the checkpoint lacks, and what does not fit but is ignored, keeps its present state.
 
     Args:
         trainer: The trainer.
-        shared: The parts of the checkpoint that all ranks share.
-        own: The parts of this rank.
+        saved: The checkpoint.
         ignored: Patterns of the names of differences to ignore.
 
     Returns:
@@ -184,34 +185,41 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
     """
     present, present_own = (Snapshot({part.name: part.state for part in parts}) for parts in collect_parts(trainer))
-    left_out = Comparison(trainer, present, present_own, shared, own).check(ignored)
-    run, model = trainer.run, trainer.unwrapped_model
+    left_out = Comparison(trainer, present, present_own, saved).check(ignored)
+    model = trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
-    states = map_state({**shared}, partial(localize, dtensors=dtensors))
-    weights = drop_misfits(present[MODEL], states.get(MODEL, {}))
-    loaded = [slot for slot in run.engine.slots if slot.name in states and slot.name not in left_out]
-    optimizers = {slot.name: order_by_name(model, slot.optimizer, states[slot.name]) for slot in loaded}
-    if FLAGS in states:  # before the weights: a module's `train(mode)` may change them
-        load_flags(model, states[FLAGS])
-    run.engine.load_state(EngineState(weights, optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if canonical_name(name) in states.get(MODEL, {}).keys() - weights.keys():
-            for slot in loaded:
-                slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
-    load_non_persistent_buffers(model, states.get(BUFFERS, {}))
-    load_option_states(trainer, merge(states.get(OPTIONS, {}), own.get(OPTIONS, {})))
-    for parts, each_rank in ((states, False), (own, True)):
+    shared = Snapshot(map_state({**saved.shared}, partial(localize, dtensors=dtensors)))
+    saved = replace(saved, shared=shared)
+    load_flags(model, shared[FLAGS])  # before the weights: a module's `train(mode)` may change them
+    load_engine(trainer, saved, drop_misfits(present[MODEL], shared[MODEL]), left_out)
+    load_non_persistent_buffers(model, shared[BUFFERS])
+    load_option_states(trainer, saved.options)
+    for parts, each_rank in ((shared, False), (saved.own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
-            is_loaded = name not in left_out or isinstance(state, Schedule)  # which enters at the present step
-            if name in parts and is_loaded and not find_difference(state, parts[name]):
+            if name in parts and isinstance(state, Schedule):
+                state.load_state_dict(parts[name], is_same_class=name not in left_out)
+            elif name in parts and name not in left_out and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
             elif isinstance(state, AveragedWeights):
                 state.copy_from(model)  # averages start from the weights that were loaded
-    if RANDOM in own:
-        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
+    if RANDOM in saved.own:
+        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(saved.own[RANDOM])
     else:  # saved by another number of ranks
-        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
+        seed_everything(derive_seed(trainer.run.seed, trainer.run.progress.steps, trainer.distributed.replica))
     return left_out
+
+
+def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, left_out: Collection[str]) -> None:
+    """Load weights into the engine, and the states of its optimizers, except for those of parameters left out."""
+    model, engine, shared = trainer.unwrapped_model, trainer.run.engine, saved.shared
+    loaded = [slot for slot in engine.slots if slot.name in shared and slot.name not in left_out]
+    optimizers = {slot.name: order_by_name(model, slot.optimizer, shared[slot.name]) for slot in loaded}
+    engine.load_state(EngineState(weights, optimizers, shared[ENGINE], saved.own.get(ENGINE, {})))
+    misfits = shared[MODEL].keys() - weights.keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if canonical_name(name) in misfits:
+            for slot in loaded:
+                slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field
 from os import PathLike
@@ -18,7 +17,7 @@ from typing_extensions import override
 from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
 from ptacc.checkpoint.manager import CheckpointManager, OnError
-from ptacc.checkpoint.parts import RUN, Part, check_storable
+from ptacc.checkpoint.parts import Part, check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
@@ -31,7 +30,7 @@ from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import make_absolute, parse_path, resolve_links, split_path
+from ptacc.files.paths import make_absolute, parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
@@ -228,12 +227,9 @@ class CheckpointMixin(Mixin):
         self._resumption = None
         if found is None:
             return super().find_resume_state()
-        directory, name = split_path(found)
-        store = open_store(directory, self.checkpoint_key)
-        self._resumption = Resumption.read(store, name, self.distributed.rank, self.distributed.world_size)
-        return self._resumption.resume_state(
-            with_file="history" not in self.resume_ignore, with_stop="stop" not in self.resume_ignore
-        )
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        self._resumption = Resumption.read(found, self.checkpoint_key, rank, world_size)
+        return self._resumption.resume_state(self.resume_ignore)
 
     def _find(self) -> str | None:
         is_first = self._state.num_runs == 1
@@ -278,16 +274,10 @@ class CheckpointMixin(Mixin):
         is_last = self.run.is_consistent or not self.run.is_within_epoch
         if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
             saved = copy.deepcopy(saved)
-        left_out = restore(self, saved.shared, saved.own, self.resume_ignore)
+        left_out = restore(self, saved, self.resume_ignore)
         if is_last:
             self._resumption = None
-            if saved.manifest.world_size != self.distributed.world_size:
-                warnings.warn(
-                    f"The run resumes with {self.distributed.world_size} processes, and was saved with "
-                    f"{saved.manifest.world_size}: results are equal up to rounding, except for random operations.",
-                    stacklevel=2,
-                )
-            warn_of_changes(self, saved.shared[RUN]["conditions"], self.resume_ignore, left_out)
+            warn_of_changes(self, saved, self.resume_ignore, left_out)
             self._events().load(saved.path)
 
     # ---- saving
