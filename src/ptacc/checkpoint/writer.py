@@ -50,7 +50,7 @@ class Save:
     Args:
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
-        lock: The lock that this rank must still hold when the checkpoint is committed, if given.
+        lock: The lock that rank 0 must still hold when the checkpoint is committed.
         on_commit: Called on rank 0 with the name of the new checkpoint, if given.
     """
 
@@ -59,7 +59,7 @@ class Save:
     manifest: Manifest
     files: Mapping[str, Encoded]
     distributed: DistributedRuntime
-    lock: DirectoryLock | None
+    lock: DirectoryLock
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
     _cancelled: Future[str] = field(default_factory=Future)
@@ -102,8 +102,7 @@ class Save:
             return
         for rank in range(1, self.distributed.world_size):
             written |= self._wait_for(rank)
-        if self.lock is not None:
-            self.lock.check()
+        self.lock.check()
         self.store.commit(self.pending, replace(self.manifest, files=written))
 
     def _fail(self, error: CheckpointError) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import field
 from os import PathLike
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
@@ -30,7 +29,7 @@ from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError, OptionError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import make_absolute, parse_path, resolve_links
+from ptacc.files.paths import parse_absolute, parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
@@ -41,17 +40,20 @@ from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
 from ptacc.validation import check_at_least
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
-OPTION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "checkpoint_dir": ((str, PathLike), "a path"),
-    "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
-    "resume": ((bool, str, PathLike), "True, False, or the path of a checkpoint"),
-    "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
-    "checkpoint_key": ((bytes, NoneType), "bytes"),
+OPTION_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "checkpoint_dir": (lambda value: isinstance(value, str | PathLike), "a path"),
+    "checkpoint_every": (
+        lambda value: value is None or isinstance(value, Steps | Epochs | Minutes),
+        "a cadence: Steps(500), Epochs(1), Minutes(10), or None",
+    ),
+    "resume": (lambda value: isinstance(value, bool | str | PathLike), "True, False, or the path of a checkpoint"),
+    "resume_ignore": (lambda value: holds(value, str), "names: {'batch_size'}"),
+    "keep_best": (lambda value: value is None or isinstance(value, Best), 'Best("eval_loss"), or None'),
+    "checkpoint_signals": (lambda value: holds(value, signal.Signals), "signals: (signal.SIGTERM,)"),
+    "checkpoint_errors": (lambda value: value in get_args(OnError), '"raise" or "warn"'),
+    "checkpoint_key": (lambda value: value is None or isinstance(value, bytes), "bytes"),
 }
-ITEM_TYPES: Mapping[str, tuple[type, str]] = {
-    "resume_ignore": (str, "names: {'batch_size'}"),
-    "checkpoint_signals": (signal.Signals, "signals: (signal.SIGTERM,)"),
-}
+"""For each option, whether a value is valid, and which values are."""
 
 
 class CheckpointMixin(Mixin):
@@ -113,7 +115,7 @@ class CheckpointMixin(Mixin):
     checkpoint_allows_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
-    _lock: DirectoryLock | None = field(init=False, default=None)
+    _lock: DirectoryLock = field(init=False)
 
     @override
     def check_options(self) -> None:
@@ -121,20 +123,12 @@ class CheckpointMixin(Mixin):
         for name in ("keep_last", "keep_every"):
             if (count := getattr(self, name)) is not None:
                 check_at_least(owner, name, count, 1)
-        for name, (types, needed) in OPTION_TYPES.items():
-            if not isinstance(value := getattr(self, name), types):
+        for name, (is_valid, needed) in OPTION_CHECKS.items():
+            if not is_valid(value := getattr(self, name)):
                 raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-            if isinstance(value, str | PathLike):
-                check_path(owner, name, value)
-        for name, (item_type, needed) in ITEM_TYPES.items():
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, item_type) for item in value):
-                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-        if self.checkpoint_errors not in get_args(OnError):
-            raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
-        self.checkpoint_dir = fix_path(self.checkpoint_dir)
+        self.checkpoint_dir = fix_path(owner, "checkpoint_dir", self.checkpoint_dir)
         if not isinstance(self.resume, bool):
-            self.resume = fix_path(self.resume)
+            self.resume = fix_path(owner, "resume", self.resume)
 
     def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -156,7 +150,7 @@ class CheckpointMixin(Mixin):
                 "Every run is saved at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].request(None if path is None else make_absolute(parse_path(path)), label)
+        return self.run[SAVER].request(None if path is None else parse_absolute(path), label)
 
     def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
@@ -213,9 +207,9 @@ class CheckpointMixin(Mixin):
         """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
         with contextlib.ExitStack() as stack:
             with self._distributed.synced("the set-up of checkpoints"):
+                directory = parse_absolute(self.checkpoint_dir)
+                self._lock = DirectoryLock(open_sibling(self._store(), directory))
                 if self.distributed.rank == 0 and not self.is_isolated:
-                    directory = make_absolute(parse_path(self.checkpoint_dir))
-                    self._lock = DirectoryLock(open_sibling(self._store(), directory))
                     with as_checkpoint_error(directory):
                         stack.enter_context(self._lock.held())
             stack.enter_context(super()._reserved())
@@ -223,7 +217,11 @@ class CheckpointMixin(Mixin):
 
     @override
     def find_resume_state(self) -> ResumeState | None:
-        found = self.distributed.broadcast(self._find() if self.distributed.rank == 0 else None)
+        is_first = self._state.num_runs == 1
+        resume = self.resume if is_first or isinstance(self.resume, bool) else False
+        found = self.distributed.broadcast(
+            find_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
+        )
         self._resumption = None
         if found is None:
             return super().find_resume_state()
@@ -231,39 +229,24 @@ class CheckpointMixin(Mixin):
         self._resumption = Resumption.read(found, self.checkpoint_key, rank, world_size)
         return self._resumption.resume_state(self.resume_ignore)
 
-    def _find(self) -> str | None:
-        is_first = self._state.num_runs == 1
-        return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
-
     @override
     def _make_history_file(self, path: Path) -> HistoryFile:
         return HistoryFile(path, self._store().directory, may_start_over=self.resume is True)
 
     def _store(self) -> CheckpointStore:
-        directory = make_absolute(parse_path(self.checkpoint_dir))
-        number = self._state.num_runs
+        directory, number = parse_absolute(self.checkpoint_dir), self._state.num_runs
         return open_store(directory if number == 1 else f"{directory}/run-{number}", self.checkpoint_key)
 
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        best = self.keep_best
-        num_best, monitor = (None, None) if best is None else (best.count, best.resolved_monitor)
-        retention = Retention(self.keep_last, num_best, self.keep_every, monitor)
-        in_background = self.checkpoint_in_background
-        manager = CheckpointManager(
-            self._store(),
-            self._distributed,
-            retention,
-            self.checkpoint_errors,
-            in_background=in_background,
-            lock=self._lock,
-        )
+        retention = Retention(self.keep_last, self.keep_best, self.keep_every)
+        errors, in_background = self.checkpoint_errors, self.checkpoint_in_background
+        manager = CheckpointManager(self._store(), self._distributed, retention, self._lock, errors, in_background)
         if not self.is_isolated:
             manager.open(self._resumption)
-        on_saved = self._events().save
-        signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, best)
+        on_saved, signals, non_finite = self._events().save, self.checkpoint_signals, self.checkpoint_allows_non_finite
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, self.keep_best)
 
     @override
     def load_run_state(self) -> None:
@@ -346,15 +329,20 @@ class CheckpointMixin(Mixin):
         return (*super().monitors(), *own)
 
 
-def check_path(owner: str, name: str, value: str | PathLike[str]) -> None:
-    """Raise `OptionError` for a URL whose file system is unknown or not installed."""
+def holds(values: Any, kind: type) -> bool:
+    """Return whether a value is a collection of values of one type. A string is not taken for one of strings."""
+    is_collection = isinstance(values, Collection) and not isinstance(values, str)
+    return is_collection and all(isinstance(value, kind) for value in values)
+
+
+def fix_path(owner: str, name: str, value: str | PathLike[str]) -> str | Path:
+    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`.
+
+    Raises:
+        OptionError: The path is empty, or a URL whose file system is unknown or not installed.
+    """
     try:
-        parse_path(value)
+        path = parse_absolute(value)
     except OptionError as error:
         raise OptionError(f"{owner}({name}={value!r}): {error}") from error
-
-
-def fix_path(value: str | PathLike[str]) -> str | Path:
-    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`."""
-    path = make_absolute(parse_path(value))
     return path if isinstance(value, str) else Path(path)
