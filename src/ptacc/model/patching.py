@@ -1,4 +1,4 @@
-"""Temporary replacement of modules' `forward`."""
+"""Temporary replacement of methods, such as the `forward` of modules."""
 
 from __future__ import annotations
 
@@ -44,15 +44,20 @@ def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forwa
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
-            attributes = {name: value for name, value in vars(module).items() if name == "forward"}
-            stack.callback(_restore, module, attributes)
-            vars(module)["forward"] = Patch(module.forward, patch(module, module.forward))
+            stack.enter_context(patched(module, "forward", patch(module, module.forward)))
         yield
 
 
-def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
-    vars(module).pop("forward", None)
-    vars(module).update(attributes)
+@contextlib.contextmanager
+def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Patch a method of an object for the block, then restore its attributes."""
+    attributes = {key: value for key, value in vars(owner).items() if key == name}
+    vars(owner)[name] = Patch(getattr(owner, name), replacement)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(attributes)
 
 
 def _identity(forward: Forward) -> Forward:

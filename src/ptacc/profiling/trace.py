@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import profile, record_function
 
 from ptacc.data.wrappers import Batches
-from ptacc.model.patching import Patch
+from ptacc.model.patching import patched
 from ptacc.types.aliases import T
 
 
@@ -109,16 +109,11 @@ def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
         owner: The object.
         ranges: The name of the range for each name of a method.
     """
-    saved = {name: value for name, value in vars(owner).items() if name in ranges}
-    for method, name in ranges.items():
-        function = getattr(owner, method)
-        vars(owner)[method] = Patch(function, functools.partial(call_in_range, name, function))
-    try:
+    with contextlib.ExitStack() as stack:
+        for method, name in ranges.items():
+            call = functools.partial(call_in_range, name, getattr(owner, method))
+            stack.enter_context(patched(owner, method, call))
         yield
-    finally:
-        for method in ranges:
-            del vars(owner)[method]
-        vars(owner).update(saved)
 
 
 def call_in_range(name: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
