@@ -6,13 +6,13 @@ import secrets
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
+from ptacc.checkpoint.parts import SHARED, encode_parts, rank_files
 from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.lock import LOCK, DirectoryLock
@@ -105,7 +105,9 @@ class CheckpointManager:
         """Whether a checkpoint is being saved in the background."""
         return self._save is not None
 
-    def begin(self, manifest: Manifest, shared: Sequence[Part], own: Sequence[Part], path: str | None) -> str | None:
+    def begin(
+        self, manifest: Manifest, shared: Mapping[str, object], own: Mapping[str, object], path: str | None
+    ) -> str | None:
         """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
         The manifest has no name and no files yet. The default path is in the run's directory, named by its step.

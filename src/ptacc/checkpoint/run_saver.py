@@ -7,17 +7,16 @@ import math
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
-from ptacc.checkpoint.parts import MODEL, Part
+from ptacc.checkpoint.parts import MODEL
 from ptacc.checkpoint.retention import add_if_best
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
@@ -116,7 +115,7 @@ class RunSaver:
         if path is None:
             self.saved_at = now  # first, since the checkpoint contains it
         shared, own = collect_parts(self.trainer)
-        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared[MODEL])
         if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
             self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
             self.saved_at = before
@@ -129,7 +128,7 @@ class RunSaver:
             offset=now.offset,
             world_size=self.trainer.distributed.world_size,
             label=label,
-            parts={part.name: part.version for part in shared},
+            parts=tuple(shared),
             metrics=self.trainer.run.current_values(),
         )
         saved = self.manager.begin(manifest, *move_shards(shared, own), path)
@@ -164,10 +163,9 @@ def get_versions() -> dict[str, str]:
     }
 
 
-def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:
+def local_parameters(trainer: TrainerCore, weights: StateDict) -> list[tuple[str, Tensor]]:
     """Return the parameters of a checkpoint that this rank has, in full or as its shards, by name."""
     names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
-    weights: Any = next(part.state for part in shared if part.name == MODEL)
     return [
         (name, tensor.to_local() if is_dtensor(tensor) else tensor)
         for name, tensor in weights.items()

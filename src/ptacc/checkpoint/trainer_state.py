@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,6 @@ from ptacc.checkpoint.parts import (
     OPTIONS,
     RUN,
     SHARDS,
-    Part,
     Snapshot,
     read_full_parts,
 )
@@ -58,32 +58,32 @@ FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 # ---- from a trainer to parts
 
 
-def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
+def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of a trainer within a run: those that all ranks share, and those of this rank.
 
     Tensors in them are references. A collective where an engine gathers weights.
     """
-    run, state = trainer.run, trainer.run.engine.get_state()
+    run, model, state = trainer.run, trainer.unwrapped_model, trainer.run.engine.get_state()
+    slots = [slot for slot in run.engine.slots if slot.name in state.optimizers]
     shared = {
         RUN: run.state_dict(),
         MODEL: state.weights,
-        BUFFERS: {n: t for n, t in non_persistent_buffers(trainer.unwrapped_model).items() if is_storable(t)},
+        BUFFERS: {name: value for name, value in non_persistent_buffers(model).items() if is_storable(value)},
         OPTIONS: option_states(trainer, each_rank=False),
         KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
-        FLAGS: get_flags(trainer.unwrapped_model),
+        FLAGS: get_flags(model),
         ENGINE: state.shared,
-        **state.optimizers,
+        **{slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots},
+        **stateful_parts(trainer, each_rank=False),
     }
-    for slot in run.engine.slots:
-        if slot.name in shared:
-            shared[slot.name] = add_names(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
-    random = RandomStreams(devices=trainer.device.type != "cpu")
-    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
-    own[OPTIONS] = option_states(trainer, each_rank=True)
-    return (
-        [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
-        [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
-    )
+    own = {
+        RUN: run.rank_state_dict(),
+        ENGINE: state.own,
+        RANDOM: RandomStreams(devices=trainer.device.type != "cpu").state_dict(),
+        OPTIONS: option_states(trainer, each_rank=True),
+        **stateful_parts(trainer, each_rank=True),
+    }
+    return shared, own
 
 
 def get_kind(state: Stateful) -> str:
@@ -91,10 +91,9 @@ def get_kind(state: Stateful) -> str:
     return type(state.scheduler if isinstance(state, Schedule) else state).__name__
 
 
-def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> Iterator[Part]:
-    """Yield the parts of mixins and callbacks."""
-    for name, state in named_states(trainer, each_rank=each_rank):
-        yield Part(name, state.state_dict(), getattr(state, "state_version", 1))
+def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:
+    """Return the parts of mixins and callbacks."""
+    return {name: state.state_dict() for name, state in named_states(trainer, each_rank=each_rank)}
 
 
 def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
@@ -121,12 +120,12 @@ def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
     return named
 
 
-def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[Part]]:
+def move_shards(shared: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Move shared parts with DTensors to the parts of this rank, which saves its shards of them."""
-    sharded = {part.name: part.state for part in shared if any(map(is_dtensor, iterate_tensors(part.state)))}
+    sharded = {name: state for name, state in shared.items() if any(map(is_dtensor, iterate_tensors(state)))}
     if not sharded:
         return shared, own
-    return [part for part in shared if part.name not in sharded], [*own, Part(SHARDS, sharded)]
+    return {name: state for name, state in shared.items() if name not in sharded}, {**own, SHARDS: sharded}
 
 
 def get_flags(model: nn.Module) -> StateDict:
@@ -184,7 +183,7 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
     Raises:
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
     """
-    present, present_own = (Snapshot({part.name: part.state for part in parts}) for parts in collect_parts(trainer))
+    present, present_own = collect_parts(trainer)
     left_out = Comparison(trainer, present, present_own, saved).check(ignored)
     model = trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}

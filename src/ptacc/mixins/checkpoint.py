@@ -16,7 +16,7 @@ from typing_extensions import override
 from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
 from ptacc.checkpoint.manager import CheckpointManager, OnError
-from ptacc.checkpoint.parts import Part, check_storable
+from ptacc.checkpoint.parts import check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
@@ -282,15 +282,15 @@ class CheckpointMixin(Mixin):
         if not self.progress.steps:  # a run that cannot be saved fails at its start
             if not self.is_isolated:
                 warn_of_unsaved_states(self)
-            shared, own = collect_parts(self)
-            check_storable([*shared, *own])
+            for parts in collect_parts(self):
+                check_storable(parts)
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
         if step.step == 1:  # optimizers and metrics have a state from here on
-            optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
-            check_storable([*optimizers, *stateful_parts(self, each_rank=True)])
+            check_storable({slot.name: slot.optimizer.state_dict() for slot in self.run.engine.slots})
+            check_storable(stateful_parts(self, each_rank=True))
 
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
