@@ -156,8 +156,7 @@ class CheckpointManager:
         # Rank 0 may be waiting for a rank whose disk is too full even for the note that it has failed.
         errors = self.distributed.gather(None if is_main or save.error is None else str(save.error))
         if is_main:
-            if reason := next(filter(None, errors), None):
-                save.cancel(reason)
+            save.cancelled = next(filter(None, errors), "")
             save.join()
         if message := self.distributed.broadcast(str(save.error or "")):
             error = CheckpointError(message)
@@ -172,7 +171,7 @@ class CheckpointManager:
         if save is None:
             return
         if not save.join(ABANDON_SECONDS):
-            save.cancel(f"{save.pending.name} was not saved: the run ended before another rank had written its files.")
+            save.cancelled = f"{save.pending.name} was not saved: the run ended before another rank wrote its files."
             save.join()
         if save.error is not None:
             self.warn(str(save.error))

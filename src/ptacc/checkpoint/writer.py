@@ -17,7 +17,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -52,6 +51,7 @@ class Save:
         files: The parts that this rank writes, by the names of their files.
         lock: The lock that rank 0 must still hold when the checkpoint is committed.
         on_commit: Called on rank 0 with the name of the new checkpoint, if given.
+        cancelled: Why the files of other ranks will not come; empty as long as they may.
     """
 
     store: CheckpointStore
@@ -62,7 +62,7 @@ class Save:
     lock: DirectoryLock
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
-    _cancelled: Future[str] = field(default_factory=Future)
+    cancelled: str = ""
     _thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -74,10 +74,6 @@ class Save:
         """Wait until the work has ended, or for some seconds. Return whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
-
-    def cancel(self, reason: str) -> None:
-        """Stop waiting for the files of other ranks, since they will not come."""
-        self._cancelled.set_result(reason)
 
     def _run(self) -> None:
         try:
@@ -123,8 +119,8 @@ class Save:
         failure: Failure | None = None
         while not filesystem.exists(path):
             now = time.monotonic()
-            if self._cancelled.done():
-                raise FailedElsewhereError(self._cancelled.result())
+            if self.cancelled:
+                raise FailedElsewhereError(self.cancelled)
             if failure is not None or now > start + TIMEOUT_SECONDS:
                 raise CheckpointError(f"rank {rank} has not written its files: {failure or 'no answer'}")
             if now > last_check + POLL_SECONDS:
