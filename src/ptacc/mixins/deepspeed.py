@@ -72,13 +72,12 @@ class DeepSpeedMixin(Mixin):
         """Handle the launch's DeepSpeed settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
         builder.provide("deepspeed", hide=True)
-        clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-        if clipping != "auto" and float(clipping) != (get_max_grad_norm(self) or 0.0):
+        clipping, norm = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"), get_max_grad_norm(self)
+        if clipping != "auto" and float(clipping) != (norm or 0.0):
             raise LaunchError(
                 f"The launch sets ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
-                f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, with GradClipMixin."
+                f"max_grad_norm={norm}. Give both the same number, with GradClipMixin."
             )
-
         if names := os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
             raise LaunchError(
                 f"The launch sets ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES={names}, which {type(self).__name__} does "
@@ -92,8 +91,7 @@ class DeepSpeedMixin(Mixin):
         Raises:
             LaunchError: DeepSpeed is not installed, or was not started by a launcher and offloads.
         """
-        config = self._zero_config()
-        accelerator = self.accelerator
+        config, accelerator = self._zero_config(), self.accelerator
         config.check_agrees(
             accumulation=self.accumulation_steps(),
             max_grad_norm=get_max_grad_norm(self),
@@ -162,9 +160,8 @@ class Compiles(Protocol):
 
 def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
     """Raise `OptionError` for mixins and callbacks that need full float32 parameters if no rank has them."""
-    found = [
-        type(callback).__name__ for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)
-    ]
+    callbacks = [callback for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)]
+    found = [type(callback).__name__ for callback in callbacks]
     if isinstance(trainer, Averages):
         found.append("EMAMixin")
     if isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:

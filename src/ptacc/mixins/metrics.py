@@ -16,6 +16,7 @@ from ptacc.core.batch_hooks import BatchMixin
 from ptacc.errors import DataError, OptionError
 from ptacc.metrics.aggregation import compute_metrics, prepare_metrics
 from ptacc.metrics.state import MetricStates
+from ptacc.model.option_modules import is_metric
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import RESERVED_NAMES, StepOutput
@@ -146,7 +147,7 @@ def check_metrics(owner: str, option: str, metrics: object) -> None:
             f'{option}={{"accuracy": MulticlassAccuracy(10)}}.'
         )
     for name, metric in metrics.items():
-        if isinstance(metric, type) or not all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+        if not is_metric(metric):
             raise OptionError(
                 f"{owner}({option}={{{name!r}: {value_text(metric)}}}): must be a metric: an instance, with update, "
                 "compute and reset."
