@@ -23,6 +23,7 @@ from ptacc.checkpoint.parts import (
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
+from ptacc.distributed.process_group import Distributed
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import parse_path, resolve_links, split_path
@@ -100,15 +101,15 @@ class Resumption:
     own: Snapshot
 
     @classmethod
-    def read(cls, path: str, key: bytes | None, rank: int, world_size: int) -> Resumption:
+    def read(cls, path: str, key: bytes | None, distributed: Distributed) -> Resumption:
         """Read a checkpoint. Each file is verified before it is parsed."""
         directory, name = split_path(path)
         store = open_store(directory, key)
         with as_checkpoint_error(path):
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
-            if manifest.world_size == world_size:
-                own = read_parts(store, manifest, rank_files(rank))
+            if manifest.world_size == distributed.world_size:
+                own = read_parts(store, manifest, rank_files(distributed.rank))
                 shards = own.get(SHARDS, {})
             else:
                 all_ranks = read_all_ranks(store, manifest)

@@ -23,7 +23,6 @@ from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
-from ptacc.types.monitor import Best
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
 
@@ -36,7 +35,6 @@ class RunSaver:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         on_saved: Called with the path of each checkpoint that was saved.
-        best: Which values to save the run at, in addition.
         saved_at: The progress of the run when it was last saved.
     """
 
@@ -46,7 +44,6 @@ class RunSaver:
     signals: Collection[signal.Signals]
     allows_non_finite: bool
     on_saved: Callable[[str], None]
-    best: Best | None = None
     saved_at: Progress = field(default_factory=Progress)
     _best_values: list[float] = field(default_factory=list)
     _is_among_best: bool = False
@@ -59,11 +56,12 @@ class RunSaver:
         return path or store.locate(self.manager.call_on_rank_0(lambda: store.free_name(step)))
 
     def observe(self, values: Mapping[str, float]) -> None:
-        """Save the run as soon as possible, if the value of `best` is reported and is among the best so far."""
-        if self.best is None or not self.trainer.progress.steps:
+        """Save the run as soon as possible, if the value that ranks checkpoints is among the best so far."""
+        best = self.manager.retention.best
+        if best is None or not self.trainer.progress.steps:
             return
-        value = values.get(self.best.resolved_monitor.name, math.nan)
-        if (best_values := add_if_best(self._best_values, value, self.best)) is not None:
+        value = values.get(best.resolved_monitor.name, math.nan)
+        if (best_values := add_if_best(self._best_values, value, best)) is not None:
             self._best_values, self._is_among_best = best_values, True
 
     def save_if_due(self) -> None:

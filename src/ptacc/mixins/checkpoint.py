@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from typing_extensions import override
 
 from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
-from ptacc.checkpoint.manager import CheckpointManager, OnError
+from ptacc.checkpoint.manager import CheckpointManager
+from ptacc.checkpoint.options import absolute_location, check_values
 from ptacc.checkpoint.parts import check_storable
 from ptacc.checkpoint.resume import Resumption, find_checkpoint
 from ptacc.checkpoint.retention import Retention
@@ -27,7 +28,7 @@ from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, st
 from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
-from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.errors import CheckpointError, NestedRunError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import parse_absolute, parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
@@ -36,24 +37,9 @@ from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
-from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
-from ptacc.validation import check_at_least
+from ptacc.types.progress import Cadence, Epochs
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
-OPTION_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "checkpoint_dir": (lambda value: isinstance(value, str | PathLike), "a path"),
-    "checkpoint_every": (
-        lambda value: value is None or isinstance(value, Steps | Epochs | Minutes),
-        "a cadence: Steps(500), Epochs(1), Minutes(10), or None",
-    ),
-    "resume": (lambda value: isinstance(value, bool | str | PathLike), "True, False, or the path of a checkpoint"),
-    "resume_ignore": (lambda value: holds(value, str), "names: {'batch_size'}"),
-    "keep_best": (lambda value: value is None or isinstance(value, Best), 'Best("eval_loss"), or None'),
-    "checkpoint_signals": (lambda value: holds(value, signal.Signals), "signals: (signal.SIGTERM,)"),
-    "checkpoint_errors": (lambda value: value in get_args(OnError), '"raise" or "warn"'),
-    "checkpoint_key": (lambda value: value is None or isinstance(value, bytes), "bytes"),
-}
-"""For each option, whether a value is valid, and which values are."""
 
 
 class CheckpointMixin(Mixin):
@@ -120,15 +106,10 @@ class CheckpointMixin(Mixin):
     @override
     def check_options(self) -> None:
         owner = type(self).__name__
-        for name in ("keep_last", "keep_every"):
-            if (count := getattr(self, name)) is not None:
-                check_at_least(owner, name, count, 1)
-        for name, (is_valid, needed) in OPTION_CHECKS.items():
-            if not is_valid(value := getattr(self, name)):
-                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-        self.checkpoint_dir = fix_path(owner, "checkpoint_dir", self.checkpoint_dir)
+        check_values(owner, self)
+        self.checkpoint_dir = absolute_location(owner, "checkpoint_dir", self.checkpoint_dir)
         if not isinstance(self.resume, bool):
-            self.resume = fix_path(owner, "resume", self.resume)
+            self.resume = absolute_location(owner, "resume", self.resume)
 
     def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -217,16 +198,12 @@ class CheckpointMixin(Mixin):
 
     @override
     def find_resume_state(self) -> ResumeState | None:
-        is_first = self._state.num_runs == 1
-        resume = self.resume if is_first or isinstance(self.resume, bool) else False
-        found = self.distributed.broadcast(
-            find_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
-        )
-        self._resumption = None
+        resume = self.resume if self._state.num_runs == 1 or isinstance(self.resume, bool) else False
+        found = find_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
+        found, self._resumption = self.distributed.broadcast(found), None
         if found is None:
             return super().find_resume_state()
-        rank, world_size = self.distributed.rank, self.distributed.world_size
-        self._resumption = Resumption.read(found, self.checkpoint_key, rank, world_size)
+        self._resumption = Resumption.read(found, self.checkpoint_key, self.distributed)
         return self._resumption.resume_state(self.resume_ignore)
 
     @override
@@ -246,14 +223,14 @@ class CheckpointMixin(Mixin):
         if not self.is_isolated:
             manager.open(self._resumption)
         on_saved, signals, non_finite = self._events().save, self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, self.keep_best)
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
 
     @override
     def load_run_state(self) -> None:
         super().load_run_state()
-        if self._resumption is None:
-            return
         saved = self._resumption
+        if saved is None:
+            return
         is_last = self.run.is_consistent or not self.run.is_within_epoch
         if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
             saved = copy.deepcopy(saved)
@@ -327,22 +304,3 @@ class CheckpointMixin(Mixin):
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         own = () if self.keep_best is None else ((self, self.keep_best.resolved_monitor),)
         return (*super().monitors(), *own)
-
-
-def holds(values: Any, kind: type) -> bool:
-    """Return whether a value is a collection of values of one type. A string is not taken for one of strings."""
-    is_collection = isinstance(values, Collection) and not isinstance(values, str)
-    return is_collection and all(isinstance(value, kind) for value in values)
-
-
-def fix_path(owner: str, name: str, value: str | PathLike[str]) -> str | Path:
-    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`.
-
-    Raises:
-        OptionError: The path is empty, or a URL whose file system is unknown or not installed.
-    """
-    try:
-        path = parse_absolute(value)
-    except OptionError as error:
-        raise OptionError(f"{owner}({name}={value!r}): {error}") from error
-    return path if isinstance(value, str) else Path(path)
