@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 from torch.distributed import is_initialized
 from typing_extensions import override
@@ -144,25 +143,11 @@ class DeepSpeedMixin(Mixin):
         return ZeroConfig.read(type(self).__name__, self.deepspeed_config, *options)
 
 
-@runtime_checkable
-class Averages(Protocol):
-    """Trainers with `EMAMixin`."""
-
-    ema_decay: float
-
-
-@runtime_checkable
-class Compiles(Protocol):
-    """Trainers with `CompileMixin`."""
-
-    compile_fullgraph: bool | None
-
-
 def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
     """Raise `OptionError` for mixins and callbacks that need full float32 parameters if no rank has them."""
     callbacks = [callback for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)]
     found = [type(callback).__name__ for callback in callbacks]
-    if isinstance(trainer, Averages):
+    if hasattr(trainer, "ema_decay"):
         found.append("EMAMixin")
     if isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
         found.append(f"swa_start={trainer.swa_start}")
@@ -172,7 +157,7 @@ def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
             f"{config.owner}: {found[0]} averages or copies the weights, and under {where} no rank has all of them in "
             "float32. Use zero_stage=2 without it, or FSDPMixin."
         )
-    if config.stage == 3 and isinstance(trainer, Compiles):
+    if config.stage == 3 and hasattr(trainer, "compile_fullgraph"):
         raise OptionError(
             f"{config.owner}: CompileMixin traces full parameters, and ZeRO 3 partitions them. Use zero_stage=2, or "
             "FSDPMixin."

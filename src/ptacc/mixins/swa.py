@@ -14,6 +14,7 @@ from typing_extensions import override
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.model.averaging import AveragedWeights
+from ptacc.model.norms import CopiedStatistics
 from ptacc.rng import preserved_streams
 from ptacc.run.state import StateKey
 from ptacc.tensors.dtensor import is_dtensor
@@ -105,7 +106,7 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
                     if is_synchronised or not host.is_padding:
                         self.predict_step(to_device(host.data, self.device))
                     elif is_sharded:
-                        with preserved_statistics(norms):
+                        with CopiedStatistics(norms):
                             self.predict_step(to_device(host.data, self.device))
         finally:
             run.batch = None
@@ -132,16 +133,6 @@ def cumulative_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-
-@contextlib.contextmanager
-def preserved_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Restore the running statistics after the block."""
-    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    saved = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, saved, strict=True):
-        buffer.copy_(value)
 
 
 def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:
