@@ -608,6 +608,13 @@ def test_a_run_resumes_from_a_link_to_a_checkpoint_or_to_a_directory(tmp_path: P
     assert names(tmp_path / "run") == [3, 6]  # the one that it resumed from is kept
 
 
+def test_two_processes_save_through_a_link_to_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    steps = run_ranks(lambda: train(tmp_path / "link", checkpoint_every=None).progress.steps, 2)
+    assert names(tmp_path / "run") == [steps[0]]
+
+
 def test_a_link_to_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     first = train(tmp_path / "run")
     (tmp_path / "latest").symlink_to("run/step-00000006")

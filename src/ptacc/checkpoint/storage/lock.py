@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posixpath
 import secrets
 import socket
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.filesystem import FileSystem
-from ptacc.files.paths import is_url
+from ptacc.files.paths import is_url, resolve_links
 
 LOCK = ".lock"
 WAIT_SECONDS = 10.0
@@ -51,7 +52,7 @@ class DirectoryLock:
     @property
     def path(self) -> str:
         """The path of the lock's file."""
-        return self.store.locate(LOCK)
+        return posixpath.join(resolve_links(self.store.directory), LOCK)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
