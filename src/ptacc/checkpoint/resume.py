@@ -31,7 +31,7 @@ from ptacc.run.state import ResumeState
 from ptacc.types.protocols import StateDict
 
 
-def find_checkpoint(store: CheckpointStore, resume: bool | str | PathLike[str]) -> str | None:
+def choose_checkpoint(store: CheckpointStore, resume: bool | str | PathLike[str]) -> str | None:
     """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:

@@ -209,7 +209,10 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
 
 
 def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, left_out: Collection[str]) -> None:
-    """Load weights into the engine, and the states of its optimizers, except for those of parameters left out."""
+    """Load weights into the engine, and the states of its optimizers.
+
+    The optimizers in `left_out` keep their states, and parameters whose weights do not fit start without one.
+    """
     model, engine, shared = trainer.unwrapped_model, trainer.run.engine, saved.shared
     loaded = [slot for slot in engine.slots if slot.name in shared and slot.name not in left_out]
     optimizers = {slot.name: order_by_name(model, slot.optimizer, shared[slot.name]) for slot in loaded}

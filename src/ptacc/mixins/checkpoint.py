@@ -18,7 +18,7 @@ from ptacc.checkpoint.export import check_target, exported_weights, states_to_ex
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.options import absolute_location, check_values
 from ptacc.checkpoint.parts import check_storable
-from ptacc.checkpoint.resume import Resumption, find_checkpoint
+from ptacc.checkpoint.resume import Resumption, choose_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.lock import DirectoryLock
@@ -199,7 +199,7 @@ class CheckpointMixin(Mixin):
     @override
     def find_resume_state(self) -> ResumeState | None:
         resume = self.resume if self._state.num_runs == 1 or isinstance(self.resume, bool) else False
-        found = find_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
+        found = choose_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
         found, self._resumption = self.distributed.broadcast(found), None
         if found is None:
             return super().find_resume_state()
