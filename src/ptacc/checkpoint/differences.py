@@ -177,16 +177,17 @@ def warn_of_changes(
             stacklevel=2,
         )
     before, now = saved.invariants, trainer.run.invariants
-    names = [name for name in now if name in before and before[name] != now[name]]
-    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored)]
-    settings = [name for name in names if is_setting(trainer, name) and name.partition(".")[0] not in left_out]
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    changed = [name for name in changed if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    settings = [name for name in changed if is_setting(trainer, name) and name.partition(".")[0] not in left_out]
     if settings:
+        old, new = (", ".join(f"{name}={values[name]}" for name in settings) for values in (before, now))
         warnings.warn(
-            f"The run resumes with the settings of the saved run: {', '.join(f'{n}={before[n]}' for n in settings)}, "
-            f"and not with {', '.join(f'{n}={now[n]}' for n in settings)}. To train with other settings, set them in "
-            "the callback event `on_load`, or start a new run after load_checkpoint(..., weights_only=True).",
+            f"The run resumes with the settings of the saved run: {old}, and not with {new}. To train with other "
+            "settings, set them in the callback event `on_load`, or start a new run after "
+            "load_checkpoint(..., weights_only=True).",
             stacklevel=2,
         )
-    if DATA_ORDER in names:
+    if DATA_ORDER in changed:
         old, new = before[DATA_ORDER], now[DATA_ORDER]
         warnings.warn(f"The order of the data was {old}, and is {new} from this epoch on.", stacklevel=2)
