@@ -31,13 +31,14 @@ OPTION_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 """For each option, whether a value is valid, and which values are."""
 
 
-def check_values(owner: str, options: object) -> None:
-    """Raise `OptionError` if an option, which is an attribute of `options`, has an invalid value."""
+def check_values(trainer: object) -> None:
+    """Raise `OptionError` for an option with an invalid value."""
+    owner = type(trainer).__name__
     for name in ("keep_last", "keep_every"):
-        if (count := getattr(options, name)) is not None:
+        if (count := getattr(trainer, name)) is not None:
             check_at_least(owner, name, count, 1)
     for name, (is_valid, needed) in OPTION_CHECKS.items():
-        if not is_valid(value := getattr(options, name)):
+        if not is_valid(value := getattr(trainer, name)):
             raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
 
 
@@ -47,14 +48,15 @@ def holds(values: Any, kind: type) -> bool:
     return is_collection and all(isinstance(value, kind) for value in values)
 
 
-def absolute_location(owner: str, name: str, value: str | PathLike[str]) -> str | Path:
-    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`.
+def absolute_location(trainer: object, name: str) -> str | Path:
+    """Return the path or URL that an option has, absolute: a `Path`, unless the option is a string.
 
     Raises:
         OptionError: The path is empty, or a URL whose file system is unknown or not installed.
     """
+    value = getattr(trainer, name)
     try:
         path = parse_absolute(value)
     except OptionError as error:
-        raise OptionError(f"{owner}({name}={value!r}): {error}") from error
+        raise OptionError(f"{type(trainer).__name__}({name}={value!r}): {error}") from error
     return path if isinstance(value, str) else Path(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import OptionError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import split_path
+from ptacc.files.paths import parse_path, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.modes import set_modes
 from ptacc.model.optimizer_state import add_names, check_names, order_by_name
@@ -140,7 +141,7 @@ def get_flags(model: nn.Module) -> StateDict:
 
 
 def load_into(
-    trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool
+    trainer: TrainerCore, path: str | PathLike[str], key: bytes | None, *, weights_only: bool
 ) -> tuple[str, dict[str, AveragedWeights]]:
     """Load the weights of a checkpoint, and the optimizer's state, into a trainer.
 
@@ -150,10 +151,11 @@ def load_into(
     Raises:
         CheckpointError: The path has no checkpoint, or one of another model.
     """
-    found = find_at(path, open_store(path, key))
+    location = parse_path(path)
+    found = find_at(location, open_store(location, key))
     directory, name = split_path(found)
     store = open_store(directory, key)
-    with as_checkpoint_error(path):
+    with as_checkpoint_error(location):
         shared = read_full_parts(store, store.manifest(name))
     model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
     for slot in slots:

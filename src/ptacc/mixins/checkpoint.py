@@ -105,11 +105,10 @@ class CheckpointMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        owner = type(self).__name__
-        check_values(owner, self)
-        self.checkpoint_dir = absolute_location(owner, "checkpoint_dir", self.checkpoint_dir)
+        check_values(self)
+        self.checkpoint_dir = absolute_location(self, "checkpoint_dir")
         if not isinstance(self.resume, bool):
-            self.resume = absolute_location(owner, "resume", self.resume)
+            self.resume = absolute_location(self, "resume")
 
     def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -152,8 +151,7 @@ class CheckpointMixin(Mixin):
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         self._check_weights_are_own("load_checkpoint()")
         with self._distributed.synced("load_checkpoint()"):
-            loaded, averages = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
-            self._state.averages = averages
+            loaded, self._state.averages = load_into(self, path, self.checkpoint_key, weights_only=weights_only)
             self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
@@ -188,11 +186,9 @@ class CheckpointMixin(Mixin):
         """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
         with contextlib.ExitStack() as stack:
             with self._distributed.synced("the set-up of checkpoints"):
-                directory = parse_absolute(self.checkpoint_dir)
-                self._lock = DirectoryLock(open_sibling(self._store(), directory))
+                self._lock = DirectoryLock(open_sibling(self._store(), parse_absolute(self.checkpoint_dir)))
                 if self.distributed.rank == 0 and not self.is_isolated:
-                    with as_checkpoint_error(directory):
-                        stack.enter_context(self._lock.held())
+                    stack.enter_context(self._lock.held())
             stack.enter_context(super()._reserved())
             yield
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from ptacc.files.filesystem import FileSystem
+from ptacc.files.filesystem import FileSystem, as_checkpoint_error
 from ptacc.files.paths import is_url, resolve_links
 
 LOCK = ".lock"
@@ -59,17 +59,18 @@ class DirectoryLock:
         """Hold the lock for the block.
 
         Raises:
-            CheckpointError: Another process holds it, after `WAIT_SECONDS`.
+            CheckpointError: Another process holds it, after `WAIT_SECONDS`, or the directory cannot be written to.
         """
-        self.store.prepare()
         deadline = time.monotonic() + WAIT_SECONDS
-        while not self._acquire():
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{self.store.directory} is in use by another run: {self._describe_owner()}. End that run, or give "
-                    "this one a directory of its own."
-                )
-            time.sleep(0.1)
+        with as_checkpoint_error(self.store.directory):
+            self.store.prepare()
+            while not self._acquire():
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{self.store.directory} is in use by another run: {self._describe_owner()}. End that run, or "
+                        "give this one a directory of its own."
+                    )
+                time.sleep(0.1)
         try:
             yield
         finally:
