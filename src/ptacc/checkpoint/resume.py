@@ -91,8 +91,8 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    If the number of ranks has changed, the rank's own parts are the state of the run, merged
-    from all ranks, and rank 0's buffers of modules among the options.
+    If the number of ranks has changed, the rank's own parts are the state of the run, merged from all ranks, and rank
+    0's buffers of modules among the options.
     """
 
     path: str

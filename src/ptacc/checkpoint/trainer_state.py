@@ -18,16 +18,7 @@ from torch import nn
 
 from ptacc.checkpoint.differences import Comparison, find_difference
 from ptacc.checkpoint.module_options import load_option_states, option_states
-from ptacc.checkpoint.parts import (
-    BUFFERS,
-    KINDS,
-    MODEL,
-    OPTIONS,
-    RUN,
-    SHARDS,
-    Snapshot,
-    read_full_parts,
-)
+from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, read_full_parts
 from ptacc.checkpoint.resume import Resumption, find_at
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore

@@ -118,7 +118,7 @@ class CheckpointMixin(Mixin):
             label: A name for its purpose. The newest checkpoint of each label is always kept.
 
         Returns:
-            Where it will be: a `Path`, or the URL as a string.
+            The path or URL where it will be.
 
         Raises:
             NestedRunError: It was called outside of a run. Every run is saved at its end.
