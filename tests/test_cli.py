@@ -19,7 +19,7 @@ from torch import nn
 
 from ptacc.checkpoint.catalog import list_checkpoints
 from ptacc.checkpoint.export import write_weights
-from ptacc.checkpoint.parts import SHARED, Part, encode_parts, write_parts
+from ptacc.checkpoint.parts import SHARED, encode_parts, write_parts
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
@@ -44,11 +44,13 @@ class Tied(nn.Module):
         self.register_buffer("cache", torch.ones(2), persistent=False)
 
 
-def save(directory: Path, step: int, *parts: Part, key: bytes | None = None, **values: Any) -> Path:
+def save(
+    directory: Path, step: int, parts: dict[str, object] | None = None, key: bytes | None = None, **values: Any
+) -> Path:
     """Save a checkpoint, by default of a model."""
     store = CheckpointStore(str(directory), key)
     pending = store.begin(values.pop("name", f"step-{step:04}"))
-    files = write_parts(store, pending, SHARED, encode_parts(parts or [Part("model", Tied().state_dict())]))
+    files = write_parts(store, pending, SHARED, encode_parts(parts or {"model": Tied().state_dict()}))
     store.commit(pending, replace(Manifest("", "a run", step, 1, 0, 1, files=files), **values))
     return directory / pending.name
 
@@ -82,7 +84,7 @@ def test_checkpoints_are_listed_by_run_and_then_by_age(tmp_path: Path, capsys: p
 
 
 def test_the_table_is_aligned_and_says_what_was_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, 1, Part("model", {"w": torch.zeros(300)}), metrics={"loss": 1.5}, label="best")
+    save(tmp_path, 1, {"model": {"w": torch.zeros(300)}}, metrics={"loss": 1.5}, label="best")
     main(["checkpoints", str(tmp_path)])
     main(["checkpoints", "--verify", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
@@ -206,7 +208,7 @@ def load_exported(path: Path) -> Tied:
 
 def test_tied_weights_are_exported_under_all_names(tmp_path: Path) -> None:
     model = Tied()
-    checkpoint = save(tmp_path, 1, Part("model", model.state_dict()))
+    checkpoint = save(tmp_path, 1, {"model": model.state_dict()})
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
     assert load_file(tmp_path / "out").keys() == model.state_dict().keys()
     assert torch.equal(load_exported(tmp_path / "out").embed.weight, model.embed.weight)
@@ -219,7 +221,7 @@ def test_tied_averages_are_exported_under_all_names(kind: str, tmp_path: Path) -
     with torch.no_grad():
         model.embed.weight += 2
     averages.update(model, weight=0.5)
-    checkpoint = save(tmp_path, 1, Part("model", model.state_dict()), Part(kind, averages.state_dict()))
+    checkpoint = save(tmp_path, 1, {"model": model.state_dict(), kind: averages.state_dict()})
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--averages", kind]) == 0
     there = load_exported(tmp_path / "out")
     assert torch.equal(there.embed.weight, averages.tensors["embed.weight"])
@@ -241,7 +243,7 @@ def test_tied_averages_are_exported_under_all_names(kind: str, tmp_path: Path) -
 def test_a_state_that_cannot_be_exported_is_reported(
     parts: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path, 1, Part("other", 1), *(Part(name, state) for name, state in parts.items()))
+    save(tmp_path, 1, {"other": 1, **parts})
     assert main(["export", str(tmp_path), str(tmp_path / "out"), "--averages", "ema"]) == 2
     assert message in (said := capsys.readouterr().err)
     assert said.startswith("ptacc: ")
@@ -253,7 +255,7 @@ def test_the_newest_valid_checkpoint_of_a_folder_is_exported(
 ) -> None:
     model = Tied()
     save(tmp_path, 9)
-    save(tmp_path / "run-2", 1, Part("model", model.state_dict()))
+    save(tmp_path / "run-2", 1, {"model": model.state_dict()})
     damage(save(tmp_path / "run-2", 2))
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
     said = capsys.readouterr()

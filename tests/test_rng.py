@@ -8,7 +8,6 @@ import pytest
 import torch
 from numpy.random import mtrand
 
-from ptacc.checkpoint.parts import Part
 from ptacc.rng import RandomStreams, derive_seed, preserved_streams, streams_seeded
 from ptacc.testing import epoch_order
 from tests.checkpoint.test_parts import through_files
@@ -21,7 +20,7 @@ def draw() -> list[float]:
 
 def test_the_generators_are_restored_from_a_file(tmp_path: Path) -> None:
     draw()
-    state = through_files(tmp_path, Part("random", RandomStreams().state_dict()))["random"]
+    state = through_files(tmp_path, {"random": RandomStreams().state_dict()})["random"]
     expected = [draw(), draw()]
     RandomStreams().load_state_dict(state)
     assert [draw(), draw()] == expected

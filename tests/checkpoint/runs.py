@@ -267,3 +267,18 @@ class StopAt(Callback[TrainerCore]):
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
         if step.step == self.step:
             trainer.stop("enough for now")
+
+
+def make_leg(kind: Any, net: nn.Module, directory: Path, until: int | None, **options: Any) -> Any:
+    """Return a trainer that resumes the run in a directory and stops it at a step."""
+    return kind(
+        net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        default_callbacks=(),
+        callbacks=[StopAt(until)],
+        checkpoint_dir=directory,
+        checkpoint_every=None,
+        resume=True,
+        resume_ignore={"stop"},
+        **options,
+    )

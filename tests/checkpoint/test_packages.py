@@ -17,7 +17,6 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from typing_extensions import override
 
-from ptacc.checkpoint.parts import Part
 from ptacc.errors import CheckpointError
 from ptacc.metrics.state import MetricStates
 from tests.checkpoint.test_parts import through_files
@@ -256,7 +255,7 @@ def states(metric: object) -> MetricStates:
 
 
 def through(directory: Path, saved: MetricStates) -> Any:
-    return through_files(directory, Part("metric", saved.state_dict()))["metric"]
+    return through_files(directory, {"metric": saved.state_dict()})["metric"]
 
 
 def check_resumes(make: Callable[[], Any], give: Callable[[], Any], directory: Path, hows: str = "ufufu") -> Any:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.optim import lr_scheduler
 
 from ptacc.checkpoint.parts import (
     SHARED,
-    Part,
     Snapshot,
     check_storable,
     encode_parts,
@@ -27,32 +26,31 @@ from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 
 
-def through_files(directory: Path, *parts: Part) -> Snapshot:
+def through_files(directory: Path, parts: Mapping[str, object]) -> Snapshot:
     """Write parts to a checkpoint, and read them back."""
     store = CheckpointStore(str(directory))
     pending = store.begin("step-1")
     files = write_parts(store, pending, SHARED, encode_parts(parts))
-    versions = {part.name: part.version for part in parts}
-    manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 1, parts=versions, files=files))
+    manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 1, parts=tuple(parts), files=files))
     return read_parts(store, store.verify(manifest.name), SHARED)
 
 
 def test_parts_come_back_by_their_names(tmp_path: Path) -> None:
     weights = {"weight": torch.randn(2, 3), "bias": torch.zeros(0)}
-    back = through_files(tmp_path, Part("model", weights), Part("progress", {"steps": 3}))
+    back = through_files(tmp_path, {"model": weights, "progress": {"steps": 3}})
     assert torch.equal(back["model"]["weight"], weights["weight"])
     assert back["progress"] == {"steps": 3}
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingPartError, match=r"no part 'ema'.* It has: model"):
-        through_files(tmp_path, Part("model", {}))["ema"]
+        through_files(tmp_path, {"model": {}})["ema"]
 
 
 def test_each_rank_has_files_of_its_own(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     pending = store.begin("step-1")
-    encoded = [encode_parts([Part("random", rank)]) for rank in (0, 1)]
+    encoded = [encode_parts({"random": rank}) for rank in (0, 1)]
     files = {k: v for rank in (0, 1) for k, v in write_parts(store, pending, rank_files(rank), encoded[rank]).items()}
     manifest = store.commit(pending, Manifest("", "run", 1, 0, 1, 2, files=files))
     assert [read_parts(store, manifest, rank_files(rank))["random"] for rank in (0, 1)] == [0, 1]
@@ -70,7 +68,7 @@ def test_a_file_that_holds_no_parts_is_damage(text: bytes, tmp_path: Path) -> No
 @pytest.mark.parametrize("state", [lambda: None, {"a": torch.zeros(1, dtype=torch.complex128)}, [object()]])
 def test_what_cannot_be_stored_is_known_before_the_first_save(state: object) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be stored|cannot store"):
-        check_storable([Part("odd", state)])
+        check_storable({"odd": state})
 
 
 # ---- what torch ships
@@ -133,16 +131,16 @@ class Work:
             is_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
             self.scheduler.step(loss) if is_plateau else self.scheduler.step()
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> dict[str, object]:
         holders = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return [Part(name, copy.deepcopy(holder.state_dict())) for name, holder in holders.items()]
+        return {name: copy.deepcopy(holder.state_dict()) for name, holder in holders.items()}
 
 
 def check_resumes(make: Callable[[], Work], directory: Path) -> None:
     whole, saved, resumed = make(), make(), make()
     whole.train(range(10))
     saved.train(range(5))
-    back = through_files(directory, *saved.parts())
+    back = through_files(directory, saved.parts())
     resumed.model.load_state_dict(back["model"])
     resumed.optimizer.load_state_dict(back["optimizer"])
     resumed.scheduler.load_state_dict(back["scheduler"])
@@ -173,4 +171,4 @@ def test_a_state_as_plain_json_would_not_come_back() -> None:
 
 @pytest.mark.parametrize("tensor", [torch.arange(6.0).reshape(2, 3).T, torch.arange(4.0)[::2][:1], torch.ones(())])
 def test_a_tensor_may_lie_in_memory_as_it_likes(tensor: torch.Tensor, tmp_path: Path) -> None:
-    assert torch.equal(through_files(tmp_path, Part("odd", tensor))["odd"], tensor)
+    assert torch.equal(through_files(tmp_path, {"odd": tensor})["odd"], tensor)

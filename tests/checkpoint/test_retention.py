@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptacc import Monitor
+from ptacc import Best, Monitor
 from ptacc.checkpoint.retention import Retention, rank_best
 from ptacc.checkpoint.storage.manifest import Manifest
 
@@ -27,10 +27,10 @@ def steps_left(retention: Retention, manifests: list[Manifest], protected: tuple
         (Retention(), [1, 2, 3, 4, 5, 6]),
         (Retention(last=2), [5, 6]),
         (Retention(every=3), [3, 6]),
-        (Retention(best=1, monitor=LOSS), [2, 6]),
-        (Retention(best=1, monitor=Monitor("loss", mode="max")), [4, 6]),
-        (Retention(last=1, best=2, every=3, monitor=LOSS), [1, 2, 3, 6]),
-        (Retention(best=2, monitor=ACCURACY), [6]),
+        (Retention(best=Best(LOSS)), [2, 6]),
+        (Retention(best=Best("loss", mode="max")), [4, 6]),
+        (Retention(last=1, best=Best(LOSS, count=2), every=3), [1, 2, 3, 6]),
+        (Retention(best=Best(ACCURACY, count=2)), [6]),
     ],
 )
 def test_any_rule_keeps(retention: Retention, left: list[int]) -> None:
@@ -49,12 +49,12 @@ def test_the_newest_of_a_label_is_kept() -> None:
 
 
 def test_of_equals_the_newest_is_best() -> None:
-    assert rank_best([at(1, {"loss": 1.0}), at(2, {"loss": 1.0})], LOSS, 1) == ["step-0000000002"]
+    assert rank_best([at(1, {"loss": 1.0}), at(2, {"loss": 1.0})], Best(LOSS)) == ["step-0000000002"]
 
 
 def test_infinity_is_worse_than_a_number_and_nan_is_nothing() -> None:
     manifests = [at(1, {"loss": math.inf}), at(2, {"loss": math.nan}), at(3, {"loss": 9.0})]
-    assert rank_best(manifests, LOSS, 3) == ["step-0000000003", "step-0000000001"]
+    assert rank_best(manifests, Best(LOSS, count=3)) == ["step-0000000003", "step-0000000001"]
 
 
 rules = st.none() | st.integers(1, 4)
@@ -65,7 +65,7 @@ def test_the_newest_and_the_best_are_never_removed(
     last: int | None, best: int | None, every: int | None, losses: list[float]
 ) -> None:
     manifests = [at(step, {"loss": loss}) for step, loss in enumerate(losses, start=1)]
-    left = steps_left(Retention(last, best, every, LOSS), manifests)
+    left = steps_left(Retention(last, None if best is None else Best(LOSS, count=best), every), manifests)
     assert manifests[-1].step in left
     numbers = [loss for loss in losses if not math.isnan(loss)]
     if best is not None and numbers:

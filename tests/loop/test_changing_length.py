@@ -13,16 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from ptacc import (
-    Callback,
     CheckpointMixin,
     GradAccumMixin,
     SeedMixin,
     StepOutput,
-    StepResult,
-    TrainerCore,
     TrainingLoop,
 )
 from ptacc.errors import DataError
+from tests.checkpoint.runs import make_leg
 from tests.ranks import run_ranks
 
 SIZES = [16, 48, 32]
@@ -70,16 +68,6 @@ def varying() -> DataLoader[Any]:
     return DataLoader([torch.tensor([index / 48]) for index in range(48)], batch_sampler=Varying())  # type: ignore[arg-type]
 
 
-class StopAt(Callback[TrainerCore]):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    @override
-    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if step.step == self.step:
-            trainer.stop("enough for now")
-
-
 class Recording(CheckpointMixin, GradAccumMixin, SeedMixin, TrainingLoop[Tensor, Tensor]):
     seed: int | None = 3
     totals: list[int] = field(init=False, default_factory=list, metadata={"saved": False})
@@ -96,17 +84,7 @@ def leg(
     """Resume a run up to a step. Return its last loss and weight, the last step of each epoch, and all plans."""
     torch.manual_seed(0)
     net = nn.Linear(1, 1)
-    trainer = Recording(
-        net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        default_callbacks=(),
-        callbacks=[StopAt(until)],
-        gradient_accumulation_steps=accumulation,
-        checkpoint_dir=directory,
-        checkpoint_every=None,
-        resume=True,
-        resume_ignore={"stop"},
-    )
+    trainer = make_leg(Recording, net, directory, until, gradient_accumulation_steps=accumulation)
     settings: Any = {"num_epochs": 3, "stop_check_every": 1, **limits}
     history = trainer.train(loader, **settings)
     ends = [record.step for record in history]

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from ptacc import CheckpointMixin, GradAccumMixin, Pair, SeedMixin, Trainer
 from ptacc.errors import DataError
-from tests.loop.test_changing_length import StopAt
+from tests.checkpoint.runs import make_leg
 from tests.ranks import run_ranks
 
 BROKEN = {0, 1, 2, *range(9, 15), 16, *range(18, 24), 33, 34, 35}
@@ -48,18 +48,7 @@ def make_plain_net() -> nn.Module:
 def run(
     directory: Path, net: nn.Module, accumulation: int = 1, until: int | None = None, size: int = 3, **options: Any
 ) -> tuple[dict[str, Tensor], int]:
-    trainer: Any = Skipping(
-        net,
-        loss_func=mse_loss,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        default_callbacks=(),
-        callbacks=[StopAt(until)],
-        gradient_accumulation_steps=accumulation,
-        checkpoint_dir=directory,
-        checkpoint_every=None,
-        resume=True,
-        resume_ignore={"stop"},
-    )
+    trainer = make_leg(Skipping, net, directory, until, loss_func=mse_loss, gradient_accumulation_steps=accumulation)
     settings: Any = {"per_device_batch_size": size, "train_dataloader_kwargs": {"shuffle": False, **options}}
     history = trainer.train(Data(), collate_fn=collate, num_epochs=2, stop_check_every=1, **settings)
     return net.state_dict(), history[-1].step

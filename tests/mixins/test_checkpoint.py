@@ -467,6 +467,15 @@ def test_the_history_file_continues_from_the_checkpoint(tmp_path: Path) -> None:
     train(tmp_path / "run", history_file=file, resume=True, resume_ignore={"history"}, num_epochs=3)
 
 
+def test_a_resume_that_is_refused_keeps_the_history_after_its_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    train(tmp_path / "run", history_file=file, checkpoint_every=Steps(1))
+    before, older = file.read_bytes(), tmp_path / "run" / "step-00000001"
+    with pytest.raises(CheckpointError, match="seed was '5' and is '6'"):
+        train(tmp_path / "run", history_file=file, resume=older, seed=6)
+    assert file.read_bytes() == before
+
+
 # ---- loading, exporting, signing
 
 
@@ -597,6 +606,13 @@ def test_a_run_resumes_from_a_link_to_a_checkpoint_or_to_a_directory(tmp_path: P
         assert names(tmp_path / f"from-{link}") == [6]
     train(tmp_path / "runs", resume=True, keep_last=1)
     assert names(tmp_path / "run") == [3, 6]  # the one that it resumed from is kept
+
+
+def test_two_processes_save_through_a_link_to_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    steps = run_ranks(lambda: train(tmp_path / "link", checkpoint_every=None).progress.steps, 2)
+    assert names(tmp_path / "run") == [steps[0]]
 
 
 def test_a_link_to_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:

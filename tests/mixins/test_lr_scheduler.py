@@ -43,6 +43,11 @@ def test_reduce_on_plateau_follows_its_monitor() -> None:
     assert found == pytest.approx([0.1] * 6 + [0.05] * 3)
 
 
+def test_a_trainer_with_a_schedule_evaluates_before_its_first_run() -> None:
+    trainer = Scheduled(**tiny_parts(), create_scheduler=lambda o, plan: StepLR(o, 2))
+    assert trainer.evaluate(tiny_data(8)).loss > 0
+
+
 def test_the_plan_is_in_optimizer_steps() -> None:
     plans: list[RunPlan] = []
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
-from ptacc.checkpoint.parts import Part
 from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.testing import tiny_data, tiny_parts
@@ -85,7 +84,7 @@ def test_a_history_is_restored_from_a_file(tmp_path: Path) -> None:
     trainer = Logging(**tiny_parts())
     history = trainer.train(tiny_data(24), {"few": tiny_data(3), "": tiny_data(8)}, num_epochs=2, evaluate_first=True)
     restored = RunHistory()
-    restored.load_state_dict(through_files(tmp_path, Part("history", history.state_dict()))["history"])
+    restored.load_state_dict(through_files(tmp_path, {"history": history.state_dict()})["history"])
     assert list(restored) == list(history)
     assert (restored.steps, restored.initial) == (history.steps, history.initial)
     assert same(restored.state_dict(), history.state_dict())

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
-from ptacc.checkpoint.export import AVERAGES
-from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS, RUN, Snapshot
+from ptacc.checkpoint.module_options import merge_options
+from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS
+from ptacc.checkpoint.resume import Resumption
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
 from ptacc.model.optimizer_state import name_differences
@@ -40,18 +41,19 @@ class Difference:
 
     Args:
         part: What differs: the name of a part of the checkpoint, or of an invariant of the run.
-        name: The part, or a name below it.
         text: Describes the difference.
+        tensor: The name of the tensor that differs, if it is one.
     """
 
     part: str
-    name: str
     text: str
+    tensor: str = ""
 
     def is_ignored(self, patterns: Collection[str]) -> bool:
         """Return whether a pattern covers the name."""
-        names = [(self.name, pattern) for pattern in patterns] + [(self.name, f"{pattern}.*") for pattern in patterns]
-        return self.name in patterns or any(fnmatchcase(name, pattern) for name, pattern in names)
+        name = f"{self.part}.{self.tensor}" if self.tensor else self.part
+        below = [f"{pattern}.*" for pattern in patterns]
+        return name in patterns or any(fnmatchcase(name, pattern) for pattern in (*patterns, *below))
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,13 @@ class Comparison:
         trainer: The trainer.
         present: The trainer's parts that all ranks share.
         present_own: The trainer's parts of this rank.
-        shared: The shared parts of the checkpoint.
-        own: The checkpoint's parts of this rank.
+        saved: The checkpoint.
     """
 
     trainer: TrainerCore
     present: Mapping[str, Any]
     present_own: Mapping[str, Any]
-    shared: Snapshot
-    own: Snapshot
+    saved: Resumption
 
     def check(self, ignored: Collection[str]) -> frozenset[str]:
         """Return the names of the parts that differ, but whose differences are covered by the patterns in `ignored`.
@@ -90,53 +90,51 @@ class Comparison:
         return frozenset(difference.part for difference in found)
 
     def _invariants(self) -> Iterator[Difference]:
-        now, before = self.trainer.run.invariants, self.shared[RUN]["conditions"]
+        now, before = self.trainer.run.invariants, self.saved.invariants
         for name in dict.fromkeys([*now, *before]):
             if before.get(name) != now.get(name) and name != DATA_ORDER and not is_setting(self.trainer, name):
                 old, new = (repr(values[name]) if name in values else "not set" for values in (before, now))
-                yield Difference(name, name, f"{name} was {old} and is {new}")
+                yield Difference(name, f"{name} was {old} and is {new}")
 
     def _parts(self) -> Iterator[Difference]:
-        for name in sorted(self.present.keys() ^ self.shared.keys()):
+        shared, own = self.saved.shared, self.saved.own
+        for name in sorted(self.present.keys() ^ shared.keys()):
             what = "no" if name in self.present else "an unexpected"
-            yield Difference(name, name, f"the checkpoint has {what} part {name!r}")
-        if self.trainer.run.is_within_epoch:
-            for key, state in self.trainer.run.states():
-                if key.name in self.present_own and key.name not in self.own:
-                    yield Difference(key.name, key.name, f"the checkpoint has no part {key.name!r} for this rank")
-                elif key.name in self.own and (text := find_difference(state, self.own[key.name])):
-                    yield Difference(key.name, key.name, f"{key.name}: {text}")
-        kinds = self.shared.get(KINDS, {})
+            yield Difference(name, f"the checkpoint has {what} part {name!r}")
+        for key, state in self.trainer.run.states() if self.trainer.run.is_within_epoch else ():
+            if key.name in self.present_own and key.name not in own:
+                yield Difference(key.name, f"the checkpoint has no part {key.name!r} for this rank")
+            elif key.name in own and (text := find_difference(state, own[key.name])):
+                yield Difference(key.name, f"{key.name}: {text}")
         for name, kind in self.present[KINDS].items():
-            if kinds.get(name, kind) != kind:
-                yield Difference(name, name, f"{name} was a {kinds[name]} and is a {kind}")
+            if (before := shared[KINDS].get(name, kind)) != kind:
+                yield Difference(name, f"{name} was a {before} and is a {kind}")
 
     def _tensors(self) -> Iterator[Difference]:
-        for name, text in weight_differences(self.present[MODEL], self.shared.get(MODEL, {})):
-            yield Difference(MODEL, f"{MODEL}.{name}", text)
+        shared = self.saved.shared
+        for name, text in weight_differences(self.present[MODEL], shared[MODEL]):
+            yield Difference(MODEL, text, name)
         for slot in self.trainer.run.engine.slots:
-            if slot.name in self.present and slot.name in self.shared:
-                for text in name_differences(self.trainer.unwrapped_model, slot.optimizer, self.shared[slot.name]):
-                    yield Difference(slot.name, slot.name, text)
-        for part in AVERAGES:
-            here, there = (parts.get(part, {}).get("averages", {}) for parts in (self.present, self.shared))
+            if slot.name in self.present and slot.name in shared:
+                for text in name_differences(self.trainer.unwrapped_model, slot.optimizer, shared[slot.name]):
+                    yield Difference(slot.name, text)
+        for part in self.trainer.run.averages():
+            here, there = (parts.get(part, {}).get("averages", {}) for parts in (self.present, shared))
             for name in here.keys() & there.keys():
-                if full_shape(here[name]) != full_shape(there[name]):
-                    text = f"the average of {name} is {full_shape(here[name])}, and the checkpoint's "
-                    yield Difference(part, f"{part}.{name}", f"{text}{full_shape(there[name])}")
-        saved = merge(self.shared.get(OPTIONS, {}), self.own.get(OPTIONS, {}))
-        for option, here in merge(self.present[OPTIONS], self.present_own[OPTIONS]).items():
-            there = {name: value for name, value in saved.get(option, {}).items() if name in here}
-            for name, text in weight_differences(here, there, option):
-                yield Difference(OPTIONS, f"{OPTIONS}.{option}.{name}", text)
+                if (now := full_shape(here[name])) != (before := full_shape(there[name])):
+                    yield Difference(part, f"the average of {name} is {now}, and the checkpoint's {before}", name)
+        for option, state in merge_options(self.present[OPTIONS], self.present_own[OPTIONS]).items():
+            saved = {name: value for name, value in self.saved.options.get(option, {}).items() if name in state}
+            for name, text in weight_differences(state, saved, option):
+                yield Difference(OPTIONS, text, f"{option}.{name}")
 
     def _check_data_order(self) -> None:
         """Raise `CheckpointError` if the run would resume within an epoch whose remaining samples are unknown."""
-        run, before = self.trainer.run, self.shared[RUN]["conditions"]
-        for name, how in DATA_SPLIT.items():
-            old, new = before.get(name, run.invariants[name]), run.invariants[name]
+        run = self.trainer.run
+        for name, how in DATA_SPLIT.items() if run.is_within_epoch else ():
+            old, new = self.saved.invariants[name], run.invariants[name]
             allows_change = name != DATA_ORDER and run.data.partition_scheme.allows_rebatching
-            if run.is_within_epoch and old != new and not allows_change:
+            if old != new and not allows_change:
                 raise CheckpointError(
                     f"The checkpoint is within an epoch whose data was {how} {old}, and is now {how} {new}: the "
                     "remaining samples are unknown. Resume from the end of an epoch, or with the same DataLoader."
@@ -148,11 +146,6 @@ def find_difference(state: object, saved: StateDict) -> str:
     return state.difference(saved) if isinstance(state, ComparesStates) else ""
 
 
-def merge(first: Mapping[str, StateDict], second: Mapping[str, StateDict]) -> dict[str, StateDict]:
-    """Merge two mappings of states."""
-    return {key: {**first.get(key, {}), **second.get(key, {})} for key in {**first, **second}}
-
-
 # ---- differences that are allowed
 
 
@@ -162,27 +155,39 @@ def is_setting(trainer: TrainerCore, name: str) -> bool:
 
 
 def warn_of_changes(
-    trainer: TrainerCore, before: Mapping[str, str], ignored: Collection[str], left_out: Collection[str]
+    trainer: TrainerCore, saved: Resumption, ignored: Collection[str], left_out: Collection[str]
 ) -> None:
-    """Warn, on rank 0, of settings of the optimizer and an order of the data that are not those of the saved run.
+    """Warn, on rank 0, of differences from the saved run that change the results of a run that resumes.
+
+    These are the number of ranks, settings of the optimizer, and the order of the data.
 
     Args:
         trainer: The trainer, within a run.
-        before: The invariants of the saved run.
+        saved: The checkpoint.
         ignored: Names that need no warning, or patterns of them.
         left_out: The parts that were not loaded, such as the state of another type of optimizer.
     """
-    now = trainer.run.invariants
-    names = [name for name in now if name in before and before[name] != now[name]]
-    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored)]
-    settings = [name for name in names if is_setting(trainer, name) and name.partition(".")[0] not in left_out]
-    if settings and trainer.distributed.rank == 0:
+    if not trainer.distributed.is_main:
+        return
+    ranks, ranks_before = trainer.distributed.world_size, saved.manifest.world_size
+    if ranks_before != ranks:
         warnings.warn(
-            f"The run resumes with the settings of the saved run: {', '.join(f'{n}={before[n]}' for n in settings)}, "
-            f"and not with {', '.join(f'{n}={now[n]}' for n in settings)}. To train with other settings, set them in "
-            "the callback event `on_load`, or start a new run after load_checkpoint(..., weights_only=True).",
+            f"The run resumes with {ranks} processes, and was saved with {ranks_before}: results are equal up to "
+            "rounding, except for random operations.",
             stacklevel=2,
         )
-    if DATA_ORDER in names and trainer.distributed.rank == 0:
+    before, now = saved.invariants, trainer.run.invariants
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    changed = [name for name in changed if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    settings = [name for name in changed if is_setting(trainer, name) and name.partition(".")[0] not in left_out]
+    if settings:
+        old, new = (", ".join(f"{name}={values[name]}" for name in settings) for values in (before, now))
+        warnings.warn(
+            f"The run resumes with the settings of the saved run: {old}, and not with {new}. To train with other "
+            "settings, set them in the callback event `on_load`, or start a new run after "
+            "load_checkpoint(..., weights_only=True).",
+            stacklevel=2,
+        )
+    if DATA_ORDER in changed:
         old, new = before[DATA_ORDER], now[DATA_ORDER]
         warnings.warn(f"The order of the data was {old}, and is {new} from this epoch on.", stacklevel=2)

@@ -6,16 +6,16 @@ import secrets
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files
+from ptacc.checkpoint.parts import SHARED, encode_parts, rank_files
 from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.lock import DirectoryLock
+from ptacc.checkpoint.storage.lock import LOCK, DirectoryLock
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.remote_store import open_sibling
 from ptacc.checkpoint.storage.store import CheckpointStore
@@ -28,8 +28,6 @@ from ptacc.types.aliases import T
 
 OnError: TypeAlias = Literal["raise", "warn"]
 
-TOKEN = ".token-"
-"""Prefix of the file that rank 0 creates to check that all ranks see the same directory."""
 SEEN_WITHIN_SECONDS = 10.0
 """How long it may take until a file in a shared directory is visible on another host."""
 ABANDON_SECONDS = 10.0
@@ -41,27 +39,27 @@ class CheckpointManager:
     """Saves the checkpoints of one run, and removes old ones.
 
     Args:
+        lock: The lock of the directory, which rank 0 holds.
         in_background: Whether to write checkpoints while training continues.
         identity: Of the run: the same on all ranks, and in the runs that resume it.
         resumed_from: The name of the checkpoint that the run was resumed from, which is never removed.
-        lock: The lock of the directory, on rank 0.
     """
 
     store: CheckpointStore
     distributed: DistributedRuntime
     retention: Retention
+    lock: DirectoryLock
     on_error: OnError = "raise"
     in_background: bool = False
     identity: str = field(default_factory=lambda: secrets.token_hex(8))
     resumed_from: str | None = None
-    lock: DirectoryLock | None = None
     _save: Save | None = None
     _buffers: defaultdict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
     # ---- opening
 
     def open(self, resumption: Resumption | None = None) -> None:
-        """Prepare the directory, and check that all ranks see the same one. A collective.
+        """Remove what is left of interrupted saves, and check that all ranks see the same directory. A collective.
 
         Raises:
             CheckpointError: The directory cannot be written to, is another run's, or is not the same on all hosts.
@@ -70,31 +68,22 @@ class CheckpointManager:
         directory = resolve_links(self.store.directory)
         if resumption is not None and split_path(resolve_links(resumption.path))[0] == directory:
             self.resumed_from = resumption.manifest.name
-        path = self.store.locate(self.call_on_rank_0(self._create_token))
-        deadline = time.monotonic() + SEEN_WITHIN_SECONDS
+        self.call_on_rank_0(self._clean_up)
+        owner, deadline = self.distributed.broadcast(self.lock.owner), time.monotonic() + SEEN_WITHIN_SECONDS
         with as_checkpoint_error(self.store.directory):
-            while not (is_visible := self.store.filesystem.exists(path)) and time.monotonic() < deadline:
+            while not (sees_lock := self.lock.read() == owner) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        without_file = [rank for rank, found in enumerate(self.distributed.gather(is_visible)) if not found]
-        self.call_on_rank_0(lambda: self.store.filesystem.remove_file(path))
-        if without_file:
+        blind = [rank for rank, sees in enumerate(self.distributed.gather(sees_lock)) if not sees]
+        if blind:
             raise CheckpointError(
-                f"{self.store.directory} is not one directory for all processes: rank {without_file[0]} does not see a "
-                "file that rank 0 created there. Give a directory that all hosts share."
+                f"{self.store.directory} is not one directory for all processes: rank {blind[0]} does not see the "
+                f"file {LOCK} that rank 0 created there. Give a directory that all hosts share."
             )
 
-    def _create_token(self) -> str:
+    def _clean_up(self) -> None:
         if others := [manifest.name for manifest in self.store.manifests() if manifest.run != self.identity]:
             raise CheckpointError(f"{others[-1]} belongs to another run. Give this run its own directory.")
-        self.store.prepare()
         self.store.clean_up()
-        filesystem = self.store.filesystem
-        for name in filesystem.list_directory(self.store.directory):
-            if name.startswith(TOKEN):  # its process was killed before it removed the token
-                filesystem.remove_file(self.store.locate(name))
-        token = f"{TOKEN}{secrets.token_hex(4)}"
-        filesystem.write_file(self.store.locate(token), [])
-        return token
 
     def call_on_rank_0(self, call: Callable[[], T]) -> T:
         """Call a function on rank 0, and return its result on all ranks, or raise its error."""
@@ -116,7 +105,9 @@ class CheckpointManager:
         """Whether a checkpoint is being saved in the background."""
         return self._save is not None
 
-    def begin(self, manifest: Manifest, shared: Sequence[Part], own: Sequence[Part], path: str | None) -> str | None:
+    def begin(
+        self, manifest: Manifest, shared: Mapping[str, object], own: Mapping[str, object], path: str | None
+    ) -> str | None:
         """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
         The manifest has no name and no files yet. The default path is in the run's directory, named by its step.
@@ -165,8 +156,7 @@ class CheckpointManager:
         # Rank 0 may be waiting for a rank whose disk is too full even for the note that it has failed.
         errors = self.distributed.gather(None if is_main or save.error is None else str(save.error))
         if is_main:
-            if reason := next(filter(None, errors), None):
-                save.cancel(reason)
+            save.cancelled = next(filter(None, errors), "")
             save.join()
         if message := self.distributed.broadcast(str(save.error or "")):
             error = CheckpointError(message)
@@ -181,7 +171,7 @@ class CheckpointManager:
         if save is None:
             return
         if not save.join(ABANDON_SECONDS):
-            save.cancel(f"{save.pending.name} was not saved: the run ended before another rank had written its files.")
+            save.cancelled = f"{save.pending.name} was not saved: the run ended before another rank wrote its files."
             save.join()
         if save.error is not None:
             self.warn(str(save.error))

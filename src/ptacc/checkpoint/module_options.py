@@ -43,6 +43,11 @@ def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDi
     return {option: state for option, state in states.items() if state}
 
 
+def merge_options(shared: Mapping[str, StateDict], own: Mapping[str, StateDict]) -> dict[str, StateDict]:
+    """Merge the tensors of each module that all ranks share with those of one rank."""
+    return {option: {**shared.get(option, {}), **own.get(option, {})} for option in {**shared, **own}}
+
+
 def load_option_states(trainer: TrainerCore, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Restore the tensors of each module. Those that a module does not have, or with another shape, are left out."""
     for option, module in module_options(trainer).items():

@@ -4,16 +4,12 @@
 shared parts (model, optimizer, ...)    written by rank 0       shared.json, shared.safetensors
 own parts (random states, ...)          written by each rank    rank-3.json, rank-3.safetensors
 ```
-
-A part has a name, a state, and the version of the state's format. Versions are stored in the manifest, so that a later
-format can be distinguished from an earlier one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from ptacc.checkpoint.storage.manifest import Manifest
@@ -36,15 +32,6 @@ MAX_JSON_SIZE = 1 << 28
 """Bytes of JSON in one file. Parsed, they take up to thirty times as much memory. Tensors are in another file."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part of a checkpoint: its name, what a `state_dict()` returned, and the version of the state's format."""
-
-    name: str
-    state: object
-    version: int = 1
-
-
 class Snapshot(dict[str, Any]):
     """States that were read from a checkpoint, by the names of their parts."""
 
@@ -60,21 +47,21 @@ def rank_files(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def encode_parts(parts: Iterable[Part]) -> Encoded:
-    """Encode parts, each under its name, with the errors of `encode`. Tensors are not copied."""
-    encoded = {part.name: encode(part.state, part.name) for part in parts}
+def encode_parts(parts: Mapping[str, object]) -> Encoded:
+    """Encode the states of parts by their names, with the errors of `encode`. Tensors are not copied."""
+    encoded = {name: encode(state, name) for name, state in parts.items()}
     tensors = {key: tensor for one in encoded.values() for key, tensor in one.tensors.items()}
     return Encoded({name: one.tree for name, one in encoded.items()}, tensors)
 
 
-def check_storable(parts: Iterable[Part]) -> None:
+def check_storable(parts: Mapping[str, object]) -> None:
     """Raise `CheckpointError` for a state that cannot be stored or would be read back differently."""
-    for part in parts:
-        encoded = encode(part.state, part.name)
+    for name, state in parts.items():
+        encoded = encode(state, name)
         safetensors_header(encoded.tensors)
         tree = json.loads(json.dumps(encoded.tree, allow_nan=False))
-        if encode(decode(Encoded(tree, encoded.tensors)), part.name).tree != encoded.tree:
-            raise CheckpointError(f"{part.name} would be read back from a file differently from how it was saved.")
+        if encode(decode(Encoded(tree, encoded.tensors)), name).tree != encoded.tree:
+            raise CheckpointError(f"{name} would be read back from a file differently from how it was saved.")
 
 
 def write_parts(store: CheckpointStore, pending: PendingCheckpoint, name: str, parts: Encoded) -> dict[str, FileDigest]:
@@ -120,7 +107,7 @@ def read_parts(store: CheckpointStore, manifest: Manifest, name: str) -> Snapsho
 def read_full_parts(store: CheckpointStore, manifest: Manifest) -> Snapshot:
     """Read the shared parts, with sharded tensors assembled from the files of all ranks."""
     shared = read_parts(store, manifest, SHARED)
-    if manifest.parts.keys() <= shared.keys():
+    if shared.keys() >= {*manifest.parts}:
         return shared
     shards = merge_shards(read_all_ranks(store, manifest))
     return Snapshot(map_state({**shared, **shards}, lambda value: localize(value, {})))

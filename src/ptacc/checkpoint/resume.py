@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
+from ptacc.checkpoint.module_options import merge_options
 from ptacc.checkpoint.parts import (
     OPTIONS,
     RUN,
@@ -20,15 +21,17 @@ from ptacc.checkpoint.parts import (
     read_parts,
 )
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import open_sibling
+from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
+from ptacc.distributed.process_group import Distributed
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.run.state import ResumeState
+from ptacc.types.protocols import StateDict
 
 
-def find_checkpoint(store: CheckpointStore, resume: bool | str | PathLike[str]) -> str | None:
+def choose_checkpoint(store: CheckpointStore, resume: bool | str | PathLike[str]) -> str | None:
     """Return the path of the checkpoint that a run resumes from; None if the run starts from the beginning.
 
     Args:
@@ -88,8 +91,8 @@ def find_newest(store: CheckpointStore) -> str | None:
 class Resumption:
     """A checkpoint as one rank resumes from it.
 
-    If the number of ranks has changed, the rank's own parts are the state of the run, merged
-    from all ranks, and rank 0's buffers of modules among the options.
+    If the number of ranks has changed, the rank's own parts are the state of the run, merged from all ranks, and rank
+    0's buffers of modules among the options.
     """
 
     path: str
@@ -98,32 +101,45 @@ class Resumption:
     own: Snapshot
 
     @classmethod
-    def read(cls, store: CheckpointStore, name: str, rank: int, world_size: int) -> Resumption:
+    def read(cls, path: str, key: bytes | None, distributed: Distributed) -> Resumption:
         """Read a checkpoint. Each file is verified before it is parsed."""
-        with as_checkpoint_error(store.locate(name)):
+        directory, name = split_path(path)
+        store = open_store(directory, key)
+        with as_checkpoint_error(path):
             manifest = store.manifest(name)
             shared = read_parts(store, manifest, SHARED)
-            if manifest.world_size == world_size:
-                own = read_parts(store, manifest, rank_files(rank))
+            if manifest.world_size == distributed.world_size:
+                own = read_parts(store, manifest, rank_files(distributed.rank))
                 shards = own.get(SHARDS, {})
             else:
                 all_ranks = read_all_ranks(store, manifest)
                 merged = merge_run_states([parts[RUN] for parts in all_ranks])
-                own = Snapshot({RUN: merged, OPTIONS: all_ranks[0].get(OPTIONS, {})})
+                own = Snapshot({RUN: merged, OPTIONS: all_ranks[0][OPTIONS]})
                 shards = merge_shards(all_ranks)
-        return cls(store.locate(name), manifest, Snapshot({**shared, **shards}), own)
+        return cls(path, manifest, Snapshot({**shared, **shards}), own)
 
-    def resume_state(self, *, with_file: bool, with_stop: bool) -> ResumeState:
+    @property
+    def invariants(self) -> Mapping[str, str]:
+        """What must be the same when the run is resumed, by name."""
+        return cast(Mapping[str, str], self.shared[RUN]["conditions"])
+
+    @property
+    def options(self) -> dict[str, StateDict]:
+        """The tensors of each module among the options."""
+        return merge_options(self.shared[OPTIONS], self.own[OPTIONS])
+
+    def resume_state(self, ignored: Collection[str]) -> ResumeState:
         """Return the state of the run.
 
-        Args:
-            with_file: Whether the history continues in the file of the saved run.
-            with_stop: Whether a run that `trainer.stop()` has stopped stays stopped.
+        With `"history"` in `ignored`, the history continues in another file than that of the saved run; with `"stop"`,
+        a run that `trainer.stop()` has stopped continues.
         """
-        run = self.shared[RUN]
-        history = run["history"] if with_file else {**run["history"], "file": None}
-        stopped = run["stopped"] if with_stop else None
-        return ResumeState({**run, "history": history, "stopped": stopped}, self.own[RUN])
+        run: StateDict = {**self.shared[RUN]}
+        if "history" in ignored:
+            run["history"] = {**run["history"], "file": None}
+        if "stop" in ignored:
+            run["stopped"] = None
+        return ResumeState(run, self.own[RUN])
 
 
 def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.types.monitor import Best, Monitor
+from ptacc.types.monitor import Best
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,13 @@ class Retention:
 
     Args:
         last: How many of the newest to keep.
-        best: How many of the best by `monitor` to keep.
+        best: How many of the best to keep, and by which value.
         every: Keep those whose step is a multiple of this.
-        monitor: The value that ranks them.
     """
 
     last: int | None = None
-    best: int | None = None
+    best: Best | None = None
     every: int | None = None
-    monitor: Monitor | None = None
 
     def removable(self, manifests: Sequence[Manifest], protected: Collection[str] = ()) -> list[str]:
         """Return the names of the checkpoints to remove, oldest first.
@@ -44,21 +42,22 @@ class Retention:
         kept |= {manifest.name for manifest in by_age if self.every is not None and manifest.step % self.every == 0}
         newest_of_label = {manifest.label: manifest.name for manifest in by_age if manifest.label}
         kept |= {*newest_of_label.values()}
-        if self.best is not None and self.monitor is not None:
-            kept |= set(rank_best(by_age, self.monitor, self.best))
+        if self.best is not None:
+            kept |= {*rank_best(by_age, self.best)}
         return [manifest.name for manifest in by_age if manifest.name not in kept]
 
 
-def rank_best(manifests: Sequence[Manifest], monitor: Monitor, count: int) -> list[str]:
-    """Return the names of at most `count` best checkpoints, best first. Those with NaN or no value are left out.
+def rank_best(manifests: Sequence[Manifest], best: Best) -> list[str]:
+    """Return the names of the best checkpoints, best first. Those with NaN or no value are left out.
 
     The manifests are given oldest first. Of two with equal values, the newer one is better.
     """
+    monitor = best.resolved_monitor
     sign = 1 if monitor.mode == "min" else -1
     values = {manifest.name: manifest.metrics.get(monitor.name, math.nan) for manifest in manifests}
     ranked = [manifest for manifest in reversed(manifests) if not math.isnan(values[manifest.name])]
     ranked.sort(key=lambda manifest: sign * values[manifest.name])
-    return [manifest.name for manifest in ranked[:count]]
+    return [manifest.name for manifest in ranked[: best.count]]
 
 
 def add_if_best(values: Sequence[float], value: float, best: Best) -> list[float] | None:

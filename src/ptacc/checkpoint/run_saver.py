@@ -7,24 +7,22 @@ import math
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ptacc.checkpoint.manager import CheckpointManager
-from ptacc.checkpoint.parts import MODEL, Part
+from ptacc.checkpoint.parts import MODEL
 from ptacc.checkpoint.retention import add_if_best
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
-from ptacc.types.monitor import Best
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
 
@@ -37,7 +35,6 @@ class RunSaver:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         on_saved: Called with the path of each checkpoint that was saved.
-        best: Which values to save the run at, in addition.
         saved_at: The progress of the run when it was last saved.
     """
 
@@ -47,7 +44,6 @@ class RunSaver:
     signals: Collection[signal.Signals]
     allows_non_finite: bool
     on_saved: Callable[[str], None]
-    best: Best | None = None
     saved_at: Progress = field(default_factory=Progress)
     _best_values: list[float] = field(default_factory=list)
     _is_among_best: bool = False
@@ -60,11 +56,12 @@ class RunSaver:
         return path or store.locate(self.manager.call_on_rank_0(lambda: store.free_name(step)))
 
     def observe(self, values: Mapping[str, float]) -> None:
-        """Save the run as soon as possible, if the value of `best` is reported and is among the best so far."""
-        if self.best is None or not self.trainer.progress.steps:
+        """Save the run as soon as possible, if the value that ranks checkpoints is among the best so far."""
+        best = self.manager.retention.best
+        if best is None or not self.trainer.progress.steps:
             return
-        value = values.get(self.best.resolved_monitor.name, math.nan)
-        if (best_values := add_if_best(self._best_values, value, self.best)) is not None:
+        value = values.get(best.resolved_monitor.name, math.nan)
+        if (best_values := add_if_best(self._best_values, value, best)) is not None:
             self._best_values, self._is_among_best = best_values, True
 
     def save_if_due(self) -> None:
@@ -116,7 +113,7 @@ class RunSaver:
         if path is None:
             self.saved_at = now  # first, since the checkpoint contains it
         shared, own = collect_parts(self.trainer)
-        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared)
+        weights = () if self.allows_non_finite else local_parameters(self.trainer, shared[MODEL])
         if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
             self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
             self.saved_at = before
@@ -129,7 +126,7 @@ class RunSaver:
             offset=now.offset,
             world_size=self.trainer.distributed.world_size,
             label=label,
-            parts={part.name: part.version for part in shared},
+            parts=tuple(shared),
             metrics=self.trainer.run.current_values(),
         )
         saved = self.manager.begin(manifest, *move_shards(shared, own), path)
@@ -164,10 +161,9 @@ def get_versions() -> dict[str, str]:
     }
 
 
-def local_parameters(trainer: TrainerCore, shared: Sequence[Part]) -> list[tuple[str, Tensor]]:
+def local_parameters(trainer: TrainerCore, weights: StateDict) -> list[tuple[str, Tensor]]:
     """Return the parameters of a checkpoint that this rank has, in full or as its shards, by name."""
     names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
-    weights: Any = next(part.state for part in shared if part.name == MODEL)
     return [
         (name, tensor.to_local() if is_dtensor(tensor) else tensor)
         for name, tensor in weights.items()

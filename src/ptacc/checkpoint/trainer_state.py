@@ -9,33 +9,26 @@ run, engine, random, options, train_metrics, ...                           own: 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
+from os import PathLike
+from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.differences import Comparison, find_difference, merge
+from ptacc.checkpoint.differences import Comparison, find_difference
 from ptacc.checkpoint.module_options import load_option_states, option_states
-from ptacc.checkpoint.parts import (
-    BUFFERS,
-    KINDS,
-    MODEL,
-    OPTIONS,
-    RUN,
-    SHARDS,
-    Part,
-    Snapshot,
-    read_full_parts,
-)
-from ptacc.checkpoint.resume import find_at
+from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, read_full_parts
+from ptacc.checkpoint.resume import Resumption, find_at
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import OptionError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import split_path
+from ptacc.files.paths import parse_path, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.modes import set_modes
-from ptacc.model.optimizer_state import add_names, order_by_name
+from ptacc.model.optimizer_state import add_names, check_names, order_by_name
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
@@ -57,32 +50,32 @@ FLAGS, ENGINE, RANDOM = "flags", "engine", "random"
 # ---- from a trainer to parts
 
 
-def collect_parts(trainer: TrainerCore) -> tuple[list[Part], list[Part]]:
+def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parts of a trainer within a run: those that all ranks share, and those of this rank.
 
     Tensors in them are references. A collective where an engine gathers weights.
     """
-    run, state = trainer.run, trainer.run.engine.get_state()
+    run, model, state = trainer.run, trainer.unwrapped_model, trainer.run.engine.get_state()
+    slots = [slot for slot in run.engine.slots if slot.name in state.optimizers]
     shared = {
         RUN: run.state_dict(),
         MODEL: state.weights,
-        BUFFERS: {n: t for n, t in non_persistent_buffers(trainer.unwrapped_model).items() if is_storable(t)},
+        BUFFERS: {name: value for name, value in non_persistent_buffers(model).items() if is_storable(value)},
         OPTIONS: option_states(trainer, each_rank=False),
         KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
-        FLAGS: get_flags(trainer.unwrapped_model),
+        FLAGS: get_flags(model),
         ENGINE: state.shared,
-        **state.optimizers,
+        **{slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots},
+        **stateful_parts(trainer, each_rank=False),
     }
-    for slot in run.engine.slots:
-        if slot.name in shared:
-            shared[slot.name] = add_names(trainer.unwrapped_model, slot.optimizer, shared[slot.name])
-    random = RandomStreams(devices=trainer.device.type != "cpu")
-    own = {RUN: run.rank_state_dict(), ENGINE: state.own, RANDOM: random.state_dict()}
-    own[OPTIONS] = option_states(trainer, each_rank=True)
-    return (
-        [*(Part(name, value) for name, value in shared.items()), *stateful_parts(trainer, each_rank=False)],
-        [*(Part(name, value) for name, value in own.items()), *stateful_parts(trainer, each_rank=True)],
-    )
+    own = {
+        RUN: run.rank_state_dict(),
+        ENGINE: state.own,
+        RANDOM: RandomStreams(devices=trainer.device.type != "cpu").state_dict(),
+        OPTIONS: option_states(trainer, each_rank=True),
+        **stateful_parts(trainer, each_rank=True),
+    }
+    return shared, own
 
 
 def get_kind(state: Stateful) -> str:
@@ -90,10 +83,9 @@ def get_kind(state: Stateful) -> str:
     return type(state.scheduler if isinstance(state, Schedule) else state).__name__
 
 
-def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> Iterator[Part]:
-    """Yield the parts of mixins and callbacks."""
-    for name, state in named_states(trainer, each_rank=each_rank):
-        yield Part(name, state.state_dict(), getattr(state, "state_version", 1))
+def stateful_parts(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:
+    """Return the parts of mixins and callbacks."""
+    return {name: state.state_dict() for name, state in named_states(trainer, each_rank=each_rank)}
 
 
 def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str, Stateful]]:
@@ -120,12 +112,12 @@ def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
     return named
 
 
-def move_shards(shared: list[Part], own: list[Part]) -> tuple[list[Part], list[Part]]:
+def move_shards(shared: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Move shared parts with DTensors to the parts of this rank, which saves its shards of them."""
-    sharded = {part.name: part.state for part in shared if any(map(is_dtensor, iterate_tensors(part.state)))}
+    sharded = {name: state for name, state in shared.items() if any(map(is_dtensor, iterate_tensors(state)))}
     if not sharded:
         return shared, own
-    return [part for part in shared if part.name not in sharded], [*own, Part(SHARDS, sharded)]
+    return {name: state for name, state in shared.items() if name not in sharded}, {**own, SHARDS: sharded}
 
 
 def get_flags(model: nn.Module) -> StateDict:
@@ -140,7 +132,7 @@ def get_flags(model: nn.Module) -> StateDict:
 
 
 def load_into(
-    trainer: TrainerCore, path: str, key: bytes | None, *, weights_only: bool
+    trainer: TrainerCore, path: str | PathLike[str], key: bytes | None, *, weights_only: bool
 ) -> tuple[str, dict[str, AveragedWeights]]:
     """Load the weights of a checkpoint, and the optimizer's state, into a trainer.
 
@@ -150,31 +142,32 @@ def load_into(
     Raises:
         CheckpointError: The path has no checkpoint, or one of another model.
     """
-    found = find_at(path, open_store(path, key))
+    location = parse_path(path)
+    found = find_at(location, open_store(location, key))
     directory, name = split_path(found)
     store = open_store(directory, key)
-    with as_checkpoint_error(path):
+    with as_checkpoint_error(location):
         shared = read_full_parts(store, store.manifest(name))
     model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
-    states = [order_by_name(model, slot.optimizer, shared[slot.name]) for slot in slots]
+    for slot in slots:
+        check_names(model, slot.optimizer, shared[slot.name])
     load_weights(model, shared[MODEL])
-    for slot, state in zip(slots, states, strict=True):
-        load_optimizer_state(slot.optimizer, state)
+    for slot in slots:
+        load_optimizer_state(slot.optimizer, order_by_name(model, slot.optimizer, shared[slot.name]))
     averages = {part: AveragedWeights(model) for part, state in shared.items() if holds_averages(state)}
     for part, average in averages.items():
         average.load_state_dict(shared[part])
     return found, averages
 
 
-def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Collection[str] = ()) -> frozenset[str]:
+def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = ()) -> frozenset[str]:
     """Restore a trainer within a run from a checkpoint, the random generators last. A collective.
 
     What the checkpoint lacks, and what does not fit but is ignored, keeps its present state.
 
     Args:
         trainer: The trainer.
-        shared: The parts of the checkpoint that all ranks share.
-        own: The parts of this rank.
+        saved: The checkpoint.
         ignored: Patterns of the names of differences to ignore.
 
     Returns:
@@ -183,35 +176,45 @@ def restore(trainer: TrainerCore, shared: Snapshot, own: Snapshot, ignored: Coll
     Raises:
         CheckpointError: The checkpoint does not match the trainer; the message lists each difference.
     """
-    present, present_own = (Snapshot({part.name: part.state for part in parts}) for parts in collect_parts(trainer))
-    left_out = Comparison(trainer, present, present_own, shared, own).check(ignored)
-    run, model = trainer.run, trainer.unwrapped_model
+    present, present_own = collect_parts(trainer)
+    left_out = Comparison(trainer, present, present_own, saved).check(ignored)
+    model = trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
-    states = map_state({**shared}, partial(localize, dtensors=dtensors))
-    weights = drop_misfits(present[MODEL], states.get(MODEL, {}))
-    loaded = [slot for slot in run.engine.slots if slot.name in states and slot.name not in left_out]
-    optimizers = {slot.name: order_by_name(model, slot.optimizer, states[slot.name]) for slot in loaded}
-    if FLAGS in states:  # before the weights: a module's `train(mode)` may change them
-        load_flags(model, states[FLAGS])
-    run.engine.load_state(EngineState(weights, optimizers, states.get(ENGINE, {}), own.get(ENGINE, {})))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if canonical_name(name) in states.get(MODEL, {}).keys() - weights.keys():
-            for slot in loaded:
-                slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
-    load_non_persistent_buffers(model, states.get(BUFFERS, {}))
-    load_option_states(trainer, merge(states.get(OPTIONS, {}), own.get(OPTIONS, {})))
-    for parts, each_rank in ((states, False), (own, True)):
+    shared = Snapshot(map_state({**saved.shared}, partial(localize, dtensors=dtensors)))
+    saved = replace(saved, shared=shared)
+    load_flags(model, shared[FLAGS])  # before the weights: a module's `train(mode)` may change them
+    load_engine(trainer, saved, drop_misfits(present[MODEL], shared[MODEL]), left_out)
+    load_non_persistent_buffers(model, shared[BUFFERS])
+    load_option_states(trainer, saved.options)
+    for parts, each_rank in ((shared, False), (saved.own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
-            is_loaded = name not in left_out or isinstance(state, Schedule)  # which enters at the present step
-            if name in parts and is_loaded and not find_difference(state, parts[name]):
+            if name in parts and isinstance(state, Schedule):
+                state.load_state_dict(parts[name], is_same_class=name not in left_out)
+            elif name in parts and name not in left_out and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
             elif isinstance(state, AveragedWeights):
                 state.copy_from(model)  # averages start from the weights that were loaded
-    if RANDOM in own:
-        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(own[RANDOM])
+    if RANDOM in saved.own:
+        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(saved.own[RANDOM])
     else:  # saved by another number of ranks
-        seed_everything(derive_seed(run.seed, run.progress.steps, trainer.distributed.replica))
+        seed_everything(derive_seed(trainer.run.seed, trainer.run.progress.steps, trainer.distributed.replica))
     return left_out
+
+
+def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, left_out: Collection[str]) -> None:
+    """Load weights into the engine, and the states of its optimizers.
+
+    The optimizers in `left_out` keep their states, and parameters whose weights do not fit start without one.
+    """
+    model, engine, shared = trainer.unwrapped_model, trainer.run.engine, saved.shared
+    loaded = [slot for slot in engine.slots if slot.name in shared and slot.name not in left_out]
+    optimizers = {slot.name: order_by_name(model, slot.optimizer, shared[slot.name]) for slot in loaded}
+    engine.load_state(EngineState(weights, optimizers, shared[ENGINE], saved.own.get(ENGINE, {})))
+    misfits = shared[MODEL].keys() - weights.keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if canonical_name(name) in misfits:
+            for slot in loaded:
+                slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

@@ -17,7 +17,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -50,8 +49,9 @@ class Save:
     Args:
         manifest: Describes the checkpoint, except for its files.
         files: The parts that this rank writes, by the names of their files.
-        lock: The lock that this rank must still hold when the checkpoint is committed, if given.
+        lock: The lock that rank 0 must still hold when the checkpoint is committed.
         on_commit: Called on rank 0 with the name of the new checkpoint, if given.
+        cancelled: Why the files of other ranks will not come; empty as long as they may.
     """
 
     store: CheckpointStore
@@ -59,10 +59,10 @@ class Save:
     manifest: Manifest
     files: Mapping[str, Encoded]
     distributed: DistributedRuntime
-    lock: DirectoryLock | None
+    lock: DirectoryLock
     on_commit: Callable[[str], None] | None
     error: CheckpointError | None = None
-    _cancelled: Future[str] = field(default_factory=Future)
+    cancelled: str = ""
     _thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -74,10 +74,6 @@ class Save:
         """Wait until the work has ended, or for some seconds. Return whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
-
-    def cancel(self, reason: str) -> None:
-        """Stop waiting for the files of other ranks, since they will not come."""
-        self._cancelled.set_result(reason)
 
     def _run(self) -> None:
         try:
@@ -102,8 +98,7 @@ class Save:
             return
         for rank in range(1, self.distributed.world_size):
             written |= self._wait_for(rank)
-        if self.lock is not None:
-            self.lock.check()
+        self.lock.check()
         self.store.commit(self.pending, replace(self.manifest, files=written))
 
     def _fail(self, error: CheckpointError) -> None:
@@ -124,8 +119,8 @@ class Save:
         failure: Failure | None = None
         while not filesystem.exists(path):
             now = time.monotonic()
-            if self._cancelled.done():
-                raise FailedElsewhereError(self._cancelled.result())
+            if self.cancelled:
+                raise FailedElsewhereError(self.cancelled)
             if failure is not None or now > start + TIMEOUT_SECONDS:
                 raise CheckpointError(f"rank {rank} has not written its files: {failure or 'no answer'}")
             if now > last_check + POLL_SECONDS:

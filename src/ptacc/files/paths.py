@@ -82,8 +82,9 @@ def check_protocol(url: str, protocol: str) -> None:
         raise OptionError(f"{url!r} needs a package that is not installed: {error} ({error.__cause__}).") from error
 
 
-def make_absolute(path: str) -> str:
-    """Return a parsed path that does not depend on the working directory."""
+def parse_absolute(path: str | os.PathLike[str]) -> str:
+    """Return what `parse_path` returns, as a path that does not depend on the working directory."""
+    path = parse_path(path)
     return path if is_url(path) else str(Path(path).absolute())
 
 

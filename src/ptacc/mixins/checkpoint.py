@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import field
 from os import PathLike
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args
+from typing import Literal
 
 from typing_extensions import override
 
 from ptacc.checkpoint.differences import warn_of_changes
 from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
-from ptacc.checkpoint.manager import CheckpointManager, OnError
-from ptacc.checkpoint.parts import RUN, Part, check_storable
-from ptacc.checkpoint.resume import Resumption, find_checkpoint
+from ptacc.checkpoint.manager import CheckpointManager
+from ptacc.checkpoint.options import absolute_location, check_values
+from ptacc.checkpoint.parts import check_storable
+from ptacc.checkpoint.resume import Resumption, choose_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.lock import DirectoryLock
@@ -29,30 +28,18 @@ from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, st
 from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
-from ptacc.errors import CheckpointError, NestedRunError, OptionError
+from ptacc.errors import CheckpointError, NestedRunError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import make_absolute, parse_path, resolve_links, split_path
+from ptacc.files.paths import parse_absolute, parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
-from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
-from ptacc.validation import check_at_least
+from ptacc.types.progress import Cadence, Epochs
 
 SAVER: StateKey[RunSaver] = StateKey("checkpoints")
-OPTION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "checkpoint_dir": ((str, PathLike), "a path"),
-    "checkpoint_every": ((Steps, Epochs, Minutes, NoneType), "a cadence: Steps(500), Epochs(1), Minutes(10), or None"),
-    "resume": ((bool, str, PathLike), "True, False, or the path of a checkpoint"),
-    "keep_best": ((Best, NoneType), 'Best("eval_loss"), or None'),
-    "checkpoint_key": ((bytes, NoneType), "bytes"),
-}
-ITEM_TYPES: Mapping[str, tuple[type, str]] = {
-    "resume_ignore": (str, "names: {'batch_size'}"),
-    "checkpoint_signals": (signal.Signals, "signals: (signal.SIGTERM,)"),
-}
 
 
 class CheckpointMixin(Mixin):
@@ -114,28 +101,14 @@ class CheckpointMixin(Mixin):
     checkpoint_allows_non_finite: bool = False
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
-    _lock: DirectoryLock | None = field(init=False, default=None)
+    _lock: DirectoryLock = field(init=False)
 
     @override
     def check_options(self) -> None:
-        owner = type(self).__name__
-        for name in ("keep_last", "keep_every"):
-            if (count := getattr(self, name)) is not None:
-                check_at_least(owner, name, count, 1)
-        for name, (types, needed) in OPTION_TYPES.items():
-            if not isinstance(value := getattr(self, name), types):
-                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-            if isinstance(value, str | PathLike):
-                check_path(owner, name, value)
-        for name, (item_type, needed) in ITEM_TYPES.items():
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, item_type) for item in value):
-                raise OptionError(f"{owner}({name}={value!r}): must be {needed}.")
-        if self.checkpoint_errors not in get_args(OnError):
-            raise OptionError(f'{owner}(checkpoint_errors={self.checkpoint_errors!r}): must be "raise" or "warn".')
-        self.checkpoint_dir = fix_path(self.checkpoint_dir)
+        check_values(self)
+        self.checkpoint_dir = absolute_location(self, "checkpoint_dir")
         if not isinstance(self.resume, bool):
-            self.resume = fix_path(self.resume)
+            self.resume = absolute_location(self, "resume")
 
     def save_checkpoint(self, path: str | PathLike[str] | None = None, *, label: str = "") -> str:
         """Request a checkpoint. It is saved after the current step and the evaluation that is due at it. A collective.
@@ -145,7 +118,7 @@ class CheckpointMixin(Mixin):
             label: A name for its purpose. The newest checkpoint of each label is always kept.
 
         Returns:
-            Where it will be: a `Path`, or the URL as a string.
+            The path or URL where it will be.
 
         Raises:
             NestedRunError: It was called outside of a run. Every run is saved at its end.
@@ -157,7 +130,7 @@ class CheckpointMixin(Mixin):
                 "Every run is saved at its end. export_model() writes the weights alone."
             )
         self._distributed.sync("save_checkpoint()")
-        return self.run[SAVER].request(None if path is None else make_absolute(parse_path(path)), label)
+        return self.run[SAVER].request(None if path is None else parse_absolute(path), label)
 
     def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
@@ -178,8 +151,7 @@ class CheckpointMixin(Mixin):
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         self._check_weights_are_own("load_checkpoint()")
         with self._distributed.synced("load_checkpoint()"):
-            loaded, averages = load_into(self, parse_path(path), self.checkpoint_key, weights_only=weights_only)
-            self._state.averages = averages
+            loaded, self._state.averages = load_into(self, path, self.checkpoint_key, weights_only=weights_only)
             self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
@@ -214,80 +186,54 @@ class CheckpointMixin(Mixin):
         """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
         with contextlib.ExitStack() as stack:
             with self._distributed.synced("the set-up of checkpoints"):
+                self._lock = DirectoryLock(open_sibling(self._store(), parse_absolute(self.checkpoint_dir)))
                 if self.distributed.rank == 0 and not self.is_isolated:
-                    directory = make_absolute(parse_path(self.checkpoint_dir))
-                    self._lock = DirectoryLock(open_sibling(self._store(), directory))
-                    with as_checkpoint_error(directory):
-                        stack.enter_context(self._lock.held())
+                    stack.enter_context(self._lock.held())
             stack.enter_context(super()._reserved())
             yield
 
     @override
     def find_resume_state(self) -> ResumeState | None:
-        found = self.distributed.broadcast(self._find() if self.distributed.rank == 0 else None)
-        self._resumption = None
+        resume = self.resume if self._state.num_runs == 1 or isinstance(self.resume, bool) else False
+        found = choose_checkpoint(self._store(), resume) if self.distributed.rank == 0 else None
+        found, self._resumption = self.distributed.broadcast(found), None
         if found is None:
             return super().find_resume_state()
-        directory, name = split_path(found)
-        store = open_store(directory, self.checkpoint_key)
-        self._resumption = Resumption.read(store, name, self.distributed.rank, self.distributed.world_size)
-        return self._resumption.resume_state(
-            with_file="history" not in self.resume_ignore, with_stop="stop" not in self.resume_ignore
-        )
-
-    def _find(self) -> str | None:
-        is_first = self._state.num_runs == 1
-        return find_checkpoint(self._store(), self.resume if is_first or isinstance(self.resume, bool) else False)
+        self._resumption = Resumption.read(found, self.checkpoint_key, self.distributed)
+        return self._resumption.resume_state(self.resume_ignore)
 
     @override
     def _make_history_file(self, path: Path) -> HistoryFile:
         return HistoryFile(path, self._store().directory, may_start_over=self.resume is True)
 
     def _store(self) -> CheckpointStore:
-        directory = make_absolute(parse_path(self.checkpoint_dir))
-        number = self._state.num_runs
+        directory, number = parse_absolute(self.checkpoint_dir), self._state.num_runs
         return open_store(directory if number == 1 else f"{directory}/run-{number}", self.checkpoint_key)
 
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        best = self.keep_best
-        num_best, monitor = (None, None) if best is None else (best.count, best.resolved_monitor)
-        retention = Retention(self.keep_last, num_best, self.keep_every, monitor)
-        in_background = self.checkpoint_in_background
-        manager = CheckpointManager(
-            self._store(),
-            self._distributed,
-            retention,
-            self.checkpoint_errors,
-            in_background=in_background,
-            lock=self._lock,
-        )
+        retention = Retention(self.keep_last, self.keep_best, self.keep_every)
+        errors, in_background = self.checkpoint_errors, self.checkpoint_in_background
+        manager = CheckpointManager(self._store(), self._distributed, retention, self._lock, errors, in_background)
         if not self.is_isolated:
             manager.open(self._resumption)
-        on_saved = self._events().save
-        signals, non_finite = self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, best)
+        on_saved, signals, non_finite = self._events().save, self.checkpoint_signals, self.checkpoint_allows_non_finite
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
 
     @override
     def load_run_state(self) -> None:
         super().load_run_state()
-        if self._resumption is None:
-            return
         saved = self._resumption
+        if saved is None:
+            return
         is_last = self.run.is_consistent or not self.run.is_within_epoch
         if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
             saved = copy.deepcopy(saved)
-        left_out = restore(self, saved.shared, saved.own, self.resume_ignore)
+        left_out = restore(self, saved, self.resume_ignore)
         if is_last:
             self._resumption = None
-            if saved.manifest.world_size != self.distributed.world_size:
-                warnings.warn(
-                    f"The run resumes with {self.distributed.world_size} processes, and was saved with "
-                    f"{saved.manifest.world_size}: results are equal up to rounding, except for random operations.",
-                    stacklevel=2,
-                )
-            warn_of_changes(self, saved.shared[RUN]["conditions"], self.resume_ignore, left_out)
+            warn_of_changes(self, saved, self.resume_ignore, left_out)
             self._events().load(saved.path)
 
     # ---- saving
@@ -309,15 +255,15 @@ class CheckpointMixin(Mixin):
         if not self.progress.steps:  # a run that cannot be saved fails at its start
             if not self.is_isolated:
                 warn_of_unsaved_states(self)
-            shared, own = collect_parts(self)
-            check_storable([*shared, *own])
+            for parts in collect_parts(self):
+                check_storable(parts)
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
         if step.step == 1:  # optimizers and metrics have a state from here on
-            optimizers = [Part(slot.name, slot.optimizer.state_dict()) for slot in self.run.engine.slots]
-            check_storable([*optimizers, *stateful_parts(self, each_rank=True)])
+            check_storable({slot.name: slot.optimizer.state_dict() for slot in self.run.engine.slots})
+            check_storable(stateful_parts(self, each_rank=True))
 
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
@@ -354,17 +300,3 @@ class CheckpointMixin(Mixin):
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
         own = () if self.keep_best is None else ((self, self.keep_best.resolved_monitor),)
         return (*super().monitors(), *own)
-
-
-def check_path(owner: str, name: str, value: str | PathLike[str]) -> None:
-    """Raise `OptionError` for a URL whose file system is unknown or not installed."""
-    try:
-        parse_path(value)
-    except OptionError as error:
-        raise OptionError(f"{owner}({name}={value!r}): {error}") from error
-
-
-def fix_path(value: str | PathLike[str]) -> str | Path:
-    """Return a path that does not depend on the working directory, as a string or a `Path` like `value`."""
-    path = make_absolute(parse_path(value))
-    return path if isinstance(value, str) else Path(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 from torch.distributed import is_initialized
 from typing_extensions import override
@@ -72,13 +71,12 @@ class DeepSpeedMixin(Mixin):
         """Handle the launch's DeepSpeed settings here: Accelerate would apply them to its process-wide state."""
         super().configure_accelerator(builder)
         builder.provide("deepspeed", hide=True)
-        clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-        if clipping != "auto" and float(clipping) != (get_max_grad_norm(self) or 0.0):
+        clipping, norm = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"), get_max_grad_norm(self)
+        if clipping != "auto" and float(clipping) != (norm or 0.0):
             raise LaunchError(
                 f"The launch sets ACCELERATE_GRADIENT_CLIPPING={clipping}, and {type(self).__name__} has "
-                f"max_grad_norm={get_max_grad_norm(self)}. Give both the same number, with GradClipMixin."
+                f"max_grad_norm={norm}. Give both the same number, with GradClipMixin."
             )
-
         if names := os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"):
             raise LaunchError(
                 f"The launch sets ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES={names}, which {type(self).__name__} does "
@@ -92,8 +90,7 @@ class DeepSpeedMixin(Mixin):
         Raises:
             LaunchError: DeepSpeed is not installed, or was not started by a launcher and offloads.
         """
-        config = self._zero_config()
-        accelerator = self.accelerator
+        config, accelerator = self._zero_config(), self.accelerator
         config.check_agrees(
             accumulation=self.accumulation_steps(),
             max_grad_norm=get_max_grad_norm(self),
@@ -146,26 +143,11 @@ class DeepSpeedMixin(Mixin):
         return ZeroConfig.read(type(self).__name__, self.deepspeed_config, *options)
 
 
-@runtime_checkable
-class Averages(Protocol):
-    """Trainers with `EMAMixin`."""
-
-    ema_decay: float
-
-
-@runtime_checkable
-class Compiles(Protocol):
-    """Trainers with `CompileMixin`."""
-
-    compile_fullgraph: bool | None
-
-
 def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
     """Raise `OptionError` for mixins and callbacks that need full float32 parameters if no rank has them."""
-    found = [
-        type(callback).__name__ for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)
-    ]
-    if isinstance(trainer, Averages):
+    callbacks = [callback for callback in trainer.all_callbacks() if isinstance(callback, RestoreBestWeights)]
+    found = [type(callback).__name__ for callback in callbacks]
+    if hasattr(trainer, "ema_decay"):
         found.append("EMAMixin")
     if isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
         found.append(f"swa_start={trainer.swa_start}")
@@ -175,7 +157,7 @@ def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
             f"{config.owner}: {found[0]} averages or copies the weights, and under {where} no rank has all of them in "
             "float32. Use zero_stage=2 without it, or FSDPMixin."
         )
-    if config.stage == 3 and isinstance(trainer, Compiles):
+    if config.stage == 3 and hasattr(trainer, "compile_fullgraph"):
         raise OptionError(
             f"{config.owner}: CompileMixin traces full parameters, and ZeRO 3 partitions them. Use zero_stage=2, or "
             "FSDPMixin."

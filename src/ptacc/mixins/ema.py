@@ -88,9 +88,8 @@ class EMAMixin(Mixin):
     @contextlib.contextmanager
     def around_evaluation_weights(self) -> Iterator[None]:
         averages = self._averages(EMA_STATE.name) if self.ema_evaluates else None
-        if averages is None or not averages.updates:  # before the first update, they may be of other weights
-            weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        else:
-            weights = averages.applied(self.unwrapped_model)
-        with weights, super().around_evaluation_weights():
+        with contextlib.ExitStack() as stack:
+            if averages is not None and averages.updates:  # before the first update, they may be of other weights
+                stack.enter_context(averages.applied(self.unwrapped_model))
+            stack.enter_context(super().around_evaluation_weights())
             yield

@@ -18,6 +18,13 @@ from ptacc.model.selection import check_selectors, select_submodules
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
 
+LAUNCH_OPTIONS = {
+    "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
+    "FSDP_OFFLOAD_PARAMS": "fsdp_cpu_offload",
+    "FSDP_ACTIVATION_CHECKPOINTING": "gradient_checkpointing",
+}
+"""Variables of a launch with their options, which have to agree."""
+
 
 class FSDPMixin(ShardingMixin):
     """Shards parameters, gradients and optimizer state over the ranks: FSDP2, torch's `fully_shard`.
@@ -122,20 +129,11 @@ def check_launch(trainer: FSDPMixin) -> None:
             f"The launch asks for FSDP of version 1, and {owner} shards by version 2. Set `fsdp_version: 2` in the "
             "launch's configuration."
         )
-    wanted = {
-        "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", trainer.fsdp_reshard_after_forward),
-        "FSDP_OFFLOAD_PARAMS": ("fsdp_cpu_offload", trainer.fsdp_cpu_offload),
-        "FSDP_ACTIVATION_CHECKPOINTING": (
-            "gradient_checkpointing",
-            bool(getattr(trainer, "gradient_checkpointing", ())),
-        ),
-    }
-    for variable, (option, value) in wanted.items():
-        launched = os.environ.get(variable, "").lower()
+    for variable, option in LAUNCH_OPTIONS.items():
+        value, launched = getattr(trainer, option, ()), os.environ.get(variable, "").lower()
         if launched in ({"false", "0", "no_reshard"} if value else {"true", "1", "full_shard", "shard_grad_op"}):
             raise LaunchError(
-                f"The launch sets {variable}={launched}, and {owner} has {option}={getattr(trainer, option, ())!r}. "
-                "Make both agree."
+                f"The launch sets {variable}={launched}, and {owner} has {option}={value!r}. Make both agree."
             )
     is_sized = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP"
     if trainer.fsdp_wrap is None and (is_sized or os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")):

@@ -35,13 +35,8 @@ class GradAccumMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        check_at_least(
-            type(self).__name__,
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            1,
-            "Leave it out to step after every batch.",
-        )
+        owner, steps = type(self).__name__, self.gradient_accumulation_steps
+        check_at_least(owner, "gradient_accumulation_steps", steps, 1, "Leave it out to step after every batch.")
 
     @override
     def accumulation_steps(self) -> int:

@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
+from ptacc.model.norms import CopiedStatistics
 from ptacc.model.patching import Forward, patched_forwards
 from ptacc.model.selection import check_selectors, select_submodules
 
@@ -101,27 +102,3 @@ def checkpointed_forward(module: nn.Module, forward: Forward) -> Forward:
         return checkpoint(call_by_position, *args, *kwargs.values(), use_reentrant=False, context_fn=context_fn)
 
     return call
-
-
-class CopiedStatistics(AbstractContextManager[None]):
-    """Makes norm layers update copies of their running statistics within the block. Reentrant.
-
-    Restoring the values in place instead would be an in-place change of tensors that a graph may have saved.
-    """
-
-    def __init__(self, norms: Sequence[_NormBase]) -> None:
-        self._norms = norms
-        self._saved: list[list[dict[str, Tensor]]] = []
-
-    @override
-    def __enter__(self) -> None:
-        self._saved.append([dict(norm.named_buffers(recurse=False)) for norm in self._norms])
-        for norm, buffers in zip(self._norms, self._saved[-1], strict=True):
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer.clone())
-
-    @override
-    def __exit__(self, *_: object) -> None:
-        for norm, buffers in zip(self._norms, self._saved.pop(), strict=True):
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer)

@@ -98,7 +98,7 @@ class LRSchedulerMixin(Mixin):
     def _step_on_value(self, values: Mapping[str, float]) -> None:
         """Step a scheduler that needs a value, if the value is among those that are reported now."""
         name = as_monitor(self.scheduler_monitor).name
-        if self.run[SCHEDULE].kind == "values" and name in values:
+        if name in values and self.run[SCHEDULE].kind == "values":
             cast(PlateauSchedulerLike, self.scheduler).step(values[name])
 
     @override

@@ -16,6 +16,7 @@ from ptacc.core.batch_hooks import BatchMixin
 from ptacc.errors import DataError, OptionError
 from ptacc.metrics.aggregation import compute_metrics, prepare_metrics
 from ptacc.metrics.state import MetricStates
+from ptacc.model.option_modules import is_metric
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import RESERVED_NAMES, StepOutput
@@ -62,12 +63,11 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
         check_names(owner, self.metrics)
         all_metrics = [*self.metrics.values(), *self.train_metrics.values()]
         counts = Counter(map(id, all_metrics))
-        for metric in all_metrics:
-            if counts[id(metric)] > 1:
-                raise OptionError(
-                    f"{owner}: one {type(metric).__name__} is given twice, and its state would mix the data of both "
-                    "places. Give each place its own: metric.clone()."
-                )
+        if repeated := [metric for metric in all_metrics if counts[id(metric)] > 1]:
+            raise OptionError(
+                f"{owner}: one {type(repeated[0]).__name__} is given twice, and its state would mix the data of both "
+                "places. Give each place its own: metric.clone()."
+            )
 
     @hook("default")
     def update_metrics(self, batch: BatchT, output: StepOutput[OutputT], metrics: Iterable[MetricLike]) -> None:
@@ -146,7 +146,7 @@ def check_metrics(owner: str, option: str, metrics: object) -> None:
             f'{option}={{"accuracy": MulticlassAccuracy(10)}}.'
         )
     for name, metric in metrics.items():
-        if isinstance(metric, type) or not all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+        if not is_metric(metric):
             raise OptionError(
                 f"{owner}({option}={{{name!r}: {value_text(metric)}}}): must be a metric: an instance, with update, "
                 "compute and reset."
@@ -160,15 +160,12 @@ def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
             f"{owner}(metrics={{{min(taken)!r}: ...}}): every run reports a value of this name already. "
             "Give the metric another name."
         )
-    seen: set[str] = set()
-    for name, metric in metrics.items():
-        reported = list_metric_names({name: metric})
-        if seen & reported:
-            raise OptionError(
-                f"{owner}(metrics=...): two metrics report {min(seen & reported)!r}, one of them in a collection. "
-                "Give one of them another name."
-            )
-        seen |= reported
+    counts = Counter(reported for name, metric in metrics.items() for reported in list_metric_names({name: metric}))
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise OptionError(
+            f"{owner}(metrics=...): two metrics report {min(repeated)!r}, one of them in a collection. Give one of "
+            "them another name."
+        )
 
 
 def list_metric_names(metrics: Mapping[str, MetricLike]) -> frozenset[str]:

@@ -103,13 +103,10 @@ class ProfilerMixin(Mixin):
             with super().around_run():
                 yield
             return
-        if self.profile_dir is not None:
-            Path(self.profile_dir).mkdir(
-                parents=True, exist_ok=True
-            )  # raises before the first step if it cannot be created
-        make = functools.partial(make_profiler, self)
-        profiler = StepProfiler(make, functools.partial(report, self), self.profile_repeat)
-        self.run[PROFILER] = profiler
+        if self.profile_dir is not None:  # an error is raised before the first step
+            Path(self.profile_dir).mkdir(parents=True, exist_ok=True)
+        make, profiled = functools.partial(make_profiler, self), functools.partial(report, self)
+        profiler = self.run[PROFILER] = StepProfiler(make, profiled, self.profile_repeat)
         with super().around_run(), profiler.ranges:
             mark_ranges(self, profiler)
             profiler.start()
@@ -127,7 +124,8 @@ class ProfilerMixin(Mixin):
     @override
     @contextlib.contextmanager
     def around_evaluation(self) -> Iterator[None]:
-        range_ = record_function(EVALUATION) if is_profiling(self) else contextlib.nullcontext()
+        is_profiling = self.is_running and PROFILER in self.run and self.run[PROFILER].is_on
+        range_ = record_function(EVALUATION) if is_profiling else contextlib.nullcontext()
         with range_, super().around_evaluation():
             yield
 
@@ -136,11 +134,6 @@ class ProfilerMixin(Mixin):
         super().on_step_end(step)
         if PROFILER in self.run:
             self.run[PROFILER].step()
-
-
-def is_profiling(trainer: ProfilerMixin) -> bool:
-    """Whether there is a current run with steps left to profile."""
-    return trainer.is_running and PROFILER in trainer.run and trainer.run[PROFILER].is_on
 
 
 def make_profiler(trainer: ProfilerMixin, on_trace_ready: Callable[[profile], None]) -> profile:

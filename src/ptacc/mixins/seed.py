@@ -69,10 +69,8 @@ class SeedMixin(Mixin):
 @contextlib.contextmanager
 def deterministic_kernels() -> Iterator[None]:
     """Allow deterministic kernels only; restore torch's settings afterwards."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

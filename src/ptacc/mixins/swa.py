@@ -14,9 +14,9 @@ from typing_extensions import override
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.model.averaging import AveragedWeights
+from ptacc.model.norms import CopiedStatistics
 from ptacc.rng import preserved_streams
 from ptacc.run.state import StateKey
-from ptacc.tensors.dtensor import is_dtensor
 from ptacc.tensors.structures import to_device
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import EpochRecord
@@ -91,22 +91,17 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         norms = find_tracking_norms(self.unwrapped_model)
         if not norms:
             return
-        # Synchronised norms and sharded models communicate in the forward pass: then every rank runs padding batches
-        # too. Otherwise each rank runs its own batches with the unwrapped model, since the forward of the DDP wrapper
-        # communicates as well.
+        # Every rank runs padding batches too, since synchronised norms and sharded models communicate in the forward
+        # pass. The model is unwrapped, since the forward of the DDP wrapper broadcasts rank 0's statistics.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
-        is_sharded = any(is_dtensor(parameter) for parameter in self.unwrapped_model.parameters())
         run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
         self._set_model(self.unwrapped_model)
         try:
             with torch.no_grad(), streams, cumulative_statistics(norms):
                 for host in run.data.epoch(0):
                     run.batch = host if is_synchronised else None
-                    if is_synchronised or not host.is_padding:
+                    with CopiedStatistics(norms if host.is_padding and not is_synchronised else []):
                         self.predict_step(to_device(host.data, self.device))
-                    elif is_sharded:
-                        with preserved_statistics(norms):
-                            self.predict_step(to_device(host.data, self.device))
         finally:
             run.batch = None
             self._set_model(wrapped)
@@ -132,16 +127,6 @@ def cumulative_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-
-@contextlib.contextmanager
-def preserved_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Restore the running statistics after the block."""
-    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    saved = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, saved, strict=True):
-        buffer.copy_(value)
 
 
 def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:

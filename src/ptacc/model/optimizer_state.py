@@ -105,16 +105,19 @@ def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -
                 yield f"{held}, and no group of the {rest} holds just these"
 
 
-def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
-    """Return a saved state with its groups and parameters in the order of an optimizer's. One without names is kept.
-
-    Raises:
-        CheckpointError: The groups hold other parameters.
-    """
+def check_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
+    """Raise `CheckpointError` for a saved state whose groups hold other parameters."""
     if different := list(name_differences(model, optimizer, state)):
         raise CheckpointError(
             f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
         )
+
+
+def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:
+    """Return a saved state with its groups and parameters in the order of an optimizer's. One without names is kept.
+
+    Its groups hold the same parameters, as `check_names` checks.
+    """
     if NAMES not in state:
         return state
     saved = list(zip(state[NAMES], state["param_groups"], strict=True))

@@ -22,8 +22,8 @@ HEADER = b'{"kind": "run"'
 class HistoryFile:
     """A file to which one run appends lines.
 
-    Its state is the length of the run's lines with their hash. A resumed run verifies the hash, and removes the lines
-    written after the checkpoint.
+    Its state is the length of the run's lines with their hash. A resumed run verifies the hash. When it first appends,
+    it removes the lines that were written after the checkpoint: a run that is refused changes nothing.
 
     Args:
         path: The file, which is created with its directory at the first line.
@@ -63,6 +63,8 @@ class HistoryFile:
             return
         if self._length:
             with self._path.open("ab") as file:
+                if file.tell() > self._length:
+                    file.truncate(self._length)
                 file.write(text)
         else:
             self._create(text)
@@ -85,7 +87,7 @@ class HistoryFile:
         return {"length": self._length, "sha256": self._digest.hexdigest()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Continue after the lines of a state, and remove the lines after them.
+        """Continue after the lines of a state.
 
         Raises:
             DamagedCheckpointError: The file is missing, or these lines have changed.
@@ -93,21 +95,19 @@ class HistoryFile:
         self._length = state_dict["length"]
         if not self._length:
             return
-        advice = "To start a new one, move it away and pass resume_ignore={'history'}."
         try:
-            with self._path.open("r+b") as file:
+            with self._path.open("rb") as file:
                 self._digest = hashlib.sha256(file.read(self._length))
-                if self._digest.hexdigest() != state_dict["sha256"]:
-                    raise DamagedCheckpointError(
-                        f"{self._path} is not the history that was saved: its first {self._length} bytes differ. "
-                        f"Put it back. {advice}"
-                    )
-                file.truncate(self._length)
         except FileNotFoundError:
             raise DamagedCheckpointError(
                 f"{self._path} is missing, and the saved run has written {self._length} bytes to it. Put it back, or "
                 "pass resume_ignore={'history'} to start a new one."
             ) from None
+        if self._digest.hexdigest() != state_dict["sha256"]:
+            raise DamagedCheckpointError(
+                f"{self._path} is not the history that was saved: its first {self._length} bytes differ. Put it back. "
+                "To start a new one, move it away and pass resume_ignore={'history'}."
+            )
 
 
 def to_json(record: Mapping[str, Any]) -> str:

@@ -107,11 +107,14 @@ class Schedule:
         groups = [min(names, default="") for names in group_names(self.model, self.optimizer)]
         # A schedule of counts needs no state, and may hold functions.
         state = {} if self.kind == "counts" else self.scheduler.state_dict()
-        kind = type(self.scheduler).__name__
-        return {"class": kind, "length": self._length, "groups": groups, "initial": self._initial, "state": state}
+        return {"length": self._length, "groups": groups, "initial": self._initial, "state": state}
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
+    def load_state_dict(self, state_dict: StateDict, *, is_same_class: bool = True) -> None:
         """Restore the scheduler. The state of the optimizer and the progress of the run have been restored before.
+
+        Args:
+            state_dict: The saved state.
+            is_same_class: Whether it is that of a scheduler of this class.
 
         Raises:
             SchedulerError: The scheduler was saved for another length, or for groups in another order, and cannot be
@@ -128,10 +131,9 @@ class Schedule:
         by_group = dict(zip(state_dict["groups"], state_dict["initial"], strict=True))
         names = zip(present["groups"], self._initial, strict=True)
         self._initial = state_dict["initial"] if has_order else [by_group.get(name, here) for name, here in names]
-        has_class = state_dict["class"] == present["class"]
         is_alike = has_order and state_dict["length"] == present["length"]
         can_load = self.kind == "values" or (self.kind == "steps" and (is_alike or self._is_over()))
-        if has_class and can_load:
+        if is_same_class and can_load:
             self.scheduler.load_state_dict(state_dict["state"])
         elif self.kind != "values":  # else another class begins with the next value
             self._create_at_present_step()

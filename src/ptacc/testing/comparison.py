@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.tuning.isolated import AnyLoop, copy_to_host
+from ptacc.model.state_dict import copy_to_host
+from ptacc.tuning.isolated import AnyLoop
 from ptacc.types.outputs import StepRecord
 
 NORM_FLOOR = 1e-3

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,9 +24,8 @@ from ptacc.model.gradients import discard_gradients
 from ptacc.model.modes import get_modes, set_modes
 from ptacc.model.optimizer_state import save_settings
 from ptacc.model.option_modules import find_option_modules
-from ptacc.model.state_dict import load_optimizer_state
+from ptacc.model.state_dict import copy_to_host, load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
-from ptacc.tensors.structures import map_tensors
 from ptacc.types.aliases import T_co
 from ptacc.types.protocols import SizedDataset, Stateful
 
@@ -184,7 +183,7 @@ def save_validity(state: TrainerState, model: nn.Module) -> Restore:
 
 def save_optimizer(optimizer: Optimizer) -> Restore:
     """Save the state, the settings and the attributes of an optimizer."""
-    state = map_tensors(copy_to_host, optimizer.state_dict())
+    state = copy_to_host(optimizer.state_dict())
     restore_settings = save_settings(optimizer)
     attributes = set(vars(optimizer))
 
@@ -216,8 +215,3 @@ def find_stateful_parts(data: Iterable[object]) -> list[object]:
         parts += [loader.dataset, loader.sampler, loader.batch_sampler]
     parts += [getattr(part, "sampler", None) for part in parts]
     return list({id(part): part for part in parts if part is not None}.values())
-
-
-def copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy on the host."""
-    return tensor.detach().to("cpu", copy=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptacc.checkpoint.parts import SHARED, Part, encode_parts, rank_files, read_parts, write_parts
+from ptacc.checkpoint.parts import SHARED, encode_parts, rank_files, read_parts, write_parts
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
@@ -35,19 +35,19 @@ def save(store: CheckpointStore, step: int) -> Manifest:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(3, 4)).sum().backward()
     optimizer.step()
-    shared = [
-        Part("model", model.state_dict()),
-        Part("optimizer", optimizer.state_dict()),
-        Part("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict()),
-        Part("progress", {"step": step, "labels": {"cat", "dog"}, "counts": Counter("abca"), "best": float("inf")}),
-    ]
+    shared = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "progress": {"step": step, "labels": {"cat", "dog"}, "counts": Counter("abca"), "best": float("inf")},
+    }
     numbers = {"python": random.getstate(), "numpy": np.random.default_rng(step).bit_generator.state}
-    private = [Part("random", numbers | {"torch": torch.get_rng_state(), "array": np.arange(step + 3.0)})]
+    private = {"random": numbers | {"torch": torch.get_rng_state(), "array": np.arange(step + 3.0)}}
     pending = store.begin(f"step-{step}")
     files = write_parts(store, pending, SHARED, encode_parts(shared))
     files |= write_parts(store, pending, rank_files(0), encode_parts(private))
-    versions = {part.name: part.version for part in (*shared, *private)}
-    manifest = Manifest("", "a run", step, 1, 2, 1, metrics={"loss": 1 / step}, parts=versions, files=files)
+    names = (*shared, *private)
+    manifest = Manifest("", "a run", step, 1, 2, 1, metrics={"loss": 1 / step}, parts=names, files=files)
     return store.commit(pending, manifest)
 
 

@@ -95,7 +95,7 @@ class Recorder:
             path = self._opened.setdefault(arguments[0], self._opening)
             if name == "close":
                 del self._opened[arguments[0]]
-        path = re.sub(r"(?<=[0-9]{8})-[0-9a-f]{8}|(?<=\.token-)[0-9a-f]{8}", "", path)
+        path = re.sub(r"(?<=[0-9]{8})-[0-9a-f]{8}", "", path)
         if name == "make_directory" and path.startswith(".partial-"):
             self._place = (SAVE, self._place[1] + 1)
         if name == "rename" and path.startswith(".removed-"):
@@ -150,7 +150,7 @@ def check_directory(directory: Path, committed: list[str]) -> None:
     newest, _ = store.newest()
     assert (newest and newest.name) == (committed[-1] if committed else None)
     others = {path.name for path in directory.iterdir()} - set(store.names()) if directory.exists() else set[str]()
-    assert all(name.startswith((".partial-", ".removed-", ".token-")) for name in others), others
+    assert all(name.startswith((".partial-", ".removed-")) for name in others), others
 
 
 def check_resumes(directory: Path, expected: list[Tensor], **options: Any) -> None:

@@ -133,10 +133,10 @@ TWO = [
     # The disk of rank 1 is too full to leave word of it.
     pytest.param(1, 1, True, False),
     pytest.param(1, 1, True, True),
-    pytest.param(0, 24, False, False),
+    pytest.param(0, 17, False, False),
     *(
         pytest.param(rank, at, lasting, background, marks=pytest.mark.prove)
-        for rank, at in ((0, 9), (0, 30), (1, 0), (1, 7), (1, 10), (1, 12), (1, 14))
+        for rank, at in ((0, 5), (0, 23), (1, 0), (1, 7), (1, 10), (1, 12), (1, 14))
         for lasting in (False, True)
         for background in (False, True)
     ),

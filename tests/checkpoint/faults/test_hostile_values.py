@@ -16,7 +16,7 @@ from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.files.filesystem import FileDigest
-from ptacc.types.monitor import Monitor
+from ptacc.types.monitor import Best
 from tests.checkpoint.faults import payloads
 from tests.checkpoint.faults.arenas import (
     DAMAGED,
@@ -101,7 +101,7 @@ def read_manifest(store: CheckpointStore, content: object, others: Mapping[str, 
 
     def read() -> Manifest:
         found = Manifest.from_bytes(sealed(content, others=others))
-        Retention(last=1, best=1, monitor=Monitor("loss")).removable([found, FILED])
+        Retention(last=1, best=Best("loss")).removable([found, FILED])
         for file, written in found.files.items():
             assert isinstance(written.sha256, str)
             classify_outcome(partial(store.read, found, file))

@@ -54,7 +54,7 @@ def about(name: str, arguments: tuple[Any, ...]) -> str:
     """Return what a call is about: a file, a pending, what is being removed, or the directory of one."""
     first = arguments[0]
     path = Path(f"/proc/self/fd/{first}").readlink() if isinstance(first, int) else Path(first)
-    kinds = {".partial-": "pending", ".removed-": "trash", "step-": "checkpoint", ".token-": "token"}
+    kinds = {".partial-": "pending", ".removed-": "trash", "step-": "checkpoint"}
     where = [kind for part in path.parts for prefix, kind in kinds.items() if part.startswith(prefix)]
     is_file = name in ("open_new", "write", "remove_file") or path.is_file()
     file = "manifest of " if path.name == "manifest.json" else "file of " if is_file else ""
@@ -165,9 +165,9 @@ def test_a_run_killed_again_and_again_ends(uninterrupted: Uninterrupted, directo
 def test_a_run_killed_as_it_opens_its_directory_leaves_nothing_there(
     uninterrupted: Uninterrupted, directory: Path
 ) -> None:
-    number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "remove_file file of token")
+    number = next(number for number, call in enumerate(uninterrupted.calls) if call.what == "make_directory pending")
     assert run_for_exit_code(lambda: save_each_step(directory, filesystem=dying_at(number))) == KILLED
-    assert sorted(path.name[:7] for path in (directory / "checkpoints").iterdir()) == [".lock", ".token-"]
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == [".lock"]
     check_resumes(directory, uninterrupted.end, 0, 0)
 
 

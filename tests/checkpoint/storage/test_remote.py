@@ -303,11 +303,11 @@ class Watched:
         self._committed, self._is_opening = 0, True
 
     def record(self, request: str, path: str) -> None:
-        kinds = ("manifest.json", ".partial-", ".removed-", ".token-", "step-")
+        kinds = ("manifest.json", ".partial-", ".removed-", ".lock", "step-")
         about = next((kind for kind in kinds if kind in path), "directory")
         self.requests.append(Request(f"{request} {about}", self._committed, self._is_opening))
         self._committed += (request, about) == ("close", "manifest.json")
-        self._is_opening &= (request, about) != ("rm_file", ".token-")
+        self._is_opening &= (request, about) != ("open", ".lock")
 
 
 @pytest.fixture(params=[False, True], ids=["foreground", "background"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posixpath
 import secrets
 import socket
 import time
@@ -20,8 +21,8 @@ from pathlib import Path
 
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
-from ptacc.files.filesystem import FileSystem
-from ptacc.files.paths import is_url
+from ptacc.files.filesystem import FileSystem, as_checkpoint_error
+from ptacc.files.paths import is_url, resolve_links
 
 LOCK = ".lock"
 WAIT_SECONDS = 10.0
@@ -47,39 +48,37 @@ class DirectoryLock:
     store: CheckpointStore
     owner: bytes = field(default_factory=describe_process)
     _file: FileIO | None = None
-    _is_held: bool = False
 
     @property
     def path(self) -> str:
         """The path of the lock's file."""
-        return self.store.locate(LOCK)
+        return posixpath.join(resolve_links(self.store.directory), LOCK)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock for the block.
 
         Raises:
-            CheckpointError: Another process holds it, after `WAIT_SECONDS`.
+            CheckpointError: Another process holds it, after `WAIT_SECONDS`, or the directory cannot be written to.
         """
-        self.store.prepare()
         deadline = time.monotonic() + WAIT_SECONDS
-        while not self._acquire():
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{self.store.directory} is in use by another run: {self._describe_owner()}. End that run, or give "
-                    "this one a directory of its own."
-                )
-            time.sleep(0.1)
-        self._is_held = True
+        with as_checkpoint_error(self.store.directory):
+            self.store.prepare()
+            while not self._acquire():
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{self.store.directory} is in use by another run: {self._describe_owner()}. End that run, or "
+                        "give this one a directory of its own."
+                    )
+                time.sleep(0.1)
         try:
             yield
         finally:
-            self._is_held = False
             self._release()
 
     def check(self) -> None:
         """Raise `CheckpointError` if another run has taken the directory over while the lock is held here."""
-        if self._is_held and self._read() != self.owner:
+        if self.read() != self.owner:
             raise CheckpointError(
                 f"{self.store.directory} was taken over by another run: {self._describe_owner()}. This run cannot save "
                 "there any more."
@@ -106,22 +105,23 @@ class DirectoryLock:
             return False
         file.truncate(0)
         file.write(self.owner)
+        os.fsync(file.fileno())  # so that other hosts see it
         self._file = file
         return True
 
     def _release(self) -> None:
         with contextlib.suppress(OSError, CheckpointError):
-            if self._read() == self.owner:
+            if self.read() == self.owner:
                 filesystem = FileSystem() if self._file else self.store.filesystem
                 filesystem.remove_file(self.path)
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _read(self) -> bytes | None:
-        """Return the content of the lock's file, None if it is missing, or was replaced after it was opened here."""
-        if self._file is not None:  # to open and close it again would release the lock
-            return os.pread(self._file.fileno(), MAX_SIZE, 0) if self._is_current(self._file) else None
+    def read(self) -> bytes | None:
+        """Return the content of the lock's file, None if it is missing."""
+        if self._file is not None and self._is_current(self._file):
+            return os.pread(self._file.fileno(), MAX_SIZE, 0)  # to open and close it again would release the lock
         with contextlib.suppress(DamagedCheckpointError):
             return self.store.filesystem.read_at_most(self.path, MAX_SIZE)
         return None
@@ -134,8 +134,5 @@ class DirectoryLock:
 
     def _describe_owner(self) -> str:
         """Return the start of the content of the lock's file in printable characters."""
-        content = None
-        with contextlib.suppress(OSError, CheckpointError):
-            content = self.store.filesystem.read_at_most(self.path, MAX_SIZE)
-        text = (content or b"unknown").decode(errors="replace").partition(" (")[0]
+        text = (self.read() or b"unknown").decode(errors="replace").partition(" (")[0]
         return ascii(text[:200])[1:-1]

@@ -37,7 +37,7 @@ class Manifest:
         offset: How much of the current epoch's data has been used, over all processes: samples, or batches of a loader.
         sequence: Position among the checkpoints of the directory, in the order in which they were saved.
         label: What it was saved for; empty if no label was given.
-        parts: The version of each part's state, by the name of the part.
+        parts: The names of the parts that all ranks share.
         metrics: The values of the last evaluations, by name.
         files: The digest of each file, by the name of the file.
     """
@@ -50,7 +50,7 @@ class Manifest:
     world_size: int
     sequence: int = 0
     label: str = ""
-    parts: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 
@@ -78,6 +78,7 @@ class Manifest:
             if type(version) is int and version > FORMAT:
                 raise CheckpointError(f"The checkpoint has format {reprlib.repr(version)}: update ptacc to read it.")
             content["metrics"] = decode(Encoded(content["metrics"]))
+            content["parts"] = tuple(content["parts"])
             content["files"] = {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
             manifest = cls(**content)
             manifest.check()
@@ -93,7 +94,7 @@ class Manifest:
     def check(self) -> None:
         """Raise `ValueError` for invalid values."""
         sizes = [file.size for file in self.files.values()]
-        counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *self.parts.values(), *sizes)
+        counts = (self.step, self.epoch, self.offset, self.world_size, self.sequence, *sizes)
         metrics = self.metrics.values()
         if not all(type(text) is str for text in (self.name, self.run, self.label, *self.parts, *self.metrics)):
             raise ValueError("a name is not a string")
