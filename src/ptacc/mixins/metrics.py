@@ -16,7 +16,6 @@ from ptacc.core.batch_hooks import BatchMixin
 from ptacc.errors import DataError, OptionError
 from ptacc.metrics.aggregation import compute_metrics, prepare_metrics
 from ptacc.metrics.state import MetricStates
-from ptacc.model.option_modules import is_metric
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import BatchT, OutputT
 from ptacc.types.outputs import RESERVED_NAMES, StepOutput
@@ -146,7 +145,7 @@ def check_metrics(owner: str, option: str, metrics: object) -> None:
             f'{option}={{"accuracy": MulticlassAccuracy(10)}}.'
         )
     for name, metric in metrics.items():
-        if not is_metric(metric):
+        if isinstance(metric, type) or not isinstance(metric, MetricLike):
             raise OptionError(
                 f"{owner}({option}={{{name!r}: {value_text(metric)}}}): must be a metric: an instance, with update, "
                 "compute and reset."
