@@ -1,13 +1,14 @@
 """A resumed run trains on the rest of a stream, whatever the stream's own state says about its position."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
 from ptacc import GradAccumMixin
 from tests.checkpoint.resumed import Augmented
@@ -49,6 +50,23 @@ def doubled(table: dict[str, Any]) -> dict[str, Any]:
     return {"x": [[2 * number for number in row] for row in table["x"]], "y": table["y"]}
 
 
+class Within(IterableDataset[Any]):
+    """A dataset of one's own, whose state is that of a stream within it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.stream
+
+    def state_dict(self) -> Any:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.stream.load_state_dict(state_dict["stream"])
+
+
 STREAMS: dict[str, Callable[[], Any]] = {
     "in order": rows,
     "of several shards": lambda: rows(18, 3),
@@ -58,6 +76,8 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "mapped in batches": lambda: rows().map(doubled, batched=True, batch_size=5),
     "interleaved": interleaved,
     "shuffled and cut": lambda: shuffled().take(14),
+    "within another": lambda: Within(rows(18, 3)),
+    "shuffled, within another": lambda: Within(shuffled()),
 }
 
 

@@ -104,6 +104,24 @@ def test_a_stream_within_another_is_told_the_epoch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LOADERS)
+def test_a_dataset_that_is_held_by_another_name_is_told_the_epoch(kind: str) -> None:
+    class Renamed(Dataset[Sample]):
+        def __init__(self, rows: Dataset[Sample]) -> None:
+            self.rows = rows
+
+        def __len__(self) -> int:
+            return 4
+
+        @override
+        def __getitem__(self, index: int) -> Sample:
+            return self.rows[index]
+
+    data = Epochwise()
+    epochs_seen(LOADERS[kind](Renamed(data), batch_size=2))
+    assert data.epochs == [0, 1]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
 def test_samplers_are_told_the_epoch_once(kind: str) -> None:
     data = [(torch.ones(3), torch.ones(1))] * 4
     alone, within = Order(data), Order(data)

@@ -1,5 +1,6 @@
 """Training data of every kind for random compositions. Samples are pairs: float64 of shape (6,), and a class index."""
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,10 +21,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
 from tests.fuzz.parts import CLASSES, FEATURES
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported
 Sample = tuple[Tensor, Tensor]
 
 
@@ -56,6 +59,16 @@ class Noisy(Own):
         inputs, target = super().__getitem__(index)
         noise = random.random() + float(np.random.standard_normal())  # noqa: NPY002 - the global generator is meant
         return inputs + 0.1 * torch.randn(FEATURES) + 0.1 * noise, target
+
+
+class Rare(Own):
+    """Draws for some samples, from another generator for each of these."""
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        inputs, target = super().__getitem__(index)
+        draws = (random.gauss, np.random.standard_normal, lambda: float(torch.randn(())))
+        return inputs + (draws[index // 3 % 3]() if index % 3 == 1 else 0.0), target
 
 
 class Batched(Own):
@@ -92,6 +105,29 @@ class Stream(IterableDataset[Sample]):
         for index in range(first, len(self.data), stride):
             inputs, target = self.data[index]
             yield inputs + 0.1 * torch.randn(FEATURES), target
+
+
+class HuggingFaceStream(IterableDataset[Sample]):
+    """A stream of `datasets`, which knows its place."""
+
+    def __init__(self, samples: int) -> None:
+        from datasets import Dataset as Table  # it takes a second to import
+
+        data = tensors(samples)
+        rows = [{"inputs": data[i][0].tolist(), "target": int(data[i][1])} for i in range(samples)]
+        self.rows: Any = Table.from_list(rows).to_iterable_dataset(num_shards=2)
+
+    @override
+    def __iter__(self) -> Iterator[Sample]:
+        for row in self.rows:
+            yield torch.tensor(row["inputs"], dtype=torch.float64), torch.tensor(row["target"])
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.rows.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.load_state_dict(state)
 
 
 class SizedStream(Stream):
@@ -171,12 +207,14 @@ DATASETS: Mapping[str, Callable[..., Any]] = {
     "subset": subset,
     "own": lambda samples, **_: Own(samples),
     "noisy": lambda samples, **_: Noisy(samples),
+    "rare": lambda samples, **_: Rare(samples),
     "batched": lambda samples, **_: Batched(samples),
     "curriculum": lambda samples, **_: Curriculum(samples),
     "concat": concat,
     "stream": lambda samples, **_: Stream(samples),
     "sized stream": lambda samples, **_: SizedStream(samples),
     "stateful stream": lambda samples, **_: StatefulStream(samples),
+    "hugging face stream": lambda samples, **_: HuggingFaceStream(samples),
     "loader": lambda samples, batch, workers: DataLoader(Noisy(samples), batch, shuffle=True, num_workers=workers),
     "own sampler": lambda samples, batch, workers: DataLoader(
         Own(samples), batch, sampler=Backwards(samples), num_workers=workers
@@ -186,7 +224,8 @@ DATASETS: Mapping[str, Callable[..., Any]] = {
     "batch sampler": in_batches,
     "own loader": lambda samples, batch, workers: Batches(tensors(samples), batch),
     "own shuffled loader": lambda samples, batch, workers: Batches(Noisy(samples), batch, shuffle=True),
+    "stateful loader": lambda samples, batch, workers: StatefulDataLoader(Rare(samples), batch, shuffle=True),
 }
-ITERABLE = frozenset({"stream", "sized stream", "stateful stream"})
+ITERABLE = frozenset({"stream", "sized stream", "stateful stream", "hugging face stream"})
 READY = frozenset({"loader", "own sampler", "weighted", "generator", "batch sampler"})
-OWN_BATCHES = frozenset({"own loader", "own shuffled loader"})
+OWN_BATCHES = frozenset({"own loader", "own shuffled loader", "stateful loader"})

@@ -2,15 +2,18 @@
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from ptacc.data import seeding
 from ptacc.testing.laws import same
 from tests.checkpoint.runs import in_memory
 from tests.fuzz.cases import Case, draw, simpler
 from tests.fuzz.runs import Outcome, plain_losses, run_killed, run_uninterrupted
 
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 CASES_OF_A_TEST = 20
 RELATIVE = 1e-9
 MAX_TRIES = 60
@@ -19,8 +22,9 @@ MAX_TRIES = 60
 
 def problem_of(case: Case) -> str:
     """Return what is wrong with a case; empty if nothing is."""
+    often = mock.patch.object(seeding, "CHECK_EVERY", 3)  # epochs are short
     try:
-        with tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
+        with often, tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
             return find_problem(case, Path(directory))
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 
 from ptacc.rng import seed_everything, streams_seeded
@@ -50,7 +50,7 @@ def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS
     Args:
         target: The dataset, sampler or loader.
         epoch: The epoch, counted from 0.
-        within: Names of the attributes in which it may hold others.
+        within: Names of the attributes in which it may hold others. One of any other name may hold a torch dataset.
 
     Returns:
         Whether there was one.
@@ -68,10 +68,12 @@ def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS
             was_set = True
             continue
         attributes = getattr(owner, "__dict__", {})  # a property might open a file
-        for name in within & attributes.keys():
-            value = attributes[name]
-            values = value.values() if isinstance(value, Mapping) else value
-            found += values if isinstance(value, list | tuple | Mapping) else [value]
+        for name, value in attributes.items():
+            if name in within:
+                values = value.values() if isinstance(value, Mapping) else value
+                found += values if isinstance(value, list | tuple | Mapping) else [value]
+            elif isinstance(value, Dataset):
+                found.append(value)
     return was_set
 
 
