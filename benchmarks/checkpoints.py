@@ -7,7 +7,8 @@ same step, so other load on the machine affects both.
 The measured time is the time that the loop waits in `save_run_state`: the check for NaN, encoding, hashing, writing,
 syncing, the manifest and the rename. The next save waits for a background write to finish, and this wait is not
 measured. Files are removed after each turn, outside the measurement. With `--rotate`, the measurement includes the
-rotation: a new checkpoint is verified before the older one is removed, and the older file of `torch.save` is removed.
+rotation: the files of a new checkpoint are checked before the older one is removed, and the older file of `torch.save`
+is removed.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoints.py --directory /path/on/the/disk
 """
@@ -38,7 +39,7 @@ class Timed(CheckpointMixin, Trainer):
     """A trainer that saves in each way after each step, and measures the times."""
 
     rotates: bool = False
-    turns: list[dict[str, float]] = field(init=False, default_factory=list)
+    turns: list[dict[str, float]] = field(init=False, default_factory=list, metadata={"saved": False})
 
     @override
     def save_run_state(self) -> None:
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, help="directory on the disk to measure; default: the temporary directory"
     )
-    parser.add_argument("--rotate", action="store_true", help="verify each checkpoint, and remove the previous one")
+    parser.add_argument("--rotate", action="store_true", help="remove the previous checkpoint after each save")
     args = parser.parse_args()
 
     torch.manual_seed(0)

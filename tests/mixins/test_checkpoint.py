@@ -47,6 +47,7 @@ from ptacc.errors import (
     OptionError,
     RankFailedError,
 )
+from ptacc.files.filesystem import FileSystem
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -125,6 +126,29 @@ def test_a_checkpoint_at_the_end_of_an_epoch_includes_its_evaluation(tmp_path: P
     manifests = open_store(tmp_path).manifests()
     assert [manifest.metrics["eval_loss"] for manifest in manifests] == [epoch.eval_loss for epoch in trainer.history]
     assert [(manifest.epoch, manifest.offset) for manifest in manifests] == [(1, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_old_checkpoints_are_kept_if_the_newest_is_not_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    rename = FileSystem.rename
+
+    def losing(self: FileSystem, source: str, target: str) -> None:
+        rename(self, source, target)
+        if target.endswith("step-00000006"):
+            file = next(Path(target).glob("*.safetensors"))
+            if cut:
+                file.write_bytes(file.read_bytes()[:-1])
+            else:
+                file.unlink()
+
+    monkeypatch.setattr(FileSystem, "rename", losing)
+    with pytest.warns(UserWarning, match="old checkpoints were not removed: .*step-00000006"):
+        train(tmp_path, checkpoint_every=Steps(2), keep_last=1)
+    newest, _ = open_store(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 4
 
 
 def test_a_manifest_has_only_values_of_the_weights_it_was_saved_with(tmp_path: Path) -> None:

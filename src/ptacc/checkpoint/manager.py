@@ -177,11 +177,15 @@ class CheckpointManager:
             self.warn(str(save.error))
 
     def _remove_old(self, newest: str) -> None:
-        """Remove the checkpoints that no rule keeps, after the newest has been verified."""
+        """Remove the checkpoints that no rule keeps, if the files of the newest are there and have their sizes.
+
+        Their content was hashed when it was written. To read it again would cost as much as writing it, and would read
+        what the system still has in memory, not the disk.
+        """
         protected = {newest, *filter(None, [self.resumed_from])}
         try:
             if removable := self.retention.removable(self.store.manifests(), protected):
-                self.store.verify(newest)
+                self.store.verify(newest, hashes=False)
             for name in removable:
                 self.store.remove(name)
         except (OSError, CheckpointError) as error:

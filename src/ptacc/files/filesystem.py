@@ -237,6 +237,11 @@ class FileSystem:
                 digest.update(file.read(min(READ_SIZE, size - start)))
         return digest.hexdigest()
 
+    def check_size(self, path: str, size: int) -> None:
+        """Raise an error of `read_file` for a file that cannot be opened, or has another size."""
+        with self._open_checked(path, size):
+            pass
+
     def read_at_most(self, path: str, size: int) -> bytes:
         """Read a file of unknown size, with the errors of `read_file`. A file of more than `size` bytes is damaged."""
         with self._open_checked(path) as file:

@@ -387,7 +387,7 @@ def test_an_unsigned_checkpoint_is_refused_where_there_is_a_key(tmp_path: Path) 
 
 OPERATIONS = {
     *("create", "write_file", "replace_file", "sync_directory", "remove_tree", "get_kind", "exists", "is_directory"),
-    *("list_directory", "open", "read_file", "hash_file", "read_at_most", "_open_checked", "_synced"),
+    *("list_directory", "open", "read_file", "hash_file", "check_size", "read_at_most", "_open_checked", "_synced"),
 }
 """What is made of the system calls, and what only reads."""
 
