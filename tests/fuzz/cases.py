@@ -72,9 +72,13 @@ class Case:
 
     @property
     def has_plain_loop(self) -> bool:
-        """Whether `plain_losses` can compute the losses: not for batch statistics and random draws of several ranks."""
-        is_split = self.world_size > 1 and self.model in DRAWS
-        return not is_split and self.schedule not in WATCHES_LOSS
+        """Whether `plain_losses` can compute the losses.
+
+        It cannot for batch statistics and random draws of several ranks, nor for a model that draws from the generators
+        from which rare draws of the data come until they are noticed.
+        """
+        shares_draws = self.model in DRAWS and (self.world_size > 1 or self.data == "rare")
+        return not shares_draws and self.schedule not in WATCHES_LOSS
 
 
 def draw(seed: int) -> Case:
