@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from ptacc.checkpoint.export import write_weights
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
@@ -65,6 +66,24 @@ def test_no_checkpoint_is_written_over(tmp_path: Path) -> None:
     save(CheckpointStore(str(tmp_path)), 1)
     with pytest.raises(CheckpointError, match="exists already"):
         save(CheckpointStore(str(tmp_path)), 1)
+
+
+def test_a_step_that_is_saved_again_gets_a_numbered_name(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    names = ["step-00000007", "step-00000007.01", "step-00000007.02"]
+    for name in names:
+        assert store.free_name(7) == name
+        (tmp_path / name).mkdir()
+
+
+def test_other_users_can_read_what_is_saved(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    save(store, 1)
+    with DirectoryLock(store).held():
+        modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    umask = os.umask(0o077)
+    os.umask(umask)
+    assert modes == {0o644 & ~umask}
 
 
 @pytest.mark.parametrize("name", ["", "..", "../up", "a/b", ".hidden", "/root", "a\0b", "new\nline"])
