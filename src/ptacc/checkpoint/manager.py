@@ -111,11 +111,6 @@ class CheckpointManager:
 
     # ---- saving
 
-    @property
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is being saved in the background."""
-        return self._save is not None
-
     def begin(self, manifest: Manifest, shared: Sequence[Part], own: Sequence[Part], path: str | None) -> str | None:
         """Save a checkpoint, or begin to save one in the background, after `finish()`. A collective.
 
