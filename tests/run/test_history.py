@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.run.history_file import HistoryFile
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
+from tests.checkpoint.faults.powerless import Logged
 from tests.checkpoint.test_parts import through_files
 
 
@@ -65,6 +67,18 @@ def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS_IN_MEMORY + 51))
     assert lines[0]["kind"] == "run"
     assert sum(line["kind"] == "epoch" for line in lines) == len(history) == STEPS_IN_MEMORY + 50
+
+
+def test_what_a_state_counts_is_durable_with_all_new_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "and deeper" / "history.jsonl"
+    disk, file = Logged(tmp_path, path), HistoryFile(path)
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    for number in range(2):
+        file.append([("step", {"step": number})])
+    assert file.state_dict()["length"] == len(disk.durable) == path.stat().st_size
+    assert all(disk.names.values())
 
 
 def test_long_epochs_are_read_before_they_end() -> None:
