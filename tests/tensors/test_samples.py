@@ -124,7 +124,8 @@ def test_the_samples_of_a_stream_are_counted_too() -> None:
     class Samples(IterableDataset[Any]):
         @override
         def __iter__(self) -> Any:
-            return (sample for sample in tiny_data(6))
+            data = tiny_data(6)
+            return iter([data[index] for index in range(6)])
 
     parts = tiny_parts()
     del parts["loss_func"]
