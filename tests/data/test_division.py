@@ -1,6 +1,7 @@
 """Data that is divided between the processes already is recognised, or refused by name."""
 
 import importlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -144,6 +145,12 @@ def test_strings_are_compared_where_there_are_no_tensors() -> None:
     assert summarize(["a", b"b"]) == summarize({"left": "a", "right": "b"})
     assert not is_close(summarize(["a", "b"]), summarize(["a", "c"]))
     assert summarize(["/here/1.png", torch.ones(1)]) == summarize(["/there/1.png", torch.ones(1)])
+
+
+def test_nan_is_equal_to_nan_alone() -> None:
+    assert is_close([1.0, math.nan], [1.0, math.nan])
+    assert not is_close([1.0, math.nan], [1.0, 2.0])
+    assert not is_close([1.0], [1.0, 2.0])
 
 
 def test_samples_that_every_process_draws_for_itself_are_not_refused() -> None:

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -388,6 +389,12 @@ def test_a_renamed_checkpoint_is_found(two: CheckpointStore) -> None:
 
 
 # ---- signatures
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), True, "0.5"])
+def test_a_metric_that_is_not_a_number_of_64_bits_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="a metric is not a number"):
+        Manifest("one", "a run", step=1, epoch=0, offset=0, world_size=1, metrics={"loss": value}).check()
 
 
 def test_a_signature_tells_who_wrote_it(tmp_path: Path) -> None:
