@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig
+from ptacc.data.replay import compute_digest
 from ptacc.data.sources import make_source
 from ptacc.data.wrappers import PaddedSource
 from ptacc.distributed.process_group import DistributedRuntime
@@ -449,6 +450,16 @@ def test_a_replay_in_another_order_is_an_error() -> None:
     again.load_state_dict(left.state_dict())
     with pytest.raises(DataError, match=r"Shifting was read again .* gave another batch there"):
         next(again.epoch(0, 1))
+
+
+def test_a_digest_covers_arrays_and_texts() -> None:
+    batch = {"x": np.ones(2), "text": ["a", b"b", None]}
+    digest = compute_digest(batch)
+    assert compute_digest({"x": np.ones(2), "text": ["a", b"b", None]}) == digest
+    assert digest not in (
+        compute_digest({**batch, "x": np.zeros(2)}),
+        compute_digest({**batch, "text": ["a", b"c", None]}),
+    )
 
 
 def test_a_stateful_stream_is_not_read_again() -> None:

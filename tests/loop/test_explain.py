@@ -224,8 +224,9 @@ def test_classes_overrides_and_states_are_listed() -> None:
     assert explanation["state"][-1] == ("RestoreBestWeights", "callback")
 
 
-def test_long_values_are_cut() -> None:
+def test_values_of_options_are_short() -> None:
     assert shorten("a" * (VALUE_WIDTH - 2)) == repr("a" * (VALUE_WIDTH - 2))
+    assert shorten({"a": 1, "b": 2}) == "a, b"
     assert shorten("a" * VALUE_WIDTH) == f"'{'a' * (VALUE_WIDTH - 4)}..."
 
 

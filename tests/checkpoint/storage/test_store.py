@@ -373,6 +373,13 @@ def test_a_file_too_many_is_found(two: CheckpointStore) -> None:
     check_passed_over(two)
 
 
+def test_a_file_that_is_not_in_the_manifest_is_not_read(two: CheckpointStore) -> None:
+    manifest = two.manifest(two.names()[0])
+    (Path(two.directory) / manifest.name / "more.json").write_text("{}")
+    with pytest.raises(DamagedCheckpointError, match=r"more\.json is not in the manifest"):
+        two.read(manifest, "more.json")
+
+
 def test_a_link_is_not_followed(two: CheckpointStore, tmp_path: Path) -> None:
     path = list_files(two, "step-0000000002")[-1]
     shutil.move(path, tmp_path / "elsewhere")
