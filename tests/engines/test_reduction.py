@@ -14,9 +14,11 @@ from ptacc.engines.reduction import find_differences, join_names
 from ptacc.errors import ModelError
 from ptacc.testing import tiny_parts
 from tests.engines.nets import digits
+from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
-pytestmark = [  # of DeepSpeed itself
+pytestmark = [
+    *DEEPSPEED,
     pytest.mark.filterwarnings("ignore:`torch.distributed.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
