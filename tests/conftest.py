@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,16 +48,21 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def deepspeed_built() -> Iterator[None]:
+def deepspeed_built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile and import the slow parts of DeepSpeed before ranks are forked.
 
-    A rank that is killed while it compiles would leave a lock, and all other ranks would wait for it forever.
+    Each test run has a copy of what was compiled once: a rank that is killed while it loads an extension leaves a lock,
+    for which all later ranks would wait forever.
     """
-    built = Path(sys.prefix) / "torch_extensions" / "deepspeed_shm_comm"
+    kept, own = Path(sys.prefix) / "torch_extensions", tmp_path_factory.mktemp("built") / "torch_extensions"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(built.parent))
-        if (built / "lock").exists() or not (built / "deepspeed_shm_comm.so").exists():
-            shutil.rmtree(built, ignore_errors=True)
+        if not any(kept.glob("*/*.so")):
+            compiled = Path(tempfile.mkdtemp(prefix="torch_extensions-", dir=sys.prefix))
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
             subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=300, capture_output=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            compiled.rename(kept)
+        shutil.copytree(kept, own, ignore=shutil.ignore_patterns("lock"))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(own))
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
         yield

@@ -268,6 +268,12 @@ def test_an_invalid_data_is_sharded_is_refused() -> None:
         trainer.evaluate(DATA, data_is_sharded="none")
 
 
+def test_predictions_for_several_sets_are_refused() -> None:
+    trainer = make()
+    with refused(trainer, DataError, r"predict\(\) takes one dataset: got a mapping. Call it for each dataset"):
+        trainer.predict({"one": DATA})
+
+
 # ---- counts and times
 
 COUNTS = ["num_epochs", "max_steps", "per_device_batch_size", "limit_batches", "stop_check_every"]

@@ -293,6 +293,12 @@ def test_invalid_targets_are_never_written_to(out: str, tmp_path: Path) -> None:
     assert main(["verify", str(checkpoint)]) == 0
 
 
+def test_a_missing_directory_is_not_created_for_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save(tmp_path / "runs", 1)
+    assert main(["export", str(checkpoint), str(tmp_path / "missing" / "weights")]) == 2
+    assert f"The directory {tmp_path / 'missing'} does not exist" in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     weights, others = Tied().state_dict(), Tied().state_dict()
     calls: list[str] = []

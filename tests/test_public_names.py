@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import get_type_hints
@@ -10,9 +11,11 @@ import pytest
 
 import ptacc
 from ptacc import errors, protocols, testing
+from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 
 MODULES = [ptacc, protocols, testing]
+HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 65
 MOST_ATTRIBUTES = 45
 
@@ -70,3 +73,13 @@ def test_a_trainer_has_few_public_attributes_apart_from_hooks() -> None:
     trainer = ptacc.Trainer(**testing.tiny_parts())
     public = {name for name in dir(trainer) if not name.startswith("_")} - declared_hooks(ptacc.Trainer).keys()
     assert len(public) <= MOST_ATTRIBUTES
+
+
+def test_what_its_docstring_calls_a_hook_is_declared_as_one_of_that_shape() -> None:
+    public = [value for name in ptacc.__all__ if isinstance(value := getattr(ptacc, name), type)]
+    trainers = {base for cls in public if issubclass(cls, ptacc.TrainerCore) for base in cls.__mro__}
+    for cls in trainers:
+        for name, value in vars(cls).items():
+            is_new = not any(name in vars(base) for base in cls.__mro__[1:])
+            if is_new and not name.startswith("_") and (said := HOOK.search(getattr(value, "__doc__", "") or "")):
+                assert get_hook_shape(value) == said[0].lower(), f"{cls.__name__}.{name}"

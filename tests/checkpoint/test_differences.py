@@ -384,6 +384,14 @@ def test_a_module_among_the_options_that_differs_is_named(tmp_path: Path) -> Non
         resume(tmp_path, loss_func=other)
 
 
+def test_a_module_among_the_options_keeps_the_tensors_that_were_not_saved(tmp_path: Path) -> None:
+    train(make(tmp_path))
+    loss_func = nn.CrossEntropyLoss(torch.tensor([1.0, 3.0]))
+    assert resume(tmp_path, loss_func=loss_func, resume_ignore={"options"}).progress.steps == 6
+    assert loss_func.weight is not None
+    assert loss_func.weight.tolist() == [1.0, 3.0]
+
+
 def test_an_unchanged_trainer_resumes_without_a_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -124,7 +124,7 @@ class Work:
                 self.optimizer.zero_grad()
                 loss: torch.Tensor = self.model(inputs).square().mean()
                 loss.backward()  # type: ignore[no-untyped-call]
-                return float(loss)
+                return loss.item()
 
             loss = compute()
             self.optimizer.step(compute)

@@ -38,6 +38,10 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter([DATA[i] for i in range(SAMPLES)])
 
 
+class CustomLoader(DataLoader[Any]):
+    """A loader whose batches are taken as they are, since it is of another type."""
+
+
 class Elastic(CheckpointMixin, EMAMixin, MetricsMixin, SeedMixin, Trainer):
     seed: int | None = SEED
     ema_decay: float = 0.5
@@ -58,6 +62,7 @@ def leg(
     despite: Collection[str] = (),
     data: Dataset[Any] = DATA,
     metrics: bool = False,
+    kind: type[DataLoader[Any]] = DataLoader,
 ) -> tuple[list[list[int]], list[float], list[float]]:
     """Go on with the run up to a step, and return each batch of this process, the epochs' losses, and the weights."""
     torch.manual_seed(0)
@@ -74,7 +79,7 @@ def leg(
         resume_ignore={*despite, "stop"},
         train_metrics={"accuracy": MulticlassAccuracy(2)} if metrics else {},
     )
-    loader = DataLoader(data, batch_size=batch_size, shuffle=data is DATA)
+    loader = kind(data, batch_size=batch_size, shuffle=data is DATA)
     history = trainer.train(loader, num_epochs=2, stop_check_every=1, max_steps=100)
     return trainer.seen, [epoch.train_loss for epoch in history], model.weight.flatten().tolist()
 
@@ -122,6 +127,12 @@ def test_a_stream_resumes_in_the_same_batches_only(tmp_path: Path) -> None:
     legs(tmp_path / "other", [(1, 8, 2)], data=Stream())
     with pytest.raises(RankFailed, match="the remaining samples are unknown"):
         legs(tmp_path / "other", [(2, 8, None)], data=Stream(), despite={"batch_size"})
+
+
+def test_the_batches_of_a_custom_loader_resume_in_any_number_of_processes(tmp_path: Path) -> None:
+    plan: Plan = [(1, 8, 2), (2, 8, 4), (1, 8, None)]
+    samples, _ = legs(tmp_path, plan, despite={"batch_size"}, kind=CustomLoader)
+    assert [sorted(samples[:SAMPLES]), sorted(samples[SAMPLES:])] == [[*range(SAMPLES)]] * 2
 
 
 def test_metrics_under_way_are_refused_by_name(tmp_path: Path) -> None:

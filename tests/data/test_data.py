@@ -24,7 +24,9 @@ from typing_extensions import override
 
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig
+from ptacc.data.replay import compute_digest
 from ptacc.data.sources import make_source
+from ptacc.data.wrappers import PaddedSource
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.testing import epoch_order
@@ -306,6 +308,8 @@ def test_tensors_in_memory_may_be_large_and_indices_negative() -> None:
 
 def test_a_limit_takes_the_first_batches() -> None:
     assert numbers(batches(Numbers(20), limit=2)) == list(range(8))
+    source = make_source(DataLoader(Numbers(20), batch_size=4), DistributedRuntime(), 7, limit=2)
+    assert numbers(list(source.epoch(0))) == list(range(8))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -410,6 +414,28 @@ def test_a_users_order_is_resumed_in_a_later_epoch(
     assert numbers(list(rest.epoch(2, offset))) == epochs[2][start:]
 
 
+def test_a_change_of_a_sampler_within_an_epoch_is_resumed() -> None:
+    left, right = StatefulDrawing(12), StatefulDrawing(12)
+    source, rest = (
+        make_source(DataLoader(Numbers(12), batch_size=4, sampler=sampler), DistributedRuntime(), 7)
+        for sampler in (left, right)
+    )
+    next(source.epoch(0))
+    left.generator.manual_seed(11)
+    rest.load_state_dict(copy.deepcopy(source.state_dict()))
+    list(rest.epoch(0, 4))
+    assert numbers(list(rest.epoch(1))) == numbers(list(source.epoch(1)))
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("kind", [DataLoader, CustomLoader])
+def test_no_batches_are_left_behind_the_end(kind: type[DataLoader[Any]], limit: int | None) -> None:
+    source = make_source(kind(Numbers(8), batch_size=4), DistributedRuntime(), 7, limit=limit)
+    padded = PaddedSource(source, DistributedRuntime())
+    padded.sync()
+    assert [source.num_batches(source.offset_after(5)), padded.num_batches(5)] == [0, 0]
+
+
 def test_a_replay_in_another_order_is_an_error() -> None:
     class Shifting(Stream):
         @override
@@ -424,6 +450,16 @@ def test_a_replay_in_another_order_is_an_error() -> None:
     again.load_state_dict(left.state_dict())
     with pytest.raises(DataError, match=r"Shifting was read again .* gave another batch there"):
         next(again.epoch(0, 1))
+
+
+def test_a_digest_covers_arrays_and_texts() -> None:
+    batch = {"x": np.ones(2), "text": ["a", b"b", None]}
+    digest = compute_digest(batch)
+    assert compute_digest({"x": np.ones(2), "text": ["a", b"b", None]}) == digest
+    assert digest not in (
+        compute_digest({**batch, "x": np.zeros(2)}),
+        compute_digest({**batch, "text": ["a", b"c", None]}),
+    )
 
 
 def test_a_stateful_stream_is_not_read_again() -> None:

@@ -1,6 +1,7 @@
 """Data that is divided between the processes already is recognised, or refused by name."""
 
 import importlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from typing_extensions import override
 
 from ptacc import StepOutput, TrainingLoop
+from ptacc.data.division import is_close, summarize
 from tests.ranks import run_ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported
@@ -137,6 +139,18 @@ def test_an_evaluation_set_that_is_divided_already_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["a stream of datasets", "rows of datasets", "a stream that splits itself"])
 def test_divided_data_is_seen_in_full_where_it_is_said_to_be(kind: str) -> None:
     assert train(DIVIDED[kind], data_is_sharded=True) == [*range(16)]
+
+
+def test_strings_are_compared_where_there_are_no_tensors() -> None:
+    assert summarize(["a", b"b"]) == summarize({"left": "a", "right": "b"})
+    assert not is_close(summarize(["a", "b"]), summarize(["a", "c"]))
+    assert summarize(["/here/1.png", torch.ones(1)]) == summarize(["/there/1.png", torch.ones(1)])
+
+
+def test_nan_is_equal_to_nan_alone() -> None:
+    assert is_close([1.0, math.nan], [1.0, math.nan])
+    assert not is_close([1.0, math.nan], [1.0, 2.0])
+    assert not is_close([1.0], [1.0, 2.0])
 
 
 def test_samples_that_every_process_draws_for_itself_are_not_refused() -> None:

@@ -186,3 +186,14 @@ def test_samples_may_have_keys_that_are_not_numbers(keys: list[Any]) -> None:
     with torch.no_grad():
         expected = [trainer.model(torch.tensor([float(place)])) for place in (2, 1, 0)]
     torch.testing.assert_close(trainer.predict(loader), expected)
+
+
+def test_a_sampler_without_a_length_is_refused() -> None:
+    class Unsized(Sampler[int]):
+        @override
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(8))
+
+    loader: DataLoader[Any] = DataLoader([torch.ones(4)] * 8, sampler=Unsized())  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="Unsized has no length: a run is planned by the batches of an epoch"):
+        make_source(loader, DistributedRuntime(), 7).num_batches()

@@ -89,6 +89,12 @@ def test_a_dataset_is_told_the_epoch_once_wherever_it_is_held(holder: str, kind:
     assert epochs_seen(loader) == [[[0, 1]] * 4, [[1, 2]] * 4]
 
 
+def test_all_datasets_of_a_concatenation_are_told_the_epoch() -> None:
+    first, second = Epochwise(), Epochwise()
+    assert set_epoch(ConcatDataset([first, Subset(second, range(2)), Subset(second, range(2, 4))]), 3)
+    assert first.epochs == second.epochs == [3]
+
+
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("is_persistent", [False, True])
 def test_so_are_the_copies_in_workers(kind: str, is_persistent: bool) -> None:

@@ -72,9 +72,13 @@ def collate_tokens(samples: list[Any]) -> Tokens:
 
 def test_on_the_cpu_a_batch_is_not_copied() -> None:
     transfer = make_transfer(torch.device("cpu"))
-    batch = torch.ones(2)
+    batch = [torch.ones(2)]
     assert type(transfer) is Transfer
     assert transfer.to_device(batch) is batch
+
+
+def test_a_batch_is_copied_to_another_device() -> None:
+    assert make_transfer(META).to_device([torch.ones(2)])[0].device == META
 
 
 def test_a_batch_moves_with_all_its_parts() -> None:

@@ -118,6 +118,18 @@ def test_the_users_model_is_sharded_and_restored(units: Any, seen: set[str]) -> 
         assert 0.4 < share < 0.6
 
 
+def test_a_models_own_list_of_units_is_used() -> None:
+    def classes() -> set[str]:
+        model = make()
+        vars(model)["_no_split_modules"] = ["Linear"]  # as in models of transformers
+        trainer = Observing(**parts(model))
+        trainer.train(digits(), num_epochs=1, max_steps=1)
+        seen: set[str] = trainer.seen
+        return seen
+
+    assert run_ranks(classes, 2) == [{"FSDPNet", "FSDPLinear"}] * 2
+
+
 def train_twice_sharded() -> tuple[list[str], list[float]]:
     model = make()
     trainer = ShardedAveraging(**parts(model), fsdp_unshard_after_run=False)

@@ -16,9 +16,11 @@ import ptacc
 from ptacc import DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
 from ptacc.errors import CompositionError, PtaccError
 from tests.engines.nets import Block, digits, make, make_optimizer
+from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
 pytestmark = [  # of DeepSpeed and dynamo themselves
+    *DEEPSPEED,
     pytest.mark.filterwarnings("ignore:`torch.distributed.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin"),

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc import Callback, DeepSpeedMixin, FSDPMixin, Pair, StepOutput, StepResult, Trainer
-from ptacc.engines.reduction import find_differences
+from ptacc.engines.reduction import find_differences, join_names
 from ptacc.errors import ModelError
 from ptacc.testing import tiny_parts
 from tests.engines.nets import digits
+from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 
-pytestmark = [  # of DeepSpeed itself
+pytestmark = [
+    *DEEPSPEED,
     pytest.mark.filterwarnings("ignore:`torch.distributed.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
@@ -123,3 +125,10 @@ def test_gradients_of_any_kind_are_compared_by_their_bits() -> None:
         return [any(parameter is other for other in different) for parameter in parameters]
 
     assert run_ranks(compare, 2) == [[False, True] * 6 + [False]] * 2
+
+
+def test_an_error_names_three_parameters_at_most() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    parameters = [*model.parameters()]
+    assert join_names(model, parameters[:3]) == "0.weight, 0.bias, 1.weight"
+    assert join_names(model, parameters) == "0.weight, 0.bias, 1.weight and 1 more"

@@ -136,6 +136,7 @@ def test_non_finite_gradients_end_the_run() -> None:
     trainer = NeverFinite(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, default_callbacks=())
     with pytest.raises(LossError, match="200 steps in a row were skipped"):
         trainer.train(data, max_steps=5)
+    assert trainer.progress.skipped == 200
 
 
 def test_the_norm_is_that_of_the_unscaled_gradients() -> None:

@@ -136,6 +136,15 @@ def test_such_a_run_resumes_exactly_on_two_processes(tmp_path: Path, make: Any) 
     assert whole[0] == whole[1]
 
 
+def test_each_epoch_of_data_that_is_sharded_is_as_long_as_its_longest_part(tmp_path: Path) -> None:
+    def worker(directory: Path) -> Any:
+        loader: DataLoader[Any] = growing() if os.environ["RANK"] == "0" else DataLoader([torch.ones(1)] * 6)  # type: ignore[arg-type]
+        *_, ends, totals = leg(directory, loader, data_is_sharded=True)
+        return ends, totals[-1]
+
+    assert run_ranks(worker, 2, tmp_path) == [([6, 18, 26], 26)] * 2
+
+
 def test_a_change_of_the_plan_is_reported_with_both_numbers(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"Epoch 2 has 12 batches .* run now has 28 steps, and was planned with 12\."):
         leg(tmp_path, growing())

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from ptacc import GradAccumMixin, Trainer
+from ptacc import EMAMixin, GradAccumMixin, RestoreBestWeights, Trainer
 from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
+from ptacc.loop.explain import VALUE_WIDTH, shorten
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -198,6 +200,34 @@ def test_the_batches_of_a_loader_are_its_own() -> None:
     assert trainer.explain(loader)["batches"] == trainer.explain(data, per_device_batch_size=5)["batches"]
     with pytest.raises(OptionError, match="a loader without a batch size"):
         trainer.explain(DataLoader(data, batch_sampler=[[0, 1]]))
+
+
+class Own(EMAMixin, Accumulating):
+    """Averages, too.
+
+    And more.
+    """
+
+    ema_decay: float = 0.5
+
+    @override
+    def on_run_end(self) -> None:
+        super().on_run_end()
+
+
+def test_classes_overrides_and_states_are_listed() -> None:
+    explanation = Own(**tiny_parts(), callbacks=[RestoreBestWeights("eval_loss")]).explain()
+    assert explanation["classes"][0] == ("Own", "Averages, too.")
+    assert explanation["classes"][2] == ("Accumulating", "")
+    assert ("on_run_end", "event", "Own > EMAMixin > [RestoreBestWeights]") in explanation["hooks"]
+    assert ("count_items", "default", "Trainer > BatchHooks") in explanation["hooks"]
+    assert explanation["state"][-1] == ("RestoreBestWeights", "callback")
+
+
+def test_values_of_options_are_short() -> None:
+    assert shorten("a" * (VALUE_WIDTH - 2)) == repr("a" * (VALUE_WIDTH - 2))
+    assert shorten({"a": 1, "b": 2}) == "a, b"
+    assert shorten("a" * VALUE_WIDTH) == f"'{'a' * (VALUE_WIDTH - 4)}..."
 
 
 def test_an_unknown_section_raises_key_error() -> None:

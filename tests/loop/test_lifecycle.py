@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from typing_extensions import override
 
 from ptacc import (
@@ -23,7 +23,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.errors import NoRunError
+from ptacc.errors import NoRunError, OptionError
 from ptacc.protocols import Precision
 from ptacc.testing import tiny_data, tiny_parts
 
@@ -163,6 +163,19 @@ def test_limit_batches_sizes_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PTACC_LIMIT_BATCHES", "1")
     assert trainer.train(tiny_data(24), num_epochs=3)[-1].step == 3
     assert trainer.run.plan.total_steps == 3
+
+
+def test_an_invalid_limit_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTACC_LIMIT_BATCHES", "two")
+    with pytest.raises(OptionError, match="PTACC_LIMIT_BATCHES='two': must be a whole number of batches"):
+        Trainer(**tiny_parts()).train(tiny_data(), num_epochs=1)
+
+
+def test_limit_batches_takes_the_first_batches_of_an_evaluation_and_of_predictions() -> None:
+    trainer, data = Trainer(**tiny_parts()), tiny_data(12)
+    first = Subset(data, range(8))
+    assert trainer.evaluate(data, per_device_batch_size=4, limit_batches=2) == trainer.evaluate(first)
+    assert len(trainer.predict(data, per_device_batch_size=4, limit_batches=2)) == 8
 
 
 def test_a_callback_stops_the_run_with_its_reason() -> None:

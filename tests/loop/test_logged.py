@@ -78,3 +78,9 @@ def test_a_metric_of_each_class_is_monitored_by_the_names_it_reports(tmp_path: A
         trainer = Measured(**tiny_parts(), metrics=metrics, checkpoint_dir=tmp_path / monitor, keep_best=Best(monitor))
         with pytest.raises(MonitorError, match=r"Reported values: eval_loss, f1/0, f1/1"):
             trainer.train(tiny_data(), tiny_data(8), num_epochs=1)
+
+
+def test_a_logged_value_with_the_name_of_a_training_metric_is_refused() -> None:
+    trainer = Logging(**tiny_parts(), train_metrics={"norm": MulticlassAccuracy(2)})
+    with pytest.raises(LossError, match=r"train_step: logged\['norm'\] has the name of a training metric"):
+        trainer.train(tiny_data(), tiny_data(8), num_epochs=1)

@@ -48,6 +48,7 @@ from ptacc.errors import (
     RankFailedError,
 )
 from ptacc.files.filesystem import FileSystem
+from ptacc.mixins.checkpoint import SAVER
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 
@@ -725,3 +726,16 @@ def test_objects_may_change_the_states_that_they_load(tmp_path: Path) -> None:
     resumed = train(tmp_path / "stopped", ChangedAtEpochs, resume=True)
     assert torch.equal(weights(resumed), weights(whole))
     assert [resumed.run[key].value for key in POPPING] == [whole.run[key].value for key in POPPING]
+
+
+def test_weights_are_not_loaded_during_a_run(tmp_path: Path) -> None:
+    load = At(3, lambda trainer: trainer.load_checkpoint(tmp_path))
+    with pytest.raises(NestedRunError, match=r"load_checkpoint\(\) was called during a run. Call it before"):
+        train(tmp_path, callbacks=[load])
+
+
+def test_other_versions_of_what_results_depend_on_are_reported(tmp_path: Path) -> None:
+    saver = train(tmp_path).run[SAVER]
+    state = saver.state_dict()
+    with pytest.warns(UserWarning, match=r"resumes with other versions \(torch 1\.0 -> "):
+        saver.load_state_dict({**state, "versions": {**state["versions"], "torch": "1.0"}})

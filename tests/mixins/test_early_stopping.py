@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import Callback, EarlyStoppingMixin, EpochRecord, Steps, Trainer
-from ptacc.errors import MonitorError
+from ptacc.errors import MonitorError, OptionError
 from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.types.monitor import Monitor
@@ -88,3 +88,9 @@ def test_an_evaluation_in_a_callback_is_not_a_check() -> None:
 
     trainer = Scripted(**tiny_parts(), losses=(5.0, 6.0, 6.0, 4.0), early_stopping_patience=3, callbacks=[Testing()])
     assert len(trainer.train(tiny_data(), tiny_data(), num_epochs=4)) == 4
+
+
+@pytest.mark.parametrize("delta", [-0.1, math.inf, math.nan])
+def test_an_improvement_that_no_value_can_make_is_refused(delta: float) -> None:
+    with pytest.raises(OptionError, match=r"early_stopping_min_delta=.*: must be finite and at least 0"):
+        Scripted(**tiny_parts(), early_stopping_min_delta=delta)

@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ptacc.checkpoint.export import exported_weights
 from ptacc.checkpoint.parts import SHARED, Snapshot, read_parts
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
-from ptacc.errors import NestedRunError, NoRunError
+from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.model.averaging import AveragedWeights
 from ptacc.testing import tiny_data, tiny_parts
@@ -268,3 +269,9 @@ def test_the_average_of_16_bit_weights_is_exported_with_their_dtype(tmp_path: Pa
     averages.update(model, weight=0.5)
     exported = exported_weights(Snapshot({"model": model.state_dict(), "ema": averages.state_dict()}), "ema")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1, math.nan])
+def test_a_decay_that_gives_no_average_is_refused(decay: float) -> None:
+    with pytest.raises(OptionError, match=r"ema_decay=.*: must be at least 0 and less than 1"):
+        Averaged(**tiny_parts(), ema_decay=decay)

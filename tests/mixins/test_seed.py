@@ -39,8 +39,8 @@ def test_a_seeded_run_restores_the_global_generators() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_determinism_lasts_as_long_as_the_run(deterministic: bool) -> None:
+@pytest.mark.parametrize("options", [{"deterministic": True}, {}])
+def test_determinism_lasts_as_long_as_the_run(options: dict[str, bool]) -> None:
     recorded: list[bool] = []
 
     class Looking(Seeded):
@@ -51,6 +51,6 @@ def test_determinism_lasts_as_long_as_the_run(deterministic: bool) -> None:
 
     model = nn.Linear(4, 2).double()
     parts = {"loss_func": nn.CrossEntropyLoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    Looking(model, **parts, deterministic=deterministic, default_callbacks=()).train(tiny_data(), max_steps=1)  # type: ignore[arg-type]
-    assert recorded == [deterministic]
+    Looking(model, **parts, **options, default_callbacks=()).train(tiny_data(), max_steps=1)  # type: ignore[arg-type]
+    assert recorded == [bool(options)]
     assert not torch.are_deterministic_algorithms_enabled()

@@ -120,6 +120,7 @@ def make_net() -> nn.Sequential:
 
 def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor], Tensor]:
     """Train, and return the state of the model with the mean of its weights at the end of each epoch."""
+    weights.clear()
     model = make_net()
     parts: dict[str, Any] = {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     trainer = kind(**parts, swa_start=1)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from typing_extensions import override
 from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
 from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
+from ptacc.run.history_file import HistoryFile
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
+from tests.checkpoint.faults.powerless import Logged
 from tests.checkpoint.test_parts import through_files
 
 
@@ -40,6 +43,20 @@ def test_what_steps_log_is_a_mean_over_items() -> None:
     assert history[0].values()["train/size"] == pytest.approx((8 + 8 + 4) / 3)
 
 
+def test_a_step_reports_only_what_it_logs() -> None:
+    class Sometimes(Trainer):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            output = super().train_step(batch)
+            return StepOutput(
+                output.loss, output.outputs, logged={"odd": torch.tensor(2.0)} if self.progress.steps % 2 else {}
+            )
+
+    history = Sometimes(**tiny_parts()).train(tiny_data(20), num_epochs=1)
+    assert [step.logged for step in history.steps] == [{}, {"odd": 2.0}, {}]
+    assert history[0].values()["train/odd"] == 2.0
+
+
 def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "history.jsonl"
     trainer = Trainer(**tiny_parts(), history_file=file)
@@ -49,6 +66,18 @@ def test_memory_is_bounded_and_the_file_has_all_steps(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS_IN_MEMORY + 51))
     assert lines[0]["kind"] == "run"
     assert sum(line["kind"] == "epoch" for line in lines) == len(history) == STEPS_IN_MEMORY + 50
+
+
+def test_what_a_state_counts_is_durable_with_all_new_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "and deeper" / "history.jsonl"
+    disk, file = Logged(tmp_path, path), HistoryFile(path)
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    for number in range(2):
+        file.append([("step", {"step": number})])
+    assert file.state_dict()["length"] == len(disk.durable) == path.stat().st_size
+    assert all(disk.names.values())
 
 
 def test_long_epochs_are_read_before_they_end() -> None:
@@ -99,6 +128,13 @@ def test_a_file_belongs_to_one_run(tmp_path: Path) -> None:
         other.train(tiny_data(), num_epochs=1)
     assert file.read_text() == before
     assert torch.equal(next(other.model.parameters()), weight)
+
+
+def test_of_two_runs_that_start_with_one_file_the_second_to_write_is_refused(tmp_path: Path) -> None:
+    first, second = HistoryFile(tmp_path / "history.jsonl"), HistoryFile(tmp_path / "history.jsonl")
+    first.append([("run", {})])
+    with pytest.raises(OptionError, match="belongs to another run"):
+        second.append([("run", {})])
 
 
 def test_a_file_that_is_no_history_is_not_overwritten(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 from typing_extensions import override
 
 from ptacc import GradAccumMixin, StepOutput, TrainingLoop
-from ptacc.errors import DataError
+from ptacc.errors import DataError, LossError
 
 
 class Sequences(TrainingLoop[Any, Any, Tensor]):
@@ -86,3 +87,32 @@ def test_the_loss_of_gpt2_is_a_mean_over_labels_that_count_items_counts() -> Non
         DataError, match=r'`int\(\(batch\["labels"\] != -100\).sum\(\)\)`, with `batch\["labels"\]\[:, 1:\]`'
     ):
         train_gpt(OwnLoss, 4)
+
+
+class Counting(Sequences):
+    """Gives the items of a batch by its first value."""
+
+    @override
+    def count_items(self, batch: Any) -> float:
+        return float(batch[0, 0])
+
+    @override
+    def train_step(self, batch: Any) -> StepOutput[Any]:
+        return StepOutput(loss=self.model(batch).mean(), outputs=None)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ([0.0, 0.0], DataError, "The 2 batches of a step have no items at all"),
+        ([1.0, 0.0], LossError, r"A batch has no items, and a mean over nothing is NaN\. Return StepOutput\.from_sum"),
+    ],
+)
+def test_means_over_no_items_are_refused(counts: list[float], error: type[Exception], message: str) -> None:
+    class Accumulating(GradAccumMixin, Counting): ...
+
+    model = nn.Linear(4, 1)
+    parts: dict[str, Any] = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "default_callbacks": ()}
+    batches: DataLoader[Any] = DataLoader([torch.full((4,), count) for count in counts], batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        Accumulating(model, **parts, gradient_accumulation_steps=2).train(batches, num_epochs=1)

@@ -161,3 +161,8 @@ def test_what_cannot_be_stored_is_refused_with_its_place(state: object, message:
 def test_what_was_never_encoded_is_damage(tree: Any) -> None:
     with pytest.raises(DamagedCheckpointError):
         decode(Encoded(tree, {"bytes": torch.zeros(8, dtype=torch.uint8)}))
+
+
+def test_a_malformed_value_is_reported_with_its_error() -> None:
+    with pytest.raises(DamagedCheckpointError, match=r"malformed 'device' value: RuntimeError: .*device.*"):
+        decode(Encoded({"~": "device", "value": "moon"}, {}))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from typing_extensions import override
@@ -118,3 +118,16 @@ def test_outputs_of_transformers_are_split_without_their_cache() -> None:
 def test_what_is_not_a_prediction_a_sample_is_refused_by_name(make: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"Predicting\.predict_step: {message}"):
         predict(make)
+
+
+def test_the_samples_of_a_stream_are_counted_too() -> None:
+    class Samples(IterableDataset[Any]):
+        @override
+        def __iter__(self) -> Any:
+            data = tiny_data(6)
+            return iter([data[index] for index in range(6)])
+
+    parts = tiny_parts()
+    del parts["loss_func"]
+    with pytest.raises(DataError, match="output is a list of length 1"):
+        Predicting(**parts, make=lambda x: [x]).predict(Samples(), per_device_batch_size=3)

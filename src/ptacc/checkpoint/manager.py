@@ -100,11 +100,6 @@ class CheckpointManager:
 
     # ---- saving
 
-    @property
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is being saved in the background."""
-        return self._save is not None
-
     def begin(
         self, manifest: Manifest, shared: Mapping[str, object], own: Mapping[str, object], path: str | None
     ) -> str | None:

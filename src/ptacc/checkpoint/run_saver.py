@@ -35,7 +35,7 @@ class RunSaver:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         on_saved: Called with the path of each checkpoint that was saved.
-        saved_at: The progress of the run when it was last saved.
+        saved_at: The progress of the run when a checkpoint was last due, whether or not it could be saved.
     """
 
     trainer: TrainerCore
@@ -109,14 +109,13 @@ class RunSaver:
 
     def _save(self, path: str | None, label: str) -> None:
         self.finish()
-        now, before = self.trainer.progress, self.saved_at
+        now = self.trainer.progress
         if path is None:
             self.saved_at = now  # first, since the checkpoint contains it
         shared, own = collect_parts(self.trainer)
         weights = () if self.allows_non_finite else local_parameters(self.trainer, shared[MODEL])
         if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
             self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
-            self.saved_at = before
             return
         manifest = Manifest(
             name="",
@@ -129,14 +128,11 @@ class RunSaver:
             parts=tuple(shared),
             metrics=self.trainer.run.current_values(),
         )
-        saved = self.manager.begin(manifest, *move_shards(shared, own), path)
-        if saved is not None:
+        if (saved := self.manager.begin(manifest, *move_shards(shared, own), path)) is not None:
             self.on_saved(saved)
-        elif not self.manager.is_saving:
-            self.saved_at = before
 
     def state_dict(self) -> StateDict:
-        """Return when the run was last saved, the best values, and the versions of packages that affect results."""
+        """Return when a checkpoint was last due, the best values, and the versions of packages that affect results."""
         return {"saved_at": asdict(self.saved_at), "versions": get_versions(), "best_values": self._best_values}
 
     def load_state_dict(self, state_dict: StateDict) -> None:

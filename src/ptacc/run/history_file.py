@@ -77,8 +77,8 @@ class HistoryFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("wb") as file:
             file.write(text)
-        for path in (self._path, *directories):
-            sync(path)
+        for directory in directories:  # `state_dict` syncs the content
+            sync(directory)
 
     def state_dict(self) -> StateDict:
         """Flush the file to the disk, and return the length and the hash of the run's lines."""

@@ -8,6 +8,7 @@ from dataclasses import field
 from torch import Tensor
 from typing_extensions import override
 
+from ptacc.composition.composable import hook
 from ptacc.core.callback import overrides
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.loop import TrainingLoop
@@ -52,10 +53,12 @@ class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
             )
         check_mean(self, self._loss_items)
 
+    @hook("default")
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a training batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
         return self.loss_func(outputs, targets)
 
+    @hook("default")
     def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of an evaluation batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
         return self.loss_func(outputs, targets)

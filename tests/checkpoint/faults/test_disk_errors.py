@@ -133,6 +133,8 @@ TWO = [
     # The disk of rank 1 is too full to leave word of it.
     pytest.param(1, 1, True, False),
     pytest.param(1, 1, True, True),
+    # It fails once, and rank 1 leaves word of it.
+    pytest.param(1, 7, False, False),
     pytest.param(0, 17, False, False),
     *(
         pytest.param(rank, at, lasting, background, marks=pytest.mark.prove)

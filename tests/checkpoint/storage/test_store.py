@@ -8,12 +8,14 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typing_extensions import override
 
 from ptacc.checkpoint.export import write_weights
+from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
@@ -65,6 +67,24 @@ def test_no_checkpoint_is_written_over(tmp_path: Path) -> None:
     save(CheckpointStore(str(tmp_path)), 1)
     with pytest.raises(CheckpointError, match="exists already"):
         save(CheckpointStore(str(tmp_path)), 1)
+
+
+def test_a_step_that_is_saved_again_gets_a_numbered_name(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    names = ["step-00000007", "step-00000007.01", "step-00000007.02"]
+    for name in names:
+        assert store.free_name(7) == name
+        (tmp_path / name).mkdir()
+
+
+def test_other_users_can_read_what_is_saved(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    save(store, 1)
+    with DirectoryLock(store).held():
+        modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    umask = os.umask(0o077)
+    os.umask(umask)
+    assert modes == {0o644 & ~umask}
 
 
 @pytest.mark.parametrize("name", ["", "..", "../up", "a/b", ".hidden", "/root", "a\0b", "new\nline"])
@@ -353,6 +373,13 @@ def test_a_file_too_many_is_found(two: CheckpointStore) -> None:
     check_passed_over(two)
 
 
+def test_a_file_that_is_not_in_the_manifest_is_not_read(two: CheckpointStore) -> None:
+    manifest = two.manifest(two.names()[0])
+    (Path(two.directory) / manifest.name / "more.json").write_text("{}")
+    with pytest.raises(DamagedCheckpointError, match=r"more\.json is not in the manifest"):
+        two.read(manifest, "more.json")
+
+
 def test_a_link_is_not_followed(two: CheckpointStore, tmp_path: Path) -> None:
     path = list_files(two, "step-0000000002")[-1]
     shutil.move(path, tmp_path / "elsewhere")
@@ -369,6 +396,12 @@ def test_a_renamed_checkpoint_is_found(two: CheckpointStore) -> None:
 
 
 # ---- signatures
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), True, "0.5"])
+def test_a_metric_that_is_not_a_number_of_64_bits_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="a metric is not a number"):
+        Manifest("one", "a run", step=1, epoch=0, offset=0, world_size=1, metrics={"loss": value}).check()
 
 
 def test_a_signature_tells_who_wrote_it(tmp_path: Path) -> None:
