@@ -48,6 +48,7 @@ class DirectoryLock:
     store: CheckpointStore
     owner: bytes = field(default_factory=describe_process)
     _file: FileIO | None = None
+    _is_held: bool = False  # not in a run of a search, which saves elsewhere or not at all
 
     @property
     def path(self) -> str:
@@ -71,14 +72,16 @@ class DirectoryLock:
                         "give this one a directory of its own."
                     )
                 time.sleep(0.1)
+        self._is_held = True
         try:
             yield
         finally:
+            self._is_held = False
             self._release()
 
     def check(self) -> None:
         """Raise `CheckpointError` if another run has taken the directory over while the lock is held here."""
-        if self.read() != self.owner:
+        if self._is_held and self.read() != self.owner:
             raise CheckpointError(
                 f"{self.store.directory} was taken over by another run: {self._describe_owner()}. This run cannot save "
                 "there any more."
