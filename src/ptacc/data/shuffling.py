@@ -53,7 +53,7 @@ class ComputedPermutation:
 
     Example:
         >>> permutation = ComputedPermutation(seed=3, n=10**12)
-        >>> len(permutation), permutation[5:9].shape, sorted(ComputedPermutation(0, 4)[:])
+        >>> len(permutation), permutation[5:9].shape, sorted(ComputedPermutation(0, 4)[:].tolist())
         (1000000000000, (4,), [0, 1, 2, 3])
     """
 
