@@ -57,11 +57,11 @@ class Case:
     @property
     def is_valid(self) -> bool:
         """Whether the parts go together."""
-        per_step = self.batch * self.world_size
+        per_step, readers = self.batch * self.world_size, max(self.workers, 1) if self.data in ITERABLE else 1
         needs_evaluation = "best" in self.mixins or "early_stopping" in self.mixins or self.schedule in WATCHES_LOSS
         return (
             not (needs_evaluation and not self.eval_sets)
-            and not (self.drop_last and (self.samples < per_step or self.data in READY | OWN_BATCHES))
+            and not (self.drop_last and (self.samples // readers < per_step or self.data in READY | OWN_BATCHES))
             and not (self.workers and self.data in OWN_BATCHES)
             and not (self.shuffle and self.data in ITERABLE | READY | OWN_BATCHES)
             and not (self.data in ITERABLE and self.max_steps is None)
