@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type
@@ -44,6 +44,7 @@ from ptacc import (
     MetricsMixin,
     Minutes,
     Mixin,
+    MixUpMixin,
     Monitor,
     Pair,
     PrintMetrics,
@@ -703,6 +704,60 @@ class GenericMixin(BatchMixin[BatchT, Tensor], Generic[BatchT]):
     def count_items(self, batch: BatchT) -> float:
         self.seen.append(batch)
         return super().count_items(batch)
+
+
+class RefiningMixin(BatchMixin[Pair, Tensor]):
+    """A mixin that refines what a loop does, with `super()`."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, targets = batch
+        assert_type(super().train_step((-inputs, targets)), StepOutput[Tensor])
+        return super().train_step((-inputs, targets))
+
+    @override
+    def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
+        return super().eval_step((-batch[0], batch[1]))
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        super().backward(2 * loss)
+
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(replace(request, kwargs={"drop_last": True}))
+
+    @override
+    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_eval_dataloader(replace(request, per_device_batch_size=1))
+
+
+class WrappingMixin(BatchMixin[Any, Any]):
+    """A mixin that refines the step of any loop."""
+
+    @override
+    def train_step(self, batch: Any) -> StepOutput[Any]:
+        return super().train_step(batch)
+
+
+class Refined(RefiningMixin, WrappingMixin, MixUpMixin, Trainer): ...
+
+
+class RefinedLoop(WrappingMixin, RefiningMixin, MixUpMixin, PairLoop): ...
+
+
+class RefinedScores(WrappingMixin, MixUpMixin[Scores], TrainingLoop[Pair, Scores]):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Scores]:
+        return super().train_step(batch)
+
+
+class WrappedGraphLoop(WrappingMixin, GraphLoop): ...
+
+
+Refined(net, loss_func=loss, optimizer=opt, mixup_alpha=0.2, cutmix_alpha=1.0, mixup_classes=10)
+RefinedLoop(net, optimizer=opt, mixup_alpha=0.2, mixup_classes=10)
+WrappedGraphLoop(net, optimizer=opt)
 
 
 class OwnMixins(NoiseMixin, TallyMixin, EveryHookMixin, NewHookMixin, GenericMixin[Pair], MetricsMixin, Trainer):

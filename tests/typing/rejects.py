@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -27,6 +27,7 @@ from ptacc import (
     Best,
     Callback,
     CheckpointMixin,
+    DataLoaderConfig,
     EpochRecord,
     Epochs,
     EvalResult,
@@ -35,6 +36,7 @@ from ptacc import (
     LRSchedulerMixin,
     MetricsMixin,
     Mixin,
+    MixUpMixin,
     Monitor,
     Pair,
     RestoreBestWeights,
@@ -847,3 +849,38 @@ Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_bes
 # 96 an invalid mode of a rule
 Best("accuracy", mode="max")
 Best("accuracy", mode="maximum")  # type: ignore[arg-type]
+
+# ==== refinements of a step
+
+
+# 97 a mixin that mixes pairs, with a loop over other batches
+class MixedPairs(MixUpMixin, Trainer): ...
+
+
+class MixedTokens(MixUpMixin, TokenLoop): ...  # type: ignore[misc]
+
+
+class Refines(BatchMixin[TokenBatch, Tensor]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        return super().train_step(batch)
+
+
+# 98 a part of the batch passed to the step
+class RefinesPart(BatchMixin[TokenBatch, Tensor]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        return super().train_step(batch.tokens)  # type: ignore[arg-type]
+
+
+class Loads(Mixin):
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(request)
+
+
+# 99 the dataset passed to the hook that loads it
+class LoadsDataset(Mixin):
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(request.dataset)  # type: ignore[arg-type]

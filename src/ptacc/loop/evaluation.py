@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
-from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import fill_type_defaults
 from ptacc.core.batch_hooks import BatchHooks
@@ -58,13 +57,6 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         def __class_getitem__(cls, arguments: Any) -> Any:
             """Fill in the defaults of type parameters, also those that refer to an earlier parameter."""
             return super().__class_getitem__(fill_type_defaults(cls, arguments))
-
-    # ---- what to override
-
-    @hook("factory")
-    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Factory hook: build the DataLoader of an evaluation or a prediction."""
-        return request.build(shuffle=False)
 
     # ---- what to call
 

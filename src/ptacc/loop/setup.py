@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
-from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import overrides
@@ -37,14 +36,6 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
     """The part of the loop that makes the state of a run from the arguments of `train()`."""
 
     _role: ClassVar[Role] = "core"
-
-    @hook("factory")
-    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Factory hook: build the training DataLoader. ptacc splits its batches over the processes.
-
-        Its dataset, order and collate function are kept.
-        """
-        return request.build(shuffle=True)
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run depends on, and make its state."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
 
+from ptacc.composition.guards import get_hook_shape
 from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import ObservedSource
@@ -193,12 +194,13 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
 
 def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
     """Record a named range around each part of a step until the last cycle has ended."""
-    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_hook(trainer, method)}
+    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_event(trainer, method)}
     profiler.ranges.enter_context(annotate_calls(trainer, ranges))
     profiler.ranges.enter_context(annotate_calls(trainer.run.engine, ENGINE_RANGES))
     trainer.run.data = ObservedSource(trainer.run.data, functools.partial(annotate_loading, profiler, DATA))
 
 
-def is_empty_hook(trainer: TrainerCore, method: str) -> bool:
-    """Whether a method is a hook that no class and no callback overrides."""
-    return hasattr(TrainerCore, method) and not overrides(trainer, TrainerCore, method)
+def is_empty_event(trainer: TrainerCore, method: str) -> bool:
+    """Whether a method is an event that no class overrides."""
+    is_event = get_hook_shape(getattr(TrainerCore, method, None)) == "event"
+    return is_event and not overrides(trainer, TrainerCore, method)
