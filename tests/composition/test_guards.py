@@ -6,7 +6,7 @@ import functools
 import typing
 import typing as t
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -701,7 +701,7 @@ def test_the_message_shows_the_call_for_the_shape_of_the_hook() -> None:
         class Around(Trainer):
             @override
             @contextlib.contextmanager
-            def around_step(self) -> Iterator[None]:
+            def around_step(self) -> Generator[None]:
                 yield
 
     with refused(r"Add `return super\(\).should_stop\(\) or ...`"):
@@ -716,7 +716,7 @@ def test_decorated_overrides_that_call_super_are_accepted() -> None:
     class Mine(Trainer):
         @override
         @contextlib.contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             with super().around_step():
                 yield
 
@@ -753,7 +753,7 @@ def test_an_override_with_replaces_super_is_accepted() -> None:
         @override
         @replaces_super
         @contextlib.contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             yield
 
     assert "on_step_end" in Mine.__dict__

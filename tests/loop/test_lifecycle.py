@@ -1,7 +1,7 @@
 """The events of a run, their order, and what a run restores at its end."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -314,7 +314,7 @@ def test_around_hooks_surround_and_close_after_an_exception() -> None:
     class Around(Failing):
         @override
         @contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             with super().around_step():
                 lines.append("in")
                 try:

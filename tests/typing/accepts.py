@@ -9,7 +9,7 @@ A test also runs this file, so that the guards check its classes. It creates tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +66,8 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
     default_callbacks,
+    find_batch_size,
+    find_learning_rate,
     hook,
     replaces_super,
 )
@@ -88,8 +90,10 @@ from ptacc.protocols import (
     SupportsSeed,
     TrainOptions,
 )
+from ptacc.testing import assert_overfits_one_batch, assert_split_invariant
 
 BatchT = TypeVar("BatchT")
+OutputT = TypeVar("OutputT")
 
 net = nn.Linear(4, 3)
 loss = nn.CrossEntropyLoss()
@@ -584,6 +588,28 @@ def for_any_loop(loop: TrainingLoop[BatchT, Any], batches: SizedDataset[BatchT])
     return loop.train(batches, num_epochs=1)
 
 
+SampleT = TypeVar("SampleT")
+
+
+def cross_validate(
+    make: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]], folds: Sequence[Sequence[SampleT]]
+) -> list[RunHistory]:
+    return [make().train(fold, num_epochs=1) for fold in folds]
+
+
+def generic_functions(trainer: Trainer, pairs: list[Pair], labelled: list[tuple[Tensor, int]]) -> None:
+    """A trainer takes samples: one for several types of samples is also one for each of them."""
+    narrow: TrainingLoop[Pair, Tensor, Pair] = trainer
+    assert_type(cross_validate(lambda: narrow, [pairs]), list[RunHistory])
+    assert_type(cross_validate(lambda: trainer, [labelled, labelled]), list[RunHistory])
+    assert_split_invariant(lambda: trainer, pairs)
+    assert_split_invariant(lambda: trainer, tensors)
+    assert_split_invariant(lambda: trainer, Labelled())
+    assert_overfits_one_batch(trainer, pairs)
+    find_learning_rate(trainer, Labelled())
+    find_batch_size(trainer, Labelled(), global_batch_size=8)
+
+
 # ==== custom mixins
 
 
@@ -653,7 +679,7 @@ class EveryHookMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> Generator[None]:
         with super().around_step():
             yield
 

@@ -7,7 +7,7 @@ fails if mypy no longer rejects the mistake. pyright rejects every mistake too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -53,6 +53,7 @@ from ptacc import (
     hook,
 )
 from ptacc.protocols import MetricLike, SupportsGradClip, SupportsMetrics
+from ptacc.testing import assert_split_invariant
 
 net = nn.Linear(4, 3)
 loss = nn.CrossEntropyLoss()
@@ -464,7 +465,7 @@ class MoreHooks(Trainer):
     # 45 an around hook without `contextmanager`
     @override
     @contextlib.contextmanager
-    def around_epoch(self) -> Iterator[None]:
+    def around_epoch(self) -> Generator[None]:
         with super().around_epoch():
             yield
 
@@ -884,3 +885,26 @@ class LoadsDataset(Mixin):
     @override
     def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
         return super().make_train_dataloader(request.dataset)  # type: ignore[arg-type]
+
+
+# ==== trainers passed to functions
+
+
+def takes_pairs(trainer: TrainingLoop[Pair, Tensor, Pair]) -> None: ...
+
+
+def takes_names(trainer: TrainingLoop[Pair, Tensor, str]) -> None: ...
+
+
+def make_trainer() -> Trainer:
+    return trainer
+
+
+def passes_trainers() -> None:
+    # 100 a trainer for other samples than the function's
+    takes_pairs(trainer)
+    takes_names(trainer)  # type: ignore[arg-type]
+
+    # 101 an assertion on a dataset of other samples
+    assert_split_invariant(make_trainer, data)
+    assert_split_invariant(make_trainer, ["one", "two"])  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import MISSING, Field, InitVar
 from typing import Any, ClassVar, ForwardRef, get_origin
 
@@ -82,7 +82,7 @@ def prepare_annotations(cls: type) -> None:
 
 
 @contextlib.contextmanager
-def use_nearest_defaults(cls: type) -> Iterator[None]:
+def use_nearest_defaults(cls: type) -> Generator[None]:
     """Make `dataclass`, applied within the block, inherit each option from the nearest class that declares it.
 
     By itself, `dataclass` copies all fields of a base at once, including those that the base only inherited. With

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -169,25 +169,25 @@ class TrainerCore(TrainerBase):
 
     @hook("around")
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         """Surround a run. Around: what an override sets up is undone after the run, also after an exception."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_epoch(self) -> Iterator[None]:
+    def around_epoch(self) -> Generator[None]:
         """Surround an epoch, including its evaluation. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> Generator[None]:
         """Surround an optimizer step: forward and backward passes and the update. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_evaluation_weights(self) -> Iterator[None]:
+    def around_evaluation_weights(self) -> Generator[None]:
         """Surround the use of the model in evaluations and predictions.
 
         Around: an override swaps in other weights, such as an EMA, and restores the model's own afterwards.
@@ -196,13 +196,13 @@ class TrainerCore(TrainerBase):
 
     @hook("around")
     @contextlib.contextmanager
-    def around_evaluation(self) -> Iterator[None]:
+    def around_evaluation(self) -> Generator[None]:
         """Surround the evaluation of one dataset. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_prediction(self) -> Iterator[None]:
+    def around_prediction(self) -> Generator[None]:
         """Surround a prediction. Around."""
         yield
 
@@ -296,7 +296,7 @@ class TrainerCore(TrainerBase):
         return None
 
     @contextlib.contextmanager
-    def _reserved(self) -> Iterator[None]:
+    def _reserved(self) -> Generator[None]:
         """Reserve what only one run may use at a time, from before its set-up until it has ended. A collective."""
         yield
 

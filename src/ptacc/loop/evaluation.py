@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
@@ -291,7 +291,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return data
 
     @contextlib.contextmanager
-    def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
+    def _prepared(self, sources: Iterable[BatchSource]) -> Generator[None]:
         """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
         with self._distributed.propagate_failure("setting an evaluation up"):
             sync_sources(sources)
@@ -303,7 +303,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
 
     @contextlib.contextmanager
-    def _wrapped_model(self) -> Iterator[ModelState]:
+    def _wrapped_model(self) -> Generator[ModelState]:
         """Restore the user's model after a block that may wrap and patch it. Yield its state before.
 
         Modules among the options are on the device within the block.
@@ -322,7 +322,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             forget_prepared(accelerator)
 
     @contextlib.contextmanager
-    def _eval_mode(self) -> Iterator[None]:
+    def _eval_mode(self) -> Generator[None]:
         """Put the model into eval mode, without gradients, for the block.
 
         Modes, gradients and random streams are restored after it. The modes come first: a module whose `train(mode)`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import field
 from typing import Any, ClassVar, Generic, Self, final, overload
 
@@ -407,7 +407,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return True
 
     @contextlib.contextmanager
-    def _saving_on_exception(self, run: Run) -> Iterator[None]:
+    def _saving_on_exception(self, run: Run) -> Generator[None]:
         """Save a single-process run when an exception ends it between steps. Other processes would be elsewhere."""
         try:
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -184,7 +184,7 @@ def has_own_steps(trainer: type) -> bool:
 
 
 @contextlib.contextmanager
-def forwards_counted(run: Run) -> Iterator[None]:
+def forwards_counted(run: Run) -> Generator[None]:
     """Count the forward passes of training steps as progress of this rank: wrapped models synchronize in them."""
     if run.distributed.rendezvous is None:
         yield

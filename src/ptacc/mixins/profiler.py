@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from torch.profiler import profile, record_function, schedule
@@ -99,7 +99,7 @@ class ProfilerMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         if self.is_isolated:
             with super().around_run():
                 yield
@@ -124,7 +124,7 @@ class ProfilerMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_evaluation(self) -> Iterator[None]:
+    def around_evaluation(self) -> Generator[None]:
         is_profiling = self.is_running and PROFILER in self.run and self.run[PROFILER].is_on
         range_ = record_function(EVALUATION) if is_profiling else contextlib.nullcontext()
         with range_, super().around_evaluation():

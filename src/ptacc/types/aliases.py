@@ -13,8 +13,11 @@ T_co = TypeVar("T_co", covariant=True)
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
-SampleT = TypeVar("SampleT", default=BatchT)
-"""Samples that the default collate function turns into a batch. By default of the same type as the batch."""
+SampleT = TypeVar("SampleT", default=BatchT, contravariant=True)  # noqa: PLC0105  # the name that users see in errors
+"""Samples that the default collate function turns into a batch. By default of the same type as the batch.
+
+A trainer only takes samples: one for `Sequence[Tensor]` is also one for `tuple[Tensor, ...]`.
+"""
 RawT = TypeVar("RawT", default=object)
 """Samples that the user's collate function takes. The default only lets it follow type variables with defaults."""
 
