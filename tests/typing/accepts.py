@@ -9,14 +9,19 @@ A test also runs this file, so that the guards check its classes. It creates tra
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type
 
+import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset as HFDataset
+from datasets import DatasetDict
+from datasets import IterableDataset as HFIterableDataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -176,6 +181,36 @@ class SentenceStream(IterableDataset[str]):
         raise NotImplementedError
 
 
+class Arrays(Dataset[tuple[np.ndarray[Any, np.dtype[np.float32]], float]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, np.dtype[np.float32]], float]:
+        raise NotImplementedError
+
+
+class Scalars(Dataset[tuple[Tensor, np.int64]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, np.int64]:
+        raise NotImplementedError
+
+
+class ForeignStream:
+    """A stream of another library: to type checkers, `datasets.IterableDataset` is not one of torch's."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 data = Digits()
 tensors = TensorDataset(torch.zeros(8, 4), torch.zeros(8))
 pairs: list[Pair] = []
@@ -215,6 +250,18 @@ def data_for_the_supervised_trainer(trainer: Trainer) -> None:
     trainer.train(Stream(), Stream(), max_steps=9)
     trainer.train(LabelledStream(), LabelledStream(), max_steps=9)
     trainer.train(data, Stream(), num_epochs=1)
+    trainer.train(Arrays(), Arrays(), num_epochs=1)
+    trainer.train(Scalars(), {"near": Scalars()}, num_epochs=1)
+    trainer.train([(np.zeros(4), np.zeros(1)), (np.zeros(4), np.ones(1))], num_epochs=1)
+    trainer.train(ForeignStream(), ForeignStream(), max_steps=9)
+    assert_type(trainer.evaluate(ForeignStream()), EvalResult)
+    assert_type(trainer.evaluate(Arrays()), EvalResult)
+
+
+def data_of_datasets(rows: HFDataset, sets: DatasetDict, stream: HFIterableDataset) -> None:
+    loop = DictLoop(net, optimizer=opt)
+    loop.train(rows, {str(name): split for name, split in sets.items()}, num_epochs=1)
+    loop.train(stream, stream.take(8), max_steps=9)
 
 
 def several_evaluation_sets(trainer: Trainer, sets: Mapping[str, Dataset[Pair]]) -> None:
@@ -242,13 +289,16 @@ def collate_functions(trainer: Trainer) -> None:
     assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise), Iterator[Tensor])
 
 
-def lengths_of_a_run(trainer: Trainer) -> None:
+def lengths_of_a_run(trainer: Trainer, epochs: int | None, steps: int | None) -> None:
     trainer.train(data, num_epochs=1)
     trainer.train(data, max_steps=9)
     trainer.train(data, max_time=60)
     trainer.train(data, max_time=timedelta(hours=1))
     trainer.train(data, num_epochs=1, max_steps=9, max_time=60.5)
     trainer.train(data, num_epochs=None, max_steps=9)
+    trainer.train(data, num_epochs=epochs, max_steps=steps)
+    trainer.train(data, data, num_epochs=epochs, max_steps=steps, per_device_batch_size=4)
+    trainer.train(Sentences(), collate_fn=tokenise, num_epochs=epochs, max_steps=steps)
     trainer.train(Stream(), max_time=60)
     trainer.train(Stream(), num_epochs=2, max_steps=9)
 
@@ -362,6 +412,10 @@ Trainer(net, loss_func=lambda outputs, targets: (outputs - targets).mean(), opti
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=(), history_file=Path("history.jsonl"))
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics()])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), RestoreBestWeights("eval_loss")))
+listeners_made_before = (StopOnNonFinite(), PrintMetrics(), RestoreBestWeights("eval_loss"))  # mypy needs a tuple
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=listeners_made_before)
+make_trainer = functools.partial(Trainer, loss_func=loss, optimizer=opt)
+assert_type(make_trainer(net), Trainer)
 
 
 class Everything(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, SeedMixin, Trainer):

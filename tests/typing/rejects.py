@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -908,3 +909,38 @@ def passes_trainers() -> None:
     # 101 an assertion on a dataset of other samples
     assert_split_invariant(make_trainer, data)
     assert_split_invariant(make_trainer, ["one", "two"])  # type: ignore[arg-type]
+
+
+# ==== data of other libraries
+
+
+class Names:
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Numbers:
+    def __iter__(self) -> Iterator[Pair]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def data_of_other_libraries() -> None:
+    # 102 a stream of other samples
+    trainer.evaluate(Numbers())
+    trainer.evaluate(Names())  # type: ignore[arg-type]
+
+    # 103 arrays with texts as targets
+    trainer.evaluate([(np.zeros(4), 1)])
+    trainer.evaluate([(np.zeros(4), "one")])  # type: ignore[list-item]
+
+    # 104 a stream limited by its epochs alone
+    trainer.train(Numbers(), max_steps=9)
+    trainer.train(Numbers(), num_epochs=1)  # type: ignore[call-overload]

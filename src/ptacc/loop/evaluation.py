@@ -35,14 +35,14 @@ from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_flag
 from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
-from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
+from ptacc.types.protocols import SizedDataset, StreamLike, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
 EVALUATION_SEED = 0
 """Seed of the random numbers drawn while evaluation data is loaded, the same in each evaluation."""
 
 TrainData: TypeAlias = SizedDataset[RawT] | DataLoader[object]
-EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | DataLoader[object]
+EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | StreamLike[RawT] | DataLoader[object]
 EvalSets: TypeAlias = Mapping[str, EvalData[RawT]]
 AnyEval: TypeAlias = EvalData[RawT] | EvalSets[RawT] | None
 

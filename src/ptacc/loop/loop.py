@@ -34,6 +34,7 @@ from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
 from ptacc.types.arguments import (
     DEFAULT_CADENCE,
     EpochLimited,
+    OptionallyLimited,
     RunOptions,
     StepLimited,
     TimeLimited,
@@ -146,6 +147,22 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         *,
         collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[TimeLimited],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[SampleT],
+        eval_dataset: AnyEval[SampleT] = ...,
+        **options: Unpack[OptionallyLimited],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[RawT],
+        eval_dataset: AnyEval[RawT] = ...,
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[OptionallyLimited],
     ) -> RunHistory: ...
     @final
     def train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -24,7 +24,16 @@ RawT = TypeVar("RawT", default=object)
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A supervised batch: inputs `(items, ...)` and targets `(items, ...)`."""
 
-PairSample: TypeAlias = tuple[Tensor, int] | tuple[Tensor, float] | tuple[Tensor, ...]
+
+class NumpyLike(Protocol):
+    """A NumPy array or scalar. Errors of type checkers name this protocol, which is shorter than NumPy's own types."""
+
+    @property
+    def __array_struct__(self) -> object: ...
+
+
+ArrayLike: TypeAlias = Tensor | NumpyLike
+PairSample: TypeAlias = tuple[ArrayLike, int] | tuple[ArrayLike, float] | tuple[ArrayLike, ...]
 """Samples that torch's default collate function turns into a `Pair`."""
 
 Precision: TypeAlias = Literal["no", "fp16", "bf16"]
