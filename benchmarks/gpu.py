@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -117,7 +117,7 @@ class Device:
         return torch.cuda.max_memory_allocated() - before
 
     @contextlib.contextmanager
-    def count_syncs(self, counts: list[int]) -> Iterator[None]:
+    def count_syncs(self, counts: list[int]) -> Generator[None]:
         """Append the number of synchronizations with the GPU within the context. On a CPU, append nothing."""
         if not self.is_gpu:
             yield

@@ -5,7 +5,7 @@ import copy
 import gc
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -75,7 +75,7 @@ def make(cls: Callable[..., Trainer] = Trainer, model: nn.Module | None = None, 
 
 
 @contextlib.contextmanager
-def refused(trainer: Any, error: type[Exception], message: str, *, after_steps: bool = False) -> Iterator[None]:
+def refused(trainer: Any, error: type[Exception], message: str, *, after_steps: bool = False) -> Generator[None]:
     """Expect an error in the block, and check that the trainer's model is unchanged after it."""
     model = trainer.model
     weights, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]

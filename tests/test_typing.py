@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parent.parent
 REJECTS = ROOT / "tests/typing/rejects.py"
 KIND = re.compile(r"# ==== (?P<kind>.+)")
-MISTAKE = re.compile(r"\s*# (?P<number>\d\d) \S.*")
+MISTAKE = re.compile(r"\s*# (?P<number>\d\d+) \S.*")
 IGNORE = re.compile(r"  # type: ignore\[(?P<codes>[a-z-]+)\]$")
 
 

@@ -30,6 +30,7 @@ from ptacc.mixins.grad_checkpoint import GradCheckpointMixin
 from ptacc.mixins.grad_clip import GradClipMixin
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
 from ptacc.mixins.metrics import MetricsMixin
+from ptacc.mixins.mixup import MixUpMixin
 from ptacc.mixins.profiler import ProfilerMixin
 from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
@@ -75,6 +76,7 @@ __all__ = [
     "LearningRateSearch",
     "MetricsMixin",
     "Minutes",
+    "MixUpMixin",
     "Mixin",
     "Monitor",
     "OptimizerSlot",

@@ -6,7 +6,7 @@ trainer that has metrics.
 
 import ptacc.public
 from ptacc.engines.base import Engine, EngineState
-from ptacc.types.aliases import CompileBackend, CompileMode, PairSample, Precision, ZeroStage
+from ptacc.types.aliases import CompileBackend, CompileMode, NumpyLike, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
     AcceleratorProtocol,
@@ -18,6 +18,7 @@ from ptacc.types.protocols import (
     SchedulerLike,
     SizedDataset,
     Stateful,
+    StreamLike,
     SupportsCheckpoint,
     SupportsGradAccum,
     SupportsGradClip,
@@ -40,6 +41,7 @@ __all__ = [
     "EvalOptions",
     "LRSchedulerLike",
     "MetricLike",
+    "NumpyLike",
     "PairSample",
     "PlateauSchedulerLike",
     "Precision",
@@ -47,6 +49,7 @@ __all__ = [
     "SchedulerLike",
     "SizedDataset",
     "Stateful",
+    "StreamLike",
     "SupportsCheckpoint",
     "SupportsGradAccum",
     "SupportsGradClip",

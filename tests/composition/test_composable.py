@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import torch
@@ -119,6 +120,47 @@ def test_an_inherited_annotation_is_resolved_in_its_module() -> None:
 
 
 # ---- the constructor
+
+
+class Later(LRSchedulerMixin, Trainer):
+    """An option whose type is defined after it, and names that only the modules of the mixins import."""
+
+    scale: Scale | None = None
+    scheduler_interval = "epoch"
+
+
+class EvenLater(Later): ...
+
+
+@dataclass
+class Scale:
+    factor: float = 1.0
+
+
+@pytest.mark.parametrize("trainer", [Trainer, Digits])
+def test_the_annotations_of_a_constructor_are_evaluated_each_in_its_module(trainer: type[Trainer]) -> None:
+    hints = get_type_hints(trainer.__init__)
+    assert hints["model"] is nn.Module
+    assert hints["loss_func"] == Callable[[Tensor, Tensor], Tensor]
+    parameters = inspect.signature(trainer, eval_str=True).parameters
+    assert {name: p.annotation for name, p in parameters.items()} == {k: v for k, v in hints.items() if k != "return"}
+
+
+@pytest.mark.parametrize("trainer", [Later, EvenLater])
+def test_a_type_that_is_defined_after_the_class_is_found_later(trainer: type[Trainer]) -> None:
+    hints = get_type_hints(trainer.__init__)
+    assert hints["scale"] == Scale | None
+    assert hints["scheduler_interval"] == Literal["step", "epoch"]
+    assert hints["create_scheduler"] == SchedulerFactory
+
+
+def test_an_annotation_with_an_unknown_name_does_not_prevent_the_class() -> None:
+    class Unknown(Trainer):
+        option: NotDefined | None = None  # type: ignore[name-defined]  # noqa: F821
+
+    assert inspect.signature(Unknown).parameters["model"].annotation is nn.Module
+    with pytest.raises(NameError, match="NotDefined"):
+        get_type_hints(Unknown.__init__)
 
 
 def test_the_model_alone_may_be_positional() -> None:

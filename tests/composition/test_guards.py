@@ -6,7 +6,7 @@ import functools
 import typing
 import typing as t
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ import typing_extensions
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -25,6 +26,7 @@ from ptacc import (
     AMPMixin,
     BatchMixin,
     Callback,
+    DataLoaderConfig,
     EpochRecord,
     GradAccumMixin,
     GradClipMixin,
@@ -45,6 +47,7 @@ from ptacc.composition.guards import calls_super
 from ptacc.composition.misnamed import EVENTS_ELSEWHERE, METHODS_ELSEWHERE
 from ptacc.errors import CompositionError
 from ptacc.protocols import MetricLike, SchedulerFactory, SupportsMetrics, SupportsMixedPrecision
+from ptacc.testing import tiny_data, tiny_parts
 
 
 def refused(message: str) -> contextlib.AbstractContextManager[object]:
@@ -698,7 +701,7 @@ def test_the_message_shows_the_call_for_the_shape_of_the_hook() -> None:
         class Around(Trainer):
             @override
             @contextlib.contextmanager
-            def around_step(self) -> Iterator[None]:
+            def around_step(self) -> Generator[None]:
                 yield
 
     with refused(r"Add `return super\(\).should_stop\(\) or ...`"):
@@ -713,7 +716,7 @@ def test_decorated_overrides_that_call_super_are_accepted() -> None:
     class Mine(Trainer):
         @override
         @contextlib.contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             with super().around_step():
                 yield
 
@@ -750,7 +753,7 @@ def test_an_override_with_replaces_super_is_accepted() -> None:
         @override
         @replaces_super
         @contextlib.contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             yield
 
     assert "on_step_end" in Mine.__dict__
@@ -882,6 +885,55 @@ def test_overrides_that_refine_or_derive_or_replace_on_purpose_are_accepted() ->
     ):
         made: Any = type("Made", bases, {})
         assert made(model, optimizer=SGD(model.parameters()), loss_func=nn.MSELoss()).make_seed() == seed
+
+
+class Recording(BatchMixin[Pair, Tensor]):
+    """Refines what a loop does, and records the calls."""
+
+    calls: list[str] = field(init=False, default_factory=list)
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        self.calls.append("train_step")
+        return super().train_step(batch)
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        self.calls.append("backward")
+        super().backward(loss)
+
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        self.calls.append("make_train_dataloader")
+        return super().make_train_dataloader(request)
+
+    @override
+    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        self.calls.append("make_eval_dataloader")
+        return super().make_eval_dataloader(request)
+
+
+def test_a_mixin_may_refine_the_step_and_the_loaders() -> None:
+    class Mine(Recording, Trainer): ...
+
+    mine = Mine(**tiny_parts())
+    mine.train(tiny_data(8), tiny_data(8), num_epochs=1)
+    assert mine.calls == ["make_train_dataloader", "make_eval_dataloader", "train_step", "backward"]
+
+
+def test_two_mixins_that_replace_the_step_are_refused() -> None:
+    class Replaced(BatchMixin[Pair, Tensor]):
+        @override
+        def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+            raise NotImplementedError
+
+    class ReplacedToo(BatchMixin[Pair, Tensor]):
+        @override
+        def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+            raise NotImplementedError
+
+    with refused(r"Replaced and ReplacedToo both define train_step\(\), and only one of them can take effect"):
+        type("Both", (Recording, Replaced, ReplacedToo, Trainer), {})
 
 
 def test_a_mixin_after_the_loop_is_refused() -> None:

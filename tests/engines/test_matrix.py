@@ -44,6 +44,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1},
     "LRSchedulerMixin": {"create_scheduler": lambda optimizer, plan: StepLR(optimizer, 2, 0.5)},
     "MetricsMixin": {"metrics": {"accuracy": MulticlassAccuracy(10)}},
+    "MixUpMixin": {"mixup_alpha": 0.4, "mixup_classes": 10},
     "ProfilerMixin": {"profile_wait": 1, "profile_warmup": 1},
     "SWAMixin": {"swa_start": 1},
     "SeedMixin": {"seed": 4},

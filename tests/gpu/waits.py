@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -14,7 +14,7 @@ class Waits:
         self.count = 0
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> Generator[None]:
         """Count within the block."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

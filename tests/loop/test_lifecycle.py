@@ -1,10 +1,11 @@
 """The events of a run, their order, and what a run restores at its end."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -327,7 +328,7 @@ def test_around_hooks_surround_and_close_after_an_exception() -> None:
     class Around(Failing):
         @override
         @contextmanager
-        def around_step(self) -> Iterator[None]:
+        def around_step(self) -> Generator[None]:
             with super().around_step():
                 lines.append("in")
                 try:
@@ -343,3 +344,16 @@ def test_around_hooks_surround_and_close_after_an_exception() -> None:
 def test_history_before_the_first_run_is_an_error() -> None:
     with pytest.raises(NoRunError, match="call train"):
         _ = Trainer(**tiny_parts()).history
+
+
+@pytest.mark.parametrize("target", [1, np.int64(1), np.asarray(1)], ids=["number", "scalar", "array"])
+def test_samples_may_be_arrays_of_numpy(target: Any) -> None:
+    history = Trainer(**tiny_parts()).train([(np.ones(4), target)] * 4, num_epochs=1)
+    expected = nn.functional.cross_entropy(tiny_parts()["model"](torch.ones(4, 4).double()), torch.ones(4).long())
+    assert history.steps[0].loss == expected.item()
+
+
+def test_a_run_may_have_one_limit_of_two_that_are_given() -> None:
+    assert Trainer(**tiny_parts()).train(tiny_data(), num_epochs=None, max_steps=2).steps[-1].step == 2
+    with pytest.raises(OptionError, match="does not know when to end"):
+        Trainer(**tiny_parts()).train(tiny_data(), num_epochs=None, max_steps=None)

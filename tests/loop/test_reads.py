@@ -6,7 +6,7 @@ counted where Python calls them.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Called(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[Counter[str]]:
+def counting() -> Generator[Counter[str]]:
     counts: Counter[str] = Counter()
     with Called(counts), Dispatched(counts):
         yield counts

@@ -9,14 +9,19 @@ A test also runs this file, so that the guards check its classes. It creates tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type
 
+import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset as HFDataset
+from datasets import DatasetDict
+from datasets import IterableDataset as HFIterableDataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -44,6 +49,7 @@ from ptacc import (
     MetricsMixin,
     Minutes,
     Mixin,
+    MixUpMixin,
     Monitor,
     Pair,
     PrintMetrics,
@@ -65,6 +71,8 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
     default_callbacks,
+    find_batch_size,
+    find_learning_rate,
     hook,
     replaces_super,
 )
@@ -87,8 +95,10 @@ from ptacc.protocols import (
     SupportsSeed,
     TrainOptions,
 )
+from ptacc.testing import assert_overfits_one_batch, assert_split_invariant
 
 BatchT = TypeVar("BatchT")
+OutputT = TypeVar("OutputT")
 
 net = nn.Linear(4, 3)
 loss = nn.CrossEntropyLoss()
@@ -171,6 +181,36 @@ class SentenceStream(IterableDataset[str]):
         raise NotImplementedError
 
 
+class Arrays(Dataset[tuple[np.ndarray[Any, np.dtype[np.float32]], float]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, np.dtype[np.float32]], float]:
+        raise NotImplementedError
+
+
+class Scalars(Dataset[tuple[Tensor, np.int64]]):
+    def __len__(self) -> int:
+        return 8
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, np.int64]:
+        raise NotImplementedError
+
+
+class ForeignStream:
+    """A stream of another library: to type checkers, `datasets.IterableDataset` is not one of torch's."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 data = Digits()
 tensors = TensorDataset(torch.zeros(8, 4), torch.zeros(8))
 pairs: list[Pair] = []
@@ -210,6 +250,18 @@ def data_for_the_supervised_trainer(trainer: Trainer) -> None:
     trainer.train(Stream(), Stream(), max_steps=9)
     trainer.train(LabelledStream(), LabelledStream(), max_steps=9)
     trainer.train(data, Stream(), num_epochs=1)
+    trainer.train(Arrays(), Arrays(), num_epochs=1)
+    trainer.train(Scalars(), {"near": Scalars()}, num_epochs=1)
+    trainer.train([(np.zeros(4), np.zeros(1)), (np.zeros(4), np.ones(1))], num_epochs=1)
+    trainer.train(ForeignStream(), ForeignStream(), max_steps=9)
+    assert_type(trainer.evaluate(ForeignStream()), EvalResult)
+    assert_type(trainer.evaluate(Arrays()), EvalResult)
+
+
+def data_of_datasets(rows: HFDataset, sets: DatasetDict, stream: HFIterableDataset) -> None:
+    loop = DictLoop(net, optimizer=opt)
+    loop.train(rows, {str(name): split for name, split in sets.items()}, num_epochs=1)
+    loop.train(stream, stream.take(8), max_steps=9)
 
 
 def several_evaluation_sets(trainer: Trainer, sets: Mapping[str, Dataset[Pair]]) -> None:
@@ -237,13 +289,16 @@ def collate_functions(trainer: Trainer) -> None:
     assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise), Iterator[Tensor])
 
 
-def lengths_of_a_run(trainer: Trainer) -> None:
+def lengths_of_a_run(trainer: Trainer, epochs: int | None, steps: int | None) -> None:
     trainer.train(data, num_epochs=1)
     trainer.train(data, max_steps=9)
     trainer.train(data, max_time=60)
     trainer.train(data, max_time=timedelta(hours=1))
     trainer.train(data, num_epochs=1, max_steps=9, max_time=60.5)
     trainer.train(data, num_epochs=None, max_steps=9)
+    trainer.train(data, num_epochs=epochs, max_steps=steps)
+    trainer.train(data, data, num_epochs=epochs, max_steps=steps, per_device_batch_size=4)
+    trainer.train(Sentences(), collate_fn=tokenise, num_epochs=epochs, max_steps=steps)
     trainer.train(Stream(), max_time=60)
     trainer.train(Stream(), num_epochs=2, max_steps=9)
 
@@ -357,6 +412,10 @@ Trainer(net, loss_func=lambda outputs, targets: (outputs - targets).mean(), opti
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=(), history_file=Path("history.jsonl"))
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics()])
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), RestoreBestWeights("eval_loss")))
+listeners_made_before = (StopOnNonFinite(), PrintMetrics(), RestoreBestWeights("eval_loss"))  # mypy needs a tuple
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=listeners_made_before)
+make_trainer = functools.partial(Trainer, loss_func=loss, optimizer=opt)
+assert_type(make_trainer(net), Trainer)
 
 
 class Everything(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, SeedMixin, Trainer):
@@ -583,6 +642,28 @@ def for_any_loop(loop: TrainingLoop[BatchT, Any], batches: SizedDataset[BatchT])
     return loop.train(batches, num_epochs=1)
 
 
+SampleT = TypeVar("SampleT")
+
+
+def cross_validate(
+    make: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]], folds: Sequence[Sequence[SampleT]]
+) -> list[RunHistory]:
+    return [make().train(fold, num_epochs=1) for fold in folds]
+
+
+def generic_functions(trainer: Trainer, pairs: list[Pair], labelled: list[tuple[Tensor, int]]) -> None:
+    """A trainer takes samples: one for several types of samples is also one for each of them."""
+    narrow: TrainingLoop[Pair, Tensor, Pair] = trainer
+    assert_type(cross_validate(lambda: narrow, [pairs]), list[RunHistory])
+    assert_type(cross_validate(lambda: trainer, [labelled, labelled]), list[RunHistory])
+    assert_split_invariant(lambda: trainer, pairs)
+    assert_split_invariant(lambda: trainer, tensors)
+    assert_split_invariant(lambda: trainer, Labelled())
+    assert_overfits_one_batch(trainer, pairs)
+    find_learning_rate(trainer, Labelled())
+    find_batch_size(trainer, Labelled(), global_batch_size=8)
+
+
 # ==== custom mixins
 
 
@@ -652,7 +733,7 @@ class EveryHookMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> Generator[None]:
         with super().around_step():
             yield
 
@@ -703,6 +784,60 @@ class GenericMixin(BatchMixin[BatchT, Tensor], Generic[BatchT]):
     def count_items(self, batch: BatchT) -> float:
         self.seen.append(batch)
         return super().count_items(batch)
+
+
+class RefiningMixin(BatchMixin[Pair, Tensor]):
+    """A mixin that refines what a loop does, with `super()`."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, targets = batch
+        assert_type(super().train_step((-inputs, targets)), StepOutput[Tensor])
+        return super().train_step((-inputs, targets))
+
+    @override
+    def eval_step(self, batch: Pair) -> StepOutput[Tensor]:
+        return super().eval_step((-batch[0], batch[1]))
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        super().backward(2 * loss)
+
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(replace(request, kwargs={"drop_last": True}))
+
+    @override
+    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_eval_dataloader(replace(request, per_device_batch_size=1))
+
+
+class WrappingMixin(BatchMixin[Any, Any]):
+    """A mixin that refines the step of any loop."""
+
+    @override
+    def train_step(self, batch: Any) -> StepOutput[Any]:
+        return super().train_step(batch)
+
+
+class Refined(RefiningMixin, WrappingMixin, MixUpMixin, Trainer): ...
+
+
+class RefinedLoop(WrappingMixin, RefiningMixin, MixUpMixin, PairLoop): ...
+
+
+class RefinedScores(WrappingMixin, MixUpMixin[Scores], TrainingLoop[Pair, Scores]):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Scores]:
+        return super().train_step(batch)
+
+
+class WrappedGraphLoop(WrappingMixin, GraphLoop): ...
+
+
+Refined(net, loss_func=loss, optimizer=opt, mixup_alpha=0.2, cutmix_alpha=1.0, mixup_classes=10)
+RefinedLoop(net, optimizer=opt, mixup_alpha=0.2, mixup_classes=10)
+WrappedGraphLoop(net, optimizer=opt)
 
 
 class OwnMixins(NoiseMixin, TallyMixin, EveryHookMixin, NewHookMixin, GenericMixin[Pair], MetricsMixin, Trainer):

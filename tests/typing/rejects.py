@@ -7,16 +7,17 @@ fails if mypy no longer rejects the mistake. pyright rejects every mistake too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -27,6 +28,7 @@ from ptacc import (
     Best,
     Callback,
     CheckpointMixin,
+    DataLoaderConfig,
     EpochRecord,
     Epochs,
     EvalResult,
@@ -35,6 +37,7 @@ from ptacc import (
     LRSchedulerMixin,
     MetricsMixin,
     Mixin,
+    MixUpMixin,
     Monitor,
     Pair,
     RestoreBestWeights,
@@ -51,6 +54,7 @@ from ptacc import (
     hook,
 )
 from ptacc.protocols import MetricLike, SupportsGradClip, SupportsMetrics
+from ptacc.testing import assert_split_invariant
 
 net = nn.Linear(4, 3)
 loss = nn.CrossEntropyLoss()
@@ -462,7 +466,7 @@ class MoreHooks(Trainer):
     # 45 an around hook without `contextmanager`
     @override
     @contextlib.contextmanager
-    def around_epoch(self) -> Iterator[None]:
+    def around_epoch(self) -> Generator[None]:
         with super().around_epoch():
             yield
 
@@ -847,3 +851,96 @@ Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="runs/digits", keep_bes
 # 96 an invalid mode of a rule
 Best("accuracy", mode="max")
 Best("accuracy", mode="maximum")  # type: ignore[arg-type]
+
+# ==== refinements of a step
+
+
+# 97 a mixin that mixes pairs, with a loop over other batches
+class MixedPairs(MixUpMixin, Trainer): ...
+
+
+class MixedTokens(MixUpMixin, TokenLoop): ...  # type: ignore[misc]
+
+
+class Refines(BatchMixin[TokenBatch, Tensor]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        return super().train_step(batch)
+
+
+# 98 a part of the batch passed to the step
+class RefinesPart(BatchMixin[TokenBatch, Tensor]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        return super().train_step(batch.tokens)  # type: ignore[arg-type]
+
+
+class Loads(Mixin):
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(request)
+
+
+# 99 the dataset passed to the hook that loads it
+class LoadsDataset(Mixin):
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(request.dataset)  # type: ignore[arg-type]
+
+
+# ==== trainers passed to functions
+
+
+def takes_pairs(trainer: TrainingLoop[Pair, Tensor, Pair]) -> None: ...
+
+
+def takes_names(trainer: TrainingLoop[Pair, Tensor, str]) -> None: ...
+
+
+def make_trainer() -> Trainer:
+    return trainer
+
+
+def passes_trainers() -> None:
+    # 100 a trainer for other samples than the function's
+    takes_pairs(trainer)
+    takes_names(trainer)  # type: ignore[arg-type]
+
+    # 101 an assertion on a dataset of other samples
+    assert_split_invariant(make_trainer, data)
+    assert_split_invariant(make_trainer, ["one", "two"])  # type: ignore[arg-type]
+
+
+# ==== data of other libraries
+
+
+class Names:
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Numbers:
+    def __iter__(self) -> Iterator[Pair]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def data_of_other_libraries() -> None:
+    # 102 a stream of other samples
+    trainer.evaluate(Numbers())
+    trainer.evaluate(Names())  # type: ignore[arg-type]
+
+    # 103 arrays with texts as targets
+    trainer.evaluate([(np.zeros(4), 1)])
+    trainer.evaluate([(np.zeros(4), "one")])  # type: ignore[list-item]
+
+    # 104 a stream limited by its epochs alone
+    trainer.train(Numbers(), max_steps=9)
+    trainer.train(Numbers(), num_epochs=1)  # type: ignore[call-overload]

@@ -14,7 +14,12 @@ from typing import Any, Literal, TypeAlias
 
 from typing_extensions import TypeVar, dataclass_transform, override
 
-from ptacc.composition.fields import own_annotations, prepare_annotations, use_nearest_defaults
+from ptacc.composition.fields import (
+    evaluate_constructor,
+    own_annotations,
+    prepare_annotations,
+    use_nearest_defaults,
+)
 from ptacc.composition.guards import check_class_statement, check_composition
 from ptacc.composition.roles import is_mixin
 from ptacc.errors import CompositionError
@@ -65,6 +70,7 @@ class Composable(ABC):
         check_class_statement(cls)
         with use_nearest_defaults(cls):
             dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
+        evaluate_constructor(cls, cls.__init__)
         type.__setattr__(cls, "__init__", _record_given_options(cls.__init__))  # `dataclass` has just generated it
         check_composition(cls, Composable)
 

@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import MISSING, Field, InitVar
 from typing import Any, ClassVar, ForwardRef, get_origin
 
 from torch import nn
-from typing_extensions import Format, get_annotations
+from typing_extensions import Format, evaluate_forward_ref, get_annotations
 
 from ptacc.composition.misnamed import find_near_miss
 from ptacc.errors import CompositionError
@@ -82,7 +82,7 @@ def prepare_annotations(cls: type) -> None:
 
 
 @contextlib.contextmanager
-def use_nearest_defaults(cls: type) -> Iterator[None]:
+def use_nearest_defaults(cls: type) -> Generator[None]:
     """Make `dataclass`, applied within the block, inherit each option from the nearest class that declares it.
 
     By itself, `dataclass` copies all fields of a base at once, including those that the base only inherited. With
@@ -126,6 +126,33 @@ def _get_declared_type(cls: type, option: Field[Any]) -> Any:
     owner = next(base for base in cls.__mro__[1:] if option.name in own_annotations(base))
     declared = own_annotations(owner)[option.name]  # already evaluated if the class is public
     return ForwardRef(declared, module=owner.__module__, is_class=True) if isinstance(declared, str) else declared
+
+
+# ---- the annotations of the constructor
+
+
+def evaluate_constructor(cls: type, init: Callable[..., None]) -> None:
+    """Evaluate the annotations of the constructor that `dataclass` generated, each in the module that contains it.
+
+    `typing.get_type_hints` and `inspect.signature` would evaluate all of them in one module. An annotation with a name
+    that is not defined yet becomes a `ForwardRef`, which knows its module.
+    """
+    declared: dict[str, tuple[Any, str]] = {}
+    for base in reversed(cls.__mro__):
+        declared |= {name: (annotation, base.__module__) for name, annotation in own_annotations(base).items()}
+    for name in init.__annotations__.keys() & declared.keys():
+        init.__annotations__[name] = _evaluate(*declared[name])
+
+
+def _evaluate(annotation: Any, module: str) -> Any:
+    if isinstance(annotation, str):
+        annotation = ForwardRef(annotation, module=module, is_class=True)
+    if not isinstance(annotation, ForwardRef):
+        return annotation
+    try:
+        return evaluate_forward_ref(annotation)
+    except Exception:  # noqa: BLE001  # an annotation is code of the user's, which may raise anything
+        return annotation
 
 
 # ---- checks

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, ParamSpec, Self
@@ -212,7 +212,7 @@ class TrainerBase(Composable):
         return on_rank_0
 
     @contextlib.contextmanager
-    def main_process_first(self, *, local: bool = False) -> Iterator[None]:
+    def main_process_first(self, *, local: bool = False) -> Generator[None]:
         """Run the block on rank 0 first and then on the other ranks, for example for a download that is cached.
 
         Args:

@@ -48,6 +48,15 @@ class BatchHooks(TrainerCore, Generic[BatchT, OutputT]):
         """
 
     @hook("default")
+    def train_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Compute the loss and the outputs of one training batch.
+
+        Default hook. A loop defines it; mixins may refine it with `super()`. A loop whose `eval_step` calls
+        `train_step`, which is the default, also calls it without gradients, in evaluations.
+        """
+        raise NotImplementedError
+
+    @hook("default")
     def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
         """Compute the loss and the outputs of one batch of an evaluation.
 

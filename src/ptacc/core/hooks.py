@@ -2,7 +2,7 @@
 
 A hook has one of seven shapes, which says how overrides combine:
 
-- abstract: a subclass must define it (`train_step`).
+- abstract: a trainer's class must define it (`train_step`), and mixins may refine it.
 - default: an override replaces it, or refines the result of `super()`.
 - factory: it returns a new object; an override may wrap the result of `super()`.
 - fold: an override adds to the result of `super()`.
@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.base import TrainerBase
 from ptacc.core.callback import Callback, Events
+from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.ddp import TorchEngine
 from ptacc.rng import fresh_seed
@@ -65,6 +69,20 @@ class TrainerCore(TrainerBase):
         return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots())
 
     @hook("factory")
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        """Build the training DataLoader. ptacc splits its batches over the processes.
+
+        Factory hook: an override may call `super()` with a changed request. The dataset, order and collate function of
+        the loader are kept.
+        """
+        return request.build(shuffle=True)
+
+    @hook("factory")
+    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        """Build the DataLoader of an evaluation or a prediction. Factory hook."""
+        return request.build(shuffle=False)
+
+    @hook("factory")
     def make_seed(self) -> int:
         """Choose the seed of a new run. Factory hook, called on all ranks; rank 0's seed is used."""
         return fresh_seed()
@@ -103,6 +121,13 @@ class TrainerCore(TrainerBase):
         Fold: return `super().stop_signals() | {...}`. Called once at the start of a run.
         """
         return frozenset({signal.SIGTERM})
+
+    # ---- a step
+
+    @hook("default")
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a batch's loss, which is scaled to its share of the step's loss. Default hook."""
+        self.run.engine.backward(loss)
 
     # ---- reported values
 
@@ -144,25 +169,25 @@ class TrainerCore(TrainerBase):
 
     @hook("around")
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         """Surround a run. Around: what an override sets up is undone after the run, also after an exception."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_epoch(self) -> Iterator[None]:
+    def around_epoch(self) -> Generator[None]:
         """Surround an epoch, including its evaluation. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> Generator[None]:
         """Surround an optimizer step: forward and backward passes and the update. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_evaluation_weights(self) -> Iterator[None]:
+    def around_evaluation_weights(self) -> Generator[None]:
         """Surround the use of the model in evaluations and predictions.
 
         Around: an override swaps in other weights, such as an EMA, and restores the model's own afterwards.
@@ -171,13 +196,13 @@ class TrainerCore(TrainerBase):
 
     @hook("around")
     @contextlib.contextmanager
-    def around_evaluation(self) -> Iterator[None]:
+    def around_evaluation(self) -> Generator[None]:
         """Surround the evaluation of one dataset. Around."""
         yield
 
     @hook("around")
     @contextlib.contextmanager
-    def around_prediction(self) -> Iterator[None]:
+    def around_prediction(self) -> Generator[None]:
         """Surround a prediction. Around."""
         yield
 
@@ -271,7 +296,7 @@ class TrainerCore(TrainerBase):
         return None
 
     @contextlib.contextmanager
-    def _reserved(self) -> Iterator[None]:
+    def _reserved(self) -> Generator[None]:
         """Reserve what only one run may use at a time, from before its set-up until it has ended. A collective."""
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Generator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ def default_collate(samples: list[Any]) -> object:
 
 
 @contextlib.contextmanager
-def seeded_loading(seed: int) -> Iterator[None]:
+def seeded_loading(seed: int) -> Generator[None]:
     """Seed the global generators while one batch is loaded. Only in the main process are they restored afterwards."""
     if get_worker_info() is not None:
         seed_everything(seed)

@@ -13,7 +13,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ class FileSystem:
     # ---- writing
 
     @contextlib.contextmanager
-    def create(self, path: str) -> Iterator[Callable[[memoryview], object]]:
+    def create(self, path: str) -> Generator[Callable[[memoryview], object]]:
         """Create a file, and yield the function that writes to it. The content is durable when the context exits."""
 
         def write(data: memoryview) -> None:
@@ -137,7 +137,7 @@ class FileSystem:
             pass
 
     @contextlib.contextmanager
-    def _synced(self, path: str, open_path: Callable[[str], int]) -> Iterator[int]:
+    def _synced(self, path: str, open_path: Callable[[str], int]) -> Generator[int]:
         """Sync and close what `open_path` opens. An `OSError` of its descriptor gets the path."""
         try:
             descriptor = open_path(path)
@@ -201,7 +201,7 @@ class FileSystem:
     # ---- reading
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[BinaryIO]:
+    def open(self, path: str) -> Generator[BinaryIO]:
         """Open a regular file for reading. Neither the file nor its directory may be a link."""
         try:  # on descriptors, since a path may lead to another file a moment later
             directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -251,7 +251,7 @@ class FileSystem:
         return data
 
     @contextlib.contextmanager
-    def _open_checked(self, path: str, size: int | None = None) -> Iterator[BinaryIO]:
+    def _open_checked(self, path: str, size: int | None = None) -> Generator[BinaryIO]:
         try:
             with self.open(path) as file:
                 if size is not None:
@@ -272,7 +272,7 @@ def split_chunks(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
-def as_checkpoint_error(path: str) -> Iterator[None]:
+def as_checkpoint_error(path: str) -> Generator[None]:
     """Raise an `OSError` as a `CheckpointError` that starts with a path."""
     try:
         yield

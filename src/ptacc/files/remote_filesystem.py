@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final
 
 from typing_extensions import override
@@ -37,7 +37,7 @@ class RemoteFileSystem(FileSystem):
 
     @override
     @contextlib.contextmanager
-    def create(self, path: str) -> Iterator[Callable[[memoryview], object]]:
+    def create(self, path: str) -> Generator[Callable[[memoryview], object]]:
         """Create a file, in place of an existing one. It appears when the context exits without an error."""
         with connect(path) as (filesystem, name):
             file = filesystem.open(name, "wb")
@@ -74,7 +74,7 @@ class RemoteFileSystem(FileSystem):
 
     @override
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[BinaryIO]:
+    def open(self, path: str) -> Generator[BinaryIO]:
         with connect(path) as (filesystem, name), filesystem.open(name, "rb", cache_type="none") as file:
             yield file
 
@@ -119,7 +119,7 @@ class RemoteFileSystem(FileSystem):
 
 
 @contextlib.contextmanager
-def connect(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+def connect(url: str) -> Generator[tuple[AbstractFileSystem, str]]:
     """Yield the file system of a URL and the name of the file there. Errors become `OSError`s that contain the URL."""
     from fsspec.core import url_to_fs
 
@@ -130,7 +130,7 @@ def connect(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
 
 
 @contextlib.contextmanager
-def as_os_error(path: str) -> Iterator[None]:
+def as_os_error(path: str) -> Generator[None]:
     """Raise any error of a file system as an `OSError` that contains the path."""
     try:
         yield

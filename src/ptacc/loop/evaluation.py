@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, final, overload
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
-from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import fill_type_defaults
 from ptacc.core.batch_hooks import BatchHooks
@@ -36,14 +35,14 @@ from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
 from ptacc.types.arguments import EvalOptions, check_flag
 from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
-from ptacc.types.protocols import SizedDataset, SupportsCheckpoint
+from ptacc.types.protocols import SizedDataset, StreamLike, SupportsCheckpoint
 from ptacc.validation import check_at_least, check_keywords
 
 EVALUATION_SEED = 0
 """Seed of the random numbers drawn while evaluation data is loaded, the same in each evaluation."""
 
 TrainData: TypeAlias = SizedDataset[RawT] | DataLoader[object]
-EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | DataLoader[object]
+EvalData: TypeAlias = SizedDataset[RawT] | Dataset[RawT] | StreamLike[RawT] | DataLoader[object]
 EvalSets: TypeAlias = Mapping[str, EvalData[RawT]]
 AnyEval: TypeAlias = EvalData[RawT] | EvalSets[RawT] | None
 
@@ -58,13 +57,6 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         def __class_getitem__(cls, arguments: Any) -> Any:
             """Fill in the defaults of type parameters, also those that refer to an earlier parameter."""
             return super().__class_getitem__(fill_type_defaults(cls, arguments))
-
-    # ---- what to override
-
-    @hook("factory")
-    def make_eval_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Factory hook: build the DataLoader of an evaluation or a prediction."""
-        return request.build(shuffle=False)
 
     # ---- what to call
 
@@ -299,7 +291,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return data
 
     @contextlib.contextmanager
-    def _prepared(self, sources: Iterable[BatchSource]) -> Iterator[None]:
+    def _prepared(self, sources: Iterable[BatchSource]) -> Generator[None]:
         """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
         with self._distributed.propagate_failure("setting an evaluation up"):
             sync_sources(sources)
@@ -311,7 +303,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
 
     @contextlib.contextmanager
-    def _wrapped_model(self) -> Iterator[ModelState]:
+    def _wrapped_model(self) -> Generator[ModelState]:
         """Restore the user's model after a block that may wrap and patch it. Yield its state before.
 
         Modules among the options are on the device within the block.
@@ -330,7 +322,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             forget_prepared(accelerator)
 
     @contextlib.contextmanager
-    def _eval_mode(self) -> Iterator[None]:
+    def _eval_mode(self) -> Generator[None]:
         """Put the model into eval mode, without gradients, for the block.
 
         Modes, gradients and random streams are restored after it. The modes come first: a module whose `train(mode)`

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import field
 from typing import Any, ClassVar, Generic, Self, final, overload
 
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
-from ptacc.composition.composable import hook
-from ptacc.composition.roles import Role
+from ptacc.composition.roles import Role, is_mixin
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
@@ -23,7 +21,7 @@ from ptacc.data.loading import known_length
 from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
-from ptacc.errors import DataError, NestedRunError, OptionError
+from ptacc.errors import CompositionError, DataError, NestedRunError, OptionError
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
@@ -36,6 +34,7 @@ from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
 from ptacc.types.arguments import (
     DEFAULT_CADENCE,
     EpochLimited,
+    OptionallyLimited,
     RunOptions,
     StepLimited,
     TimeLimited,
@@ -87,25 +86,22 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     @override
     def check_options(self) -> None:
         check_callbacks(type(self).__name__, self.default_callbacks, Callback)
+        check_has_step(type(self))
 
     # ---- what to write, and what to override
 
+    @override
     @abstractmethod
     def train_step(self, batch: BatchT) -> StepOutput[OutputT]:
         """Abstract hook: compute the loss and the outputs of one batch.
 
-        The loss is a scalar, the mean over the batch's items, with its graph.
+        The loss is a scalar, the mean over the batch's items, with its graph. Mixins may refine it with `super()`.
         """
 
     @override
     def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
         """Default hook: compute the loss and the outputs of one batch in evaluation, by default with `train_step`."""
         return self.train_step(batch)
-
-    @hook("default")
-    def backward(self, loss: Tensor) -> None:
-        """Default hook: compute the gradients of a batch's loss, which is scaled to its share of the step's loss."""
-        self.run.engine.backward(loss)
 
     @override
     def all_callbacks(self) -> Sequence[Callback[Any]]:
@@ -151,6 +147,22 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         *,
         collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[TimeLimited],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[SampleT],
+        eval_dataset: AnyEval[SampleT] = ...,
+        **options: Unpack[OptionallyLimited],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[RawT],
+        eval_dataset: AnyEval[RawT] = ...,
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[OptionallyLimited],
     ) -> RunHistory: ...
     @final
     def train(
@@ -412,7 +424,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return True
 
     @contextlib.contextmanager
-    def _saving_on_exception(self, run: Run) -> Iterator[None]:
+    def _saving_on_exception(self, run: Run) -> Generator[None]:
         """Save a single-process run when an exception ends it between steps. Other processes would be elsewhere."""
         try:
             yield
@@ -420,6 +432,15 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             if run.is_consistent and run.distributed.is_single_process and not isinstance(error, CoordinatedExit):
                 self.save_on_exception(error)
             raise
+
+
+def check_has_step(trainer: type) -> None:
+    """Raise `CompositionError` if only mixins define `train_step`: Python takes it for implemented."""
+    if TrainingLoop is next(base for base in trainer.__mro__ if "train_step" in vars(base) and not is_mixin(base)):
+        raise CompositionError(
+            f"{trainer.__name__}: its mixins refine train_step, and no class defines one. Define `train_step(self, "
+            "batch)` in a class behind them."
+        )
 
 
 def is_evaluation_due(run: Run) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
-from ptacc.composition.composable import hook
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import overrides
@@ -37,14 +36,6 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
     """The part of the loop that makes the state of a run from the arguments of `train()`."""
 
     _role: ClassVar[Role] = "core"
-
-    @hook("factory")
-    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
-        """Factory hook: build the training DataLoader. ptacc splits its batches over the processes.
-
-        Its dataset, order and collate function are kept.
-        """
-        return request.build(shuffle=True)
 
     def _make_run(self, train_data: Any, eval_data: Any, options: RunOptions) -> Run:
         """Check everything that a run depends on, and make its state."""
@@ -193,7 +184,7 @@ def has_own_steps(trainer: type) -> bool:
 
 
 @contextlib.contextmanager
-def forwards_counted(run: Run) -> Iterator[None]:
+def forwards_counted(run: Run) -> Generator[None]:
     """Count the forward passes of training steps as progress of this rank: wrapped models synchronize in them."""
     if run.distributed.rendezvous is None:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from dataclasses import field
 from os import PathLike
 from pathlib import Path
@@ -182,7 +182,7 @@ class CheckpointMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def _reserved(self) -> Iterator[None]:
+    def _reserved(self) -> Generator[None]:
         """Hold the lock of `checkpoint_dir`, on rank 0, since it is one run that all ranks save."""
         with contextlib.ExitStack() as stack:
             with self._distributed.synced("the set-up of checkpoints"):
@@ -284,7 +284,7 @@ class CheckpointMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         with super().around_run():
             try:
                 yield

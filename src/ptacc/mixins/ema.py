@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from typing_extensions import override
 
@@ -70,7 +70,7 @@ class EMAMixin(Mixin):
         super().on_run_end()
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> Generator[None]:
         """Give the model the averages for the block: those of the run, or of a checkpoint that was loaded after it.
 
         Raises:
@@ -86,7 +86,7 @@ class EMAMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_evaluation_weights(self) -> Iterator[None]:
+    def around_evaluation_weights(self) -> Generator[None]:
         averages = self._averages(EMA_STATE.name) if self.ema_evaluates else None
         with contextlib.ExitStack() as stack:
             if averages is not None and averages.updates:  # before the first update, they may be of other weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -54,7 +54,7 @@ class GradCheckpointMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         # Patched after the other mixins, so that the recomputation includes their patches.
         with super().around_run():
             option = f"{type(self).__name__}(gradient_checkpointing=[...])"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import cast
 
 from typing_extensions import override
@@ -115,7 +115,7 @@ class LRSchedulerMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         restore_settings = save_settings(self.optimizer)
         try:
             with super().around_run():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import nn
@@ -85,7 +85,7 @@ class ShardingMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         with super().around_run():
             yield
         if self.should_unshard_after_run():  # the averages are unsharded with the model

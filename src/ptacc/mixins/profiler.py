@@ -6,12 +6,13 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from torch.profiler import profile, record_function, schedule
 from typing_extensions import override
 
+from ptacc.composition.guards import get_hook_shape
 from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import ObservedSource
@@ -98,7 +99,7 @@ class ProfilerMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         if self.is_isolated:
             with super().around_run():
                 yield
@@ -123,7 +124,7 @@ class ProfilerMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_evaluation(self) -> Iterator[None]:
+    def around_evaluation(self) -> Generator[None]:
         is_profiling = self.is_running and PROFILER in self.run and self.run[PROFILER].is_on
         range_ = record_function(EVALUATION) if is_profiling else contextlib.nullcontext()
         with range_, super().around_evaluation():
@@ -193,12 +194,13 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
 
 def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
     """Record a named range around each part of a step until the last cycle has ended."""
-    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_hook(trainer, method)}
+    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_event(trainer, method)}
     profiler.ranges.enter_context(annotate_calls(trainer, ranges))
     profiler.ranges.enter_context(annotate_calls(trainer.run.engine, ENGINE_RANGES))
     trainer.run.data = ObservedSource(trainer.run.data, functools.partial(annotate_loading, profiler, DATA))
 
 
-def is_empty_hook(trainer: TrainerCore, method: str) -> bool:
-    """Whether a method is a hook that no class and no callback overrides."""
-    return hasattr(TrainerCore, method) and not overrides(trainer, TrainerCore, method)
+def is_empty_event(trainer: TrainerCore, method: str) -> bool:
+    """Whether a method is an event that no class overrides."""
+    is_event = get_hook_shape(getattr(TrainerCore, method, None)) == "event"
+    return is_event and not overrides(trainer, TrainerCore, method)

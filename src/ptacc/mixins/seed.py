@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from typing_extensions import override
@@ -55,7 +55,7 @@ class SeedMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         with contextlib.ExitStack() as stack:
             if self.seed is not None:
                 stack.enter_context(preserved_streams(devices=True))
@@ -67,7 +67,7 @@ class SeedMixin(Mixin):
 
 
 @contextlib.contextmanager
-def deterministic_kernels() -> Iterator[None]:
+def deterministic_kernels() -> Generator[None]:
     """Allow deterministic kernels only; restore torch's settings afterwards."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

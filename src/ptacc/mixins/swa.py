@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import nn
@@ -116,7 +116,7 @@ def find_tracking_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextlib.contextmanager
-def cumulative_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+def cumulative_statistics(norms: list[_BatchNorm]) -> Generator[None]:
     """Reset the running statistics, and average all batches of the block with equal weight."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,7 @@ class SyncBatchNormMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         run = self.run
         is_needed = self.sync_batch_norm and not self._distributed.is_single_process
         norms = find_batch_norms(self.unwrapped_model, type(self).__name__) if is_needed else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -134,7 +134,7 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         """Give the ranks of a replica the random states of its first rank."""
         distributed = self._distributed
         if distributed.replica_size > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class StepProfiler:
 
 
 @contextlib.contextmanager
-def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Iterator[None]:
+def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Generator[None]:
     """Run the calls of an object's methods in named ranges within the block.
 
     Args:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Generic, TypeAlias
 
 import torch
@@ -51,7 +51,7 @@ OVERRIDES: Mapping[str, object] = {
 
 
 @contextlib.contextmanager
-def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
+def isolated_copy(trainer: AnyLoop, *data: object) -> Generator[AnyLoop]:
     """Yield a copy of a trainer to train, and restore after the block everything that the training changed.
 
     The copy shares the trainer's model, optimizer, options and mixins. Its runs resume nothing, save nothing, handle no
@@ -79,7 +79,7 @@ def isolated_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
 
 
 @contextlib.contextmanager
-def search_copy(trainer: AnyLoop, *data: object) -> Iterator[AnyLoop]:
+def search_copy(trainer: AnyLoop, *data: object) -> Generator[AnyLoop]:
     """Yield an `isolated_copy` with a constant learning rate, and seed the global generators for the block."""
     with isolated_copy(trainer, *data) as copied:
         if isinstance(copied, LRSchedulerMixin):
@@ -117,7 +117,7 @@ def check_map_style(function: str, argument: str, data: object) -> None:
 
 
 @contextlib.contextmanager
-def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Iterator[None]:
+def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Generator[None]:
     """Save the state of a trainer's options and optimizers, of data and of the global generators, and restore it.
 
     Options that are modules, generators or `Stateful` are saved, and so are the positions of datasets, loaders and

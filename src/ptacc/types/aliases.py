@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -13,15 +13,27 @@ T_co = TypeVar("T_co", covariant=True)
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
-SampleT = TypeVar("SampleT", default=BatchT)
-"""Samples that the default collate function turns into a batch. By default of the same type as the batch."""
+SampleT = TypeVar("SampleT", default=BatchT, contravariant=True)  # noqa: PLC0105  # the name that users see in errors
+"""Samples that the default collate function turns into a batch. By default of the same type as the batch.
+
+A trainer only takes samples: one for `Sequence[Tensor]` is also one for `tuple[Tensor, ...]`.
+"""
 RawT = TypeVar("RawT", default=object)
 """Samples that the user's collate function takes. The default only lets it follow type variables with defaults."""
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A supervised batch: inputs `(items, ...)` and targets `(items, ...)`."""
 
-PairSample: TypeAlias = tuple[Tensor, int] | tuple[Tensor, float] | tuple[Tensor, ...]
+
+class NumpyLike(Protocol):
+    """A NumPy array or scalar. Errors of type checkers name this protocol, which is shorter than NumPy's own types."""
+
+    @property
+    def __array_struct__(self) -> object: ...
+
+
+ArrayLike: TypeAlias = Tensor | NumpyLike
+PairSample: TypeAlias = tuple[ArrayLike, int] | tuple[ArrayLike, float] | tuple[ArrayLike, ...]
 """Samples that torch's default collate function turns into a `Pair`."""
 
 Precision: TypeAlias = Literal["no", "fp16", "bf16"]

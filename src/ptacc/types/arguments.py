@@ -114,6 +114,14 @@ class StepLimited(TrainOptions, total=False):
     max_time: Duration | None
 
 
+class OptionallyLimited(TrainOptions, total=False):
+    """Options of a run that is limited by epochs, steps or both, each of which may be None, as from a command line."""
+
+    num_epochs: Required[int | None]
+    max_steps: Required[int | None]
+    max_time: Duration | None
+
+
 class TimeLimited(TrainOptions, total=False):
     """Options of a run that is limited by time, and optionally by epochs or steps."""
 

@@ -6,7 +6,7 @@ also one that does not use `MetricsMixin`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -34,6 +34,22 @@ class SizedDataset(Protocol[T_co]):
 
     def __getitem__(self, index: int, /) -> T_co:
         """Return one sample."""
+        ...
+
+
+class StreamLike(Protocol[T_co]):
+    """A stream that is not a torch `IterableDataset` to type checkers, as `datasets.IterableDataset`."""
+
+    def __iter__(self) -> Iterator[T_co]:
+        """Iterate over the samples."""
+        ...
+
+    def set_epoch(self, epoch: int, /) -> object:
+        """Prepare the stream for an epoch."""
+        ...
+
+    def state_dict(self) -> StateDict:
+        """Return the position in the stream."""
         ...
 
 
