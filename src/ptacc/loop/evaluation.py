@@ -337,7 +337,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         changes its weights has to change back the weights that the evaluation used.
         """
         saved = ModelState.capture(self.model)
-        streams = preserved_streams(devices=self.device.type != "cpu")
+        streams = preserved_streams(self.device)
         with torch.no_grad(), streams, preserved_gradients(self.model), self.around_evaluation_weights():
             try:
                 self.model.eval()
