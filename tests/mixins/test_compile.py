@@ -136,6 +136,19 @@ def test_the_model_is_compiled_during_the_run_and_restored_after_it() -> None:
     assert "forward" not in vars(trainer.model)
 
 
+def test_runs_and_evaluations_share_compiled_code_also_with_autocast() -> None:
+    class Mixed(AMPMixin, Compiled): ...
+
+    reset()
+    trainer, graphs = Mixed(**parts(), mixed_precision="bf16", compile_backend="eager"), []
+    for _ in range(4):
+        trainer.train(data(), num_epochs=1, per_device_batch_size=8)
+        trainer.evaluate(data(), per_device_batch_size=8)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert len(set(graphs[1:])) == 1
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_with_regions_each_block_is_compiled(precision: str) -> None:
     recorded: set[str] = set()

@@ -27,7 +27,7 @@ from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.option_modules import options_moved
-from ptacc.model.wrapping import ModelState
+from ptacc.model.wrapping import ModelState, prepare_model
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import count_batch
@@ -307,7 +307,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
             return
         with self._wrapped_model():
-            self._set_model(self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True))
+            self._set_model(prepare_model(self.accelerator, self.unwrapped_model, evaluation_mode=True))
             yield
 
     @contextlib.contextmanager
