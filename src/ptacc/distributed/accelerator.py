@@ -171,8 +171,7 @@ def make_accelerator(builder: AcceleratorBuilder, settings: dict[str, Any]) -> _
     except Exception:
         release_accelerator()  # the next trainer must not use an invalid accelerator
         raise
-    other_connections = _connections_before_init.get(os.getpid(), frozenset())
-    distributed = DistributedRuntime.from_process_group(other_connections)
+    distributed = DistributedRuntime.from_process_group(_connections_before_init.get(os.getpid()))
     return _SharedAccelerator(accelerator, distributed, builder.settings, settings)
 
 
