@@ -206,9 +206,10 @@ def is_closed(descriptor: int, inode: int) -> bool:
 def find_peer_connections(group: dist.ProcessGroup) -> frozenset[tuple[int, int]]:
     """Return the TCP connections between this process and other ranks, as (file descriptor, inode). A collective."""
     own = {connection: ends for connection in open_connections() if (ends := read_ends(connection[0])) is not None}
-    gathered: list[list[Ends]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(gathered, list(own.values()), group=group)
-    known = {ends for rank, theirs in enumerate(gathered) if rank != group.rank() for ends in theirs}
+    store, rank = group.get_group_store(), group.rank()
+    store.set(f"connections/{rank}", json.dumps(list(own.values())))
+    theirs = [json.loads(store.get(f"connections/{other}")) for other in range(group.size()) if other != rank]
+    known = {(tuple(here), tuple(there)) for ends in theirs for here, there in ends}
     return frozenset(connection for connection, (here, there) in own.items() if (there, here) in known)
 
 
