@@ -36,6 +36,17 @@ def test_a_block_restores_the_generators(context: Callable[[], AbstractContextMa
     assert draw() == expected
 
 
+def test_the_generator_of_the_own_accelerator_alone_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {torch.device("cuda", index): torch.tensor([index]) for index in range(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    saved = RandomStreams(torch.device("cuda", 1)).state_dict()
+    RandomStreams(torch.device("cpu")).load_state_dict(saved)
+    assert [int(state) for state in states.values()] == [0, 1, 2]
+    RandomStreams(torch.device("cuda", 2)).load_state_dict(saved)  # another process of another launch
+    assert [int(state) for state in states.values()] == [0, 1, 1]
+
+
 def test_seeds_of_neighbouring_paths_differ() -> None:
     seeds = [derive_seed(seed, epoch, batch) for seed in range(4) for epoch in range(4) for batch in range(4)]
     assert len(set(seeds)) == len(seeds)

@@ -40,15 +40,37 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class DeviceStream:
+    """The state of the global generator of one accelerator; empty for the CPU.
+
+    Args:
+        device: The device. No other one is used, or initialised.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = None if device is None or device.type == "cpu" else device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the generator by the type of the device. Reading it synchronizes the device."""
+        if self._device is None:
+            return {}
+        return {self._device.type: torch.get_device_module(self._device).get_rng_state(self._device)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, which may be that of another device of the same type."""
+        if self._device is not None and self._device.type in state_dict:
+            torch.get_device_module(self._device).set_rng_state(state_dict[self._device.type], self._device)
+
+
 class RandomStreams:
     """The state of this process's global generators: Python's, NumPy's and torch's.
 
     Args:
-        devices: Whether to include the generators of accelerators. Reading their state synchronizes the devices.
+        device: The accelerator whose generator is included, if any. Reading its state synchronizes the device.
     """
 
-    def __init__(self, *, devices: bool = False) -> None:
-        self._has_devices = devices and torch.cuda.is_available()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = DeviceStream(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the generators."""
@@ -56,46 +78,25 @@ class RandomStreams:
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
-            "devices": torch.cuda.get_rng_state_all() if self._has_devices else [],
+            "device": self._device.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the generators; those of accelerators only if their states were saved."""
+        """Restore the generators; that of the accelerator only if its state was saved."""
         random.setstate(state_dict["python"])
         np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])
-        if state_dict["devices"]:
-            torch.cuda.set_rng_state_all(state_dict["devices"])
-
-
-class DeviceStream:
-    """The state of one CUDA device's global generator; empty for other devices.
-
-    Args:
-        device: The device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator."""
-        return {"device": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state, which may be that of another device's generator."""
-        if "device" in state_dict:
-            torch.cuda.set_rng_state(state_dict["device"], self._device)
+        self._device.load_state_dict(state_dict["device"])
 
 
 @contextlib.contextmanager
-def preserved_streams(*, devices: bool = False) -> Iterator[None]:
+def preserved_streams(device: torch.device | None = None) -> Iterator[None]:
     """Restore the global generators after the block, whatever it draws.
 
     Args:
-        devices: Whether to restore the generators of accelerators, too. Reading their state synchronizes the devices.
+        device: The accelerator whose generator is restored, too. Reading its state synchronizes the device.
     """
-    streams = RandomStreams(devices=devices)
+    streams = RandomStreams(device)
     before = streams.state_dict()
     try:
         yield

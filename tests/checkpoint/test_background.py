@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from ptacc import Callback, StepResult
 from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.checkpoint.writer import copy_to_host
 from ptacc.errors import CheckpointError
+from ptacc.serialization.json_codec import encode
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from tests.checkpoint.faults.disks import Interposed
 from tests.checkpoint.faults.failing import Failing, Saving, calls_of_a_run, make, train, writers
+from tests.devices import MPSTensor
 from tests.ranks import run_ranks
 
 PATIENCE = 30.0
@@ -36,6 +40,16 @@ class AtStep(Callback[Saving]):
 
     @override
     def on_step_end(self, trainer: Saving, step: StepResult) -> None: ...
+
+
+def test_a_save_waits_for_the_copies_of_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    copies = copy_to_host(encode({"on host": torch.ones(2)}), {})
+    assert not waits
+    copies = copy_to_host(encode({"on device": torch.ones(2).as_subclass(MPSTensor)}), {})
+    assert waits == [1]
+    assert [tensor.tolist() for tensor in copies.tensors.values()] == [[1.0, 1.0]]
 
 
 def background(directory: Path, **options: Any) -> Saving:

@@ -1,7 +1,9 @@
 """Copying batches to the device, as far as it can be tested on the CPU; `tests/gpu` has the rest."""
 
-from collections.abc import Iterator
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset, IterableDataset
+from transformers import BatchEncoding
 from typing_extensions import override
 
 from ptacc.data.dataloader_config import DataLoaderConfig
@@ -16,7 +19,7 @@ from ptacc.data.loading import Pinnable, unwrap_batch
 from ptacc.data.sources import make_source
 from ptacc.data.transfer import Transfer, have_same_layout, make_transfer
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.tensors.structures import pin_memory, to_device
+from ptacc.tensors.structures import leading_dimension, pin_memory, to_device
 from ptacc.types.arguments import DataLoaderKwargs
 
 META = torch.device("meta")
@@ -103,6 +106,48 @@ def test_packed_sequences_keep_their_sizes_on_the_host() -> None:
     assert isinstance(moved, PackedSequence)
     assert moved.data.device == META
     assert moved.batch_sizes.device.type == "cpu"
+
+
+MAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "BatchEncoding": BatchEncoding,
+    "UserDict": UserDict,
+    "MappingProxyType": MappingProxyType,
+    "OrderedDict": OrderedDict,
+}
+
+
+@pytest.mark.parametrize("kind", MAPPINGS)
+def test_mappings_are_moved_and_pinned_with_their_class(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = MAPPINGS[kind]({"ids": torch.ones(2), "mask": torch.ones(3)})
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.neg)  # there is no pinned memory without a GPU
+    pinned = pin_memory(batch)
+    assert type(pinned) is type(batch)
+    assert all((pinned[name] < 0).all() and (batch[name] > 0).all() for name in ("ids", "mask"))
+    moved = to_device(batch, META)
+    assert type(moved) is type(batch)
+    assert {moved["ids"].device, moved["mask"].device} == {META}
+
+
+@pytest.mark.parametrize(
+    "batch", [BatchEncoding({"ids": torch.ones(2), "mask": torch.ones(3)}), pack_sequence([torch.ones(2)])]
+)
+def test_parts_that_move_themselves_do_not_wait_for_the_copies(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    move = Tensor.to
+
+    def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        waits.append(not kwargs.get("non_blocking", False))
+        return move(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", recorded)
+    to_device(batch, META)
+    assert waits
+    assert not any(waits)
+
+
+def test_sequences_are_counted_also_within_a_mapping() -> None:
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    assert leading_dimension({"words": packed}) == leading_dimension((packed,)) == 2
 
 
 @pytest.mark.parametrize(

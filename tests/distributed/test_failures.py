@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
@@ -253,6 +255,25 @@ def test_an_error_of_the_users_code_is_not_mistaken_for_a_broken_collective(erro
     first, second = run_ranks(train, 2, timeout=30)
     assert second == (type(error).__name__, str(error))
     assert first == ("RankFailedError", f"rank 1 failed after step 3: {type(error).__name__}: {error}")
+
+
+def fail_with_a_connection(*, is_initialized_before: bool) -> tuple[str, bytes]:
+    """Fail on rank 0 with an own connection open. Return the error, and what the connection still transmits."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        if is_initialized_before:
+            PartialState(cpu=True)
+        with accepted:
+            with pytest.raises((KeyError, RankFailedError)) as failed:
+                Failing(**tiny_parts()).train(tiny_data(), num_epochs=9, per_device_batch_size=2)
+            client.sendall(b"intact")
+            return failed.typename, accepted.recv(6)
+
+
+@pytest.mark.parametrize("is_initialized_before", [True, False])
+def test_a_failure_closes_no_connection_of_the_user(is_initialized_before: bool) -> None:
+    results = run_ranks(lambda: fail_with_a_connection(is_initialized_before=is_initialized_before), 2)
+    assert results == [("KeyError", b"intact"), ("RankFailedError", b"intact")]
 
 
 def test_failures_are_reported_with_a_second_accelerator_as_well() -> None:

@@ -1,19 +1,27 @@
 """FSDP2: the losses of one process, a restored model after the run, and errors."""
 
+import contextlib
 import copy
 import os
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import SGD
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from typing_extensions import override
 
 from ptacc import AMPMixin, FSDPMixin, GradCheckpointMixin, StepOutput, SWAMixin, Trainer
+from ptacc.engines.fsdp import check_offload
 from ptacc.errors import LaunchError, ModelError, OptionError
-from ptacc.tensors.dtensor import is_dtensor
+from ptacc.tensors.dtensor import is_dtensor, match_placement
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, train
 from tests.ranks import run_ranks
 
@@ -209,6 +217,31 @@ def error_message(options: dict[str, Any]) -> str:
 def test_errors_at_the_start_of_a_run_are_raised_on_all_ranks(options: dict[str, Any], message: str) -> None:
     for said in run_ranks(error_message, 2, options):
         assert message in said
+
+
+@pytest.fixture
+def cpu_mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "is_refused"), [("cuda:fake", True), ("cuda:fake,cpu:gloo", False)])
+def test_offloading_needs_a_process_group_on_the_host(backend: str, is_refused: bool) -> None:
+    dist.init_process_group(backend, rank=0, world_size=1, store=FakeStore() if is_refused else HashStore())
+    try:
+        refusal = pytest.raises(LaunchError, match=r"communicates on cuda only\. Write in configure_accelerator")
+        with refusal if is_refused else contextlib.nullcontext():
+            check_offload("MyTrainer")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_loaded_states_lie_where_the_shards_of_the_parameter_lie(cpu_mesh: DeviceMesh) -> None:
+    parameter = distribute_tensor(torch.ones(4), cpu_mesh, [Shard(0)])
+    assert match_placement(parameter, torch.ones(4)).to_local().device.type == "cpu"
+    offloaded: Any = parameter.to("meta")  # off the device of its mesh
+    assert match_placement(offloaded, torch.ones(4)).to_local().device.type == "meta"
 
 
 def test_a_launch_of_fsdp_1_raises(monkeypatch: pytest.MonkeyPatch) -> None:

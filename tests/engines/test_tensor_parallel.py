@@ -1,5 +1,6 @@
 """Tensor parallelism, alone and with FSDP2: the losses of one process, and errors."""
 
+import math
 import os
 import pickle
 import warnings
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from ptacc import Callback, CheckpointMixin, FSDPMixin, MetricsMixin, StepOutput, Steps, TensorParallelMixin
+from ptacc.engines.sharded import move_unsharded
 from ptacc.errors import DataError, LaunchError, OptionError, PtaccError
+from ptacc.protocols import Engine
 from ptacc.rng import seed_everything
 from ptacc.tensors.dtensor import is_dtensor
 from tests.engines.nets import SPLIT, Averaging, PairNet, Usual, check_equal, digits, make_pairs, train
@@ -55,6 +58,84 @@ def test_averages_and_batch_norm_are_those_of_replicas(kind: type[Usual], proces
     expected = run_ranks(lambda: train(Averaging, make_model=make_pairs, has_batch_norm=True), replicas)
     options: dict[str, Any] = {"tensor_parallel_size": 2, "tensor_parallel_plan": PLAN, "has_batch_norm": True}
     check_equal(run_ranks(lambda: train(kind, make_model=make_pairs, **options), processes), expected[0])
+
+
+# ---- fp16
+
+
+def scale(trainer: Usual, engine: Any, overflows_at: int) -> Engine:
+    """Add a gradient scaler on the CPU. At one step, a gradient of a split layer overflows on rank 1 at first."""
+    engine._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # noqa: SLF001
+    unscale = engine.unscale_gradients
+
+    def overflow_and_unscale() -> None:
+        progress = trainer.progress
+        if (progress.steps + 1, progress.skipped, torch.distributed.get_rank()) == (overflows_at, 0, 1):
+            weight: Any = trainer.unwrapped_model.get_parameter("blocks.0.up.weight")
+            weight.grad.to_local()[0] = math.inf
+        unscale()
+
+    engine.unscale_gradients = overflow_and_unscale
+    return cast(Engine, engine)
+
+
+class SplitScaled(Split):
+    overflows_at: int = 0
+
+    @override
+    def make_engine(self) -> Engine:
+        return scale(self, super().make_engine(), self.overflows_at)
+
+
+class BothScaled(Both):
+    overflows_at: int = 0
+
+    @override
+    def make_engine(self) -> Engine:
+        return scale(self, super().make_engine(), self.overflows_at)
+
+
+def test_losses_may_be_scaled_with_layers_that_are_not_split() -> None:
+    expected = train(Usual, make_model=make_pairs, optimizer="sgd")
+    check_equal(run_ranks(lambda: train(SplitScaled, make_model=make_pairs, optimizer="sgd"), 2), expected)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [(SplitScaled, 2), (BothScaled, 4)])
+def test_all_ranks_skip_a_step_that_overflows_on_one(kind: type[Any], processes: int) -> None:
+    def skip() -> tuple[int, int, list[float]]:
+        trainer = kind(**parts(make_pairs()), overflows_at=3, gradient_accumulation_steps=1)
+        history = trainer.train(digits(), num_epochs=1, max_steps=6, per_device_batch_size=4)
+        return trainer.progress.steps, trainer.progress.skipped, [step.loss for step in history.steps]
+
+    first, *others = run_ranks(skip, processes)
+    assert first[:2] == (6, 1)
+    assert all(other == first for other in others)
+
+
+# ---- devices and process groups
+
+
+def test_tensors_outside_of_the_plan_are_moved_and_stay_the_same_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_pairs(has_batch_norm=True)
+    before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device: tensor * 2)  # stands for a copy on another device
+    move_unsharded(model, torch.device("cpu"))
+    after = (*model.parameters(), *model.buffers())
+    assert all(new is old and torch.equal(new, 2 * value) for new, (old, value) in zip(after, before, strict=True))
+
+
+def count_groups_of_runs() -> list[int]:
+    trainer = Both(**parts(make_pairs()), tensor_parallel_size=2, fsdp_wrap=[])
+    counts = []
+    for _ in range(3):
+        trainer.train(digits(), max_steps=1, per_device_batch_size=4)
+        counts.append(len(torch.distributed.distributed_c10d._world.pg_map))  # noqa: SLF001
+    return counts
+
+
+def test_runs_share_the_process_groups_of_their_mesh() -> None:
+    for counts in run_ranks(count_groups_of_runs, 4):
+        assert len(set(counts)) == 1, counts
 
 
 # ---- what counts once

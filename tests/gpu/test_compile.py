@@ -1,5 +1,7 @@
 """A model compiled by inductor trains as the original does, apart from rounding."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD
 
 from ptacc import AMPMixin, CompileMixin, Trainer
-from ptacc.protocols import Precision
+from ptacc.protocols import CompileMode, Precision
 from tests.gpu.parts import BATCH, make_data, make_net
 
 pytestmark = [
@@ -26,7 +28,7 @@ class Mixed(AMPMixin, Trainer): ...
 class Compiled(CompileMixin, Mixed): ...
 
 
-def train(kind: type[Mixed], precision: Precision) -> tuple[nn.Module, list[float]]:
+def train(kind: type[Mixed], precision: Precision, **options: Any) -> tuple[nn.Module, list[float]]:
     net = make_net()
     trainer = kind(
         net,
@@ -34,6 +36,7 @@ def train(kind: type[Mixed], precision: Precision) -> tuple[nn.Module, list[floa
         optimizer=SGD(net.parameters(), lr=0.1, momentum=0.9),
         mixed_precision=precision,
         default_callbacks=(),
+        **options,
     )
     history = trainer.train(
         make_data(), num_epochs=2, per_device_batch_size=BATCH, train_dataloader_kwargs={"shuffle": False}
@@ -51,3 +54,11 @@ def test_a_compiled_model_trains_as_the_original(device: torch.device, precision
     torch.testing.assert_close(losses, expected, rtol=relative, atol=relative)
     weights: list[Tensor] = [parameter.detach() for parameter in compiled.parameters()]
     assert {weight.device.type for weight in weights} == {device.type}
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_losses_are_those_of_the_original_with_and_without_cuda_graphs(device: torch.device, mode: CompileMode) -> None:
+    reset()
+    (compiled, losses), (_, expected) = train(Compiled, "no", compile_mode=mode), train(Mixed, "no")
+    assert {weight.device.type for weight in compiled.parameters()} == {device.type}
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)

@@ -31,6 +31,24 @@ def test_a_launch_with_one_process_trains_as_without_a_launch(device: torch.devi
     assert device.type == "cuda"
 
 
+def test_layers_outside_of_the_plan_are_on_the_gpu_during_a_run() -> None:
+    script = str(Path(__file__).parent / "scripts" / "tensor_parallel.py")
+    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    done = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"during": ["cuda"], "after": ["cpu"], "outputs": [3, 2]}
+
+
+def test_a_seeded_run_on_the_cpu_initializes_no_gpu() -> None:
+    code = (
+        "import torch; from ptacc import SeedMixin, Trainer; from ptacc.testing import tiny_data, tiny_parts\n"
+        "class Seeded(SeedMixin, Trainer): ...\n"
+        "Seeded(**tiny_parts(), seed=1).train(tiny_data(), num_epochs=1); print(torch.cuda.is_initialized())"
+    )
+    done = launch([sys.executable, "-c", code], env={"ACCELERATE_USE_CPU": "true"}, timeout=100)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["False"]), done.stderr
+
+
 class Mixed(AMPMixin, Trainer):
     mixed_precision: Precision | None = "bf16"
 

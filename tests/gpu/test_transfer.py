@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from transformers import BatchEncoding
 from typing_extensions import override
 
 from ptacc import Pair, StepOutput, Trainer, TrainingLoop
 from ptacc.data.transfer import MIN_STREAMED_BYTES, StreamedTransfer
+from ptacc.tensors.structures import pin_memory, to_device
 from tests.gpu.parts import make_data, make_net
+from tests.gpu.waits import Waits
 
 CYCLES = 5_000_000
 """A GPU sleeps a few milliseconds in them: far longer than the host needs for a step."""
@@ -111,6 +114,15 @@ def test_pinned_memory_changes_no_weight(device: torch.device) -> None:
     pinned, plain = weights(pins=True), weights(pins=False)
     assert {weight.device.type for weight in pinned} == {device.type}
     assert all(torch.equal(one, other) for one, other in zip(pinned, plain, strict=True))
+
+
+def test_a_batch_encoding_is_copied_without_waiting(device: torch.device) -> None:
+    batch, waits = pin_memory(BatchEncoding({"ids": torch.ones(4), "mask": torch.ones(4)})), Waits()
+    assert batch["ids"].is_pinned()
+    with waits.counted():
+        moved = to_device(batch, device)
+    assert moved["ids"].device.type == moved["mask"].device.type == device.type
+    assert waits.count == 0
 
 
 # ---- pinned memory of ptacc's loaders

@@ -173,6 +173,17 @@ def test_tf32_is_not_advised_if_it_is_on(matmul_precision: None) -> None:
     assert list(advise_on_matmul({torch.float32}, "no", (9, 0))) == []
 
 
+@pytest.mark.parametrize(("precision", "count"), [("tf32", 0), ("ieee", 1)])
+def test_torchs_newer_setting_of_tf32_is_recognised(precision: str, count: int) -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = precision
+        assert len(list(advise_on_matmul({torch.float32}, "no", (9, 0)))) == count
+    finally:
+        settings.fp32_precision = before
+
+
 # ---- the other sections
 
 

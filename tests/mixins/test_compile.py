@@ -1,5 +1,6 @@
 """Compiled models: equal numbers, parameter names of the original model, compiled during the run only."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from ptacc import (
     GradAccumMixin,
     GradClipMixin,
     SeedMixin,
+    StepOutput,
+    StepResult,
     Steps,
     SyncBatchNormMixin,
     Trainer,
 )
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError, OptionError
+from ptacc.protocols import CompileMode
 from tests.ranks import run_ranks
 
 pytestmark = [  # from dynamo and inductor
@@ -132,6 +136,19 @@ def test_the_model_is_compiled_during_the_run_and_restored_after_it() -> None:
     assert "forward" not in vars(trainer.model)
 
 
+def test_runs_and_evaluations_share_compiled_code_also_with_autocast() -> None:
+    class Mixed(AMPMixin, Compiled): ...
+
+    reset()
+    trainer, graphs = Mixed(**parts(), mixed_precision="bf16", compile_backend="eager"), []
+    for _ in range(4):
+        trainer.train(data(), num_epochs=1, per_device_batch_size=8)
+        trainer.evaluate(data(), per_device_batch_size=8)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert len(set(graphs[1:])) == 1
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_with_regions_each_block_is_compiled(precision: str) -> None:
     recorded: set[str] = set()
@@ -214,6 +231,44 @@ def test_an_invalid_choice_is_refused(name: str) -> None:
     options: dict[str, Any] = {name: "fast"}
     with pytest.raises(OptionError, match=rf"Compiled\({name}='fast'\): must be one of "):
         Compiled(**parts(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compile_mode": "reduce-overhead"}, {"compile_mode": "max-autotune"}, {"compile_backend": "cudagraphs"}],
+)
+def test_cuda_graphs_with_accumulation_are_refused(options: dict[str, Any]) -> None:
+    trainer = Compiled(**parts(), **options)
+    with pytest.raises(OptionError, match=r"uses CUDA graphs.* it has 2 batches per step"):
+        trainer.train(data(), num_epochs=1)
+    assert type(trainer.model) is Net
+
+
+def test_a_launch_may_not_set_cuda_graphs_with_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    with pytest.raises(OptionError, match="uses CUDA graphs"):
+        Compiled(**parts(), compile_backend="eager").train(data(), num_epochs=1)
+
+
+@pytest.mark.parametrize(("mode", "is_copied"), [("reduce-overhead", True), ("max-autotune-no-cudagraphs", False)])
+def test_losses_in_the_memory_of_a_cuda_graph_are_copied(mode: CompileMode, is_copied: bool) -> None:
+    class Watching(CompileMixin, Trainer):
+        losses: list[int] = field(init=False, default_factory=list)
+
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            output = super().train_step(batch)
+            self.losses.append(output.loss.data_ptr())
+            return output
+
+        @override
+        def on_step_end(self, step: StepResult) -> None:
+            super().on_step_end(step)
+            assert (step.loss.data_ptr() != self.losses[-1]) is is_copied
+
+    trainer = Watching(**parts(), compile_backend="eager", compile_mode=mode)
+    trainer.train(data(), num_epochs=1)
+    assert trainer.losses
 
 
 def test_a_graph_break_is_an_error_with_fullgraph() -> None:

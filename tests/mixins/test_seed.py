@@ -30,6 +30,18 @@ def test_without_a_seed_one_is_drawn_and_recorded() -> None:
     assert seed != train(None)[1]
 
 
+def test_a_run_on_the_cpu_uses_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    train(3)  # the CPU is selected
+
+    def refuse() -> None:
+        raise AssertionError("CUDA was initialized")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.random, "_lazy_init", refuse)
+    train(3)
+
+
 def test_a_seeded_run_restores_the_global_generators() -> None:
     model = nn.Sequential(nn.Linear(4, 2).double(), nn.Dropout(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

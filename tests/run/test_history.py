@@ -11,13 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import OptionError
-from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
+from ptacc.run.history import STEPS_IN_MEMORY, RunHistory, StepResult
 from ptacc.run.history_file import HistoryFile
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
 from tests.checkpoint.faults.powerless import Logged
 from tests.checkpoint.test_parts import through_files
+from tests.devices import MPSTensor
 
 
 class Logging(Trainer):
@@ -27,6 +29,15 @@ class Logging(Trainer):
         return StepOutput(
             output.loss, output.outputs, logged={"first": batch[0][0, 0], "size": torch.tensor(len(batch[0]))}
         )
+
+
+def test_losses_on_mps_are_read_without_float64() -> None:
+    history = RunHistory()
+    for number in (1, 2):
+        loss = torch.tensor(number / 2).as_subclass(MPSTensor)
+        history.add_step(StepResult(number, 1, 4.0, 0.1, loss), DistributedRuntime())
+    history.read_steps(DistributedRuntime())
+    assert [step.loss for step in history.steps] == [0.5, 1.0]
 
 
 def test_steps_and_epochs_agree() -> None:

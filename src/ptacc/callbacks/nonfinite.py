@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.history import StepResult
+from ptacc.tensors.devices import widest_float
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 
@@ -19,9 +21,9 @@ class AsyncScalarReader:
 
     def __init__(self, device: torch.device) -> None:
         self._is_on_host = device.type == "cpu"
-        self._copied: torch.cuda.Event | None = None
-        pin = device.type == "cuda"
-        self._host = torch.zeros((), dtype=torch.float64, pin_memory=pin)
+        self._module: Any = None if self._is_on_host else torch.get_device_module(device)
+        self._copied: Any = None
+        self._host = torch.zeros((), dtype=widest_float(device), pin_memory=device.type == "cuda")
         self._view = self._host.numpy()
         self._source: Tensor | None = None
 
@@ -31,10 +33,10 @@ class AsyncScalarReader:
             if self._source is not value:  # reading through a view runs no operation, but creating it does
                 self._source, self._view = value, value.numpy()
             return float(self._view)
-        if self._copied is None or self._copied.query():  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if self._copied is None or self._copied.query():
             copied = float(self._view)
             self._host.copy_(value, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = self._module.Event()
             self._copied.record()
             return copied
         return 0.0

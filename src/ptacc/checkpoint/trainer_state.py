@@ -71,7 +71,7 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
     own = {
         RUN: run.rank_state_dict(),
         ENGINE: state.own,
-        RANDOM: RandomStreams(devices=trainer.device.type != "cpu").state_dict(),
+        RANDOM: RandomStreams(trainer.device).state_dict(),
         OPTIONS: option_states(trainer, each_rank=True),
         **stateful_parts(trainer, each_rank=True),
     }
@@ -195,7 +195,7 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
             elif isinstance(state, AveragedWeights):
                 state.copy_from(model)  # averages start from the weights that were loaded
     if RANDOM in saved.own:
-        RandomStreams(devices=trainer.device.type != "cpu").load_state_dict(saved.own[RANDOM])
+        RandomStreams(trainer.device).load_state_dict(saved.own[RANDOM])
     else:  # saved by another number of ranks
         seed_everything(derive_seed(trainer.run.seed, trainer.run.progress.steps, trainer.distributed.replica))
     return left_out

@@ -145,6 +145,6 @@ def copy_to_host(parts: Encoded, buffers: dict[str, Tensor]) -> Encoded:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copies[key] = buffers[key] = buffer.copy_(tensor, non_blocking=True)
-    if any(tensor.is_cuda for tensor in parts.tensors.values()):
-        torch.cuda.synchronize()
+    if any(tensor.device.type != "cpu" for tensor in parts.tensors.values()):
+        torch.accelerator.synchronize()
     return replace(parts, tensors=copies)

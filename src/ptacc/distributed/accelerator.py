@@ -26,6 +26,7 @@ from ptacc.distributed.failure import open_connections
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.distributed.startup import all_ranks_started
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
+from ptacc.tensors.devices import check_device
 from ptacc.types.protocols import AcceleratorProtocol
 
 
@@ -170,8 +171,7 @@ def make_accelerator(builder: AcceleratorBuilder, settings: dict[str, Any]) -> _
     except Exception:
         release_accelerator()  # the next trainer must not use an invalid accelerator
         raise
-    other_connections = _connections_before_init.get(os.getpid(), frozenset())
-    distributed = DistributedRuntime.from_process_group(other_connections)
+    distributed = DistributedRuntime.from_process_group(_connections_before_init.get(os.getpid()))
     return _SharedAccelerator(accelerator, distributed, builder.settings, settings)
 
 
@@ -229,7 +229,8 @@ def check_restarts() -> None:
 
 
 def check_accelerator(accelerator: AcceleratorProtocol) -> None:
-    """Raise if the accelerator would silently differ from what was requested."""
+    """Raise if the accelerator would silently differ from what was requested, or ptacc does not support its device."""
+    check_device(accelerator.device)
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size > 1 and accelerator.num_processes == 1:
         raise LaunchError(

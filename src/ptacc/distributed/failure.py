@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch.distributed as dist
 from typing_extensions import override
@@ -30,6 +31,7 @@ from ptacc.errors import PtaccError, RankFailedError
 ANSWER_SECONDS = 3.0
 """Time in which the other ranks have to answer after a connection was closed."""
 UNKNOWN_PLACE = "at an unknown place"
+Ends: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
 
 
 class CoordinatedExit(BaseException):
@@ -199,6 +201,25 @@ def is_closed(descriptor: int, inode: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     return bool(poll.poll(0))
+
+
+def find_peer_connections(group: dist.ProcessGroup) -> frozenset[tuple[int, int]]:
+    """Return the TCP connections between this process and other ranks, as (file descriptor, inode). A collective."""
+    own = {connection: ends for connection in open_connections() if (ends := read_ends(connection[0])) is not None}
+    store, rank = group.get_group_store(), group.rank()
+    store.set(f"connections/{rank}", json.dumps(list(own.values())))
+    theirs = [json.loads(store.get(f"connections/{other}")) for other in range(group.size()) if other != rank]
+    known = {(tuple(here), tuple(there)) for ends in theirs for here, there in ends}
+    return frozenset(connection for connection, (here, there) in own.items() if (there, here) in known)
+
+
+def read_ends(descriptor: int) -> Ends | None:
+    """Return the address and the port of both ends of a connection, this one first; None if it was closed."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        here, there = connection.getsockname(), connection.getpeername()
+        # The other end may show an IPv4 address as one of IPv6.
+        return (here[0].removeprefix("::ffff:"), here[1]), (there[0].removeprefix("::ffff:"), there[1])
+    return None
 
 
 def open_connections() -> frozenset[tuple[int, int]]:

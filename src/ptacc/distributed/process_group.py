@@ -11,7 +11,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from ptacc.distributed.failure import Failure, FailureMonitor, open_connections
+from ptacc.distributed.failure import Failure, FailureMonitor, find_peer_connections, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
 from ptacc.distributed.shutdown import wait_for_gloo_at_exit
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
@@ -87,17 +87,21 @@ class DistributedRuntime(Distributed):
     _failures: FailureMonitor | None = None
 
     @classmethod
-    def from_process_group(cls, other_connections: frozenset[tuple[int, int]]) -> DistributedRuntime:
+    def from_process_group(cls, other_connections: frozenset[tuple[int, int]] | None) -> DistributedRuntime:
         """Return the ranks of the initialised process group. A collective.
 
         Args:
-            other_connections: TCP connections of this process that do not lead to other ranks.
+            other_connections: TCP connections that this process had before the group was initialised; None if unknown.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         wait_for_gloo_at_exit()
-        failures = FailureMonitor(group, open_connections() - other_connections)
+        # Behind a NAT, connections to ranks are not recognised by their addresses, but by the time of their creation.
+        connections = find_peer_connections(group)
+        if other_connections is not None:
+            connections = open_connections() - other_connections
+        failures = FailureMonitor(group, connections)
         return cls(dist.get_rank(), dist.get_world_size(), 1, group, Rendezvous(failures), failures)
 
     def with_replica_size(self, size: int) -> DistributedRuntime:

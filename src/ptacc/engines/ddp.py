@@ -17,7 +17,7 @@ from ptacc.engines.base import Engine, EngineState, OptimizerSlot
 from ptacc.engines.common import broadcast_buffers, has_own_zero_grad
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
-from ptacc.model.wrapping import find_ddp_module
+from ptacc.model.wrapping import find_ddp_module, prepare_model
 from ptacc.types.protocols import AcceleratorProtocol
 
 
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
             is_replicated: Whether each rank has a replica of the model, for DDP. False if a subclass shards the model.
         """
         self._accelerator, self._unwrapped_model = accelerator, model
-        self._model = accelerator.prepare_model(model, evaluation_mode=not is_replicated)
+        self._model = prepare_model(accelerator, model, evaluation_mode=not is_replicated)
         self._ddp = find_ddp_module(self._model)
         self._slots = tuple(slots)
         self._reduction = None if self._ddp is None else ReductionCheck(model, self._slots, self._ddp)

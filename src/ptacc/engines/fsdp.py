@@ -6,11 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from ptacc.errors import LaunchError
 from ptacc.tensors.structures import map_tensors
+
+
+def check_offload(owner: str) -> None:
+    """Raise `LaunchError` if the process group cannot communicate on the host, where offloaded shards are."""
+    group = dist.distributed_c10d._get_default_group()  # noqa: SLF001  # torch has no public name for its devices
+    devices = {device.type for device in group._device_types}  # noqa: SLF001
+    if "cpu" not in devices:
+        raise LaunchError(
+            f"{owner}(fsdp_cpu_offload=True): shards are gathered on the host, and the process group communicates on "
+            f"{', '.join(sorted(devices))} only. Write in configure_accelerator of a mixin of your own, and initialize "
+            "no process group before: builder.write(MyMixin, kwargs_handlers=["
+            'InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")]).'
+        )
 
 
 def shard_units(

@@ -11,7 +11,10 @@ end     gather the DTensors into the user's own parameters, and the optimizer's 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot
@@ -37,8 +41,15 @@ HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.en
 
 
 def make_mesh(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
-    """Make the device mesh of all ranks from its dimensions' sizes by name; the last one has neighbouring ranks."""
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    """Return the device mesh of all ranks from its dimensions' sizes by name; the last one has neighbouring ranks."""
+    return _make_mesh(dist.group.WORLD, device.type, tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _make_mesh(_: object, device_type: str, sizes: tuple[tuple[str, int], ...]) -> DeviceMesh:
+    """Make a mesh once for each process group of all ranks: its own process groups are never freed."""
+    names, lengths = zip(*sizes, strict=True)
+    return init_device_mesh(device_type, lengths, mesh_dim_names=names)
 
 
 class ShardedEngine(TorchEngine):
@@ -78,8 +89,9 @@ class ShardedEngine(TorchEngine):
 
     @override
     def unscale_gradients(self) -> None:
-        with implicit_replication():
-            super().unscale_gradients()
+        if self._scaler is not None:
+            for slot in self._slots:
+                unscale_shards(self._scaler, slot.optimizer)
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
@@ -128,6 +140,7 @@ class ShardedModel:
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         ]
         shard(model)
+        move_unsharded(model, device)
         self._original.record_added_attributes()
         remaining = set(model.parameters())
         for parameter in self._original.devices:
@@ -157,6 +170,16 @@ class ShardedModel:
         self._original.restore()
         for module, name, original in self._owners:
             setattr(module, name, original)
+
+
+def move_unsharded(model: nn.Module, device: torch.device) -> None:
+    """Move the tensors that were not sharded: torch moves the layers of a plan only, and Accelerate none of the model.
+
+    They stay the same objects, which the optimizer holds.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_dtensor(tensor):
+            tensor.data = tensor.data.to(device)
 
 
 @torch.no_grad()
@@ -198,7 +221,33 @@ def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> It
                 slot.optimizer.state[parameters[name]] = placed
 
 
-# ---- gradient norms
+# ---- gradients
+
+
+@torch.no_grad()
+def unscale_shards(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Do what `GradScaler.unscale_` does, with the same outcome on every rank. A collective.
+
+    torch itself takes the placement of the first gradient for that of all, and ranks could differ in which steps they
+    skip.
+    """
+    shards: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shards.append(get_local(parameter.detach()))
+                shards[-1].grad = get_local(parameter.grad)
+    local = cast(Optimizer, SimpleNamespace(param_groups=[{"params": shards}]))
+    scaler.unscale_(local)
+    states = scaler._per_optimizer_states  # noqa: SLF001  # torch has no public way to set what it found
+    states[id(optimizer)] = states.pop(id(local))
+    for found_inf in states[id(optimizer)]["found_inf_per_device"].values():
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+
+
+def get_local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, by reference; another tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
@@ -226,7 +275,7 @@ def get_placement(tensor: Tensor) -> tuple[object, tuple[int, ...]]:
 
 def compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared norm of tensors with the same placement. A collective if they are sharded."""
-    square = get_total_norm([tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]).square()
+    square = get_total_norm([get_local(tensor) for tensor in tensors]).square()
     if is_dtensor(first := tensors[0]):
         for dim in get_placement(first)[1]:
             dist.all_reduce(square, group=first.device_mesh.get_group(dim))

@@ -96,6 +96,8 @@ def advise_on_matmul(
         ['torch.set_float32_matmul_precision("high")']
     """
     has_tf32 = capability is not None and capability >= AMPERE
-    if has_tf32 and precision == "no" and torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest":
+    # The legacy `get_float32_matmul_precision` raises after a setting of this one, which shows both.
+    is_full = torch.backends.cuda.matmul.fp32_precision in {"none", "ieee"}
+    if has_tf32 and precision == "no" and torch.float32 in dtypes and is_full:
         effect = "float32 matrices are multiplied on tensor cores, with 10 bits of mantissa instead of 23"
         yield 'torch.set_float32_matmul_precision("high")', effect

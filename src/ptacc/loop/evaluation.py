@@ -26,7 +26,7 @@ from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.option_modules import options_moved
-from ptacc.model.wrapping import ModelState
+from ptacc.model.wrapping import ModelState, prepare_model
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import count_batch
@@ -299,7 +299,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
             return
         with self._wrapped_model():
-            self._set_model(self.accelerator.prepare_model(self.unwrapped_model, evaluation_mode=True))
+            self._set_model(prepare_model(self.accelerator, self.unwrapped_model, evaluation_mode=True))
             yield
 
     @contextlib.contextmanager
@@ -329,7 +329,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         changes its weights has to change back the weights that the evaluation used.
         """
         saved = ModelState.capture(self.model)
-        streams = preserved_streams(devices=self.device.type != "cpu")
+        streams = preserved_streams(self.device)
         with torch.no_grad(), streams, preserved_gradients(self.model), self.around_evaluation_weights():
             try:
                 self.model.eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import field
 from typing import get_args
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
@@ -9,8 +12,12 @@ from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
 from ptacc.distributed.accelerator import AcceleratorBuilder
+from ptacc.errors import OptionError
+from ptacc.run.history import StepResult
 from ptacc.types.aliases import CompileBackend, CompileMode
 from ptacc.validation import check_choice
+
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class CompileMixin(Mixin):
@@ -23,16 +30,18 @@ class CompileMixin(Mixin):
         compile_backend: The backend of dynamo; None for the setting of the launch, `"inductor"` if it has none.
             `"eager"` and `"aot_eager"` trace the model without generating code. `"inductor"` needs a C++ compiler on a
             CPU, and Triton on a GPU.
-        compile_mode: `"default"`, `"reduce-overhead"` or `"max-autotune"`; None for the setting of the launch.
+        compile_mode: `"default"`, `"reduce-overhead"`, `"max-autotune"` or `"max-autotune-no-cudagraphs"`; None for the
+            setting of the launch. The second and the third use CUDA graphs.
         compile_dynamic: Whether to trace sizes as symbols, so that batches of another size are not compiled again; None
             to do so from the second size on.
         compile_fullgraph: Whether a graph break is an error.
         compile_regions: Whether to compile repeated blocks of the model (an `nn.ModuleList` of one class) once, and
             share the code. Compile time is then independent of their number. None for the setting of the launch.
 
-    Hooks: `configure_accelerator`, `resume_invariants`.
+    Hooks: `configure_accelerator`, `resume_invariants`, `around_run`, `on_gradients_ready`.
 
-    Combines with: everything. With several processes, the DDP wrapper is compiled with the model.
+    Combines with: everything; gradient accumulation only without CUDA graphs. With several processes, the DDP wrapper
+    is compiled with the model.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler.html
 
@@ -47,6 +56,7 @@ class CompileMixin(Mixin):
     compile_dynamic: bool | None = None
     compile_fullgraph: bool | None = None
     compile_regions: bool | None = None
+    _has_cuda_graphs: bool = field(init=False, default=False)
 
     @override
     def check_options(self) -> None:
@@ -64,6 +74,27 @@ class CompileMixin(Mixin):
     def resume_invariants(self) -> dict[str, str]:
         plugin = self._plugin()  # another backend or mode rounds differently
         return {**super().resume_invariants(), "compiled": f"{plugin.backend.value.lower()}, {plugin.mode}"}
+
+    @override
+    @contextlib.contextmanager
+    def around_run(self) -> Iterator[None]:
+        plugin = self._plugin()
+        self._has_cuda_graphs = plugin.mode in CUDA_GRAPH_MODES or plugin.backend.value == "CUDAGRAPHS"
+        if self._has_cuda_graphs and self.accumulation_steps() > 1:
+            raise OptionError(
+                f"{type(self).__name__}: backend {plugin.backend.value.lower()!r} in mode {plugin.mode!r} uses CUDA "
+                f"graphs, which would overwrite the gradients of earlier batches of a step, and it has "
+                f'{self.accumulation_steps()} batches per step. Use compile_mode="max-autotune-no-cudagraphs", or no '
+                "accumulation."
+            )
+        with super().around_run():
+            yield
+
+    @override
+    def on_gradients_ready(self, step: StepResult) -> None:
+        super().on_gradients_ready(step)
+        if self._has_cuda_graphs:  # a loss that the model returns is overwritten by its next forward pass
+            step.loss = step.loss.clone()
 
     def _plugin(self) -> TorchDynamoPlugin:
         plugin = TorchDynamoPlugin(

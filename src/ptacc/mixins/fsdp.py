@@ -40,8 +40,11 @@ class FSDPMixin(ShardingMixin):
         fsdp_reshard_after_forward: Whether a unit's parameters are freed between forward and backward: less memory, one
             more all-gather.
         fsdp_param_dtype: The dtype of all-gathered parameters and of the computation; None for that of the parameters.
+            With `AMPMixin` in bf16, set `torch.bfloat16`: else each rank keeps the bf16 copies that autocast makes of
+            all parameters until the backward pass.
         fsdp_reduce_dtype: The dtype in which gradients are reduced; None for that of the computation.
-        fsdp_cpu_offload: Whether shards are kept in host memory, where the optimizer also steps. On a GPU only.
+        fsdp_cpu_offload: Whether shards are kept in host memory, where the optimizer also steps. It needs a GPU, and a
+            process group that communicates on the host as well: `InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")`.
         fsdp_unshard_after_run: Whether every rank has the full model after the run. False leaves it sharded, for models
             that do not fit on a device: evaluations, exports and further runs use the sharded model.
 
@@ -97,8 +100,10 @@ class FSDPMixin(ShardingMixin):
             raise OptionError(
                 f"{type(self).__name__}(fsdp_cpu_offload=True) on a CPU: the shards are in host memory already."
             )
-        from ptacc.engines.fsdp import shard_units  # importing it takes longer than all of ptacc
+        from ptacc.engines.fsdp import check_offload, shard_units  # importing it takes longer than all of ptacc
 
+        if self.fsdp_cpu_offload:
+            check_offload(type(self).__name__)
         shard_units(
             model,
             mesh,

@@ -58,7 +58,7 @@ class SeedMixin(Mixin):
     def around_run(self) -> Generator[None]:
         with contextlib.ExitStack() as stack:
             if self.seed is not None:
-                stack.enter_context(preserved_streams(devices=True))
+                stack.enter_context(preserved_streams(self.device))
                 seed_everything(derive_seed(self.seed, self.distributed.replica))
             if self.deterministic:
                 stack.enter_context(deterministic_kernels())

@@ -94,7 +94,7 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         # Every rank runs padding batches too, since synchronised norms and sharded models communicate in the forward
         # pass. The model is unwrapped, since the forward of the DDP wrapper broadcasts rank 0's statistics.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
-        run, wrapped, streams = self.run, self.model, preserved_streams(devices=self.device.type != "cpu")
+        run, wrapped, streams = self.run, self.model, preserved_streams(self.device)
         self._set_model(self.unwrapped_model)
         try:
             with torch.no_grad(), streams, cumulative_statistics(norms):

@@ -15,7 +15,7 @@ from ptacc.engines.base import Engine
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, resolve_layers, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
 from ptacc.mixins.model_sharding import TENSOR, ShardFn, ShardingMixin
-from ptacc.rng import DeviceStream, RandomStreams
+from ptacc.rng import RandomStreams
 from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text
 
@@ -138,8 +138,8 @@ class TensorParallelMixin(ShardingMixin):
         """Give the ranks of a replica the random states of its first rank."""
         distributed = self._distributed
         if distributed.replica_size > 1:
-            for stream in (RandomStreams(), DeviceStream(self.device)):
-                stream.load_state_dict(distributed.gather(stream.state_dict())[distributed.leader])
+            streams = RandomStreams(self.device)
+            streams.load_state_dict(distributed.gather(streams.state_dict())[distributed.leader])
         with super().around_run():
             yield
 

@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ptacc.model.modes import Modes, get_modes, set_modes
+from ptacc.types.protocols import AcceleratorProtocol
+
+
+class AutocastForward(NamedTuple):
+    """A forward function that Accelerate replaced: by which accelerator, and with what."""
+
+    accelerator: ref[AcceleratorProtocol]
+    original: object
+    patched: Any
+
+
+_autocast_forwards: WeakKeyDictionary[nn.Module, AutocastForward] = WeakKeyDictionary()
+
+
+def prepare_model(accelerator: AcceleratorProtocol, model: nn.Module, *, evaluation_mode: bool) -> nn.Module:
+    """Prepare a model as Accelerate does, with the same forward function for autocast each time.
+
+    Accelerate makes a new one in each call. `torch.compile` would compile it again, and after eight of them no more.
+    """
+    original = getattr(model.forward, "__func__", None)
+    prepared = accelerator.prepare_model(model, evaluation_mode=evaluation_mode)
+    patched = getattr(vars(model).get("forward"), "__func__", original)
+    if original is None or patched is original:  # there is no autocast, or it is prepared already
+        return prepared
+    known = _autocast_forwards.get(model)
+    if known is not None and known.accelerator() is accelerator and known.original is original:
+        model.forward = MethodType(known.patched, model)
+    else:
+        _autocast_forwards[model] = AutocastForward(ref(accelerator), original, patched)
+    return prepared
 
 
 @dataclass(frozen=True)

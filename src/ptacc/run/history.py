@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.run.history_file import HistoryFile, to_json
+from ptacc.tensors.devices import widest_float
 from ptacc.types.outputs import EpochRecord, EvalResult, StepRecord
 from ptacc.types.progress import RunPlan
 
@@ -217,9 +218,10 @@ def _read(
     all_names = set[tuple[str, bool]]().union(*distributed.gather(own))
     names = sorted({name for name, _ in all_names})
     cells = [(i, name) for i in range(len(unread)) for name in names]
-    losses = torch.stack([result.loss for result in unread]).to(torch.float64)
+    losses = torch.stack([result.loss for result in unread])
+    losses = losses.to(widest_float(losses.device))
     logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
-    logged = [value.detach().to(losses.device, torch.float64).reshape(1) for value in logged]
+    logged = [value.detach().to(losses.device, losses.dtype).reshape(1) for value in logged]
     values: list[float] = torch.cat([losses, *logged]).tolist()
     # Not every step logs every name, and not on every rank.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]

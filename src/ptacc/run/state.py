@@ -10,6 +10,7 @@ from typing import Generic, cast
 import torch
 from torch import Tensor
 
+from ptacc.tensors.devices import widest_float
 from ptacc.types.aliases import T
 from ptacc.types.outputs import EvalResult
 from ptacc.types.progress import Progress
@@ -67,8 +68,7 @@ class LossSum:
     """A sum of losses on the device, in the widest type of the device, and the number of items."""
 
     def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.total: Tensor = torch.zeros((), dtype=dtype, device=device)
+        self.total: Tensor = torch.zeros((), dtype=widest_float(device), device=device)
         self.items: float = 0.0
 
     def add(self, mean: Tensor, items: float) -> None:

@@ -17,7 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -159,19 +159,22 @@ def slice_local(tensor: Tensor, index_ranges: Sequence[IndexRanges]) -> Tensor:
 # ---- from plain tensors to DTensors
 
 
-def from_local(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], local: Tensor) -> DTensor:
-    """Return the DTensor of a shape whose part on this rank is `local`."""
+def from_local(like: DTensor, placements: Sequence[Placement], shape: Sequence[int], local: Tensor) -> DTensor:
+    """Return the DTensor of a shape whose part on this rank is `local`.
+
+    It is on the mesh of `like`, and where the parts of `like` are: FSDP may keep them on the host.
+    """
     from torch.distributed.tensor import DTensor
 
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    local = local.to(mesh.device_type)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    mesh, stride = like.device_mesh, torch.empty(tuple(shape), device="meta").stride()
+    placed = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return cast("DTensor", placed.to(like.to_local().device))
 
 
 def distribute_like(like: DTensor, tensor: Tensor) -> DTensor:
     """Shard a full tensor, equal on all ranks, as `like` is sharded. This does not communicate."""
     local = slice_local(tensor, local_index_ranges(tensor.shape, like))
-    return from_local(like.device_mesh, like.placements, tensor.shape, local)
+    return from_local(like, like.placements, tensor.shape, local)
 
 
 def match_placement(parameter: Tensor, value: Any) -> Any:
@@ -191,8 +194,7 @@ def match_placement(parameter: Tensor, value: Any) -> Any:
         return distribute_like(parameter, value)
     from torch.distributed.tensor import Replicate
 
-    mesh = parameter.device_mesh
-    return from_local(mesh, [Replicate()] * mesh.ndim, value.shape, value)
+    return from_local(parameter, [Replicate()] * parameter.device_mesh.ndim, value.shape, value)
 
 
 def localize(value: Any, dtensors: Mapping[ShardingSpec, DTensor]) -> Any:
@@ -222,7 +224,7 @@ def localize(value: Any, dtensors: Mapping[ShardingSpec, DTensor]) -> Any:
         return distribute_like(like, value.local)
     if value.index_ranges != local_index_ranges(value.shape, like):
         raise CheckpointError(f"A shard of a tensor of shape {value.shape} holds indices of another rank.")
-    return from_local(like.device_mesh, like.placements, value.shape, value.local)
+    return from_local(like, like.placements, value.shape, value.local)
 
 
 # ---- states of all ranks

@@ -90,10 +90,9 @@ def is_splittable(outputs: object, count: int) -> bool:
     return True
 
 
-def open_outputs(outputs: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
-    """Return what `open_container` does, also for other mappings than dictionaries; None without parts."""
-    is_other_mapping = isinstance(outputs, Mapping) and not isinstance(outputs, dict)
-    opened = open_container(dict(outputs) if is_other_mapping else outputs)
+def open_outputs(outputs: Any) -> tuple[Mapping[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
+    """Return what `open_container` does; None without parts."""
+    opened = open_container(outputs)
     return opened if opened is not None and opened[0] else None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,36 +23,32 @@ def map_tensors(change: Callable[[Tensor], Any], structure: NestedT) -> NestedT:
     return cast(NestedT, _map(change, structure))
 
 
-def _map(change: Callable[[Tensor], Any], structure: Any, method: str = "", *args: Any) -> Any:
-    """Rebuild a structure. Objects with a method of that name, as graphs have `to`, are rebuilt by it with `args`."""
+def _map(
+    change: Callable[[Tensor], Any],
+    structure: Any,
+    method: str = "",
+    call: Callable[[Any], Any] = lambda bound: bound(),
+) -> Any:
+    """Rebuild a structure. Objects with a method of that name, as graphs have `to`, are rebuilt by a call of it."""
     if isinstance(structure, Tensor):
         return change(structure)
     if method and type(structure) not in (tuple, list, dict) and callable(getattr(type(structure), method, None)):
-        return getattr(structure, method)(*args)
+        return call(getattr(structure, method))
     if isinstance(structure, tuple | list) and not hasattr(structure, "_fields"):
-        return type(structure)(_map(change, part, method, *args) for part in structure)
+        return type(structure)(_map(change, part, method, call) for part in structure)
     if (opened := open_container(structure)) is None:
         return structure
     parts, rebuild = opened
-    return rebuild({key: _map(change, part, method, *args) for key, part in parts.items()})
+    return rebuild({key: _map(change, part, method, call) for key, part in parts.items()})
 
 
-def open_container(structure: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
-    """Return the parts of a dictionary, a tuple or a dataclass, and a function that rebuilds it of other parts.
+def open_container(structure: Any) -> tuple[Mapping[Any, Any], Callable[[dict[Any, Any]], Any]] | None:
+    """Return the parts of a mapping, a tuple or a dataclass, and a function that rebuilds it of other parts.
 
     None for other objects.
     """
-    if isinstance(structure, dict):
-
-        def rebuild(parts: dict[Any, Any]) -> Any:
-            if type(structure) is dict:
-                return parts
-            copied = structure.copy()  # keeps the class and its attributes, of a defaultdict or of model outputs
-            for key, part in parts.items():
-                copied[key] = part
-            return copied
-
-        return structure, rebuild
+    if isinstance(structure, Mapping):
+        return structure, lambda parts: _rebuild_mapping(structure, parts)
     if isinstance(structure, tuple):
         make = type(structure) if hasattr(structure, "_fields") else lambda *parts: parts
         return dict(enumerate(structure)), lambda parts: make(*parts.values())
@@ -60,16 +58,39 @@ def open_container(structure: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, 
     return None
 
 
+def _rebuild_mapping(mapping: Any, parts: dict[Any, Any]) -> Any:
+    """Return a mapping of the same class with other parts; a dictionary if its class cannot be built of one."""
+    if type(mapping) is dict:
+        return parts
+    if isinstance(mapping, dict | UserDict):
+        copied = mapping.copy() if isinstance(mapping, dict) else copy.copy(mapping)
+        for key, part in parts.items():  # the copy has the attributes, of a defaultdict or of model outputs
+            copied[key] = part
+        return copied
+    try:
+        return type(mapping)(parts)
+    except TypeError:
+        return parts
+
+
 def to_device(batch: NestedT, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> NestedT:
     """Move a batch to `device`, asynchronously from pinned memory.
 
     Args:
-        batch: A structure of tensors, and of objects with their own `to(device)`.
+        batch: A structure of tensors, and of objects with their own `to(device)`, which also get `non_blocking=True`
+            if they accept it.
         device: The target device.
         move: Moves a tensor, in place of `tensor.to(device, non_blocking=True)`.
     """
     move = move or (lambda tensor: tensor.to(device, non_blocking=True))
-    return cast(NestedT, _map(move, batch, "to", device))
+
+    def call(to: Callable[..., Any]) -> Any:
+        try:
+            return to(device, non_blocking=True)
+        except TypeError:  # a `to` with the device alone
+            return to(device)
+
+    return cast(NestedT, _map(move, batch, "to", call))
 
 
 def pin_memory(batch: NestedT) -> NestedT:
@@ -116,6 +137,8 @@ def leading_dimension(batch: object) -> int:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor) and first.dim() and not isinstance(batch, PackedSequence):  # fast, for most batches
         return first.shape[0]
+    if isinstance(batch, Mapping):
+        first = next(iter(batch.values()), None)
     for part in (batch, first):
         if isinstance(part, PackedSequence):
             return int(part.batch_sizes[0])

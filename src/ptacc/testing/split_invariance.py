@@ -101,19 +101,25 @@ def assert_split_invariant(
     if rel is not None:
         check_positive(owner, "rel", rel)
     check_map_style(owner, "data", data)
-    with preserved_streams(devices=True):
-        compare_splits(make_trainer, data, window, rel, {"eval_dataset": eval_dataset, "collate_fn": collate_fn})
+    with preserved_streams():
+        trainer = make_trainer()
+        with preserved_streams(trainer.device):
+            options = {"eval_dataset": eval_dataset, "collate_fn": collate_fn}
+            compare_splits(trainer, make_trainer, data, window, rel, options)
 
 
 def compare_splits(
+    trainer: AnyLoop,
     make_trainer: Callable[[], AnyLoop],
     data: SizedDataset[Any],
     window: int,
     rel: float | None,
     options: Mapping[str, Any],
 ) -> None:
-    """Train with each split, and raise `AssertionError` at the first one that differs from a single batch."""
-    trainer = make_trainer()
+    """Train with each split, and raise `AssertionError` at the first one that differs from a single batch.
+
+    The first one is trained with `trainer`, the others with trainers that `make_trainer` returns.
+    """
     replicas = trainer.distributed.replicas
     samples = count_samples(len(data), window * replicas)
     initial = copy_tensors(trainer.unwrapped_model.state_dict().items())

@@ -125,7 +125,7 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Generator[None]:
     """
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(preserved_streams(devices=True))
+        stack.enter_context(preserved_streams(trainer.device))
         for state in (option for option in options if isinstance(option, TrainerState)):
             stack.callback(save_validity(state, trainer.unwrapped_model))
         for module in find_option_modules(trainer).values():

@@ -39,7 +39,7 @@ PairSample: TypeAlias = tuple[ArrayLike, int] | tuple[ArrayLike, float] | tuple[
 Precision: TypeAlias = Literal["no", "fp16", "bf16"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
 CompileBackend: TypeAlias = Literal["no", "eager", "aot_eager", "inductor", "cudagraphs", "onnxrt", "tensorrt", "tvm"]
-CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune"]
+CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Mode: TypeAlias = Literal["min", "max"]
 Duration: TypeAlias = float | timedelta
 """A length of time: seconds, or a `timedelta`."""
