@@ -45,7 +45,7 @@ class Blocks(Callback[TrainerCore]):
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
         self.votes: tuple[StopConsensus, StopConsensus] = (
-            trainer.run.stop.consensus,
+            trainer.run.stopping.consensus,
             NoVotes(trainer.run.distributed, 1),
         )
         self.started = read_clocks()
@@ -55,7 +55,7 @@ class Blocks(Callback[TrainerCore]):
         if step.step % self.size == 0:
             now = read_clocks()
             self.times.append([end - start for start, end in zip(self.started, now, strict=True)])
-            trainer.run.stop.consensus = self.votes[self.kind(len(self.times))]
+            trainer.run.stopping.consensus = self.votes[self.kind(len(self.times))]
             self.started = read_clocks()
 
     @staticmethod

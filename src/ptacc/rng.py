@@ -8,7 +8,7 @@ import random
 import secrets
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -90,7 +90,7 @@ class RandomStreams:
 
 
 @contextlib.contextmanager
-def preserved_streams(device: torch.device | None = None) -> Iterator[None]:
+def preserved_streams(device: torch.device | None = None) -> Generator[None]:
     """Restore the global generators after the block, whatever it draws.
 
     Args:
@@ -197,7 +197,7 @@ ALL_HOST_STREAMS: Final = frozenset(HOST_STREAMS)
 
 
 @contextlib.contextmanager
-def streams_seeded(seed: int, names: Iterable[str] = ALL_HOST_STREAMS) -> Iterator[None]:
+def streams_seeded(seed: int, names: Iterable[str] = ALL_HOST_STREAMS) -> Generator[None]:
     """Seed global generators of the host for the block, and restore them after it. Blocks may be nested.
 
     Args:

@@ -70,8 +70,8 @@ class RunSaver:
         run = self.trainer.run
         if not (self._requests or self._is_due()):
             return
-        if run.stop.exit_code is None and run.is_within_epoch:
-            run.stop.agree_on_clock(run.progress)  # a signal ends the run here, with one checkpoint
+        if run.stopping.exit_code is None and run.is_within_epoch:
+            run.stopping.agree_on_clock(run.progress)  # a signal ends the run here, with one checkpoint
         self.save()
 
     def save(self) -> None:
@@ -103,8 +103,8 @@ class RunSaver:
         now = run.progress
         if (now.steps, now.epochs, now.batches) == (last.steps, last.epochs, last.batches):
             return False
-        if run.stop.exit_code is not None:
-            return run.stop.exit_code - 128 in self.signals
+        if run.stopping.exit_code is not None:
+            return run.stopping.exit_code - 128 in self.signals
         return run.is_done() or self._is_among_best or (self.every is not None and run.is_due(self.every, last))
 
     def _save(self, path: str | None, label: str) -> None:

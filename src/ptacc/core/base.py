@@ -174,7 +174,7 @@ class TrainerBase(Composable):
         All ranks end at the same step, and `history.stop_reason` is `reason`. A run that is resumed stays stopped,
         unless `resume_ignore` contains `"stop"`.
         """
-        self.run.stop.request(reason, self.run.progress, is_lasting=True)
+        self.run.stopping.request(reason, self.run.progress, is_lasting=True)
 
     # ---- the device and the processes
 

@@ -151,7 +151,8 @@ def starting_points(start: int, saved: StateDict | None) -> Iterator[tuple[State
             yield saved["place"], 0, ANY  # none follows if the dataset is only reset when it is read again
             yield None, 0, ANY  # none follows if the state is that of a stream within the dataset
             yield saved["start"], 0, None
-        yield None, 0, None
+        else:
+            yield None, 0, None
     else:
         if saved["batches"] == start and "place" in saved:
             yield saved["place"], start, saved["next"]

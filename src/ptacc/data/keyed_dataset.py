@@ -51,7 +51,8 @@ class KeyedDataset(Dataset[Any]):
     def load_all(self, keys: Iterator[BatchKey]) -> Iterator[tuple[BatchKey, object]]:
         """Load and collate one batch after the other. Batches of tensors in memory are indexed several at a time."""
         if not self._is_in_memory:
-            yield from ((key, self.__getitems__(key)) for key in keys)
+            for key in keys:
+                yield key, self.__getitems__(key)
             return
         tensors = unwrap_subsets(self.dataset, ())[0].tensors
         row_bytes = sum(tensor[:1].nbytes for tensor in tensors)

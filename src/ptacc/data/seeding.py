@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch.utils.data import get_worker_info
 
+from ptacc.data.loading import seeded_loading
 from ptacc.data.partition import BatchKey
-from ptacc.rng import ALL_HOST_STREAMS, find_drawn_streams, seed_everything, streams_seeded
+from ptacc.rng import ALL_HOST_STREAMS, find_drawn_streams, streams_seeded
 from ptacc.types.protocols import StateDict
 
 CHECK_EVERY = 64
@@ -36,8 +37,8 @@ class BatchSeeding:
     def load(self, load: Callable[[BatchKey], object], key: BatchKey) -> object:
         """Return `load(key)`."""
         if get_worker_info() is not None:
-            seed_everything(key.seed)
-            return load(key)
+            with seeded_loading(key.seed):
+                return load(key)
         is_checked = key.number % CHECK_EVERY == 0
         if self._drawn is not None and not self._drawn and not is_checked:
             return load(key)

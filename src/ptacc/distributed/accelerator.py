@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -194,7 +194,7 @@ def check_launch_environment(builder: AcceleratorBuilder) -> None:
 
 
 @contextlib.contextmanager
-def hidden_environment(features: Iterable[str]) -> Iterator[None]:
+def hidden_environment(features: Iterable[str]) -> Generator[None]:
     """Remove the environment variables of `features` for the block.
 
     Raises:

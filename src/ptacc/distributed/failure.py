@@ -18,7 +18,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -72,7 +72,7 @@ class FailureMonitor:
         self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 
     @contextlib.contextmanager
-    def propagate_failure(self, where: str | Callable[[], str]) -> Iterator[None]:
+    def propagate_failure(self, where: str | Callable[[], str]) -> Generator[None]:
         """Report an exception of the block to all ranks. Blocks may be nested.
 
         Args:

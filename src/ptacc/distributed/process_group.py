@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -172,7 +172,7 @@ class DistributedRuntime(Distributed):
             self._rendezvous.sync(call, ranks)
 
     @contextlib.contextmanager
-    def synced(self, call: str, ranks: Sequence[int] | None = None) -> Iterator[list[str]]:
+    def synced(self, call: str, ranks: Sequence[int] | None = None) -> Generator[list[str]]:
         """Synchronise after a block without collectives. An error on one rank is raised on all, which can continue.
 
         Args:
@@ -197,7 +197,7 @@ class DistributedRuntime(Distributed):
         self.sync(f"{call} with {', '.join(must_match)}" if must_match else call, ranks)
 
     @contextlib.contextmanager
-    def main_first(self, *, local: bool) -> Iterator[None]:
+    def main_first(self, *, local: bool) -> Generator[None]:
         """Run the block on rank 0 first, or on the first rank of each host, and then on the others."""
         rendezvous = self._rendezvous
         call = f"main_process_first({'local=True' if local else ''})"

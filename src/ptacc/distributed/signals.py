@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -34,7 +34,7 @@ class StopHandler:
 
 
 @contextlib.contextmanager
-def signal_handlers(signals: Collection[signal.Signals], on_signal: Callable[[str, int], None]) -> Iterator[None]:
+def signal_handlers(signals: Collection[signal.Signals], on_signal: Callable[[str, int], None]) -> Generator[None]:
     """Call `on_signal(name, exit_code)` for each of `signals` that this process receives within the block.
 
     Previous handlers are called as well, and restored after the block. A signal stays ignored if it was, as SIGHUP is

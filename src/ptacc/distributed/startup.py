@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import timedelta
 from itertools import count
 
@@ -24,7 +24,7 @@ _launches = count()
 
 
 @contextlib.contextmanager
-def all_ranks_started() -> Iterator[None]:
+def all_ranks_started() -> Generator[None]:
     """Wait until all ranks of the launch are here; connect them within the block. A collective.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -52,6 +52,11 @@ class OptimizerSlot:
         """Learning rate of the first parameter group. A tensor is copied, since schedulers change it in place."""
         rate: float | Tensor = self.optimizer.param_groups[0]["lr"]
         return rate.detach().clone() if isinstance(rate, Tensor) else rate
+
+
+def all_parameters(slots: Iterable[OptimizerSlot]) -> list[Parameter]:
+    """Return the parameters that the optimizers have at present, in order."""
+    return [parameter for slot in slots for parameter in slot.parameters]
 
 
 @dataclass(frozen=True)

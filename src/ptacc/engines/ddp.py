@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import Engine, EngineState, OptimizerSlot
+from ptacc.engines.base import Engine, EngineState, OptimizerSlot, all_parameters
 from ptacc.engines.common import broadcast_buffers, has_own_zero_grad
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
@@ -84,11 +83,11 @@ class TorchEngine(Engine):
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        return clip_grad_norm_(self._parameters(), max_norm)
+        return clip_grad_norm_(all_parameters(self._slots), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
-        clip_grad_value_(self._parameters(), max_value)
+        clip_grad_value_(all_parameters(self._slots), max_value)
 
     @override
     def update(self) -> bool:
@@ -128,9 +127,6 @@ class TorchEngine(Engine):
                 load_optimizer_state(slot.optimizer, state.optimizers[slot.name])
         if self._scaler is not None and "scaler" in state.shared:
             self._scaler.load_state_dict(state.shared["scaler"])
-
-    def _parameters(self) -> list[Parameter]:
-        return [parameter for slot in self._slots for parameter in slot.parameters]
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

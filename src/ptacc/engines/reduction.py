@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from ptacc.engines.base import OptimizerSlot
+from ptacc.engines.base import OptimizerSlot, all_parameters
 from ptacc.errors import ModelError
 from ptacc.validation import list_some
 
@@ -35,7 +35,7 @@ class ReductionCheck:
         self, model: nn.Module, slots: Sequence[OptimizerSlot], ddp: DistributedDataParallel | None = None
     ) -> None:
         self._model, self._slots, self._ddp = model, slots, ddp
-        self._frozen = [parameter for parameter in self._parameters() if not parameter.requires_grad]
+        self._frozen = [parameter for parameter in all_parameters(slots) if not parameter.requires_grad]
         self._windows, self._next = 0, 1
 
     def check(self) -> None:
@@ -58,16 +58,13 @@ class ReductionCheck:
         if self._windows < self._next:
             return
         self._next *= 4
-        if different := find_differences(self._parameters()):
+        if different := find_differences(all_parameters(self._slots)):
             raise ModelError(
                 f"The processes have different gradients of {join_names(self._model, different)}, so that they would "
                 "train different weights. DDP averages the gradients of the first backward pass after a call of "
                 "self.model(...). Call self.model in train_step, not unwrapped_model, and do not compute gradients "
                 "a second time for the same batch."
             )
-
-    def _parameters(self) -> list[Parameter]:
-        return [parameter for slot in self._slots for parameter in slot.parameters]
 
 
 def find_differences(parameters: Sequence[Parameter]) -> list[Parameter]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import OptimizerSlot
+from ptacc.engines.base import OptimizerSlot, all_parameters
 from ptacc.engines.common import OriginalModel, broadcast_buffers
 from ptacc.engines.ddp import TorchEngine
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
@@ -95,7 +95,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        return clip_sharded_norm(self._parameters(), max_norm)
+        return clip_sharded_norm(all_parameters(self._slots), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
@@ -195,7 +195,7 @@ def broadcast_model(model: nn.Module, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Iterator[None]:
+def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Generator[None]:
     """Surround a change of the model's parameters: the optimizers then hold the new ones of the same names.
 
     The parameters are released for the block, so that their memory can be freed.

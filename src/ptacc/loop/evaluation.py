@@ -180,7 +180,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 output = self._evaluate_batch(host, transfer)
                 if not host.is_padding:
                     sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
-                if self._is_interruptible() and self.run.stop.poll_termination():
+                if self._is_interruptible() and self.run.stopping.poll_termination():
                     raise CoordinatedExit
             result = self._make_result(name, sums.means(self._distributed))
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):

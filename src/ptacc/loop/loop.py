@@ -217,11 +217,11 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._set_model(run.model)
                 start_training(self.model, before.modes)
                 failures = run.distributed.propagate_failure(lambda: f"after step {run.progress.steps}")
-                handlers = signal_handlers(self.stop_signals(), run.stop.request_termination)
+                handlers = signal_handlers(self.stop_signals(), run.stopping.request_termination)
                 with failures, handlers, forwards_counted(run):
                     with contextlib.suppress(CoordinatedExit):  # raised by an evaluation that a hook called
                         self._loop(run)
-                    run.stop.apply_pending_signal()
+                    run.stopping.apply_pending_signal()
             except BaseException as error:
                 self._events().exception(error)
                 raise
@@ -230,8 +230,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._state.averages = run.averages()
                 self._state.mark_averages_current(self.unwrapped_model)
                 run.distributed.count_progress()
-        if run.stop.exit_code is not None:
-            raise SystemExit(run.stop.exit_code)
+        if run.stopping.exit_code is not None:
+            raise SystemExit(run.stopping.exit_code)
         return run.history
 
     def explain(
@@ -363,7 +363,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             self.load_run_state()
             run.is_consistent = True
             if not run.is_within_epoch:
-                run.stop.agree(run.progress, self.should_stop())
+                run.stopping.agree(run.progress, self.should_stop())
         is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
         if run.options.get("evaluate_first", False) and is_new:
             run.is_consistent = True
@@ -375,7 +375,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.is_consistent = True
         if is_evaluation_due(run):
             self._evaluate_sets(run)
-        run.stop.poll(run.progress, self.should_stop())
+        run.stopping.poll(run.progress, self.should_stop())
         if not run.is_epoch_complete:  # else after the epoch
             if run.should_evaluate_at_end:
                 self._evaluate_sets(run)
@@ -401,7 +401,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         return record
 
     def _after_epoch(self, run: Run) -> None:
-        run.stop.agree(run.progress, self.should_stop())
+        run.stopping.agree(run.progress, self.should_stop())
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()
@@ -451,13 +451,13 @@ def is_evaluation_due(run: Run) -> bool:
 def describe_finished_run(run: Run) -> str:
     """Describe why a resumed run has made no step and no evaluation; empty if it has made one."""
     saved, reason = run.resume_state, run.history.stop_reason
-    if saved is None or run.stop.exit_code is not None:
+    if saved is None or run.stopping.exit_code is not None:
         return ""
     if (run.progress.steps, run.evaluated_at) != (saved.progress.steps, Progress(**saved.shared["evaluated_at"])):
         return ""
     if reason is None:
         what, advice = "is complete", "To train more, pass a larger num_epochs or max_steps."
-    elif run.stop.is_lasting:
+    elif run.stopping.is_lasting:
         what, advice = f"was stopped ({reason})", "To continue it, pass resume_ignore={'stop'}."
     else:
         what, advice = f"stops again ({reason})", "To continue it, change what stops it."

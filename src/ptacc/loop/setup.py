@@ -50,14 +50,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 history_file.check_unused()
             check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
             limit = limit_from_environment(options.get("limit_batches"))
-            data = make_source(
-                self._train_loader(train_data, options),
-                distributed,
-                seed,
-                data_is_sharded=options.get("data_is_sharded", False),
-                limit=limit,
-                seed_every_batch=options.get("seed_every_batch", False),
-            )
+            data = self._train_source(train_data, options, seed, limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)
             values = self._reported_names(eval_sets)
             for owner, monitor in self.monitors():
@@ -81,7 +74,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 data=data,
                 eval_data=eval_sets,
                 history=history,
-                stop=StopState(distributed, history, options),
+                stopping=StopState(distributed, history, options),
                 accumulation_steps=self.accumulation_steps(),
                 retains_outputs=distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end"),
                 value_names=values,
@@ -95,6 +88,16 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             return None
         path, number = Path(self.history_file), self._state.num_runs
         return self._make_history_file(path if number == 1 else path.with_stem(f"{path.stem}-run-{number}"))
+
+    def _train_source(self, data: Any, options: RunOptions, seed: int, limit: int | None) -> BatchSource:
+        return make_source(
+            self._train_loader(data, options),
+            self._distributed,
+            seed,
+            data_is_sharded=options.get("data_is_sharded", False),
+            limit=limit,
+            seed_every_batch=options.get("seed_every_batch", False),
+        )
 
     def _train_loader(self, data: Any, options: RunOptions) -> DataLoader[object]:
         check_dataset(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import field
 from typing import get_args
 
@@ -77,7 +77,7 @@ class CompileMixin(Mixin):
 
     @override
     @contextlib.contextmanager
-    def around_run(self) -> Iterator[None]:
+    def around_run(self) -> Generator[None]:
         plugin = self._plugin()
         self._has_cuda_graphs = plugin.mode in CUDA_GRAPH_MODES or plugin.backend.value == "CUDAGRAPHS"
         if self._has_cuda_graphs and self.accumulation_steps() > 1:

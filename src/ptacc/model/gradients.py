@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from torch import nn
 
 
 @contextlib.contextmanager
-def preserved_gradients(model: nn.Module) -> Iterator[None]:
+def preserved_gradients(model: nn.Module) -> Generator[None]:
     """Set the gradients of a model aside for a block that may compute its own."""
     saved = [(parameter, parameter.grad) for parameter in model.parameters()]
     discard_gradients(model)

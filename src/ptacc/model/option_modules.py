@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -55,7 +55,7 @@ def list_parts(value: object) -> Iterable[tuple[object, object]]:
 
 
 @contextlib.contextmanager
-def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Iterator[None]:
+def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Generator[None]:
     """Move the modules among a trainer's options from the host to a device for the block, and back after it.
 
     Modules with a tensor elsewhere stay where they are: the user has placed them. A module that holds tensors of the

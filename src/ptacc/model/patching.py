@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -33,7 +33,7 @@ class Patch:
 
 
 @contextlib.contextmanager
-def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Generator[None]:
     """Replace a method of an object for the block, then restore the object's attributes."""
     original, attributes = getattr(owner, name), vars(owner)
     own = {name: attributes[name]} if name in attributes else {}
@@ -46,7 +46,7 @@ def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Iterat
 
 
 @contextlib.contextmanager
-def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Iterator[None]:
+def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Generator[None]:
     """Patch the forwards of modules for the block, then restore their attributes.
 
     Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`.

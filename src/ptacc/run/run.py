@@ -43,7 +43,7 @@ class Run:
         seed: Seed of the data order, and of all randomness in loading the data.
         data: Training batches of this rank.
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
-        stop: Requests to stop the run, and what the ranks decided.
+        stopping: Requests to stop the run, and what the ranks decided.
         accumulation_steps: Batches of a step on each rank.
         retains_outputs: Whether `on_batch_end` needs the outputs of a step after the backward pass.
         value_names: Names of the values that it may report.
@@ -66,7 +66,7 @@ class Run:
     data: BatchSource
     eval_data: Mapping[str, BatchSource]
     history: RunHistory
-    stop: StopState
+    stopping: StopState
     accumulation_steps: int
     retains_outputs: bool
     value_names: ValueNames
@@ -287,7 +287,7 @@ class Run:
             "conditions": dict(self.invariants),
             "progress": asdict(self.progress),
             "evaluated_at": asdict(self.evaluated_at),
-            "stopped": self.stop.state_dict(),
+            "stopped": self.stopping.state_dict(),
             "partial_evaluation": {name: asdict(result) for name, result in self.partial_evaluation.items()},
             "history": self.history.state_dict(),
             "epoch": self.epoch.state_dict(),
@@ -297,7 +297,7 @@ class Run:
         """Return the state of this rank."""
         return {
             "losses": self.epoch.losses.total,
-            "stop_request": self.stop.request_state_dict(),
+            "stop_request": self.stopping.request_state_dict(),
             "data": self.data.state_dict(),
         }
 
@@ -310,18 +310,18 @@ class Run:
         self.epoch.load_state_dict(shared["epoch"])
         self.epoch.losses.total.copy_(own["losses"])
         self.data.load_state_dict(own["data"])
-        self.stop.restore(shared["stopped"], own["stop_request"], self.progress.steps)
+        self.stopping.restore(shared["stopped"], own["stop_request"], self.progress.steps)
 
     # ---- the end
 
     @property
     def should_evaluate_at_end(self) -> bool:
         """Whether the run has reached its plan or `max_time`, and its last weights are not evaluated yet."""
-        return self.is_done() and not self.stop.is_early and self.evaluated_at.steps < self.progress.steps
+        return self.is_done() and not self.stopping.is_early and self.evaluated_at.steps < self.progress.steps
 
     def is_done(self) -> bool:
         """Return whether the plan is complete, or the ranks have agreed to stop."""
-        return self.stop.decision is not None or is_done(self.progress, self.plan)
+        return self.stopping.decision is not None or is_done(self.progress, self.plan)
 
     def is_due(self, cadence: Cadence, last: Progress) -> bool:
         """Return whether something is due. For `Minutes`, the clock of rank 0 decides for all ranks."""

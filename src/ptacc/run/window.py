@@ -23,7 +23,7 @@ class Window(Generic[BatchT]):
     """The batches that this rank takes for one step.
 
     Args:
-        batches: The batches. The last window of an epoch may have fewer. None if all were left out on all ranks.
+        batches: The batches. The last window of an epoch may have fewer. Empty if all were left out on all ranks.
         counts: Items of each batch, 0 for a padding batch.
         total: Items of the step, over all batches and all ranks.
         replicas: Number of replicas of the model, over which gradients are averaged.

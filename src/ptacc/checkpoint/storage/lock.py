@@ -14,7 +14,7 @@ import posixpath
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -56,7 +56,7 @@ class DirectoryLock:
         return posixpath.join(resolve_links(self.store.directory), LOCK)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """Hold the lock for the block.
 
         Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import deepspeed
 import torch
@@ -99,7 +99,7 @@ class DeepSpeedEngine(TorchEngine):
 
     @override
     @contextlib.contextmanager
-    def around_batch(self, *, is_last: bool) -> Iterator[None]:
+    def around_batch(self, *, is_last: bool) -> Generator[None]:
         if hasattr(self._engine.optimizer, "clear_backward_seen_flag"):
             # DeepSpeed does so when its engine is called, which a user's step need not do.
             self._engine.optimizer.clear_backward_seen_flag()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -91,7 +91,7 @@ class Stage0:
             parameter.copy_(weight)
 
     @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
+    def stepping(self) -> Generator[None]:
         """Surround a step of DeepSpeed's engine."""
         yield
 
@@ -245,7 +245,7 @@ class Stage3(Partitioned):
 
     @contextlib.contextmanager
     @override
-    def stepping(self) -> Iterator[None]:
+    def stepping(self) -> Generator[None]:
         """Empty the optimizer's groups: DeepSpeed steps on one flat buffer after the other, and sets each itself."""
         for group in self.optimizer.param_groups:
             group["params"] = []
