@@ -20,7 +20,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.callbacks.nonfinite import AsyncScalarReader
+from ptacc.callbacks.nonfinite import LossSumReader
 from ptacc.testing import tiny_data, tiny_parts
 from tests.devices import PendingEvent
 
@@ -53,13 +53,13 @@ def test_losses_of_other_devices_are_read_when_their_copies_have_arrived(
 ) -> None:
     pending: list[object] = []
     monkeypatch.setattr(torch.get_device_module(kind), "Event", lambda: PendingEvent(pending))
-    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, pin_memory: torch.ones(*shape, dtype=dtype) * 0)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **place: torch.ones(*shape, dtype=dtype) * 0)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=True))
-    reader = AsyncScalarReader(torch.device(kind))
-    assert reader.read(torch.tensor(1.0)) == 0.0
-    assert reader.read(torch.tensor(2.0)) == 0.0  # the copy of 1.0 has not arrived
+    reader = LossSumReader(torch.device(kind))
+    assert reader.add(torch.tensor(1.0)) == 0.0
+    assert reader.add(torch.tensor(2.0)) == 0.0  # the copy of 1.0 has not arrived
     pending.clear()
-    assert [reader.read(torch.tensor(3.0)), len(pending)] == [1.0, 1]
+    assert [reader.add(torch.tensor(3.0)), len(pending)] == [1.0, 1]
 
 
 def test_a_non_finite_evaluation_loss_stops_the_run() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptacc.errors import LaunchError
-from ptacc.run.state import LossSum
+from ptacc.run.eval_sums import LossSum
 from ptacc.tensors.devices import check_device, widest_float
 
 

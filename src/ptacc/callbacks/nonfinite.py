@@ -16,30 +16,30 @@ from ptacc.tensors.devices import widest_float
 from ptacc.types.outputs import EpochRecord, EvalResult
 
 
-class AsyncScalarReader:
-    """Reads a scalar from a device without synchronising: the value may be some steps old."""
+class LossSumReader:
+    """Sums losses on their device, and reads the sum without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), dtype=widest_float(device), device=device)
         self._is_on_host = device.type == "cpu"
-        self._module: Any = None if self._is_on_host else torch.get_device_module(device)
-        self._copied: Any = None
-        self._host = torch.zeros((), dtype=widest_float(device), pin_memory=device.type == "cuda")
-        self._view = self._host.numpy()
-        self._source: Tensor | None = None
+        self._host_sum = 0.0
+        if not self._is_on_host:
+            self._module = torch.get_device_module(device)
+            self._copied: Any = None
+            self._copy = torch.zeros((), dtype=self._sum.dtype, pin_memory=device.type == "cuda")
 
-    def read(self, value: Tensor) -> float:
-        """Return the last value that was copied to the host, 0 while a copy is running; then start the next copy."""
+    def add(self, loss: Tensor) -> float:
+        """Add a scalar. Return the sum, on a device the last one whose copy to the host is complete."""
         if self._is_on_host:
-            if self._source is not value:  # reading through a view runs no operation, but creating it does
-                self._source, self._view = value, value.numpy()
-            return float(self._view)
+            self._host_sum += loss.item()
+            return self._host_sum
+        self._sum += loss
         if self._copied is None or self._copied.query():
-            copied = float(self._view)
-            self._host.copy_(value, non_blocking=True)
+            self._host_sum = self._copy.item()
+            self._copy.copy_(self._sum, non_blocking=True)
             self._copied = self._module.Event()
             self._copied.record()
-            return copied
-        return 0.0
+        return self._host_sum
 
 
 class StopOnNonFinite(Callback[TrainerCore]):
@@ -51,11 +51,11 @@ class StopOnNonFinite(Callback[TrainerCore]):
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        self._reader = AsyncScalarReader(trainer.device)
+        self._reader = LossSumReader(trainer.device)
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if not math.isfinite(self._reader.read(trainer.run.epoch.losses.total)):
+        if not math.isfinite(self._reader.add(step.loss)):
             trainer.stop(f"non-finite loss at step {step.step}")
 
     @override

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import NoReturn, TextIO
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
@@ -35,6 +38,8 @@ class ProgressBar(Callback[TrainerCore]):
         self._bar: tqdm[NoReturn] | None = None
         self._title = ""
         self._steps_before = 0
+        self._unread: list[tuple[Tensor, float]] = []  # loss and items of steps
+        self._loss_sum = self._items = 0.0
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -46,6 +51,7 @@ class ProgressBar(Callback[TrainerCore]):
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
             self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"
             self._steps_before = trainer.progress.steps
+            self._unread, self._loss_sum, self._items = [], 0.0, 0.0
             self._bar = tqdm(
                 total=plan.known_steps_per_epoch,
                 desc=self._title,
@@ -57,14 +63,18 @@ class ProgressBar(Callback[TrainerCore]):
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if self._bar is None or step.step % self._every:
+        bar = self._bar
+        if bar is None:
             return
-        losses, bar = trainer.run.epoch.losses, self._bar
+        self._unread.append((step.loss, step.items))
+        if step.step % self._every:
+            return
+        self._read_losses()
         seconds = max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix(
-            loss=f"{float(losses.total) / losses.items:.4f}",
+            loss=f"{self._loss_sum / self._items:.4f}",
             lr=f"{float(step.learning_rate):.2e}",
-            items=f"{losses.items / seconds:.0f}/s",
+            items=f"{self._items / seconds:.0f}/s",
             refresh=False,
         )
         bar.update(step.step - self._steps_before - bar.n)
@@ -86,6 +96,12 @@ class ProgressBar(Callback[TrainerCore]):
     @override
     def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
         self._close()
+
+    def _read_losses(self) -> None:
+        losses, items = zip(*self._unread, strict=True)
+        self._loss_sum += sum(map(operator.mul, torch.stack(losses).tolist(), items))
+        self._items += sum(items)
+        self._unread = []
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -146,7 +146,6 @@ def merge_run_states(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the run states of all ranks into one that each rank of another number of ranks resumes from."""
     requests = [run["stop_request"] for run in runs if run["stop_request"] is not None]
     return {
-        "losses": sum(run["losses"] for run in runs) / len(runs),  # losses are summed per rank, and averaged over ranks
         "stop_request": requests[0] if requests else None,
         "data": {name: value for name, value in runs[0]["data"].items() if name != "last"},
     }

@@ -78,43 +78,46 @@ def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type
 
 def check_output(owner: str, output: object, device: torch.device) -> None:
     """Raise `LossError` for an invalid output of `train_step`, which is on `device`."""
-    step = f"{owner}.train_step"
-    loss = _check_scalars(step, output)
+    loss = _check_scalars(owner, "train_step", output)
     if loss.is_complex():
-        raise LossError(f"{step}: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real.")
+        raise LossError(
+            f"{owner}.train_step: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real."
+        )
     if not loss.requires_grad:
         raise LossError(
-            f"{step}: the loss has no gradient. Compute it from self.model(...), without .detach() and outside of "
-            "torch.no_grad()."
+            f"{owner}.train_step: the loss has no gradient. Compute it from self.model(...), without .detach() "
+            "and outside of torch.no_grad()."
         )
-    if loss.device.type != device.type:
-        raise LossError(f"{step}: the loss is on {loss.device}, and must be on {device}. Do not move it.")
+    if loss.device != device and loss.device.type != device.type:  # the first comparison is the faster one
+        raise LossError(f"{owner}.train_step: the loss is on {loss.device}, and must be on {device}. Do not move it.")
 
 
 def check_eval_output(owner: str, output: object) -> None:
     """Raise `LossError` for an invalid output of `eval_step`."""
-    _check_scalars(f"{owner}.eval_step", output)
+    _check_scalars(owner, "eval_step", output)
 
 
-def _check_scalars(step: str, output: object) -> torch.Tensor:
+def _check_scalars(owner: str, step: str, output: object) -> torch.Tensor:
     if not isinstance(output, StepOutput):
         hint = " To leave a batch out, return None from collate_fn." if output is None else ""
         name = type(output).__name__
-        raise LossError(f"{step} returned {name}: it must return StepOutput(loss=..., outputs=...).{hint}")
+        raise LossError(f"{owner}.{step} returned {name}: it must return StepOutput(loss=..., outputs=...).{hint}")
     loss: object = output.loss
     if not isinstance(loss, torch.Tensor):
-        raise LossError(f"{step}: the loss {_describe(loss)}, and must be a scalar tensor. Do not call .item().")
+        raise LossError(
+            f"{owner}.{step}: the loss {_describe(loss)}, and must be a scalar tensor. Do not call .item()."
+        )
     if loss.dim() != 0:
         raise LossError(
-            f"{step}: the loss {_describe(loss)}, and must be a scalar tensor: the mean over the batch's items. Use "
-            'reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
+            f"{owner}.{step}: the loss {_describe(loss)}, and must be a scalar tensor: the mean over the batch's "
+            'items. Use reduction="mean", or loss.mean(). (Are the loss and the outputs swapped?)'
         )
     logged: Mapping[str, object] = output.logged
     for name, value in logged.items():
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             raise LossError(
-                f"{step}: logged[{name!r}] {_describe(value)}, and must be a scalar tensor: a mean over the batch's "
-                "items."
+                f"{owner}.{step}: logged[{name!r}] {_describe(value)}, and must be a scalar tensor: a mean over the "
+                "batch's items."
             )
     return loss
 

@@ -27,8 +27,13 @@ def identity(batch: object) -> object:
 
 def default_collate(samples: list[Any]) -> object:
     """Collate as torch does, except that tuples give a tuple, not a list."""
-    batch = torch_default_collate(samples)
-    return tuple(batch) if isinstance(batch, list) and isinstance(samples[0], tuple) else batch
+    if type(samples[0]) is not tuple:
+        return torch_default_collate(samples)
+    try:
+        fields: list[Any] = [*zip(*samples, strict=True)]
+    except ValueError:  # of differing lengths: torch has the message
+        return torch_default_collate(samples)
+    return tuple([torch_default_collate(values) for values in fields])
 
 
 @contextlib.contextmanager

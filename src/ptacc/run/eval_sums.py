@@ -5,13 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.run.state import LossSum
+from ptacc.tensors.devices import widest_float
 from ptacc.types.outputs import StepOutput
 
 LOSS = ""
 """The name of the loss among the logged values."""
+
+
+class LossSum:
+    """A sum of losses on the device, in the widest type of the device, and the number of items."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total: Tensor = torch.zeros((), dtype=widest_float(device), device=device)
+        self.items: float = 0.0
+
+    def add(self, mean: Tensor, items: float) -> None:
+        """Add a mean over `items` items."""
+        self.total.add_(mean, alpha=items)
+        self.items += items
 
 
 class EvalSums:

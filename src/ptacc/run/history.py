@@ -85,6 +85,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._epochs: list[EpochRecord] = []
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
+        self._loss_sum = 0.0
         self._logged: dict[str, tuple[float, int]] = {}
         self._step_names: set[str] = set()
         self._file = file
@@ -140,6 +141,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._write(("step", asdict(record)) for record in records)
         self._step_names |= names
         for record in records:
+            self._loss_sum += record.loss * record.items
             for name, value in record.logged.items():
                 total, count = self._logged.get(name, (0.0, 0))
                 self._logged[name] = total + value, count + 1
@@ -151,6 +153,7 @@ class RunHistory(Sequence[EpochRecord]):
             "epochs": [asdict(epoch) for epoch in self._epochs],
             "steps": json.dumps([STEP_FIELDS(step) for step in self._steps]),  # faster than a thousand dicts
             "initial": {name: asdict(result) for name, result in self.initial.items()},
+            "loss_sum": self._loss_sum,
             "logged": dict(self._logged),
             "step_names": sorted(self._step_names),
             "file": None if self._file is None else self._file.state_dict(),
@@ -167,7 +170,13 @@ class RunHistory(Sequence[EpochRecord]):
         self._epochs = [_decode_epoch(epoch) for epoch in state_dict["epochs"]]
         self._steps = deque((StepRecord(*row) for row in json.loads(state_dict["steps"])), STEPS_IN_MEMORY)
         self.initial = _decode_results(state_dict["initial"])
+        self._loss_sum = state_dict["loss_sum"]
         self._logged, self._step_names = dict(state_dict["logged"]), set(state_dict["step_names"])
+
+    def pop_loss_sum(self) -> float:
+        """Return the sum of the losses of all items of the steps read since the last call."""
+        loss_sum, self._loss_sum = self._loss_sum, 0.0
+        return loss_sum
 
     def pop_logged_means(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the means over the steps read since the last call: of what hooks logged, and of what steps logged."""

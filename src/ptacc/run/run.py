@@ -19,7 +19,7 @@ from ptacc.engines.base import Engine
 from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory, StepResult
-from ptacc.run.state import EpochState, LossSum, ResumeState, StateKey
+from ptacc.run.state import EpochState, ResumeState, StateKey
 from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
 from ptacc.types.aliases import T
@@ -127,7 +127,7 @@ class Run:
     def begin_epoch(self) -> None:
         """Reset the epoch's state, unless the run is resumed within the epoch."""
         if not self.is_within_epoch:
-            self.epoch = EpochState(LossSum(self.device))
+            self.epoch = EpochState()
 
     def read_epoch(self) -> Iterator[HostBatch[Any]]:
         """Begin to read the data of the epoch, and revise the plan if it differs from what was planned. A collective.
@@ -183,7 +183,7 @@ class Run:
             return
         self._skipped_steps = 0
         self.epoch.learning_rate = step.learning_rate
-        self.epoch.losses.add(step.loss, step.items)
+        self.epoch.items += step.items
         self.history.add_step(step, self.distributed)
 
     def _count_skipped_step(self) -> None:
@@ -244,16 +244,16 @@ class Run:
         return self.epoch.is_counted or self.epoch.is_exhausted
 
     def make_epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
-        """Return the record of the epoch. A collective."""
-        losses, (logged, means) = self.epoch.losses, self.history.pop_logged_means()
+        """Return the record of the epoch. `history.read_steps()` must have been called."""
+        items, (logged, means) = self.epoch.items, self.history.pop_logged_means()
         if taken := means.keys() & metrics.keys():
             raise LossError(f"train_step: logged[{min(taken)!r}] has the name of a training metric. Give it another.")
-        (total,) = self.distributed.sum([float(losses.total)])
+        loss_sum = self.history.pop_loss_sum()
         return EpochRecord(
             epoch=number,
             step=self.progress.steps,
-            train_loss=total / self.distributed.world_size / losses.items if losses.items else float("nan"),
-            items=losses.items,
+            train_loss=loss_sum / items if items else float("nan"),
+            items=items,
             seconds=time.monotonic() - self.epoch.started,
             learning_rate=float(self.epoch.learning_rate),
             is_complete=self.epoch.is_counted,
@@ -296,7 +296,6 @@ class Run:
     def rank_state_dict(self) -> StateDict:
         """Return the state of this rank."""
         return {
-            "losses": self.epoch.losses.total,
             "stop_request": self.stopping.request_state_dict(),
             "data": self.data.state_dict(),
         }
@@ -308,7 +307,6 @@ class Run:
         self.history.load_state_dict(shared["history"])
         self._started -= self.progress.seconds
         self.epoch.load_state_dict(shared["epoch"])
-        self.epoch.losses.total.copy_(own["losses"])
         self.data.load_state_dict(own["data"])
         self.stopping.restore(shared["stopped"], own["stop_request"], self.progress.steps)
 

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Generic, cast
 
-import torch
 from torch import Tensor
 
-from ptacc.tensors.devices import widest_float
 from ptacc.types.aliases import T
 from ptacc.types.outputs import EvalResult
 from ptacc.types.progress import Progress
@@ -64,25 +62,12 @@ class ResumeState:
         return cast(Mapping[str, str], self.shared["conditions"])
 
 
-class LossSum:
-    """A sum of losses on the device, in the widest type of the device, and the number of items."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.total: Tensor = torch.zeros((), dtype=widest_float(device), device=device)
-        self.items: float = 0.0
-
-    def add(self, mean: Tensor, items: float) -> None:
-        """Add a mean over `items` items."""
-        self.total.add_(mean, alpha=items)
-        self.items += items
-
-
 @dataclass
 class EpochState:
     """The state of the current epoch.
 
     Args:
-        losses: Sum of the training losses.
+        items: Number of items trained on, over all ranks.
         num_batches: Number of batches of the epoch on each rank; None for data without a length, and before the
             epoch's data is read.
         data: Describes the data of the epoch.
@@ -94,7 +79,7 @@ class EpochState:
         is_counted: Whether the epoch is included in `progress.epochs`.
     """
 
-    losses: LossSum
+    items: float = 0.0
     num_batches: int | None = None
     data: str = ""
     left_out: int = 0
@@ -105,9 +90,9 @@ class EpochState:
     is_counted: bool = False
 
     def state_dict(self) -> StateDict:
-        """Return the state that all ranks share: all but the sum of the losses."""
+        """Return the state. It is the same on all ranks."""
         return {
-            "items": self.losses.items,
+            "items": self.items,
             "seconds": time.monotonic() - self.started,
             "learning_rate": self.learning_rate,
             "data": self.data,
@@ -118,7 +103,7 @@ class EpochState:
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the state."""
-        self.losses.items = state_dict["items"]
+        self.items = state_dict["items"]
         self.started = time.monotonic() - state_dict["seconds"]
         self.learning_rate, self.is_exhausted = state_dict["learning_rate"], state_dict["is_exhausted"]
         self.data, self.left_out = state_dict["data"], state_dict["left_out"]
