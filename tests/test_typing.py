@@ -188,14 +188,16 @@ def test_no_revealed_type_is_any(mypy_output: str) -> None:
     assert [text for text in shown if re.search(r"\bAny\b", text)] == []
 
 
-def test_pyright_knows_the_type_of_every_public_symbol(environment: Path) -> None:
+def test_pyright_knows_the_type_of_every_symbol(environment: Path) -> None:
+    # --ignoreexternal: torch and Accelerate have symbols without types, which ptacc cannot change.
     python = {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(environment)}
     report = run(
         tool("pyright"), "--ignoreexternal", "--outputjson", "--verifytypes", "ptacc", cwd=environment, **python
     )
-    counts = json.loads(report)["typeCompleteness"]["exportedSymbolCounts"]
-    assert counts["withKnownType"] > 500
-    assert counts["withUnknownType"] == 0
+    symbols = json.loads(report)["typeCompleteness"]["symbols"]
+    assert len(symbols) > 2500
+    # A type that pyright infers and another checker could infer differently does not count as known.
+    assert [(s["name"], s["diagnostics"]) for s in symbols if not s["isTypeKnown"]] == []
 
 
 def revealed(output: str) -> list[str]:
