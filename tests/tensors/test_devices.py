@@ -7,7 +7,8 @@ import torch
 
 from ptacc.errors import LaunchError
 from ptacc.run.state import LossSum
-from ptacc.tensors.devices import check_device, widest_float
+from ptacc.tensors.devices import AsyncScalarReader, check_device, widest_float
+from tests.devices import PendingEvent
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "xpu"])
@@ -32,6 +33,19 @@ def test_sums_have_the_widest_dtype_of_the_device(kind: str, expected: torch.dty
 def test_xpus_differ_in_float64(has_fp64: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=has_fp64))
     assert widest_float(torch.device("xpu")) is expected
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_a_scalar_is_read_when_its_copy_has_arrived(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending: list[object] = []
+    monkeypatch.setattr(torch.get_device_module(kind), "Event", lambda: PendingEvent(pending))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, pin_memory: torch.ones(*shape, dtype=dtype) * 0)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=True))
+    reader = AsyncScalarReader(torch.device(kind))
+    assert reader.read(torch.tensor(1.0)) is None
+    assert reader.read(torch.tensor(2.0)) is None  # the copy of 1.0 has not arrived
+    pending.clear()
+    assert [reader.read(torch.tensor(3.0)), len(pending)] == [1.0, 1]
 
 
 def test_losses_on_the_cpu_are_summed_in_float64() -> None:

@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.history import StepResult
-from ptacc.tensors.devices import widest_float
+from ptacc.tensors.devices import AsyncScalarReader
 from ptacc.types.outputs import EpochRecord, EvalResult
-
-
-class AsyncScalarReader:
-    """Reads a scalar from a device without synchronising: the value may be some steps old."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_on_host = device.type == "cpu"
-        self._module: Any = None if self._is_on_host else torch.get_device_module(device)
-        self._copied: Any = None
-        self._host = torch.zeros((), dtype=widest_float(device), pin_memory=device.type == "cuda")
-        self._view = self._host.numpy()
-        self._source: Tensor | None = None
-
-    def read(self, value: Tensor) -> float:
-        """Return the last value that was copied to the host, 0 while a copy is running; then start the next copy."""
-        if self._is_on_host:
-            if self._source is not value:  # reading through a view runs no operation, but creating it does
-                self._source, self._view = value, value.numpy()
-            return float(self._view)
-        if self._copied is None or self._copied.query():
-            copied = float(self._view)
-            self._host.copy_(value, non_blocking=True)
-            self._copied = self._module.Event()
-            self._copied.record()
-            return copied
-        return 0.0
 
 
 class StopOnNonFinite(Callback[TrainerCore]):
@@ -55,7 +26,7 @@ class StopOnNonFinite(Callback[TrainerCore]):
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        if not math.isfinite(self._reader.read(trainer.run.epoch.losses.total)):
+        if not math.isfinite(self._reader.read(trainer.run.epoch.losses.total) or 0.0):
             trainer.stop(f"non-finite loss at step {step.step}")
 
     @override

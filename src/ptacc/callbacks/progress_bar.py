@@ -11,6 +11,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.history import StepResult
+from ptacc.tensors.devices import AsyncScalarReader
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 
@@ -18,7 +19,8 @@ from ptacc.validation import check_at_least
 class ProgressBar(Callback[TrainerCore]):
     """Shows a bar for each epoch, on rank 0: loss, learning rate, items per second and remaining time.
 
-    The loss is the mean over rank 0's items of the epoch so far. It is read from the device every `every` steps.
+    The loss is the mean over rank 0's items of the epoch so far. Reading it does not synchronise a GPU: there, the bar
+    shows the loss of the update before.
 
     Args:
         every: Steps between two updates, at least 1.
@@ -34,6 +36,7 @@ class ProgressBar(Callback[TrainerCore]):
         self._every, self._file, self._shown = every, file, shown
         self._bar: tqdm[NoReturn] | None = None
         self._title = ""
+        self._loss = "?"
         self._steps_before = 0
 
     @override
@@ -46,6 +49,7 @@ class ProgressBar(Callback[TrainerCore]):
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
             self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"
             self._steps_before = trainer.progress.steps
+            self._reader, self._loss = AsyncScalarReader(trainer.device), "?"
             self._bar = tqdm(
                 total=plan.known_steps_per_epoch,
                 desc=self._title,
@@ -61,8 +65,10 @@ class ProgressBar(Callback[TrainerCore]):
             return
         losses, bar = trainer.run.epoch.losses, self._bar
         seconds = max(bar.format_dict["elapsed"], 1e-9)
+        if (mean := self._reader.read(losses.total / losses.items)) is not None:
+            self._loss = f"{mean:.4f}"
         bar.set_postfix(
-            loss=f"{float(losses.total) / losses.items:.4f}",
+            loss=self._loss,
             lr=f"{float(step.learning_rate):.2e}",
             items=f"{losses.items / seconds:.0f}/s",
             refresh=False,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ptacc.errors import LaunchError
 
@@ -28,3 +31,32 @@ def widest_float(device: torch.device) -> torch.dtype:
     if device.type == "xpu":  # Intel's GPUs for clients have no float64
         is_narrow = not torch.xpu.get_device_properties(device).has_fp64
     return torch.float32 if is_narrow else torch.float64
+
+
+class AsyncScalarReader:
+    """Reads a scalar from a device without synchronising: the value may be some steps old."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_on_host = device.type == "cpu"
+        self._module: Any = None if self._is_on_host else torch.get_device_module(device)
+        self._copied: Any = None
+        self._host = torch.zeros((), dtype=widest_float(device), pin_memory=device.type == "cuda")
+        self._view = self._host.numpy()
+        self._source: Tensor | None = None
+
+    def read(self, value: Tensor) -> float | None:
+        """Return the last value that was copied to the host, and start to copy the next one.
+
+        None before the first copy, and while a copy is running. On the CPU, the value itself is returned.
+        """
+        if self._is_on_host:
+            if self._source is not value:  # reading through a view runs no operation, but creating it does
+                self._source, self._view = value, value.numpy()
+            return float(self._view)
+        if self._copied is not None and not self._copied.query():
+            return None
+        arrived = None if self._copied is None else float(self._view)
+        self._host.copy_(value, non_blocking=True)
+        self._copied = self._module.Event()
+        self._copied.record()
+        return arrived
