@@ -52,7 +52,7 @@ def out_of_memory_message(act: Callable[[], object]) -> str | None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-        if hasattr(torch.accelerator, "empty_host_cache"):  # not in torch 2.10; it frees pinned memory
+        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory; older versions of torch lack it
             torch.accelerator.empty_host_cache()
     return message
 
