@@ -42,10 +42,10 @@ def test_a_scalar_is_read_when_its_copy_has_arrived(kind: str, monkeypatch: pyte
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, pin_memory: torch.ones(*shape, dtype=dtype) * 0)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=True))
     reader = AsyncScalarReader(torch.device(kind))
-    assert reader.read(torch.tensor(1.0)) is None
-    assert reader.read(torch.tensor(2.0)) is None  # the copy of 1.0 has not arrived
+    assert reader.read(torch.tensor(1.0), 2) is None
+    assert reader.read(torch.tensor(2.0), 4) is None  # the copy of 1.0 has not arrived
     pending.clear()
-    assert [reader.read(torch.tensor(3.0)), len(pending)] == [1.0, 1]
+    assert [reader.read(torch.tensor(3.0), 6), len(pending)] == [1.0 / 2, 1]
 
 
 def test_losses_on_the_cpu_are_summed_in_float64() -> None:

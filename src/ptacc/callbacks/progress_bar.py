@@ -65,7 +65,7 @@ class ProgressBar(Callback[TrainerCore]):
             return
         losses, bar = trainer.run.epoch.losses, self._bar
         seconds = max(bar.format_dict["elapsed"], 1e-9)
-        if (mean := self._reader.read(losses.total / losses.items)) is not None:
+        if (mean := self._reader.read(losses.total, losses.items)) is not None:
             self._loss = f"{mean:.4f}"
         bar.set_postfix(
             loss=self._loss,

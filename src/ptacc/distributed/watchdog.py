@@ -59,7 +59,7 @@ def watch(reference: weakref.ref[FailureMonitor], is_over: threading.Event) -> N
 def end_process(rank: int, failure: Failure) -> NoReturn:
     """Print where the process waits, and for whom, and exit as after an exception."""
     frames = sys._current_frames()  # noqa: SLF001  # documented, in spite of the underscore
-    stack = traceback.format_stack(frames[threading.main_thread().ident or 0])
+    stack = traceback.format_stack(frames.get(threading.main_thread().ident or 0))
     sys.stderr.write(
         f"{''.join(stack)}RankFailedError: {failure}\n"
         f"Rank {rank} was here {GRACE_SECONDS:g} s later, in a call that does not return, and was ended.\n"

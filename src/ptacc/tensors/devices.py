@@ -43,20 +43,22 @@ class AsyncScalarReader:
         self._host = torch.zeros((), dtype=widest_float(device), pin_memory=device.type == "cuda")
         self._view = self._host.numpy()
         self._source: Tensor | None = None
+        self._divisor = 1.0
 
-    def read(self, value: Tensor) -> float | None:
-        """Return the last value that was copied to the host, and start to copy the next one.
+    def read(self, value: Tensor, divisor: float = 1.0) -> float | None:
+        """Return the last value that was copied to the host, divided by its divisor; then start the next copy.
 
-        None before the first copy, and while a copy is running. On the CPU, the value itself is returned.
+        None before the first copy, and while a copy is running. On the CPU, this is `value / divisor` itself.
         """
         if self._is_on_host:
             if self._source is not value:  # reading through a view runs no operation, but creating it does
                 self._source, self._view = value, value.numpy()
-            return float(self._view)
+            return float(self._view) / divisor
         if self._copied is not None and not self._copied.query():
             return None
-        arrived = None if self._copied is None else float(self._view)
+        arrived = None if self._copied is None else float(self._view) / self._divisor
         self._host.copy_(value, non_blocking=True)
+        self._divisor = divisor
         self._copied = self._module.Event()
         self._copied.record()
         return arrived
