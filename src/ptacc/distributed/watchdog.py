@@ -27,7 +27,7 @@ GRACE_SECONDS = 10.0
 def start_watchdog(monitor: FailureMonitor) -> None:
     """Watch the blocks of a monitor for failures of other ranks, until it is deleted or the process exits."""
     is_over = threading.Event()
-    arguments = (weakref.ref(monitor, lambda _: is_over.set()), is_over)
+    arguments = (weakref.ref(monitor), is_over)
     thread = threading.Thread(target=watch, args=arguments, name="watchdog of failures", daemon=True)
     thread.start()
     atexit.register(stop_watchdog, thread, is_over)
