@@ -1,7 +1,7 @@
 import io
 import math
+import re
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +20,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.callbacks.nonfinite import LossSumReader
 from ptacc.testing import tiny_data, tiny_parts
-from tests.devices import PendingEvent
 
 
 class Breaking(Trainer):
@@ -45,21 +43,6 @@ def make_parts(*callbacks: Callback[Any]) -> dict[str, Any]:
 def test_a_non_finite_loss_stops_the_run(value: float) -> None:
     history = Breaking(**make_parts(StopOnNonFinite()), with_value=value).train(tiny_data(), num_epochs=9)
     assert (history.stop_reason, history[-1].step) == ("non-finite loss at step 3", 3)
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
-def test_losses_of_other_devices_are_read_when_their_copies_have_arrived(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pending: list[object] = []
-    monkeypatch.setattr(torch.get_device_module(kind), "Event", lambda: PendingEvent(pending))
-    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **place: torch.ones(*shape, dtype=dtype) * 0)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=True))
-    reader = LossSumReader(torch.device(kind))
-    assert reader.add(torch.tensor(1.0)) == 0.0
-    assert reader.add(torch.tensor(2.0)) == 0.0  # the copy of 1.0 has not arrived
-    pending.clear()
-    assert [reader.add(torch.tensor(3.0)), len(pending)] == [1.0, 1]
 
 
 def test_a_non_finite_evaluation_loss_stops_the_run() -> None:
@@ -145,6 +128,13 @@ def test_the_bar_shows_loss_rate_and_speed() -> None:
     Trainer(**make_parts(ProgressBar(file=out, shown=True, every=1))).train(tiny_data(), tiny_data(), num_epochs=2)
     assert "epoch 1/2" in out.getvalue()
     assert all(word in out.getvalue() for word in ("loss=", "lr=1.00e-01", "items=", "evaluating"))
+
+
+def test_the_bar_shows_the_mean_loss_of_the_epoch_so_far() -> None:
+    out = io.StringIO()
+    bar = ProgressBar(file=out, shown=True, every=2)
+    first, second, _ = Trainer(**make_parts(bar)).train(tiny_data(), tiny_data(), num_epochs=1).steps
+    assert set(re.findall(r"loss=([\d.?]+)", out.getvalue())) == {f"{(first.loss + second.loss) / 2:.4f}"}
 
 
 def test_the_bar_is_closed_by_an_exception() -> None:

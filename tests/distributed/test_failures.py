@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from ptacc import AMPMixin, Callback, DataLoaderConfig, EvalResult, StepOutput, StepResult, Steps, Trainer, TrainerCore
+from ptacc.distributed.failure import close_for_sending
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.errors import RankFailedError
 from ptacc.testing import tiny_data, tiny_parts
@@ -274,6 +277,36 @@ def fail_with_a_connection(*, is_initialized_before: bool) -> tuple[str, bytes]:
 def test_a_failure_closes_no_connection_of_the_user(is_initialized_before: bool) -> None:
     results = run_ranks(lambda: fail_with_a_connection(is_initialized_before=is_initialized_before), 2)
     assert results == [("KeyError", b"intact"), ("RankFailedError", b"intact")]
+
+
+def test_the_other_end_of_a_connection_that_is_closed_for_sending_can_still_send() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with accepted:
+            close_for_sending(client.fileno(), os.fstat(client.fileno()).st_ino)
+            assert accepted.recv(1) == b""
+            accepted.sendall(b"first")
+            accepted.sendall(b"second")
+            assert client.recv(11, socket.MSG_WAITALL) == b"firstsecond"
+
+
+def wait_for_the_rank_before() -> None:
+    distributed = Trainer(**tiny_parts()).distributed
+    assert isinstance(distributed, DistributedRuntime)
+    with distributed.propagate_failure("here"):
+        if distributed.rank == 0:
+            raise KeyError("on purpose")
+        if distributed.rank == 1:
+            distributed.sync("train()")
+        dist.recv(torch.zeros(1), src=1, group=distributed.group)
+
+
+def test_a_rank_that_finds_a_failure_in_a_rendezvous_interrupts_those_that_wait_for_it() -> None:
+    def train() -> tuple[str, str]:
+        return kind_and_message(wait_for_the_rank_before)
+
+    found = ("RankFailedError", "rank 0 failed here: KeyError: 'on purpose'")
+    assert run_ranks(train, 3, timeout=30) == [("KeyError", "'on purpose'"), found, found]
 
 
 def test_failures_are_reported_with_a_second_accelerator_as_well() -> None:

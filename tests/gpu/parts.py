@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -45,13 +45,18 @@ def make_data(samples: int = BATCH * BATCHES, features: int = FEATURES, *, overf
     return TensorDataset(inputs, torch.randint(CLASSES, (samples,), generator=generator))
 
 
-def train(precision: Precision, runs: int = 1) -> Composed:
+def make_optimizer(net: nn.Module, *, fused: bool = False) -> Optimizer:
+    """Make SGD with momentum, or a fused AdamW: the momentum of a fused SGD is wrong after a skipped first step."""
+    return AdamW(net.parameters(), lr=1e-3, fused=True) if fused else SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(precision: Precision, runs: int = 1, *, fused: bool = False) -> Composed:
     """Train a `Composed` trainer without shuffling."""
     net, data = make_net(), make_data(overflows=precision == "fp16")
     trainer = Composed(
         net,
         loss_func=nn.CrossEntropyLoss(),
-        optimizer=SGD(net.parameters(), lr=0.1, momentum=0.9),
+        optimizer=make_optimizer(net, fused=fused),
         mixed_precision=precision,
         gradient_accumulation_steps=ACCUMULATION,
         max_grad_norm=MAX_NORM,
@@ -78,6 +83,7 @@ class Plain:
     Args:
         device: The device of the model.
         precision: The precision of the forward pass.
+        is_fused: Whether a fused optimizer updates the weights.
         completed: The number of steps that the gradient scaler did not skip.
         learning_rate: The learning rate of the last step.
         norms: The gradient norm of each step.
@@ -85,6 +91,7 @@ class Plain:
 
     device: torch.device
     precision: Precision
+    is_fused: bool = False
     completed: int = 0
     learning_rate: float = 0.0
     norms: list[Tensor] = field(default_factory=list)
@@ -102,7 +109,7 @@ class Plain:
 
     def train(self) -> None:
         """Train as in torch's documentation."""
-        optimizer = SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = make_optimizer(self.net, fused=self.is_fused)
         scheduler = StepLR(optimizer, 1, gamma=GAMMA)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         data = make_data(overflows=self.precision == "fp16")

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch._dynamo import reset
 from torch._dynamo.utils import counters
 from torch.optim import SGD
+from typing_extensions import override
 
-from ptacc import AMPMixin, CompileMixin, Trainer
+from ptacc import AMPMixin, CompileMixin, Pair, StepOutput, Trainer, TrainingLoop
 from ptacc.protocols import CompileMode, Precision
-from tests.gpu.parts import BATCH, make_data, make_net
+from tests.gpu.parts import BATCH, BATCHES, make_data, make_net
 
 pytestmark = [
     pytest.mark.timeout(300),  # inductor's first graph takes a minute
@@ -54,6 +55,40 @@ def test_a_compiled_model_trains_as_the_original(device: torch.device, precision
     torch.testing.assert_close(losses, expected, rtol=relative, atol=relative)
     weights: list[Tensor] = [parameter.detach() for parameter in compiled.parameters()]
     assert {weight.device.type for weight in weights} == {device.type}
+
+
+class OwnLoss(nn.Module):
+    """Computes its loss itself, as models of transformers do: the loss is in the memory of a CUDA graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    @override
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(inputs), targets)
+
+
+class TrainsOwnLoss(CompileMixin, TrainingLoop[Pair, Tensor]):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        loss = self.model(*batch)
+        return StepOutput(loss=loss, outputs=loss.detach())
+
+
+def test_the_losses_of_a_cuda_graph_are_kept_although_it_overwrites_them() -> None:
+    def losses(**options: Any) -> list[float]:
+        reset()
+        model = OwnLoss()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        trainer = TrainsOwnLoss(model, optimizer=optimizer, default_callbacks=(), **options)
+        kwargs: Any = {"shuffle": False}
+        history = trainer.train(make_data(), num_epochs=1, per_device_batch_size=BATCH, train_dataloader_kwargs=kwargs)
+        return [step.loss for step in history.steps]
+
+    expected = losses(compile_backend="eager")
+    assert len(set(expected)) == BATCHES
+    torch.testing.assert_close(losses(compile_mode="reduce-overhead"), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])

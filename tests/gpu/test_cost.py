@@ -186,6 +186,15 @@ def train_large_plainly(device: torch.device, precision: Precision) -> None:
         del inputs, targets, outputs, loss
 
 
+def test_no_memory_of_the_gpu_is_used_after_a_run() -> None:
+    train_large("bf16")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    train_large("bf16")
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_peak_memory_equals_a_plain_loops(device: torch.device, precision: Precision) -> None:
     train_large_plainly(device, precision)  # so that cuBLAS has allocated its workspace

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
@@ -17,26 +19,50 @@ from tests.gpu.parts import BATCH, make_data, make_net, train
 from tests.ranks import launch
 
 ROOT = Path(__file__).parent.parent.parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+PATHS = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
+
+
+def run_script(name: str, *, processes: int = 1, **environment: str) -> CompletedProcess[str]:
+    script = str(Path(__file__).parent / "scripts" / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return launch([*command, script], env={"PYTHONPATH": PATHS, **environment}, timeout=100)
+
+
+def read_report(name: str) -> dict[str, Any]:
+    """Run a script on one process, and return the report that it printed."""
+    done = run_script(name)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def test_a_launch_with_one_process_trains_as_without_a_launch(device: torch.device) -> None:
-    script = str(Path(__file__).parent / "scripts" / "one_process.py")
-    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    done = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = read_report("one_process.py")
     assert "nccl" in report["backend"]
     assert report["losses"] == pytest.approx([step.loss for step in train("bf16").history.steps], rel=1e-5)
     assert device.type == "cuda"
 
 
 def test_layers_outside_of_the_plan_are_on_the_gpu_during_a_run() -> None:
-    script = str(Path(__file__).parent / "scripts" / "tensor_parallel.py")
-    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    done = launch([*LAUNCH, script], env={"PYTHONPATH": os.pathsep.join(filter(None, paths))}, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"during": ["cuda"], "after": ["cpu"], "outputs": [3, 2]}
+    assert read_report("tensor_parallel.py") == {"during": ["cuda"], "after": ["cpu"], "outputs": [3, 2]}
+
+
+def test_a_sharded_model_trains_in_bf16_with_clipped_gradients() -> None:
+    report = read_report("fsdp.py")
+    assert report["losses"] == sorted(report["losses"], reverse=True)
+    assert not report["is_sharded"]
+
+
+def test_a_synchronized_batch_norm_gives_torchs_numbers() -> None:
+    assert read_report("batch_norm.py") == pytest.approx(
+        {"outputs": 0, "gradients": 0, "mean": 0, "variance": 0}, abs=1e-4
+    )
+
+
+def test_a_process_that_waits_for_a_kernel_is_ended_after_another_failed() -> None:
+    done = run_script("waiting.py", processes=2, ACCELERATE_USE_CPU="true")
+    assert done.returncode != 0
+    assert "RankFailedError: rank 1 failed after step 3: KeyError: 'on purpose'\nRank 0 was here" in done.stderr
 
 
 def test_a_seeded_run_on_the_cpu_initializes_no_gpu() -> None:

@@ -10,15 +10,16 @@ from tests.gpu.parts import EPOCHS, WINDOWS, Plain, train
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 
-def train_plainly(device: torch.device, precision: Precision) -> Plain:
-    plain = Plain(device, precision)
+def train_plainly(device: torch.device, precision: Precision, *, fused: bool = False) -> Plain:
+    plain = Plain(device, precision, fused)
     plain.train()
     return plain
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_weights_equal_a_plain_loops_bit_for_bit(device: torch.device, precision: Precision) -> None:
-    trainer, plain = train(precision), train_plainly(device, precision)
+def test_weights_equal_a_plain_loops_bit_for_bit(device: torch.device, precision: Precision, fused: bool) -> None:
+    trainer, plain = train(precision, fused=fused), train_plainly(device, precision, fused=fused)
     for weight, expected in zip(trainer.model.parameters(), plain.net.parameters(), strict=True):
         assert weight.device.type == expected.device.type == device.type
         assert torch.equal(weight, expected)

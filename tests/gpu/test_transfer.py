@@ -84,13 +84,13 @@ def test_batches_arrive_intact_during_a_slow_computation(device: torch.device, c
 
 def test_a_batch_is_copied_while_the_previous_one_is_computed(device: torch.device) -> None:
     transfer = StreamedTransfer(device)
-    first, second = (torch.randn(MIN_STREAMED_BYTES).pin_memory() for _ in range(2))
+    first, second, looked = (torch.randn(MIN_STREAMED_BYTES).pin_memory() for _ in range(3))
     transfer.to_device(first)
     sleep(device, 200 * CYCLES)
     computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
     computed.record()
     copied = transfer.to_device(second)
-    looked, has_come = torch.zeros_like(second).pin_memory(), False
+    has_come = False
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         while not has_come and not computed.query():  # type: ignore[no-untyped-call]
             looked.copy_(copied, non_blocking=True)

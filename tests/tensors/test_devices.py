@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ptacc.errors import LaunchError
-from ptacc.run.eval_sums import LossSum
 from ptacc.tensors.devices import check_device, widest_float
 
 
@@ -32,7 +31,3 @@ def test_sums_have_the_widest_dtype_of_the_device(kind: str, expected: torch.dty
 def test_xpus_differ_in_float64(has_fp64: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=has_fp64))
     assert widest_float(torch.device("xpu")) is expected
-
-
-def test_losses_on_the_cpu_are_summed_in_float64() -> None:
-    assert LossSum(torch.device("cpu")).total.dtype is torch.float64

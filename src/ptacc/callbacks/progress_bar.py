@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from typing import NoReturn, TextIO
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.history import StepResult
+from ptacc.run.running_loss import RunningLoss
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 
@@ -21,7 +19,8 @@ from ptacc.validation import check_at_least
 class ProgressBar(Callback[TrainerCore]):
     """Shows a bar for each epoch, on rank 0: loss, learning rate, items per second and remaining time.
 
-    The loss is the mean over rank 0's items of the epoch so far. It is read from the device every `every` steps.
+    The loss is the mean over rank 0's items of the epoch so far. Reading it does not synchronise a GPU: there, the bar
+    shows the loss of the update before.
 
     Args:
         every: Steps between two updates, at least 1.
@@ -37,9 +36,8 @@ class ProgressBar(Callback[TrainerCore]):
         self._every, self._file, self._shown = every, file, shown
         self._bar: tqdm[NoReturn] | None = None
         self._title = ""
+        self._loss = "?"
         self._steps_before = 0
-        self._unread: list[tuple[Tensor, float]] = []  # loss and items of steps
-        self._loss_sum = self._items = 0.0
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -51,7 +49,7 @@ class ProgressBar(Callback[TrainerCore]):
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
             self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"
             self._steps_before = trainer.progress.steps
-            self._unread, self._loss_sum, self._items = [], 0.0, 0.0
+            self._losses, self._loss, self._items = RunningLoss(trainer.device), "?", 0.0
             self._bar = tqdm(
                 total=plan.known_steps_per_epoch,
                 desc=self._title,
@@ -66,13 +64,15 @@ class ProgressBar(Callback[TrainerCore]):
         bar = self._bar
         if bar is None:
             return
-        self._unread.append((step.loss, step.items))
+        self._losses.add(step.loss, step.items)
+        self._items += step.items
         if step.step % self._every:
             return
-        self._read_losses()
         seconds = max(bar.format_dict["elapsed"], 1e-9)
+        if (mean := self._losses.read()) is not None:
+            self._loss = f"{mean:.4f}"
         bar.set_postfix(
-            loss=f"{self._loss_sum / self._items:.4f}",
+            loss=self._loss,
             lr=f"{float(step.learning_rate):.2e}",
             items=f"{self._items / seconds:.0f}/s",
             refresh=False,
@@ -96,12 +96,6 @@ class ProgressBar(Callback[TrainerCore]):
     @override
     def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
         self._close()
-
-    def _read_losses(self) -> None:
-        losses, items = zip(*self._unread, strict=True)
-        self._loss_sum += sum(map(operator.mul, torch.stack(losses).tolist(), items))
-        self._items += sum(items)
-        self._unread = []
 
     def _close(self) -> None:
         if self._bar is not None:

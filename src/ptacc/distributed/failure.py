@@ -1,8 +1,9 @@
 """Propagation of failures: an exception on one rank ends all ranks, which raise an error that names it.
 
 A rank that raises cannot report that in a collective, since the others may be waiting in another one. It writes its
-rank, its place and its error to the rendezvous store, and shuts down its TCP connections to the other ranks. The
-collectives in which these wait then raise, and they read the cause from the store.
+rank, its place and its error to the rendezvous store, and closes its TCP connections to the other ranks for sending.
+The collectives in which these wait then raise, and they read the cause from the store. `watchdog.py` ends a rank that
+waits in a call that does not raise.
 
 A process that is killed writes nothing. The kernel closes its connections, so that collectives raise as well. The
 others find that its process has ended, if it runs on the same host, or that it does not answer in time.
@@ -31,6 +32,7 @@ from ptacc.errors import PtaccError, RankFailedError
 
 ANSWER_SECONDS = 3.0
 """Time in which the other ranks have to answer after a connection was closed."""
+FAILURE_KEY = "failure"
 UNKNOWN_PLACE = "at an unknown place"
 Ends: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
 
@@ -72,6 +74,7 @@ class FailureMonitor:
         self.world_size: int = group.size()
         self._connections = connections
         self.failure: Failure | None = None
+        self._open_blocks = 0
         self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 
     @contextlib.contextmanager
@@ -85,6 +88,7 @@ class FailureMonitor:
             RankFailedError: Another rank failed, or was killed.
         """
         self.check()
+        self._open_blocks += 1
         try:
             yield
         except (CoordinatedExit, GeneratorExit):  # GeneratorExit: the user stopped reading a stream of predictions
@@ -98,6 +102,8 @@ class FailureMonitor:
                 raise
             self.failure = cause
             raise RankFailedError(str(cause)) from error
+        finally:
+            self._open_blocks -= 1
 
     def check(self) -> None:
         """Raise `RankFailedError` if a rank of this launch has failed before."""
@@ -111,13 +117,21 @@ class FailureMonitor:
         self.failure = Failure(self.rank, where, f"{type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):  # the store ends with rank 0, which the others find instead
             self._store_failure(self.failure)
-        self._shut_connections()
+        self._close_connections()
+
+    def accept_failure(self, failure: Failure) -> None:
+        """Take over the failure of another rank, and interrupt the collectives in which others wait for this rank."""
+        self.failure = failure
+        self._close_connections()
+
+    def find_unseen_failure(self) -> Failure | None:
+        """Return the failure of another rank while this one is within a block, in which it has not been raised."""
+        return self._find_reported_failure() if self._open_blocks and self.failure is None else None
 
     def find_failure(self) -> Failure | None:
-        """Return the failure of another rank: one that it reported, or that its process on this host has ended."""
-        for rank in self._other_ranks():
-            if self.store.check([f"failed/{rank}"]):
-                return Failure(*json.loads(self.store.get(f"failed/{rank}")))
+        """Return the failure of another rank: one that was reported, or that its process on this host has ended."""
+        if (reported := self._find_reported_failure()) is not None:
+            return reported
         for rank in self._other_ranks():
             host, process = json.loads(self.store.get(f"process/{rank}"))
             if host == host_identity() and not is_running(process):
@@ -125,6 +139,11 @@ class FailureMonitor:
                 self._store_failure(failure)  # for ranks on other hosts, which cannot see that process
                 return failure
         return None
+
+    def _find_reported_failure(self) -> Failure | None:
+        """Return the first failure that was reported, unless it is of this rank."""
+        failure = Failure(*json.loads(self.store.get(FAILURE_KEY))) if self.store.check([FAILURE_KEY]) else None
+        return None if failure is None or failure.rank == self.rank else failure
 
     def _is_broken_collective(self, error: BaseException) -> bool:
         """Return whether a collective raised the error because another rank is gone, or did not answer in time.
@@ -140,8 +159,8 @@ class FailureMonitor:
     def _await_cause(self) -> Failure | None:
         """Return the failure that broke a collective; None if all ranks answer and report none."""
         try:
+            self._close_connections()  # the others may be waiting for this rank: they come here as well
             self.store.set(f"alive/{self.rank}", "yes")
-            self._shut_connections()  # the others may be waiting for this rank: they come here as well
             deadline = time.monotonic() + ANSWER_SECONDS
             while True:
                 failure = self.find_failure()
@@ -156,14 +175,11 @@ class FailureMonitor:
             return Failure(0, UNKNOWN_PLACE, f"lost: its rendezvous store does not answer: {first_line}")
 
     def _store_failure(self, failure: Failure) -> None:
-        self.store.set(f"failed/{failure.rank}", json.dumps(astuple(failure)))
+        self.store.compare_set(FAILURE_KEY, "", json.dumps(astuple(failure)))  # keeps an earlier one
 
-    def _shut_connections(self) -> None:
-        for descriptor, inode in self._connections:
-            with contextlib.suppress(OSError):
-                if os.fstat(descriptor).st_ino == inode:  # the descriptor was not reused
-                    with socket.socket(fileno=os.dup(descriptor)) as connection:
-                        connection.shutdown(socket.SHUT_RDWR)
+    def _close_connections(self) -> None:
+        for connection in self._connections:
+            close_for_sending(*connection)
 
     def _other_ranks(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
@@ -204,6 +220,20 @@ def is_closed(descriptor: int, inode: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     return bool(poll.poll(0))
+
+
+def close_for_sending(descriptor: int, inode: int) -> None:
+    """Close a connection for sending, unless the descriptor was reused. The other end reads an end of file.
+
+    The other end can still send. If it could not, and sent at this moment, it would wait for gloo's timeout of 30
+    minutes: an operation whose send failed is left out when the end of file interrupts the pending ones.
+
+    Source: https://github.com/pytorch/gloo/blob/70dc360/gloo/transport/tcp/pair.cc (`Pair::signalException`)
+    """
+    with contextlib.suppress(OSError):
+        if os.fstat(descriptor).st_ino == inode:
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.shutdown(socket.SHUT_WR)
 
 
 def find_peer_connections(group: dist.ProcessGroup) -> frozenset[tuple[int, int]]:

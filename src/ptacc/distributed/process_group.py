@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ptacc.distributed.failure import Failure, FailureMonitor, find_peer_connections, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
 from ptacc.distributed.shutdown import wait_for_gloo_at_exit
+from ptacc.distributed.watchdog import start_watchdog
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
 from ptacc.types.aliases import T
 
@@ -102,6 +103,7 @@ class DistributedRuntime(Distributed):
         if other_connections is not None:
             connections = open_connections() - other_connections
         failures = FailureMonitor(group, connections)
+        start_watchdog(failures)
         return cls(dist.get_rank(), dist.get_world_size(), 1, group, Rendezvous(failures), failures)
 
     def with_replica_size(self, size: int) -> DistributedRuntime:

@@ -175,7 +175,7 @@ class Rendezvous:
             if self._store.check([self._record_key(rank)]):
                 check_same_call(self._rank, own, rank, self._read_record(rank))
             elif failure is not None:
-                self._monitor.failure = failure
+                self._monitor.accept_failure(failure)
                 raise RankFailedError(str(failure))
             elif progress > self.progress.value:
                 error = CollectiveError(

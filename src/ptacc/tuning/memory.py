@@ -9,8 +9,17 @@ from collections.abc import Callable
 
 import torch
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
-"""Parts of the messages of other errors than `OutOfMemoryError`: of the host's allocator, of cuBLAS and cuDNN."""
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "cudnn_status_not_supported",
+    "unable to find an engine",
+)
+"""Parts of the messages of other errors than `OutOfMemoryError`: of the host's allocator, of cuBLAS and cuDNN.
+
+cuDNN raises the last two if no algorithm gets the memory that it needs, among other reasons.
+"""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -43,6 +52,8 @@ def out_of_memory_message(act: Callable[[], object]) -> str | None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # pinned memory; older versions of torch lack it
+            torch.accelerator.empty_host_cache()
     return message
 
 

@@ -1,6 +1,7 @@
 """Trains on a GPU with everything that a checkpoint stores, and prints a digest of the final state.
 
-`killed.py DIRECTORY STEP` kills its own process after a step. `killed.py DIRECTORY` resumes from the newest checkpoint.
+`killed.py DIRECTORY foreground STEP` kills its own process after a step. Without a step, it resumes from the newest
+checkpoint. With `background`, it saves in the background.
 """
 
 import hashlib
@@ -65,7 +66,7 @@ def digest(state: object) -> str:
     return result.hexdigest()
 
 
-def main(directory: str, killed_after: int | None) -> None:
+def main(directory: str, how: str, killed_after: int | None) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 4))
     data: tuple[Tensor, Tensor] = torch.randn(200, 16), torch.randint(4, (200,))
@@ -75,6 +76,7 @@ def main(directory: str, killed_after: int | None) -> None:
         loss_func=nn.CrossEntropyLoss(),
         optimizer=AdamW(net.parameters(), lr=1e-2),
         checkpoint_dir=directory,
+        checkpoint_in_background=how == "background",
         callbacks=[] if killed_after is None else [Killed(killed_after)],
         default_callbacks=(),
     )
@@ -92,4 +94,4 @@ def main(directory: str, killed_after: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
