@@ -1,4 +1,4 @@
-"""The contenders, one module each. `RUNS` in a module maps workloads to functions.
+"""The contenders, one module each. `RUNS` in a module maps kinds of runs to functions: `Workload.run` names the kind.
 
 A module imports its library at the top, and only the process of the contender imports the module. If the library is not
 installed, the results omit the contender.
@@ -18,7 +18,7 @@ class Contender(Protocol):
     """The interface of a module in this package."""
 
     RUNS: Mapping[str, Run]
-    """A function for each supported workload, by name."""
+    """A function for each supported kind of run, by name."""
 
 
 @dataclass(frozen=True)
