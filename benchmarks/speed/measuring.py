@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.speed.contenders import PLAIN
+from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.processes import Timing, Worker, WorkerError, run_startup
 from benchmarks.speed.ratios import Estimate, estimate
 from benchmarks.speed.workloads import WORKLOADS, Workload
@@ -124,8 +124,11 @@ def compare(contenders: Sequence[str], names: Iterable[str], pairs: int, folder:
         WorkerError: The plain loop cannot be measured.
     """
     for processes, group in group_by_processes(names):
+        able = [name for name in contenders if processes == 1 or CONTENDERS[name].is_distributed]
+        if not able:
+            continue
         with contextlib.ExitStack() as stack:
-            plain, *others = (Worker(name, folder, processes=processes) for name in (PLAIN, *contenders))
+            plain, *others = (Worker(name, folder, processes=processes) for name in (PLAIN, *able))
             for worker in (plain, *others):
                 stack.enter_context(worker)
             plain.wait_until_ready()

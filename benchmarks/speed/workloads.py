@@ -125,7 +125,7 @@ WORKLOADS = {
         dataclasses.replace(
             STEP,
             name="step-augmented",
-            title="a step, custom dataset that draws from Python's, NumPy's and torch's generators",
+            title="a step, custom dataset, random augmentation",
             loading="augmented",
             goal=None,
         ),
@@ -148,7 +148,7 @@ WORKLOADS = {
             title="a step, `TensorDataset` and default settings, compared with `DataLoader(TensorDataset)`",
             run="in-memory",
             uses_ptacc_order=True,
-            long=9,
+            long=5,
             goal=0.75,
         ),
         Workload(
