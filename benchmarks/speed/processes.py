@@ -97,7 +97,8 @@ class Worker:
             rank.stdin.flush()
         answers = [self._read_answer(rank) for rank in self._ranks]
         cpu, wall = sum(answer["cpu"] for answer in answers), max(answer["wall"] for answer in answers)
-        return Timing(round(cpu, 6), round(wall, 6), *(answers[0][name] for name in ("loss", "steps", "quiet_step")))
+        first = answers[0]
+        return Timing(round(cpu, 6), round(wall, 6), round(first["loss"], 8), first["steps"], first["quiet_step"])
 
     def end(self) -> None:
         """End the processes."""

@@ -78,7 +78,7 @@ def read_processor_name() -> str:
 
 
 def to_json(conditions: Conditions, results: Results) -> str:
-    """Return all results, including each turn."""
+    """Return all results, including each turn. A turn is the fields of two timings."""
     data = {
         "conditions": dataclasses.asdict(conditions),
         "versions": results.versions,
@@ -86,6 +86,7 @@ def to_json(conditions: Conditions, results: Results) -> str:
         "comparisons": [
             dataclasses.asdict(each)
             | {
+                "pairs": [[dataclasses.astuple(turn) for turn in pair] for pair in each.pairs],
                 "epochs": run_epochs(each.workload),
                 "ratio": {clock: dataclasses.asdict(each.ratio(clock)) for clock in ("cpu", "wall")},
                 "quiet ratio": None if (quiet := each.quiet_ratio()) is None else dataclasses.asdict(quiet),
@@ -121,8 +122,9 @@ def run_epochs(workload: str) -> list[int]:
     return [WORKLOADS[workload].short, WORKLOADS[workload].long]
 
 
-def parse_turn(data: dict[str, dict[str, Any]]) -> Turn:
-    return Turn(Timing(**data["short"]), Timing(**data["long"]))
+def parse_turn(data: Sequence[Sequence[Any]]) -> Turn:
+    short, long = data
+    return Turn(Timing(*short), Timing(*long))
 
 
 # ---- tables
