@@ -25,7 +25,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 # The steps share one environment and run from the fastest to the slowest check.
 .NOTPARALLEL:
-.PHONY: help quickstart test check docs prove bench format clean
+.PHONY: help quickstart test check docs prove bench figures format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ prove: $(VENV)/.installed-dev ## run the long tests
 
 bench: $(BENCH_VENV)/.installed ## compare the speed of ptacc, plain PyTorch and other trainers
 	$(BENCH_PYTHON) -m benchmarks.speed $(BENCH)
+
+figures: $(BENCH_VENV)/.installed ## measure the figures of docs/reference/speed.md again
+	$(BENCH_PYTHON) -m benchmarks.speed --out docs/reference/speed $(BENCH)
+	OMP_NUM_THREADS=1 $(BENCH_PYTHON) -m benchmarks.checkpoints --out docs/reference/speed/checkpoints.txt
 
 format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/ruff check --fix .

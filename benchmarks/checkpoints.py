@@ -2,15 +2,14 @@
 
 After each step, a trainer saves its run in the foreground, saves it in the background, and writes the same weights and
 optimizer state with `torch.save`, flushed and synced. The order of the three rotates. Each ratio compares saves of the
-same step, so other load on the machine affects both.
+same step, so other load on the machine affects both. It is the median of all steps with a 95 % bootstrap interval.
 
 The measured time is the time that the loop waits in `save_run_state`: the check for NaN, encoding, hashing, writing,
-syncing, the manifest and the rename. The next save waits for a background write to finish, and this wait is not
-measured. Files are removed after each turn, outside the measurement. With `--rotate`, the measurement includes the
-rotation: the files of a new checkpoint are checked before the older one is removed, and the older file of `torch.save`
-is removed.
+syncing, the manifest, the rename, and the removal of the previous checkpoint. `torch.save` removes its previous file,
+too. The next save waits for a background write to finish, and this wait is not measured. With `--no-rotate`, files are
+removed outside the measurement.
 
-    OMP_NUM_THREADS=1 python benchmarks/checkpoints.py --directory /path/on/the/disk
+    OMP_NUM_THREADS=1 python -m benchmarks.checkpoints --directory /path/on/the/disk
 """
 
 import argparse
@@ -18,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
@@ -27,10 +26,20 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
+from benchmarks.speed.ratios import estimate
+from benchmarks.speed.report import format_ratio, format_table
 from ptacc import CheckpointMixin, Progress, Steps, Trainer
 from ptacc.mixins.checkpoint import SAVER
 
 KINDS = ("foreground", "background", "torch.save")
+HEAD = (
+    "weights and optimizer state",
+    "save, s",
+    "wait for a background save, s",
+    "`torch.save`, s",
+    "save / `torch.save`",
+    "wait / `torch.save`",
+)
 WIDTH = 512
 """The width of the layers. Each layer has a mebibyte of weights."""
 
@@ -90,38 +99,41 @@ def measure(megabytes: int, turns: int, directory: Path, *, rotates: bool) -> li
     return trainer.turns[:turns]
 
 
-def print_ratios(name: str, ratios: Iterable[float]) -> None:
-    """Print the median, the quartiles and the range of some ratios."""
-    values = sorted(ratios)
-    low, median, high = statistics.quantiles(values, n=4)
-    print(f"  {name:40} {median:.3f} (quartiles {low:.3f} to {high:.3f}, all {values[0]:.3f} to {values[-1]:.3f})")
+def format_row(megabytes: int, turns: Sequence[dict[str, float]]) -> Sequence[str]:
+    """Return the median seconds of each kind of save, and the ratios with their intervals."""
+    medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
+    saves = estimate([turn["foreground"] / turn["torch.save"] for turn in turns])
+    waits = estimate([turn["background"] / turn["torch.save"] for turn in turns])
+    return [f"{megabytes} MB", *(f"{medians[kind]:.3f}" for kind in KINDS), format_ratio(saves), format_ratio(waits)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 500], help="sizes of the state in MB")
-    parser.add_argument(
-        "--turns",
-        type=int,
-        default=12,
-        help="saves of each kind, in addition to a first one that is reported separately",
-    )
+    parser.add_argument("--turns", type=int, default=20, help="saves of each kind, in addition to a first one")
     parser.add_argument(
         "--directory", type=Path, help="directory on the disk to measure; default: the temporary directory"
     )
-    parser.add_argument("--rotate", action="store_true", help="remove the previous checkpoint after each save")
+    parser.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="remove the previous checkpoint within the measured time",
+    )
+    parser.add_argument("--out", type=Path, help="file for the table")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    rows = []
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            first, *turns = measure(megabytes, args.turns + 1, Path(directory), rotates=args.rotate)
-        medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
-        print(f"{megabytes} MB, {len(turns)} turns: " + ", ".join(f"{kind} {medians[kind]:.3f} s" for kind in KINDS))
-        print_ratios("foreground / torch.save", (turn["foreground"] / turn["torch.save"] for turn in turns))
-        print_ratios("wait in the background / foreground", (turn["background"] / turn["foreground"] for turn in turns))
-        print(f"  {'the same ratio for the first save':40} {first['background'] / first['foreground']:.3f}")
+            _, *turns = measure(megabytes, args.turns + 1, Path(directory), rotates=args.rotate)
+        rows.append(format_row(megabytes, turns))
+    text = format_table(HEAD, rows) + "\n"
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare contenders with the plain loop, and write the results as JSON, as tables and as a chart.
 
-All measurements take one to two hours. To measure a part, name it. `--add` adds a part to the results in the folder:
+All measurements take about half an hour. To measure a part, name it. `--add` adds a part to the results in the folder:
 
     python -m benchmarks.speed --workload step convnet --contender ptacc lightning --pairs 20
     python -m benchmarks.speed --workload gpt --contender ptacc --add
@@ -16,7 +16,6 @@ from pathlib import Path
 from benchmarks.speed.chart import draw
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Results, compare, measure_startup
-from benchmarks.speed.processes import WorkerError
 from benchmarks.speed.report import Conditions, format_report, from_json, to_json
 from benchmarks.speed.workloads import WORKLOADS
 
@@ -53,10 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The pairs of a contender are spread over time, so that a busy minute of the machine affects all contenders.
         for launch in range(args.launches):
             share = len(range(launch, args.pairs, args.launches))
-            for contender in args.contender:
-                print(f"{conditions.seconds:6.0f} s  launch {launch + 1}: {contender}", flush=True)
-                names = [name for name in args.workload if name != STARTUP]
-                compare_or_record_failure(contender, names, share, Path(folder), results)
+            for couple in couples([name for name in args.contender if share and name not in results.failures]):
+                print(f"{conditions.seconds:6.0f} s  launch {launch + 1}: {' and '.join(couple)}", flush=True)
+                compare(couple, [name for name in args.workload if name != STARTUP], share, Path(folder), results)
                 write(conditions, results, args.out)
     for _ in range(args.startups if STARTUP in args.workload else 0):
         for contender in (PLAIN, *args.contender):
@@ -75,14 +73,9 @@ def write(conditions: Conditions, results: Results, folder: Path) -> str:
     return text
 
 
-def compare_or_record_failure(contender: str, names: Sequence[str], pairs: int, folder: Path, results: Results) -> None:
-    """Compare a contender, or store the reason why it cannot be compared."""
-    if not pairs or contender in results.failures:
-        return
-    try:
-        compare(contender, names, pairs, folder, results)
-    except WorkerError as error:
-        results.failures[contender] = str(error)
+def couples(contenders: Sequence[str]) -> Sequence[Sequence[str]]:
+    """Return the contenders that are measured together: in twos, which share the turns of the plain loop."""
+    return [contenders[start : start + 2] for start in range(0, len(contenders), 2)]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from typing_extensions import override
 
 SEED = 0
+NOISE = 1e-5
+"""The size of augmentations. It is small, so that contenders that draw other numbers still have similar weights."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,16 @@ class SampleDataset(Dataset[tuple[Tensor, Tensor]]):
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.inputs[index], self.targets[index]
+
+
+class AugmentedDataset(SampleDataset):
+    """A custom dataset that draws from the global generators of Python, NumPy and torch for each sample."""
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, target = super().__getitem__(index)
+        size = NOISE * random.random() * np.random.random()  # noqa: NPY002
+        return torch.add(inputs, torch.randn(inputs.shape), alpha=size), target
 
 
 class BatchDataset(SampleDataset):

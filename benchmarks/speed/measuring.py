@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from benchmarks.speed.contenders import PLAIN
+from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.processes import Timing, Worker, WorkerError, run_startup
 from benchmarks.speed.ratios import Estimate, estimate
 from benchmarks.speed.workloads import WORKLOADS, Workload
+
+T = TypeVar("T")
+Weights = npt.NDArray[np.float32]
+SAME_WORK = 5e-3
+"""Maximum difference of the weights after a short run, or of the losses of an evaluation.
+
+With another order of the batches the weights differ by 2e-2 or more, with other draws of the augmentation by 9e-4.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,11 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
+    def add_failure(self, workload: str, contender: str, error: WorkerError) -> None:
+        """Store why a contender has no figures in a workload, in place of the figures."""
+        self.failures[f"{workload}, {contender}"] = str(error)
+        self.comparisons.pop((workload, contender), None)
+
     def add_versions(self, versions: dict[str, str]) -> None:
         """Store the versions of the contenders.
 
@@ -101,17 +117,25 @@ class Results:
         self.versions = merged
 
 
-def compare(contender: str, names: Collection[str], pairs: int, folder: Path, results: Results) -> None:
-    """Measure pairs of turns in each workload that the contender supports, in new processes."""
+def compare(contenders: Sequence[str], names: Iterable[str], pairs: int, folder: Path, results: Results) -> None:
+    """Measure pairs of turns of one or two contenders in each workload that they support, in new processes.
+
+    Raises:
+        WorkerError: The plain loop cannot be measured.
+    """
     for processes, group in group_by_processes(names):
-        with (
-            Worker(PLAIN, folder, processes=processes) as plain,
-            Worker(contender, folder, processes=processes) as worker,
-        ):
-            results.add_versions({PLAIN: plain.version, contender: worker.version})
+        able = [name for name in contenders if processes == 1 or CONTENDERS[name].is_distributed]
+        if not able:
+            continue
+        with contextlib.ExitStack() as stack:
+            plain, *others = (Worker(name, folder, processes=processes) for name in (PLAIN, *able))
+            for worker in (plain, *others):
+                stack.enter_context(worker)
+            plain.wait_until_ready()
+            ready = [worker for worker in others if is_ready(worker, plain, results)]
             for workload in group:
-                if workload.name in worker.workloads:
-                    measure(plain, worker, workload, pairs, folder, results)
+                workers = [worker for worker in ready if workload.run in worker.runs]
+                measure(plain, workers, workload, pairs, folder, results)
 
 
 def group_by_processes(names: Iterable[str]) -> Iterator[tuple[int, list[Workload]]]:
@@ -121,39 +145,82 @@ def group_by_processes(names: Iterable[str]) -> Iterator[tuple[int, list[Workloa
         yield processes, list(group)
 
 
-def measure(plain: Worker, worker: Worker, workload: Workload, pairs: int, folder: Path, results: Results) -> None:
-    """Measure pairs of turns in one workload. The order within a pair alternates."""
-    key = workload.name, worker.contender
+def is_ready(worker: Worker, plain: Worker, results: Results) -> bool:
+    """Wait for a contender and store its version, or store the reason why it cannot be measured."""
     try:
-        difference = warm_up(plain, worker, workload, folder)
-        comparison = results.comparisons.setdefault(key, Comparison(*key, difference))
-        comparison.difference = max(comparison.difference, difference)
-        for _ in range(pairs):
-            plain_first = len(comparison.pairs) % 2 == 0
-            comparison.pairs.append(measure_pair(plain, worker, workload, plain_first=plain_first))
+        worker.wait_until_ready()
+        results.add_versions({PLAIN: plain.version, worker.contender: worker.version})
     except WorkerError as error:
-        results.failures[f"{workload.name}, {worker.contender}"] = str(error)
-        results.comparisons.pop(key, None)
+        results.failures[worker.contender] = str(error)
+    return worker.contender not in results.failures
 
 
-def warm_up(plain: Worker, worker: Worker, workload: Workload, folder: Path) -> float:
-    """Run the same short run with both, and return the largest difference between the weights or losses."""
-    workers = (plain, worker)
-    files = [folder / f"{each.contender}.npy" for each in workers]
-    timings = [each.run(workload.name, workload.short, file) for each, file in zip(workers, files, strict=True)]
-    if workload.evaluates:
-        return abs(timings[0].loss - timings[1].loss)
-    weights = [np.load(file) for file in files]
-    return float(np.abs(weights[0] - weights[1]).max())
+def measure(
+    plain: Worker, workers: Sequence[Worker], workload: Workload, pairs: int, folder: Path, results: Results
+) -> None:
+    """Measure pairs of turns in one workload. The order of the turns alternates."""
+    comparisons = [warm_up(plain, worker, workload, folder, results) for worker in workers]
+    measured = [(worker, each) for worker, each in zip(workers, comparisons, strict=True) if each is not None]
+    for number in range(pairs if measured else 0):
+        try:
+            turns = take_turns(plain, [worker for worker, _ in measured], workload, is_reversed=number % 2 == 1)
+        except WorkerError as error:
+            for worker, _ in measured:
+                results.add_failure(workload.name, worker.contender, error)
+            return
+        for worker, comparison in measured:
+            comparison.pairs.append((turns[PLAIN], turns[worker.contender]))
 
 
-def measure_pair(plain: Worker, worker: Worker, workload: Workload, *, plain_first: bool) -> tuple[Turn, Turn]:
-    """Measure one pair of turns. The long runs are consecutive, so both see the same load of the machine."""
-    order = (plain, worker) if plain_first else (worker, plain)
+def warm_up(plain: Worker, worker: Worker, workload: Workload, folder: Path, results: Results) -> Comparison | None:
+    """Run the same short run with both. Return their comparison, or store the reason why there is none."""
+    key = workload.name, worker.contender
+    file = folder / "weights.npy"
+    try:
+        runs = [(each.run(workload.name, workload.short, file), np.load(file)) for each in (plain, worker)]
+        difference = check_same_work(workload, *runs)
+    except WorkerError as error:
+        results.add_failure(*key, error)
+        return None
+    comparison = results.comparisons.setdefault(key, Comparison(*key, difference))
+    comparison.difference = max(comparison.difference, difference)
+    return comparison
+
+
+def check_same_work(workload: Workload, plain: tuple[Timing, Weights], other: tuple[Timing, Weights]) -> float:
+    """Return the largest difference between the weights of two runs, or between the losses of two evaluations.
+
+    Raises:
+        WorkerError: The runs took other steps.
+    """
+    (timing, weights), (other_timing, other_weights) = plain, other
+    if timing.steps != other_timing.steps:
+        raise WorkerError(f"{other_timing.steps} steps in place of {timing.steps}")
+    values = (timing.loss, other_timing.loss) if workload.evaluates else (weights, other_weights)
+    difference = float(np.abs(np.subtract(*values)).max())
+    if not difference < SAME_WORK:
+        raise WorkerError(f"the difference to the plain loop is {difference:.0e}")
+    return difference
+
+
+def take_turns(plain: Worker, workers: Sequence[Worker], workload: Workload, *, is_reversed: bool) -> dict[str, Turn]:
+    """Return a turn of the plain loop and of each worker. The long runs are consecutive: see `order_turns`."""
+    order = order_turns(plain, workers, is_reversed=is_reversed)
     shorts = {each.contender: each.run(workload.name, workload.short) for each in order}
     longs = {each.contender: each.run(workload.name, workload.long) for each in reversed(order)}
-    turns = [Turn(shorts[each.contender], longs[each.contender]) for each in (plain, worker)]
-    return turns[0], turns[1]
+    return {name: Turn(shorts[name], longs[name]) for name in shorts}
+
+
+def order_turns(plain: T, others: Sequence[T], *, is_reversed: bool) -> list[T]:
+    """Return the order in which one or two contenders run next to the plain loop, under the same load of the machine.
+
+    Example:
+        >>> order_turns("plain", ["ptacc", "ignite"], is_reversed=False)
+        ['ptacc', 'plain', 'ignite']
+    """
+    first, *rest = others
+    order = [first, plain, *rest]
+    return order[::-1] if is_reversed else order
 
 
 def measure_startup(contender: str, results: Results) -> None:

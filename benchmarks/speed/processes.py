@@ -34,12 +34,14 @@ class Timing:
         cpu: Seconds of CPU time, over all threads and processes.
         wall: Seconds of elapsed time.
         loss: The mean loss that the contender reports.
+        steps: The number of optimizer steps.
         quiet_step: Seconds of a step without interruption, or 0 if there are few or no steps.
     """
 
     cpu: float
     wall: float
     loss: float
+    steps: int = 0
     quiet_step: float = 0.0
 
 
@@ -47,12 +49,10 @@ class Worker:
     """The processes of one contender. Several processes share each step."""
 
     def __init__(self, contender: str, folder: Path, *, processes: int = 1) -> None:
-        """Start the processes and wait until they are ready.
-
-        Raises:
-            WorkerError: The contender's library is not installed.
-        """
+        """Start the processes. The block of a `with` statement ends them."""
         self.contender, self._folder = contender, folder
+        self.runs: Sequence[str] = ()
+        self.version = ""
         self._errors = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115 - closed by `end`
         command = [sys.executable, "-m", MODULE, contender]
         port = find_free_port()
@@ -60,13 +60,6 @@ class Worker:
             start(command, make_environment(rank, processes, port), self._errors, stdin=subprocess.PIPE)
             for rank in range(processes)
         ]
-        try:
-            first, *_ = [self._read_answer(rank) for rank in self._ranks]
-        except WorkerError:
-            self.end()
-            raise
-        self.workloads: Sequence[str] = first["workloads"]
-        self.version: str = first["version"]
 
     def __enter__(self) -> Worker:
         return self
@@ -75,6 +68,15 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the processes have imported the contender.
+
+        Raises:
+            WorkerError: The contender's library is not installed.
+        """
+        first, *_ = [self._read_answer(rank) for rank in self._ranks]
+        self.runs, self.version = first["runs"], first["version"]
 
     def run(self, workload: str, epochs: int, weights: Path | None = None) -> Timing:
         """Run a workload once.
@@ -95,7 +97,8 @@ class Worker:
             rank.stdin.flush()
         answers = [self._read_answer(rank) for rank in self._ranks]
         cpu, wall = sum(answer["cpu"] for answer in answers), max(answer["wall"] for answer in answers)
-        return Timing(cpu, wall, answers[0]["loss"], answers[0]["quiet_step"])
+        first = answers[0]
+        return Timing(round(cpu, 6), round(wall, 6), round(first["loss"], 8), first["steps"], first["quiet_step"])
 
     def end(self) -> None:
         """End the processes."""

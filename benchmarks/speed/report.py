@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.speed.contenders import CONTENDERS, PLAIN
 from benchmarks.speed.measuring import Comparison, Results, Startup, Turn
@@ -77,7 +78,7 @@ def read_processor_name() -> str:
 
 
 def to_json(conditions: Conditions, results: Results) -> str:
-    """Return all results, including each turn."""
+    """Return all results, including each turn. A turn is the fields of two timings."""
     data = {
         "conditions": dataclasses.asdict(conditions),
         "versions": results.versions,
@@ -85,6 +86,7 @@ def to_json(conditions: Conditions, results: Results) -> str:
         "comparisons": [
             dataclasses.asdict(each)
             | {
+                "pairs": [[dataclasses.astuple(turn) for turn in pair] for pair in each.pairs],
                 "epochs": run_epochs(each.workload),
                 "ratio": {clock: dataclasses.asdict(each.ratio(clock)) for clock in ("cpu", "wall")},
                 "quiet ratio": None if (quiet := each.quiet_ratio()) is None else dataclasses.asdict(quiet),
@@ -94,7 +96,7 @@ def to_json(conditions: Conditions, results: Results) -> str:
         ],
         "startups": [dataclasses.asdict(each) for each in results.startups.values()],
     }
-    return json.dumps(data, indent=1) + "\n"
+    return json.dumps(data, separators=(",", ":")) + "\n"
 
 
 def from_json(text: str) -> tuple[Conditions, Results]:
@@ -120,8 +122,9 @@ def run_epochs(workload: str) -> list[int]:
     return [WORKLOADS[workload].short, WORKLOADS[workload].long]
 
 
-def parse_turn(data: dict[str, dict[str, float]]) -> Turn:
-    return Turn(Timing(**data["short"]), Timing(**data["long"]))
+def parse_turn(data: Sequence[Sequence[Any]]) -> Turn:
+    short, long = data
+    return Turn(Timing(*short), Timing(*long))
 
 
 # ---- tables
@@ -244,13 +247,16 @@ def format_verdict(is_reached: bool) -> str:
 
 
 def format_goal(comparison: Comparison) -> str:
-    """Return the goal and whether it was reached."""
-    workload = WORKLOADS[comparison.workload]
-    if workload.goal is None:
-        return ""
-    verdict = format_verdict(is_goal_reached(workload, comparison.ratio("cpu")))
-    statistic = "" if workload.goal_statistic == "median" else "upper end "
-    return f"{statistic}{workload.goal:.2f}: {verdict}"
+    """Return the goals and whether they were reached."""
+    workload, quiet = WORKLOADS[comparison.workload], comparison.quiet_ratio()
+    parts = []
+    if workload.goal is not None:
+        verdict = format_verdict(is_goal_reached(workload, comparison.ratio("cpu")))
+        statistic = "" if workload.goal_statistic == "median" else "upper end "
+        parts.append(f"{statistic}{workload.goal:.2f}: {verdict}")
+    if workload.quiet_goal is not None and quiet is not None:
+        parts.append(f"quiet steps {workload.quiet_goal:.2f}: {format_verdict(quiet.median <= workload.quiet_goal)}")
+    return ", ".join(parts)
 
 
 def is_goal_reached(workload: Workload, ratio: Estimate) -> bool:

@@ -51,6 +51,12 @@ def make_random_data() -> tuple[Tensor, Tensor]:
     return torch.randn(8192, 64, generator=generator), torch.randint(10, (8192,), generator=generator)
 
 
+def make_half_of_random_data() -> tuple[Tensor, Tensor]:
+    """Return 128 batches of 32, for loaders whose batches take longer."""
+    inputs, targets = make_random_data()
+    return inputs[:4096], targets[:4096]
+
+
 def make_one_batch() -> tuple[Tensor, Tensor]:
     inputs, targets = make_random_data()
     return inputs[:32], targets[:32]
@@ -136,6 +142,7 @@ def make_wide_task(width: int) -> Task:
 
 
 PERCEPTRON = Task(make_perceptron, make_random_data, make_sgd, 32)
+HALF_PERCEPTRON = Task(make_perceptron, make_half_of_random_data, make_sgd, 32)
 CONVNET = Task(make_convnet, load_digits, make_adam, 32)
 GPT = Task(SmallGPT, load_text, make_adam, 8)
 ONE_STEP = Task(make_perceptron, make_one_batch, make_adam, 32)

@@ -10,6 +10,7 @@ import argparse
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import sys
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from benchmarks.speed.jobs import Run
+    from benchmarks.speed.workloads import Workload
 
 MEBIBYTE = 2**20
 
@@ -42,6 +44,7 @@ def serve(name: str, answers: TextIO) -> None:
     import torch
 
     from benchmarks.speed.contenders import CONTENDERS
+    from benchmarks.speed.workloads import WORKLOADS
 
     torch.set_num_threads(1)
     entry = CONTENDERS[name]
@@ -50,33 +53,54 @@ def serve(name: str, answers: TextIO) -> None:
     except ImportError as error:
         send(answers, missing=str(error))
         return
-    send(answers, workloads=list(contender.RUNS), version=version(entry.distribution))
+    send(answers, runs=list(contender.RUNS), version=version(entry.distribution))
     for line in sys.stdin:
         request = json.loads(line)
+        workload = WORKLOADS[request["workload"]]
         try:
-            send(answers, **measure(contender.RUNS[request["workload"]], request))
+            send(answers, **measure(contender.RUNS[workload.run], workload, request))
         except Exception as error:  # noqa: BLE001 - a contender that fails in one workload may succeed in others
             send(answers, error=f"{type(error).__name__}: {error}")
 
 
-def measure(run: Run, request: Mapping[str, Any]) -> dict[str, float]:
+def measure(run: Run, workload: Workload, request: Mapping[str, Any]) -> dict[str, float]:
     """Run a workload once, return its time, and save its weights if the request names a file."""
     import numpy as np
 
-    from benchmarks.speed.workloads import WORKLOADS
-
+    gc.collect()
+    gc.freeze()  # later collections skip the imported modules, which take longer than a short run
     with tempfile.TemporaryDirectory(dir=request["folder"]) as folder:
-        job = WORKLOADS[request["workload"]].make_job(request["epochs"], Path(folder))
+        job = workload.make_job(request["epochs"], Path(folder))
+        parameters = list(job.model.parameters())
         step_ends: list[int] = []
         job.optimizer.register_step_post_hook(lambda *_: step_ends.append(time.perf_counter_ns()))
-        gc.collect()
-        start = read_clocks()
+        children, start = read_cpu_of_children(), read_clocks()
         loss = run(job)
         times = elapsed_since(start)
+    del job
+    if workload.workers:
+        end_workers()
+        times["cpu"] += read_cpu_of_children() - children
     if request["weights"] is not None and os.environ.get("RANK", "0") == "0":
-        weights = [parameter.detach().numpy().ravel() for parameter in job.model.parameters()]
-        np.save(request["weights"], np.concatenate(weights))
-    return times | {"loss": loss, "quiet_step": compute_quiet_step(step_ends)}
+        np.save(request["weights"], np.concatenate([each.detach().numpy().ravel() for each in parameters]))
+    return times | {"loss": loss, "steps": len(step_ends), "quiet_step": compute_quiet_step(step_ends)}
+
+
+def end_workers() -> None:
+    """End the workers of loaders that are no longer used.
+
+    Raises:
+        RuntimeError: Some are still in use, so that their CPU time is not known.
+    """
+    gc.collect()
+    if running := multiprocessing.active_children():
+        raise RuntimeError(f"{len(running)} workers run after the end of the run")
+
+
+def read_cpu_of_children() -> float:
+    """Return the CPU time of the child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def compute_quiet_step(step_ends: list[int]) -> float:
@@ -105,7 +129,7 @@ def report_startup(name: str, started: float, answers: TextIO) -> None:
         for package in entry.packages[-1:]:
             import_module(package)
         answer["import"] = elapsed_since(start)
-        train = entry.load().RUNS["step"]
+        train = entry.load().RUNS["train"]
     except ImportError as error:
         send(answers, missing=str(error))
         return

@@ -1,4 +1,4 @@
-"""The contenders, one module each. `RUNS` in a module maps workloads to functions.
+"""The contenders, one module each. `RUNS` in a module maps kinds of runs to functions: `Workload.run` names the kind.
 
 A module imports its library at the top, and only the process of the contender imports the module. If the library is not
 installed, the results omit the contender.
@@ -18,7 +18,7 @@ class Contender(Protocol):
     """The interface of a module in this package."""
 
     RUNS: Mapping[str, Run]
-    """A function for each supported workload, by name."""
+    """A function for each supported kind of run, by name."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Entry:
         module: The module in this package.
         packages: The packages whose import is timed, after torch.
         distribution: The name for pip.
+        is_distributed: Whether the contender has a run of two processes.
     """
 
     title: str
     module: str
     packages: tuple[str, ...]
     distribution: str
+    is_distributed: bool = False
 
     def load(self) -> Contender:
         """Import the contender's module.
@@ -48,9 +50,9 @@ class Entry:
 
 PLAIN = "plain"
 CONTENDERS = {
-    PLAIN: Entry("plain PyTorch", "plain", (), "torch"),
-    "ptacc": Entry("ptacc", "with_ptacc", ("accelerate", "ptacc"), "ptacc"),
-    "accelerate": Entry("plain Accelerate", "with_accelerate", ("accelerate",), "accelerate"),
+    PLAIN: Entry("plain PyTorch", "plain", (), "torch", is_distributed=True),
+    "ptacc": Entry("ptacc", "with_ptacc", ("accelerate", "ptacc"), "ptacc", is_distributed=True),
+    "accelerate": Entry("plain Accelerate", "with_accelerate", ("accelerate",), "accelerate", is_distributed=True),
     "pytorch-accelerated": Entry(
         "pytorch-accelerated",
         "with_pytorch_accelerated",

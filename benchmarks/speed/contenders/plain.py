@@ -105,16 +105,11 @@ def train_and_save(job: Job) -> float:
 
 
 RUNS = {
-    "step": train,
-    "step-samples": train,
-    "step-batches": train,
+    "train": train,
+    "evaluate": evaluate,
     "callbacks": train,
     "composed": train_composed,
     "in-memory": train,
-    "convnet": train,
-    "gpt": train,
-    "evaluate": evaluate,
-    "evaluate-samples": evaluate,
     "two-processes": train_in_processes,
     "saves": train_and_save,
 }

@@ -45,14 +45,4 @@ def evaluate(job: Job) -> float:
     return float(loss_sum) / items
 
 
-RUNS = {
-    "step": train,
-    "step-samples": train,
-    "step-batches": train,
-    "convnet": train,
-    "gpt": train,
-    "evaluate": evaluate,
-    "evaluate-samples": evaluate,
-    "two-processes": train,
-    "saves": train_and_save,
-}
+RUNS = {"train": train, "evaluate": evaluate, "two-processes": train, "saves": train_and_save}

@@ -41,4 +41,4 @@ def evaluate(job: Job) -> float:
         return float(learner.validate(dl=job.loader)[0])
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}

@@ -43,4 +43,4 @@ def evaluate(job: Job) -> float:
     return float(loss_sum) / items
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}

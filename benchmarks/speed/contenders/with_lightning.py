@@ -58,4 +58,4 @@ def evaluate(job: Job) -> float:
     return float(module.loss_sum) / module.items
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}

@@ -103,16 +103,11 @@ def train_and_save(job: Job) -> float:
 
 
 RUNS = {
-    "step": train,
-    "step-samples": train,
-    "step-batches": train,
+    "train": train,
+    "evaluate": evaluate,
     "callbacks": train_with_callbacks,
     "composed": train_composed,
     "in-memory": train_in_memory,
-    "convnet": train,
-    "gpt": train,
-    "evaluate": evaluate,
-    "evaluate-samples": evaluate,
     "two-processes": train,
     "saves": train_and_save,
 }

@@ -41,4 +41,4 @@ def evaluate(job: Job) -> float:
     return float(trainer.run_history.get_latest_metric("evaluation_loss"))
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}

@@ -30,14 +30,28 @@ class Net(NeuralNet):
         return self.job.loss_func(y_pred, y_true)
 
 
-def train(job: Job) -> float:
+def make_net(job: Job) -> Net:
     net = Net(
         job.model, criterion=job.loss_func, max_epochs=job.epochs, train_split=None, callbacks="disable", verbose=0
     )
     net.job = job
+    return net
+
+
+def train(job: Job) -> float:
+    net = make_net(job)
     net.fit(job.loader.dataset, y=None)
     losses = [batch["train_loss"] for epoch in net.history for batch in epoch["batches"]]
     return float(sum(losses) / len(losses))
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train}
+def evaluate(job: Job) -> float:
+    """Run the pass over the validation set, which is a part of `fit`."""
+    net = make_net(job).initialize()
+    net.history.new_epoch()
+    net.run_single_epoch(job.loader, training=False, prefix="valid", step_fn=net.validation_step)
+    losses = [batch["valid_loss"] for batch in net.history[-1]["batches"]]
+    return float(sum(losses) / len(losses))
+
+
+RUNS = {"train": train, "evaluate": evaluate}

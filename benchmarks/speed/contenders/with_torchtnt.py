@@ -53,4 +53,4 @@ def evaluate(job: Job) -> float:
     return float(unit.loss_sum) / unit.items
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}

@@ -70,4 +70,4 @@ def evaluate(job: Job) -> float:
     return float(make_trainer(job).evaluate(job.loader.dataset)["eval_loss"])
 
 
-RUNS = {"step": train, "convnet": train, "gpt": train, "evaluate": evaluate}
+RUNS = {"train": train, "evaluate": evaluate}
