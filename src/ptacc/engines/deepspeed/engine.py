@@ -26,10 +26,10 @@ from typing_extensions import override
 
 from ptacc.engines.base import EngineState, OptimizerSlot
 from ptacc.engines.common import OriginalModel, broadcast_buffers
-from ptacc.engines.ddp import TorchEngine
 from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.stages import STAGES, Stage3
+from ptacc.engines.default import TorchEngine
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
@@ -80,7 +80,7 @@ class DeepSpeedEngine(TorchEngine):
             dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
         # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
-        super().__init__(accelerator, model, slots, is_replicated=False)
+        super().__init__(accelerator, model, slots)
         self._reduction = ReductionCheck(model, self._slots)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
         self._model = self._engine
