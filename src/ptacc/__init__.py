@@ -21,6 +21,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin
 from ptacc.mixins.compile import CompileMixin
+from ptacc.mixins.ddp import DDPMixin
 from ptacc.mixins.deepspeed import DeepSpeedMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin
@@ -59,6 +60,7 @@ __all__ = [
     "Callback",
     "CheckpointMixin",
     "CompileMixin",
+    "DDPMixin",
     "DataLoaderConfig",
     "DeepSpeedMixin",
     "Distributed",

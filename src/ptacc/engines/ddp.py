@@ -30,6 +30,7 @@ class DDPEngine(TorchEngine):
         super().__init__(accelerator, model, slots, uses_ddp=True)
         ddp = getattr(self._model, "_orig_mod", self._model)
         assert isinstance(ddp, DistributedDataParallel)
+        ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too
         self._check = ReductionCheck(model, self._slots, ddp)
 
     @override

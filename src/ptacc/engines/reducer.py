@@ -157,14 +157,16 @@ def make_buckets(parameters: Sequence[Parameter]) -> list[Bucket]:
 
 
 def average_sparse(parameter: Parameter) -> None:
-    """Average a sparse gradient over all ranks. A collective. It counts as empty where it is None."""
+    """Average a sparse gradient over all ranks. A collective. It stays None if no rank has a row of it."""
     gradient = parameter.grad
     if gradient is None:
         indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
-        gradient = torch.sparse_coo_tensor(indices, parameter.new_empty(0, *parameter.shape[1:]), parameter.shape)
-    gradient = gradient.coalesce() / dist.get_world_size()
-    dist.all_reduce(gradient)
-    parameter.grad = gradient
+        rows = parameter.detach()[:0]
+        gradient = torch.sparse_coo_tensor(indices, rows, parameter.shape, check_invariants=False)
+    total = gradient.coalesce() / dist.get_world_size()
+    dist.all_reduce(total)
+    if parameter.grad is not None or total.coalesce().values().shape[0]:
+        parameter.grad = total
 
 
 def find_sparse(model: nn.Module) -> set[Parameter]:
