@@ -11,6 +11,8 @@ from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
     AcceleratorProtocol,
     CountedSchedulerLike,
+    HasForward,
+    HasModel,
     LRSchedulerLike,
     MetricLike,
     PlateauSchedulerLike,
@@ -39,6 +41,8 @@ __all__ = [
     "Engine",
     "EngineState",
     "EvalOptions",
+    "HasForward",
+    "HasModel",
     "LRSchedulerLike",
     "MetricLike",
     "NumpyLike",

@@ -297,7 +297,7 @@ def test_a_redeclared_model_is_refused() -> None:
     with refused("redeclaring it makes it keyword-only"):
 
         class Mine(Trainer):
-            model: nn.Linear  # type: ignore[mutable-override]
+            model: nn.Linear  # pyright: ignore[reportIncompatibleMethodOverride]  # mypy accepts it
 
 
 def test_a_property_that_returns_the_models_exact_type_is_accepted() -> None:

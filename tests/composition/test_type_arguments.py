@@ -1,15 +1,18 @@
-"""Which batch types a mixin may have in a loop with other batch types."""
+"""Which batch types a mixin may have in a loop with other batch types, and which models a loop accepts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Protocol, TypedDict
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Protocol, TypedDict, cast
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim import SGD
 from typing_extensions import TypeAliasType, TypeVar, override
 
 from ptacc import BatchMixin, MetricsMixin, Pair, StepOutput, Trainer, TrainingLoop
 from ptacc.composition.type_arguments import may_accept
-from ptacc.errors import CompositionError
+from ptacc.errors import CompositionError, ModelError, OptionError
 from ptacc.types.aliases import BatchT, OutputT
 
 T = TypeVar("T")
@@ -182,3 +185,99 @@ def test_a_generic_loop_is_not_checked_until_its_types_are_known() -> None:
             raise NotImplementedError
 
     assert Loop[Tokens] is not None
+
+
+# ---- the class of the model
+
+
+class Net(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
+class WideNet(Net): ...
+
+
+class GenericNet(Net, Generic[T]): ...
+
+
+NetT = TypeVar("NetT", bound=Net)
+WideT = TypeVar("WideT", bound=Net, default=WideNet)
+
+
+class NetTrainer(Trainer[Net]): ...
+
+
+class BoundTrainer(Trainer[NetT], Generic[NetT]): ...
+
+
+class WithDefault(Trainer[WideT], Generic[WideT]): ...
+
+
+class DefaultTrainer(WithDefault): ...
+
+
+class GenericNetTrainer(BoundTrainer[GenericNet[int]]): ...
+
+
+class EitherTrainer(Trainer[Net | nn.Conv2d]): ...
+
+
+class AnyTrainer(Trainer[Any]): ...
+
+
+def make(trainer: Callable[..., Trainer], model: nn.Module) -> Trainer:
+    return trainer(model, loss_func=nn.MSELoss(), optimizer=SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "model"),
+    [
+        (NetTrainer, Net()),
+        (NetTrainer, WideNet()),
+        (NetTrainer, spectral_norm(Net())),
+        (BoundTrainer, WideNet()),
+        (WithDefault, Net()),
+        (DefaultTrainer, WideNet()),
+        (GenericNetTrainer, GenericNet[int]()),
+        (EitherTrainer, nn.Conv2d(1, 1, 1)),
+        (AnyTrainer, nn.Linear(2, 2)),
+        (Trainer[Net], Net()),
+        (Trainer, nn.Linear(2, 2)),
+    ],
+)
+def test_a_model_of_the_stated_class_is_accepted(trainer: type[Trainer], model: nn.Module) -> None:
+    assert make(trainer, model).unwrapped_model is model
+
+
+@pytest.mark.parametrize(
+    ("trainer", "model", "stated"),
+    [
+        (NetTrainer, nn.Linear(2, 2), "Net"),
+        (BoundTrainer, nn.Linear(2, 2), "Net"),
+        (DefaultTrainer, Net(), "WideNet"),
+        (GenericNetTrainer, Net(), "GenericNet"),
+        (EitherTrainer, nn.Linear(2, 2), "Conv2d"),
+    ],
+)
+def test_a_model_of_another_class_is_refused(trainer: type[Trainer], model: nn.Module, stated: str) -> None:
+    with pytest.raises(OptionError, match=rf"{trainer.__name__}\(model=.*must be an instance of .*{stated}"):
+        make(trainer, model)
+
+
+def test_a_compiled_model_of_the_stated_class_is_refused_as_wrapped() -> None:
+    with pytest.raises(ModelError, match="Pass the original model"):
+        make(NetTrainer, cast(nn.Module, torch.compile(Net(), backend="eager")))
+
+
+def test_a_type_of_samples_in_the_place_of_the_models_class_is_refused() -> None:
+    fix = r"TrainingLoop\[tuple\[Tensor, Tensor\], Tensor, nn.Module, tuple\[Tensor, int\]\]"
+    with pytest.raises(CompositionError, match=fix):
+
+        class Mine(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]): ...  # type: ignore[type-var]
+
+
+def test_a_protocol_as_the_models_class_is_refused() -> None:
+    with pytest.raises(CompositionError, match="for the model is HasIds, and must be a subclass"):
+
+        class Mine(Trainer[HasIds]): ...  # type: ignore[type-var]

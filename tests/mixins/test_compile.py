@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo import graph_break, reset
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 from typing_extensions import override
@@ -134,6 +135,18 @@ def test_the_model_is_compiled_during_the_run_and_restored_after_it() -> None:
     assert counters["frames"]["total"] > before
     assert type(trainer.model) is Net
     assert "forward" not in vars(trainer.model)
+
+
+def test_forward_calls_the_wrapped_model() -> None:
+    class Calling(CompileMixin, Trainer[Net]):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            assert self.forward is self.run.model is not self.unwrapped_model
+            outputs = self.forward(batch[0])
+            return StepOutput(loss=cross_entropy(outputs, batch[1]), outputs=outputs)
+
+    trainer = Calling(**parts(), compile_backend="eager")
+    assert len(trainer.train(data(), num_epochs=1)) == 1
 
 
 def test_runs_and_evaluations_share_compiled_code_also_with_autocast() -> None:

@@ -99,7 +99,7 @@ def test_evaluations_are_not_mixed() -> None:
     assert trainer.evaluate(tiny_data()).loss == pytest.approx(expected)
 
 
-class Regression(MixUpMixin, TrainingLoop[Pair, Tensor, tuple[Tensor, ...]]):
+class Regression(MixUpMixin, TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, ...]]):
     """Its `eval_step` is the default, which calls `train_step`."""
 
     @override

@@ -14,7 +14,7 @@ from ptacc import GradAccumMixin, StepOutput, TrainingLoop
 from ptacc.errors import DataError, LossError
 
 
-class Sequences(TrainingLoop[Any, Any, Tensor]):
+class Sequences(TrainingLoop[Any, Any, nn.Module, Tensor]):
     @override
     def train_step(self, batch: Any) -> StepOutput[Any]:
         parts = unpack_sequence(batch) if isinstance(batch, PackedSequence) else batch[0]

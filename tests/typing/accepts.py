@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypedDict, assert_type, overload
 
 import numpy as np
 import pandas as pd
@@ -80,6 +80,7 @@ from ptacc.protocols import (
     AcceleratorProtocol,
     DataLoaderKwargs,
     EvalOptions,
+    HasModel,
     LRSchedulerLike,
     MetricLike,
     SchedulerFactory,
@@ -415,7 +416,7 @@ Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), Res
 listeners_made_before = (StopOnNonFinite(), PrintMetrics(), RestoreBestWeights("eval_loss"))  # mypy needs a tuple
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=listeners_made_before)
 make_trainer = functools.partial(Trainer, loss_func=loss, optimizer=opt)
-assert_type(make_trainer(net), Trainer)
+made: Trainer = make_trainer(net)
 
 
 class Everything(AMPMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, MetricsMixin, SeedMixin, Trainer):
@@ -571,8 +572,8 @@ class PairLoop(MetricsMixin, TrainingLoop[Pair, Tensor]):
         return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
 
 
-class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
-    """A third type argument is the type of samples, if the default collate function changes it."""
+class LabelLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, int]]):
+    """A fourth type argument is the type of samples, if the default collate function changes it."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
@@ -581,7 +582,7 @@ class LabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]):
         return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
 
 
-class TensorsLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, ...]]):
+class TensorsLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, ...]]):
     """To pyright, the samples of a `TensorDataset` are tuples of any length."""
 
     @override
@@ -646,14 +647,14 @@ SampleT = TypeVar("SampleT")
 
 
 def cross_validate(
-    make: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]], folds: Sequence[Sequence[SampleT]]
+    make: Callable[[], TrainingLoop[BatchT, OutputT, nn.Module, SampleT]], folds: Sequence[Sequence[SampleT]]
 ) -> list[RunHistory]:
     return [make().train(fold, num_epochs=1) for fold in folds]
 
 
 def generic_functions(trainer: Trainer, pairs: list[Pair], labelled: list[tuple[Tensor, int]]) -> None:
     """A trainer takes samples: one for several types of samples is also one for each of them."""
-    narrow: TrainingLoop[Pair, Tensor, Pair] = trainer
+    narrow: TrainingLoop[Pair, Tensor, nn.Module, Pair] = trainer
     assert_type(cross_validate(lambda: narrow, [pairs]), list[RunHistory])
     assert_type(cross_validate(lambda: trainer, [labelled, labelled]), list[RunHistory])
     assert_split_invariant(lambda: trainer, pairs)
@@ -1061,3 +1062,148 @@ def saves(trainer: Saved) -> None:
 
 
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="x", resume=True, callbacks=[SaveBest("accuracy", "max")])
+
+
+# ==== the model
+
+
+class GAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    @override
+    def forward(self, noise: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        fake: Tensor = self.generator(noise)
+        return fake, self.discriminator(fake)
+
+    def sample(self, count: int) -> Tensor:
+        return torch.zeros(count, 4)
+
+
+@dataclass
+class LMOutput:
+    loss: Tensor
+    logits: Tensor
+
+
+class LM(nn.Module):
+    """A model that returns an output object, as those of transformers do."""
+
+    @override
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> LMOutput:
+        raise NotImplementedError
+
+
+class Chain(nn.Module):
+    @overload
+    def forward(self, inputs: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]: ...
+    @override
+    def forward(self, inputs: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return inputs
+
+
+class GANLoop(AMPMixin, GradClipMixin, MetricsMixin[Tensor, Tensor], TrainingLoop[Tensor, Tensor, GAN]):
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        assert_type(self.model, GAN)
+        assert_type(self.model.generator, nn.Linear)
+        assert_type(self.unwrapped_model.sample(3), Tensor)
+        assert_type(self.forward(batch, scale=2.0), tuple[Tensor, Tensor])
+        fake, score = self.forward(batch)
+        return StepOutput(loss=score.mean(), outputs=fake)
+
+
+class LMLoop(TrainingLoop[TokenBatch, Tensor, LM]):
+    @override
+    def train_step(self, batch: TokenBatch) -> StepOutput[Tensor]:
+        output = self.forward(batch.tokens, labels=batch.targets)
+        assert_type(output, LMOutput)
+        return StepOutput(loss=output.loss, outputs=output.logits)
+
+
+class OneOfTwoLoop(TrainingLoop[Tensor, Tensor, GAN | LM]):
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        assert_type(self.model, GAN | LM)
+        outputs = self.model.sample(3) if isinstance(self.model, GAN) else batch
+        return StepOutput(loss=outputs.mean(), outputs=outputs)
+
+
+GanT = TypeVar("GanT", bound=GAN)
+
+
+class OpenGANLoop(TrainingLoop[Tensor, Tensor, GanT], Generic[GanT]):
+    """A loop that is generic in its model."""
+
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        fake, score = self.forward(batch)
+        assert_type(self.model, GanT)
+        return StepOutput(loss=self.model.discriminator(fake).mean(), outputs=score)
+
+
+class WideGAN(GAN):
+    width: int = 2
+
+
+class WideGANLoop(SeedMixin, GradAccumMixin, OpenGANLoop[WideGAN]): ...
+
+
+class PairTrainer(AMPMixin, GradClipMixin, LRSchedulerMixin, Trainer[GAN]):
+    """A composed trainer of one class of models."""
+
+
+class TalliedGANLoop(TallyMixin, GenericMixin[Tensor], WrappingMixin, GANLoop):
+    """Mixins that do not depend on the model."""
+
+
+class ShowSample(Callback[HasModel[GAN]]):
+    @override
+    def on_epoch_end(self, trainer: HasModel[GAN], record: EpochRecord) -> None:
+        assert_type(trainer.unwrapped_model.sample(1), Tensor)
+
+
+class ForGANTrainer(Callback[Trainer[GAN]]):
+    @override
+    def on_run_end(self, trainer: Trainer[GAN]) -> None:
+        assert_type(trainer.unwrapped_model, GAN)
+
+
+class ForTrainer(Callback[Trainer]):
+    @override
+    def on_run_end(self, trainer: Trainer) -> None:
+        assert_type(trainer.unwrapped_model, nn.Module)
+
+
+gan = GAN()
+assert_type(Trainer(net, loss_func=loss, optimizer=opt).model, nn.Linear)
+assert_type(Trainer(gan, loss_func=loss, optimizer=opt), Trainer[GAN])
+assert_type(Trainer(gan, loss_func=loss, optimizer=opt).unwrapped_model.generator, nn.Linear)
+assert_type(Trainer(Chain(), loss_func=loss, optimizer=opt).forward([torch.zeros(1)]), list[Tensor])
+assert_type(Everything(gan, loss_func=loss, optimizer=opt, create_scheduler=one_cycle).model, nn.Module)
+assert_type(PairLoop(net, optimizer=opt).unwrapped_model, nn.Module)
+assert_type(PairTrainer(gan, loss_func=loss, optimizer=opt, create_scheduler=one_cycle).model, GAN)
+assert_type(WideGANLoop(WideGAN(), optimizer=opt).model.width, int)
+assert_type(OpenGANLoop(WideGAN(), optimizer=opt).model, WideGAN)
+assert_type(TalliedGANLoop(gan, optimizer=opt).seen, list[Tensor])
+Trainer(gan, loss_func=loss, optimizer=opt, callbacks=[ForGANTrainer(), ForTrainer(), Anywhere()])
+GANLoop(WideGAN(), optimizer=opt, callbacks=[ShowSample(), ForAnyTrainer(), RestoreBestWeights("eval_loss")])
+trainers: list[Trainer] = [Trainer(net, loss_func=loss, optimizer=opt), Trainer(gan, loss_func=loss, optimizer=opt)]
+
+
+def trainers_of_a_class_of_models(any_trainer: Trainer, trainer: Trainer[GAN], loop: OneOfTwoLoop) -> None:
+    """A trainer of a class of models is also one of modules."""
+
+    def sample(of: HasModel[GAN]) -> Tensor:
+        return of.unwrapped_model.sample(3)
+
+    assert_type(sample(trainer), Tensor)
+    assert_type(sample(WideGANLoop(WideGAN(), optimizer=opt)), Tensor)
+    any_trainer = trainer
+    loops: Sequence[TrainingLoop[Any, Any]] = [any_trainer, loop]
+    find_learning_rate(trainer, Labelled())
+    assert_overfits_one_batch(trainer, pairs)
+    assert_split_invariant(lambda: trainer, pairs)

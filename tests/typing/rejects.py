@@ -53,7 +53,7 @@ from ptacc import (
     TrainingLoop,
     hook,
 )
-from ptacc.protocols import MetricLike, SupportsGradClip, SupportsMetrics
+from ptacc.protocols import HasModel, MetricLike, SupportsGradClip, SupportsMetrics
 from ptacc.testing import assert_split_invariant
 
 net = nn.Linear(4, 3)
@@ -297,7 +297,7 @@ Trainer(net, loss_func=nn.CrossEntropyLoss, optimizer=opt)  # type: ignore[arg-t
 
 # 24 parameters instead of the model
 Trainer(net, loss_func=loss, optimizer=opt)
-Trainer(net.parameters(), loss_func=loss, optimizer=opt)  # type: ignore[arg-type]
+Trainer(net.parameters(), loss_func=loss, optimizer=opt)  # type: ignore[type-var]
 
 
 # ==== callbacks passed to a trainer
@@ -891,10 +891,10 @@ class LoadsDataset(Mixin):
 # ==== trainers passed to functions
 
 
-def takes_pairs(trainer: TrainingLoop[Pair, Tensor, Pair]) -> None: ...
+def takes_pairs(trainer: TrainingLoop[Pair, Tensor, nn.Module, Pair]) -> None: ...
 
 
-def takes_names(trainer: TrainingLoop[Pair, Tensor, str]) -> None: ...
+def takes_names(trainer: TrainingLoop[Pair, Tensor, nn.Module, str]) -> None: ...
 
 
 def make_trainer() -> Trainer:
@@ -944,3 +944,99 @@ def data_of_other_libraries() -> None:
     # 104 a stream limited by its epochs alone
     trainer.train(Numbers(), max_steps=9)
     trainer.train(Numbers(), num_epochs=1)  # type: ignore[call-overload]
+
+
+# ==== models of another class
+
+
+class GAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Linear(2, 4)
+
+    @override
+    def forward(self, noise: Tensor, *, scale: float = 1.0) -> Tensor:
+        fake: Tensor = scale * self.generator(noise)
+        return fake
+
+
+class GANLoop(AMPMixin, GradClipMixin, TrainingLoop[Tensor, Tensor, GAN]):
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        fake = self.forward(batch)
+        return StepOutput(loss=fake.mean(), outputs=fake)
+
+
+class GANTrainer(SeedMixin, Trainer[GAN]): ...
+
+
+# 105 another model than the loop's
+GANLoop(GAN(), optimizer=opt)
+GANLoop(net, optimizer=opt)  # type: ignore[arg-type]
+
+# 106 another model than the composed trainer's
+GANTrainer(GAN(), loss_func=loss, optimizer=opt)
+GANTrainer(net, loss_func=loss, optimizer=opt)  # type: ignore[arg-type]
+
+# 107 the model's class instead of a model
+Trainer(GAN(), loss_func=loss, optimizer=opt)
+Trainer(GAN, loss_func=loss, optimizer=opt)  # type: ignore[type-var]
+
+
+# ==== the class of the model
+
+
+# 108 the type of samples in the place of the model's class
+class LabelLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, int]]): ...
+
+
+class WrongLabelLoop(TrainingLoop[Pair, Tensor, tuple[Tensor, int]]): ...  # type: ignore[type-var]
+
+
+def show_gan(trainer: Trainer[GAN]) -> None: ...
+
+
+class OnGAN(Callback[HasModel[GAN]]): ...
+
+
+class LinearTrainer(SeedMixin, Trainer[nn.Linear]): ...
+
+
+def functions_of_a_class_of_models() -> None:
+    # 109 a trainer of another model than the function's
+    show_gan(Trainer(GAN(), loss_func=loss, optimizer=opt))
+    show_gan(trainer)  # type: ignore[arg-type]
+
+    # 110 a callback for another model than the trainer's
+    GANTrainer(GAN(), loss_func=loss, optimizer=opt, callbacks=[OnGAN()])
+    LinearTrainer(net, loss_func=loss, optimizer=opt, callbacks=[OnGAN()])  # type: ignore[list-item]
+
+
+# ==== what the model has
+
+
+def what_the_model_has(loop: GANLoop, inferred: Trainer[GAN]) -> None:
+    # 111 a misspelt submodule
+    show(loop.model.generator)
+    show(inferred.model.generatr.in_features)  # type: ignore[union-attr]
+
+    # 112 a misspelt argument of the model's `forward`
+    show(loop.forward(torch.zeros(2), scale=2.0))
+    show(loop.forward(torch.zeros(2), scal=2.0))  # type: ignore[call-arg]
+
+    # 113 outputs of the model used as another type
+    show(loop.forward(torch.zeros(2)).mean())
+    show(loop.forward(torch.zeros(2)).logits)  # type: ignore[attr-defined]
+
+
+# ==== the model of a trainer
+
+
+def the_model_of_a_trainer(loop: GANLoop, inferred: Trainer[GAN]) -> None:
+    # 114 an input of another type
+    show(loop.forward(torch.zeros(2)))
+    show(inferred.forward("noise"))  # type: ignore[arg-type]
+
+    # 115 another model, while the optimizer has the parameters of the first
+    show(GANLoop(GAN(), optimizer=opt))
+    loop.model = GAN()  # type: ignore[misc]

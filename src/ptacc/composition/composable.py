@@ -18,6 +18,7 @@ from ptacc.composition.fields import (
     evaluate_constructor,
     own_annotations,
     prepare_annotations,
+    property_option,
     use_nearest_defaults,
 )
 from ptacc.composition.guards import check_class_statement, check_composition
@@ -55,7 +56,7 @@ def replaces_super(function: FunctionT) -> FunctionT:
     return function
 
 
-@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field, property_option))
 class Composable(ABC):
     """The root class of trainers and mixins.
 

@@ -128,7 +128,15 @@ def _get_declared_type(cls: type, option: Field[Any]) -> Any:
     return ForwardRef(declared, module=owner.__module__, is_class=True) if isinstance(declared, str) else declared
 
 
-# ---- the annotations of the constructor
+# ---- what type checkers and other readers know of the constructor
+
+
+def property_option(*, alias: str, kw_only: bool) -> Any:
+    """Declare, for type checkers only, an option that is read through a property.
+
+    A subclass may narrow the type of a property, but not of a field, which can be assigned. `alias` names the option.
+    """
+    raise NotImplementedError
 
 
 def evaluate_constructor(cls: type, init: Callable[..., None]) -> None:
@@ -169,7 +177,7 @@ def check_own_options(cls: type) -> None:
         if name == "model" and name in inherited:
             raise CompositionError(
                 f"{cls.__name__}.model: redeclaring it makes it keyword-only, so that {cls.__name__}(model, ...) "
-                "fails. Leave it out; if you need its exact type, write a property that returns it."
+                "fails. Leave it out. To declare its class, give it as a type argument: `Trainer[MyModel]`."
             )
         if name not in inherited and any(_is_callable_member(base.__dict__.get(name)) for base in cls.__mro__[1:]):
             raise CompositionError(

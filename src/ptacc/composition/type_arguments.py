@@ -1,4 +1,4 @@
-"""Type arguments of a class definition: whether its mixins accept the batches and outputs of its loop."""
+"""Type arguments of a class definition: the model of its loop, and whether its mixins accept the loop's batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from torch import nn
 from typing_extensions import TypeVar, get_original_bases, is_typeddict
 
 from ptacc.composition.fields import type_text
@@ -17,7 +18,7 @@ _PROMOTED_TO: dict[type, tuple[type, ...]] = {int: (float, complex), float: (com
 
 
 def describe_type_mismatch(cls: type) -> str:
-    """Describe the first mixin that does not accept the batches or outputs of the loop; empty if all do.
+    """Describe a model that is not a module, or a mixin that does not accept the loop's batches or outputs; else empty.
 
     A mixin may accept wider types than the loop has (`object` accepts anything). Type variables, protocols and other
     types that cannot be compared at run time are left to the type checker.
@@ -25,6 +26,13 @@ def describe_type_mismatch(cls: type) -> str:
     bases = list(_bases_with_arguments(cls, ()))
     loops = [arguments for base, arguments, _ in bases if get_role(base) == "loop"]
     mixins = [(named_by, arguments) for base, arguments, named_by in bases if get_role(base) == "batch mixin"]
+    for batch, output, model, _ in loops:
+        if not may_accept(nn.Module, model):
+            return (
+                f"{cls.__name__}: the type argument for the model is {type_text(model)}, and must be a subclass of "
+                "nn.Module. It is the third of TrainingLoop; the type of samples is the fourth: "
+                f"`TrainingLoop[{type_text(batch)}, {type_text(output)}, nn.Module, {type_text(model)}]`."
+            )
     for given, (mixin, accepted) in itertools.product(loops, mixins):
         for what, narrow, wide in zip(("batches", "outputs"), given, accepted, strict=False):
             if not may_accept(wide, narrow):
@@ -33,6 +41,25 @@ def describe_type_mismatch(cls: type) -> str:
                     f"{type_text(wide)}. {_suggest_fix(mixin, given)}"
                 )
     return ""
+
+
+def find_model_mismatch(cls: type, model: object) -> Any:
+    """Return the type that the definition of a trainer states for its model, if `model` is not of it; else None."""
+    for base, arguments, _ in _bases_with_arguments(cls, ()):
+        if get_role(base) == "loop" and not _may_be_instance(model, arguments[2]):
+            return arguments[2]
+    return None
+
+
+def _may_be_instance(value: object, annotation: Any) -> bool:
+    """Return whether a value is of a type; True if that is undecidable. A type variable stands for its bound."""
+    annotation = _strip_alias(getattr(annotation, "__bound__", annotation))
+    if _is_union(annotation):
+        return any(_may_be_instance(value, part) for part in get_args(annotation))
+    cls = get_origin(annotation) or annotation
+    if cls is Any or not isinstance(cls, type) or getattr(cls, "_is_protocol", False):
+        return True
+    return isinstance(value, cls)
 
 
 def may_accept(wide: Any, narrow: Any) -> bool:
@@ -121,7 +148,7 @@ def _is_union(annotation: Any) -> bool:
 
 def _suggest_fix(mixin: type, given: tuple[Any, ...]) -> str:
     if getattr(mixin, "__parameters__", ()):
-        loop_types = ", ".join(map(type_text, given[:2]))  # the third is the type of samples
+        loop_types = ", ".join(map(type_text, given[:2]))  # then come the types of the model and of samples
         return f"Give it the loop's types, `{mixin.__name__}[{loop_types}]`, if its hooks can handle them."
     return (
         f"Compose it with a loop over the batches that it accepts, or make it generic, `class {mixin.__name__}("

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, ParamSpec, Self
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, Self
 
 import torch
 from torch import nn
@@ -75,7 +75,15 @@ class TrainerBase(Composable):
 
     _role: ClassVar[Role] = "core"
 
-    model: nn.Module = field(kw_only=False)
+    if TYPE_CHECKING:  # the loop declares the option with the type of the user's model, which mixins need not know
+
+        @property
+        def model(self) -> nn.Module:
+            """The model; within a run, the wrapped one."""
+            raise NotImplementedError
+
+    else:
+        model: nn.Module = field(kw_only=False)
     optimizer: Optimizer
     callbacks: Sequence[Callback[Self]] = ()
     history_file: str | os.PathLike[str] | None = None
@@ -106,8 +114,8 @@ class TrainerBase(Composable):
         return self.model if self._state.unwrapped_model is None else self._state.unwrapped_model
 
     def _set_model(self, model: nn.Module) -> None:
-        """Set the option `model`; a method, since a trainer may narrow the type of the option."""
-        self.model = model
+        """Set the option `model`, which is read-only for type checkers."""
+        vars(self)["model"] = model
 
     def _averages(self, name: str) -> AveragedWeights | None:
         """Return the averages of the model's present weights by the name of their part, None if there are none.

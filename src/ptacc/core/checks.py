@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import LBFGS
 
+from ptacc.composition.fields import type_text
+from ptacc.composition.type_arguments import find_model_mismatch
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.types.monitor import Monitor, ValueNames
@@ -25,6 +27,17 @@ def check_not_wrapped(owner: str, model: nn.Module) -> None:
         raise ModelError(
             f"{owner}(model={type(model).__name__}(...)): the model is already wrapped. Pass the original model: each "
             "run wraps and compiles it, and restores it at its end."
+        )
+
+
+def check_model_class(trainer: type, model: nn.Module) -> None:
+    """Raise `OptionError` for a model that is not of the class that the definition of a trainer states."""
+    expected = find_model_mismatch(trainer, model)
+    if expected is not None:
+        check_not_wrapped(trainer.__name__, model)  # a compiled model is not an instance of its class
+        raise OptionError(
+            f"{trainer.__name__}(model={value_text(model)}): must be an instance of {type_text(expected)}, the type "
+            f"argument for the model in the bases of {trainer.__name__}. Without that argument, any model is accepted."
         )
 
 

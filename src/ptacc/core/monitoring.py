@@ -41,6 +41,10 @@ class BestValue(Callback[TrainerT_contra], Generic[TrainerT_contra]):
         best_step: The number of steps at that time.
     """
 
+    best_value: float
+    best_epoch: int
+    best_step: int
+
     def __init__(self, monitor: str | Monitor, mode: Mode = "min") -> None:
         self._monitor = as_monitor(monitor, mode)
         self._reset()

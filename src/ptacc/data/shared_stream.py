@@ -37,7 +37,7 @@ class SharedStream(IterableDataset[Any]):
 
     def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
         self.dataset: Any = loader.dataset
-        self.size = (loader.batch_size or 1) * distributed.replicas
+        self.size: int = (loader.batch_size or 1) * distributed.replicas
         self._collate, self._drop_last, self._seed = get_collate_fn(loader), loader.drop_last, seed
         self._world_size = distributed.world_size
         self._replica, self._replicas = distributed.replica, distributed.replicas
@@ -121,7 +121,8 @@ class StreamReader:
     def __init__(
         self, loader: DataLoader[Any], stream: SharedStream, batches: int = 0, state: StateDict | None = None
     ) -> None:
-        self._items, self._stream, self.batches = start_iteration(loader), stream, batches
+        self.batches: int = batches
+        self._items, self._stream = start_iteration(loader), stream
         self._state, self._has_workers = state, loader.num_workers > 0
         self._ahead: deque[StreamItem] = deque()
         self._is_intact = True

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from typing_extensions import override
 
 from ptacc.errors import PtaccError, RankFailedError
@@ -66,8 +67,10 @@ class FailureMonitor:
     """
 
     def __init__(self, group: dist.ProcessGroup, connections: frozenset[tuple[int, int]]) -> None:
-        self.store = group.get_group_store()
-        self.rank, self.world_size, self._connections = group.rank(), group.size(), connections
+        self.store: Store = group.get_group_store()
+        self.rank: int = group.rank()
+        self.world_size: int = group.size()
+        self._connections = connections
         self.failure: Failure | None = None
         self.store.set(f"process/{self.rank}", json.dumps([host_identity(), os.getpid()]))
 

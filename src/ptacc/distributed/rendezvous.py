@@ -103,7 +103,7 @@ class Rendezvous:
         self._calls = 0
         self._stored: list[int] = []
         self.current_call = ""
-        self.progress = ProgressCounter()
+        self.progress: ProgressCounter = ProgressCounter()
         self._store.set(f"counter/{self._rank}", json.dumps([host_identity(), self.progress.path]))
 
     def sync(self, call: str, ranks: Sequence[int] | None = None, error: str | None = None) -> None:

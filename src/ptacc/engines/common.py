@@ -55,7 +55,7 @@ class OriginalModel:
 
     def __init__(self, model: nn.Module, packages: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
         self._model, self._packages, self._prefixes = model, packages, prefixes
-        self.devices = {parameter: parameter.device for parameter in model.parameters()}
+        self.devices: dict[nn.Parameter, torch.device] = {p: p.device for p in model.parameters()}
         self._buffer_devices = {name: buffer.device for name, buffer in model.named_buffers()}
         self._attributes = {owner: frozenset(vars(owner)) for owner in (*model.modules(), *self.devices)}
         self._added = dict.fromkeys(self._attributes, frozenset[str]())

@@ -6,15 +6,16 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import field
-from typing import Any, ClassVar, Generic, Self, final, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, cast, final, overload
 
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
+from ptacc.composition.fields import property_option
 from ptacc.composition.roles import Role, is_mixin
 from ptacc.core.callback import Callback, overrides
-from ptacc.core.checks import check_callbacks, check_not_wrapped, check_output
+from ptacc.core.checks import check_callbacks, check_model_class, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
 from ptacc.data.loading import known_length
@@ -30,7 +31,7 @@ from ptacc.model.modes import start_training
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
 from ptacc.run.window import Window, make_windows
-from ptacc.types.aliases import BatchT, Duration, OutputT, RawT, SampleT
+from ptacc.types.aliases import BatchT, Duration, ModelT, OutputT, RawT, SampleT, T
 from ptacc.types.arguments import (
     DEFAULT_CADENCE,
     EpochLimited,
@@ -43,15 +44,19 @@ from ptacc.types.arguments import (
 )
 from ptacc.types.outputs import EpochRecord, StepOutput
 from ptacc.types.progress import Progress
+from ptacc.types.protocols import HasForward, HasModel
 from ptacc.validation import check_keywords
 
 
-class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
+class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, ModelT, SampleT]):
     """The training loop, generic in the types of batches and of a step's outputs.
 
+    The third type argument is the class of the model, by default `nn.Module`: `TrainingLoop[Pair, Tensor, MyModel]`. It
+    is the type of `self.model`, so that type checkers know its methods and submodules. Another model is an error.
+
     `TrainingLoop[BatchT, OutputT]` takes datasets whose samples are of type `BatchT`, which torch's default collate
-    function often preserves. If the samples are of another type, it is the third argument:
-    `TrainingLoop[Pair, Tensor, tuple[Tensor, int]]`.
+    function often preserves. If the samples are of another type, it is the fourth argument:
+    `TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, int]]`.
 
     Options:
         default_callbacks: Callbacks that come before `callbacks`: a progress bar, printed metrics, and a stop at the
@@ -76,6 +81,24 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     default_callbacks: Sequence[Callback[Self]] = field(default_factory=default_callbacks)
 
+    if TYPE_CHECKING:
+        _model: ModelT = property_option(alias="model", kw_only=False)
+
+        @property
+        @override
+        def model(self) -> ModelT: ...
+        @property
+        @override
+        def unwrapped_model(self) -> ModelT: ...
+
+    @property
+    def forward(self: HasModel[HasForward[T]]) -> T:
+        """The model, for calls with the types of its `forward`: `self.forward(x)` is `self.model(x)`.
+
+        torch declares that calling any module returns `Any`, so `self.model(x)` has no type.
+        """
+        return cast(T, self.model)
+
     def _mixins_must_come_before_the_loop(self) -> object:
         """Exist for type checkers: see `Mixin`."""
         return None
@@ -85,6 +108,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     @override
     def check_options(self) -> None:
+        check_model_class(type(self), self.model)
         check_callbacks(type(self).__name__, self.default_callbacks, Callback)
         check_has_step(type(self))
 

@@ -34,8 +34,8 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module) -> None:
         """Start with a copy of the model's present tensors."""
-        self.updates = 0
-        self.is_applied = False
+        self.updates: int = 0
+        self.is_applied: bool = False
         self._averages: dict[str, Tensor] = {}
         self._may_be_infinite: set[str] = set()
         self._versions: list[tuple[int, int]] = []

@@ -54,7 +54,7 @@ class StepProfiler:
         cycles: int,
     ) -> None:
         self._make, self._report, self._cycles = make, report, cycles
-        self.ranges = contextlib.ExitStack()
+        self.ranges: contextlib.ExitStack = contextlib.ExitStack()
         self.was_interrupted = False
         self.profiles: list[Profile] = []
         self._profiler: profile | None = None

@@ -65,7 +65,7 @@ class Schedule:
     kind: Kind = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = self.run.engine.slots[0].optimizer
+        self.optimizer: Optimizer = self.run.engine.slots[0].optimizer
         self._num_groups = len(self.optimizer.param_groups)
         self._length = describe_length(self.run, self.interval)  # now, since the plan may be revised during the run
         self._initial = [get_settings(group) for group in self.optimizer.param_groups]

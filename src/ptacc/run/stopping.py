@@ -28,7 +28,8 @@ class StopState:
     def __init__(self, distributed: DistributedRuntime, history: RunHistory, options: RunOptions) -> None:
         self.decision: StopRequest | None = None
         self._rank, self._history = distributed.rank, history
-        self.consensus = StopConsensus(distributed, options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY))
+        check_every = options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY)
+        self.consensus: StopConsensus = StopConsensus(distributed, check_every)
         self._max_seconds = max_seconds(options)
         self._time_limit = StopRequest(f"max_time={options['max_time']} reached", depends_on_clock=True)
         self._request: StopRequest | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptacc.errors import OptionError
 from ptacc.loop.evaluation import AnyEval
@@ -23,7 +23,7 @@ from ptacc.validation import check_at_least, list_some
 
 @overload
 def assert_overfits_one_batch(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     data: SizedDataset[SampleT],
     *,
     eval_dataset: AnyEval[SampleT] = None,
@@ -33,7 +33,7 @@ def assert_overfits_one_batch(
 ) -> None: ...
 @overload
 def assert_overfits_one_batch(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     data: SizedDataset[RawT],
     *,
     eval_dataset: AnyEval[RawT] = None,

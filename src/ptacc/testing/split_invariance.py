@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import AnyEval
@@ -29,7 +29,7 @@ from ptacc.validation import check_at_least, check_positive
 
 @overload
 def assert_split_invariant(
-    make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]],
+    make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, nn.Module, SampleT]],
     data: SizedDataset[SampleT],
     *,
     eval_dataset: AnyEval[SampleT] = None,
@@ -38,7 +38,7 @@ def assert_split_invariant(
 ) -> None: ...
 @overload
 def assert_split_invariant(
-    make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, SampleT]],
+    make_trainer: Callable[[], TrainingLoop[BatchT, OutputT, nn.Module, SampleT]],
     data: SizedDataset[RawT],
     *,
     eval_dataset: AnyEval[RawT] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from typing import Generic
 
 from torch import Tensor
 from typing_extensions import override
@@ -13,11 +14,11 @@ from ptacc.core.callback import overrides
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.trainers.loss_items import LossItems
-from ptacc.types.aliases import Pair, PairSample
+from ptacc.types.aliases import ModelT, Pair, PairSample
 from ptacc.types.outputs import StepOutput
 
 
-class Trainer(TrainingLoop[Pair, Tensor, PairSample]):
+class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
     """Trains a model on batches `(inputs, targets)` with a loss function of its outputs and the targets.
 
     Options:

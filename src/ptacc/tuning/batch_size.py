@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
+from torch import nn
 from torch.distributed import is_initialized
 
 from ptacc.distributed.process_group import DistributedRuntime
@@ -40,7 +41,7 @@ class BatchSizeSearch:
 
 @overload
 def find_batch_size(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     train_dataset: SizedDataset[SampleT],
     *,
     global_batch_size: int,
@@ -50,7 +51,7 @@ def find_batch_size(
 ) -> BatchSizeSearch: ...
 @overload
 def find_batch_size(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     train_dataset: SizedDataset[RawT],
     *,
     collate_fn: Callable[[list[RawT]], BatchT],

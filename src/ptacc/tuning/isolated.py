@@ -29,7 +29,7 @@ from ptacc.rng import derive_seed, preserved_streams, seed_everything
 from ptacc.types.aliases import T_co
 from ptacc.types.protocols import SizedDataset, Stateful
 
-AnyLoop: TypeAlias = TrainingLoop[Any, Any, Any]
+AnyLoop: TypeAlias = TrainingLoop[Any, Any, nn.Module, Any]
 Restore: TypeAlias = Callable[[], object]
 
 SEED = 0

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -92,7 +92,7 @@ class LearningRateSearch:
 
 @overload
 def find_learning_rate(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     train_dataset: EvalData[SampleT],
     *,
     min_lr: float = 1e-7,
@@ -105,7 +105,7 @@ def find_learning_rate(
 ) -> LearningRateSearch: ...
 @overload
 def find_learning_rate(
-    trainer: TrainingLoop[BatchT, OutputT, SampleT],
+    trainer: TrainingLoop[BatchT, OutputT, nn.Module, SampleT],
     train_dataset: EvalData[RawT],
     *,
     collate_fn: Callable[[list[RawT]], BatchT],

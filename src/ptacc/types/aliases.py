@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Literal, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 T = TypeVar("T")
@@ -13,6 +13,8 @@ T_co = TypeVar("T_co", covariant=True)
 BatchT = TypeVar("BatchT", default=tuple[Tensor, Tensor])
 OutputT = TypeVar("OutputT", default=Tensor)
 OutputT_co = TypeVar("OutputT_co", covariant=True, default=Tensor)
+ModelT = TypeVar("ModelT", bound=nn.Module, default=nn.Module, covariant=True)  # noqa: PLC0105  # as for SampleT
+"""The user's model. A trainer of a class of models is also one of their base class, such as `nn.Module`."""
 SampleT = TypeVar("SampleT", default=BatchT, contravariant=True)  # noqa: PLC0105  # the name that users see in errors
 """Samples that the default collate function turns into a batch. By default of the same type as the batch.
 

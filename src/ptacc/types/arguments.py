@@ -1,12 +1,16 @@
-"""The keyword arguments of `train`, `evaluate` and `predict`, and of DataLoaders."""
+"""The keyword arguments of `train`, `evaluate` and `predict`, and of DataLoaders.
+
+Those that a signature unpacks are closed: ty would accept any other keyword for an open one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Required, TypedDict
+from typing import Any, Required
 
 from torch.utils.data import Sampler
+from typing_extensions import TypedDict
 
 from ptacc.errors import OptionError
 from ptacc.types.aliases import Duration
@@ -45,7 +49,7 @@ class DataLoaderKwargs(TypedDict, total=False):
     multiprocessing_context: str
 
 
-class EvalOptions(TypedDict, total=False):
+class EvalOptions(TypedDict, total=False, closed=True):
     """Options of `evaluate`, `predict` and `stream_predictions`.
 
     Keys:
@@ -98,7 +102,7 @@ class TrainOptions(TypedDict, total=False):
     stop_check_every: int
 
 
-class EpochLimited(TrainOptions, total=False):
+class EpochLimited(TrainOptions, total=False, closed=True):
     """Options of a run that is limited by epochs, and optionally by steps or time."""
 
     num_epochs: Required[int]
@@ -106,7 +110,7 @@ class EpochLimited(TrainOptions, total=False):
     max_time: Duration | None
 
 
-class StepLimited(TrainOptions, total=False):
+class StepLimited(TrainOptions, total=False, closed=True):
     """Options of a run that is limited by steps, and optionally by epochs or time."""
 
     num_epochs: int | None
@@ -114,7 +118,7 @@ class StepLimited(TrainOptions, total=False):
     max_time: Duration | None
 
 
-class OptionallyLimited(TrainOptions, total=False):
+class OptionallyLimited(TrainOptions, total=False, closed=True):
     """Options of a run that is limited by epochs, steps or both, each of which may be None, as from a command line."""
 
     num_epochs: Required[int | None]
@@ -122,7 +126,7 @@ class OptionallyLimited(TrainOptions, total=False):
     max_time: Duration | None
 
 
-class TimeLimited(TrainOptions, total=False):
+class TimeLimited(TrainOptions, total=False, closed=True):
     """Options of a run that is limited by time, and optionally by epochs or steps."""
 
     num_epochs: int | None

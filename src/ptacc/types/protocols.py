@@ -104,6 +104,32 @@ class ParallelStyleLike(Protocol):
     src_data_rank: int | None
 
 
+# ---- what trainers have
+
+
+class HasForward(Protocol[T_co]):
+    """A module, as the type of its method `forward`."""
+
+    @property
+    def forward(self) -> T_co:
+        """The method that computes the outputs."""
+        ...
+
+
+class HasModel(Protocol[T_co]):
+    """Trainers of a class of models: `Callback[HasModel[GAN]]` works with every trainer whose model is a `GAN`."""
+
+    @property
+    def model(self) -> T_co:
+        """The model; within a run, the wrapped one."""
+        ...
+
+    @property
+    def unwrapped_model(self) -> T_co:
+        """The model as it was passed to the trainer."""
+        ...
+
+
 # ---- what Accelerate provides
 
 

@@ -65,8 +65,8 @@ class Stage0:
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, slot: OptimizerSlot, groups: Sequence[Sequence[Parameter]]
     ) -> None:
-        self.engine, self.optimizer, self.groups = engine, slot.optimizer, groups
-        self.trained = [parameter for group in groups for parameter in group if parameter.requires_grad]
+        self._engine, self._optimizer, self._groups = engine, slot.optimizer, groups
+        self.trained: list[Parameter] = [p for group in groups for p in group if p.requires_grad]
         self._trained = frozenset(self.trained)
         self.zero_optimizer: Any = engine.optimizer
         """DeepSpeed's wrapper of the optimizer. It is untyped."""
@@ -107,11 +107,11 @@ class Stage0:
         Args:
             devices: The device for the state of each parameter.
         """
-        return dict(self.optimizer.state)
+        return dict(self._optimizer.state)
 
     def scatter_optimizer_state(self, states: Mapping[Tensor, ParameterState]) -> None:
         """Load this rank's partition of a full optimizer state."""
-        self.optimizer.state.update(states)
+        self._optimizer.state.update(states)
 
 
 class Partitioned(Stage0, ABC):
@@ -135,7 +135,7 @@ class Partitioned(Stage0, ABC):
         states: dict[Tensor, ParameterState] = {}
         for flat, parameters in self.flat_buffers():
             self.link_state(flat, parameters)
-            for name, value in self.optimizer.state.get(flat, {}).items():
+            for name, value in self._optimizer.state.get(flat, {}).items():
                 for parameter in parameters:
                     if is_entrywise(value, flat.shape):
                         full = safe_get_full_optimizer_state(parameter, name).reshape(full_shape(parameter))
@@ -153,7 +153,7 @@ class Partitioned(Stage0, ABC):
                 continue
             example, shape = states[stepped[0]], full_shape(stepped[0])
             entrywise = {name for name, value in example.items() if is_entrywise(value, shape)}
-            self.optimizer.state[flat] = {
+            self._optimizer.state[flat] = {
                 name: torch.zeros_like(flat, dtype=value.dtype) if name in entrywise else copy.deepcopy(value)
                 for name, value in example.items()
             }
@@ -198,8 +198,8 @@ class Stage1And2(Partitioned):
 
     @override
     def link_state(self, flat: Parameter, parameters: Sequence[Parameter]) -> None:
-        if flat in self.optimizer.state:
-            lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
+        if flat in self._optimizer.state:
+            lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
 
 
 class Stage3(Partitioned):
@@ -240,25 +240,25 @@ class Stage3(Partitioned):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(weight)
             if parameter in self._trained:
-                safe_set_local_fp32_param(parameter, slice_partition(parameter, weight.to(self.engine.device).float()))
+                safe_set_local_fp32_param(parameter, slice_partition(parameter, weight.to(self._engine.device).float()))
         self.zero_optimizer.checkpoint_event_epilogue()  # gathers the small weights, which stay gathered
 
     @contextlib.contextmanager
     @override
     def stepping(self) -> Generator[None]:
         """Empty the optimizer's groups: DeepSpeed steps on one flat buffer after the other, and sets each itself."""
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["params"] = []
         yield
         self.bind_optimizer()
 
     def bind_optimizer(self) -> None:
         """Set the flat buffers as the optimizer's parameters, so that its `state_dict()` includes their state."""
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["params"] = []
         for flat, parameters in self.flat_buffers():
-            number = next(n for n, group in enumerate(self.groups) if any(p is parameters[0] for p in group))
-            self.optimizer.param_groups[number]["params"].append(flat)
+            number = next(n for n, group in enumerate(self._groups) if any(p is parameters[0] for p in group))
+            self._optimizer.param_groups[number]["params"].append(flat)
 
     @override
     def flat_buffers(self) -> list[tuple[Parameter, list[Parameter]]]:
