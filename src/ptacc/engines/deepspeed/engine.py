@@ -149,6 +149,11 @@ class DeepSpeedEngine(TorchEngine):
             self._stage.set_gradients(gradients)
 
     @override
+    def unscale_gradients(self) -> None:
+        """Check that no parameter was unfrozen: DeepSpeed would not average its gradient. There is no scaler."""
+        self._reduction.check()
+
+    @override
     def update(self) -> bool:
         """Step, clear the gradients, and broadcast rank 0's buffers as DDP does.
 
