@@ -43,7 +43,7 @@ PACKAGES = [
 ]
 NEVER_EACH_OTHER = ("mixins", "callbacks")
 # The base class of the two mixins that shard a model.
-SHARED_BASE = "ptacc.mixins.model_sharding"
+SHARED_BASE = "ptacc.mixins.engines.model_sharding"
 MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
     "ptacc.distributed.accelerator_settings",

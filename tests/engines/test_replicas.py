@@ -111,6 +111,28 @@ def test_parameters_may_be_frozen_and_unfrozen_between_steps(frozen: bool) -> No
         torch.testing.assert_close(state, unfreeze(12), rtol=1e-12, atol=1e-12)
 
 
+class AddLayer(Callback[Trainer]):
+    """Adds a layer, with other initial weights on each process, after the first step."""
+
+    @override
+    def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
+        if step.step == 1:
+            torch.manual_seed(trainer.distributed.rank)
+            layer = nn.Linear(8, 8).double()
+            trainer.unwrapped_model.add_module(
+                "encoder", nn.Sequential(trainer.unwrapped_model.get_submodule("encoder"), layer)
+            )
+            trainer.optimizer.add_param_group({"params": list(layer.parameters())})
+
+
+def test_a_layer_may_be_added_between_steps() -> None:
+    def add_layer(batch_size: int) -> dict[str, Tensor]:
+        return train(batch_size, callbacks=[AddLayer()])
+
+    for state in run_ranks(lambda: add_layer(4), 3):
+        torch.testing.assert_close(state, add_layer(12), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train(12)
     monkeypatch.setattr(reducer, "BUCKET_BYTES", 100)

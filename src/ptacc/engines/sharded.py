@@ -78,7 +78,6 @@ class ShardedEngine(TorchEngine):
         if not any(map(is_dtensor, model.parameters())):
             with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
-        # Accelerate prepares it for the precision and the compiler, but does not wrap it: DDP is for replicas.
         super().__init__(accelerator, model, slots)
 
     @override
@@ -104,7 +103,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def update(self) -> bool:
-        """Step every optimizer, clear the gradients, and broadcast rank 0's buffers as DDP does."""
+        """Step every optimizer, clear the gradients, and broadcast rank 0's buffers."""
         with implicit_replication():  # a foreach step mixes DTensors with the plain tensors that a plan does not shard
             happened = super().update()
         broadcast_buffers(self._unwrapped_model)

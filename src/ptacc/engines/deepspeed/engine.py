@@ -79,7 +79,7 @@ class DeepSpeedEngine(TorchEngine):
         if config.stage == 3:  # partition one weight at a time: the model may be larger than the device
             dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
-        # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
+        # Accelerate prepares it for the device, the precision and the compiler.
         super().__init__(accelerator, model, slots)
         self._reduction = ReductionCheck(model, self._slots)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
@@ -155,7 +155,7 @@ class DeepSpeedEngine(TorchEngine):
 
     @override
     def update(self) -> bool:
-        """Step, clear the gradients, and broadcast rank 0's buffers as DDP does.
+        """Step, clear the gradients, and broadcast rank 0's buffers.
 
         Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
         is reported.
