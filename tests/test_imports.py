@@ -47,7 +47,8 @@ SHARED_BASE = "ptacc.mixins.engines.model_sharding"
 MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
     "ptacc.distributed.accelerator_settings",
-    *(f"ptacc.mixins.{engine}" for engine in ("compile", "deepspeed", "fsdp", "tensor_parallel")),
+    "ptacc.mixins.compile",
+    *(f"ptacc.mixins.engines.{engine}" for engine in ("ddp", "deepspeed", "fsdp", "tensor_parallel")),
 }
 MOST_FILES = 20
 MOST_LINES = 2_600
