@@ -43,11 +43,12 @@ PACKAGES = [
 ]
 NEVER_EACH_OTHER = ("mixins", "callbacks")
 # The base class of the two mixins that shard a model.
-SHARED_BASE = "ptacc.mixins.model_sharding"
+SHARED_BASE = "ptacc.mixins.engines.model_sharding"
 MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
     "ptacc.distributed.accelerator_settings",
-    *(f"ptacc.mixins.{engine}" for engine in ("compile", "deepspeed", "fsdp", "tensor_parallel")),
+    "ptacc.mixins.compile",
+    *(f"ptacc.mixins.engines.{engine}" for engine in ("ddp", "deepspeed", "fsdp", "tensor_parallel")),
 }
 MOST_FILES = 20
 MOST_LINES = 2_600

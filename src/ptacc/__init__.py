@@ -21,10 +21,12 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin
 from ptacc.mixins.compile import CompileMixin
-from ptacc.mixins.deepspeed import DeepSpeedMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin
-from ptacc.mixins.fsdp import FSDPMixin
+from ptacc.mixins.engines.ddp import DDPMixin
+from ptacc.mixins.engines.deepspeed import DeepSpeedMixin
+from ptacc.mixins.engines.fsdp import FSDPMixin
+from ptacc.mixins.engines.tensor_parallel import TensorParallelMixin
 from ptacc.mixins.grad_accum import GradAccumMixin
 from ptacc.mixins.grad_checkpoint import GradCheckpointMixin
 from ptacc.mixins.grad_clip import GradClipMixin
@@ -35,7 +37,6 @@ from ptacc.mixins.profiler import ProfilerMixin
 from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin
-from ptacc.mixins.tensor_parallel import TensorParallelMixin
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
 from ptacc.run.history import RunHistory, StepResult
@@ -59,6 +60,7 @@ __all__ = [
     "Callback",
     "CheckpointMixin",
     "CompileMixin",
+    "DDPMixin",
     "DataLoaderConfig",
     "DeepSpeedMixin",
     "Distributed",

@@ -26,7 +26,7 @@ from ptacc import (
     TrainingLoop,
 )
 from ptacc.callbacks import throughput
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
 from ptacc.errors import OptionError
 from ptacc.protocols import DataLoaderKwargs, Engine
 from ptacc.run.history import STEPS_IN_MEMORY, StepResult

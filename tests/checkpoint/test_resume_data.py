@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from ptacc import CheckpointMixin, LRSchedulerMixin, SeedMixin, StepOutput, Trainer
 from ptacc.engines.base import Engine
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
 from ptacc.protocols import SchedulerFactory
 from tests.checkpoint.resumed import Augmented
 from tests.checkpoint.runs import StopAt

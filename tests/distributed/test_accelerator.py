@@ -14,14 +14,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProfileKwargs,
 )
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from ptacc import AcceleratorBuilder, AMPMixin, DeepSpeedMixin, FSDPMixin, Mixin, Trainer
+from ptacc import AcceleratorBuilder, AMPMixin, DDPMixin, DeepSpeedMixin, FSDPMixin, Mixin, Trainer
 from ptacc.distributed.accelerator import release_accelerator
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
 from ptacc.testing import tiny_data, tiny_parts
-from tests.ranks import run_ranks
 
 
 class Precise(AMPMixin, Trainer): ...
@@ -86,28 +84,19 @@ def test_an_unknown_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         Trainer(**tiny_parts()).train(tiny_data(), num_epochs=1)
 
 
-def wrapper_settings() -> tuple[bool, bool]:
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
-    trainer = configured(kwargs_handlers=[handler])
-    trainer.train(tiny_data(), num_epochs=1)
-    ddp = trainer.run.model
-    assert isinstance(ddp, DistributedDataParallel)
-    return ddp.find_unused_parameters, ddp.gradient_as_bucket_view
+def test_settings_of_ddp_are_refused_without_its_mixin() -> None:
+    handler = DistributedDataParallelKwargs(static_graph=True)
+    with pytest.raises(OptionError, match=r"Configured sets DistributedDataParallelKwargs, .* without DDPMixin"):
+        configured(kwargs_handlers=[handler]).train(tiny_data(), num_epochs=1)
 
 
-def test_settings_of_ddp_have_their_effect() -> None:
-    assert run_ranks(wrapper_settings, 2) == [(True, True), (True, True)]
-
-
-def test_settings_of_ddp_are_refused_for_a_sharded_model() -> None:
-    class Configured(FSDPMixin, Trainer):
-        @override
-        def configure_accelerator(self, builder: AcceleratorBuilder) -> None:
-            super().configure_accelerator(builder)
-            builder.write(Configured, kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
-
-    with pytest.raises(OptionError, match="Configured sets DistributedDataParallelKwargs, which have no effect"):
-        Configured(**tiny_parts()).train(tiny_data(), num_epochs=1)
+def test_handlers_of_several_mixins_are_joined() -> None:
+    builder, autocast, timeout = AcceleratorBuilder(), AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs()
+    builder.write(DDPMixin, kwargs_handlers=[autocast])
+    builder.write(FSDPMixin, kwargs_handlers=[timeout, AutocastKwargs(cache_enabled=False)])
+    assert builder.settings == {"kwargs_handlers": [autocast, timeout]}
+    with pytest.raises(CompositionError, match="DDPMixin and Trainer both set the accelerator's AutocastKwargs"):
+        builder.write(Trainer, kwargs_handlers=[AutocastKwargs()])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""On several processes, a gradient that is not averaged is an error that names its parameter, before the update."""
+"""With DDP, a gradient that is not averaged is an error that names its parameter, before the update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc import Callback, DeepSpeedMixin, FSDPMixin, Pair, StepOutput, StepResult, Trainer
+from ptacc import Callback, DDPMixin, DeepSpeedMixin, FSDPMixin, Pair, StepOutput, StepResult, Trainer
 from ptacc.engines.reduction import find_differences, join_names
 from ptacc.errors import ModelError
 from ptacc.testing import tiny_parts
@@ -40,7 +40,10 @@ class AddLayer(Callback[Trainer]):
             trainer.optimizer.add_param_group({"params": list(layer.parameters())})
 
 
-class Unwrapped(Trainer):
+class Wrapped(DDPMixin, Trainer): ...
+
+
+class Unwrapped(Wrapped):
     """Calls the model without DDP from some step on."""
 
     after: int = 0
@@ -51,14 +54,14 @@ class Unwrapped(Trainer):
         return StepOutput(loss=self.loss_func(outputs, batch[1]), outputs=outputs)
 
 
-class Twice(Trainer):
+class Twice(Wrapped):
     @override
     def backward(self, loss: Tensor) -> None:
         (loss / 2).backward(retain_graph=True)  # type: ignore[no-untyped-call]
         (loss / 2).backward()  # type: ignore[no-untyped-call]
 
 
-class ByHand(Trainer):
+class ByHand(Wrapped):
     @override
     def backward(self, loss: Tensor) -> None:
         parameters = list(self.unwrapped_model.parameters())
@@ -89,14 +92,14 @@ def test_gradients_that_are_not_averaged_are_refused_before_the_first_update(kin
 
 @pytest.mark.parametrize("options", [{"callbacks": [AddLayer()]}, {"after": 2}], ids=["new layer", "unwrapped"])
 def test_gradients_that_are_no_longer_averaged_are_found_within_the_run(options: dict[str, Any]) -> None:
-    kind = Unwrapped if "after" in options else Trainer
+    kind = Unwrapped if "after" in options else Wrapped
     assert all("different gradients of" in message for message, _ in run_ranks(lambda: train(kind, **options), 2))
 
 
 class ZeRO(DeepSpeedMixin, Trainer): ...
 
 
-@pytest.mark.parametrize("kind", [Trainer, ZeRO])
+@pytest.mark.parametrize("kind", [Wrapped, ZeRO])
 def test_a_parameter_that_is_unfrozen_within_a_run_is_refused(kind: type[Trainer]) -> None:
     for message, _ in run_ranks(lambda: train(kind, callbacks=[Unfreeze()]), 2):
         assert "0.weight, 0.bias required no gradient when the run began" in message
@@ -107,6 +110,7 @@ class Sharded(FSDPMixin, Trainer): ...
 
 def test_a_parameter_that_is_unfrozen_within_a_run_is_trained_where_the_engine_can() -> None:
     assert train(Trainer, callbacks=[Unfreeze()]) == ("", True)
+    assert run_ranks(lambda: train(Trainer, callbacks=[Unfreeze()]), 2) == [("", True)] * 2
     assert run_ranks(lambda: train(Sharded, callbacks=[Unfreeze()]), 2) == [("", True)] * 2
 
 

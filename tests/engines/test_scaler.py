@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ptacc import EMAMixin, GradAccumMixin, GradClipMixin, LRSchedulerMixin, Mixin, StepOutput, StepResult, Trainer
 from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.ddp import TorchEngine, step_scaled
+from ptacc.engines.default import TorchEngine, step_scaled
 from ptacc.errors import LossError
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.protocols import DataLoaderKwargs, Engine

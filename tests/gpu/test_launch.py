@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 from ptacc import AMPMixin, FSDPMixin, Trainer
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
 from ptacc.protocols import Precision
 from tests.gpu.parts import BATCH, make_data, make_net, train
 from tests.ranks import launch

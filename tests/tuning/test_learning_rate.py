@@ -36,7 +36,7 @@ from ptacc import (
     Trainer,
     find_learning_rate,
 )
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts

@@ -29,7 +29,8 @@ from ptacc.core.base import TrainerBase
 from ptacc.core.callback import Callback, Events
 from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.engines.base import Engine, OptimizerSlot
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
+from ptacc.engines.replicas import ReplicaEngine
 from ptacc.rng import fresh_seed
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState
@@ -66,7 +67,8 @@ class TrainerCore(TrainerBase):
         Factory hook, called once at the start of each run. An override that does not apply returns
         `super().make_engine()`.
         """
-        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots())
+        kind = TorchEngine if self.accelerator.num_processes == 1 else ReplicaEngine
+        return kind(self.accelerator, self.unwrapped_model, self.optimizer_slots())
 
     @hook("factory")
     def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:

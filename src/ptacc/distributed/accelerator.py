@@ -34,6 +34,8 @@ from ptacc.types.protocols import AcceleratorProtocol
 class AcceleratorBuilder:
     """Collects the settings of an accelerator from the mixins of a trainer. Each setting has one writer.
 
+    `kwargs_handlers` of several writers are joined; each kind has one writer.
+
     `replica_size` is the number of ranks that share one replica of the model; None for all ranks.
 
     Example:
@@ -49,6 +51,7 @@ class AcceleratorBuilder:
     hidden: set[str] = field(default_factory=set)
     replica_size: int | None = 1
     _writers: dict[str, str] = field(default_factory=dict)
+    _handlers: dict[type, tuple[object, str]] = field(default_factory=dict)
 
     def write(self, writer: type, **settings: Unpack[AcceleratorSettings]) -> None:
         """Set settings on behalf of the mixin `writer`.
@@ -58,6 +61,15 @@ class AcceleratorBuilder:
             OptionError: A setting has no effect on a trainer.
         """
         check_settings(writer.__name__, settings)
+        handlers = {type(handler): handler for handler in settings.pop("kwargs_handlers", [])}
+        for kind, handler in handlers.items():
+            if self._handlers.setdefault(kind, (handler, writer.__name__))[0] != handler:
+                raise CompositionError(
+                    f"{self._handlers[kind][1]} and {writer.__name__} both set the accelerator's {kind.__name__}, and "
+                    "their values differ. Compose one of them only."
+                )
+        if handlers:
+            self.settings["kwargs_handlers"] = [handler for handler, _ in self._handlers.values()]
         for name, value in settings.items():
             if name in self._writers and self.settings[name] != value:
                 raise CompositionError(
@@ -97,9 +109,6 @@ LAUNCH_FEATURES: Final[Mapping[str, LaunchFeature]] = {
     "parallelism": LaunchFeature("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "TensorParallelMixin"),
 }
 
-SHARDED: Final = frozenset({"deepspeed", "fsdp", "parallelism"})
-"""The features of engines that do not use DDP."""
-
 
 @dataclass
 class _SharedAccelerator:
@@ -136,7 +145,7 @@ def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[Acc
     if _shared and _shared[0].process != os.getpid():
         release_accelerator()  # forked, as by a notebook launcher: the parent's accelerator is of another launch
     settings = effective_settings(builder.settings)
-    check_effective_settings(type(owner).__name__, settings, uses_ddp=not builder.provided & SHARDED)
+    check_effective_settings(type(owner).__name__, settings, builder.provided)
     if _shared and _shared[0].settings != settings:
         gc.collect()  # an unreferenced trainer must not count as an owner
         others = [other for other in _shared[0].owners if other is not owner]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final, TypedDict, get_args
 
 from accelerate.utils import (
@@ -100,10 +100,17 @@ def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_effective_settings(owner: str, settings: Mapping[str, Any], *, uses_ddp: bool) -> None:
-    """Raise `OptionError` for a precision of the launch that is unknown, and for settings of DDP without DDP."""
+def check_effective_settings(owner: str, settings: Mapping[str, Any], features: Collection[str]) -> None:
+    """Raise `OptionError` for a precision of the launch that is unknown, and for settings of DDP without DDP.
+
+    Args:
+        owner: The class of the trainer.
+        settings: Its settings.
+        features: Features that its mixins provide.
+    """
     check_settings("The launch", {"mixed_precision": settings["mixed_precision"]})
-    if not uses_ddp and DistributedDataParallelKwargs.__name__ in settings["kwargs_handlers"]:
+    if "ddp" not in features and DistributedDataParallelKwargs.__name__ in settings["kwargs_handlers"]:
         raise OptionError(
-            f"{owner} sets DistributedDataParallelKwargs, which have no effect on a sharded model. Leave them out."
+            f"{owner} sets DistributedDataParallelKwargs, which have no effect without DDPMixin. Compose it, and set "
+            "its options."
         )

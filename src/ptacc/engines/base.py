@@ -87,7 +87,7 @@ class Engine(Protocol):
     then:            engine.unscale_gradients(); clip_norm() or clip_value(), if asked for; engine.update()
     ```
 
-    After the last step follow `sync_buffers()` and `release()`.
+    After the last step follows `release()`, and `close()` in any case.
     """
 
     @property
@@ -136,15 +136,15 @@ class Engine(Protocol):
         """
         ...
 
-    def sync_buffers(self) -> None:
-        """Copy rank 0's buffers to all ranks, if they may differ. A collective."""
-        ...
-
     def release(self) -> None:
         """Restore the user's model and optimizers, which keep their trained values. A collective.
 
         It is called at the end of a run, and not after an exception, since other ranks may not reach the call.
         """
+        ...
+
+    def close(self) -> None:
+        """Remove what the engine added to the user's parameters. Called after an exception, too; not a collective."""
         ...
 
     def get_state(self) -> EngineState:

@@ -21,6 +21,15 @@ def broadcast_buffers(model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
+@torch.no_grad()
+def broadcast_model(model: nn.Module, device: torch.device) -> None:
+    """Copy rank 0's weights and buffers to all ranks."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.detach().to(device)
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)
+
+
 def remove_hooks(module: nn.Module, packages: tuple[str, ...]) -> None:
     """Remove the hooks of a module whose functions were defined in the given packages."""
     tables = [table for name, table in vars(module).items() if isinstance(table, dict) and "_hooks" in name]

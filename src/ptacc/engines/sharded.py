@@ -31,8 +31,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import OptimizerSlot, all_parameters
-from ptacc.engines.common import OriginalModel, broadcast_buffers
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
+from ptacc.engines.default import TorchEngine
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
 
@@ -78,8 +78,7 @@ class ShardedEngine(TorchEngine):
         if not any(map(is_dtensor, model.parameters())):
             with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
-        # Accelerate prepares it for the precision and the compiler, but does not wrap it: DDP is for replicas.
-        super().__init__(accelerator, model, slots, is_replicated=False)
+        super().__init__(accelerator, model, slots)
 
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -104,7 +103,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def update(self) -> bool:
-        """Step every optimizer, clear the gradients, and broadcast rank 0's buffers as DDP does."""
+        """Step every optimizer, clear the gradients, and broadcast rank 0's buffers."""
         with implicit_replication():  # a foreach step mixes DTensors with the plain tensors that a plan does not shard
             happened = super().update()
         broadcast_buffers(self._unwrapped_model)
@@ -180,15 +179,6 @@ def move_unsharded(model: nn.Module, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_dtensor(tensor):
             tensor.data = tensor.data.to(device)
-
-
-@torch.no_grad()
-def broadcast_model(model: nn.Module, device: torch.device) -> None:
-    """Copy rank 0's weights and buffers to all ranks, since each rank keeps shards of its own copy."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.detach().to(device)
-        dist.broadcast(value, src=0)
-        tensor.copy_(value)
 
 
 # ---- the optimizers

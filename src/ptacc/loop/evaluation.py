@@ -25,6 +25,7 @@ from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
+from ptacc.model.modes import get_modes, set_modes
 from ptacc.model.option_modules import options_moved
 from ptacc.model.wrapping import ModelState, prepare_model
 from ptacc.rng import preserved_streams
@@ -299,7 +300,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             yield
             return
         with self._wrapped_model():
-            self._set_model(prepare_model(self.accelerator, self.unwrapped_model, evaluation_mode=True))
+            self._set_model(prepare_model(self.accelerator, self.unwrapped_model))
             yield
 
     @contextlib.contextmanager
@@ -328,14 +329,14 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         Modes, gradients and random streams are restored after it. The modes come first: a module whose `train(mode)`
         changes its weights has to change back the weights that the evaluation used.
         """
-        saved = ModelState.capture(self.model)
+        modes = get_modes(self.model)
         streams = preserved_streams(self.device)
         with torch.no_grad(), streams, preserved_gradients(self.model), self.around_evaluation_weights():
             try:
                 self.model.eval()
                 yield
             finally:
-                saved.restore_flags()
+                set_modes(modes)
 
 
 def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> None:

@@ -325,7 +325,6 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 self._after_epoch(run)
                 if run.is_within_epoch:  # the run ends within it
                     break
-            run.engine.sync_buffers()
             if text := describe_finished_run(run):
                 self.print(f"{type(self).__name__}.train(): {text}")
             events.run_end()

@@ -40,8 +40,7 @@ class CompileMixin(Mixin):
 
     Hooks: `configure_accelerator`, `resume_invariants`, `around_run`, `on_gradients_ready`.
 
-    Combines with: everything; gradient accumulation only without CUDA graphs. With several processes, the DDP wrapper
-    is compiled with the model.
+    Combines with: everything; gradient accumulation only without CUDA graphs.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler.html
 

@@ -92,7 +92,7 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         if not norms:
             return
         # Every rank runs padding batches too, since synchronised norms and sharded models communicate in the forward
-        # pass. The model is unwrapped, since the forward of the DDP wrapper broadcasts rank 0's statistics.
+        # pass. The model is unwrapped, since the forward of a wrapper may broadcast rank 0's statistics.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
         run, wrapped, streams = self.run, self.model, preserved_streams(self.device)
         self._set_model(self.unwrapped_model)

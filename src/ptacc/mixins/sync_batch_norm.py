@@ -91,7 +91,7 @@ def synced_forward(norm: _BatchNorm, local: Forward, run: Run) -> Forward:
 class AllReduceSum(torch.autograd.Function):
     """All-reduces a tensor with a sum, and its gradient as well.
 
-    DDP averages the gradients of the ranks' losses, so the result is the gradient of the mean loss. torch's own
+    The engine averages the gradients of the ranks' losses, so the result is the gradient of the mean loss. torch's own
     differentiable all-reduce is deprecated.
     """
 

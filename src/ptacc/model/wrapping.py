@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ptacc.model.modes import Modes, get_modes, set_modes
 from ptacc.types.protocols import AcceleratorProtocol
@@ -26,13 +25,13 @@ class AutocastForward(NamedTuple):
 _autocast_forwards: WeakKeyDictionary[nn.Module, AutocastForward] = WeakKeyDictionary()
 
 
-def prepare_model(accelerator: AcceleratorProtocol, model: nn.Module, *, evaluation_mode: bool) -> nn.Module:
+def prepare_model(accelerator: AcceleratorProtocol, model: nn.Module, *, uses_ddp: bool = False) -> nn.Module:
     """Prepare a model as Accelerate does, with the same forward function for autocast each time.
 
     Accelerate makes a new one in each call. `torch.compile` would compile it again, and after eight of them no more.
     """
     original = getattr(model.forward, "__func__", None)
-    prepared = accelerator.prepare_model(model, evaluation_mode=evaluation_mode)
+    prepared = accelerator.prepare_model(model, evaluation_mode=not uses_ddp)
     patched = getattr(vars(model).get("forward"), "__func__", original)
     if original is None or patched is original:  # there is no autocast, or it is prepared already
         return prepared
@@ -51,12 +50,10 @@ class ModelState:
     Args:
         modes: Each module with its mode.
         patched: The model's own attributes among those that Accelerate replaces.
-        syncing: The DDP wrapper, with whether its next forward pass broadcasts rank 0's buffers.
     """
 
     modes: Modes
     patched: Mapping[str, object]
-    syncing: tuple[DistributedDataParallel, bool] | None = None
 
     PATCHES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -64,25 +61,11 @@ class ModelState:
     def capture(cls, model: nn.Module) -> ModelState:
         """Record the state of `model`."""
         patched = {name: model.__dict__[name] for name in cls.PATCHES if name in model.__dict__}
-        ddp = find_ddp_module(model)
-        syncing = None if ddp is None else (ddp, ddp.require_forward_param_sync)
-        return cls(get_modes(model), patched, syncing)
-
-    def restore_flags(self) -> None:
-        """Restore the modes and DDP's flag, which a forward pass without gradients clears."""
-        set_modes(self.modes)
-        if self.syncing is not None:
-            self.syncing[0].require_forward_param_sync = self.syncing[1]
+        return cls(get_modes(model), patched)
 
     def restore(self, model: nn.Module) -> None:
-        """Restore flags and attributes."""
+        """Restore modes and attributes."""
         for name in self.PATCHES:
             model.__dict__.pop(name, None)
         model.__dict__.update(self.patched)
-        self.restore_flags()
-
-
-def find_ddp_module(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the model's DDP wrapper, compiled or not; None without one."""
-    inner = model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, DistributedDataParallel) else None
+        set_modes(self.modes)

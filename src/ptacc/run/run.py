@@ -273,8 +273,9 @@ class Run:
         return values
 
     def close(self) -> None:
-        """End the run: stop the workers of its loaders."""
+        """End the run: stop the workers of its loaders, and close the engine."""
         self.is_over = True
+        self.engine.close()
         for source in (self.data, *self.eval_data.values()):
             source.close()
 

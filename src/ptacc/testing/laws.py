@@ -24,9 +24,9 @@ from ptacc.loop.explain import declared_hooks
 from ptacc.mixins.checkpoint import CheckpointMixin
 from ptacc.mixins.compile import CompileMixin
 from ptacc.mixins.ema import EMAMixin
+from ptacc.mixins.engines.tensor_parallel import TensorParallelMixin
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
 from ptacc.mixins.profiler import ProfilerMixin
-from ptacc.mixins.tensor_parallel import TensorParallelMixin
 from ptacc.testing.datasets import tiny_data, tiny_parts
 from ptacc.trainers.supervised import Trainer
 from ptacc.types.outputs import EpochRecord

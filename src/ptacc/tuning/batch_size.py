@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed import is_initialized
 
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.engines.ddp import TorchEngine
+from ptacc.engines.default import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, search_copy
@@ -194,6 +194,4 @@ def make_independent(trial: AnyLoop) -> None:
     """Make an isolated copy train as a single process, without the wrapper that reduces gradients over ranks."""
     runtime = trial.accelerator, DistributedRuntime()
     vars(trial)["_runtime"] = lambda: runtime
-    vars(trial)["make_engine"] = lambda: TorchEngine(
-        trial.accelerator, trial.unwrapped_model, trial.optimizer_slots(), is_replicated=False
-    )
+    vars(trial)["make_engine"] = lambda: TorchEngine(trial.accelerator, trial.unwrapped_model, trial.optimizer_slots())

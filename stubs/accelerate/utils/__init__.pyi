@@ -39,6 +39,13 @@ class AutocastKwargs(KwargsHandler):
     enabled: bool = True
     cache_enabled: bool | None = None
 
+class DDPCommunicationHookType(Enum):
+    NO = "no"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    POWER_SGD = "power_sgd"
+    BATCHED_POWER_SGD = "batched_power_sgd"
+
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
     dim: int = 0

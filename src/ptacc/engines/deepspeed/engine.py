@@ -26,10 +26,10 @@ from typing_extensions import override
 
 from ptacc.engines.base import EngineState, OptimizerSlot
 from ptacc.engines.common import OriginalModel, broadcast_buffers
-from ptacc.engines.ddp import TorchEngine
 from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.engines.deepspeed.stages import STAGES, Stage3
+from ptacc.engines.default import TorchEngine
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.errors import CheckpointError, ModelError
 from ptacc.model.state_dict import canonical_name, get_weights, load_optimizer_state, load_weights, make_placeholder
@@ -79,8 +79,8 @@ class DeepSpeedEngine(TorchEngine):
         if config.stage == 3:  # partition one weight at a time: the model may be larger than the device
             dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
-        # Accelerate prepares it for the device, the precision and the compiler, but does not wrap it in DDP.
-        super().__init__(accelerator, model, slots, is_replicated=False)
+        # Accelerate prepares it for the device, the precision and the compiler.
+        super().__init__(accelerator, model, slots)
         self._reduction = ReductionCheck(model, self._slots)
         self._engine, *_ = deepspeed.initialize(model=self._model, optimizer=slot.optimizer, config=settings)
         self._model = self._engine
@@ -149,8 +149,13 @@ class DeepSpeedEngine(TorchEngine):
             self._stage.set_gradients(gradients)
 
     @override
+    def unscale_gradients(self) -> None:
+        """Check that no parameter was unfrozen: DeepSpeed would not average its gradient. There is no scaler."""
+        self._reduction.check()
+
+    @override
     def update(self) -> bool:
-        """Step, clear the gradients, and broadcast rank 0's buffers as DDP does.
+        """Step, clear the gradients, and broadcast rank 0's buffers.
 
         Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
         is reported.

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.errors import LaunchError, OptionError
-from ptacc.mixins.model_sharding import DATA, ShardFn, ShardingMixin
+from ptacc.mixins.engines.model_sharding import DATA, ShardFn, ShardingMixin
 from ptacc.model.selection import check_selectors, select_submodules
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
@@ -30,8 +30,8 @@ class FSDPMixin(ShardingMixin):
     """Shards parameters, gradients and optimizer state over the ranks: FSDP2, torch's `fully_shard`.
 
     Each rank holds a shard of every tensor. The parameters of a unit are all-gathered before its forward and freed
-    after it, so a model may be larger than the memory of a device. Results equal those of DDP up to rounding. The model
-    is sharded in place for the run, and unsharded after it. A single process trains as without this mixin.
+    after it, so a model may be larger than the memory of a device. Results equal those of replicas up to rounding. The
+    model is sharded in place for the run, and unsharded after it. A single process trains as without this mixin.
 
     Options:
         fsdp_wrap: The units: classes of submodules, or names as in `named_modules()` with `*` as a wildcard. None for

@@ -14,7 +14,7 @@ from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.base import Engine
 from ptacc.engines.tensor_parallel import SPLITS, Layers, SplitName, resolve_layers, split_layers
 from ptacc.errors import LaunchError, ModelError, OptionError
-from ptacc.mixins.model_sharding import TENSOR, ShardFn, ShardingMixin
+from ptacc.mixins.engines.model_sharding import TENSOR, ShardFn, ShardingMixin
 from ptacc.rng import RandomStreams
 from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text

@@ -23,13 +23,13 @@ from ptacc.validation import absolute_path
 class DeepSpeedMixin(Mixin):
     """Partitions optimizer state, gradients and parameters over the ranks: DeepSpeed's ZeRO.
 
-    Results equal those of DDP up to rounding. The model and the optimizer are the user's own, and are restored after
-    the run. Parameters are updated in float32. Accumulation, clipping, schedules, precision and data are handled by the
-    trainer. A single process trains as without this mixin, unless a launcher started it. Without a GPU, DeepSpeed needs
-    a C++ compiler.
+    Results equal those of replicas up to rounding. The model and the optimizer are the user's own, and are restored
+    after the run. Parameters are updated in float32. Accumulation, clipping, schedules, precision and data are
+    handled by the trainer. A single process trains as without this mixin, unless a launcher started it. Without a GPU,
+    DeepSpeed needs a C++ compiler.
 
     Options:
-        zero_stage: 0 for replicas, as with DDP; 1 partitions the optimizer state, 2 also the gradients, 3 also the
+        zero_stage: 0 for replicas; 1 partitions the optimizer state, 2 also the gradients, 3 also the
             parameters. None for the stage of the configuration or of the launch, 2 if neither has one.
         zero_offload_optimizer: Whether the optimizer state is kept in host memory, where the optimizer also steps.
         zero_offload_param: Whether parameters are kept in host memory until they are used. With ZeRO 3 only.

@@ -1,0 +1,175 @@
+"""Averaging the gradients of a step over ranks that have replicas of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Generator, Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from ptacc.engines.base import OptimizerSlot, all_parameters
+from ptacc.errors import ModelError
+
+BUCKET_BYTES = 25 << 20
+"""Bytes of gradients that are averaged together, as in torch's DistributedDataParallel."""
+
+
+class GradientReducer:
+    """Averages gradients over all ranks in buckets, of which the first are sent while the backward pass still runs.
+
+    A forward pass takes no part in it. So a step may call the model, its methods and its modules as often as it needs,
+    and parameters may be frozen and unfrozen between steps, belong to any module, and lack a gradient on some ranks.
+
+    Args:
+        slots: The optimizers, whose parameters have replicas on all ranks.
+        sparse: Parameters whose gradients are sparse.
+    """
+
+    def __init__(self, slots: Sequence[OptimizerSlot], sparse: set[Parameter]) -> None:
+        self._slots, self._sparse = slots, sparse
+        self._trained: list[Parameter] = []
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[Parameter, Bucket] = {}
+        self._handles: list[RemovableHandle] = []
+        self._started = 0
+        self._is_watching = False
+
+    @contextlib.contextmanager
+    def during_backward(self) -> Generator[None]:
+        """Surround the backward pass that completes the gradients of a step.
+
+        Raises:
+            ModelError: There was one before in the same step.
+        """
+        if self._started:
+            raise ModelError(
+                "backward() was called twice for the last batch of a step, whose gradients are averaged over the "
+                "processes after the first call. Add the losses, and call it once."
+            )
+        self._update_buckets()
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+        self._is_watching = True
+        try:
+            yield
+        finally:
+            self._is_watching = False
+
+    def finish(self) -> None:
+        """Average the gradients of all parameters that require one. A collective.
+
+        A gradient that is None counts as zeros, and stays None if it is None on all ranks. Only a rank on which one is
+        None reads from the device.
+        """
+        self._update_buckets()
+        for bucket in self._buckets[self._started :]:
+            bucket.start()
+        for bucket in self._buckets:
+            bucket.finish()
+        for parameter in self._trained:
+            if parameter in self._sparse:
+                average_sparse(parameter)
+        self._started = 0
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _update_buckets(self) -> None:
+        """Make the buckets again if other parameters are trained than before."""
+        trained = [parameter for parameter in all_parameters(self._slots) if parameter.requires_grad]
+        if len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained)):
+            return
+        self.close()
+        self._trained = trained
+        self._buckets = make_buckets([parameter for parameter in trained if parameter not in self._sparse])
+        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]
+            for parameter in self._bucket_of
+        ]
+
+    def _count(self, parameter: Parameter) -> None:
+        """Count a gradient that is complete, and start the buckets that are. All ranks start them in the same order."""
+        if not self._is_watching:
+            return
+        self._bucket_of[parameter].missing -= 1
+        while self._started < len(self._buckets) and self._buckets[self._started].missing == 0:
+            self._buckets[self._started].start()
+            self._started += 1
+
+
+class Bucket:
+    """Parameters of one dtype on one device, whose gradients are averaged together.
+
+    Attributes:
+        missing: Number of gradients that the backward pass has not completed.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = parameters
+        self.missing = 0
+        self._sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
+
+    def start(self) -> None:
+        """Start to average the gradients, and how many ranks have each of them."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        is_given = [p.grad is not None for p in self.parameters]
+        self._is_complete = all(is_given)
+        given = torch.tensor(is_given, dtype=gradients[0].dtype, device=gradients[0].device)
+        self._values = torch.cat([*(gradient.detach().reshape(-1) for gradient in gradients), given])
+        self._values /= dist.get_world_size()
+        self._work = dist.all_reduce(self._values, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for the averages, and set the gradients to them."""
+        assert self._work is not None
+        self._work.wait()
+        *averages, given = torch.split(self._values, self._sizes)
+        is_given = [True] * len(averages) if self._is_complete else (given > 0).tolist()
+        for parameter, average, anywhere in zip(self.parameters, averages, is_given, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.detach().copy_(average.view_as(parameter))
+            elif anywhere:
+                parameter.grad = average.view_as(parameter).clone()
+        del self._values
+
+
+def make_buckets(parameters: Sequence[Parameter]) -> list[Bucket]:
+    """Divide parameters into buckets, the last ones first: a backward pass completes their gradients first."""
+    full: list[list[Parameter]] = []
+    filling: dict[tuple[torch.dtype, torch.device], list[Parameter]] = {}
+    for parameter in reversed(parameters):
+        kind = parameter.dtype, parameter.device
+        bucket = filling.setdefault(kind, [])
+        bucket.append(parameter)
+        if sum(p.nbytes for p in bucket) >= BUCKET_BYTES:
+            full.append(filling.pop(kind))
+    return [Bucket(bucket) for bucket in chain(full, filling.values())]
+
+
+def average_sparse(parameter: Parameter) -> None:
+    """Average a sparse gradient over all ranks. A collective. It stays None if no rank has a row of it."""
+    gradient = parameter.grad
+    if gradient is None:
+        indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+        rows = parameter.detach()[:0]
+        gradient = torch.sparse_coo_tensor(indices, rows, parameter.shape, check_invariants=False)
+    total = gradient.coalesce() / dist.get_world_size()
+    dist.all_reduce(total)
+    if parameter.grad is not None or total.coalesce().values().shape[0]:
+        parameter.grad = total
+
+
+def find_sparse(model: nn.Module) -> set[Parameter]:
+    """Return the parameters of embeddings with `sparse=True`."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return {parameter for module in embeddings if module.sparse for parameter in module.parameters(recurse=False)}

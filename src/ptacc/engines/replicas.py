@@ -1,0 +1,69 @@
+"""The engine of several ranks, each of which has a replica of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ptacc.engines.base import OptimizerSlot, all_parameters
+from ptacc.engines.common import broadcast_buffers, broadcast_model
+from ptacc.engines.default import TorchEngine
+from ptacc.engines.reducer import GradientReducer, find_sparse
+from ptacc.types.protocols import AcceleratorProtocol
+
+
+class ReplicaEngine(TorchEngine):
+    """Averages the gradients over the ranks. The model is the user's own, and is not wrapped.
+
+    Weights and buffers are rank 0's at the start, as are parameters that an optimizer gets later. Buffers are rank 0's
+    after each update, too.
+    """
+
+    def __init__(self, accelerator: AcceleratorProtocol, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
+        """Make the replicas equal. A collective.
+
+        Args:
+            accelerator: The accelerator of the launch.
+            model: The user's model.
+            slots: The optimizers.
+        """
+        super().__init__(accelerator, model, slots)
+        broadcast_model(model, accelerator.device)
+        self._reducer = GradientReducer(self._slots, find_sparse(model))
+        self._shared = {*model.parameters()}
+        self._is_last = True
+
+    @override
+    def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        self._is_last = is_last
+        for parameter in all_parameters(self._slots):
+            if parameter not in self._shared:
+                dist.broadcast(parameter.detach(), src=0)
+                self._shared.add(parameter)
+        return contextlib.nullcontext()
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        with self._reducer.during_backward() if self._is_last else contextlib.nullcontext():
+            super().backward(loss)
+
+    @override
+    def unscale_gradients(self) -> None:
+        """Complete the averages of the gradients, and remove the scaling."""
+        self._reducer.finish()
+        super().unscale_gradients()
+
+    @override
+    def update(self) -> bool:
+        """Step, clear the gradients, and copy rank 0's buffers to all ranks."""
+        happened = super().update()
+        broadcast_buffers(self._unwrapped_model)
+        return happened
+
+    @override
+    def close(self) -> None:
+        self._reducer.close()

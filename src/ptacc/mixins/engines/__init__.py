@@ -1,0 +1,1 @@
+"""Mixins that choose the engine of a run."""
