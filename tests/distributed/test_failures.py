@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from ptacc import AMPMixin, Callback, DataLoaderConfig, EvalResult, StepOutput, StepResult, Steps, Trainer, TrainerCore
+from ptacc import (
+    AMPMixin,
+    Callback,
+    DataLoaderConfig,
+    EvalResult,
+    StepOutput,
+    StepResult,
+    Steps,
+    Trainer,
+    TrainerCore,
+)
 from ptacc.distributed.failure import close_for_sending
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import Engine, OptimizerSlot

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 
-from ptacc.rng import seed_everything, streams_seeded
+from ptacc.rng import HOST_STREAMS, streams_seeded
 from ptacc.tensors.structures import pin_memory
 
 CollateFn: TypeAlias = Callable[[list[Any]], object]
@@ -38,9 +38,10 @@ def default_collate(samples: list[Any]) -> object:
 
 @contextlib.contextmanager
 def seeded_loading(seed: int) -> Generator[None]:
-    """Seed the global generators while one batch is loaded. Only in the main process are they restored afterwards."""
+    """Seed the generators of the host while one batch is loaded. Only the main process restores them afterwards."""
     if get_worker_info() is not None:
-        seed_everything(seed)
+        for stream in HOST_STREAMS.values():
+            stream.seed(seed)
         yield
     else:
         with streams_seeded(seed):
