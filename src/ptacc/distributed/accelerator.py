@@ -61,7 +61,7 @@ class AcceleratorBuilder:
             OptionError: A setting has no effect on a trainer.
         """
         check_settings(writer.__name__, settings)
-        handlers = {type(handler): handler for handler in settings.pop("kwargs_handlers", [])}
+        handlers = {type(handler): handler for handler in settings.pop("kwargs_handlers", None) or ()}
         for kind, handler in handlers.items():
             if self._handlers.setdefault(kind, (handler, writer.__name__))[0] != handler:
                 raise CompositionError(
