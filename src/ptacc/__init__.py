@@ -18,6 +18,7 @@ from ptacc.distributed.process_group import Distributed
 from ptacc.engines.base import OptimizerSlot
 from ptacc.loop.explain import Explanation
 from ptacc.loop.loop import TrainingLoop
+from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin
 from ptacc.mixins.compile import CompileMixin
@@ -37,6 +38,7 @@ from ptacc.mixins.profiler import ProfilerMixin
 from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin
+from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
 from ptacc.run.history import RunHistory, StepResult
@@ -47,7 +49,7 @@ from ptacc.tuning.batch_size import BatchSizeSearch, find_batch_size
 from ptacc.tuning.learning_rate import LearningRateSearch, find_learning_rate
 from ptacc.types.aliases import Pair
 from ptacc.types.monitor import Best, Monitor
-from ptacc.types.outputs import EpochRecord, EvalResult, StepOutput, StepRecord
+from ptacc.types.outputs import EpochRecord, EvalResult, StepOutput, StepRecord, Update
 from ptacc.types.progress import Cadence, Epochs, Minutes, Progress, RunPlan, Steps
 
 __all__ = [
@@ -81,6 +83,8 @@ __all__ = [
     "MixUpMixin",
     "Mixin",
     "Monitor",
+    "MultiUpdateLoop",
+    "OptimizerDict",
     "OptimizerSlot",
     "Pair",
     "PrintMetrics",
@@ -109,6 +113,7 @@ __all__ = [
     "Trainer",
     "TrainerCore",
     "TrainingLoop",
+    "Update",
     "default_callbacks",
     "find_batch_size",
     "find_learning_rate",

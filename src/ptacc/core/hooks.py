@@ -31,6 +31,7 @@ from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.replicas import ReplicaEngine
+from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.rng import fresh_seed
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState
@@ -52,7 +53,9 @@ class TrainerCore(TrainerBase):
 
     @hook("default")
     def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
-        """Return the optimizers with their names and parameters. Default hook: the option `optimizer`."""
+        """Return the optimizers with their names. Default hook: those of the option `optimizer`."""
+        if isinstance(self.optimizer, OptimizerDict):
+            return tuple(OptimizerSlot(f"optimizer.{name}", optimizer) for name, optimizer in self.optimizer.items())
         return (OptimizerSlot("optimizer", self.optimizer),)
 
     @hook("default")

@@ -19,15 +19,20 @@ from ptacc.types.protocols import StateDict
 
 @dataclass(frozen=True)
 class OptimizerSlot:
-    """One optimizer with the parameters it updates. The core iterates over slots; there is one of them today.
+    """One optimizer with the parameters it updates.
 
     Args:
-        name: Its name in checkpoints and logs.
+        name: Its name in checkpoints: `"optimizer"`, or `"optimizer.<label>"` for one of several.
         optimizer: The user's optimizer, never wrapped.
     """
 
     name: str
     optimizer: Optimizer
+
+    @property
+    def label(self) -> str:
+        """Its name in an `OptimizerDict`, or `"optimizer"`."""
+        return self.name.removeprefix("optimizer.")
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -98,6 +103,14 @@ class Engine(Protocol):
     @property
     def slots(self) -> Sequence[OptimizerSlot]:
         """The optimizers, with the parameters that they update during the run."""
+        ...
+
+    def updating(self, slot: OptimizerSlot) -> AbstractContextManager[None]:
+        """Return a context in which backward passes, clipping and updates are those of one optimizer.
+
+        Raises:
+            OptionError: The engine has one update per step only.
+        """
         ...
 
     def around_batch(self, *, is_last: bool) -> AbstractContextManager[None]:

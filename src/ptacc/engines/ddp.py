@@ -19,6 +19,8 @@ from ptacc.types.protocols import AcceleratorProtocol
 class DDPEngine(TorchEngine):
     """Averages the gradients by DistributedDataParallel, which wraps the model."""
 
+    can_update_separately = False
+
     def __init__(self, accelerator: AcceleratorProtocol, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
         """Wrap a model. A collective.
 

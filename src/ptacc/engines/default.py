@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from ptacc.engines.base import Engine, EngineState, OptimizerSlot, all_parameters
 from ptacc.engines.common import has_own_zero_grad
+from ptacc.errors import OptionError
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import prepare_model
 from ptacc.types.protocols import AcceleratorProtocol
@@ -25,6 +27,8 @@ class TorchEngine(Engine):
     The optimizer is not wrapped. Accelerate's wrapper adds a third to the time of a small step, and its functions are
     not needed here.
     """
+
+    can_update_separately: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -47,8 +51,9 @@ class TorchEngine(Engine):
         self._accelerator, self._unwrapped_model = accelerator, model
         # Accelerate prepares it for the device, the precision and the compiler.
         self._model = prepare_model(accelerator, model, uses_ddp=uses_ddp)
-        self._slots = tuple(slots)
-        self._scaler = scaler or copy.deepcopy(accelerator.scaler)  # each run starts with the same scale
+        self._slots = self._active = tuple(slots)
+        self._new_scaler = scaler or accelerator.scaler
+        self._scalers: dict[str, torch.amp.GradScaler] = {}
 
     @property
     @override
@@ -61,40 +66,69 @@ class TorchEngine(Engine):
         return self._slots
 
     @override
+    @contextlib.contextmanager
+    def updating(self, slot: OptimizerSlot) -> Generator[None]:
+        if not self.can_update_separately:
+            raise OptionError(
+                f"{type(self).__name__} has one update per step, of all optimizers. For several updates per step, "
+                "leave FSDPMixin, TensorParallelMixin, DeepSpeedMixin and DDPMixin out."
+            )
+        self._active = (slot,)
+        try:
+            yield
+        finally:
+            self._active = self._slots
+
+    @property
+    def _is_restricted(self) -> bool:
+        return self._active is not self._slots
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler of the present update. Each starts with the same scale in each run."""
+        if self._new_scaler is None:
+            return None
+        name = f"scaler.{self._active[0].label}" if self._is_restricted else "scaler"
+        if name not in self._scalers:
+            self._scalers[name] = copy.deepcopy(self._new_scaler)
+        return self._scalers[name]
+
+    @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     @override
     def backward(self, loss: Tensor) -> None:
-        if self._scaler is not None:
-            loss = self._scaler.scale(loss)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if (scaler := self._scaler) is not None:
+            loss = scaler.scale(loss)
+        trained = [p for p in all_parameters(self._active) if p.requires_grad] if self._is_restricted else None
+        loss.backward(inputs=trained)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     @override
     def unscale_gradients(self) -> None:
-        if self._scaler is not None:
-            for slot in self._slots:
-                self._scaler.unscale_(slot.optimizer)
+        if (scaler := self._scaler) is not None:
+            for slot in self._active:
+                scaler.unscale_(slot.optimizer)
 
     @override
     def clip_norm(self, max_norm: float) -> Tensor:
-        return clip_grad_norm_(all_parameters(self._slots), max_norm)
+        return clip_grad_norm_(all_parameters(self._active), max_norm)
 
     @override
     def clip_value(self, max_value: float) -> None:
-        clip_grad_value_(all_parameters(self._slots), max_value)
+        clip_grad_value_(all_parameters(self._active), max_value)
 
     @override
     def update(self) -> bool:
-        if self._scaler is None:
+        if (scaler := self._scaler) is None:
             happened = True
-            for slot in self._slots:
+            for slot in self._active:
                 slot.optimizer.step()
         else:
-            stepped = [step_scaled(self._scaler, slot.optimizer) for slot in self._slots]
-            self._scaler.update()
+            stepped = [step_scaled(scaler, slot.optimizer) for slot in self._active]
+            scaler.update()
             happened = all(stepped)
-        for slot in self._slots:
+        for slot in self._active:
             clear_gradients(slot.optimizer)
         return happened
 
@@ -108,7 +142,7 @@ class TorchEngine(Engine):
     @override
     def get_state(self) -> EngineState:
         optimizers = {slot.name: slot.optimizer.state_dict() for slot in self._slots}
-        shared = {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
+        shared = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
         return EngineState(get_weights(self._unwrapped_model), optimizers, shared)
 
     @override
@@ -117,8 +151,10 @@ class TorchEngine(Engine):
         for slot in self._slots:
             if slot.name in state.optimizers:
                 load_optimizer_state(slot.optimizer, state.optimizers[slot.name])
-        if self._scaler is not None and "scaler" in state.shared:
-            self._scaler.load_state_dict(state.shared["scaler"])
+        if self._new_scaler is not None:
+            for name, saved in state.shared.items():
+                self._scalers[name] = copy.deepcopy(self._new_scaler)
+                self._scalers[name].load_state_dict(saved)
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

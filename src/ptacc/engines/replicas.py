@@ -33,9 +33,17 @@ class ReplicaEngine(TorchEngine):
         """
         super().__init__(accelerator, model, slots)
         broadcast_model(model, accelerator.device)
-        self._reducer = GradientReducer(self._slots, find_sparse(model))
+        self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}
+        self._sparse = find_sparse(model)
         self._shared = {*model.parameters()}
         self._is_last = True
+
+    @property
+    def _reducer(self) -> GradientReducer:
+        """The reducer of the optimizers that the present update steps."""
+        if self._active not in self._reducers:
+            self._reducers[self._active] = GradientReducer(self._active, self._sparse)
+        return self._reducers[self._active]
 
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -66,4 +74,5 @@ class ReplicaEngine(TorchEngine):
 
     @override
     def close(self) -> None:
-        self._reducer.close()
+        for reducer in self._reducers.values():
+            reducer.close()

@@ -55,6 +55,8 @@ def _make_mesh(_: object, device_type: str, sizes: tuple[tuple[str, int], ...]) 
 class ShardedEngine(TorchEngine):
     """Trains a sharded model with the user's own optimizer, which steps on the local shards."""
 
+    can_update_separately = False
+
     def __init__(
         self,
         accelerator: AcceleratorProtocol,

@@ -56,8 +56,16 @@ class StepResult:
         """Add a batch: its scaled loss, and means over the batch with their weight in the means over the step."""
         self.loss = loss if self.loss is NO_LOSS else self.loss + loss
         for name, value in logged.items() if weight else ():  # a mean over no items is NaN
-            self.logged[name] = self.logged.get(name, 0.0) + value.detach() * weight
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+            self._add_logged(name, value.detach() * weight, weight)
+
+    def add_update(self, name: str, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
+        """Add a batch in one of several updates, whose own mean loss is reported by `name`."""
+        self.add(loss, logged, weight)
+        self._add_logged(name, loss, weight)
+
+    def _add_logged(self, name: str, value: Tensor, weight: float) -> None:
+        self.logged[name] = self.logged.get(name, 0.0) + value
+        self.weights[name] = self.weights.get(name, 0.0) + weight
 
 
 class RunHistory(Sequence[EpochRecord]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Generic, cast
 
 from torch import Tensor
 
@@ -54,6 +54,30 @@ class StepOutput(Generic[OutputT_co]):
             logged: As for `StepOutput`: means over the batch's items.
         """
         return StepOutput(loss=loss_sum, outputs=outputs, logged=logged or {}, is_sum=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Generic[OutputT_co]):
+    """What `train_updates` yields: one update of one optimizer.
+
+    Args:
+        optimizer: The name of the optimizer that steps.
+        loss: Scalar, the mean over the batch's items, or their sum. Its gradients are computed for the parameters of
+            that optimizer alone.
+        outputs: What metrics and callbacks need, given by one update of a step.
+        logged: As for `StepOutput`.
+        is_sum: Whether `loss` is a sum over the batch's items.
+    """
+
+    optimizer: str
+    loss: Tensor
+    outputs: OutputT_co | None = None
+    logged: Mapping[str, Tensor] = field(default_factory=dict)
+    is_sum: bool = False
+
+    def as_output(self) -> StepOutput[OutputT_co]:
+        """Return loss, outputs and logged values as those of a step."""
+        return StepOutput(self.loss, cast(OutputT_co, self.outputs), self.logged, self.is_sum)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 class DeepSpeedEngine(TorchEngine):
     """Trains a model that DeepSpeed partitions, with the user's own optimizer, which steps on the partitions."""
 
+    can_update_separately = False
+
     def __init__(
         self,
         accelerator: AcceleratorProtocol,

@@ -1,0 +1,251 @@
+"""Several updates per step: as in a plain loop, whatever the split of a step into batches and processes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Adam
+from torch.utils.data import TensorDataset
+from typing_extensions import override
+
+from ptacc import (
+    CheckpointMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    MultiUpdateLoop,
+    OptimizerDict,
+    SeedMixin,
+    StepOutput,
+    Steps,
+    Update,
+)
+from ptacc.errors import LossError, OptionError
+from tests.ranks import run_ranks
+
+Images = tuple[Tensor, Tensor]
+"""Real samples, and the noise from which false ones are made."""
+SAMPLES = 24
+
+
+class GAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(), nn.Linear(8, 1))
+
+
+class Loop(SeedMixin, GradAccumMixin, GradClipMixin, MultiUpdateLoop[Images, Tensor, GAN]):
+    @override
+    def eval_step(self, batch: Images) -> StepOutput[Tensor]:
+        outputs: Tensor = self.model.critic(batch[0])
+        return StepOutput(loss=outputs.mean(), outputs=outputs)
+
+
+def real_loss(logits: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+
+
+def false_loss(logits: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+
+
+class DCGAN(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        real, noise = batch
+        false = self.model.generator(noise)
+        critic = self.model.critic
+        yield Update("critic", loss=real_loss(critic(real)) + false_loss(critic(false.detach())))
+        yield Update("generator", loss=real_loss(critic(false)), outputs=false)
+
+
+def train_dcgan(model: GAN, optimizers: OptimizerDict, batches: list[Images]) -> None:
+    for real, noise in batches:
+        false = model.generator(noise)
+        loss = real_loss(model.critic(real)) + false_loss(model.critic(false.detach()))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizers["critic"].step()
+        model.zero_grad()
+        real_loss(model.critic(false)).backward()  # type: ignore[no-untyped-call]
+        optimizers["generator"].step()
+        model.zero_grad()
+
+
+def penalty(model: GAN, real: Tensor, false: Tensor) -> Tensor:
+    between = ((real + false) / 2).detach().requires_grad_()
+    (gradients,) = torch.autograd.grad(model.critic(between).sum(), between, create_graph=True)
+    norms: Tensor = gradients.norm(dim=1)
+    return (norms - 1).square().mean()
+
+
+class WGAN(Loop):
+    """Trains the generator in every third step, with a penalty on gradients."""
+
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        real, noise = batch
+        false, critic = self.model.generator(noise), self.model.critic
+        distance = critic(false.detach()).mean() - critic(real).mean()
+        yield Update("critic", loss=distance + 10 * penalty(self.model, real, false))
+        if self.progress.steps % 3 == 2:
+            yield Update("generator", loss=-critic(false).mean())
+
+
+def train_wgan(model: GAN, optimizers: OptimizerDict, batches: list[Images]) -> None:
+    for step, (real, noise) in enumerate(batches):
+        false = model.generator(noise)
+        distance = model.critic(false.detach()).mean() - model.critic(real).mean()
+        (distance + 10 * penalty(model, real, false)).backward()
+        optimizers["critic"].step()
+        model.zero_grad()
+        if step % 3 == 2:
+            (-model.critic(false).mean()).backward()
+            optimizers["generator"].step()
+            model.zero_grad()
+
+
+PlainLoop = Callable[[GAN, OptimizerDict, list[Images]], None]
+LOOPS: dict[str, tuple[type[Loop], PlainLoop]] = {"dcgan": (DCGAN, train_dcgan), "wgan": (WGAN, train_wgan)}
+every_loop = pytest.mark.parametrize("name", LOOPS)
+
+
+def make_parts() -> tuple[GAN, OptimizerDict, TensorDataset]:
+    torch.manual_seed(0)
+    model = GAN().double()
+    critic = SGD(model.critic.parameters(), lr=0.01, momentum=0.5)
+    optimizers = OptimizerDict({"generator": Adam(model.generator.parameters(), lr=0.01), "critic": critic})
+    return model, optimizers, TensorDataset(torch.randn(SAMPLES, 4).double(), torch.randn(SAMPLES, 3).double())
+
+
+def train(kind: type[Loop], batch_size: int, steps: int = 8, **options: Any) -> dict[str, Tensor]:
+    model, optimizers, data = make_parts()
+    given: dict[str, Any] = {"seed": 0, "default_callbacks": (), **options}
+    trainer = kind(model, optimizer=optimizers, **given)
+    trainer.train(data, max_steps=steps, per_device_batch_size=batch_size)
+    return {**model.state_dict(), "losses": torch.tensor([s.loss for s in trainer.history.steps], dtype=torch.float64)}
+
+
+def read_batches(name: str) -> list[Images]:
+    """Return the batches of six that a trainer is given."""
+    seen: list[Images] = []
+
+    class Reading(LOOPS[name][0]):  # type: ignore[misc]
+        @override
+        def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+            seen.append(batch)
+            yield from super().train_updates(batch)
+
+    model, optimizers, data = make_parts()
+    Reading(model, optimizer=optimizers, seed=0, default_callbacks=()).train(data, max_steps=8, per_device_batch_size=6)
+    return seen
+
+
+@every_loop
+def test_weights_are_those_of_a_plain_loop_to_the_last_bit(name: str) -> None:
+    model, optimizers, _ = make_parts()
+    LOOPS[name][1](model, optimizers, read_batches(name))
+    state = train(LOOPS[name][0], 6)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+@every_loop
+@pytest.mark.parametrize(("ranks", "accumulated"), [(1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2)])
+def test_the_split_of_a_step_makes_no_difference(name: str, ranks: int, accumulated: int) -> None:
+    expected = train(LOOPS[name][0], 6)
+    size = 6 // (ranks * accumulated)
+
+    def split() -> dict[str, Tensor]:
+        return train(LOOPS[name][0], size, gradient_accumulation_steps=accumulated)
+
+    for state in run_ranks(split, ranks) if ranks > 1 else [split()]:
+        torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_loop
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_run_resumes_from_every_step(name: str, step: int, tmp_path: Path) -> None:
+    class Saving(CheckpointMixin, LOOPS[name][0]): ...  # type: ignore[misc]
+
+    expected = train(LOOPS[name][0], 6)
+    options: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": Steps(1)}
+    train(Saving, 6, step, **options)
+    resumed = train(Saving, 6, resume=True, **options)
+    assert all(torch.equal(resumed[key], value) for key, value in expected.items())
+
+
+def test_losses_and_norms_are_reported_by_optimizer() -> None:
+    model, optimizers, data = make_parts()
+    trainer = WGAN(model, optimizer=optimizers, max_grad_norm=1.0, seed=0, default_callbacks=())
+    trainer.train(data, max_steps=3, per_device_batch_size=6)
+    names = [set(step.logged) for step in trainer.history.steps]
+    of_critic = {"critic/loss", "critic/grad_norm"}
+    assert names == [of_critic, of_critic, of_critic | {"generator/loss", "generator/grad_norm"}]
+    last = trainer.history.steps[-1]
+    assert last.loss == pytest.approx(last.logged["critic/loss"] + last.logged["generator/loss"])
+
+
+class Misspelt(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        yield Update("critics", loss=self.model.critic(batch[0]).mean())
+
+
+class Nothing(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        yield from ()
+
+
+class NoUpdate(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Any]:
+        yield self.model.critic(batch[0]).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Misspelt, r"yielded Update\('critics'\), and the optimizers are generator, critic\. Did you mean `critic`"),
+        (Nothing, r"Nothing\.train_updates yielded no update in step 1"),
+        (NoUpdate, r"NoUpdate\.train_updates yielded a Tensor: it must yield Update"),
+    ],
+)
+def test_a_wrong_update_is_an_error_of_the_first_step(kind: type[Loop], message: str) -> None:
+    model, optimizers, data = make_parts()
+    with pytest.raises(LossError, match=message):
+        kind(model, optimizer=optimizers, default_callbacks=()).train(data, max_steps=1, per_device_batch_size=6)
+
+
+class EndsEarly(Loop):
+    """Does not update the generator for some batches, or on some ranks."""
+
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        yield Update("critic", loss=self.model.critic(batch[0]).mean())
+        if batch[0][0, 0] > 0:
+            yield Update("generator", loss=self.model.generator(batch[1]).mean())
+
+
+@pytest.mark.parametrize(("ranks", "accumulated"), [(1, 6), (2, 1)])
+def test_updates_that_differ_between_batches_or_processes_are_an_error(ranks: int, accumulated: int) -> None:
+    def message() -> str:
+        model, optimizers, data = make_parts()
+        options: dict[str, Any] = {"seed": 0, "gradient_accumulation_steps": accumulated, "default_callbacks": ()}
+        trainer = EndsEarly(model, optimizer=optimizers, **options)
+        with pytest.raises(LossError, match="yield different updates") as caught:
+            trainer.train(data, num_epochs=3, per_device_batch_size=1)
+        return str(caught.value)
+
+    for text in run_ranks(message, ranks) if ranks > 1 else [message()]:
+        assert "generator" in text
+        assert "none" in text
+
+
+def test_a_parameter_in_two_optimizers_is_refused() -> None:
+    model = GAN()
+    with pytest.raises(OptionError, match=r"a parameter of shape .* is in 'one' and in 'two'"):
+        OptimizerDict({"one": Adam(model.critic.parameters()), "two": Adam(model.parameters())})
