@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import (
+    Callback,
     CheckpointMixin,
     GradAccumMixin,
     GradClipMixin,
+    LRSchedulerMixin,
     MultiUpdateLoop,
     OptimizerDict,
     SeedMixin,
@@ -249,3 +252,39 @@ def test_a_parameter_in_two_optimizers_is_refused() -> None:
     model = GAN()
     with pytest.raises(OptionError, match=r"a parameter of shape .* is in 'one' and in 'two'"):
         OptimizerDict({"one": Adam(model.critic.parameters()), "two": Adam(model.parameters())})
+
+
+class Scheduled(LRSchedulerMixin, DCGAN): ...
+
+
+def test_each_optimizer_has_its_schedule(tmp_path: Path) -> None:
+    class Saving(CheckpointMixin, Scheduled): ...
+
+    options: dict[str, Any] = {
+        "create_scheduler": lambda optimizer, _: StepLR(optimizer, 2, gamma=0.5),
+        "create_scheduler_of": {"critic": lambda optimizer, _: StepLR(optimizer, 1, gamma=0.1)},
+    }
+    expected = train(Scheduled, 6, 5, **options)
+    train(Saving, 6, 3, checkpoint_dir=tmp_path, checkpoint_every=Steps(1), **options)
+    model, optimizers, data = make_parts()
+    parts: dict[str, Any] = {"seed": 0, "default_callbacks": (), "checkpoint_dir": tmp_path, "resume": True, **options}
+    trainer = Saving(model, optimizer=optimizers, **parts)
+    rates: list[list[float]] = []
+
+    class Record(Callback[Scheduled]):
+        @override
+        def on_step_start(self, trainer: Scheduled) -> None:
+            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+
+    trainer.callbacks = [Record()]
+    trainer.train(data, max_steps=5, per_device_batch_size=6)
+    assert [value for pair in rates for value in pair] == pytest.approx([0.005, 1e-5, 0.0025, 1e-6])
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert list(trainer.schedulers) == ["generator", "critic"]
+
+
+def test_a_schedule_of_an_unknown_optimizer_is_refused() -> None:
+    model, optimizers, _ = make_parts()
+    options: dict[str, Any] = {"create_scheduler": StepLR.__init__, "create_scheduler_of": {"critics": print}}
+    with pytest.raises(OptionError, match=r"create_scheduler_of={'critics': .*: the optimizers are generator, critic"):
+        Scheduled(model, optimizer=optimizers, **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Generator, Mapping
+from dataclasses import field
 from typing import cast
 
 from typing_extensions import override
@@ -19,9 +21,16 @@ from ptacc.run.state import StateKey
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import PlateauSchedulerLike, SchedulerFactory, SchedulerLike
-from ptacc.validation import value_text
+from ptacc.validation import did_you_mean, value_text
 
-SCHEDULE: StateKey[Schedule] = StateKey("scheduler")
+SCHEDULES: StateKey[dict[str, Schedule]] = StateKey("schedules", saved=False)
+"""The schedules by the names of their optimizers. Each is a state of its own in checkpoints."""
+
+
+@functools.cache
+def schedule_key(optimizer: str) -> StateKey[Schedule]:
+    """Return the key of the schedule of an optimizer, from the name of its part in checkpoints."""
+    return StateKey(optimizer.replace("optimizer", "scheduler", 1))
 
 
 class LRSchedulerMixin(Mixin):
@@ -33,7 +42,8 @@ class LRSchedulerMixin(Mixin):
     Options:
         create_scheduler: Creates the scheduler of a run from the optimizer and the `RunPlan`, whose `total_steps` and
             `steps_per_epoch` count optimizer steps, whatever the number of ranks. Any scheduler of torch, including
-            `ReduceLROnPlateau`, of transformers or of timm.
+            `ReduceLROnPlateau`, of transformers or of timm. It is called for each optimizer of an `OptimizerDict`.
+        create_scheduler_of: Such functions by the name of an optimizer, for those with a schedule of their own.
         scheduler_interval: When the scheduler steps: `"step"` or `"epoch"`. A `ReduceLROnPlateau` always steps when its
             value is reported: after each evaluation of the run, or for a training value at the end of each epoch. A
             scheduler of timm counts steps or epochs as its own `t_in_epochs` says.
@@ -55,17 +65,25 @@ class LRSchedulerMixin(Mixin):
     """
 
     create_scheduler: SchedulerFactory
+    create_scheduler_of: Mapping[str, SchedulerFactory] = field(default_factory=dict)
     scheduler_interval: Interval = "step"
     scheduler_monitor: str | Monitor = "eval_loss"
 
     @override
     def check_options(self) -> None:
-        factory: object = self.create_scheduler
-        is_torch_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
-        if is_torch_class or not callable(factory):
+        factory: object
+        for factory in (self.create_scheduler, *self.create_scheduler_of.values()):
+            is_torch_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
+            if is_torch_class or not callable(factory):
+                raise OptionError(
+                    f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that creates "
+                    "the scheduler of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
+                )
+        labels = [slot.label for slot in self.optimizer_slots()]
+        if unknown := [name for name in self.create_scheduler_of if name not in labels]:
             raise OptionError(
-                f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that creates "
-                "the scheduler of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
+                f"{type(self).__name__}(create_scheduler_of={{{unknown[0]!r}: ...}}): the optimizers are "
+                f"{', '.join(labels)}. {did_you_mean(unknown[0], labels)}".rstrip()
             )
         if self.scheduler_interval not in ("step", "epoch"):
             raise OptionError(
@@ -74,21 +92,31 @@ class LRSchedulerMixin(Mixin):
 
     @property
     def scheduler(self) -> SchedulerLike:
-        """The scheduler of the current or last run."""
-        return self.run[SCHEDULE].scheduler
+        """The scheduler of the current or last run, of a trainer with one optimizer."""
+        return self.run[schedule_key("optimizer")].scheduler
+
+    @property
+    def schedulers(self) -> Mapping[str, SchedulerLike]:
+        """The schedulers of the current or last run, by the names of their optimizers."""
+        return {name: schedule.scheduler for name, schedule in self.run[SCHEDULES].items()}
 
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        schedule = Schedule(self.create_scheduler, self.scheduler_interval, self.run, self.unwrapped_model)
-        if schedule.kind == "values":
-            check_monitor(as_monitor(self.scheduler_monitor), self.run.value_names, self, "scheduler_monitor")
-        self.run[SCHEDULE] = schedule
+        run = self.run
+        run[SCHEDULES] = {}
+        for slot in run.engine.slots:
+            create = self.create_scheduler_of.get(slot.label, self.create_scheduler)
+            schedule = Schedule(create, self.scheduler_interval, run, self.unwrapped_model, slot.optimizer)
+            if schedule.kind == "values":
+                check_monitor(as_monitor(self.scheduler_monitor), run.value_names, self, "scheduler_monitor")
+            run[SCHEDULES][slot.label] = run[schedule_key(slot.name)] = schedule
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        self.run[SCHEDULE].end_step()
+        for schedule in self.run[SCHEDULES].values():
+            schedule.end_step()
 
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
@@ -96,21 +124,24 @@ class LRSchedulerMixin(Mixin):
         self._step_on_value(evaluated_values(self, name, result))
 
     def _step_on_value(self, values: Mapping[str, float]) -> None:
-        """Step a scheduler that needs a value, if the value is among those that are reported now."""
+        """Step the schedulers that need a value, if the value is among those that are reported now."""
         name = as_monitor(self.scheduler_monitor).name
-        if name in values and self.run[SCHEDULE].kind == "values":
-            cast(PlateauSchedulerLike, self.scheduler).step(values[name])
+        for schedule in self.run[SCHEDULES].values() if name in values else ():
+            if schedule.kind == "values":
+                cast(PlateauSchedulerLike, schedule.scheduler).step(values[name])
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
         if record.is_complete:
-            self.run[SCHEDULE].end_epoch()
+            for schedule in self.run[SCHEDULES].values():
+                schedule.end_epoch()
         self._step_on_value(epoch_values(record))
 
     @override
     def monitors(self) -> tuple[tuple[object, Monitor], ...]:
-        needs_monitor = self.is_running and SCHEDULE in self.run and self.run[SCHEDULE].kind == "values"
+        schedules = self.run[SCHEDULES].values() if self.is_running and SCHEDULES in self.run else ()
+        needs_monitor = any(schedule.kind == "values" for schedule in schedules)
         return (*super().monitors(), *([(self, as_monitor(self.scheduler_monitor))] if needs_monitor else []))
 
     @override

@@ -55,17 +55,18 @@ class Schedule:
         interval: When a scheduler of kind `"steps"` steps.
         run: The run.
         model: The user's model, which has the names of the optimizer's parameters.
+        optimizer: The optimizer that it schedules.
     """
 
     create: SchedulerFactory
     interval: Interval
     run: Run
     model: nn.Module
+    optimizer: Optimizer
     scheduler: SchedulerLike = field(init=False)
     kind: Kind = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer: Optimizer = self.run.engine.slots[0].optimizer
         self._num_groups = len(self.optimizer.param_groups)
         self._length = describe_length(self.run, self.interval)  # now, since the plan may be revised during the run
         self._initial = [get_settings(group) for group in self.optimizer.param_groups]
