@@ -185,7 +185,7 @@ def test_losses_and_norms_are_reported_by_optimizer() -> None:
     trainer = WGAN(model, optimizer=optimizers, max_grad_norm=1.0, seed=0, default_callbacks=())
     trainer.train(data, max_steps=3, per_device_batch_size=6)
     names = [set(step.logged) for step in trainer.history.steps]
-    of_critic = {"critic/loss", "critic/grad_norm"}
+    of_critic = {"critic/loss", "critic/grad_norm", "critic/learning_rate", "generator/learning_rate"}
     assert names == [of_critic, of_critic, of_critic | {"generator/loss", "generator/grad_norm"}]
     last = trainer.history.steps[-1]
     assert last.loss == pytest.approx(last.logged["critic/loss"] + last.logged["generator/loss"])

@@ -54,9 +54,30 @@ class OptimizerSlot:
 
     @property
     def learning_rate(self) -> float | Tensor:
-        """Learning rate of the first parameter group. A tensor is copied, since schedulers change it in place."""
-        rate: float | Tensor = self.optimizer.param_groups[0]["lr"]
-        return rate.detach().clone() if isinstance(rate, Tensor) else rate
+        """Learning rate of the first parameter group."""
+        return copy_rate(self.optimizer.param_groups[0]["lr"])
+
+
+def learning_rates(slots: Sequence[OptimizerSlot]) -> dict[str, float | Tensor]:
+    """Return the learning rates of all parameter groups by name, unless there is one group only.
+
+    Names are `<optimizer>/learning_rate`, without the optimizer if it is the only one, and `<optimizer>/<group>/...` if
+    the optimizer has several groups. A group's name is its entry `"name"`, or its number.
+    """
+    if len(slots) == 1 and len(slots[0].optimizer.param_groups) == 1:
+        return {}
+    rates: dict[str, float | Tensor] = {}
+    for slot in slots:
+        prefix, groups = f"{slot.label}/" if len(slots) > 1 else "", slot.optimizer.param_groups
+        for number, group in enumerate(groups):
+            name = f"{prefix}{group.get('name', number)}/" if len(groups) > 1 else prefix
+            rates[f"{name}learning_rate"] = copy_rate(group["lr"])
+    return rates
+
+
+def copy_rate(rate: float | Tensor) -> float | Tensor:
+    """Return a learning rate; a tensor is copied, since schedulers change it in place."""
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 def all_parameters(slots: Iterable[OptimizerSlot]) -> list[Parameter]:

@@ -332,9 +332,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Return whether a gradient scaler did not skip it."""
-        run.distributed.count_progress()
-        number, epoch = run.progress.steps + 1, run.progress.epochs + 1
-        step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
+        step = run.begin_step(window)
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.around_batch(is_last=index == len(window.batches) - 1):

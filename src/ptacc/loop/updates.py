@@ -77,9 +77,7 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
     @override
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
         """Take one step over the batches of a window. Return whether a gradient scaler did not skip all its updates."""
-        run.distributed.count_progress()
-        number, epoch = run.progress.steps + 1, run.progress.epochs + 1
-        step = StepResult(number, epoch, window.total, run.engine.slots[0].learning_rate)
+        step = run.begin_step(window)
         batches = [transfer.to_device(host.data) for host in window.batches]
         parts = [self.train_updates(batch) for batch in batches]
         outputs: list[StepOutput[OutputT] | None] = [None] * len(batches)
@@ -94,7 +92,7 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
                     outputs[index] = self._backward(run, window, step, index, update) or outputs[index]
                 happened.append(self._update(run, step, slot))
         if not happened:
-            raise LossError(f"{type(self).__name__}.train_updates yielded no update in step {number}.")
+            raise LossError(f"{type(self).__name__}.train_updates yielded no update in step {step.step}.")
         self._report_outputs(run, window, batches, outputs)
         return step, any(happened)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Generator, Mapping
 from dataclasses import field
 from typing import cast
@@ -16,21 +15,10 @@ from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import OptionError
 from ptacc.model.optimizer_state import save_settings
 from ptacc.run.history import StepResult
-from ptacc.run.schedule import Interval, Schedule
-from ptacc.run.state import StateKey
+from ptacc.run.schedule import SCHEDULES, Interval, Schedule, check_factories, schedule_key
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import PlateauSchedulerLike, SchedulerFactory, SchedulerLike
-from ptacc.validation import did_you_mean, value_text
-
-SCHEDULES: StateKey[dict[str, Schedule]] = StateKey("schedules", saved=False)
-"""The schedules by the names of their optimizers. Each is a state of its own in checkpoints."""
-
-
-@functools.cache
-def schedule_key(optimizer: str) -> StateKey[Schedule]:
-    """Return the key of the schedule of an optimizer, from the name of its part in checkpoints."""
-    return StateKey(optimizer.replace("optimizer", "scheduler", 1))
 
 
 class LRSchedulerMixin(Mixin):
@@ -71,24 +59,10 @@ class LRSchedulerMixin(Mixin):
 
     @override
     def check_options(self) -> None:
-        factory: object
-        for factory in (self.create_scheduler, *self.create_scheduler_of.values()):
-            is_torch_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
-            if is_torch_class or not callable(factory):
-                raise OptionError(
-                    f"{type(self).__name__}(create_scheduler={value_text(factory)}): must be a function that creates "
-                    "the scheduler of a run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
-                )
-        labels = [slot.label for slot in self.optimizer_slots()]
-        if unknown := [name for name in self.create_scheduler_of if name not in labels]:
-            raise OptionError(
-                f"{type(self).__name__}(create_scheduler_of={{{unknown[0]!r}: ...}}): the optimizers are "
-                f"{', '.join(labels)}. {did_you_mean(unknown[0], labels)}".rstrip()
-            )
+        owner, labels = type(self).__name__, [slot.label for slot in self.optimizer_slots()]
+        check_factories(owner, self.create_scheduler, self.create_scheduler_of, labels)
         if self.scheduler_interval not in ("step", "epoch"):
-            raise OptionError(
-                f'{type(self).__name__}(scheduler_interval={self.scheduler_interval!r}): must be "step" or "epoch".'
-            )
+            raise OptionError(f'{owner}(scheduler_interval={self.scheduler_interval!r}): must be "step" or "epoch".')
 
     @property
     def scheduler(self) -> SchedulerLike:

@@ -15,7 +15,7 @@ from torch import nn
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.sampling import ENDLESS
 from ptacc.distributed.process_group import DistributedRuntime
-from ptacc.engines.base import Engine
+from ptacc.engines.base import Engine, learning_rates
 from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.run.history import RunHistory, StepResult
@@ -164,6 +164,14 @@ class Run:
                 "change its length: give it the number of steps to expect, or let the data report its length.",
                 stacklevel=2,
             )
+
+    def begin_step(self, window: Window[Any]) -> StepResult:
+        """Return the result of the next step, still without losses."""
+        self.distributed.count_progress()
+        slots, before = self.engine.slots, self.progress
+        step = StepResult(before.steps + 1, before.epochs + 1, window.total, slots[0].learning_rate)
+        step.logged.update(learning_rates(slots))
+        return step
 
     def count_window(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window, and its step unless the gradient scaler skipped the update."""

@@ -13,10 +13,11 @@ and is brought to the present step, as if the run had had the new length from it
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ptacc.errors import SchedulerError
+from ptacc.errors import OptionError, SchedulerError
 from ptacc.model.optimizer_state import group_names
 from ptacc.run.run import Run
+from ptacc.run.state import StateKey
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import (
@@ -37,6 +39,7 @@ from ptacc.types.protocols import (
     SchedulerLike,
     StateDict,
 )
+from ptacc.validation import did_you_mean, value_text
 
 Interval: TypeAlias = Literal["step", "epoch"]
 Kind: TypeAlias = Literal["steps", "values", "counts"]
@@ -185,6 +188,16 @@ class Schedule:
         return length is not None and self._count() > length
 
 
+SCHEDULES: StateKey[dict[str, Schedule]] = StateKey("schedules", saved=False)
+"""The schedules by the names of their optimizers. Each is a state of its own in checkpoints."""
+
+
+@functools.cache
+def schedule_key(optimizer: str) -> StateKey[Schedule]:
+    """Return the key of the schedule of an optimizer, from the name of its part in checkpoints."""
+    return StateKey(optimizer.replace("optimizer", "scheduler", 1))
+
+
 def describe_length(run: Run, interval: Interval) -> dict[str, object]:
     """Return what the length of a schedule depends on. The total of a resumed run depends on its progress as well."""
     return {
@@ -236,6 +249,22 @@ def is_scheduled(name: str, before: Mapping[str, object], group: Mapping[str, ob
 def planned_count(plan: RunPlan, interval: Interval) -> int | None:
     """Return how often a scheduler steps in a run, None if that is unknown."""
     return plan.known_total_steps if interval == "step" else plan.known_epochs
+
+
+def check_factories(owner: str, create: object, create_of: Mapping[str, object], optimizers: Sequence[str]) -> None:
+    """Raise `OptionError` for what cannot create a scheduler, and for a name that no optimizer has."""
+    for factory in (create, *create_of.values()):
+        is_torch_class = isinstance(factory, type) and factory.__module__.startswith("torch.")
+        if is_torch_class or not callable(factory):
+            raise OptionError(
+                f"{owner}(create_scheduler={value_text(factory)}): must be a function that creates the scheduler of a "
+                "run: `create_scheduler=lambda optimizer, plan: StepLR(optimizer, step_size=5)`."
+            )
+    if unknown := [name for name in create_of if name not in optimizers]:
+        raise OptionError(
+            f"{owner}(create_scheduler_of={{{unknown[0]!r}: ...}}): the optimizers are {', '.join(optimizers)}. "
+            f"{did_you_mean(unknown[0], optimizers)}".rstrip()
+        )
 
 
 def check_scheduler(scheduler: SchedulerLike, optimizer: Optimizer, plan: RunPlan, interval: Interval) -> None:
