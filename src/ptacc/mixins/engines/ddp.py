@@ -19,17 +19,14 @@ CommHook: TypeAlias = Literal["fp16", "bf16", "power_sgd", "batched_power_sgd"]
 class DDPMixin(Mixin):
     """Averages gradients by torch's `DistributedDataParallel` (DDP), for its settings.
 
-    Without it, gradients are averaged without wrapping the model. DDP wraps it: a step calls `self.model(...)` once for
-    each batch, and no method or part of it, and a run trains the same parameters from its start to its end.
+    DDP wraps the model: a step calls `self.model(...)` once for each batch, and a run trains the same parameters.
 
     Options:
-        ddp_find_unused_parameters: Whether parameters may have no gradient in a step. DDP then searches for them in
-            each forward pass.
+        ddp_find_unused_parameters: Whether to search for parameters without a gradient in each forward pass.
         ddp_static_graph: Whether all steps use the same parameters in the same way.
         ddp_gradient_as_bucket_view: Whether gradients are views of the buckets that are sent, which saves memory.
         ddp_bucket_cap_mb: Size of the buckets in MiB.
-        ddp_comm_hook: How to compress what is sent: `"fp16"`, `"bf16"`, `"power_sgd"`, `"batched_power_sgd"`; None
-            for not at all.
+        ddp_comm_hook: How to compress what is sent: `"fp16"`, `"bf16"`, `"power_sgd"` or `"batched_power_sgd"`.
 
     Hooks: `configure_accelerator`, `make_engine`.
 
