@@ -19,6 +19,7 @@ from ptacc import (
     AMPMixin,
     Callback,
     DataLoaderConfig,
+    DDPMixin,
     EvalResult,
     StepOutput,
     StepResult,
@@ -346,7 +347,7 @@ class TwoHeads(nn.Module):
         return outputs
 
 
-class SkippingHead(Trainer):
+class SkippingHead(DDPMixin, Trainer):
     """Does not use one parameter, on one rank in one step."""
 
     step: int = 0
@@ -359,7 +360,7 @@ class SkippingHead(Trainer):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_parameter_unused_on_one_rank_is_found_before_the_update(step: int) -> None:
+def test_with_ddp_a_parameter_unused_on_one_rank_is_found_before_the_update(step: int) -> None:
     def train() -> tuple[str, str, int]:
         model = TwoHeads()
         parts: dict[str, Any] = {**tiny_parts(), "model": model}

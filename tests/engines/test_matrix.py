@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import ptacc
-from ptacc import DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
+from ptacc import DDPMixin, DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
 from ptacc.errors import CompositionError, PtaccError
 from tests.engines.nets import Block, digits, make, make_optimizer
 from tests.marks import DEEPSPEED
@@ -28,6 +28,7 @@ pytestmark = [  # of DeepSpeed and dynamo themselves
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
 ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
+    "DDPMixin": (DDPMixin, {}),
     "FSDPMixin": (FSDPMixin, {}),
     "TensorParallelMixin": (TensorParallelMixin, {"tensor_parallel_plan": {"leave": "colwise_gather_output"}}),
     "ZeRO 2": (DeepSpeedMixin, {"zero_stage": 2}),
@@ -100,7 +101,7 @@ def test_every_public_mixin_is_in_the_matrix() -> None:
 
 
 def test_two_engines_raise() -> None:
-    for engine in (FSDPMixin, TensorParallelMixin):
+    for engine in (DDPMixin, FSDPMixin, TensorParallelMixin):
         with pytest.raises(CompositionError, match=rf"{engine.__name__} and DeepSpeedMixin both define make_engine"):
             type("Both", (engine, DeepSpeedMixin, Trainer), {})
 
