@@ -62,7 +62,7 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
     def train_updates(self, batch: BatchT) -> Iterator[Update[OutputT]]:
         """Yield the updates of a step for one batch. Write it as a generator function.
 
-        What it computes between two `yield`s uses the weights after the update before.
+        What follows a `yield` uses the weights after that update.
         """
 
     @final
