@@ -1,11 +1,13 @@
 """Replicas average gradients without wrapping the model: whatever a step calls, and whichever parameters it trains."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
@@ -68,6 +70,41 @@ class Loop(SeedMixin, GradAccumMixin, Trainer):
         net: Any = self.unwrapped_model if self.is_unwrapped else self.model
         outputs = FORWARDS[self.forwards](net, *batch)
         return StepOutput(loss=self.loss_func(outputs, batch[1]), outputs=outputs)
+
+
+class Complex(nn.Module):
+    """A layer with complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 1, dtype=torch.complex64) / 4)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs.to(torch.complex64) @ self.weight).abs()
+
+
+class Plain(SeedMixin, Trainer):
+    default_callbacks: Any = ()
+
+
+class Reentrant(Loop):
+    """Computes the gradient of the encoder in two parts, one after the other."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        net: Any = self.model
+        inputs = batch[0].clone().requires_grad_()
+        hidden = checkpoint(net.encode, inputs, use_reentrant=True)
+        outputs = net.head(checkpoint(net.encode, hidden[:, :FEATURES] + inputs, use_reentrant=True))
+        unused = sum(parameter.sum() for parameter in net.other.parameters())
+        return StepOutput(loss=self.loss_func(outputs, batch[1]) + 0 * unused, outputs=outputs)
+
+
+def reenter() -> str:
+    with pytest.raises(ModelError) as caught:
+        train(6, Reentrant)
+    return str(caught.value)
 
 
 class FreezeInStep(Callback[Trainer]):
@@ -138,6 +175,26 @@ def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(reducer, "BUCKET_BYTES", 100)
     for state in run_ranks(lambda: train(6), 2):
         torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_of_any_layout_and_dtype_have_replicas() -> None:
+    def train_differently() -> list[Tensor]:
+        torch.manual_seed(int(os.environ.get("RANK", "0")))  # the weights of rank 0 count
+        model: Any = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), Complex())
+        model.to(memory_format=torch.channels_last)
+        images = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+        trainer = Plain(model, loss_func=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), seed=0)
+        size = 8 // trainer.distributed.world_size
+        trainer.train(TensorDataset(images, images[:, 0, 0, :1]), num_epochs=2, per_device_batch_size=size)
+        return list(model.state_dict().values())
+
+    for weights in run_ranks(train_differently, 2):
+        torch.testing.assert_close(weights, train_differently())
+
+
+def test_checkpointed_activations_whose_gradients_arrive_in_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reducer, "BUCKET_BYTES", 1)
+    assert all("changed the gradient of encoder." in text for text in run_ranks(reenter, 2))
 
 
 class ByHand(Loop):

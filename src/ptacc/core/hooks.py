@@ -37,6 +37,7 @@ from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
+from ptacc.types.protocols import SupportsSyncBatchNorm
 
 
 class TrainerCore(TrainerBase):
@@ -70,8 +71,11 @@ class TrainerCore(TrainerBase):
         Factory hook, called once at the start of each run. An override that does not apply returns
         `super().make_engine()`.
         """
-        kind = TorchEngine if self.accelerator.num_processes == 1 else ReplicaEngine
-        return kind(self.accelerator, self.unwrapped_model, self.optimizer_slots())
+        accelerator, model, slots = self.accelerator, self.unwrapped_model, self.optimizer_slots()
+        if accelerator.num_processes == 1:
+            return TorchEngine(accelerator, model, slots)
+        is_synchronized = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
+        return ReplicaEngine(accelerator, model, slots, is_synchronized=is_synchronized)
 
     @hook("factory")
     def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:

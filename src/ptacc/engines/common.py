@@ -25,7 +25,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 def broadcast_model(model: nn.Module, device: torch.device) -> None:
     """Copy rank 0's weights and buffers to all ranks."""
     for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.detach().to(device)
+        value = tensor.detach().to(device).contiguous()
         dist.broadcast(value, src=0)
         tensor.copy_(value)
 

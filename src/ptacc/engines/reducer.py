@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ptacc.engines.base import OptimizerSlot, all_parameters
+from ptacc.engines.reduction import join_names
 from ptacc.errors import ModelError
 
 BUCKET_BYTES = 25 << 20
@@ -28,17 +29,20 @@ class GradientReducer:
 
     Args:
         slots: The optimizers, whose parameters have replicas on all ranks.
-        sparse: Parameters whose gradients are sparse.
+        model: The model, with the names of the parameters.
+        overlaps: Whether to send buckets while the backward pass runs. A backward pass that has collectives of its own
+            could meet them in another order on a rank where a parameter has no gradient.
     """
 
-    def __init__(self, slots: Sequence[OptimizerSlot], sparse: set[Parameter]) -> None:
-        self._slots, self._sparse = slots, sparse
+    def __init__(self, slots: Sequence[OptimizerSlot], model: nn.Module, *, overlaps: bool) -> None:
+        self._slots, self._model, self._overlaps = slots, model, overlaps
+        self._sparse = find_sparse(model)
         self._trained: list[Parameter] = []
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[Parameter, Bucket] = {}
         self._handles: list[RemovableHandle] = []
         self._started = 0
-        self._is_watching = False
+        self._is_prepared = self._is_watching = False
 
     @contextlib.contextmanager
     def during_backward(self) -> Generator[None]:
@@ -52,10 +56,8 @@ class GradientReducer:
                 "backward() was called twice for the last batch of a step, whose gradients are averaged over the "
                 "processes after the first call. Add the losses, and call it once."
             )
-        self._update_buckets()
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
-        self._is_watching = True
+        self._prepare()
+        self._is_watching = self._overlaps
         try:
             yield
         finally:
@@ -67,7 +69,8 @@ class GradientReducer:
         A gradient that is None counts as zeros, and stays None if it is None on all ranks. Only a rank on which one is
         None reads from the device.
         """
-        self._update_buckets()
+        if not self._is_prepared:  # the gradients were computed by hand
+            self._prepare()
         for bucket in self._buckets[self._started :]:
             bucket.start()
         for bucket in self._buckets:
@@ -75,7 +78,7 @@ class GradientReducer:
         for parameter in self._trained:
             if parameter in self._sparse:
                 average_sparse(parameter)
-        self._started = 0
+        self._started, self._is_prepared = 0, False
 
     def close(self) -> None:
         """Remove the hooks from the parameters."""
@@ -83,11 +86,16 @@ class GradientReducer:
             handle.remove()
         self._handles = []
 
-    def _update_buckets(self) -> None:
-        """Make the buckets again if other parameters are trained than before."""
+    def _prepare(self) -> None:
+        """Prepare the buckets for a step. If other parameters are trained than before, make them again."""
         trained = [parameter for parameter in all_parameters(self._slots) if parameter.requires_grad]
-        if len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained)):
-            return
+        if len(trained) != len(self._trained) or not all(map(operator.is_, trained, self._trained)):
+            self._make_buckets(trained)
+        for bucket in self._buckets:
+            bucket.missing = set(bucket.parameters)
+        self._is_prepared = True
+
+    def _make_buckets(self, trained: list[Parameter]) -> None:
         self.close()
         self._trained = trained
         self._buckets = make_buckets([parameter for parameter in trained if parameter not in self._sparse])
@@ -98,11 +106,17 @@ class GradientReducer:
         ]
 
     def _count(self, parameter: Parameter) -> None:
-        """Count a gradient that is complete, and start the buckets that are. All ranks start them in the same order."""
+        """Start the buckets whose gradients are complete. All ranks start them in the same order."""
         if not self._is_watching:
             return
-        self._bucket_of[parameter].missing -= 1
-        while self._started < len(self._buckets) and self._buckets[self._started].missing == 0:
+        bucket = self._bucket_of[parameter]
+        if bucket.is_started:
+            raise ModelError(
+                f"The backward pass changed the gradient of {join_names(self._model, [parameter])} after it was sent "
+                "to the other processes. Checkpoint activations with use_reentrant=False, as GradCheckpointMixin does."
+            )
+        bucket.missing.discard(parameter)
+        while self._started < len(self._buckets) and not self._buckets[self._started].missing:
             self._buckets[self._started].start()
             self._started += 1
 
@@ -111,13 +125,19 @@ class Bucket:
     """Parameters of one dtype on one device, whose gradients are averaged together.
 
     Attributes:
-        missing: Number of gradients that the backward pass has not completed.
+        missing: Parameters whose gradients the backward pass has not computed yet.
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = parameters
-        self.missing = 0
+        self.missing: set[Parameter] = set()
+        self._work: dist.Work | None = None
         self._sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the gradients are being averaged."""
+        return self._work is not None
 
     def start(self) -> None:
         """Start to average the gradients, and how many ranks have each of them."""
@@ -134,13 +154,14 @@ class Bucket:
         assert self._work is not None
         self._work.wait()
         *averages, given = torch.split(self._values, self._sizes)
-        is_given = [True] * len(averages) if self._is_complete else (given > 0).tolist()
+        is_given = [True] * len(averages) if self._is_complete else (given != 0).tolist()
         for parameter, average, anywhere in zip(self.parameters, averages, is_given, strict=True):
             if parameter.grad is not None:
                 parameter.grad.detach().copy_(average.view_as(parameter))
             elif anywhere:
                 parameter.grad = average.view_as(parameter).clone()
         del self._values
+        self._work = None
 
 
 def make_buckets(parameters: Sequence[Parameter]) -> list[Bucket]:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from ptacc.engines.base import OptimizerSlot, all_parameters
 from ptacc.engines.common import broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
-from ptacc.engines.reducer import GradientReducer, find_sparse
+from ptacc.engines.reducer import GradientReducer
 from ptacc.types.protocols import AcceleratorProtocol
 
 
@@ -23,18 +23,26 @@ class ReplicaEngine(TorchEngine):
     after each update, too.
     """
 
-    def __init__(self, accelerator: AcceleratorProtocol, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
+    def __init__(
+        self,
+        accelerator: AcceleratorProtocol,
+        model: nn.Module,
+        slots: Sequence[OptimizerSlot],
+        *,
+        is_synchronized: bool = False,
+    ) -> None:
         """Make the replicas equal. A collective.
 
         Args:
             accelerator: The accelerator of the launch.
             model: The user's model.
             slots: The optimizers.
+            is_synchronized: Whether modules of the model communicate in the backward pass.
         """
         super().__init__(accelerator, model, slots)
         broadcast_model(model, accelerator.device)
         self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}
-        self._sparse = find_sparse(model)
+        self._overlaps = not is_synchronized and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         self._shared = {*model.parameters()}
         self._is_last = True
 
@@ -42,7 +50,7 @@ class ReplicaEngine(TorchEngine):
     def _reducer(self) -> GradientReducer:
         """The reducer of the optimizers that the present update steps."""
         if self._active not in self._reducers:
-            self._reducers[self._active] = GradientReducer(self._active, self._sparse)
+            self._reducers[self._active] = GradientReducer(self._active, self._unwrapped_model, overlaps=self._overlaps)
         return self._reducers[self._active]
 
     @override
