@@ -51,6 +51,8 @@ from ptacc import (
     Mixin,
     MixUpMixin,
     Monitor,
+    MultiUpdateLoop,
+    OptimizerDict,
     Pair,
     PrintMetrics,
     Progress,
@@ -70,6 +72,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
     TrainingLoop,
+    Update,
     default_callbacks,
     find_batch_size,
     find_learning_rate,
@@ -1207,3 +1210,39 @@ def trainers_of_a_class_of_models(any_trainer: Trainer, trainer: Trainer[GAN], l
     find_learning_rate(trainer, Labelled())
     assert_overfits_one_batch(trainer, pairs)
     assert_split_invariant(lambda: trainer, pairs)
+
+
+# ---- several optimizers
+
+
+class Alternating(
+    AMPMixin,
+    GradAccumMixin,
+    GradClipMixin,
+    LRSchedulerMixin,
+    MetricsMixin[Tensor, Tensor],
+    MultiUpdateLoop[Tensor, Tensor, GAN],
+):
+    @override
+    def train_updates(self, batch: Tensor) -> Iterator[Update[Tensor]]:
+        fake: Tensor = self.model.generator(batch)
+        loss: Tensor = self.model.discriminator(fake.detach()).mean()
+        yield Update("discriminator", loss=loss, logged={"score": loss.detach()})
+        if self.progress.steps % 5 == 4:
+            yield Update("generator", loss=-self.model.discriminator(fake).mean(), outputs=fake)
+
+    @override
+    def eval_step(self, batch: Tensor) -> StepOutput[Tensor]:
+        fake, score = self.forward(batch)
+        return StepOutput(loss=score.mean(), outputs=fake)
+
+
+by_name = OptimizerDict({"generator": opt, "discriminator": torch.optim.SGD(gan.discriminator.parameters(), lr=0.1)})
+assert_type(by_name["generator"], torch.optim.Optimizer)
+alternating = Alternating(
+    gan, optimizer=by_name, create_scheduler=one_cycle, create_scheduler_of={"generator": one_cycle}
+)
+assert_type(alternating.optimizer, torch.optim.Optimizer)
+assert_type(alternating.schedulers["generator"], SchedulerLike)
+assert_type(alternating.train([torch.zeros(2)], num_epochs=1), RunHistory)
+Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt}))

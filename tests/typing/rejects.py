@@ -39,6 +39,8 @@ from ptacc import (
     Mixin,
     MixUpMixin,
     Monitor,
+    MultiUpdateLoop,
+    OptimizerDict,
     Pair,
     RestoreBestWeights,
     RunPlan,
@@ -51,6 +53,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
     TrainingLoop,
+    Update,
     hook,
 )
 from ptacc.protocols import HasModel, MetricLike, SupportsGradClip, SupportsMetrics
@@ -1040,3 +1043,27 @@ def the_model_of_a_trainer(loop: GANLoop, inferred: Trainer[GAN]) -> None:
     # 115 another model, while the optimizer has the parameters of the first
     show(GANLoop(GAN(), optimizer=opt))
     loop.model = GAN()  # type: ignore[misc]
+
+
+# ==== several updates per step
+
+
+class Updates(MultiUpdateLoop[Tensor, Tensor, GAN]):
+    @override
+    def train_updates(self, batch: Tensor) -> Iterator[Update[Tensor]]:
+        # 116 an update without a loss
+        yield Update("generator", loss=self.model.generator(batch).mean())
+        yield Update("generator")  # type: ignore[call-arg]
+
+        # 117 outputs of another type
+        yield Update("generator", loss=batch.mean(), outputs=batch)
+        yield Update("generator", loss=batch.mean(), outputs="none")  # type: ignore[arg-type]
+
+
+# ==== several optimizers
+
+
+def several_optimizers() -> None:
+    # 118 a mapping in the place of an OptimizerDict
+    show(Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt})))
+    show(Trainer(net, loss_func=loss, optimizer={"muon": opt}))  # type: ignore[arg-type]
