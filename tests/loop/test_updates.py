@@ -1,6 +1,6 @@
 """Several updates per step: as in a plain loop, whatever the split of a step into batches and processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,20 @@ from torch.nn import functional
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
+from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from ptacc import (
+    AMPMixin,
     Callback,
     CheckpointMixin,
+    DDPMixin,
+    EMAMixin,
+    FSDPMixin,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
+    MetricsMixin,
     MultiUpdateLoop,
     OptimizerDict,
     SeedMixin,
@@ -221,6 +227,61 @@ def test_a_wrong_update_is_an_error_of_the_first_step(kind: type[Loop], message:
     model, optimizers, data = make_parts()
     with pytest.raises(LossError, match=message):
         kind(model, optimizer=optimizers, default_callbacks=()).train(data, max_steps=1, per_device_batch_size=6)
+
+
+class CriticOnly(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        yield Update("critic", loss=self.model.critic(batch[0]).mean())
+
+
+def test_an_optimizer_without_an_update_is_named_in_a_warning() -> None:
+    model, optimizers, data = make_parts()
+    trainer = CriticOnly(model, optimizer=optimizers, default_callbacks=())
+    with pytest.warns(UserWarning, match=r"train_updates yielded 100 updates in this run, and none of generator"):
+        trainer.train(data, max_steps=100, per_device_batch_size=6)
+
+
+class Precise(AMPMixin, EMAMixin, MetricsMixin[Images, Tensor], DCGAN):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        for update in super().train_updates(batch):
+            self.dtypes = [self.model.generator(batch[1]).dtype, update.loss.dtype]
+            yield update
+
+    @override
+    def update_metrics(self, batch: Images, output: StepOutput[Tensor], metrics: Iterable[Any]) -> None:
+        for metric in metrics:
+            metric.update(output.outputs.shape[0])
+
+
+def test_updates_run_under_autocast_and_their_outputs_reach_metrics() -> None:
+    torch.manual_seed(0)
+    model = GAN()
+    data = TensorDataset(torch.randn(SAMPLES, 4), torch.randn(SAMPLES, 3))
+    optimizers = OptimizerDict({name: Adam(child.parameters()) for name, child in model.named_children()})
+    options: dict[str, Any] = {"mixed_precision": "bf16", "ema_decay": 0.5, "default_callbacks": ()}
+    options["train_metrics"] = {"size": MeanMetric()}
+    trainer = Precise(model, optimizer=optimizers, **options)
+    history = trainer.train(data, num_epochs=1, per_device_batch_size=6)
+    assert trainer.dtypes == [torch.bfloat16, torch.float32]
+    assert history[-1].train_metrics["size"] == 6
+
+
+class Wrapped(DDPMixin, DCGAN): ...
+
+
+class Sharded(FSDPMixin, DCGAN): ...
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Sharded])
+def test_an_engine_with_one_update_per_step_is_refused_by_name(kind: type[Loop]) -> None:
+    def message() -> str:
+        with pytest.raises(OptionError) as caught:
+            train(kind, 3)
+        return str(caught.value)
+
+    assert all("has one update per step" in text for text in run_ranks(message, 2))
 
 
 class EndsEarly(Loop):

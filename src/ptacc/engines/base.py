@@ -126,12 +126,13 @@ class Engine(Protocol):
         """The optimizers, with the parameters that they update during the run."""
         ...
 
-    def updating(self, slot: OptimizerSlot) -> AbstractContextManager[None]:
-        """Return a context in which backward passes, clipping and updates are those of one optimizer.
+    @property
+    def can_update_separately(self) -> bool:
+        """Whether the engine has `updating`."""
+        ...
 
-        Raises:
-            OptionError: The engine has one update per step only.
-        """
+    def updating(self, slot: OptimizerSlot) -> AbstractContextManager[None]:
+        """Return a context in which backward passes, clipping and updates are those of one optimizer."""
         ...
 
     def around_batch(self, *, is_last: bool) -> AbstractContextManager[None]:

@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from ptacc.engines.base import Engine, EngineState, OptimizerSlot, all_parameters
 from ptacc.engines.common import has_own_zero_grad
-from ptacc.errors import OptionError
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import prepare_model
 from ptacc.types.protocols import AcceleratorProtocol
@@ -68,11 +67,6 @@ class TorchEngine(Engine):
     @override
     @contextlib.contextmanager
     def updating(self, slot: OptimizerSlot) -> Generator[None]:
-        if not self.can_update_separately:
-            raise OptionError(
-                f"{type(self).__name__} has one update per step, of all optimizers. For several updates per step, "
-                "leave FSDPMixin, TensorParallelMixin, DeepSpeedMixin and DDPMixin out."
-            )
         self._active = (slot,)
         try:
             yield

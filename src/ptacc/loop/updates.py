@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, NoReturn, final
 
@@ -14,14 +16,20 @@ from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.checks import check_output
 from ptacc.data.transfer import Transfer
 from ptacc.engines.base import OptimizerSlot
-from ptacc.errors import CompositionError, LossError
+from ptacc.errors import CompositionError, LossError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import NO_LOSS, StepResult
 from ptacc.run.run import Run
+from ptacc.run.state import StateKey
 from ptacc.run.window import Window
 from ptacc.types.aliases import BatchT, ModelT, OutputT, SampleT
 from ptacc.types.outputs import StepOutput, Update
 from ptacc.validation import did_you_mean
+
+UPDATES: StateKey[Counter[str]] = StateKey("updates", saved=False)
+"""Number of updates by optimizer, since the run was started or resumed."""
+MANY_UPDATES = 100
+"""Number of updates after which an optimizer without one is reported."""
 
 
 class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[BatchT, OutputT, ModelT, SampleT]):
@@ -73,6 +81,28 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
     @override
     def check_options(self) -> None:
         check_no_train_step(type(self))
+
+    @override
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        if not self.run.engine.can_update_separately:
+            raise OptionError(
+                f"{type(self).__name__}: its engine has one update per step, of all optimizers. For several updates, "
+                "leave FSDPMixin, TensorParallelMixin, DeepSpeedMixin and DDPMixin out."
+            )
+        self.run[UPDATES] = Counter()
+
+    @override
+    def on_run_end(self) -> None:
+        updates = self.run[UPDATES]
+        missing = [slot.label for slot in self.run.engine.slots if not updates[slot.label]]
+        if missing and updates.total() >= MANY_UPDATES and self.distributed.is_main:
+            warnings.warn(
+                f"{type(self).__name__}.train_updates yielded {updates.total()} updates in this run, and none of "
+                f"{', '.join(missing)}.",
+                stacklevel=2,
+            )
+        super().on_run_end()
 
     @override
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
@@ -133,6 +163,7 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
 
     def _update(self, run: Run, step: StepResult, slot: OptimizerSlot) -> bool:
         run.batch = None
+        run[UPDATES][slot.label] += 1
         run.engine.unscale_gradients()
         logged, step.logged = step.logged, {}
         self.on_gradients_ready(step)
