@@ -177,6 +177,29 @@ def test_gradients_are_averaged_in_buckets(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
 
 
+class RecordMeans(Callback[Trainer]):
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+
+    @override
+    def on_step_end(self, trainer: Trainer, step: StepResult) -> None:
+        self.means.append(trainer.unwrapped_model.get_buffer("0.running_mean").clone())
+
+
+def test_buffers_are_those_of_rank_0_after_each_step() -> None:
+    def record() -> Tensor:
+        model, record = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 1)), RecordMeans()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Plain(model, loss_func=nn.MSELoss(), optimizer=optimizer, seed=0, callbacks=[record])
+        inputs = torch.randn(24, FEATURES, generator=torch.Generator().manual_seed(0))
+        trainer.train(TensorDataset(inputs, inputs[:, :1]), num_epochs=1, per_device_batch_size=4)
+        return torch.stack(record.means)
+
+    first, second = run_ranks(record, 2)
+    assert len(first.unique(dim=0)) == 3
+    assert torch.equal(first, second)
+
+
 def test_weights_of_any_layout_and_dtype_have_replicas() -> None:
     def train_differently() -> list[Tensor]:
         torch.manual_seed(int(os.environ.get("RANK", "0")))  # the weights of rank 0 count
