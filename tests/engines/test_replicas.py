@@ -196,7 +196,7 @@ def test_buffers_are_those_of_rank_0_after_each_step() -> None:
         return torch.stack(record.means)
 
     first, second = run_ranks(record, 2)
-    assert len(first.unique(dim=0)) == 3
+    assert len(torch.unique(first, dim=0)) == 3
     assert torch.equal(first, second)
 
 
