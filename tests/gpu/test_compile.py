@@ -82,8 +82,9 @@ def test_the_losses_of_a_cuda_graph_are_kept_although_it_overwrites_them() -> No
         model = OwnLoss()
         optimizer = SGD(model.parameters(), lr=0.1)
         trainer = TrainsOwnLoss(model, optimizer=optimizer, default_callbacks=(), **options)
+        data: Any = make_data()
         kwargs: Any = {"shuffle": False}
-        history = trainer.train(make_data(), num_epochs=1, per_device_batch_size=BATCH, train_dataloader_kwargs=kwargs)
+        history = trainer.train(data, num_epochs=1, per_device_batch_size=BATCH, train_dataloader_kwargs=kwargs)
         return [step.loss for step in history.steps]
 
     expected = losses(compile_backend="eager")

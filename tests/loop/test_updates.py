@@ -122,7 +122,7 @@ LOOPS: dict[str, tuple[type[Loop], PlainLoop]] = {"dcgan": (DCGAN, train_dcgan),
 every_loop = pytest.mark.parametrize("name", LOOPS)
 
 
-def make_parts() -> tuple[GAN, OptimizerDict, TensorDataset]:
+def make_parts() -> tuple[GAN, OptimizerDict, Any]:
     torch.manual_seed(0)
     model = GAN().double()
     critic = SGD(model.critic.parameters(), lr=0.01, momentum=0.5)
@@ -258,7 +258,7 @@ class Precise(AMPMixin, EMAMixin, MetricsMixin[Images, Tensor], DCGAN):
 def test_updates_run_under_autocast_and_their_outputs_reach_metrics() -> None:
     torch.manual_seed(0)
     model = GAN()
-    data = TensorDataset(torch.randn(SAMPLES, 4), torch.randn(SAMPLES, 3))
+    data: Any = TensorDataset(torch.randn(SAMPLES, 4), torch.randn(SAMPLES, 3))
     optimizers = OptimizerDict({name: Adam(child.parameters()) for name, child in model.named_children()})
     options: dict[str, Any] = {"mixed_precision": "bf16", "ema_decay": 0.5, "default_callbacks": ()}
     options["train_metrics"] = {"size": MeanMetric()}

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from types import NoneType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -114,7 +114,12 @@ class Engine(Protocol):
     ```
 
     After the last step follows `release()`, and `close()` in any case.
+
+    Attributes:
+        can_update_separately: Whether the engine has `updating`.
     """
+
+    can_update_separately: ClassVar[bool]
 
     @property
     def model(self) -> nn.Module:
@@ -124,11 +129,6 @@ class Engine(Protocol):
     @property
     def slots(self) -> Sequence[OptimizerSlot]:
         """The optimizers, with the parameters that they update during the run."""
-        ...
-
-    @property
-    def can_update_separately(self) -> bool:
-        """Whether the engine has `updating`."""
         ...
 
     def updating(self, slot: OptimizerSlot) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     weights = torch.randn_like(expected)
     for each in (outputs, expected):
         (each * weights).sum().backward()
-    pairs = {
+    pairs: dict[str, Any] = {
         "outputs": (outputs, expected),
         "gradients": (inputs.grad, expected_inputs.grad),
         "mean": (norm.running_mean, expected_norm.running_mean),
