@@ -1239,10 +1239,11 @@ class Alternating(
 
 by_name = OptimizerDict({"generator": opt, "discriminator": torch.optim.SGD(gan.discriminator.parameters(), lr=0.1)})
 assert_type(by_name["generator"], torch.optim.Optimizer)
-alternating = Alternating(
-    gan, optimizer=by_name, create_scheduler=one_cycle, create_scheduler_of={"generator": one_cycle}
-)
-assert_type(alternating.optimizer, torch.optim.Optimizer)
-assert_type(alternating.schedulers["generator"], SchedulerLike)
-assert_type(alternating.train([torch.zeros(2)], num_epochs=1), RunHistory)
+Alternating(gan, optimizer=by_name, create_scheduler=one_cycle, create_scheduler_of={"generator": one_cycle})
 Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt}))
+
+
+def several_updates(trainer: Alternating, noise: list[Tensor]) -> None:
+    assert_type(trainer.optimizer, torch.optim.Optimizer)
+    assert_type(trainer.schedulers["generator"], SchedulerLike)
+    assert_type(trainer.train(noise, num_epochs=1), RunHistory)
