@@ -89,6 +89,16 @@ def test_the_printed_table_has_a_row_for_each_epoch() -> None:
     assert len({len(line) for line in (header, *rows)}) == 1
 
 
+def test_the_learning_rates_of_parameter_groups_are_in_the_steps_of_the_history_only() -> None:
+    parts, out = make_parts(), io.StringIO()
+    weight, bias = parts["model"].parameters()
+    groups = [{"params": [weight], "name": "weight"}, {"params": [bias], "lr": 0.5}]
+    parts["optimizer"] = torch.optim.SGD(groups, lr=0.1)
+    history = Trainer(**parts | {"callbacks": [PrintMetrics(file=out)]}).train(tiny_data(), num_epochs=1)
+    assert history.steps[0].logged == {"weight/learning_rate": 0.1, "1/learning_rate": 0.5}
+    assert out.getvalue().split()[:5] == ["epoch", "step", "train_loss", "learning_rate", "seconds"]
+
+
 def test_the_printed_table_ends_with_the_stop_reason() -> None:
     out = io.StringIO()
     Breaking(**make_parts(StopOnNonFinite(), PrintMetrics(file=out))).train(tiny_data(), num_epochs=9)

@@ -151,6 +151,8 @@ class RunHistory(Sequence[EpochRecord]):
         for record in records:
             self._loss_sum += record.loss * record.items
             for name, value in record.logged.items():
+                if name.endswith("/learning_rate"):  # of one of several groups: it has no mean
+                    continue
                 total, count = self._logged.get(name, (0.0, 0))
                 self._logged[name] = total + value, count + 1
 
@@ -237,8 +239,8 @@ def _read(
     cells = [(i, name) for i in range(len(unread)) for name in names]
     losses = torch.stack([result.loss for result in unread])
     losses = losses.to(widest_float(losses.device))
-    logged = [torch.as_tensor(unread[i].logged.get(name, 0.0)) for i, name in cells]
-    logged = [value.detach().to(losses.device, losses.dtype).reshape(1) for value in logged]
+    logged = [torch.as_tensor(unread[i].logged.get(name, 0.0), dtype=losses.dtype) for i, name in cells]
+    logged = [value.detach().to(losses.device).reshape(1) for value in logged]
     values: list[float] = torch.cat([losses, *logged]).tolist()
     # Not every step logs every name, and not on every rank.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
