@@ -90,11 +90,12 @@ def test_the_printed_table_has_a_row_for_each_epoch() -> None:
 
 
 def test_the_learning_rates_of_parameter_groups_are_in_the_steps_of_the_history_only() -> None:
-    parts, out = make_parts(), io.StringIO()
+    out = io.StringIO()
+    parts = make_parts(PrintMetrics(file=out))
     weight, bias = parts["model"].parameters()
-    groups = [{"params": [weight], "name": "weight"}, {"params": [bias], "lr": 0.5}]
+    groups: list[dict[str, Any]] = [{"params": [weight], "name": "weight"}, {"params": [bias], "lr": 0.5}]
     parts["optimizer"] = torch.optim.SGD(groups, lr=0.1)
-    history = Trainer(**parts | {"callbacks": [PrintMetrics(file=out)]}).train(tiny_data(), num_epochs=1)
+    history = Trainer(**parts).train(tiny_data(), num_epochs=1)
     assert history.steps[0].logged == {"weight/learning_rate": 0.1, "1/learning_rate": 0.5}
     assert out.getvalue().split()[:5] == ["epoch", "step", "train_loss", "learning_rate", "seconds"]
 
