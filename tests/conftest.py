@@ -56,6 +56,8 @@ def deepspeed_built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     kept, own = Path(sys.prefix) / "torch_extensions", tmp_path_factory.mktemp("built") / "torch_extensions"
     with pytest.MonkeyPatch.context() as patch:
+        # A ninja of another version would compile again, in each rank.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if not any(kept.glob("*/*.so")):
             compiled = Path(tempfile.mkdtemp(prefix="torch_extensions-", dir=sys.prefix))
             patch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
