@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests: one torch thread, seeded generators, hypothesis and DeepSpeed."""
 
 import importlib
+import os
 import random
 import shutil
 import signal
