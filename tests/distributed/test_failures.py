@@ -27,7 +27,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.distributed.failure import close_for_sending
+from ptacc.distributed.failure import close_for_sending, open_connections
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.errors import RankFailedError
@@ -333,6 +333,34 @@ def test_failures_are_reported_with_a_second_accelerator_as_well() -> None:
         return kind_and_message(lambda: trainer.train(data, num_epochs=1, per_device_batch_size=2))
 
     assert [kind for kind, _ in run_ranks(train, 2, timeout=30)] == ["RankFailedError", "KeyError"]
+
+
+class ReducesInOwnGroup(Trainer):
+    """Communicates in a group of its own. Rank 1 ends, and its connections in that group close first."""
+
+    @override
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+        before = open_connections()
+        group = dist.new_group(list(range(dist.get_world_size())))
+        if dist.get_rank() == 1:
+            dist.all_reduce(torch.zeros(1), group=group)
+            for descriptor, _ in open_connections() - before:
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.zeros(1), group=group)
+        dist.all_reduce(torch.zeros(1), group=group)
+        return super().train_step(batch)
+
+
+def test_a_killed_rank_is_named_also_if_a_group_of_the_user_breaks_first() -> None:
+    def train() -> tuple[str, str]:
+        trainer = ReducesInOwnGroup(**tiny_parts())
+        return kind_and_message(lambda: trainer.train(tiny_data(24), num_epochs=1, per_device_batch_size=4))
+
+    [(kind, message)] = run_ranks(train, 2, timeout=30, may_die={1})
+    assert (kind, "rank 1" in message) == ("RankFailedError", True)
 
 
 class TwoHeads(nn.Module):

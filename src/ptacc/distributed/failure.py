@@ -32,6 +32,8 @@ from ptacc.errors import PtaccError, RankFailedError
 
 ANSWER_SECONDS = 3.0
 """Time in which the other ranks have to answer after a connection was closed."""
+CLOSING_SECONDS = 1.0
+"""Time in which the kernel closes all connections of a process that has ended."""
 FAILURE_KEY = "failure"
 UNKNOWN_PLACE = "at an unknown place"
 Ends: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
@@ -149,12 +151,19 @@ class FailureMonitor:
         """Return whether a collective raised the error because another rank is gone, or did not answer in time.
 
         gloo then closes its connection to that rank. Its errors have no type of their own, and any text can stand in
-        an error of the user's code.
+        an error of the user's code. The connections of a group that a library has made are not known here: those
+        that are known close at almost the same time.
         """
         if isinstance(error, dist.DistError):
             return True
-        is_from_torch = isinstance(error, RuntimeError) and not isinstance(error, PtaccError)
-        return is_from_torch and any(is_closed(*connection) for connection in self._connections)
+        if not isinstance(error, RuntimeError) or isinstance(error, PtaccError):
+            return False
+        deadline = time.monotonic() + (CLOSING_SECONDS if was_raised_by(error, "torch.distributed") else 0.0)
+        while not any(is_closed(*connection) for connection in self._connections):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def _await_cause(self) -> Failure | None:
         """Return the failure that broke a collective; None if all ranks answer and report none."""
@@ -208,6 +217,14 @@ def is_running(process: int) -> bool:
     except PermissionError:
         return True
     return state not in "ZX"
+
+
+def was_raised_by(error: BaseException, package: str) -> bool:
+    """Return whether the last function that an error was raised in is one of a package."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith(f"{package}.")
 
 
 def is_closed(descriptor: int, inode: int) -> bool:
