@@ -65,7 +65,7 @@ def test_averages_and_batch_norm_are_those_of_replicas(kind: type[Usual], proces
 
 def scale(trainer: Usual, engine: Any, overflows_at: int) -> Engine:
     """Add a gradient scaler on the CPU. At one step, a gradient of a split layer overflows on rank 1 at first."""
-    engine._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # noqa: SLF001
+    engine._new_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # noqa: SLF001
     unscale = engine.unscale_gradients
 
     def overflow_and_unscale() -> None:

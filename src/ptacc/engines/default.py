@@ -52,7 +52,7 @@ class TorchEngine(Engine):
         self._model = prepare_model(accelerator, model, uses_ddp=uses_ddp)
         self._slots = self._active = tuple(slots)
         self._new_scaler = scaler or accelerator.scaler
-        self._scalers: dict[str, torch.amp.GradScaler] = {}
+        self._scalers: dict[str, torch.amp.GradScaler] = {} if scaler is None else {"scaler": scaler}
 
     @property
     @override
