@@ -1,5 +1,6 @@
 """Several updates per step: as in a plain loop, whatever the split of a step into batches and processes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from ptacc import (
     Steps,
     Update,
 )
+from ptacc.engines.base import Engine
+from ptacc.engines.default import TorchEngine
 from ptacc.errors import LossError, OptionError
 from tests.ranks import run_ranks
 
@@ -349,3 +352,19 @@ def test_a_schedule_of_an_unknown_optimizer_is_refused() -> None:
     options: dict[str, Any] = {"create_scheduler": StepLR.__init__, "create_scheduler_of": {"critics": print}}
     with pytest.raises(OptionError, match=r"create_scheduler_of={'critics': .*: the optimizers are generator, critic"):
         Scheduled(model, optimizer=optimizers, **options)
+
+
+class Scaled(DCGAN):
+    @override
+    def make_engine(self) -> Engine:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return TorchEngine(self.accelerator, self.unwrapped_model, self.optimizer_slots(), scaler)
+
+
+def test_each_optimizer_has_a_gradient_scaler() -> None:
+    model, optimizers, data = make_parts()
+    trainer = Scaled(model, optimizer=optimizers, seed=0, max_grad_norm=math.inf, default_callbacks=())
+    trainer.train(data, max_steps=8, per_device_batch_size=6)
+    expected = train(DCGAN, 6, max_grad_norm=math.inf)
+    assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
+    assert {"scaler.critic", "scaler.generator"} <= trainer.run.engine.get_state().shared.keys()
