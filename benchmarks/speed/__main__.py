@@ -1,6 +1,6 @@
 """Compare contenders with the plain loop, and write the results as JSON, as tables and as a chart.
 
-All measurements take about half an hour. To measure a part, name it. `--add` adds a part to the results in the folder:
+All measurements take half an hour or more. To measure a part, name it. `--add` adds it to the results in the folder:
 
     python -m benchmarks.speed --workload step convnet --contender ptacc lightning --pairs 20
     python -m benchmarks.speed --workload gpt --contender ptacc --add

@@ -3,15 +3,17 @@
 import multiprocessing
 import os
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import default_collate as torch_default_collate
 from typing_extensions import override
 
 from ptacc import StepOutput, Trainer
+from ptacc.data.loading import default_collate
 from ptacc.data.sources import make_source
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
@@ -197,3 +199,28 @@ def test_a_sampler_without_a_length_is_refused() -> None:
     loader: DataLoader[Any] = DataLoader([torch.ones(4)] * 8, sampler=Unsized())  # type: ignore[arg-type]
     with pytest.raises(DataError, match="Unsized has no length: a run is planned by the batches of an epoch"):
         make_source(loader, DistributedRuntime(), 7).num_batches()
+
+
+class OwnPair(tuple[Tensor, int]):
+    """A tuple of a class of one's own."""
+
+
+class Named(NamedTuple):
+    inputs: Tensor
+    target: int
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(tuple, tuple), (OwnPair, tuple), (list, list)])
+def test_samples_are_collated_as_torch_does_except_that_tuples_stay_tuples(kind: Any, expected: type) -> None:
+    samples = [kind((torch.ones(2) * number, number)) for number in range(3)]
+    collated: Any = default_collate(samples)
+    by_torch: Any = torch_default_collate(samples)
+    for field, theirs in zip(collated, by_torch, strict=True):
+        assert torch.equal(field, theirs)
+    assert type(collated) is expected
+
+
+def test_named_tuples_stay_named_and_differing_lengths_have_torchs_message() -> None:
+    assert isinstance(default_collate([Named(torch.ones(2), 1), Named(torch.zeros(2), 0)]), Named)
+    with pytest.raises(RuntimeError, match="each element in list of batch should be of equal size"):
+        default_collate([(1, 2), (1,)])

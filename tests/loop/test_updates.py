@@ -1,6 +1,8 @@
 """Several updates per step: as in a plain loop, whatever the split of a step into batches and processes."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from ptacc import (
     StepOutput,
     Steps,
     Update,
+    find_learning_rate,
 )
 from ptacc.engines.base import Engine
 from ptacc.engines.default import TorchEngine
@@ -368,3 +371,23 @@ def test_each_optimizer_has_a_gradient_scaler() -> None:
     expected = train(DCGAN, 6, max_grad_norm=math.inf)
     assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
     assert {"scaler.critic", "scaler.generator"} <= trainer.run.engine.get_state().shared.keys()
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda optimizers: pickle.loads(pickle.dumps(optimizers))])
+def test_a_dict_of_optimizers_is_copied_with_its_names(copy_of: Callable[[OptimizerDict], OptimizerDict]) -> None:
+    _, optimizers, _ = make_parts()
+    copied = copy_of(optimizers)
+    assert list(copied) == ["generator", "critic"]
+    assert [group["lr"] for group in copied.param_groups] == [0.01, 0.01]
+
+
+def test_a_search_for_a_learning_rate_has_no_schedule_of_any_optimizer() -> None:
+    model, optimizers, data = make_parts()
+
+    def fail(*_: object) -> Any:
+        raise AssertionError("a search has a constant learning rate")
+
+    trainer = Scheduled(
+        model, optimizer=optimizers, create_scheduler=fail, create_scheduler_of={"critic": fail}, default_callbacks=()
+    )
+    assert find_learning_rate(trainer, data, steps=20).rates

@@ -49,7 +49,7 @@ class ProgressBar(Callback[TrainerCore]):
             of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
             self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"
             self._steps_before = trainer.progress.steps
-            self._losses, self._loss, self._items = RunningLoss(trainer.device), "?", 0.0
+            self._losses, self._loss = RunningLoss(trainer.device), "?"
             self._bar = tqdm(
                 total=plan.known_steps_per_epoch,
                 desc=self._title,
@@ -65,7 +65,6 @@ class ProgressBar(Callback[TrainerCore]):
         if bar is None:
             return
         self._losses.add(step.loss, step.items)
-        self._items += step.items
         if step.step % self._every:
             return
         seconds = max(bar.format_dict["elapsed"], 1e-9)
@@ -74,7 +73,7 @@ class ProgressBar(Callback[TrainerCore]):
         bar.set_postfix(
             loss=self._loss,
             lr=f"{float(step.learning_rate):.2e}",
-            items=f"{self._items / seconds:.0f}/s",
+            items=f"{self._losses.items / seconds:.0f}/s",
             refresh=False,
         )
         bar.update(step.step - self._steps_before - bar.n)

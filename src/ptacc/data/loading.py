@@ -27,13 +27,12 @@ def identity(batch: object) -> object:
 
 def default_collate(samples: list[Any]) -> object:
     """Collate as torch does, except that tuples give a tuple, not a list."""
-    if type(samples[0]) is not tuple:
-        return torch_default_collate(samples)
-    try:
-        fields: list[Any] = [*zip(*samples, strict=True)]
-    except ValueError:  # of differing lengths: torch has the message
-        return torch_default_collate(samples)
-    return tuple([torch_default_collate(values) for values in fields])
+    if type(samples[0]) is tuple:
+        with contextlib.suppress(ValueError):  # samples of differing lengths, for which torch has the message
+            fields: list[Any] = [*zip(*samples, strict=True)]
+            return tuple([torch_default_collate(values) for values in fields])
+    batch = torch_default_collate(samples)
+    return tuple(batch) if isinstance(batch, list) and isinstance(samples[0], tuple) else batch
 
 
 @contextlib.contextmanager

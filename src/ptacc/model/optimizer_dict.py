@@ -50,6 +50,10 @@ class OptimizerDict(Optimizer):
                         f"in {name!r}. Give each parameter to one optimizer."
                     )
 
+    @override
+    def __reduce__(self) -> tuple[type[OptimizerDict], tuple[dict[str, Optimizer]]]:
+        return OptimizerDict, (self._optimizers,)  # torch's own state of an optimizer lacks the names
+
     def __getitem__(self, name: str) -> Optimizer:
         return self._optimizers[name]
 

@@ -42,6 +42,7 @@ class StepResult:
         loss: Scalar on the device. Its mean over the ranks is the mean loss of the step.
         logged: Further scalars, as floats or tensors on the device, averaged over the ranks likewise.
         weights: The fraction of the items to which a logged value applies, for values that some batches did not log.
+        group_rates: Learning rates of the parameter groups by name, if there are several.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepResult:
     loss: Tensor = NO_LOSS
     logged: dict[str, Tensor | float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    group_rates: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
         """Add a batch: its scaled loss, and means over the batch with their weight in the means over the step."""
@@ -61,7 +63,8 @@ class StepResult:
     def add_update(self, name: str, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
         """Add a batch in one of several updates, whose own mean loss is reported by `name`."""
         self.add(loss, logged, weight)
-        self._add_logged(name, loss, weight)
+        if weight:
+            self._add_logged(name, loss, weight)
 
     def _add_logged(self, name: str, value: Tensor, weight: float) -> None:
         self.logged[name] = self.logged.get(name, 0.0) + value
@@ -141,20 +144,18 @@ class RunHistory(Sequence[EpochRecord]):
         if not unread:
             return
         read, names = _read(unread, distributed)
-        records = [
-            StepRecord(result.step, result.epoch, loss, float(result.learning_rate), result.items, logged)
-            for result, (loss, logged) in zip(unread, read, strict=True)
-        ]
+        records = []
+        for result, (loss, logged) in zip(unread, read, strict=True):
+            reported = {name: float(rate) for name, rate in result.group_rates.items()} | logged
+            rate = float(result.learning_rate)
+            records.append(StepRecord(result.step, result.epoch, loss, rate, result.items, reported))
+            self._loss_sum += loss * result.items
+            for name, value in logged.items():
+                total, count = self._logged.get(name, (0.0, 0))
+                self._logged[name] = total + value, count + 1
         self._steps.extend(records)
         self._write(("step", asdict(record)) for record in records)
         self._step_names |= names
-        for record in records:
-            self._loss_sum += record.loss * record.items
-            for name, value in record.logged.items():
-                if name.endswith("/learning_rate"):  # of one of several groups: it has no mean
-                    continue
-                total, count = self._logged.get(name, (0.0, 0))
-                self._logged[name] = total + value, count + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epochs, and the steps in memory. `read_steps` must have been called."""

@@ -169,9 +169,8 @@ class Run:
         """Return the result of the next step, still without losses."""
         self.distributed.count_progress()
         slots, before = self.engine.slots, self.progress
-        step = StepResult(before.steps + 1, before.epochs + 1, window.total, slots[0].learning_rate)
-        step.logged.update(learning_rates(slots))
-        return step
+        number, epoch = before.steps + 1, before.epochs + 1
+        return StepResult(number, epoch, window.total, slots[0].learning_rate, group_rates=learning_rates(slots))
 
     def count_window(self, window: Window[Any], step: StepResult, *, happened: bool) -> None:
         """Count the batches of a window, and its step unless the gradient scaler skipped the update."""

@@ -11,10 +11,16 @@ from ptacc.tensors.devices import widest_float
 
 
 class RunningLoss:
-    """Sums losses on their device, and reads their mean without synchronising."""
+    """Sums losses on their device, and reads their mean without synchronising.
+
+    Attributes:
+        items: Number of items so far.
+    """
+
+    items: float
 
     def __init__(self, device: torch.device) -> None:
-        self._items, self._mean = 0.0, float("nan")
+        self.items = 0.0
         self._host_sum: float | None = 0.0 if device.type == "cpu" else None
         if self._host_sum is None:
             self._module: Any = torch.get_device_module(device)
@@ -25,7 +31,7 @@ class RunningLoss:
 
     def add(self, loss: Tensor, items: float) -> None:
         """Add a mean over `items` items, a scalar on the device."""
-        self._items += items
+        self.items += items
         if self._host_sum is not None:
             self._host_sum += loss.item() * items
         else:
@@ -37,12 +43,12 @@ class RunningLoss:
         None before the first mean has arrived from the device, and while the next one is on its way.
         """
         if self._host_sum is not None:
-            return self._host_sum / self._items
+            return self._host_sum / self.items
         if self._copied is not None and not self._copied.query():
             return None
         arrived = None if self._copied is None else self._copy.item() / self._copied_items
         self._copy.copy_(self._sum, non_blocking=True)
-        self._copied_items = self._items
+        self._copied_items = self.items
         self._copied = self._module.Event()
         self._copied.record()
         return arrived

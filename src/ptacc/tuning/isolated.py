@@ -84,6 +84,7 @@ def search_copy(trainer: AnyLoop, *data: object) -> Generator[AnyLoop]:
     with isolated_copy(trainer, *data) as copied:
         if isinstance(copied, LRSchedulerMixin):
             copied.create_scheduler = lambda optimizer, _: ConstantLR(optimizer, factor=1.0)
+            copied.create_scheduler_of = {}
             copied.scheduler_interval = "step"
         seed_everything(derive_seed(SEED, copied.distributed.replica))
         yield copied
