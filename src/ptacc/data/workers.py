@@ -1,4 +1,8 @@
-"""Workers of a loader leave the signals of a run to the main process, which stops them when the run ends."""
+"""Workers of a loader leave the signals of a run to the main process, and end with it.
+
+The main process stops them when the run ends. If it is killed, torch's workers notice that their parent has changed.
+Those that had not started by then do not notice it, and would wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
@@ -14,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptacc.distributed.failure import is_running
 from ptacc.distributed.signals import handled_signals
 from ptacc.types.aliases import T
 
 
 @dataclass(frozen=True)
 class WorkerInit:
-    """Initialises a worker: it ignores some signals as long as the main process needs it.
+    """Initialises a worker: it ignores some signals as long as the main process needs it, and ends if that has ended.
 
     A launcher, a scheduler or a terminal sends a signal to all processes. torch's workers end at it, so that the main
     process fails before it has saved the run.
@@ -43,6 +49,9 @@ class WorkerInit:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         if self.init is not None:
             self.init(worker)
+        parent = parent_process()
+        if parent is not None and parent.pid is not None and not is_running(parent.pid):
+            os._exit(1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.is_released:
@@ -50,11 +59,11 @@ class WorkerInit:
 
 
 def start_iteration(loader: Iterable[T]) -> Iterator[T]:
-    """Return `iter(loader)`. Workers that it starts leave the signals of the run to this process."""
+    """Return `iter(loader)`. Workers that it starts leave the signals of the run to this process, and end with it."""
     options: Any = loader
     starts_workers = getattr(loader, "num_workers", 0) and hasattr(loader, "worker_init_fn")
     signals = handled_signals()
-    if sys.platform == "win32" or not starts_workers or not signals:
+    if sys.platform == "win32" or not starts_workers:
         return iter(loader)
     is_released = torch.zeros((), dtype=torch.bool)
     is_released.share_memory_()  # type: ignore[no-untyped-call]
