@@ -1,6 +1,7 @@
 """Real processes for tests: `run_ranks` forks ranks of one job, `launch` runs a whole command."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -151,6 +152,7 @@ def run_worker(
     pipe: "Connection[bytes, bytes]",
     timeout: float,
 ) -> None:
+    gc.freeze()  # what the parent has left, such as a loader with its workers, is not to be collected here
     os.environ.update(environment)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(0.9 * timeout, file=2)
