@@ -4,11 +4,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin as GradientAccumulationPlugin
 from torch import Tensor, nn
 
 class Accelerator:
     scaler: torch.amp.GradScaler | None
+    ddp_handler: DistributedDataParallelKwargs | None
     _models: list[nn.Module]
     def __init__(
         self,

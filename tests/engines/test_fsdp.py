@@ -18,7 +18,7 @@ from torch.optim import SGD
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typing_extensions import override
 
-from ptacc import AMPMixin, FSDPMixin, GradCheckpointMixin, StepOutput, SWAMixin, Trainer
+from ptacc import AMPMixin, FSDPMixin, GradCheckpointMixin, StepOutput, StepResult, SWAMixin, Trainer
 from ptacc.engines.fsdp import check_offload
 from ptacc.errors import LaunchError, ModelError, OptionError
 from ptacc.tensors.dtensor import is_dtensor, match_placement
@@ -71,14 +71,14 @@ def test_the_last_pass_of_averaged_weights_may_end_unevenly() -> None:
 
 
 class Observing(Sharded):
-    """Records the model's classes and shards in a step."""
+    """Records the model's classes and shards after a step."""
 
     @override
-    def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
         modules = self.unwrapped_model.modules()
         self.seen = {type(module).__name__ for module in modules if type(module).__name__.startswith("FSDP")}
         self.held = sum(p.to_local().numel() for p in self.unwrapped_model.parameters() if is_dtensor(p))
-        return super().train_step(batch)
 
     seen: Any = ()
     held: int = 0

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ptacc import DDPMixin, GradAccumMixin, SeedMixin, Trainer
+from ptacc.engines.ddp import DDPEngine
 from ptacc.errors import OptionError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
@@ -24,19 +24,18 @@ def make_parts() -> dict[str, Any]:
     return {**tiny_parts(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
 
 
-def train(kind: type[Replicated], **options: Any) -> tuple[Tensor, bool]:
+def train(kind: type[Replicated], **options: Any) -> Tensor:
     torch.manual_seed(0)
     trainer = kind(**make_parts(), gradient_accumulation_steps=2, seed=0, **options)
     inputs, targets = tiny_data().tensors
     trainer.train(torch.utils.data.TensorDataset(inputs.double(), targets), num_epochs=3, per_device_batch_size=2)
-    is_wrapped = isinstance(trainer.run.model, DistributedDataParallel)
-    return torch.cat([value.double().reshape(-1) for value in trainer.model.state_dict().values()]), is_wrapped
+    return torch.cat([value.double().reshape(-1) for value in trainer.model.state_dict().values()])
 
 
-def test_results_equal_those_of_replicas_that_are_not_wrapped() -> None:
-    expected = run_ranks(lambda: train(Replicated), 2)[0][0]
-    for state, is_wrapped in run_ranks(lambda: train(Wrapped), 2):
-        assert is_wrapped
+@pytest.mark.parametrize("option", [None, "ddp_find_unused_parameters", "ddp_gradient_as_bucket_view"])
+def test_results_equal_those_of_replicas_that_are_not_wrapped(option: str | None) -> None:
+    expected = run_ranks(lambda: train(Replicated), 2)[0]
+    for state in run_ranks(lambda: train(Wrapped, **({option: True} if option else {})), 2):
         torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -44,8 +43,9 @@ def settings() -> tuple[bool, bool, bool]:
     options: dict[str, Any] = {"ddp_find_unused_parameters": True, "ddp_gradient_as_bucket_view": True}
     trainer = Wrapped(**make_parts(), **options)
     trainer.train(tiny_data(), num_epochs=1)
-    ddp = trainer.run.model
-    assert isinstance(ddp, DistributedDataParallel)
+    engine = trainer.run.engine
+    assert isinstance(engine, DDPEngine)
+    ddp = engine.ddp
     return ddp.find_unused_parameters, ddp.gradient_as_bucket_view, ddp.static_graph
 
 
@@ -54,8 +54,8 @@ def test_options_are_settings_of_ddp() -> None:
 
 
 def test_gradients_are_compressed_by_a_hook() -> None:
-    exact, _ = run_ranks(lambda: train(Wrapped), 2)[0]
-    compressed, _ = run_ranks(lambda: train(Wrapped, ddp_comm_hook="fp16"), 2)[0]
+    exact = run_ranks(lambda: train(Wrapped), 2)[0]
+    compressed = run_ranks(lambda: train(Wrapped, ddp_comm_hook="fp16"), 2)[0]
     assert 0 < (exact - compressed).abs().max() < 0.1
 
 

@@ -13,7 +13,9 @@ from typing import Any, Final, NamedTuple
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
 from torch.distributed import is_initialized
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ptacc.distributed.accelerator_settings import (
@@ -250,6 +252,16 @@ def check_accelerator(accelerator: AcceleratorProtocol) -> None:
         raise OptionError(
             'mixed_precision="fp16" on a CPU: Accelerate would silently train in fp32. Use "bf16", or "no".'
         )
+
+
+def wrap_in_ddp(accelerator: AcceleratorProtocol, model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model that is on the device, with the accelerator's settings. A collective."""
+    assert isinstance(accelerator, Accelerator)
+    settings = accelerator.ddp_handler
+    ddp = DistributedDataParallel(model, **({} if settings is None else settings.to_kwargs()))
+    if settings is not None:
+        settings.register_comm_hook(ddp)
+    return ddp
 
 
 def forget_prepared(accelerator: AcceleratorProtocol) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from typing_extensions import override
 
+from ptacc.distributed.accelerator import wrap_in_ddp
 from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.common import broadcast_buffers
 from ptacc.engines.default import TorchEngine
@@ -17,7 +17,11 @@ from ptacc.types.protocols import AcceleratorProtocol
 
 
 class DDPEngine(TorchEngine):
-    """Averages the gradients by DistributedDataParallel, which wraps the model."""
+    """Averages the gradients by DistributedDataParallel.
+
+    Steps call the user's model. The forward pass of DDP is that of the batch, from its start to its loss, so that a
+    step may call methods and submodules of the model, and call them several times.
+    """
 
     can_update_separately = False
 
@@ -29,15 +33,28 @@ class DDPEngine(TorchEngine):
             model: The user's model.
             slots: The optimizers.
         """
-        super().__init__(accelerator, model, slots, uses_ddp=True)
-        ddp = getattr(self._model, "_orig_mod", self._model)
-        assert isinstance(ddp, DistributedDataParallel)
-        ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too
-        self._check = ReductionCheck(model, self._slots, ddp)
+        super().__init__(accelerator, model, slots)
+        self.ddp = wrap_in_ddp(accelerator, model)
+        self.ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too
+        self._needs_loss = self.ddp.find_unused_parameters or self.ddp.static_graph
+        self._check = ReductionCheck(model, self._slots, self.ddp)
 
     @override
-    def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model)
+    @contextlib.contextmanager
+    def around_batch(self, *, is_last: bool) -> Generator[None]:
+        """Run the block as the forward pass of DDP does: what it compiles is split at the buckets of gradients."""
+        sync = contextlib.nullcontext() if is_last else self.ddp.no_sync()
+        with sync, self.ddp._inside_ddp_forward():  # noqa: SLF001  # torch has no public way
+            self.ddp._pre_forward()  # type: ignore[no-untyped-call]  # noqa: SLF001
+            if not self._needs_loss:  # then a backward pass by hand is prepared for, too
+                self.ddp._post_forward(())  # type: ignore[no-untyped-call]  # noqa: SLF001
+            yield
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        if self._needs_loss:  # to find the parameters that the step has used
+            loss = self.ddp._post_forward(loss)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        super().backward(loss)
 
     @override
     def unscale_gradients(self) -> None:

@@ -35,8 +35,6 @@ class TorchEngine(Engine):
         model: nn.Module,
         slots: Sequence[OptimizerSlot],
         scaler: torch.amp.GradScaler | None = None,
-        *,
-        uses_ddp: bool = False,
     ) -> None:
         """Wrap a model for the device, the precision and the ranks.
 
@@ -45,11 +43,10 @@ class TorchEngine(Engine):
             model: The user's model.
             slots: The optimizers.
             scaler: A new gradient scaler; by default a copy of the accelerator's.
-            uses_ddp: Whether Accelerate wraps the model in DistributedDataParallel.
         """
         self._accelerator, self._unwrapped_model = accelerator, model
         # Accelerate prepares it for the device, the precision and the compiler.
-        self._model = prepare_model(accelerator, model, uses_ddp=uses_ddp)
+        self._model = prepare_model(accelerator, model)
         self._slots = self._active = tuple(slots)
         self._new_scaler = scaler or accelerator.scaler
         self._scalers: dict[str, torch.amp.GradScaler] = {} if scaler is None else {"scaler": scaler}

@@ -61,9 +61,9 @@ class ReductionCheck:
         if different := find_differences(all_parameters(self._slots)):
             raise ModelError(
                 f"The processes have different gradients of {join_names(self._model, different)}, so that they would "
-                "train different weights. DDP averages the gradients of the first backward pass after a call of "
-                "self.model(...). Call self.model in train_step, not unwrapped_model, and do not compute gradients "
-                "a second time for the same batch."
+                "train different weights. DDP averages the gradients of the first backward pass of a batch, for the "
+                "parameters that the model had when the run began. Call super().backward(loss) in an override of "
+                "backward, and do not compute gradients a second time for the same batch."
             )
 
 

@@ -33,6 +33,8 @@ from typing_extensions import override
 from ptacc.engines.base import OptimizerSlot, all_parameters
 from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
+from ptacc.engines.root_forward import RootForward, reshard
+from ptacc.model.wrapping import call_contexts, calling
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
 
@@ -81,12 +83,18 @@ class ShardedEngine(TorchEngine):
             with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         super().__init__(accelerator, model, slots)
+        root = call_contexts.get(model)
+        self._root = root if isinstance(root, RootForward) else None
 
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._unwrapped_model, FSDPModule):
             self._unwrapped_model.set_requires_gradient_sync(is_last)
-        return contextlib.nullcontext()
+        return calling(self._unwrapped_model)
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss if self._root is None else self._root.end(loss))
 
     @override
     def unscale_gradients(self) -> None:
@@ -147,19 +155,14 @@ class ShardedModel:
         for parameter in self._original.devices:
             if parameter not in remaining:
                 parameter.data = parameter.data.new_empty(0)
-        # FSDP2 leaves the root unsharded after a forward pass, for a backward pass that evaluations do not make.
-        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.reshard())
-
-    def reshard(self) -> None:
-        """Free the gathered parameters of all FSDP2 units."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        if isinstance(model, FSDPModule):
+            RootForward(model)
 
     @torch.no_grad()
     def release(self) -> None:
         """Gather the model into the user's own parameters, on their original devices. A collective."""
-        self.reshard()
+        reshard(self._model)
+        call_contexts.pop(self._model, None)
         shards = {original: getattr(module, name) for module, name, original in self._owners}
         for original, shard in shards.items():
             original.data = full_tensor(shard.detach()).to(self._original.devices[original])

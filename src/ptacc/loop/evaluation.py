@@ -27,7 +27,7 @@ from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.modes import get_modes, set_modes
 from ptacc.model.option_modules import options_moved
-from ptacc.model.wrapping import ModelState, prepare_model
+from ptacc.model.wrapping import ModelState, calling, prepare_model
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import count_batch
@@ -192,7 +192,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _evaluate_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> StepOutput[OutputT]:
         batch = transfer.to_device(host.data)
-        output = self.eval_step(batch)
+        with calling(self.unwrapped_model):
+            output = self.eval_step(batch)
         check_eval_output(type(self).__name__, output)
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
@@ -249,7 +250,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
         """Return the indices of a batch's samples, -1 if unknown, and their outputs on the CPU."""
-        outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
+        with calling(self.unwrapped_model):
+            outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
         if host.indices is not None:
             return host.indices, outputs
         count = host.samples if host.samples is not None and host.total is not None else None

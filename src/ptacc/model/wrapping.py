@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -23,15 +24,23 @@ class AutocastForward(NamedTuple):
 
 
 _autocast_forwards: WeakKeyDictionary[nn.Module, AutocastForward] = WeakKeyDictionary()
+call_contexts: WeakKeyDictionary[nn.Module, Callable[[], AbstractContextManager[None]]] = WeakKeyDictionary()
+"""Models whose methods and submodules can be called in a context only, each with a function that makes one."""
 
 
-def prepare_model(accelerator: AcceleratorProtocol, model: nn.Module, *, uses_ddp: bool = False) -> nn.Module:
+def calling(model: nn.Module) -> AbstractContextManager[None]:
+    """Return the context in which methods and submodules of a model can be called. Collective for sharded models."""
+    make_context = call_contexts.get(model)
+    return nullcontext() if make_context is None else make_context()
+
+
+def prepare_model(accelerator: AcceleratorProtocol, model: nn.Module) -> nn.Module:
     """Prepare a model as Accelerate does, with the same forward function for autocast each time.
 
     Accelerate makes a new one in each call. `torch.compile` would compile it again, and after eight of them no more.
     """
     original = getattr(model.forward, "__func__", None)
-    prepared = accelerator.prepare_model(model, evaluation_mode=not uses_ddp)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
     patched = getattr(vars(model).get("forward"), "__func__", original)
     if original is None or patched is original:  # there is no autocast, or it is prepared already
         return prepared

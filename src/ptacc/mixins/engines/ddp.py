@@ -19,7 +19,7 @@ CommHook: TypeAlias = Literal["fp16", "bf16", "power_sgd", "batched_power_sgd"]
 class DDPMixin(Mixin):
     """Averages gradients by torch's `DistributedDataParallel` (DDP), for its settings.
 
-    DDP wraps the model: a step calls `self.model(...)` once for each batch, and a run trains the same parameters.
+    A run trains the same parameters in each step. Steps call the model, its methods and its submodules as without it.
 
     Options:
         ddp_find_unused_parameters: Whether to search for parameters without a gradient in each forward pass.
