@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -710,6 +711,10 @@ def of_dtype(dtype: torch.dtype) -> Deep:
             "Adafactor under ZeRO 2 may need full parameters",
         ),
         (lambda: with_optimizer(Keeping), "Keeping has a zero_grad of its own"),
+        (
+            lambda: with_optimizer(lambda m: AdamWScheduleFree(m.parameters())),
+            "AdamWScheduleFree has a train mode and an eval mode",
+        ),
         (lambda: of_dtype(torch.float64), "enter.weight is float64, and DeepSpeed updates weights in float32"),
         (lambda: of_dtype(torch.bfloat16), "enter.weight is bfloat16, and DeepSpeed"),
         (

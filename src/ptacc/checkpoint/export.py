@@ -9,6 +9,7 @@ checkpoint -> Snapshot --------+
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -33,8 +34,6 @@ AVERAGES = ("ema", "swa")
 
 def states_to_export(trainer: TrainerCore, averages: Mapping[str, Any]) -> Snapshot:
     """Return a trainer's weights, with averages of them. A collective; rank 0 gets full tensors."""
-    is_running = trainer.is_running
-    weights = trainer.run.engine.get_state().weights if is_running else get_weights(trainer.unwrapped_model)
 
     def gather(value: Any) -> Any:
         if not is_dtensor(value):
@@ -42,7 +41,12 @@ def states_to_export(trainer: TrainerCore, averages: Mapping[str, Any]) -> Snaps
         full = full_tensor(value)
         return full.cpu() if trainer.distributed.rank == 0 else None
 
-    return Snapshot(map_state({MODEL: weights, **averages}, gather))
+    if not trainer.is_running:
+        return Snapshot(map_state({MODEL: get_weights(trainer.unwrapped_model), **averages}, gather))
+    modes = trainer.run.optimizer_modes
+    with modes.evaluating():
+        states = map_state({MODEL: trainer.run.engine.get_state().weights, **averages}, gather)
+        return Snapshot(copy.deepcopy(states) if modes.has_any else states)  # train mode changes them after the block
 
 
 def exported_weights(snapshot: Snapshot, averages: str | None = None) -> dict[str, Tensor]:

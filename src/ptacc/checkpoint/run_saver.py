@@ -109,14 +109,21 @@ class RunSaver:
 
     def _save(self, path: str | None, label: str) -> None:
         self.finish()
-        now = self.trainer.progress
         if path is None:
-            self.saved_at = now  # first, since the checkpoint contains it
+            self.saved_at = self.trainer.progress  # first, since the checkpoint contains it
+        with self.trainer.run.optimizer_modes.evaluating():
+            saved = self._begin(path, label)
+        if saved is not None:
+            self.on_saved(saved)
+
+    def _begin(self, path: str | None, label: str) -> str | None:
+        """Save the present state, or begin to save it in the background. Return the path of a complete checkpoint."""
+        now = self.trainer.progress
         shared, own = collect_parts(self.trainer)
         weights = () if self.allows_non_finite else local_parameters(self.trainer, shared[MODEL])
         if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
             self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
-            return
+            return None
         manifest = Manifest(
             name="",
             run=self.manager.identity,
@@ -128,8 +135,7 @@ class RunSaver:
             parts=tuple(shared),
             metrics=self.trainer.run.current_values(),
         )
-        if (saved := self.manager.begin(manifest, *move_shards(shared, own), path)) is not None:
-            self.on_saved(saved)
+        return self.manager.begin(manifest, *move_shards(shared, own), path)
 
     def state_dict(self) -> StateDict:
         """Return when a checkpoint was last due, the best values, and the versions of packages that affect results."""

@@ -57,6 +57,7 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
     """
     run, model, state = trainer.run, trainer.unwrapped_model, trainer.run.engine.get_state()
     slots = [slot for slot in run.engine.slots if slot.name in state.optimizers]
+    optimizers = {slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots}
     shared = {
         RUN: run.state_dict(),
         MODEL: state.weights,
@@ -65,7 +66,7 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
         KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
         FLAGS: get_flags(model),
         ENGINE: state.shared,
-        **{slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots},
+        **{slot.name: run.optimizer_modes.add_weights(slot.optimizer, optimizers[slot.name]) for slot in slots},
         **stateful_parts(trainer, each_rank=False),
     }
     own = {
@@ -215,6 +216,8 @@ def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, lef
         if canonical_name(name) in misfits:
             for slot in loaded:
                 slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
+    for slot in loaded:
+        trainer.run.optimizer_modes.load_weights(slot.optimizer, shared[slot.name])
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:

@@ -199,9 +199,11 @@ class TrainerCore(TrainerBase):
     def around_evaluation_weights(self) -> Generator[None]:
         """Surround the use of the model in evaluations and predictions.
 
-        Around: an override swaps in other weights, such as an EMA, and restores the model's own afterwards.
+        Around: an override swaps in other weights, such as an EMA, and restores the model's own afterwards. Within a
+        run, optimizers with modes are in eval mode for the block.
         """
-        yield
+        with self.run.optimizer_modes.evaluating() if self.is_running else contextlib.nullcontext():
+            yield
 
     @hook("around")
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ptacc.model.optimizer_state import group_names
+from ptacc.model.optimizer_state import group_names, own_values
 from ptacc.types.protocols import StateDict
 
 
@@ -47,7 +47,9 @@ class OptimizerSlot:
         names = [min(names, default="") for names in group_names(model, self.optimizer)]
         ordered = sorted(zip(names, self.optimizer.param_groups, strict=True), key=itemgetter(0))
         groups = [group for _, group in ordered]
-        for name in sorted({name for group in groups for name in group} - {"params", "initial_lr"}):
+        for name in sorted(
+            {name for group in groups for name in group} - {"params", "initial_lr"} - own_values(self.optimizer)
+        ):
             values = [value.tolist() if isinstance(value := group.get(name), Tensor) else value for group in groups]
             if all(isinstance(value, int | float | str | tuple | NoneType) for value in values):
                 yield name, repr(values[0]) if all(value == values[0] for value in values) else repr(values)

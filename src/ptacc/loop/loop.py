@@ -300,7 +300,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Run the loop, as its pseudocode in the documentation specifies."""
         events, transfer = self._events(), make_transfer(run.device)
         around_step = self.around_step if overrides(self, TrainerCore, "around_step") else contextlib.nullcontext
-        with self.around_run(), self._saving_on_exception(run):
+        with self.around_run(), run.optimizer_modes.training(), self._saving_on_exception(run):
             events.run_start()
             self._start_or_resume(run)
             discard_gradients(self.unwrapped_model)  # of the user's own code, or of a step that was interrupted
@@ -327,6 +327,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                     break
             if text := describe_finished_run(run):
                 self.print(f"{type(self).__name__}.train(): {text}")
+            run.optimizer_modes.finish()
             events.run_end()
             run.engine.release()
 

@@ -20,6 +20,7 @@ from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.wrappers import sync_sources
 from ptacc.errors import DataError, OptionError
 from ptacc.loop.evaluation import EvaluationLoop
+from ptacc.model.optimizer_modes import OptimizerModes
 from ptacc.run.history import RunHistory
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
@@ -64,11 +65,13 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         with distributed.propagate_failure("setting a run up"):
             sync_sources([data, *eval_sets.values()])
             scheme, history = data.partition_scheme, RunHistory(history_file)
+            engine = self.make_engine()
             return Run(
                 options=options,
                 plan=self._plan(data, options, saved),
                 seed=seed,
-                engine=self.make_engine(),
+                engine=engine,
+                optimizer_modes=OptimizerModes(self.unwrapped_model, (slot.optimizer for slot in engine.slots)),
                 device=self.device,
                 distributed=distributed,
                 data=data,

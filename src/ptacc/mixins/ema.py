@@ -81,7 +81,7 @@ class EMAMixin(Mixin):
                 f"{type(self).__name__}.averaged_weights(): the model's present weights have no averages. Train it, or "
                 "load a checkpoint with averages, first."
             )
-        with averages.applied(self.unwrapped_model):
+        with super().around_evaluation_weights(), averages.applied(self.unwrapped_model):
             yield
 
     @override
@@ -89,7 +89,7 @@ class EMAMixin(Mixin):
     def around_evaluation_weights(self) -> Generator[None]:
         averages = self._averages(EMA_STATE.name) if self.ema_evaluates else None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(super().around_evaluation_weights())
             if averages is not None and averages.updates:  # before the first update, they may be of other weights
                 stack.enter_context(averages.applied(self.unwrapped_model))
-            stack.enter_context(super().around_evaluation_weights())
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ptacc.errors import CheckpointError
+from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.model.state_dict import canonical_name
 from ptacc.tensors.structures import map_tensors
 from ptacc.types.protocols import StateDict
@@ -18,6 +20,9 @@ from ptacc.validation import list_some
 NAMES = "parameter_names"
 """The names of the parameters of each group, in the saved state of an optimizer."""
 
+TRAIN_WEIGHTS = "train_weights"
+"""The weights of train mode by name, in the saved state of an optimizer with modes."""
+
 # ---- settings
 
 
@@ -25,8 +30,9 @@ def save_settings(optimizer: Optimizer) -> Callable[[], None]:
     """Save the settings of an optimizer's groups by value, and return a function that restores them.
 
     Tensors and lists that hold settings stay the same objects. Settings that were added are removed. A group that was
-    added keeps its settings.
+    added keeps its settings, and all groups keep the optimizer's own values.
     """
+    own = own_values(optimizer)
     saved = [
         {name: (value, _copy_value(value)) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -38,10 +44,24 @@ def save_settings(optimizer: Optimizer) -> Callable[[], None]:
             for name in group.keys() - settings.keys() - {"params"}:
                 del group[name]  # such as `initial_lr`, which the next scheduler would start from
             for name, (value, copied) in settings.items():
+                if name in own:
+                    continue
                 _restore_value(value, copied)
                 group[name] = value
 
     return restore
+
+
+def own_values(optimizer: Optimizer) -> set[str]:
+    """Return the entries of parameter groups that an optimizer changes itself, such as a count of its steps.
+
+    They are among its defaults, and its constructor does not take them.
+    """
+    if isinstance(optimizer, OptimizerDict):
+        return set().union(*(own_values(one) for _, one in optimizer.items()))
+    arguments = inspect.signature(type(optimizer)).parameters
+    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+    return set() if takes_any else optimizer.defaults.keys() - arguments.keys()
 
 
 def _copy_value(value: object) -> Any:
@@ -127,4 +147,4 @@ def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> S
     for names in group_names(model, optimizer):
         kept = {name: value for name, value in settings[frozenset(names)].items() if name != "param_names"}
         groups.append({**kept, "params": [indices[name] for name in names]})
-    return {**{key: value for key, value in state.items() if key != NAMES}, "param_groups": groups}
+    return {**{key: value for key, value in state.items() if key not in (NAMES, TRAIN_WEIGHTS)}, "param_groups": groups}

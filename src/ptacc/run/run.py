@@ -18,6 +18,7 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import Engine, learning_rates
 from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
+from ptacc.model.optimizer_modes import OptimizerModes
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.state import EpochState, ResumeState, StateKey
 from ptacc.run.stopping import StopState
@@ -40,6 +41,7 @@ class Run:
     Args:
         options: Arguments of `train()`.
         plan: Length of the run.
+        optimizer_modes: Switches those optimizers that have modes.
         seed: Seed of the data order, and of all randomness in loading the data.
         data: Training batches of this rank.
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
@@ -61,6 +63,7 @@ class Run:
     plan: RunPlan
     seed: int
     engine: Engine
+    optimizer_modes: OptimizerModes
     device: torch.device
     distributed: DistributedRuntime
     data: BatchSource

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ptacc.engines.common import has_own_zero_grad
 from ptacc.engines.deepspeed.config import ZeroConfig, value_at
 from ptacc.errors import LaunchError, ModelError
+from ptacc.model.optimizer_modes import HasModes
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Rprop", "ASGD", "Adadelta")
 """Optimizers of torch that update each entry independently. ZeRO's partitions do not end where parameters end."""
@@ -68,6 +69,11 @@ def check_optimizer(optimizer: Optimizer, config: ZeroConfig) -> None:
         raise ModelError(
             f"{config.owner}: {type(optimizer).__name__} has a zero_grad of its own, and DeepSpeed clears gradients "
             "itself. Leave it out, or train without DeepSpeed."
+        )
+    if isinstance(optimizer, HasModes):
+        raise ModelError(
+            f"{config.owner}: {type(optimizer).__name__} has a train mode and an eval mode, which it cannot set on the "
+            "partitions of a model. Train without DeepSpeed, or with an optimizer without modes."
         )
     kind = type(optimizer)
     is_known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE
