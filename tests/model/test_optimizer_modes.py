@@ -1,5 +1,7 @@
 """Optimizers with modes: trained in train mode, used in eval mode, and neither evaluations nor saves change a run."""
 
+from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from schedulefree import AdamWScheduleFree, SGDScheduleFree
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import TensorDataset
@@ -24,6 +27,7 @@ from ptacc import (
     RestoreBestWeights,
     SeedMixin,
     Steps,
+    TensorParallelMixin,
     Trainer,
     find_batch_size,
     find_learning_rate,
@@ -132,13 +136,23 @@ def test_the_split_of_a_step_makes_no_difference(ranks: int, accumulated: int) -
 class Sharding(FSDPMixin, Saving): ...
 
 
-def test_a_sharded_run_has_the_numbers_of_one_process_and_resumes(tmp_path: Path) -> None:
+class Splitting(TensorParallelMixin, Saving):
+    tensor_parallel_size: int | None = 2
+    tensor_parallel_plan: Mapping[str, Any] | None = field(
+        default_factory=lambda: {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), [(Sharding, 3), (Splitting, 6)])
+def test_a_sharded_run_has_the_numbers_of_one_process_and_resumes(
+    kind: type[Saving], batch_size: int, tmp_path: Path
+) -> None:
     expected = train(make())
 
     def sharded() -> State:
         options: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_every": Steps(1)}
-        train(make(Sharding, **options), 3, batch_size=3)
-        return train(make(Sharding, resume=True, **options), batch_size=3)
+        train(make(kind, **options), 3, batch_size=batch_size)
+        return train(make(kind, resume=True, **options), batch_size=batch_size)
 
     for state in run_ranks(sharded, 2):
         torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
@@ -165,6 +179,17 @@ def test_a_run_resumes_from_every_step(step: int, in_background: bool, tmp_path:
     options: dict[str, Any] = {"checkpoint_dir": tmp_path, "checkpoint_in_background": in_background}
     train(make(Saving, checkpoint_every=Steps(1), **options), step)
     assert_same(train(make(Saving, resume=True, **options)), train(make()))
+
+
+def test_a_run_resumes_with_another_head(tmp_path: Path) -> None:
+    train(make(Saving, checkpoint_dir=tmp_path), 3)
+    trainer = make(Saving, checkpoint_dir=tmp_path, resume=True, resume_ignore={"model.2"})
+    trainer.model[2] = nn.Linear(8, 2).double()
+    trainer.optimizer = AdamWScheduleFree(trainer.model.parameters(), lr=0.02, warmup_steps=3, weight_decay=0.1)
+    trainer.loss_func = lambda outputs, targets: (outputs - targets).square().mean()
+    state = train(trainer)
+    assert state["z.2"].shape == (2, 8)
+    assert not torch.equal(state["z.0"], state["0.weight"])
 
 
 def test_an_evaluation_uses_the_weights_of_eval_mode() -> None:
