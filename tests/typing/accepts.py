@@ -1061,10 +1061,13 @@ def saves(trainer: Saved) -> None:
     assert_type(checkpoints.save_checkpoint(), str)
     assert_type(trainer.save_checkpoint("runs/digits/best", label="best"), str)
     trainer.load_checkpoint(Path("runs/digits"), weights_only=True)
+    trainer.load_checkpoint("runs/digits", ignore={"model.head.*"})
     trainer.export_model("weights.safetensors", averages="ema")
+    trainer.export_model("adapter.safetensors", trainable_only=True)
 
 
 Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="x", resume=True, callbacks=[SaveBest("accuracy", "max")])
+Saved(net, loss_func=loss, optimizer=opt, checkpoint_dir="x", checkpoint_frozen=False)
 
 
 # ==== the model

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
+from ptacc.checkpoint.frozen import FROZEN, frozen_differences, without
 from ptacc.checkpoint.module_options import merge_options
 from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS
 from ptacc.checkpoint.resume import Resumption
@@ -98,7 +99,7 @@ class Comparison:
 
     def _parts(self) -> Iterator[Difference]:
         shared, own = self.saved.shared, self.saved.own
-        for name in sorted(self.present.keys() ^ shared.keys()):
+        for name in sorted((self.present.keys() ^ shared.keys()) - {FROZEN}):
             what = "no" if name in self.present else "an unexpected"
             yield Difference(name, f"the checkpoint has {what} part {name!r}")
         for key, state in self.trainer.run.states() if self.trainer.run.is_within_epoch else ():
@@ -112,7 +113,10 @@ class Comparison:
 
     def _tensors(self) -> Iterator[Difference]:
         shared = self.saved.shared
-        for name, text in weight_differences(self.present[MODEL], shared[MODEL]):
+        left_out = shared.get(FROZEN, {}).get(MODEL, ())
+        for part, name, text in frozen_differences(self.trainer, self.present, shared):
+            yield Difference(part, text, name)
+        for name, text in weight_differences(without(self.present[MODEL], left_out), shared[MODEL]):
             yield Difference(MODEL, text, name)
         for slot in self.trainer.run.engine.slots:
             if slot.name in self.present and slot.name in shared:
@@ -123,9 +127,14 @@ class Comparison:
             for name in here.keys() & there.keys():
                 if (now := full_shape(here[name])) != (before := full_shape(there[name])):
                     yield Difference(part, f"the average of {name} is {now}, and the checkpoint's {before}", name)
+        yield from self._options()
+
+    def _options(self) -> Iterator[Difference]:
+        frozen = self.saved.shared.get(FROZEN, {})
         for option, state in merge_options(self.present[OPTIONS], self.present_own[OPTIONS]).items():
             saved = {name: value for name, value in self.saved.options.get(option, {}).items() if name in state}
-            for name, text in weight_differences(state, saved, option):
+            left_out = frozen.get(f"{OPTIONS}.{option}", ())
+            for name, text in weight_differences(without(state, left_out), saved, option):
                 yield Difference(OPTIONS, text, f"{option}.{name}")
 
     def _check_data_order(self) -> None:

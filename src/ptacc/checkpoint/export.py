@@ -10,8 +10,9 @@ checkpoint -> Snapshot --------+
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +20,14 @@ from torch import Tensor
 from ptacc.checkpoint.parts import MODEL, Snapshot
 from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.core.hooks import TrainerCore
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import FileDigest, FileSystem, as_checkpoint_error
-from ptacc.files.paths import is_url, split_path
-from ptacc.model.averaging import holds_averages
+from ptacc.files.paths import is_url, parse_path, resolve_links, split_path
+from ptacc.files.remote_filesystem import select_filesystem
+from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.state_dict import get_weights
+from ptacc.model.trained import trained_names
 from ptacc.serialization.json_codec import get_memory_key
 from ptacc.serialization.safetensors_file import safetensors_parts
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
@@ -32,8 +36,55 @@ AVERAGES = ("ema", "swa")
 """The names of the parts with averaged weights."""
 
 
-def states_to_export(trainer: TrainerCore, averages: Mapping[str, Any]) -> Snapshot:
-    """Return a trainer's weights, with averages of them. A collective; rank 0 gets full tensors."""
+def export_weights(
+    trainer: TrainerCore,
+    distributed: DistributedRuntime,
+    path: str | PathLike[str],
+    averages: Mapping[str, AveragedWeights | None],
+    *,
+    overwrite: bool,
+    trainable_only: bool,
+) -> None:
+    """Write the weights of a trainer, or their averages, to a safetensors file. A collective.
+
+    Args:
+        trainer: The trainer.
+        distributed: Its process group.
+        path: Path or URL of the file.
+        averages: The averages to write instead of the weights, by their name, None if there are none; or empty.
+        overwrite: Whether to replace an existing file.
+        trainable_only: Whether to leave out frozen parameters and buffers.
+
+    Raises:
+        CheckpointError: The file exists, or no parameter is trained.
+    """
+    target = resolve_links(parse_path(path))
+    filesystem, is_main = select_filesystem(target), distributed.rank == 0
+    names = find_trained(trainer) if trainable_only else None
+    with distributed.synced("export_model()"), as_checkpoint_error(target):
+        if names is not None and not names:
+            raise CheckpointError("export_model(trainable_only=True): all parameters are frozen.")
+        if is_main:
+            check_target(filesystem, target, overwrite=overwrite)
+    states = states_to_export(
+        trainer, {part: found.state_dict() for part, found in averages.items() if found is not None}, names
+    )
+    with distributed.synced("the writing of export_model()"):
+        if is_main:
+            tensors = exported_weights(states, next(iter(averages), None))
+            write_weights(filesystem, target, tensors, overwrite=overwrite)
+
+
+def find_trained(trainer: TrainerCore) -> frozenset[str]:
+    """Return the names of the parameters that are trained: they are in an optimizer, or require a gradient."""
+    slots = trainer.run.engine.slots if trainer.is_running else trainer.optimizer_slots()
+    return trained_names(trainer.unwrapped_model, (slot.optimizer for slot in slots))
+
+
+def states_to_export(
+    trainer: TrainerCore, averages: Mapping[str, Any], names: Collection[str] | None = None
+) -> Snapshot:
+    """Return a trainer's weights, or those with some names, and averages. A collective; rank 0 gets full tensors."""
 
     def gather(value: Any) -> Any:
         if not is_dtensor(value):
@@ -41,11 +92,15 @@ def states_to_export(trainer: TrainerCore, averages: Mapping[str, Any]) -> Snaps
         full = full_tensor(value)
         return full.cpu() if trainer.distributed.rank == 0 else None
 
+    def collect(weights: Mapping[str, Any]) -> Any:
+        chosen = {name: weight for name, weight in weights.items() if names is None or name in names}
+        return map_state({MODEL: chosen, **averages}, gather)
+
     if not trainer.is_running:
-        return Snapshot(map_state({MODEL: get_weights(trainer.unwrapped_model), **averages}, gather))
+        return Snapshot(collect(get_weights(trainer.unwrapped_model)))
     modes = trainer.run.optimizer_modes
     with modes.evaluating():
-        states = map_state({MODEL: trainer.run.engine.get_state().weights, **averages}, gather)
+        states = collect(trainer.run.engine.get_state().weights)
         return Snapshot(copy.deepcopy(states) if modes.has_any else states)  # train mode changes them after the block
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptacc.checkpoint.frozen import Fingerprints, leave_out_frozen
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.parts import MODEL
 from ptacc.checkpoint.retention import add_if_best
@@ -35,6 +36,8 @@ class RunSaver:
         every: How often to save; None for at the end only.
         signals: Signals at which to save before the run ends.
         on_saved: Called with the path of each checkpoint that was saved.
+        at_start: The fingerprints of frozen tensors at the start of the run, which checkpoints then leave out; None to
+            save all tensors.
         saved_at: The progress of the run when a checkpoint was last due, whether or not it could be saved.
     """
 
@@ -44,6 +47,7 @@ class RunSaver:
     signals: Collection[signal.Signals]
     allows_non_finite: bool
     on_saved: Callable[[str], None]
+    at_start: Fingerprints | None = None
     saved_at: Progress = field(default_factory=Progress)
     _best_values: list[float] = field(default_factory=list)
     _is_among_best: bool = False
@@ -124,6 +128,8 @@ class RunSaver:
         if names := [name for name in self.trainer.distributed.gather(first_non_finite(weights)) if name]:
             self.manager.warn(f"The run was not saved after step {now.steps}: {names[0]} holds NaN or infinity.")
             return None
+        if self.at_start is not None:
+            shared = leave_out_frozen(self.trainer, shared, self.at_start)
         manifest = Manifest(
             name="",
             run=self.manager.identity,

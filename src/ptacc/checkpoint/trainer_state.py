@@ -8,33 +8,29 @@ run, engine, random, options, train_metrics, ...                           own: 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
-from os import PathLike
 from typing import Any
 
 from torch import nn
 
-from ptacc.checkpoint.differences import Comparison, find_difference
+from ptacc.checkpoint.differences import Comparison, find_difference, warn_of_changes
+from ptacc.checkpoint.frozen import Fingerprints, add_own_averages, fingerprint_frozen
 from ptacc.checkpoint.module_options import load_option_states, option_states
-from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, read_full_parts
-from ptacc.checkpoint.resume import Resumption, find_at
-from ptacc.checkpoint.storage.remote_store import open_store
+from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, check_storable
+from ptacc.checkpoint.resume import Resumption
 from ptacc.core.hooks import TrainerCore
 from ptacc.engines.base import EngineState
 from ptacc.errors import OptionError
-from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import parse_path, split_path
-from ptacc.model.averaging import AveragedWeights, holds_averages
+from ptacc.model.averaging import AveragedWeights
 from ptacc.model.modes import set_modes
-from ptacc.model.optimizer_state import add_names, check_names, order_by_name
+from ptacc.model.optimizer_state import add_names, order_by_name
 from ptacc.model.state_dict import (
     canonical_name,
     drop_misfits,
     load_non_persistent_buffers,
-    load_optimizer_state,
-    load_weights,
     non_persistent_buffers,
 )
 from ptacc.rng import RandomStreams, derive_seed, seed_everything
@@ -60,9 +56,7 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
     optimizers = {slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots}
     shared = {
         RUN: run.state_dict(),
-        MODEL: state.weights,
-        BUFFERS: {name: value for name, value in non_persistent_buffers(model).items() if is_storable(value)},
-        OPTIONS: option_states(trainer, each_rank=False),
+        **collect_tensors(trainer, state.weights),
         KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
         FLAGS: get_flags(model),
         ENGINE: state.shared,
@@ -77,6 +71,21 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
         **stateful_parts(trainer, each_rank=True),
     }
     return shared, own
+
+
+def collect_tensors(trainer: TrainerCore, weights: StateDict) -> dict[str, Any]:
+    """Return the parts with the weights of the model, its other buffers, and the parameters among the options."""
+    buffers = non_persistent_buffers(trainer.unwrapped_model)
+    return {
+        MODEL: weights,
+        BUFFERS: {name: value for name, value in buffers.items() if is_storable(value)},
+        OPTIONS: option_states(trainer, each_rank=False),
+    }
+
+
+def fingerprint_start(trainer: TrainerCore) -> Fingerprints:
+    """Return the fingerprints of the tensors that are not trained, at the start of a run. A collective."""
+    return fingerprint_frozen(trainer, collect_tensors(trainer, trainer.run.engine.get_state().weights))
 
 
 def get_kind(state: Stateful) -> str:
@@ -96,6 +105,12 @@ def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str
             yield key.name, state
     if not each_rank:
         yield from name_callbacks(trainer).items()
+
+
+def check_first_states(trainer: TrainerCore) -> None:
+    """Raise `CheckpointError` if states cannot be stored that optimizers and metrics have from the first step on."""
+    check_storable({slot.name: slot.optimizer.state_dict() for slot in trainer.run.engine.slots})
+    check_storable(stateful_parts(trainer, each_rank=True))
 
 
 def name_callbacks(trainer: TrainerCore) -> dict[str, Stateful]:
@@ -132,33 +147,14 @@ def get_flags(model: nn.Module) -> StateDict:
 # ---- from parts to a trainer
 
 
-def load_into(
-    trainer: TrainerCore, path: str | PathLike[str], key: bytes | None, *, weights_only: bool
-) -> tuple[str, dict[str, AveragedWeights]]:
-    """Load the weights of a checkpoint, and the optimizer's state, into a trainer.
-
-    Returns:
-        The path of the checkpoint, and its averages of the weights by the names of their parts.
-
-    Raises:
-        CheckpointError: The path has no checkpoint, or one of another model.
-    """
-    location = parse_path(path)
-    found = find_at(location, open_store(location, key))
-    directory, name = split_path(found)
-    store = open_store(directory, key)
-    with as_checkpoint_error(location):
-        shared = read_full_parts(store, store.manifest(name))
-    model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
-    for slot in slots:
-        check_names(model, slot.optimizer, shared[slot.name])
-    load_weights(model, shared[MODEL])
-    for slot in slots:
-        load_optimizer_state(slot.optimizer, order_by_name(model, slot.optimizer, shared[slot.name]))
-    averages = {part: AveragedWeights(model) for part, state in shared.items() if holds_averages(state)}
-    for part, average in averages.items():
-        average.load_state_dict(shared[part])
-    return found, averages
+def restore_run(trainer: TrainerCore, saved: Resumption, ignored: Collection[str]) -> bool:
+    """Restore a trainer within a run, and warn of changes. Return False if it is called again, at the epoch's start."""
+    is_last = trainer.run.is_consistent or not trainer.run.is_within_epoch
+    # Objects may change the states that they load.
+    left_out = restore(trainer, saved if is_last else copy.deepcopy(saved), ignored)
+    if is_last:
+        warn_of_changes(trainer, saved, ignored, left_out)
+    return is_last
 
 
 def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = ()) -> frozenset[str]:
@@ -181,7 +177,7 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
     left_out = Comparison(trainer, present, present_own, saved).check(ignored)
     model = trainer.unwrapped_model
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
-    shared = Snapshot(map_state({**saved.shared}, partial(localize, dtensors=dtensors)))
+    shared = Snapshot(add_own_averages(trainer, map_state({**saved.shared}, partial(localize, dtensors=dtensors))))
     saved = replace(saved, shared=shared)
     load_flags(model, shared[FLAGS])  # before the weights: a module's `train(mode)` may change them
     load_engine(trainer, saved, drop_misfits(present[MODEL], shared[MODEL]), left_out)

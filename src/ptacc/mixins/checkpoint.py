@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import signal
 from collections.abc import Collection, Generator
 from dataclasses import field
@@ -13,8 +12,8 @@ from typing import Literal
 
 from typing_extensions import override
 
-from ptacc.checkpoint.differences import warn_of_changes
-from ptacc.checkpoint.export import check_target, exported_weights, states_to_export, write_weights
+from ptacc.checkpoint.export import export_weights
+from ptacc.checkpoint.load import load_into
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.options import absolute_location, check_values
 from ptacc.checkpoint.parts import check_storable
@@ -24,14 +23,12 @@ from ptacc.checkpoint.run_saver import RunSaver
 from ptacc.checkpoint.storage.lock import DirectoryLock
 from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
-from ptacc.checkpoint.trainer_state import collect_parts, load_into, restore, stateful_parts
+from ptacc.checkpoint.trainer_state import check_first_states, collect_parts, fingerprint_start, restore_run
 from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError
-from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import parse_absolute, parse_path, resolve_links
-from ptacc.files.remote_filesystem import select_filesystem
+from ptacc.files.paths import parse_absolute
 from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
@@ -72,6 +69,8 @@ class CheckpointMixin(Mixin):
         checkpoint_errors: What to do if a checkpoint cannot be saved, as on a full disk: `"raise"`, or `"warn"` and
             continue.
         checkpoint_allows_non_finite: Whether to save weights with NaN or infinity.
+        checkpoint_frozen: Whether to save frozen parameters. If not, a run resumes with those of the model that it is
+            given, which have to be the same.
         checkpoint_key: Key to sign checkpoints with (HMAC). Checkpoints without a valid signature are then refused.
 
     Hooks: `find_resume_state`, `load_run_state`, `save_run_state`, `save_on_exception`, `stop_signals`,
@@ -99,6 +98,7 @@ class CheckpointMixin(Mixin):
     checkpoint_on_exception: bool = True
     checkpoint_errors: Literal["raise", "warn"] = "raise"
     checkpoint_allows_non_finite: bool = False
+    checkpoint_frozen: bool = True
     checkpoint_key: bytes | None = field(default=None, repr=False)
     _resumption: Resumption | None = field(init=False, default=None)
     _lock: DirectoryLock = field(init=False)
@@ -132,7 +132,9 @@ class CheckpointMixin(Mixin):
         self._distributed.sync("save_checkpoint()")
         return self.run[SAVER].request(None if path is None else parse_absolute(path), label)
 
-    def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
+    def load_checkpoint(
+        self, path: str | PathLike[str], *, weights_only: bool = False, ignore: Collection[str] = ()
+    ) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
         Averages of the weights are loaded with them, so that `evaluate` returns what the saved run reported. A new run
@@ -141,21 +143,32 @@ class CheckpointMixin(Mixin):
         Args:
             path: Path or URL of a checkpoint, or of a directory of checkpoints, whose newest is loaded.
             weights_only: Whether to leave the optimizer unchanged.
+            ignore: Names of tensors that keep the model's own values, or patterns: `"model.head.*"`. The optimizer
+                keeps its own states of them. The model or the checkpoint may lack them.
 
         Raises:
             CheckpointError: No checkpoint is found, or it is of another model; the message lists each difference.
+            OptionError: A pattern in `ignore` matches nothing.
             DamagedCheckpointError: A file of the checkpoint was changed or is missing.
             NestedRunError: It was called during a run, or within `averaged_weights()`.
         """
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         self._check_weights_are_own("load_checkpoint()")
-        with self._distributed.synced("load_checkpoint()"):
-            loaded, self._state.averages = load_into(self, path, self.checkpoint_key, weights_only=weights_only)
-            self._state.mark_averages_current(self.unwrapped_model)
+        loaded, self._state.averages = load_into(
+            self, self._distributed, path, self.checkpoint_key, weights_only=weights_only, ignore=ignore
+        )
+        self._state.mark_averages_current(self.unwrapped_model)
         self._events().load(loaded)
 
-    def export_model(self, path: str | PathLike[str], *, averages: str | None = None, overwrite: bool = False) -> None:
+    def export_model(
+        self,
+        path: str | PathLike[str],
+        *,
+        averages: str | None = None,
+        overwrite: bool = False,
+        trainable_only: bool = False,
+    ) -> None:
         """Write the model's `state_dict()` to a safetensors file. A collective.
 
         Args:
@@ -163,20 +176,13 @@ class CheckpointMixin(Mixin):
             averages: `"ema"` or `"swa"` to write the averages of the weights instead: of the last run, or of a
                 checkpoint that was loaded after it.
             overwrite: Whether to replace an existing file.
+            trainable_only: Whether to write only the parameters that are trained, such as those of an adapter.
 
         Raises:
-            CheckpointError: The file exists, or there are no such averages.
+            CheckpointError: The file exists, there are no such averages, or no parameter is trained.
         """
-        target = resolve_links(parse_path(path))
-        filesystem, is_main = select_filesystem(target), self.distributed.rank == 0
-        with self._distributed.synced("export_model()"), as_checkpoint_error(target):
-            if is_main:
-                check_target(filesystem, target, overwrite=overwrite)
-        found = None if averages is None else self._averages(averages)
-        states = states_to_export(self, {} if found is None else {str(averages): found.state_dict()})
-        with self._distributed.synced("the writing of export_model()"):
-            if is_main:
-                write_weights(filesystem, target, exported_weights(states, averages), overwrite=overwrite)
+        found = {} if averages is None else {averages: self._averages(averages)}
+        export_weights(self, self._distributed, path, found, overwrite=overwrite, trainable_only=trainable_only)
 
     # ---- resuming
 
@@ -219,21 +225,14 @@ class CheckpointMixin(Mixin):
         if not self.is_isolated:
             manager.open(self._resumption)
         on_saved, signals, non_finite = self._events().save, self.checkpoint_signals, self.checkpoint_allows_non_finite
-        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved)
+        at_start = None if self.checkpoint_frozen or self.is_isolated else fingerprint_start(self)
+        self.run[SAVER] = RunSaver(self, manager, self.checkpoint_every, signals, non_finite, on_saved, at_start)
 
     @override
     def load_run_state(self) -> None:
         super().load_run_state()
-        saved = self._resumption
-        if saved is None:
-            return
-        is_last = self.run.is_consistent or not self.run.is_within_epoch
-        if not is_last:  # it is called again at the epoch's start, and objects may change the states that they load
-            saved = copy.deepcopy(saved)
-        left_out = restore(self, saved, self.resume_ignore)
-        if is_last:
+        if (saved := self._resumption) is not None and restore_run(self, saved, self.resume_ignore):
             self._resumption = None
-            warn_of_changes(self, saved, self.resume_ignore, left_out)
             self._events().load(saved.path)
 
     # ---- saving
@@ -262,8 +261,7 @@ class CheckpointMixin(Mixin):
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
         if step.step == 1:  # optimizers and metrics have a state from here on
-            check_storable({slot.name: slot.optimizer.state_dict() for slot in self.run.engine.slots})
-            check_storable(stateful_parts(self, each_rank=True))
+            check_first_states(self)
 
     @override
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,33 @@ def check_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> Non
         raise CheckpointError(
             f"The state of {type(optimizer).__name__} is of other parameter groups:\n  " + "\n  ".join(different)
         )
+
+
+def replace_parameters(model: nn.Module, optimizer: Optimizer, state: StateDict, names: frozenset[str]) -> StateDict:
+    """Return a saved state with an optimizer's own parameters of some names in place of the saved ones, without states.
+
+    A group keeps the saved settings if it holds other parameters too. One without names is returned unchanged.
+    """
+    if NAMES not in state:
+        return state
+    own, fresh = group_names(model, optimizer), itertools.count(sum(map(len, state[NAMES])))
+    added = {frozenset(group) - names: [name for name in group if name in names] for group in own}
+    groups: list[tuple[list[str], dict[str, Any]]] = []
+    for saved_names, group in zip(state[NAMES], state["param_groups"], strict=True):
+        kept = {n: index for n, index in zip(saved_names, group["params"], strict=True) if n not in names}
+        new = {name: next(fresh) for name in added.get(frozenset(kept), ())}
+        if kept:
+            groups.append(([*kept, *new], {**group, "params": [*kept.values(), *new.values()]}))
+    for own_names, group in zip(own, optimizer.param_groups, strict=True):
+        if names.issuperset(own_names):
+            groups.append((own_names, {**group, "params": [next(fresh) for _ in own_names]}))
+    used = {index for _, group in groups for index in group["params"]}
+    return {
+        **state,
+        NAMES: [group for group, _ in groups],
+        "param_groups": [settings for _, settings in groups],
+        "state": {index: value for index, value in state["state"].items() if index in used},
+    }
 
 
 def order_by_name(model: nn.Module, optimizer: Optimizer, state: StateDict) -> StateDict:

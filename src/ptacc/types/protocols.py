@@ -6,7 +6,7 @@ also one that does not use `MetricsMixin`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -286,7 +286,9 @@ class SupportsCheckpoint(Protocol):
         """Save the run as soon as the current step is complete."""
         ...
 
-    def load_checkpoint(self, path: str | PathLike[str], *, weights_only: bool = False) -> None:
+    def load_checkpoint(
+        self, path: str | PathLike[str], *, weights_only: bool = False, ignore: Collection[str] = ()
+    ) -> None:
         """Load weights and the optimizer's state."""
         ...
 
