@@ -376,7 +376,7 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     model = nn.Linear(2, 1)
     trainer = make(model=model, optimizer=LBFGS(model.parameters()))
-    with refused(trainer, ModelError, "LBFGS needs a closure"):
+    with refused(trainer, ModelError, r"LBFGS\.step\(\) requires a closure\. Add ClosureMixin"):
         trainer.train(DATA, num_epochs=1)
 
 

@@ -21,6 +21,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.checkpoint import CheckpointMixin
+from ptacc.mixins.closure import ClosureMixin
 from ptacc.mixins.compile import CompileMixin
 from ptacc.mixins.early_stopping import EarlyStoppingMixin
 from ptacc.mixins.ema import EMAMixin
@@ -61,6 +62,7 @@ __all__ = [
     "Cadence",
     "Callback",
     "CheckpointMixin",
+    "ClosureMixin",
     "CompileMixin",
     "DDPMixin",
     "DataLoaderConfig",

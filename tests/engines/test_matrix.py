@@ -37,6 +37,7 @@ ENGINES: Mapping[str, tuple[type[Mixin], dict[str, Any]]] = {
 PARTNERS: Mapping[str, dict[str, Any]] = {
     "AMPMixin": {"mixed_precision": "bf16"},
     "CheckpointMixin": {},
+    "ClosureMixin": {},
     "CompileMixin": {"compile_backend": "eager"},
     "EMAMixin": {"ema_decay": 0.8},
     "EarlyStoppingMixin": {"early_stopping_monitor": "eval_loss", "early_stopping_patience": 1},
@@ -54,6 +55,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
 """Every public mixin without an engine, with options under which it has an effect."""
 YES, REFUSED = "yes", "no"
 REFUSALS: Mapping[tuple[str, str], str] = {
+    **{(engine, "ClosureMixin"): "ClosureMixin needs a replica of the model" for engine in [*ENGINES][1:]},
     ("ZeRO 3", "CompileMixin"): "CompileMixin traces full parameters",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
     ("ZeRO 3", "SWAMixin"): "swa_start=1 averages or copies the weights",

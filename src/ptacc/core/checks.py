@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -9,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import LBFGS
+from torch.optim import Optimizer
 
 from ptacc.composition.fields import type_text
 from ptacc.composition.type_arguments import find_model_mismatch
@@ -41,8 +42,14 @@ def check_model_class(trainer: type, model: nn.Module) -> None:
         )
 
 
-def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
+def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot], *, by_closure: bool) -> None:
     """Raise `ModelError` for a model and optimizers that cannot be trained.
+
+    Args:
+        owner: The name of the trainer.
+        model: The model.
+        slots: The optimizers.
+        by_closure: Whether their `step` is called with a closure.
 
     Warns:
         UserWarning: The model has trainable parameters that are in no optimizer.
@@ -59,8 +66,12 @@ def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]
             f"{owner}: nothing is trainable: none of the optimizer's {len(optimized)} parameters has "
             "requires_grad=True. Set it on those to train."
         )
-    if any(isinstance(slot.optimizer, LBFGS) for slot in slots):
-        raise ModelError(f"{owner}: LBFGS needs a closure, which the loop does not provide. Use another optimizer.")
+    for optimizer in () if by_closure else [slot.optimizer for slot in slots]:
+        if requires_closure(optimizer):
+            raise ModelError(
+                f"{owner}: {type(optimizer).__name__}.step() requires a closure. Add ClosureMixin to the bases of "
+                f"{owner}."
+            )
     ids = {id(parameter) for parameter in optimized}
     omitted = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in ids]
     if omitted:
@@ -69,6 +80,12 @@ def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]
             f"{', '.join(omitted[:3])}{', ...' if len(omitted) > 3 else ''}. Set requires_grad=False on them.",
             stacklevel=4,
         )
+
+
+def requires_closure(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's `step` has a parameter without a default, as that of LBFGS."""
+    _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type) -> None:

@@ -45,6 +45,9 @@ class TrainerCore(TrainerBase):
 
     _role: ClassVar[Role] = "core"
 
+    steps_by_closure: ClassVar[bool] = False
+    """Whether the optimizer's `step` is called with a closure: see `ClosureMixin`."""
+
     # ---- setting up a run
 
     @hook("default")

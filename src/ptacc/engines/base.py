@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from types import NoneType
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 
 from ptacc.model.optimizer_state import group_names, own_values
 from ptacc.types.protocols import StateDict
+
+Closure: TypeAlias = Callable[[], Tensor]
+"""Computes the gradients of a step again, at the present weights, and returns the loss: a scalar on the device."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ class Engine(Protocol):
     can_update_separately: ClassVar[bool]
 
     @property
+    def can_step_by_closure(self) -> bool:
+        """Whether `update` takes a closure."""
+        ...
+
+    @property
     def model(self) -> nn.Module:
         """The model that steps call: on the device, and wrapped if the engine wraps it."""
         ...
@@ -165,8 +173,12 @@ class Engine(Protocol):
         """Clamp each entry of the gradients to `[-max_value, max_value]`."""
         ...
 
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         """Step the optimizers and clear the gradients.
+
+        Args:
+            closure: What to pass to the `step` of the optimizer, if `can_step_by_closure`. The loss that it returns is
+                this rank's; the optimizer gets the mean over the ranks.
 
         Returns:
             False if the step was skipped because the gradients overflowed. Skipped steps are not counted.

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ptacc.engines.base import Closure
+
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
@@ -79,3 +81,14 @@ class OriginalModel:
 def has_own_zero_grad(optimizer: Optimizer) -> bool:
     """Return whether an optimizer, or its class, has a `zero_grad` other than torch's."""
     return getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad
+
+
+def averaged(closure: Closure) -> Closure:
+    """Return a closure whose loss is the mean over the ranks, equal on all of them: line searches branch on it."""
+
+    def call() -> Tensor:
+        loss = closure().clone()
+        dist.all_reduce(loss)
+        return loss / dist.get_world_size()
+
+    return call

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import wrap_in_ddp
-from ptacc.engines.base import OptimizerSlot
-from ptacc.engines.common import broadcast_buffers
+from ptacc.engines.base import Closure, OptimizerSlot
+from ptacc.engines.common import averaged, broadcast_buffers
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.types.protocols import AcceleratorProtocol
@@ -63,8 +63,8 @@ class DDPEngine(TorchEngine):
         super().unscale_gradients()
 
     @override
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         """Step, clear the gradients, and copy rank 0's buffers to all ranks: the forward pass has changed them."""
-        happened = super().update()
+        happened = super().update(closure and averaged(closure))
         broadcast_buffers(self._unwrapped_model)
         return happened

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import Engine, EngineState, OptimizerSlot, all_parameters
+from ptacc.engines.base import Closure, Engine, EngineState, OptimizerSlot, all_parameters
 from ptacc.engines.common import has_own_zero_grad
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import prepare_model
@@ -71,6 +71,11 @@ class TorchEngine(Engine):
             self._active = self._slots
 
     @property
+    @override
+    def can_step_by_closure(self) -> bool:
+        return self._new_scaler is None
+
+    @property
     def _is_restricted(self) -> bool:
         return self._active is not self._slots
 
@@ -110,11 +115,14 @@ class TorchEngine(Engine):
         clip_grad_value_(all_parameters(self._active), max_value)
 
     @override
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         if (scaler := self._scaler) is None:
             happened = True
             for slot in self._active:
-                slot.optimizer.step()
+                if closure is None:  # a user's `step` may have no such parameter
+                    slot.optimizer.step()
+                else:
+                    slot.optimizer.step(closure)  # type: ignore[arg-type]  # optimizers return the loss, or read it
         else:
             stepped = [step_scaled(scaler, slot.optimizer) for slot in self._active]
             scaler.update()

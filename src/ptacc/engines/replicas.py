@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ptacc.engines.base import OptimizerSlot, all_parameters
-from ptacc.engines.common import broadcast_buffers, broadcast_model
+from ptacc.engines.base import Closure, OptimizerSlot, all_parameters
+from ptacc.engines.common import averaged, broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reducer import GradientReducer
 from ptacc.types.protocols import AcceleratorProtocol
@@ -74,9 +74,9 @@ class ReplicaEngine(TorchEngine):
         super().unscale_gradients()
 
     @override
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         """Step, clear the gradients, and copy rank 0's buffers to all ranks."""
-        happened = super().update()
+        happened = super().update(closure and averaged(closure))
         broadcast_buffers(self._unwrapped_model)
         return happened
 

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import OptimizerSlot, all_parameters
+from ptacc.engines.base import Closure, OptimizerSlot, all_parameters
 from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.root_forward import RootForward, reshard
@@ -86,6 +86,11 @@ class ShardedEngine(TorchEngine):
         root = call_contexts.get(model)
         self._root = root if isinstance(root, RootForward) else None
 
+    @property
+    @override
+    def can_step_by_closure(self) -> bool:
+        return False
+
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._unwrapped_model, FSDPModule):
@@ -112,10 +117,10 @@ class ShardedEngine(TorchEngine):
             super().clip_value(max_value)
 
     @override
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         """Step every optimizer, clear the gradients, and broadcast rank 0's buffers."""
         with implicit_replication():  # a foreach step mixes DTensors with the plain tensors that a plan does not shard
-            happened = super().update()
+            happened = super().update(closure)
         broadcast_buffers(self._unwrapped_model)
         return happened
 

@@ -6,6 +6,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, cast, final, overload
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,6 +24,7 @@ from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
 from ptacc.errors import CompositionError, DataError, NestedRunError, OptionError
+from ptacc.loop.closure import step_by_closure
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
@@ -300,6 +302,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Run the loop, as its pseudocode in the documentation specifies."""
         events, transfer = self._events(), make_transfer(run.device)
         around_step = self.around_step if overrides(self, TrainerCore, "around_step") else contextlib.nullcontext
+        take_step = partial(step_by_closure, self._compute_gradients) if self.steps_by_closure else self._step
         with self.around_run(), run.optimizer_modes.training(), self._saving_on_exception(run):
             events.run_start()
             self._start_or_resume(run)
@@ -315,7 +318,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         run.is_consistent = False
                         events.step_start()
                         with around_step():
-                            step, was_updated = self._step(run, window, transfer)
+                            step, was_updated = take_step(run, window, transfer)
                         run.count_window(window, step, happened=was_updated)
                         if was_updated:
                             events.step_end(step)
@@ -334,6 +337,14 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _step(self, run: Run, window: Window[BatchT], transfer: Transfer) -> tuple[StepResult, bool]:
         """Take one optimizer step over the batches of a window. Return whether a gradient scaler did not skip it."""
         step = run.begin_step(window)
+        self._compute_gradients(run, window, transfer, step)
+        return step, run.engine.update()
+
+    def _compute_gradients(
+        self, run: Run, window: Window[BatchT], transfer: Transfer, step: StepResult, *, is_repeated: bool = False
+    ) -> None:
+        """Compute the gradients of a step, and call `on_gradients_ready`. If repeated, `on_batch_end` is not called."""
+        retains_outputs = run.retains_outputs and not is_repeated
         for index, host in enumerate(window.batches):
             run.batch = host
             with run.engine.around_batch(is_last=index == len(window.batches) - 1):
@@ -341,7 +352,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 output = self.train_step(batch)
                 check_output(type(self).__name__, output, run.device)
                 loss, logged = window.scale_loss(index, output), output.logged
-                retained = output if run.retains_outputs and not host.is_padding else None
+                retained = output if retains_outputs and not host.is_padding else None
                 del output  # unless it is retained, the backward pass can use its memory
                 run.distributed.count_progress()
                 self.backward(loss)
@@ -352,7 +363,6 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.batch = None
         run.engine.unscale_gradients()
         self.on_gradients_ready(step)
-        return step, run.engine.update()
 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
         """Iterate over the remaining windows of an epoch."""

@@ -49,7 +49,8 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         with distributed.synced("the set-up of train()") as must_match:
             if history_file is not None and (saved is None or saved.shared["history"]["file"] is None):
                 history_file.check_unused()
-            check_trainable(type(self).__name__, self.unwrapped_model, self.optimizer_slots())
+            slots, by_closure = self.optimizer_slots(), self.steps_by_closure
+            check_trainable(type(self).__name__, self.unwrapped_model, slots, by_closure=by_closure)
             limit = limit_from_environment(options.get("limit_batches"))
             data = self._train_source(train_data, options, seed, limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import override
 
-from ptacc.engines.base import EngineState, OptimizerSlot
+from ptacc.engines.base import Closure, EngineState, OptimizerSlot
 from ptacc.engines.common import OriginalModel, broadcast_buffers
 from ptacc.engines.deepspeed.checks import check_model, check_optimizer, init_distributed
 from ptacc.engines.deepspeed.config import ZeroConfig
@@ -99,6 +99,11 @@ class DeepSpeedEngine(TorchEngine):
 
     # ---- a step
 
+    @property
+    @override
+    def can_step_by_closure(self) -> bool:
+        return False
+
     @override
     @contextlib.contextmanager
     def around_batch(self, *, is_last: bool) -> Generator[None]:
@@ -156,7 +161,7 @@ class DeepSpeedEngine(TorchEngine):
         self._reduction.check()
 
     @override
-    def update(self) -> bool:
+    def update(self, closure: Closure | None = None) -> bool:
         """Step, clear the gradients, and broadcast rank 0's buffers.
 
         Some stages do not change the weights if gradients are not finite. Such a step counts as well, so that its loss
