@@ -39,6 +39,7 @@ from ptacc.mixins.profiler import ProfilerMixin
 from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin
+from ptacc.model.decay_groups import decay_groups
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
@@ -116,6 +117,7 @@ __all__ = [
     "TrainerCore",
     "TrainingLoop",
     "Update",
+    "decay_groups",
     "default_callbacks",
     "find_batch_size",
     "find_learning_rate",

@@ -73,6 +73,7 @@ from ptacc import (
     TrainerCore,
     TrainingLoop,
     Update,
+    decay_groups,
     default_callbacks,
     find_batch_size,
     find_learning_rate,
@@ -1244,6 +1245,7 @@ by_name = OptimizerDict({"generator": opt, "discriminator": torch.optim.SGD(gan.
 assert_type(by_name["generator"], torch.optim.Optimizer)
 Alternating(gan, optimizer=by_name, create_scheduler=one_cycle, create_scheduler_of={"generator": one_cycle})
 Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt}))
+torch.optim.AdamW(decay_groups(net, lr=1e-3, weight_decay=0.05, no_decay=["*.scale", nn.Conv2d]))
 
 
 def several_updates(trainer: Alternating, noise: list[Tensor]) -> None:
