@@ -1248,6 +1248,10 @@ Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt}))
 torch.optim.AdamW(decay_groups(net, lr=1e-3, weight_decay=0.05, no_decay=["*.scale", nn.Conv2d]))
 
 
+def gathered_rows(trainer: Alternating, rows: Tensor) -> None:
+    assert_type(trainer.gather_with_grad(rows), tuple[Tensor, Tensor])
+
+
 def several_updates(trainer: Alternating, noise: list[Tensor]) -> None:
     assert_type(trainer.optimizer, torch.optim.Optimizer)
     assert_type(trainer.schedulers["generator"], SchedulerLike)

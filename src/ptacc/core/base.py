@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -20,7 +20,9 @@ from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks
+from ptacc.data.batch import HostBatch
 from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
+from ptacc.distributed.gathering import gather_rows
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
@@ -47,6 +49,7 @@ class TrainerState:
         runtime_pid: The process that created them; a forked process creates its own.
         num_runs: The number of runs started so far.
         averages: Averages of the weights outside of a run: those of the last run, or of a checkpoint loaded since.
+        eval_batch: Batch of the evaluation or prediction in progress; None outside of its steps.
     """
 
     run: Run | None = None
@@ -55,6 +58,7 @@ class TrainerState:
     runtime_pid: int = 0
     num_runs: int = 0
     averages: dict[str, AveragedWeights] = field(default_factory=dict)
+    eval_batch: HostBatch[Any] | None = None
 
     def mark_averages_current(self, model: nn.Module) -> None:
         """Record that the averages belong to the model's present weights."""
@@ -252,6 +256,41 @@ class TrainerBase(Composable):
         with self._distributed.propagate_failure("in gather()"):
             parts = self._distributed.gather(map_tensors(to_host, values))
         return concatenate(parts, self.device)
+
+    def gather_with_grad(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenate the rows of all ranks' batches, with gradients: for losses with negatives of all ranks.
+
+        For use in a step, which calls it on all ranks, and whose loss depends on the result on all ranks. Return the
+        mean loss over this rank's own rows, against all gathered rows; the mean over all rows has the same gradients.
+        Then losses and gradients are those of one process with the batches of all ranks as its batch. Padding batches
+        are left out. With gradient accumulation, the negatives are those of a single batch.
+
+        Args:
+            rows: `(n, ...)`, one row for each sample of the batch. `n` may differ between ranks.
+
+        Returns:
+            All rows `(sum of n over ranks, ...)`, in the order of ranks, and the indices `(n,)` of this rank's own rows
+            among them: the targets of a contrastive loss. In a padding batch, whose loss does not count, they are 0.
+
+        Raises:
+            DataError: A tensor is a scalar, or the tensors differ in more than the first dimension.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn.functional import cross_entropy
+            >>> from ptacc import Trainer
+            >>> from ptacc.testing import iris_parts
+            >>> trainer = Trainer(**iris_parts())
+            >>> images, texts = torch.eye(3), torch.eye(3)
+            >>> all_texts, own = trainer.gather_with_grad(texts)
+            >>> cross_entropy(images @ all_texts.T, own).item() > 0.5
+            True
+        """
+        batch = self._state.eval_batch
+        if batch is None and self.is_running and self.run.batch is not None:
+            batch = self.run.batch
+            self.run.engine.stop_overlapping()
+        return gather_rows(rows, self._distributed, is_padding=batch is not None and batch.is_padding)
 
     @hook("fold")
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:

@@ -157,6 +157,13 @@ class Engine(Protocol):
         """Run the backward pass: add the gradients of `loss` (a scalar, scaled for the step) to those of the step."""
         ...
 
+    def stop_overlapping(self) -> None:
+        """Send no gradients during backward passes from here on, which have collectives of their own.
+
+        Ranks could reach the two in another order, if a parameter has no gradient on some of them.
+        """
+        ...
+
     def unscale_gradients(self) -> None:
         """Remove the engine's own scaling, such as a gradient scaler's, from the gradients of the step."""
         ...

@@ -101,6 +101,9 @@ class TorchEngine(Engine):
         loss.backward(inputs=trained)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     @override
+    def stop_overlapping(self) -> None: ...
+
+    @override
     def unscale_gradients(self) -> None:
         if (scaler := self._scaler) is not None:
             for slot in self._active:

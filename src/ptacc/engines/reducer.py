@@ -35,7 +35,7 @@ class GradientReducer:
     """
 
     def __init__(self, slots: Sequence[OptimizerSlot], model: nn.Module, *, overlaps: bool) -> None:
-        self._slots, self._model, self._overlaps = slots, model, overlaps
+        self._slots, self._model, self.overlaps = slots, model, overlaps
         self._sparse = find_sparse(model)
         self._trained: list[Parameter] = []
         self._buckets: list[Bucket] = []
@@ -57,7 +57,7 @@ class GradientReducer:
                 "processes after the first call. Add the losses, and call it once."
             )
         self._prepare()
-        self._is_watching = self._overlaps
+        self._is_watching = self.overlaps
         try:
             yield
         finally:

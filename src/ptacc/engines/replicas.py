@@ -68,6 +68,12 @@ class ReplicaEngine(TorchEngine):
             super().backward(loss)
 
     @override
+    def stop_overlapping(self) -> None:
+        self._overlaps = False
+        for reducer in self._reducers.values():
+            reducer.overlaps = False
+
+    @override
     def unscale_gradients(self) -> None:
         """Complete the averages of the gradients, and remove the scaling."""
         self._reducer.finish()

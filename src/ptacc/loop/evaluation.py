@@ -191,6 +191,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return result
 
     def _evaluate_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> StepOutput[OutputT]:
+        self._state.eval_batch = host
         batch = transfer.to_device(host.data)
         with calling(self.unwrapped_model):
             output = self.eval_step(batch)
@@ -250,6 +251,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
         """Return the indices of a batch's samples, -1 if unknown, and their outputs on the CPU."""
+        self._state.eval_batch = host
         with calling(self.unwrapped_model):
             outputs = map_tensors(to_host, self.predict_step(transfer.to_device(host.data)))
         if host.indices is not None:
@@ -338,6 +340,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                 self.model.eval()
                 yield
             finally:
+                self._state.eval_batch = None
                 set_modes(modes)
 
 
