@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from ptacc.mixins.sync_batch_norm import global_batch_norm
+from ptacc.model.batch_norm import global_batch_norm
 
 if __name__ == "__main__":
     device = Accelerator().device
