@@ -29,6 +29,7 @@ from ptacc.mixins.engines.ddp import DDPMixin
 from ptacc.mixins.engines.deepspeed import DeepSpeedMixin
 from ptacc.mixins.engines.fsdp import FSDPMixin
 from ptacc.mixins.engines.tensor_parallel import TensorParallelMixin
+from ptacc.mixins.freeze import FreezeMixin
 from ptacc.mixins.grad_accum import GradAccumMixin
 from ptacc.mixins.grad_checkpoint import GradCheckpointMixin
 from ptacc.mixins.grad_clip import GradClipMixin
@@ -40,6 +41,7 @@ from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin
 from ptacc.model.decay_groups import decay_groups
+from ptacc.model.freezing import gradual_unfreezing
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
@@ -76,6 +78,7 @@ __all__ = [
     "EvalResult",
     "Explanation",
     "FSDPMixin",
+    "FreezeMixin",
     "GradAccumMixin",
     "GradCheckpointMixin",
     "GradClipMixin",
@@ -121,6 +124,7 @@ __all__ = [
     "default_callbacks",
     "find_batch_size",
     "find_learning_rate",
+    "gradual_unfreezing",
     "hook",
     "replaces_super",
 ]

@@ -311,7 +311,7 @@ class TrainerCore(TrainerBase):
 
     @contextlib.contextmanager
     def _reserved(self) -> Generator[None]:
-        """Reserve what only one run may use at a time, from before its set-up until it has ended. A collective."""
+        """Reserve or prepare what a run needs, from before its set-up until it has ended. A collective."""
         yield
 
     def _events(self) -> Events:

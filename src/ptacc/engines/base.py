@@ -122,9 +122,11 @@ class Engine(Protocol):
 
     Attributes:
         can_update_separately: Whether the engine has `updating`.
+        can_unfreeze: Whether it trains parameters that require no gradient at first, and do so later.
     """
 
     can_update_separately: ClassVar[bool]
+    can_unfreeze: ClassVar[bool]
 
     @property
     def can_step_by_closure(self) -> bool:

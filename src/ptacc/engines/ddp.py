@@ -24,6 +24,7 @@ class DDPEngine(TorchEngine):
     """
 
     can_update_separately = False
+    can_unfreeze = False
 
     def __init__(self, accelerator: AcceleratorProtocol, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
         """Wrap a model. A collective.

@@ -28,6 +28,7 @@ class TorchEngine(Engine):
     """
 
     can_update_separately: ClassVar[bool] = True
+    can_unfreeze: ClassVar[bool] = True
 
     def __init__(
         self,

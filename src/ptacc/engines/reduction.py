@@ -47,8 +47,9 @@ class ReductionCheck:
         if unfrozen := [parameter for parameter in self._frozen if parameter.requires_grad]:
             raise ModelError(
                 f"{join_names(self._model, unfrozen)} required no gradient when the run began, and requires one now. "
-                "The engine would not average its gradient over the processes. Set requires_grad before train(): to "
-                "train more parameters from some epoch on, end the run there and call train() again."
+                "DistributedDataParallel and DeepSpeed do not average its gradient over the processes. Set "
+                "requires_grad before train(), or leave DDPMixin and DeepSpeedMixin out: without them, parameters may "
+                "be unfrozen at any time."
             )
         if self._ddp is None:
             return

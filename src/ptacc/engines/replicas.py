@@ -43,7 +43,7 @@ class ReplicaEngine(TorchEngine):
         broadcast_model(model, accelerator.device)
         self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}
         self._overlaps = not is_synchronized and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-        self._shared = {*model.parameters()}
+        self._shared, self._group_sizes = {*model.parameters()}, list[int]()
         self._is_last = True
 
     @property
@@ -56,11 +56,17 @@ class ReplicaEngine(TorchEngine):
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         self._is_last = is_last
+        sizes = [len(group["params"]) for slot in self._slots for group in slot.optimizer.param_groups]
+        if sizes != self._group_sizes:
+            self._group_sizes = sizes
+            self._share_new_parameters()
+        return contextlib.nullcontext()
+
+    def _share_new_parameters(self) -> None:
         for parameter in all_parameters(self._slots):
             if parameter not in self._shared:
                 dist.broadcast(parameter.detach(), src=0)
                 self._shared.add(parameter)
-        return contextlib.nullcontext()
 
     @override
     def backward(self, loss: Tensor) -> None:

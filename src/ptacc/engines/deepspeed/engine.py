@@ -44,6 +44,7 @@ class DeepSpeedEngine(TorchEngine):
     """Trains a model that DeepSpeed partitions, with the user's own optimizer, which steps on the partitions."""
 
     can_update_separately = False
+    can_unfreeze = False
 
     def __init__(
         self,
