@@ -686,7 +686,7 @@ def error_message(make_trainer: Callable[[], Any], kinds: tuple[type[Exception],
 
 def with_optimizer(optimizer: Callable[[nn.Module], Optimizer], **options: Any) -> Deep:
     model = make()
-    return Deep(**{**parts(model), "optimizer": optimizer(model)}, **options)
+    return Deep(**{**parts(model), "optimizer": optimizer(model), **options})
 
 
 class Keeping(SGD):
@@ -697,6 +697,11 @@ class Keeping(SGD):
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
+def with_trained_loss() -> Deep:
+    loss = nn.Bilinear(10, 10, 1)
+    return with_optimizer(lambda m: SGD([*m.parameters(), *loss.parameters()], lr=0.1), loss_func=loss)
 
 
 def of_dtype(dtype: torch.dtype) -> Deep:
@@ -710,6 +715,7 @@ def of_dtype(dtype: torch.dtype) -> Deep:
             lambda: with_optimizer(lambda m: Adafactor(m.parameters())),
             "Adafactor under ZeRO 2 may need full parameters",
         ),
+        (with_trained_loss, "the optimizer has parameters of loss_func, and DeepSpeed trains those of the model only"),
         (lambda: with_optimizer(Keeping), "Keeping has a zero_grad of its own"),
         (
             lambda: with_optimizer(lambda m: AdamWScheduleFree(m.parameters())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from typing_extensions import override
 
 from ptacc.core.hooks import TrainerCore
@@ -15,6 +16,8 @@ from ptacc.types.protocols import StateDict, SupportsSWA
 
 class RestoreBestWeights(BestValue[TrainerCore]):
     """Copies the best weights to host memory, and loads them into the model at the end of the run.
+
+    Modules among the options that are trained with the model, such as a loss, have theirs copied and loaded too.
 
     An evaluated value is compared after each evaluation of the run, and the weights are those that were evaluated: with
     `EMAMixin`, the averages. Any other value, such as `train_loss`, is compared at the end of each epoch.
@@ -32,6 +35,7 @@ class RestoreBestWeights(BestValue[TrainerCore]):
 
     def __init__(self, monitor: str | Monitor, *, mode: Mode = "min", restore: bool = True) -> None:
         self._weights: StateDict = {}
+        self._outside: dict[str, StateDict] = {}
         super().__init__(monitor, mode)
         self._restore = restore
 
@@ -42,12 +46,12 @@ class RestoreBestWeights(BestValue[TrainerCore]):
 
     @override
     def state_dict(self) -> StateDict:
-        return {**super().state_dict(), "weights": self._weights}
+        return {**super().state_dict(), "weights": self._weights, "outside": self._outside}
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
         super().load_state_dict(state_dict)
-        self._weights = dict(state_dict["weights"])
+        self._weights, self._outside = dict(state_dict["weights"]), dict(state_dict["outside"])
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
@@ -61,17 +65,24 @@ class RestoreBestWeights(BestValue[TrainerCore]):
     @override
     def _reset(self) -> None:
         super()._reset()
-        self._weights = {}
+        self._weights, self._outside = {}, {}
 
     @override
     def _act(self, trainer: TrainerCore) -> None:
         with trainer.around_evaluation_weights():
-            weights = get_weights(trainer.unwrapped_model)
-            self._weights = {name: copy_to_host(value) for name, value in weights.items()}
+            self._weights = copy_weights(trainer.unwrapped_model)
+            self._outside = {place: copy_weights(module) for place, module in trainer.trained_outside.items()}
 
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
         if self._restore and self._weights:
             load_weights(trainer.unwrapped_model, self._weights)
+            for place, module in trainer.trained_outside.items():
+                load_weights(module, self._outside[place])
             for averages in trainer.run.averages().values():
-                averages.copy_from(trainer.unwrapped_model)
+                averages.copy_from(trainer.trained_modules)
+
+
+def copy_weights(module: nn.Module) -> StateDict:
+    """Return a copy of a module's `state_dict()` in host memory."""
+    return {name: copy_to_host(value) for name, value in get_weights(module).items()}

@@ -50,11 +50,15 @@ class Difference:
     text: str
     tensor: str = ""
 
+    @property
+    def name(self) -> str:
+        """The name of what differs, as users give it to ignore the difference."""
+        return f"{self.part}.{self.tensor}" if self.tensor else self.part
+
     def is_ignored(self, patterns: Collection[str]) -> bool:
         """Return whether a pattern covers the name."""
-        name = f"{self.part}.{self.tensor}" if self.tensor else self.part
         below = [f"{pattern}.*" for pattern in patterns]
-        return name in patterns or any(fnmatchcase(name, pattern) for pattern in (*patterns, *below))
+        return self.name in patterns or any(fnmatchcase(self.name, pattern) for pattern in (*patterns, *below))
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Comparison:
             yield Difference(MODEL, text, name)
         for slot in self.trainer.run.engine.slots:
             if slot.name in self.present and slot.name in shared:
-                for text in name_differences(self.trainer.unwrapped_model, slot.optimizer, shared[slot.name]):
+                for text in name_differences(self.trainer.trained_modules, slot.optimizer, shared[slot.name]):
                     yield Difference(slot.name, text)
         for part in self.trainer.run.averages():
             here, there = (parts.get(part, {}).get("averages", {}) for parts in (self.present, shared))

@@ -122,7 +122,7 @@ def add_own_averages(trainer: TrainerCore, saved: Mapping[str, Any], ignored: Co
     left_out = {*ignored, *(name for part in (MODEL, BUFFERS) for name in saved.get(FROZEN, {}).get(part, {}))}
     own = {
         name: tensor.detach().to(AVERAGE_DTYPES[tensor.dtype])
-        for name, tensor in averageable_tensors(trainer.unwrapped_model)
+        for name, tensor in averageable_tensors(trainer.trained_modules)
         if name in left_out
     }
     averages = {

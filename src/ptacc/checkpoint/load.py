@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
+
+from torch import nn
 
 from ptacc.checkpoint.differences import Difference
 from ptacc.checkpoint.frozen import FROZEN, add_own_averages, frozen_differences, without
+from ptacc.checkpoint.module_options import parameters_of
 from ptacc.checkpoint.options import holds
 from ptacc.checkpoint.parts import BUFFERS, MODEL, OPTIONS, Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
@@ -58,16 +61,18 @@ def load_into(
         if different:
             raise CheckpointError(
                 "The weights are of another model:\n  "
-                + "\n  ".join(sorted(text for _, text in different))
+                + "\n  ".join(sorted(one.text for one in different))
                 + "\nCreate the model as it was, or keep its own values of these tensors, or of a pattern of names: "
-                f"load_checkpoint(..., ignore={sorted({f'{MODEL}.{name}' for name, _ in different})})."
+                f"load_checkpoint(..., ignore={sorted({one.name for one in different})})."
             )
-        model, slots = trainer.unwrapped_model, () if weights_only else trainer.optimizer_slots()
-        states = {slot.name: fit_optimizer_state(trainer, slot, shared[slot.name], ignored) for slot in slots}
-        load_weights(model, without(shared[MODEL], ignored), strict=False)
+        slots, kept = () if weights_only else trainer.optimizer_slots(), joined_names(ignored)
+        states = {slot.name: fit_optimizer_state(trainer, slot, shared[slot.name], kept) for slot in slots}
+        saved = saved_weights(trainer, shared)
+        for part, module in trained_parts(trainer).items():
+            load_weights(module, without(saved.get(part, {}), ignored.get(part, ())), strict=False)
         for slot in slots:
             load_optimizer_state(slot.optimizer, states[slot.name])
-        return found, load_averages(trainer, shared, ignored)
+        return found, load_averages(trainer, shared, kept)
 
 
 def read_checkpoint(path: str | PathLike[str], key: bytes | None) -> tuple[str, Snapshot]:
@@ -80,56 +85,100 @@ def read_checkpoint(path: str | PathLike[str], key: bytes | None) -> tuple[str, 
         return found, read_full_parts(store, store.manifest(name))
 
 
-def find_ignored(trainer: TrainerCore, shared: Snapshot, patterns: Collection[str]) -> frozenset[str]:
-    """Return the names of the tensors, of the model or the checkpoint, that patterns such as `model.head.*` cover.
+# ---- the weights of the model, and of each module that is trained with it, by the names of their parts
+
+
+def trained_parts(trainer: TrainerCore) -> dict[str, nn.Module]:
+    """Return the model, and the modules outside of it that are trained with it."""
+    outside = {f"{OPTIONS}.{place}": module for place, module in trainer.trained_outside.items()}
+    return {MODEL: trainer.unwrapped_model, **outside}
+
+
+def own_weights(trainer: TrainerCore) -> dict[str, StateDict]:
+    """Return a trainer's tensors that are loaded: all of the model, and the parameters of the other modules."""
+    outside = {f"{OPTIONS}.{place}": parameters_of(module) for place, module in trainer.trained_outside.items()}
+    return {MODEL: get_weights(trainer.unwrapped_model), **outside}
+
+
+def saved_weights(trainer: TrainerCore, shared: Snapshot) -> dict[str, StateDict]:
+    """Return the tensors of a checkpoint that are loaded, of those modules that have some in it."""
+    options = {place: shared[OPTIONS].get(place, {}) for place in trainer.trained_outside}
+    return {MODEL: shared[MODEL], **{f"{OPTIONS}.{place}": state for place, state in options.items() if state}}
+
+
+def joined_names(names: Mapping[str, Collection[str]]) -> frozenset[str]:
+    """Return the names in a trainer's `trained_modules` of tensors of some parts."""
+    prefixes = {part: "" if part == MODEL else f"{part}." for part in names}
+    return frozenset(f"{prefixes[part]}{name}" for part, members in names.items() for name in members)
+
+
+def find_ignored(trainer: TrainerCore, shared: Snapshot, patterns: Collection[str]) -> dict[str, frozenset[str]]:
+    """Return the tensors, of the trainer or the checkpoint, that patterns such as `model.head.*` cover, by their parts.
 
     Raises:
         OptionError: A pattern covers nothing.
     """
     if not holds(patterns, str):
         raise OptionError(f"load_checkpoint(ignore={patterns!r}): must be a collection of names: {{'model.head.*'}}.")
-    names = {*get_weights(trainer.unwrapped_model), *shared[MODEL], *shared.get(FROZEN, {}).get(MODEL, {})}
-    found = {p: [name for name in names if Difference(MODEL, "", name).is_ignored([p])] for p in patterns}
-    if unmatched := [pattern for pattern, its_names in found.items() if not its_names]:
-        pattern = unmatched[0]
-        known = sorted(f"{MODEL}.{name}" for name in names)
-        prefixed = f"{MODEL}.{pattern}"
-        is_prefix_missing = any(Difference(MODEL, "", name).is_ignored([prefixed]) for name in names)
-        advice = f"Did you mean `{prefixed}`? " if is_prefix_missing else did_you_mean(pattern, known)
-        raise OptionError(
-            f"load_checkpoint(ignore=...): {pattern!r} matches no tensor of the model or the checkpoint. {advice}"
-            f"Give names such as {known[0]!r}, or patterns."
-        )
-    return frozenset(name for its_names in found.values() for name in its_names)
+    own, saved, frozen = own_weights(trainer), saved_weights(trainer, shared), shared.get(FROZEN, {})
+    tensors = [
+        Difference(part, "", name) for part in own for state in (own, saved, frozen) for name in state.get(part, ())
+    ]
+    for pattern in patterns:
+        if not any(tensor.is_ignored([pattern]) for tensor in tensors):
+            known, prefixed = sorted({tensor.name for tensor in tensors}), f"{MODEL}.{pattern}"
+            is_prefix_missing = any(tensor.is_ignored([prefixed]) for tensor in tensors)
+            advice = f"Did you mean `{prefixed}`? " if is_prefix_missing else did_you_mean(pattern, known)
+            raise OptionError(
+                f"load_checkpoint(ignore=...): {pattern!r} matches no tensor of the model or the checkpoint. {advice}"
+                f"Give names such as {known[0]!r}, or patterns."
+            )
+    ignored = [tensor for tensor in tensors if tensor.is_ignored(patterns)]
+    return {part: frozenset(tensor.tensor for tensor in ignored if tensor.part == part) for part in own}
 
 
-def find_differences(trainer: TrainerCore, shared: Snapshot, ignored: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the differences between the weights of a trainer and a checkpoint, with the names of the tensors.
+def find_differences(
+    trainer: TrainerCore, shared: Snapshot, ignored: Mapping[str, Collection[str]]
+) -> Iterator[Difference]:
+    """Yield the differences between the weights of a trainer and a checkpoint.
 
     A collective if the checkpoint leaves out frozen tensors.
     """
-    present = get_weights(trainer.unwrapped_model)
-    left_out = without(shared.get(FROZEN, {}).get(MODEL, {}), ignored)
-    own = {MODEL: present, BUFFERS: {}, OPTIONS: {}}
-    for _, name, text in frozen_differences(trainer, own, {FROZEN: {MODEL: left_out}}):
-        yield name, text
-    yield from weight_differences(without(present, {*left_out, *ignored}), without(shared[MODEL], ignored))
+    own, saved, frozen = own_weights(trainer), saved_weights(trainer, shared), shared.get(FROZEN, {})
+    left_out = {part: without(frozen.get(part, {}), ignored[part]) for part in own}
+    present = {
+        MODEL: own[MODEL],
+        BUFFERS: {},
+        OPTIONS: {place: own[f"{OPTIONS}.{place}"] for place in trainer.trained_outside},
+    }
+    for part, name, text in frozen_differences(trainer, present, {FROZEN: left_out}):
+        yield Difference(part, text, name)
+    for part in saved:
+        here = without(own[part], {*left_out[part], *ignored[part]})
+        for name, text in weight_differences(
+            here, without(saved[part], ignored[part]), part.removeprefix(f"{OPTIONS}.")
+        ):
+            yield Difference(part, text, name)
+
+
+# ---- optimizers and averages
 
 
 def fit_optimizer_state(
-    trainer: TrainerCore, slot: OptimizerSlot, state: StateDict, ignored: Collection[str]
+    trainer: TrainerCore, slot: OptimizerSlot, state: StateDict, ignored: frozenset[str]
 ) -> StateDict:
     """Return a saved state in the order of the optimizer, without those of parameters in `ignored`, or raise."""
-    model = trainer.unwrapped_model
-    fitted = replace_parameters(model, slot.optimizer, state, frozenset(ignored)) if ignored else state
+    model = trainer.trained_modules
+    fitted = replace_parameters(model, slot.optimizer, state, ignored) if ignored else state
     check_names(model, slot.optimizer, fitted)
     return order_by_name(model, slot.optimizer, fitted)
 
 
 def load_averages(trainer: TrainerCore, shared: Snapshot, ignored: Collection[str]) -> dict[str, AveragedWeights]:
     """Return the averages of a checkpoint. Those of tensors that were not loaded equal the tensors."""
-    model = trainer.unwrapped_model
-    averages = {part: AveragedWeights(model) for part, state in shared.items() if holds_averages(state)}
+    averages = {
+        part: AveragedWeights(trainer.trained_modules) for part, state in shared.items() if holds_averages(state)
+    }
     completed = add_own_averages(trainer, shared, ignored)
     for part, average in averages.items():
         average.load_state_dict(completed[part])

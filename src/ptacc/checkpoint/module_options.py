@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ptacc.core.hooks import TrainerCore
+from ptacc.model.joined_modules import PLACE
 from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import (
     canonical_name,
@@ -46,6 +47,22 @@ def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDi
 def merge_options(shared: Mapping[str, StateDict], own: Mapping[str, StateDict]) -> dict[str, StateDict]:
     """Merge the tensors of each module that all ranks share with those of one rank."""
     return {option: {**shared.get(option, {}), **own.get(option, {})} for option in {**shared, **own}}
+
+
+def find_misfits(trainer: TrainerCore, saved: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the names, as in an optimizer's state, of saved tensors with another shape than the module's."""
+    present = {option: get_weights(module) for option, module in module_options(trainer).items()}
+    return {
+        f"{PLACE}{option}.{name}"
+        for option, state in saved.items()
+        for name in state.keys() - drop_misfits(present.get(option, {}), state).keys()
+    }
+
+
+def parameters_of(module: nn.Module) -> StateDict:
+    """Return the parameters of a module, as `state_dict()` has them."""
+    names = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in get_weights(module).items() if name in names}
 
 
 def load_option_states(trainer: TrainerCore, saved: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ptacc.checkpoint.differences import Comparison, find_difference, warn_of_changes
 from ptacc.checkpoint.frozen import Fingerprints, add_own_averages, fingerprint_frozen
-from ptacc.checkpoint.module_options import load_option_states, option_states
+from ptacc.checkpoint.module_options import find_misfits, load_option_states, option_states
 from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, check_storable
 from ptacc.checkpoint.resume import Resumption
 from ptacc.core.hooks import TrainerCore
@@ -51,14 +51,14 @@ def collect_parts(trainer: TrainerCore) -> tuple[dict[str, Any], dict[str, Any]]
 
     Tensors in them are references. A collective where an engine gathers weights.
     """
-    run, model, state = trainer.run, trainer.unwrapped_model, trainer.run.engine.get_state()
+    run, trained, state = trainer.run, trainer.trained_modules, trainer.run.engine.get_state()
     slots = [slot for slot in run.engine.slots if slot.name in state.optimizers]
-    optimizers = {slot.name: add_names(model, slot.optimizer, state.optimizers[slot.name]) for slot in slots}
+    optimizers = {slot.name: add_names(trained, slot.optimizer, state.optimizers[slot.name]) for slot in slots}
     shared = {
         RUN: run.state_dict(),
         **collect_tensors(trainer, state.weights),
         KINDS: {key.name: get_kind(value) for key, value in run.states() if isinstance(value, Stateful)},
-        FLAGS: get_flags(model),
+        FLAGS: get_flags(trained),
         ENGINE: state.shared,
         **{slot.name: run.optimizer_modes.add_weights(slot.optimizer, optimizers[slot.name]) for slot in slots},
         **stateful_parts(trainer, each_rank=False),
@@ -179,7 +179,7 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
     dtensors = {ShardingSpec.from_tensor(p): p for p in model.parameters() if is_dtensor(p)}
     shared = Snapshot(add_own_averages(trainer, map_state({**saved.shared}, partial(localize, dtensors=dtensors))))
     saved = replace(saved, shared=shared)
-    load_flags(model, shared[FLAGS])  # before the weights: a module's `train(mode)` may change them
+    load_flags(trainer.trained_modules, shared[FLAGS])  # before the weights: a module's `train(mode)` may change them
     load_engine(trainer, saved, drop_misfits(present[MODEL], shared[MODEL]), left_out)
     load_non_persistent_buffers(model, shared[BUFFERS])
     load_option_states(trainer, saved.options)
@@ -190,7 +190,7 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
             elif name in parts and name not in left_out and not find_difference(state, parts[name]):
                 state.load_state_dict(parts[name])
             elif isinstance(state, AveragedWeights):
-                state.copy_from(model)  # averages start from the weights that were loaded
+                state.copy_from(trainer.trained_modules)  # averages start from the weights that were loaded
     if RANDOM in saved.own:
         RandomStreams(trainer.device).load_state_dict(saved.own[RANDOM])
     else:  # saved by another number of ranks
@@ -203,12 +203,12 @@ def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, lef
 
     The optimizers in `left_out` keep their states, and parameters whose weights do not fit start without one.
     """
-    model, engine, shared = trainer.unwrapped_model, trainer.run.engine, saved.shared
+    trained, engine, shared = trainer.trained_modules, trainer.run.engine, saved.shared
     loaded = [slot for slot in engine.slots if slot.name in shared and slot.name not in left_out]
-    optimizers = {slot.name: order_by_name(model, slot.optimizer, shared[slot.name]) for slot in loaded}
+    optimizers = {slot.name: order_by_name(trained, slot.optimizer, shared[slot.name]) for slot in loaded}
     engine.load_state(EngineState(weights, optimizers, shared[ENGINE], saved.own.get(ENGINE, {})))
-    misfits = shared[MODEL].keys() - weights.keys()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    misfits = shared[MODEL].keys() - weights.keys() | find_misfits(trainer, saved.options)
+    for name, parameter in trained.named_parameters(remove_duplicate=False):
         if canonical_name(name) in misfits:
             for slot in loaded:
                 slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape

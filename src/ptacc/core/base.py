@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self
@@ -26,6 +26,8 @@ from ptacc.distributed.gathering import gather_rows
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
+from ptacc.model.joined_modules import join_modules
+from ptacc.model.option_modules import find_trained_options
 from ptacc.run.history import RunHistory
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
@@ -45,6 +47,8 @@ class TrainerState:
     Args:
         run: The current run, or the last one; None before the first.
         unwrapped_model: The user's model while `model` is the wrapped one, None otherwise.
+        outside: The modules among the options that are trained with the model, by their places, during a run or an
+            evaluation.
         runtime: The accelerator and the process group; None before their first use.
         runtime_pid: The process that created them; a forked process creates its own.
         num_runs: The number of runs started so far.
@@ -54,6 +58,7 @@ class TrainerState:
 
     run: Run | None = None
     unwrapped_model: nn.Module | None = None
+    outside: Mapping[str, nn.Module] = field(default_factory=dict)
     runtime: tuple[AcceleratorProtocol, DistributedRuntime] | None = None
     runtime_pid: int = 0
     num_runs: int = 0
@@ -117,6 +122,20 @@ class TrainerBase(Composable):
         """The model as you passed it; within a run, `model` is the wrapped one."""
         return self.model if self._state.unwrapped_model is None else self._state.unwrapped_model
 
+    @property
+    def trained_outside(self) -> Mapping[str, nn.Module]:
+        """The modules among the options of which the optimizer has parameters, such as a loss, by their places."""
+        is_known = self._state.unwrapped_model is not None
+        return self._state.outside if is_known else find_trained_options(self, self.optimizer)
+
+    @property
+    def trained_modules(self) -> nn.Module:
+        """The model, joined with the modules of `trained_outside`.
+
+        It has their modules, parameters and buffers, by names such as `options.loss_func.weight`, and no `state_dict`.
+        """
+        return join_modules(self.unwrapped_model, self.trained_outside)
+
     def _set_model(self, model: nn.Module) -> None:
         """Set the option `model`, which is read-only for type checkers."""
         vars(self)["model"] = model
@@ -130,7 +149,7 @@ class TrainerBase(Composable):
         if self.is_running:
             return self.run.averages().get(name)
         averages = self._state.averages.get(name)
-        if averages is None or averages.are_current(self.unwrapped_model):
+        if averages is None or averages.are_current(self.trained_modules):
             return averages
         warnings.warn(
             f"{type(self).__name__}: the weights were changed after the averages {name!r} were made. The present "

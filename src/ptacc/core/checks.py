@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from ptacc.composition.fields import type_text
 from ptacc.composition.type_arguments import find_model_mismatch
-from ptacc.engines.base import OptimizerSlot
+from ptacc.engines.base import OptimizerSlot, join_trained
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
+from ptacc.model.joined_modules import join_modules
 from ptacc.types.monitor import Monitor, ValueNames
 from ptacc.types.outputs import StepOutput
 from ptacc.validation import did_you_mean, value_text
@@ -42,24 +43,35 @@ def check_model_class(trainer: type, model: nn.Module) -> None:
         )
 
 
-def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot], *, by_closure: bool) -> None:
+def check_trainable(
+    owner: str,
+    model: nn.Module,
+    slots: Sequence[OptimizerSlot],
+    options: Mapping[str, nn.Module],
+    *,
+    by_closure: bool,
+) -> None:
     """Raise `ModelError` for a model and optimizers that cannot be trained.
 
     Args:
         owner: The name of the trainer.
         model: The model.
         slots: The optimizers.
+        options: The modules among the options, by their places.
         by_closure: Whether their `step` is called with a closure.
 
     Warns:
-        UserWarning: The model has trainable parameters that are in no optimizer.
+        UserWarning: Trainable parameters are in no optimizer: of the model, of a module that is trained with it, or of
+            a module among the options in training mode. A teacher in eval mode may have such parameters.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = join_trained(model, slots)
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
     optimized = [parameter for slot in slots for parameter in slot.parameters]
     if foreign := sum(id(parameter) not in names for parameter in optimized):
         raise ModelError(
-            f"{owner}: {foreign} of the optimizer's {len(optimized)} parameters are not parameters of the model. "
-            "Create the optimizer from this model, `SGD(model.parameters(), ...)`, after the last change to its layers."
+            f"{owner}: {foreign} of the optimizer's {len(optimized)} parameters are not parameters of the model, nor "
+            "of a module among the options. Create the optimizer from this model, `SGD(model.parameters(), ...)`, "
+            "after the last change to its layers, and make a loss with parameters an option, such as loss_func."
         )
     if not any(parameter.requires_grad for parameter in optimized):
         raise ModelError(
@@ -73,11 +85,13 @@ def check_trainable(owner: str, model: nn.Module, slots: Sequence[OptimizerSlot]
                 f"{owner}."
             )
     ids = {id(parameter) for parameter in optimized}
-    omitted = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    if omitted:
+    in_training = {place: module for place, module in options.items() if module.training}
+    named = (*trained.named_parameters(), *join_modules(model, in_training).named_parameters())
+    if omitted := list(dict.fromkeys(name for name, p in named if p.requires_grad and id(p) not in ids)):
         warnings.warn(
             f"{owner}: {len(omitted)} trainable parameters are in no optimizer and will not change: "
-            f"{', '.join(omitted[:3])}{', ...' if len(omitted) > 3 else ''}. Set requires_grad=False on them.",
+            f"{', '.join(omitted[:3])}{', ...' if len(omitted) > 3 else ''}. Add them to an optimizer, or set "
+            "requires_grad=False on them.",
             stacklevel=4,
         )
 

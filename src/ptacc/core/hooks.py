@@ -32,6 +32,7 @@ from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.replicas import ReplicaEngine
 from ptacc.model.optimizer_dict import OptimizerDict
+from ptacc.model.option_modules import find_trained_options
 from ptacc.rng import fresh_seed
 from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState
@@ -58,9 +59,13 @@ class TrainerCore(TrainerBase):
     @hook("default")
     def optimizer_slots(self) -> tuple[OptimizerSlot, ...]:
         """Return the optimizers with their names. Default hook: those of the option `optimizer`."""
+        optimizers = {"optimizer": self.optimizer}
         if isinstance(self.optimizer, OptimizerDict):
-            return tuple(OptimizerSlot(f"optimizer.{name}", optimizer) for name, optimizer in self.optimizer.items())
-        return (OptimizerSlot("optimizer", self.optimizer),)
+            optimizers = {f"optimizer.{name}": optimizer for name, optimizer in self.optimizer.items()}
+        return tuple(
+            OptimizerSlot(name, optimizer, find_trained_options(self, optimizer))
+            for name, optimizer in optimizers.items()
+        )
 
     @hook("default")
     def all_callbacks(self) -> Sequence[Callback[Any]]:

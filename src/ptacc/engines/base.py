@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ptacc.model.joined_modules import join_modules
 from ptacc.model.optimizer_state import group_names, own_values
 from ptacc.types.protocols import StateDict
 
@@ -27,10 +28,13 @@ class OptimizerSlot:
     Args:
         name: Its name in checkpoints: `"optimizer"`, or `"optimizer.<label>"` for one of several.
         optimizer: The user's optimizer, never wrapped.
+        outside: The modules outside of the model of which the optimizer has parameters, such as a loss, by their places
+            among the trainer's options.
     """
 
     name: str
     optimizer: Optimizer
+    outside: Mapping[str, nn.Module] = field(default_factory=dict, compare=False)
 
     @property
     def label(self) -> str:
@@ -47,7 +51,8 @@ class OptimizerSlot:
 
         The groups are in the order of the names of their parameters, which does not depend on the optimizer's.
         """
-        names = [min(names, default="") for names in group_names(model, self.optimizer)]
+        joined = join_modules(model, self.outside)
+        names = [min(names, default="") for names in group_names(joined, self.optimizer)]
         ordered = sorted(zip(names, self.optimizer.param_groups, strict=True), key=itemgetter(0))
         groups = [group for _, group in ordered]
         for name in sorted(
@@ -83,6 +88,11 @@ def learning_rates(slots: Sequence[OptimizerSlot]) -> dict[str, float | Tensor]:
 def copy_rate(rate: float | Tensor) -> float | Tensor:
     """Return a learning rate; a tensor is copied, since schedulers change it in place."""
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
+
+
+def join_trained(model: nn.Module, slots: Iterable[OptimizerSlot]) -> nn.Module:
+    """Return a model, joined with the modules outside of it that the optimizers train; itself if there are none."""
+    return join_modules(model, {place: module for slot in slots for place, module in slot.outside.items()})
 
 
 def all_parameters(slots: Iterable[OptimizerSlot]) -> list[Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,7 +28,13 @@ def broadcast_buffers(model: nn.Module) -> None:
 @torch.no_grad()
 def broadcast_model(model: nn.Module, device: torch.device) -> None:
     """Copy rank 0's weights and buffers to all ranks."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    broadcast_tensors((*model.parameters(), *model.buffers()), device)
+
+
+@torch.no_grad()
+def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copy rank 0's tensors to all ranks."""
+    for tensor in tensors:
         value = tensor.detach().to(device).contiguous()
         dist.broadcast(value, src=0)
         tensor.copy_(value)

@@ -12,6 +12,7 @@ from ptacc.distributed.accelerator import wrap_in_ddp
 from ptacc.engines.base import Closure, OptimizerSlot
 from ptacc.engines.common import averaged, broadcast_buffers
 from ptacc.engines.default import TorchEngine
+from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.reduction import ReductionCheck
 from ptacc.types.protocols import AcceleratorProtocol
 
@@ -38,7 +39,8 @@ class DDPEngine(TorchEngine):
         self.ddp = wrap_in_ddp(accelerator, model)
         self.ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too
         self._needs_loss = self.ddp.find_unused_parameters or self.ddp.static_graph
-        self._check = ReductionCheck(model, self._slots, self.ddp)
+        self._outside = OutsideModel(model, self._trained, self._slots, accelerator.device)
+        self._check = ReductionCheck(self._trained, self._slots, self.ddp)
 
     @override
     @contextlib.contextmanager
@@ -59,7 +61,8 @@ class DDPEngine(TorchEngine):
 
     @override
     def unscale_gradients(self) -> None:
-        """Check that the gradients were averaged, and remove the scaling."""
+        """Average the gradients outside of the model, check those of all parameters, and remove the scaling."""
+        self._outside.reduce()
         self._check.check()
         super().unscale_gradients()
 
@@ -67,5 +70,9 @@ class DDPEngine(TorchEngine):
     def update(self, closure: Closure | None = None) -> bool:
         """Step, clear the gradients, and copy rank 0's buffers to all ranks: the forward pass has changed them."""
         happened = super().update(closure and averaged(closure))
-        broadcast_buffers(self._unwrapped_model)
+        broadcast_buffers(self._trained)
         return happened
+
+    @override
+    def close(self) -> None:
+        self._outside.close()

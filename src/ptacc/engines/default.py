@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import Closure, Engine, EngineState, OptimizerSlot, all_parameters
+from ptacc.engines.base import Closure, Engine, EngineState, OptimizerSlot, all_parameters, join_trained
 from ptacc.engines.common import has_own_zero_grad
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import prepare_model
@@ -49,6 +49,7 @@ class TorchEngine(Engine):
         # Accelerate prepares it for the device, the precision and the compiler.
         self._model = prepare_model(accelerator, model)
         self._slots = self._active = tuple(slots)
+        self._trained = join_trained(model, slots)
         self._new_scaler = scaler or accelerator.scaler
         self._scalers: dict[str, torch.amp.GradScaler] = {} if scaler is None else {"scaler": scaler}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ptacc.engines.base import OptimizerSlot, all_parameters
+from ptacc.engines.common import broadcast_tensors
 from ptacc.engines.reduction import join_names
 from ptacc.errors import ModelError
 
@@ -28,14 +29,14 @@ class GradientReducer:
     and parameters may be frozen and unfrozen between steps, belong to any module, and lack a gradient on some ranks.
 
     Args:
-        slots: The optimizers, whose parameters have replicas on all ranks.
-        model: The model, with the names of the parameters.
+        parameters: Returns the parameters of the optimizers that have replicas on all ranks.
+        model: The module with these parameters, for their names.
         overlaps: Whether to send buckets while the backward pass runs. A backward pass that has collectives of its own
             could meet them in another order on a rank where a parameter has no gradient.
     """
 
-    def __init__(self, slots: Sequence[OptimizerSlot], model: nn.Module, *, overlaps: bool) -> None:
-        self._slots, self._model, self.overlaps = slots, model, overlaps
+    def __init__(self, parameters: Callable[[], Iterable[Parameter]], model: nn.Module, *, overlaps: bool) -> None:
+        self._parameters, self._model, self.overlaps = parameters, model, overlaps
         self._sparse = find_sparse(model)
         self._trained: list[Parameter] = []
         self._buckets: list[Bucket] = []
@@ -88,7 +89,7 @@ class GradientReducer:
 
     def _prepare(self) -> None:
         """Prepare the buckets for a step. If other parameters are trained than before, make them again."""
-        trained = [parameter for parameter in all_parameters(self._slots) if parameter.requires_grad]
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
         if len(trained) != len(self._trained) or not all(map(operator.is_, trained, self._trained)):
             self._make_buckets(trained)
         for bucket in self._buckets:
@@ -119,6 +120,38 @@ class GradientReducer:
         while self._started < len(self._buckets) and not self._buckets[self._started].missing:
             self._buckets[self._started].start()
             self._started += 1
+
+
+class OutsideModel:
+    """What replicas of trained modules outside of the model need, if a library reduces the gradients of the model.
+
+    Args:
+        model: The model, wrapped or sharded already.
+        trained: The model, joined with these modules.
+        slots: The optimizers.
+        device: The device of this rank.
+    """
+
+    def __init__(
+        self, model: nn.Module, trained: nn.Module, slots: Sequence[OptimizerSlot], device: torch.device
+    ) -> None:
+        """Copy rank 0's parameters and buffers of the modules to all ranks. A collective."""
+        self._own, self._slots = {*model.parameters(), *model.buffers()}, slots
+        broadcast_tensors((t for t in (*trained.parameters(), *trained.buffers()) if t not in self._own), device)
+        self._reducer = None if trained is model else GradientReducer(self._parameters, trained, overlaps=False)
+
+    def reduce(self) -> None:
+        """Average the gradients of a step. A collective, if there are such modules."""
+        if self._reducer is not None:
+            self._reducer.finish()
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        if self._reducer is not None:
+            self._reducer.close()
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for parameter in all_parameters(self._slots) if parameter not in self._own]
 
 
 class Bucket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,17 +41,21 @@ class ReplicaEngine(TorchEngine):
             is_synchronized: Whether modules of the model communicate in the backward pass.
         """
         super().__init__(accelerator, model, slots)
-        broadcast_model(model, accelerator.device)
+        broadcast_model(self._trained, accelerator.device)
         self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}
-        self._overlaps = not is_synchronized and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-        self._shared, self._group_sizes = {*model.parameters()}, list[int]()
+        self._overlaps = not is_synchronized and not any(
+            isinstance(m, nn.SyncBatchNorm) for m in self._trained.modules()
+        )
+        self._shared, self._group_sizes = {*self._trained.parameters()}, list[int]()
         self._is_last = True
 
     @property
     def _reducer(self) -> GradientReducer:
         """The reducer of the optimizers that the present update steps."""
         if self._active not in self._reducers:
-            self._reducers[self._active] = GradientReducer(self._active, self._unwrapped_model, overlaps=self._overlaps)
+            self._reducers[self._active] = GradientReducer(
+                partial(all_parameters, self._active), self._trained, overlaps=self._overlaps
+            )
         return self._reducers[self._active]
 
     @override
@@ -89,7 +94,7 @@ class ReplicaEngine(TorchEngine):
     def update(self, closure: Closure | None = None) -> bool:
         """Step, clear the gradients, and copy rank 0's buffers to all ranks."""
         happened = super().update(closure and averaged(closure))
-        broadcast_buffers(self._unwrapped_model)
+        broadcast_buffers(self._trained)
         return happened
 
     @override

@@ -30,9 +30,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.engines.base import Closure, OptimizerSlot, all_parameters
+from ptacc.engines.base import Closure, OptimizerSlot, all_parameters, join_trained
 from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
+from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.root_forward import RootForward, reshard
 from ptacc.model.wrapping import call_contexts, calling
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
@@ -83,6 +84,7 @@ class ShardedEngine(TorchEngine):
             with rebinding_optimizers(model, slots):
                 self._sharded = ShardedModel(model, accelerator.device, shard)
         super().__init__(accelerator, model, slots)
+        self._outside = OutsideModel(model, self._trained, slots, accelerator.device)
         root = call_contexts.get(model)
         self._root = root if isinstance(root, RootForward) else None
 
@@ -103,6 +105,7 @@ class ShardedEngine(TorchEngine):
 
     @override
     def unscale_gradients(self) -> None:
+        self._outside.reduce()
         if self._scaler is not None:
             for slot in self._slots:
                 unscale_shards(self._scaler, slot.optimizer)
@@ -121,7 +124,7 @@ class ShardedEngine(TorchEngine):
         """Step every optimizer, clear the gradients, and broadcast rank 0's buffers."""
         with implicit_replication():  # a foreach step mixes DTensors with the plain tensors that a plan does not shard
             happened = super().update(closure)
-        broadcast_buffers(self._unwrapped_model)
+        broadcast_buffers(self._trained)
         return happened
 
     @override
@@ -130,6 +133,10 @@ class ShardedEngine(TorchEngine):
             with rebinding_optimizers(self._unwrapped_model, self._slots):
                 self._sharded.release()
             self._sharded = None
+
+    @override
+    def close(self) -> None:
+        self._outside.close()
 
 
 # ---- the model
@@ -200,7 +207,8 @@ def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Ge
 
     The parameters are released for the block, so that their memory can be freed.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    trained = join_trained(model, slots)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.named_parameters()}
     states = [{names[p]: dict(state) for p, state in slot.optimizer.state.items()} for slot in slots]
     groups = [group for slot in slots for group in slot.optimizer.param_groups]
     names_by_group = [[names[parameter] for parameter in group["params"]] for group in groups]
@@ -212,7 +220,7 @@ def rebinding_optimizers(model: nn.Module, slots: Sequence[OptimizerSlot]) -> Ge
     try:
         yield
     finally:
-        parameters = dict(model.named_parameters())
+        parameters = dict(trained.named_parameters())
         for group, its_names in zip(groups, names_by_group, strict=True):
             group["params"] = [parameters[name] for name in its_names]
         for slot, by_name in zip(slots, states, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ptacc.data.transfer import Transfer
-from ptacc.engines.base import all_parameters
+from ptacc.engines.base import all_parameters, join_trained
 from ptacc.engines.default import clear_gradients
 from ptacc.rng import RandomStreams
 from ptacc.run.history import NO_LOSS, StepResult
@@ -49,7 +49,7 @@ def step_by_closure(
     step = run.begin_step(window)
     window = replace(window, batches=[replace(host, data=transfer.to_device(host.data)) for host in window.batches])
     resident = Transfer(run.device)
-    start = ForwardState(run.model, run.device)
+    start = ForwardState(join_trained(run.model, run.engine.slots), run.device)
     compute_gradients(run, window, resident, step)
     computed: Gradients | None = Gradients(all_parameters(run.engine.slots))
 

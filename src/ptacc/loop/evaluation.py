@@ -25,8 +25,9 @@ from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.model.gradients import preserved_gradients
+from ptacc.model.joined_modules import join_modules
 from ptacc.model.modes import get_modes, set_modes
-from ptacc.model.option_modules import options_moved
+from ptacc.model.option_modules import find_trained_options, options_moved
 from ptacc.model.wrapping import ModelState, calling, prepare_model
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
@@ -316,6 +317,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         accelerator = self.accelerator  # raises for an unsupported launch, before the model is touched
         unwrapped = self.model
         saved = ModelState.capture(unwrapped)
+        self._state.outside = find_trained_options(self, self.optimizer)
+        outside_modes = [get_modes(module) for module in self._state.outside.values()]
         self._state.unwrapped_model = unwrapped
         try:
             with options_moved(self, unwrapped, self.device):
@@ -324,20 +327,22 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             self._set_model(unwrapped)
             self._state.unwrapped_model = None
             saved.restore(unwrapped)
+            for modes in outside_modes:
+                set_modes(modes)
             forget_prepared(accelerator)
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Generator[None]:
-        """Put the model into eval mode, without gradients, for the block.
+        """Put the model, and what is trained with it, into eval mode, without gradients, for the block.
 
         Modes, gradients and random streams are restored after it. The modes come first: a module whose `train(mode)`
         changes its weights has to change back the weights that the evaluation used.
         """
-        modes = get_modes(self.model)
-        streams = preserved_streams(self.device)
-        with torch.no_grad(), streams, preserved_gradients(self.model), self.around_evaluation_weights():
+        model = join_modules(self.model, self.trained_outside)
+        modes, streams = get_modes(model), preserved_streams(self.device)
+        with torch.no_grad(), streams, preserved_gradients(model), self.around_evaluation_weights():
             try:
-                self.model.eval()
+                model.eval()
                 yield
             finally:
                 self._state.eval_batch = None

@@ -29,7 +29,7 @@ from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
 from ptacc.model.gradients import discard_gradients
-from ptacc.model.modes import start_training
+from ptacc.model.modes import get_modes, start_training
 from ptacc.run.history import RunHistory, StepResult
 from ptacc.run.run import Run
 from ptacc.run.window import Window, make_windows
@@ -242,6 +242,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             try:
                 self._set_model(run.model)
                 start_training(self.model, before.modes)
+                for module in self._state.outside.values():
+                    start_training(module, get_modes(module))
                 failures = run.distributed.propagate_failure(lambda: f"after step {run.progress.steps}")
                 handlers = signal_handlers(self.stop_signals(), run.stopping.request_termination)
                 with failures, handlers, forwards_counted(run):
@@ -254,7 +256,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             finally:
                 run.close()
                 self._state.averages = run.averages()
-                self._state.mark_averages_current(self.unwrapped_model)
+                self._state.mark_averages_current(self.trained_modules)
                 run.distributed.count_progress()
         if run.stopping.exit_code is not None:
             raise SystemExit(run.stopping.exit_code)
@@ -306,7 +308,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with self.around_run(), run.optimizer_modes.training(), self._saving_on_exception(run):
             events.run_start()
             self._start_or_resume(run)
-            discard_gradients(self.unwrapped_model)  # of the user's own code, or of a step that was interrupted
+            discard_gradients(self.trained_modules)  # of the user's own code, or of a step that was interrupted
             while run.is_within_epoch or not run.is_done():
                 run.begin_epoch()
                 with self.around_epoch():

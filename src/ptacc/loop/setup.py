@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
+from ptacc.checkpoint.module_options import module_options
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import overrides
@@ -49,8 +50,8 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         with distributed.synced("the set-up of train()") as must_match:
             if history_file is not None and (saved is None or saved.shared["history"]["file"] is None):
                 history_file.check_unused()
-            slots, by_closure = self.optimizer_slots(), self.steps_by_closure
-            check_trainable(type(self).__name__, self.unwrapped_model, slots, by_closure=by_closure)
+            slots, modules, by_closure = self.optimizer_slots(), module_options(self), self.steps_by_closure
+            check_trainable(type(self).__name__, self.unwrapped_model, slots, modules, by_closure=by_closure)
             limit = limit_from_environment(options.get("limit_batches"))
             data = self._train_source(train_data, options, seed, limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)
@@ -72,7 +73,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 plan=self._plan(data, options, saved),
                 seed=seed,
                 engine=engine,
-                optimizer_modes=OptimizerModes(self.unwrapped_model, (slot.optimizer for slot in engine.slots)),
+                optimizer_modes=OptimizerModes(self.trained_modules, (slot.optimizer for slot in engine.slots)),
                 device=self.device,
                 distributed=distributed,
                 data=data,

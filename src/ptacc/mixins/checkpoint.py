@@ -158,7 +158,7 @@ class CheckpointMixin(Mixin):
         loaded, self._state.averages = load_into(
             self, self._distributed, path, self.checkpoint_key, weights_only=weights_only, ignore=ignore
         )
-        self._state.mark_averages_current(self.unwrapped_model)
+        self._state.mark_averages_current(self.trained_modules)
         self._events().load(loaded)
 
     def export_model(

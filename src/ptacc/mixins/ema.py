@@ -51,22 +51,22 @@ class EMAMixin(Mixin):
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        self.run[EMA_STATE] = AveragedWeights(self.unwrapped_model)
+        self.run[EMA_STATE] = AveragedWeights(self.trained_modules)
 
     @override
     def on_epoch_start(self) -> None:
         super().on_epoch_start()
         if not self.run[EMA_STATE].updates:  # a callback or a checkpoint may have changed the weights
-            self.run[EMA_STATE].copy_from(self.unwrapped_model)
+            self.run[EMA_STATE].copy_from(self.trained_modules)
 
     @override
     def on_step_end(self, step: StepResult) -> None:
         super().on_step_end(step)
-        self.run[EMA_STATE].update(self.unwrapped_model, weight=1 - self.ema_decay)
+        self.run[EMA_STATE].update(self.trained_modules, weight=1 - self.ema_decay)
 
     @override
     def on_run_end(self) -> None:
-        self.run[EMA_STATE].sync_buffers(self.unwrapped_model, self.distributed.broadcast)
+        self.run[EMA_STATE].sync_buffers(self.trained_modules, self.distributed.broadcast)
         super().on_run_end()
 
     @contextlib.contextmanager
@@ -81,7 +81,7 @@ class EMAMixin(Mixin):
                 f"{type(self).__name__}.averaged_weights(): the model's present weights have no averages. Train it, or "
                 "load a checkpoint with averages, first."
             )
-        with super().around_evaluation_weights(), averages.applied(self.unwrapped_model):
+        with super().around_evaluation_weights(), averages.applied(self.trained_modules):
             yield
 
     @override
@@ -91,5 +91,5 @@ class EMAMixin(Mixin):
         with contextlib.ExitStack() as stack:
             stack.enter_context(super().around_evaluation_weights())
             if averages is not None and averages.updates:  # before the first update, they may be of other weights
-                stack.enter_context(averages.applied(self.unwrapped_model))
+                stack.enter_context(averages.applied(self.trained_modules))
             yield

@@ -81,7 +81,7 @@ class LRSchedulerMixin(Mixin):
         run[SCHEDULES] = {}
         for slot in run.engine.slots:
             create = self.create_scheduler_of.get(slot.label, self.create_scheduler)
-            schedule = Schedule(create, self.scheduler_interval, run, self.unwrapped_model, slot.optimizer)
+            schedule = Schedule(create, self.scheduler_interval, run, self.trained_modules, slot.optimizer)
             if schedule.kind == "values":
                 check_monitor(as_monitor(self.scheduler_monitor), run.value_names, self, "scheduler_monitor")
             run[SCHEDULES][slot.label] = run[schedule_key(slot.name)] = schedule

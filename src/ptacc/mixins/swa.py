@@ -60,24 +60,24 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
     @override
     def on_run_start(self) -> None:
         super().on_run_start()
-        self.run[SWA_STATE] = AveragedWeights(self.unwrapped_model)
+        self.run[SWA_STATE] = AveragedWeights(self.trained_modules)
 
     @override
     def on_epoch_end(self, record: EpochRecord) -> None:
         super().on_epoch_end(record)
         if self.swa_start is not None and record.is_complete and record.epoch >= self.swa_start:
             average = self.run[SWA_STATE]
-            average.update(self.unwrapped_model, weight=1 / (average.updates + 1))
+            average.update(self.trained_modules, weight=1 / (average.updates + 1))
 
     @override
     def on_run_end(self) -> None:
         if self.run[SWA_STATE].updates:
-            self.run[SWA_STATE].sync_buffers(self.unwrapped_model, self.distributed.broadcast)
-            self.run[SWA_STATE].copy_to(self.unwrapped_model)
+            self.run[SWA_STATE].sync_buffers(self.trained_modules, self.distributed.broadcast)
+            self.run[SWA_STATE].copy_to(self.trained_modules)
             if self.swa_updates_batch_norm:
                 self._update_batch_norm()
             for averages in self.run.averages().values():
-                averages.copy_from(self.unwrapped_model)  # evaluations and exports after the run use these weights
+                averages.copy_from(self.trained_modules)  # evaluations and exports after the run use these weights
         elif self.swa_start is not None and self.history.stop_reason is None and not self.is_isolated:
             warnings.warn(
                 f"{type(self).__name__}(swa_start={self.swa_start}): no weights were averaged, since the run completed "

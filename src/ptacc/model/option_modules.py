@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ptacc.tensors.structures import children
 
@@ -27,6 +28,16 @@ def find_option_modules(trainer: Any) -> dict[str, nn.Module]:
     for base in type(trainer).__mro__:
         options = {name: value for name, value in vars(base).items() if name[:2] != "__"} | options
     return dict(iterate_modules("", options, set()))
+
+
+def find_trained_options(trainer: Any, optimizer: Optimizer) -> dict[str, nn.Module]:
+    """Return the modules among a trainer's options of which an optimizer has parameters, without the model's own."""
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    outside = trained.difference(trainer.unwrapped_model.parameters())
+    if not outside:
+        return {}
+    modules = find_option_modules(trainer)
+    return {place: module for place, module in modules.items() if not outside.isdisjoint(module.parameters())}
 
 
 def iterate_modules(place: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

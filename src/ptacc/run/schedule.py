@@ -57,7 +57,7 @@ class Schedule:
         create: Creates the scheduler.
         interval: When a scheduler of kind `"steps"` steps.
         run: The run.
-        model: The user's model, which has the names of the optimizer's parameters.
+        model: The model, and what is trained with it, which has the names of the optimizer's parameters.
         optimizer: The optimizer that it schedules.
     """
 

@@ -101,7 +101,7 @@ def assert_overfits_one_batch(
     with isolated_copy(trainer, data, eval_dataset) as trial:
         replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
         size = max(1, min(batch_size, len(data) // replicas))
-        before = copy_tensors(trial.unwrapped_model.named_parameters())
+        before = copy_tensors(trial.trained_modules.named_parameters())
         history = trial.train(
             Subset(data, min(len(data), size * replicas), size * replicas * num_batches),
             eval_dataset,
@@ -136,7 +136,7 @@ def describe_problem(steps: Sequence[StepRecord], to: float) -> str:
 
 def describe_checks(trainer: AnyLoop, before: Mapping[str, Tensor], steps: Sequence[StepRecord]) -> str:
     """Describe what to check when a loss does not fall, with the trainer's own rates and parameters."""
-    parameters = dict(trainer.unwrapped_model.named_parameters())
+    parameters = dict(trainer.trained_modules.named_parameters())
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     unchanged = [n for n in parameters if n not in frozen and torch.equal(before[n], parameters[n].cpu())]
     listed = [list_some(names, most=5) or "none" for names in (unchanged, frozen)]

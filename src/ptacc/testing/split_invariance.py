@@ -177,7 +177,7 @@ def train_split(
             train_dataloader_kwargs={"shuffle": False},
             limit_batches=samples,  # overrides the environment variable of smoke runs
         )
-        return TrainingResult(split, history.steps, copy_tensors(trial.unwrapped_model.named_parameters()))
+        return TrainingResult(split, history.steps, copy_tensors(trial.trained_modules.named_parameters()))
 
 
 def check_same_start(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:

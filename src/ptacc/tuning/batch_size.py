@@ -186,7 +186,7 @@ def reserved_bytes(trainer: AnyLoop, margin: float) -> int:
     """Return the bytes of the margin, and of the buffers to which ranks copy gradients to reduce them."""
     total = int(margin * total_memory(trainer.device))
     if trainer.distributed.world_size > 1:
-        total += sum(p.numel() * p.element_size() for p in trainer.unwrapped_model.parameters() if p.requires_grad)
+        total += sum(p.numel() * p.element_size() for p in trainer.trained_modules.parameters() if p.requires_grad)
     return total
 
 

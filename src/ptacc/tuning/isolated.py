@@ -128,7 +128,7 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_streams(trainer.device))
         for state in (option for option in options if isinstance(option, TrainerState)):
-            stack.callback(save_validity(state, trainer.unwrapped_model))
+            stack.callback(save_validity(state, trainer.trained_modules))
         for module in find_option_modules(trainer).values():
             stack.callback(save_module(module))
         for slot in trainer.optimizer_slots():

@@ -9,8 +9,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from torch.optim import Optimizer
 
+from ptacc.engines.base import OptimizerSlot
 from ptacc.engines.common import has_own_zero_grad
 from ptacc.engines.deepspeed.config import ZeroConfig, value_at
 from ptacc.errors import LaunchError, ModelError
@@ -63,8 +63,14 @@ def check_model(model: nn.Module, config: ZeroConfig) -> None:
             )
 
 
-def check_optimizer(optimizer: Optimizer, config: ZeroConfig) -> None:
+def check_optimizer(slot: OptimizerSlot, config: ZeroConfig) -> None:
     """Raise `ModelError` for an optimizer that DeepSpeed would not use as it is meant."""
+    if slot.outside:
+        raise ModelError(
+            f"{config.owner}: the optimizer has parameters of {', '.join(slot.outside)}, and DeepSpeed trains those of "
+            "the model only. Make that module a submodule of the model, or train without DeepSpeed."
+        )
+    optimizer = slot.optimizer
     if has_own_zero_grad(optimizer):
         raise ModelError(
             f"{config.owner}: {type(optimizer).__name__} has a zero_grad of its own, and DeepSpeed clears gradients "

@@ -69,7 +69,7 @@ class DeepSpeedEngine(TorchEngine):
         """
         (slot,) = slots
         check_model(model, config)
-        check_optimizer(slot.optimizer, config)
+        check_optimizer(slot, config)
         init_distributed(accelerator.device)
         self._layout, self._optimizer, settings = layout, slot.optimizer, config.to_deepspeed()
         self._groups = [list(group["params"]) for group in slot.optimizer.param_groups]
