@@ -13,6 +13,8 @@ from typing_extensions import override
 from ptacc import RunPlan
 
 FEATURES, CLASSES = 6, 3
+MAX_NORM, MAX_VALUE = 0.5, 0.05
+"""The bounds of clipped gradients."""
 
 
 class Counting(nn.Module):
@@ -141,6 +143,9 @@ BROKEN: dict[str, Callable[[], nn.Module]] = {"forgetful": lambda: Forgetful(FEA
 DRAWS = frozenset({"dropout", "counting", "spectral norm", "extra state", "partly in eval mode"})
 """Models that draw random numbers, or whose ranks compute buffers from their own batches."""
 
+SMALL = frozenset({"linear", "spectral norm", "extra state", "merging"})
+"""Models of two trained parameters, of which each of two optimizers has one."""
+
 
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
@@ -168,6 +173,15 @@ OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "asgd": lambda parameters: optim.ASGD(parameters, lr=0.05, t0=2),
     "adafactor": lambda parameters: optim.Adafactor(parameters, lr=0.02),
 }
+
+
+def make_optimizers(model: nn.Module, name: str, *, several: bool) -> dict[str, Optimizer]:
+    """Make the optimizer of a name; if there are several, it has every second parameter, and another one the rest."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not several:
+        return {"first": OPTIMIZERS[name](weights)}
+    second = optim.SGD(weights[1::2], lr=0.05, momentum=0.9)
+    return {"first": OPTIMIZERS[name](weights[::2]), "second": second}
 
 
 def sequential(optimizer: Optimizer, plan: RunPlan) -> Any:

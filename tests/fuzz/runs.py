@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -27,78 +26,30 @@ from ptacc import (
     GradClipMixin,
     LRSchedulerMixin,
     MetricsMixin,
+    OptimizerDict,
     RestoreBestWeights,
-    RunPlan,
     SeedMixin,
-    StepOutput,
     StepResult,
     Steps,
     SWAMixin,
-    Trainer,
     TrainerCore,
 )
 from ptacc.rng import RandomStreams
 from ptacc.types.protocols import Stateful
 from tests.fuzz.cases import Case
 from tests.fuzz.data import DATASETS, OWN_BATCHES, READY, tensors
-from tests.fuzz.parts import CLASSES, OPTIMIZERS, SCHEDULES, make_model
+from tests.fuzz.parts import CLASSES, MAX_NORM, MAX_VALUE, SCHEDULES, make_model, make_optimizers
+from tests.fuzz.trainers import Batch, FreezeForAnEpoch, Killed, RecordingTrainer, RecordingUpdates
 from tests.ranks import run_ranks
 
-Batch = tuple[Tensor, Tensor]
-MAX_NORM = 0.5
 OPTIONS: dict[str, tuple[type[TrainerCore], dict[str, Any]]] = {
     "ema": (EMAMixin, {"ema_decay": 0.8}),
     "swa": (SWAMixin, {"swa_start": 1}),
     "clip_norm": (GradClipMixin, {"max_grad_norm": MAX_NORM}),
-    "clip_value": (GradClipMixin, {"max_grad_value": 0.05}),
+    "clip_value": (GradClipMixin, {"max_grad_value": MAX_VALUE}),
     "bf16": (AMPMixin, {"mixed_precision": "bf16"}),
     "early_stopping": (EarlyStoppingMixin, {"early_stopping_monitor": "loss", "early_stopping_patience": 2}),
 }
-
-
-class Killed:
-    """Counts events, and ends the process at one of them, as a kill does."""
-
-    def __init__(self, at: int | None) -> None:
-        self.count, self.at = 0, at
-
-    def event(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            os._exit(9)
-
-
-class RecordingTrainer(Trainer):
-    """Records the batches of each step, and counts events at which it can be killed."""
-
-    killed: Killed
-    batches: dict[int, list[Batch]]
-    logs_values: bool = False
-
-    @override
-    def train_step(self, batch: Batch) -> StepOutput[Tensor]:
-        self.killed.event()
-        inputs, targets = batch
-        batch = (inputs.to(next(self.model.parameters()).dtype), targets)
-        step = self.batches.setdefault(self.progress.steps, [])
-        if self.run.batch is not None and not self.run.batch.is_padding:
-            step.append((batch[0].clone(), batch[1].clone()))
-        output = super().train_step(batch)
-        if self.logs_values:
-            return StepOutput(output.loss, output.outputs, logged={"norm": output.outputs.detach().norm()})
-        return output
-
-    @override
-    def eval_step(self, batch: Batch) -> StepOutput[Tensor]:
-        self.killed.event()
-        inputs, targets = batch
-        return super().eval_step((inputs.to(next(self.model.parameters()).dtype), targets))
-
-    @override
-    def save_run_state(self) -> None:
-        self.killed.event()
-        super().save_run_state()
-        self.killed.event()
 
 
 class CountSteps(Callback[TrainerCore]):
@@ -125,9 +76,9 @@ class CountSteps(Callback[TrainerCore]):
 
 
 @cache
-def composed(mixins: frozenset[type[TrainerCore]]) -> type[Any]:
+def composed(mixins: frozenset[type[TrainerCore]], loop: type[TrainerCore]) -> type[Any]:
     drawn: list[type] = sorted(mixins, key=lambda mixin: mixin.__name__)
-    bases: list[type] = [CheckpointMixin, GradAccumMixin, SeedMixin, *drawn, RecordingTrainer]
+    bases: list[type] = [CheckpointMixin, GradAccumMixin, SeedMixin, *drawn, loop]
     return type("Composed", tuple(bases), {})
 
 
@@ -188,7 +139,8 @@ def make_trainer(case: Case, directory: Path, killed: Killed, callbacks: Sequenc
     model = make_model(case.model)
     if "bf16" in case.mixins:
         model.float()
-    optimizer = OPTIMIZERS[case.optimizer]([weight for weight in model.parameters() if weight.requires_grad])
+    optimizers = make_optimizers(model, case.optimizer, several=case.updates != "one")
+    loop = RecordingUpdates if case.updates == "alternating" else RecordingTrainer
     chosen = [OPTIONS[name] for name in case.mixins if name in OPTIONS]
     options: dict[str, Any] = {}
     for _, given in chosen:
@@ -197,7 +149,7 @@ def make_trainer(case: Case, directory: Path, killed: Killed, callbacks: Sequenc
     if "metrics" in case.mixins:
         mixins.add(MetricsMixin)
         options["metrics"] = {"accuracy": MulticlassAccuracy(CLASSES)}
-    watching = [RestoreBestWeights(monitor(case))] if "best" in case.mixins else []
+    watching: list[Callback[Any]] = [RestoreBestWeights(monitor(case))] if "best" in case.mixins else []
     if "early_stopping" in case.mixins:
         options["early_stopping_monitor"] = monitor(case)
     if SCHEDULES[case.schedule] is not None:
@@ -205,10 +157,13 @@ def make_trainer(case: Case, directory: Path, killed: Killed, callbacks: Sequenc
         options["create_scheduler"] = SCHEDULES[case.schedule]
     if case.schedule == "plateau":
         options["scheduler_monitor"] = monitor(case)
-    return composed(frozenset(mixins))(
+    if loop is RecordingTrainer:
+        options["loss_func"] = nn.CrossEntropyLoss()
+    if case.freeze_at:
+        watching.append(FreezeForAnEpoch(model, case.freeze_at))
+    return composed(frozenset(mixins), loop)(
         model,
-        loss_func=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
+        optimizer=optimizers["first"] if case.updates == "one" else OptimizerDict(optimizers),
         gradient_accumulation_steps=case.accumulation,
         checkpoint_dir=directory / "run",
         checkpoint_every=Steps(case.save_every) if case.save_every else Epochs(1),
@@ -320,35 +275,3 @@ def run_killed(case: Case, directory: Path, at: int) -> None:
         train(case, directory, at if int(os.environ["RANK"]) == case.killed_rank else None)
 
     run_ranks(killed_on_one_rank, case.world_size, timeout=40, may_die=range(case.world_size))
-
-
-def plain_losses(case: Case, windows: Iterable[list[Batch]], outcome: Outcome) -> list[float]:
-    """Train on the same batches in plain PyTorch, and return the loss of each step."""
-    model = make_model(case.model)
-    if "bf16" in case.mixins:
-        model.float()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = OPTIMIZERS[case.optimizer](weights)
-    plan = RunPlan.compute(num_epochs=None, steps_per_epoch=None, max_steps=outcome.planned_steps)
-    create = SCHEDULES[case.schedule]
-    scheduler = None if create is None else create(optimizer, plan)
-    autocast: Any = torch.autocast("cpu", torch.bfloat16) if "bf16" in case.mixins else nullcontext()
-    torch.set_rng_state(outcome.random)
-    losses = []
-    for batches in windows:
-        items, total = sum(len(targets) for _, targets in batches), 0.0
-        optimizer.zero_grad()
-        for inputs, targets in batches:
-            with autocast:
-                loss = nn.functional.cross_entropy(model(inputs), targets) * (len(targets) / items)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if "clip_norm" in case.mixins:
-            nn.utils.clip_grad_norm_(weights, MAX_NORM)
-        if "clip_value" in case.mixins:
-            nn.utils.clip_grad_value_(weights, 0.05)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        losses.append(total)
-    return losses

@@ -11,7 +11,8 @@ from ptacc.data import seeding
 from ptacc.testing.laws import same
 from tests.checkpoint.runs import in_memory
 from tests.fuzz.cases import Case, draw, simpler
-from tests.fuzz.runs import Outcome, plain_losses, run_killed, run_uninterrupted
+from tests.fuzz.plain import plain_losses
+from tests.fuzz.runs import Outcome, run_killed, run_uninterrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 CASES_OF_A_TEST = 20
@@ -45,8 +46,11 @@ def check_losses(case: Case, whole: list[Outcome]) -> str:
         return ""
     ranks = [outcome.batches for outcome in whole]
     windows = [[batch for batches in window for batch in batches] for window in zip(*ranks, strict=True)]
-    expected = torch.tensor(plain_losses(case, windows, whole[0]))
-    losses = torch.tensor([step["loss"] for step in whole[0].end.steps])
+    steps, random = whole[0].end.steps, whole[0].random
+    expected = torch.tensor(
+        plain_losses(case, windows, [step["epoch"] for step in steps], random, whole[0].planned_steps)
+    )
+    losses = torch.tensor([step["loss"] for step in steps])
     relative = 1e-5 if "bf16" in case.mixins else RELATIVE
     return "" if torch.allclose(losses, expected, rtol=relative) else f"losses {losses}, plain {expected}"
 
