@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from ptacc import MetricsMixin, Trainer, find_learning_rate
-from ptacc.model.option_modules import find_option_modules, options_moved
+from ptacc.model.option_modules import find_option_modules, find_trained_options, options_moved
 from ptacc.testing import tiny_data, tiny_parts
 
 META = torch.device("meta")
@@ -57,6 +57,15 @@ def test_modules_are_found_in_all_options_and_class_attributes_each_once() -> No
     found = [*find_option_modules(trainer).values()]
     assert {id(part) for part in found} == {id(part) for part in (trainer.model, a, b, c, d, e, metric, trainer.shared)}
     assert len(found) == 8
+
+
+def test_a_module_is_trained_if_the_optimizer_has_a_parameter_of_it() -> None:
+    parts, centres, frozen = tiny_parts(), nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*parts["model"].parameters(), centres.weight], lr=0.1)
+    trainer = make(**{**parts, "optimizer": optimizer, "losses": {"first": [centres, frozen]}})
+    assert list(find_trained_options(trainer, optimizer).values()) == [centres]
+    names = [name for name, _ in trainer.trained_modules.named_parameters()]
+    assert names[-2:] == ["options.losses.first.0.weight", "options.losses.first.0.bias"]
 
 
 def test_modules_are_on_the_device_within_the_block_and_back_after_it() -> None:

@@ -51,7 +51,7 @@ class RestoreBestWeights(BestValue[TrainerCore]):
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
         super().load_state_dict(state_dict)
-        self._weights, self._outside = dict(state_dict["weights"]), dict(state_dict["outside"])
+        self._weights, self._outside = dict(state_dict["weights"]), dict(state_dict.get("outside", {}))
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
@@ -77,8 +77,8 @@ class RestoreBestWeights(BestValue[TrainerCore]):
     def on_run_end(self, trainer: TrainerCore) -> None:
         if self._restore and self._weights:
             load_weights(trainer.unwrapped_model, self._weights)
-            for place, module in trainer.trained_outside.items():
-                load_weights(module, self._outside[place])
+            for place, weights in self._outside.items():
+                load_weights(trainer.trained_outside[place], weights)
             for averages in trainer.run.averages().values():
                 averages.copy_from(trainer.trained_modules)
 
