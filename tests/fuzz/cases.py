@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tests.fuzz.data import DATASETS, ITERABLE, OWN_BATCHES, READY
-from tests.fuzz.parts import DRAWS, MODELS, OPTIMIZERS, SCHEDULES, SMALL, WATCHES_LOSS
+from tests.fuzz.parts import DRAWS, MODELS, OPTIMIZERS, SCHEDULES, WATCHES_LOSS
 
 MIXINS = ("ema", "swa", "clip_norm", "clip_value", "bf16", "metrics", "early_stopping", "best", "logged", "state")
 
@@ -72,7 +72,6 @@ class Case:
             and self.killed_rank < self.world_size
             and not {"clip_norm", "clip_value"} <= set(self.mixins)
             and not ("swa" in self.mixins and {"ema", "best"} & set(self.mixins))
-            and not (self.freeze_at and self.updates == "alternating" and self.model in SMALL)
         )
 
     @property

@@ -143,9 +143,6 @@ BROKEN: dict[str, Callable[[], nn.Module]] = {"forgetful": lambda: Forgetful(FEA
 DRAWS = frozenset({"dropout", "counting", "spectral norm", "extra state", "partly in eval mode"})
 """Models that draw random numbers, or whose ranks compute buffers from their own batches."""
 
-SMALL = frozenset({"linear", "spectral norm", "extra state", "merging"})
-"""Models of two trained parameters, of which each of two optimizers has one."""
-
 
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)

@@ -56,12 +56,11 @@ def update(case: Case, model: nn.Module, batches: list[Batch], stepped: list[Opt
             loss = nn.functional.cross_entropy(model(inputs), targets) * (len(targets) / items)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
-    parameters = [
-        parameter for optimizer in stepped for group in optimizer.param_groups for parameter in group["params"]
-    ]
+    groups = [group for optimizer in stepped for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
     if "clip_norm" in case.mixins:
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-    if "clip_value" in case.mixins:
+    if "clip_value" in case.mixins and parameters:
         nn.utils.clip_grad_value_(parameters, MAX_VALUE)
     for optimizer in stepped:
         optimizer.step()

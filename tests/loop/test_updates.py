@@ -315,6 +315,24 @@ def test_updates_that_differ_between_batches_or_processes_are_an_error(ranks: in
         assert "none" in text
 
 
+class SameLoss(Loop):
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        for name in ("critic", "generator"):
+            yield Update(name, loss=self.model.critic(self.model.generator(batch[1])).mean())
+
+
+@pytest.mark.parametrize("clipping", [{"max_grad_norm": 1.0}, {"max_grad_value": 0.1}], ids=str)
+def test_an_update_whose_parameters_are_all_frozen_changes_nothing(clipping: dict[str, Any]) -> None:
+    model, optimizers, data = make_parts()
+    before = copy.deepcopy(model.requires_grad_(False).state_dict())
+    model.generator.requires_grad_(True)
+    trainer = SameLoss(model, optimizer=optimizers, default_callbacks=(), **clipping)
+    trainer.train(data, max_steps=2, per_device_batch_size=6)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("generator")}
+
+
 def test_a_parameter_in_two_optimizers_is_refused() -> None:
     model = GAN()
     with pytest.raises(OptionError, match=r"a parameter of shape .* is in 'one' and in 'two'"):

@@ -100,7 +100,8 @@ class TorchEngine(Engine):
         if (scaler := self._scaler) is not None:
             loss = scaler.scale(loss)
         trained = [p for p in all_parameters(self._active) if p.requires_grad] if self._is_restricted else None
-        loss.backward(inputs=trained)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if trained != []:  # torch refuses an empty list: an update whose parameters are all frozen changes nothing
+            loss.backward(inputs=trained)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     @override
     def stop_overlapping(self) -> None: ...
@@ -117,7 +118,9 @@ class TorchEngine(Engine):
 
     @override
     def clip_value(self, max_value: float) -> None:
-        clip_grad_value_(all_parameters(self._active), max_value)
+        # torch refuses parameters of which none has a gradient
+        if given := [parameter for parameter in all_parameters(self._active) if parameter.grad is not None]:
+            clip_grad_value_(given, max_value)
 
     @override
     def update(self, closure: Closure | None = None) -> bool:
