@@ -188,3 +188,22 @@ def test_a_part_of_a_unit_is_refused_by_name() -> None:
 
     for message in run_ranks(refuse, 2, timeout=60):
         assert "parameters of a unit of FSDP2 outside of the unit's forward" in message
+
+
+class Penalizing(Sharded):
+    """Computes a gradient within the step, and evaluates by one, too."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs = batch[0].clone().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.model(inputs).square().sum(), inputs)
+        outputs: Tensor = self.model(batch[0] + slope.detach())
+        return StepOutput(loss=self.loss_func(outputs, batch[1]), outputs=outputs)
+
+
+@pytest.mark.parametrize("units", [None, []])
+def test_with_fsdp_a_step_may_compute_gradients_itself(units: list[str] | None) -> None:
+    expected = train(Penalizing, fsdp_wrap=units)
+    for numbers in run_ranks(lambda: train(Penalizing, fsdp_wrap=units), 2, timeout=60):
+        torch.testing.assert_close(numbers, expected, rtol=1e-12, atol=1e-12)

@@ -58,7 +58,7 @@ def shard_units(
         fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=reshard_after_forward and module is not model,  # its backward pass comes at once
+            reshard_after_forward=reshard_after_forward,
             mp_policy=precision,
             offload_policy=offload,
         )

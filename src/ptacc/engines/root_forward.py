@@ -28,7 +28,7 @@ class RootForward:
     """Makes a block one forward pass of the root: that of a batch, or the step of an evaluation.
 
     Calls of the model within the block only cast inputs and outputs. Methods of units other than `forward` cannot be
-    called; torch's error is replaced by one that names the option.
+    called, nor any methods after a gradient that the block computes itself: FSDP2 then frees all parameters.
 
     Args:
         model: The root.
@@ -51,6 +51,9 @@ class RootForward:
         Raises:
             ModelError: The block used parameters of a unit outside of its forward.
         """
+        if self._is_open:
+            yield
+            return
         model, self._is_open = self._model(), True
         assert isinstance(model, nn.Module)
         state = get_state(model)
@@ -67,17 +70,18 @@ class RootForward:
             raise ModelError(
                 "A step used parameters of a unit of FSDP2 outside of the unit's forward, for example in another of "
                 "its methods. They are gathered for calls of the unit only. Call the unit itself, or leave it out of "
-                "fsdp_wrap."
+                "fsdp_wrap. (FSDP2 also frees all parameters when a step computes a gradient itself: after that, call "
+                "the model, not its methods.)"
             ) from error
         finally:
-            self._is_open = False
-            if state._training_state != TrainingState.IDLE:  # noqa: SLF001
+            if self._is_open or state._training_state != TrainingState.IDLE:  # noqa: SLF001
                 abandon(state)
                 reshard(model)
+            self._is_open = False
 
     def end(self, loss: Tensor) -> Tensor:
         """End the forward pass: return the loss, whose backward pass reduces the gradients."""
-        model = self._model()
+        model, self._is_open = self._model(), False
         assert isinstance(model, nn.Module)
         state = get_state(model)
         state._training_state = TrainingState.FORWARD  # noqa: SLF001
