@@ -159,16 +159,25 @@ def test_layers_that_are_split_and_sharded_may_be_called() -> None:
         torch.testing.assert_close(numbers, expected, rtol=1e-12, atol=1e-12)
 
 
-class ByHand(Sharded):
+class ByHand(Coding):
     @override
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("units", [None, []])
-def test_with_fsdp_a_backward_pass_by_hand_reduces_gradients(units: list[str] | None) -> None:
+class ShardedByHand(FSDPMixin, ByHand): ...
+
+
+class DDPByHand(DDPMixin, ByHand): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(DDP, {"is_unwrapped": True}), (DDPByHand, {}), (ShardedByHand, {}), (ShardedByHand, {"fsdp_wrap": []})],
+)
+def test_the_model_itself_and_a_backward_pass_by_hand_train_as_well(kind: type[Coding], options: Any) -> None:
     expected = train(Coding, calls="methods")
-    for numbers in run_ranks(lambda: train(ByHand, calls="methods", fsdp_wrap=units), 2, timeout=60):
+    for numbers in run_ranks(lambda: train(kind, calls="methods", **options), 2, timeout=60):
         torch.testing.assert_close(numbers, expected, rtol=1e-12, atol=1e-12)
 
 
