@@ -77,8 +77,7 @@ class SAM(Optimizer):
         norm = torch.stack([p.grad.norm() for p in parameters]).norm()
         for p in parameters:
             self.state[p]["old_p"] = p.data.clone()
-            p.add_(p.grad * self.param_groups[0]["rho"] / (norm + 1e-12))
-        self.zero_grad()
+            p.data.add_(p.grad * self.param_groups[0]["rho"] / (norm + 1e-12))  # torch does not count this change
 
     @override
     @torch.no_grad()
