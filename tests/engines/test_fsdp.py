@@ -37,6 +37,11 @@ def test_units_and_resharding_change_no_loss(extra: dict[str, Any]) -> None:
     check_equal(run_ranks(lambda: train(Sharded, **extra), 2), train(Usual))
 
 
+@pytest.mark.parametrize(("replicas", "world_size"), [(2, 4), (2, 2)])
+def test_replicas_of_the_shards_change_no_number(replicas: int, world_size: int) -> None:
+    check_equal(run_ranks(lambda: train(Sharded, fsdp_replicas=replicas), world_size), train(Usual))
+
+
 def test_averages_and_batch_norm_are_those_of_replicas() -> None:
     expected = run_ranks(lambda: train(Averaging, has_batch_norm=True), 2)
     check_equal(run_ranks(lambda: train(ShardedAveraging, has_batch_norm=True), 2), expected[0])
@@ -192,6 +197,7 @@ def test_after_an_exception_the_model_stays_sharded() -> None:
     [
         ({"fsdp_wrap": "blocks.*"}, r"fsdp_wrap='blocks\.\*'\): must be a list"),
         ({"fsdp_wrap": [3]}, "3 is neither a class of modules nor a name"),
+        ({"fsdp_replicas": 0}, r"fsdp_replicas=0\): must be an integer of at least 1"),
         ({"fsdp_param_dtype": torch.int64}, r"fsdp_param_dtype=torch.int64\): must be a floating dtype"),
         ({"fsdp_reduce_dtype": "bf16"}, "fsdp_reduce_dtype='bf16'"),
     ],
@@ -202,7 +208,7 @@ def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
 
 
 def error_message(options: dict[str, Any]) -> str:
-    with pytest.raises((OptionError, ModelError)) as refused:
+    with pytest.raises((OptionError, ModelError, LaunchError)) as refused:
         Sharded(**parts(make()), **options).train(digits(), num_epochs=1)
     return str(refused.value)
 
@@ -211,6 +217,10 @@ def error_message(options: dict[str, Any]) -> str:
     ("options", "message"),
     [
         ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload=True) on a CPU"),
+        (
+            {"fsdp_replicas": 3},
+            "(fsdp_replicas=3): 2 processes take batches of their own",
+        ),
         ({"fsdp_wrap": ["bloks.*"]}, "Did you mean `blocks"),
     ],
 )

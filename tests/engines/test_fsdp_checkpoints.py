@@ -79,6 +79,19 @@ def test_a_run_resumes_to_the_last_bit(
         assert equal(tensors, theirs)
 
 
+def test_a_run_with_replicas_of_the_shards_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"fsdp_replicas": 2}
+    whole = run_ranks(lambda: train(Sharded, tmp_path / "whole", **options), 4)
+    run_ranks(lambda: train(Sharded, tmp_path / "run", INTERRUPTED_AFTER, **options), 4)
+    again = run_ranks(lambda: train(Sharded, tmp_path / "run", resume=True, **options), 4)
+    for (losses, tensors), (expected, theirs) in zip(again, whole, strict=True):
+        assert losses == expected
+        assert equal(tensors, theirs)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+    weights = {name: tensor for name, tensor in whole[0][1].items() if not name[0].isdigit()}
+    assert equal(load_file(tmp_path / "out.safetensors"), weights)
+
+
 def test_each_rank_writes_only_its_own_shards(tmp_path: Path) -> None:
     run_ranks(lambda: train(Sharded, tmp_path, INTERRUPTED_AFTER), 2)
     run_ranks(lambda: train(Plain, tmp_path / "replicas", INTERRUPTED_AFTER), 2)

@@ -28,6 +28,15 @@ def check_offload(owner: str) -> None:
         )
 
 
+def find_units(model: nn.Module) -> list[nn.Module]:
+    """Return the units that a transformers model names, or the blocks in each `nn.ModuleList` of another model."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    if names:
+        return [module for module in model.modules() if type(module).__name__ in names]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList | nn.ModuleDict)]
+
+
 def shard_units(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -38,11 +47,11 @@ def shard_units(
     reduce_dtype: torch.dtype | None,
     cpu_offload: bool,
 ) -> None:
-    """Shard a model over a mesh of one dimension, unit by unit. A collective.
+    """Shard a model over the last dimension of a mesh, unit by unit. A collective.
 
     Args:
         model: The model; what lies in no unit of `units` is a unit with it.
-        mesh: The mesh.
+        mesh: A mesh of one dimension, or of two: there are replicas of the shards over the first one.
         units: Submodules whose parameters are gathered together, in any order.
         reshard_after_forward: Whether a unit's parameters are freed between its forward and its backward pass.
         param_dtype: Dtype in which units are gathered and computed; None for that of the parameters.

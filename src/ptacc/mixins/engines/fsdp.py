@@ -11,19 +11,14 @@ from torch import nn
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.errors import LaunchError, OptionError
+from ptacc.engines.fsdp_launch import CHECKED_OPTIONS, check_launch
+from ptacc.errors import OptionError
 from ptacc.mixins.engines.model_sharding import DATA, ShardFn, ShardingMixin
 from ptacc.model.selection import check_selectors, select_submodules
+from ptacc.validation import check_at_least
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
-
-LAUNCH_OPTIONS = {
-    "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
-    "FSDP_OFFLOAD_PARAMS": "fsdp_cpu_offload",
-    "FSDP_ACTIVATION_CHECKPOINTING": "gradient_checkpointing",
-}
-"""Variables of a launch with their options, which have to agree."""
 
 
 class FSDPMixin(ShardingMixin):
@@ -37,6 +32,8 @@ class FSDPMixin(ShardingMixin):
         fsdp_wrap: The units: classes of submodules, or names as in `named_modules()` with `*` as a wildcard. None for
             the `_no_split_modules` of a transformers model, or the blocks in each `nn.ModuleList` of another model;
             `[]` for a single unit, the model.
+        fsdp_replicas: Number of replicas of the sharded model (HSDP). Each is sharded over ranks with consecutive
+            numbers, such as those of a host. It must divide the number of ranks.
         fsdp_reshard_after_forward: Whether a unit's parameters are freed between forward and backward: less memory, one
             more all-gather.
         fsdp_param_dtype: The dtype of all-gathered parameters and of the computation; None for that of the parameters.
@@ -48,8 +45,8 @@ class FSDPMixin(ShardingMixin):
         fsdp_unshard_after_run: Whether every rank has the full model after the run. False leaves it sharded, for models
             that do not fit on a device: evaluations, exports and further runs use the sharded model.
 
-    Hooks: `configure_accelerator`, `shard_functions`, `should_unshard_after_run`, `make_engine`, `around_run`,
-    `resume_invariants`.
+    Hooks: `configure_accelerator`, `shard_functions`, `sharded_replicas`, `should_unshard_after_run`, `make_engine`,
+    `around_run`, `resume_invariants`.
 
     Combines with: everything except another engine. Use `AMPMixin` for mixed precision, and `GradCheckpointMixin` for
     activation checkpointing.
@@ -63,6 +60,7 @@ class FSDPMixin(ShardingMixin):
     """
 
     fsdp_wrap: Sequence[type[nn.Module] | str] | None = None
+    fsdp_replicas: int = 1
     fsdp_reshard_after_forward: bool = True
     fsdp_param_dtype: torch.dtype | None = None
     fsdp_reduce_dtype: torch.dtype | None = None
@@ -74,6 +72,7 @@ class FSDPMixin(ShardingMixin):
         owner = type(self).__name__
         if self.fsdp_wrap is not None:
             check_selectors(owner, "fsdp_wrap", self.fsdp_wrap)
+        check_at_least(owner, "fsdp_replicas", self.fsdp_replicas, 1)
         for name in ("fsdp_param_dtype", "fsdp_reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -85,11 +84,15 @@ class FSDPMixin(ShardingMixin):
         super().configure_accelerator(builder)
         builder.provide("fsdp", hide=True)
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
-            check_launch(self)
+            check_launch(type(self).__name__, {name: getattr(self, name, ()) for name in CHECKED_OPTIONS})
 
     @override
     def shard_functions(self) -> Mapping[str, ShardFn]:
         return {**super().shard_functions(), DATA: self._shard_units}
+
+    @override
+    def sharded_replicas(self) -> int:
+        return self.fsdp_replicas
 
     @override
     def should_unshard_after_run(self) -> bool:
@@ -119,32 +122,6 @@ class FSDPMixin(ShardingMixin):
         model = self.unwrapped_model
         if self.fsdp_wrap is not None:
             return select_submodules(model, self.fsdp_wrap, f"{type(self).__name__}(fsdp_wrap=[...])")
-        names = set(getattr(model, "_no_split_modules", None) or ())
-        if names:
-            return [module for module in model.modules() if type(module).__name__ in names]
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList | nn.ModuleDict)]
+        from ptacc.engines.fsdp import find_units
 
-
-def check_launch(trainer: FSDPMixin) -> None:
-    """Raise `LaunchError` if the launch sets something for FSDP that the trainer does not do."""
-    owner = type(trainer).__name__
-    if os.environ.get("FSDP_VERSION") == "1":
-        raise LaunchError(
-            f"The launch asks for FSDP of version 1, and {owner} shards by version 2. Set `fsdp_version: 2` in the "
-            "launch's configuration."
-        )
-    for variable, option in LAUNCH_OPTIONS.items():
-        value, launched = getattr(trainer, option, ()), os.environ.get(variable, "").lower()
-        if launched in ({"false", "0", "no_reshard"} if value else {"true", "1", "full_shard", "shard_grad_op"}):
-            raise LaunchError(
-                f"The launch sets {variable}={launched}, and {owner} has {option}={value!r}. Make both agree."
-            )
-    is_sized = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP"
-    if trainer.fsdp_wrap is None and (is_sized or os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")):
-        raise LaunchError(
-            f"The launch sets the units of FSDP, which {owner} takes from its options. Pass them: fsdp_wrap=[...], or "
-            "leave them out of the launch's configuration."
-        )
-    if os.environ.get("FSDP_IGNORED_MODULES"):
-        raise LaunchError(f"The launch sets FSDP_IGNORED_MODULES, and {owner} shards every module. Leave it out.")
+        return find_units(model)

@@ -12,17 +12,17 @@ from typing_extensions import override
 from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
 from ptacc.engines.base import Engine
-from ptacc.errors import LaunchError
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
 
 ShardFn: TypeAlias = Callable[[nn.Module, "DeviceMesh"], None]
-"""Shards a model over one dimension of the mesh, in place."""
-TENSOR, DATA = "tp", "dp_shard"
+"""Shards a model in place, over the last dimension of the mesh."""
+TENSOR, DATA, REPLICAS = "tp", "dp_shard", "dp_replicate"
 """The mesh dimensions, with Accelerate's names, in the order in which a model is sharded over them.
 
 Ranks along the first share a replica of the model and get the same batches; the replicas are sharded along the second.
+Along the third, there are replicas of the shards.
 """
 ENGINE_NAMES = {DATA: "fsdp", TENSOR: "tensor parallel"}
 """The name of an engine in checkpoints, by the dimension that it shards over."""
@@ -40,6 +40,11 @@ class ShardingMixin(Mixin):
         return {}
 
     @hook("default")
+    def sharded_replicas(self) -> int:
+        """Return the number of replicas of the shards. A default hook: 1."""
+        return 1
+
+    @hook("default")
     def should_unshard_after_run(self) -> bool:
         """Return whether every rank has the full model after the run. A default hook: True."""
         return True
@@ -49,26 +54,31 @@ class ShardingMixin(Mixin):
         """Shard the model and the optimizer's state. A collective.
 
         Raises:
-            LaunchError: There are several replicas, and no mixin that shards them.
+            LaunchError: There are several replicas, and no mixin that shards them, or not in equal parts.
         """
         if self._distributed.is_single_process:
             return super().make_engine()
-        from ptacc.engines.sharded import ShardedEngine, make_mesh  # importing it takes longer than all of ptacc
+        from ptacc.engines.sharded import (  # importing it takes longer than all of ptacc
+            ShardedEngine,
+            check_replicas,
+            make_mesh,
+        )
 
-        shard_functions, replicas = self.shard_functions(), self.distributed.replicas
-        if replicas > 1 and DATA not in shard_functions:
-            raise LaunchError(
-                f"{type(self).__name__}: {self._distributed.replica_size} processes share a replica of the model, and "
-                f"{self.distributed.world_size} were launched: {replicas} replicas, and no mixin shards those. "
-                "Compose FSDPMixin as well, or launch fewer processes."
-            )
-        sizes = {DATA: replicas, TENSOR: self._distributed.replica_size}
-        mesh = make_mesh(self.device, {name: size for name, size in sizes.items() if name in shard_functions})
+        shard_functions, replicas = self.shard_functions(), self.sharded_replicas()
+        check_replicas(type(self).__name__, self._distributed, replicas, can_shard=DATA in shard_functions)
+        sizes = {
+            REPLICAS: replicas,
+            DATA: self.distributed.replicas // replicas,
+            TENSOR: self._distributed.replica_size,
+        }
+        dims = {TENSOR: (TENSOR,), DATA: (REPLICAS, DATA) if replicas > 1 else (DATA,)}
+        used = [dim for name in shard_functions for dim in dims[name]]
+        mesh = make_mesh(self.device, {name: size for name, size in sizes.items() if name in used})
 
         def shard(model: nn.Module) -> None:
             for name in (TENSOR, DATA):
                 if name in shard_functions:
-                    shard_functions[name](model, mesh[name])
+                    shard_functions[name](model, mesh[dims[name]])
 
         return ShardedEngine(
             self.accelerator,
@@ -81,7 +91,8 @@ class ShardingMixin(Mixin):
     @override
     def resume_invariants(self) -> dict[str, str]:
         engine = " and ".join(ENGINE_NAMES[name] for name in sorted(self.shard_functions()))
-        return super().resume_invariants() | {"engine": engine}
+        replicas = f" with {self.sharded_replicas()} replicas" if self.sharded_replicas() > 1 else ""
+        return super().resume_invariants() | {"engine": engine + replicas}
 
     @override
     @contextlib.contextmanager
