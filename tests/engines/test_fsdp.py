@@ -18,7 +18,16 @@ from torch.optim import SGD
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typing_extensions import override
 
-from ptacc import AMPMixin, FSDPMixin, GradCheckpointMixin, StepOutput, StepResult, SWAMixin, Trainer
+from ptacc import (
+    AMPMixin,
+    FSDPMixin,
+    GradCheckpointMixin,
+    StepOutput,
+    StepResult,
+    SWAMixin,
+    TensorParallelMixin,
+    Trainer,
+)
 from ptacc.engines.fsdp import check_offload
 from ptacc.errors import LaunchError, ModelError, OptionError
 from ptacc.tensors.dtensor import is_dtensor, match_placement
@@ -227,6 +236,20 @@ def error_message(options: dict[str, Any]) -> str:
 def test_errors_at_the_start_of_a_run_are_raised_on_all_ranks(options: dict[str, Any], message: str) -> None:
     for said in run_ranks(error_message, 2, options):
         assert message in said
+
+
+def test_replicas_of_the_shards_are_refused_with_tensor_parallelism() -> None:
+    class Split(TensorParallelMixin, Sharded):
+        tensor_parallel_size: int | None = 2
+
+    def error_message() -> str:
+        trainer = Split(**parts(make()), fsdp_replicas=2, tensor_parallel_plan={"leave": "colwise_gather_output"})
+        with pytest.raises(LaunchError) as refused:
+            trainer.train(digits(), num_epochs=1)
+        return str(refused.value)
+
+    for said in run_ranks(error_message, 2):
+        assert "(fsdp_replicas=2): 2 processes share a replica of the model by tensor parallelism" in said
 
 
 @pytest.fixture

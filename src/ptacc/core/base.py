@@ -293,17 +293,6 @@ class TrainerBase(Composable):
 
         Raises:
             DataError: A tensor is a scalar, or the tensors differ in more than the first dimension.
-
-        Example:
-            >>> import torch
-            >>> from torch.nn.functional import cross_entropy
-            >>> from ptacc import Trainer
-            >>> from ptacc.testing import iris_parts
-            >>> trainer = Trainer(**iris_parts())
-            >>> images, texts = torch.eye(3), torch.eye(3)
-            >>> all_texts, own = trainer.gather_with_grad(texts)
-            >>> cross_entropy(images @ all_texts.T, own).item() > 0.5
-            True
         """
         batch = self._state.eval_batch
         if batch is None and self.is_running and self.run.batch is not None:

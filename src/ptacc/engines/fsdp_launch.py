@@ -1,10 +1,11 @@
-"""The settings of a launch for FSDP, which have to agree with the options of the trainer."""
+"""Checks that a launch, its settings and its number of processes, agrees with the options of the trainer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
+from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import LaunchError
 
 LAUNCH_OPTIONS = {
@@ -43,3 +44,30 @@ def check_launch(owner: str, options: Mapping[str, object]) -> None:
         )
     if os.environ.get("FSDP_IGNORED_MODULES"):
         raise LaunchError(f"The launch sets FSDP_IGNORED_MODULES, and {owner} shards every module. Leave it out.")
+
+
+def check_replicas(owner: str, ranks: DistributedRuntime, replicas: int, *, can_shard: bool) -> None:
+    """Raise `LaunchError` if the replicas of the model cannot be sharded as asked for.
+
+    Args:
+        owner: The trainer's class, for the message.
+        ranks: The ranks.
+        replicas: Number of replicas of the shards.
+        can_shard: Whether replicas can be sharded.
+    """
+    if ranks.replicas > 1 and not can_shard:
+        raise LaunchError(
+            f"{owner}: {ranks.replica_size} processes share a replica of the model, and {ranks.world_size} were "
+            f"launched: {ranks.replicas} replicas, and no mixin shards those. Compose FSDPMixin as well, or launch "
+            "fewer processes."
+        )
+    if replicas > 1 and ranks.replica_size > 1:
+        raise LaunchError(
+            f"{owner}(fsdp_replicas={replicas}): {ranks.replica_size} processes share a replica of the model by tensor "
+            "parallelism, with which replicas of the shards are not supported. Leave fsdp_replicas out."
+        )
+    if ranks.replicas % replicas:
+        raise LaunchError(
+            f"{owner}(fsdp_replicas={replicas}): {ranks.replicas} processes take batches of their own, which is not a "
+            "multiple of it. Launch another number of processes, or choose a divisor."
+        )

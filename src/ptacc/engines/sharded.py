@@ -30,13 +30,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import Closure, OptimizerSlot, all_parameters, join_trained
 from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.root_forward import RootForward, reshard
-from ptacc.errors import LaunchError
 from ptacc.model.wrapping import call_contexts, calling
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
@@ -55,28 +53,6 @@ def _make_mesh(_: object, device_type: str, sizes: tuple[tuple[str, int], ...]) 
     """Make a mesh once for each process group of all ranks: its own process groups are never freed."""
     names, lengths = zip(*sizes, strict=True)
     return init_device_mesh(device_type, lengths, mesh_dim_names=names)
-
-
-def check_replicas(owner: str, ranks: DistributedRuntime, replicas: int, *, can_shard: bool) -> None:
-    """Raise `LaunchError` if replicas of the model would not be sharded, or not over equally many ranks.
-
-    Args:
-        owner: The trainer's class, for the message.
-        ranks: The ranks.
-        replicas: Number of replicas of the shards.
-        can_shard: Whether replicas can be sharded.
-    """
-    if ranks.replicas > 1 and not can_shard:
-        raise LaunchError(
-            f"{owner}: {ranks.replica_size} processes share a replica of the model, and {ranks.world_size} were "
-            f"launched: {ranks.replicas} replicas, and no mixin shards those. Compose FSDPMixin as well, or launch "
-            "fewer processes."
-        )
-    if ranks.replicas % replicas:
-        raise LaunchError(
-            f"{owner}(fsdp_replicas={replicas}): {ranks.replicas} processes take batches of their own, which is not a "
-            "multiple of it. Launch another number of processes, or choose a divisor."
-        )
 
 
 class ShardedEngine(TorchEngine):

@@ -33,7 +33,7 @@ class FSDPMixin(ShardingMixin):
             the `_no_split_modules` of a transformers model, or the blocks in each `nn.ModuleList` of another model;
             `[]` for a single unit, the model.
         fsdp_replicas: Number of replicas of the sharded model (HSDP). Each is sharded over ranks with consecutive
-            numbers, such as those of a host. It must divide the number of ranks.
+            numbers, such as those of a host. It must divide the number of ranks. Not with `TensorParallelMixin`.
         fsdp_reshard_after_forward: Whether a unit's parameters are freed between forward and backward: less memory, one
             more all-gather.
         fsdp_param_dtype: The dtype of all-gathered parameters and of the computation; None for that of the parameters.

@@ -12,6 +12,7 @@ from typing_extensions import override
 from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
 from ptacc.engines.base import Engine
+from ptacc.engines.fsdp_launch import check_replicas
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,11 +59,7 @@ class ShardingMixin(Mixin):
         """
         if self._distributed.is_single_process:
             return super().make_engine()
-        from ptacc.engines.sharded import (  # importing it takes longer than all of ptacc
-            ShardedEngine,
-            check_replicas,
-            make_mesh,
-        )
+        from ptacc.engines.sharded import ShardedEngine, make_mesh  # importing it takes longer than all of ptacc
 
         shard_functions, replicas = self.shard_functions(), self.sharded_replicas()
         check_replicas(type(self).__name__, self._distributed, replicas, can_shard=DATA in shard_functions)
