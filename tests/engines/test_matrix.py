@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import ptacc
-from ptacc import DDPMixin, DeepSpeedMixin, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
+from ptacc import DDPMixin, DeepSpeedMixin, Epochs, FSDPMixin, Mixin, SeedMixin, TensorParallelMixin, Trainer
 from ptacc.errors import CompositionError, PtaccError
 from tests.engines.nets import Block, digits, make, make_optimizer
 from tests.marks import DEEPSPEED
@@ -41,6 +41,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "CompileMixin": {"compile_backend": "eager"},
     "EMAMixin": {"ema_decay": 0.8},
     "EarlyStoppingMixin": {"early_stopping_monitor": "eval_loss", "early_stopping_patience": 1},
+    "FreezeMixin": {"unfreeze_at": {"leave": Epochs(1)}},
     "GradAccumMixin": {"gradient_accumulation_steps": 2},
     "GradCheckpointMixin": {"gradient_checkpointing": [Block]},
     "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1},
@@ -56,6 +57,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
 YES, REFUSED = "yes", "no"
 REFUSALS: Mapping[tuple[str, str], str] = {
     **{(engine, "ClosureMixin"): "ClosureMixin needs a replica of the model" for engine in [*ENGINES][1:]},
+    **{(engine, "FreezeMixin"): "Leave DDPMixin and DeepSpeedMixin out" for engine in ("DDPMixin", "ZeRO 2", "ZeRO 3")},
     ("ZeRO 3", "CompileMixin"): "CompileMixin traces full parameters",
     ("ZeRO 3", "EMAMixin"): "EMAMixin averages or copies the weights",
     ("ZeRO 3", "SWAMixin"): "swa_start=1 averages or copies the weights",

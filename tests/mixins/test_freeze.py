@@ -21,6 +21,7 @@ from ptacc import (
     EMAMixin,
     Epochs,
     FreezeMixin,
+    FSDPMixin,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
@@ -108,6 +109,8 @@ def train(
     """Train in the order of the data, and return weights, statistics, averages and losses."""
     limits: dict[str, Any] = {"num_epochs": EPOCHS, "max_steps": options.pop("max_steps", None)}
     kind: type[Tuning] = ByMixin if way == "mixin" else Tuning
+    if "fsdp_wrap" in options:
+        kind = type("Sharded", (FSDPMixin, kind), {})
     if "checkpoint_dir" in options:
         kind = type("Saving", (CheckpointMixin, kind), {})
     model, optimizer, data = make_parts(norm)

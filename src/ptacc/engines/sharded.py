@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -87,6 +88,7 @@ class ShardedEngine(TorchEngine):
         self._outside = OutsideModel(model, self._trained, slots, accelerator.device)
         root = call_contexts.get(model)
         self._root = root if isinstance(root, RootForward) else None
+        self._frozen_units = [unit for unit in get_units(model) if not is_trained(unit)]
 
     @property
     @override
@@ -95,6 +97,9 @@ class ShardedEngine(TorchEngine):
 
     @override
     def around_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        for unit in filter(is_trained, list(self._frozen_units)):
+            unit._init_mp_dtypes()  # noqa: SLF001  # torch does so once, and a frozen unit has no dtype for gradients
+            self._frozen_units.remove(unit)
         if isinstance(self._unwrapped_model, FSDPModule):
             self._unwrapped_model.set_requires_gradient_sync(is_last)
         return calling(self._unwrapped_model)
@@ -196,6 +201,21 @@ def move_unsharded(model: nn.Module, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_dtensor(tensor):
             tensor.data = tensor.data.to(device)
+
+
+def get_units(model: nn.Module) -> list[FSDPParamGroup]:
+    """Return the units of FSDP2 in a model, without those that have no parameters."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units: list[FSDPParamGroup] = []
+    for state in [module._get_fsdp_state() for module in modules]:  # noqa: SLF001  # torch has no public way to them
+        # In older versions of torch, a module has one of them at most.
+        units += getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)])
+    return units
+
+
+def is_trained(unit: FSDPParamGroup) -> bool:
+    """Return whether a parameter of a unit is not frozen."""
+    return any(parameter.sharded_param.requires_grad for parameter in unit.fsdp_params)
 
 
 # ---- the optimizers

@@ -12,12 +12,11 @@ from ptacc.core.hooks import Mixin
 from ptacc.engines.base import all_parameters
 from ptacc.engines.reduction import join_names
 from ptacc.errors import ModelError, OptionError
-from ptacc.model.freezing import Freezing
+from ptacc.model.freezing import Freezing, check_freeze_options
 from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
 from ptacc.types.outputs import EpochRecord
 from ptacc.types.progress import Epochs, Progress, Steps
-from ptacc.validation import value_text
 
 FREEZING: StateKey[Freezing] = StateKey("freezing", saved=False)
 
@@ -108,19 +107,3 @@ class FreezeMixin(Mixin):
 def make_freezing(trainer: FreezeMixin) -> Freezing:
     """Find what the options of a trainer name in its model."""
     return Freezing(trainer.unwrapped_model, trainer.frozen, trainer.unfreeze_at, type(trainer).__name__)
-
-
-def check_freeze_options(owner: str, frozen: object, unfreeze_at: object) -> None:
-    """Raise `OptionError` unless there is a list of names, and a mapping of names to times."""
-    if isinstance(frozen, str) or not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
-        raise OptionError(
-            f"{owner}(frozen={value_text(frozen)}): must be a list of names of parameters or submodules. Write "
-            '`frozen=["encoder.*"]`, also for a single one.'
-        )
-    times = unfreeze_at.items() if isinstance(unfreeze_at, Mapping) else [(unfreeze_at, None)]
-    for name, time in times:
-        if not isinstance(name, str) or not isinstance(time, Epochs | Steps):
-            raise OptionError(
-                f"{owner}(unfreeze_at={value_text(unfreeze_at)}): must be a mapping of names to `Epochs` or `Steps`. "
-                'Write `unfreeze_at={"encoder.*": Epochs(2)}`.'
-            )

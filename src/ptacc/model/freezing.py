@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
 
-from ptacc.errors import ModelError
+from ptacc.errors import ModelError, OptionError
 from ptacc.model.selection import list_parents
 from ptacc.model.state_dict import canonical_name
 from ptacc.types.progress import Epochs, Progress, Steps
-from ptacc.validation import did_you_mean, list_some
+from ptacc.validation import did_you_mean, list_some, value_text
 
 UnfreezeTime: TypeAlias = Epochs | Steps
 """The number of complete epochs, or of steps, after which a parameter is trained."""
@@ -138,4 +138,20 @@ def check_patterns(model: str, names: Collection[str], patterns: Collection[str]
             raise ModelError(
                 f"{option}: {pattern!r} names no parameter of {model}, and no submodule with parameters. "
                 f"{did_you_mean(pattern, known)}There are: {list_some(known, most=10) or 'none at all'}."
+            )
+
+
+def check_freeze_options(owner: str, frozen: object, unfreeze_at: object) -> None:
+    """Raise `OptionError` unless there is a list of names, and a mapping of names to times."""
+    if isinstance(frozen, str) or not isinstance(frozen, Sequence) or not all(isinstance(name, str) for name in frozen):
+        raise OptionError(
+            f"{owner}(frozen={value_text(frozen)}): must be a list of names of parameters or submodules. Write "
+            '`frozen=["encoder.*"]`, also for a single one.'
+        )
+    times = unfreeze_at.items() if isinstance(unfreeze_at, Mapping) else [(unfreeze_at, None)]
+    for name, time in times:
+        if not isinstance(name, str) or not isinstance(time, Epochs | Steps):
+            raise OptionError(
+                f"{owner}(unfreeze_at={value_text(unfreeze_at)}): must be a mapping of names to `Epochs` or `Steps`. "
+                'Write `unfreeze_at={"encoder.*": Epochs(2)}`.'
             )

@@ -123,7 +123,8 @@ def name_differences(model: nn.Module, optimizer: Optimizer, state: StateDict) -
             if frozenset(names) not in contents:
                 rest = "checkpoint's optimizer" if owner == "optimizer" else "optimizer"
                 held = f"group {index} of the {owner} holds {list_some(names)}"
-                yield f"{held}, and no group of the {rest} holds just these"
+                hint = ". A callback that adds it during a run has to add it in on_run_start, too, if progress says so"
+                yield f"{held}, and no group of the {rest} holds just these{hint * (len(saved) > len(present))}"
 
 
 def check_names(model: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
