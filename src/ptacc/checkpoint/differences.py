@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
-from ptacc.checkpoint.frozen import FROZEN, frozen_differences, without
+from ptacc.checkpoint.frozen import FROZEN, frozen_differences
 from ptacc.checkpoint.module_options import merge_options
 from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS
 from ptacc.checkpoint.resume import Resumption
+from ptacc.core.frozen import without
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import CheckpointError
 from ptacc.model.optimizer_state import name_differences

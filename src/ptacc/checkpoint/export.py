@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ptacc.checkpoint.parts import MODEL, Snapshot
 from ptacc.checkpoint.storage.store import MANIFEST
+from ptacc.core.frozen import find_trained
 from ptacc.core.hooks import TrainerCore
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
@@ -27,7 +28,6 @@ from ptacc.files.paths import is_url, parse_path, resolve_links, split_path
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.state_dict import get_weights
-from ptacc.model.trained import trained_names
 from ptacc.serialization.json_codec import get_memory_key
 from ptacc.serialization.safetensors_file import safetensors_parts
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
@@ -73,12 +73,6 @@ def export_weights(
         if is_main:
             tensors = exported_weights(states, next(iter(averages), None))
             write_weights(filesystem, target, tensors, overwrite=overwrite)
-
-
-def find_trained(trainer: TrainerCore) -> frozenset[str]:
-    """Return the names of the parameters that are trained: they are in an optimizer, or require a gradient."""
-    slots = trainer.run.engine.slots if trainer.is_running else trainer.optimizer_slots()
-    return trained_names(trainer.unwrapped_model, (slot.optimizer for slot in slots))
 
 
 def states_to_export(

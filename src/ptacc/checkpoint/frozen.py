@@ -15,17 +15,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from torch.nn.parameter import is_lazy
-
 from ptacc.checkpoint.module_options import module_options
 from ptacc.checkpoint.parts import BUFFERS, MODEL, OPTIONS
+from ptacc.core.frozen import fingerprint_tensors, without
 from ptacc.core.hooks import TrainerCore
 from ptacc.model.averaging import AVERAGE_DTYPES, averageable_tensors, holds_averages
-from ptacc.model.state_dict import describe_tensor, is_placeholder
 from ptacc.model.trained import trained_names
-from ptacc.serialization.safetensors_file import is_storable
-from ptacc.tensors.dtensor import full_tensor, is_dtensor
-from ptacc.tensors.fingerprint import compute_fingerprints
 
 FROZEN = "frozen"
 """The part with the fingerprints of the tensors that a checkpoint leaves out."""
@@ -59,31 +54,13 @@ def fingerprint_frozen(trainer: TrainerCore, shared: Mapping[str, Any]) -> Finge
     owners = {f"{OPTIONS}.{place}": module for place, module in module_options(trainer).items()}
     states = list_tensors(shared)
     excluded = {part: trained_names(owners.get(part, trainer.unwrapped_model), optimizers) for part in states}
-    return fingerprint_tensors(trainer, {part: without(state, excluded[part]) for part, state in states.items()})
-
-
-def fingerprint_tensors(trainer: TrainerCore, states: Mapping[str, Mapping[str, Any]]) -> Fingerprints:
-    """Return the fingerprints that rank 0 computes of full tensors. A collective; sharded ones are gathered in turn."""
-    is_main, found = trainer.distributed.rank == 0, dict[str, dict[str, str]]()
-    for part, state in states.items():
-        texts = found[part] = {}
-        for name, value in state.items():
-            if is_storable(value) and not is_lazy(value) and (is_main or is_dtensor(value)):
-                full = full_tensor(value)
-                if is_main and not is_placeholder(full):
-                    texts[name] = f"{describe_tensor(full)} {compute_fingerprints({name: full})[name]}"
-    return trainer.distributed.broadcast(found)
+    return {part: fingerprint_tensors(trainer, without(state, excluded[part])) for part, state in states.items()}
 
 
 def list_tensors(shared: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the tensors of the model, its other buffers, and each module among the options, by their parts."""
     options = {f"{OPTIONS}.{place}": state for place, state in shared[OPTIONS].items()}
     return {MODEL: shared[MODEL], BUFFERS: shared[BUFFERS], **options}
-
-
-def without(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return a state without some names."""
-    return {name: value for name, value in state.items() if name not in names}
 
 
 # ---- from a checkpoint
@@ -100,13 +77,13 @@ def frozen_differences(
     if not any(left_out.values()):
         return
     states = list_tensors(present)
-    sought = {part: {n: v for n, v in states.get(part, {}).items() if n in left_out[part]} for part in left_out}
-    now = fingerprint_tensors(trainer, sought)
     for part, texts in left_out.items():
+        sought = {name: value for name, value in states.get(part, {}).items() if name in texts}
+        now = fingerprint_tensors(trainer, sought)
         for name, text in texts.items():
-            if name not in now[part]:
+            if name not in now:
                 yield part, name, f"the frozen {name} of the checkpoint is not in the {part}"
-            elif now[part][name] != text:
+            elif now[name] != text:
                 yield (
                     part,
                     name,

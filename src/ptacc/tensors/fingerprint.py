@@ -44,7 +44,8 @@ def mix_tensor(tensor: Tensor) -> Tensor:
 
 def as_words(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor as words of 64 bits, filled up with zeros. By reference if they are aligned."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    values = tensor.detach().contiguous()
+    data = values.as_strided((values.numel(),), (1,)).view(torch.uint8)  # torch ignores strides of sizes 0 and 1
     if data.numel() % 8 or data.storage_offset() % 8:
         data = pad(data, (0, -data.numel() % 8)).clone()
     return data.view(torch.int64)

@@ -1,0 +1,40 @@
+"""Tensors of a trainer that are not trained, and fingerprints that show whether they have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch.nn.parameter import is_lazy
+
+from ptacc.core.hooks import TrainerCore
+from ptacc.model.state_dict import describe_tensor, is_placeholder
+from ptacc.model.trained import trained_names
+from ptacc.serialization.safetensors_file import is_storable
+from ptacc.tensors.dtensor import full_tensor, is_dtensor
+from ptacc.tensors.fingerprint import compute_fingerprints
+
+
+def find_trained(trainer: TrainerCore) -> frozenset[str]:
+    """Return the names of the model's parameters that are trained: see `trained_names`."""
+    slots = trainer.run.engine.slots if trainer.is_running else trainer.optimizer_slots()
+    return trained_names(trainer.unwrapped_model, (slot.optimizer for slot in slots))
+
+
+def fingerprint_tensors(trainer: TrainerCore, tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprint, dtype and shape of each full tensor, by name. Values without data are left out.
+
+    Rank 0 computes them. A collective, in which sharded tensors are gathered one by one.
+    """
+    is_main, found = trainer.distributed.rank == 0, dict[str, str]()
+    for name, value in tensors.items():
+        if is_storable(value) and not is_lazy(value) and (is_main or is_dtensor(value)):
+            full = full_tensor(value)
+            if is_main and not is_placeholder(full):
+                found[name] = f"{describe_tensor(full)} {compute_fingerprints({name: full})[name]}"
+    return trainer.distributed.broadcast(found)
+
+
+def without(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a state without some names."""
+    return {name: value for name, value in state.items() if name not in names}
