@@ -25,7 +25,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.module_options import module_options
+from ptacc.core.module_options import module_options
 from ptacc.errors import CheckpointError, OptionError
 from ptacc.types.aliases import CompileBackend
 from tests.ranks import run_ranks

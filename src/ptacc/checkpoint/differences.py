@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
 from ptacc.checkpoint.frozen import FROZEN, frozen_differences
-from ptacc.checkpoint.module_options import merge_options
 from ptacc.checkpoint.parts import KINDS, MODEL, OPTIONS
 from ptacc.checkpoint.resume import Resumption
 from ptacc.core.frozen import without
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.module_options import merge_options
 from ptacc.errors import CheckpointError
 from ptacc.model.optimizer_state import name_differences
 from ptacc.model.state_dict import full_shape, weight_differences

@@ -9,13 +9,13 @@ from torch import nn
 
 from ptacc.checkpoint.differences import Difference
 from ptacc.checkpoint.frozen import FROZEN, add_own_averages, frozen_differences
-from ptacc.checkpoint.module_options import parameters_of
 from ptacc.checkpoint.options import holds
 from ptacc.checkpoint.parts import BUFFERS, MODEL, OPTIONS, Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
 from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.frozen import without
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.module_options import parameters_of
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import CheckpointError, OptionError

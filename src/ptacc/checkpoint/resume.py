@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, cast
 
-from ptacc.checkpoint.module_options import merge_options
 from ptacc.checkpoint.parts import (
     OPTIONS,
     RUN,
@@ -23,6 +22,7 @@ from ptacc.checkpoint.parts import (
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
+from ptacc.core.module_options import merge_options
 from ptacc.distributed.process_group import Distributed
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import as_checkpoint_error

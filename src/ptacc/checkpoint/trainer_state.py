@@ -18,10 +18,10 @@ from torch import nn
 
 from ptacc.checkpoint.differences import Comparison, find_difference, warn_of_changes
 from ptacc.checkpoint.frozen import Fingerprints, add_own_averages, fingerprint_frozen
-from ptacc.checkpoint.module_options import find_misfits, load_option_states, option_states
 from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, Snapshot, check_storable
 from ptacc.checkpoint.resume import Resumption
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.module_options import find_misfits, load_option_states, option_states
 from ptacc.engines.base import EngineState
 from ptacc.errors import OptionError
 from ptacc.model.averaging import AveragedWeights

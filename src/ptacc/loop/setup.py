@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Generic
 
 from torch.utils.data import DataLoader
 
-from ptacc.checkpoint.module_options import module_options
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
 from ptacc.core.callback import overrides
 from ptacc.core.checks import check_monitor, check_trainable, raise_unreported
+from ptacc.core.module_options import module_options
 from ptacc.data.batch import BatchSource
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.sources import fingerprints, make_source

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.engines.fsdp_launch import CHECKED_OPTIONS, check_launch
+from ptacc.distributed.fsdp_launch import CHECKED_OPTIONS, check_launch
 from ptacc.errors import OptionError
 from ptacc.mixins.engines.model_sharding import DATA, ShardFn, ShardingMixin
 from ptacc.model.selection import check_selectors, select_submodules

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
+from ptacc.distributed.fsdp_launch import check_replicas
 from ptacc.engines.base import Engine
-from ptacc.engines.fsdp_launch import check_replicas
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
