@@ -48,7 +48,8 @@ def train(directory: Path, best: RestoreBestWeights, kind: type[Training] = Trai
     }
     trainer = kind(model, loss_func=nn.CrossEntropyLoss(), callbacks=callbacks, **given)
     size = 8 // trainer.distributed.world_size
-    trainer.train(tiny_data(24), tiny_data(8), **{"num_epochs": 3, "per_device_batch_size": size, **options})
+    limits: dict[str, Any] = {"num_epochs": 3, "per_device_batch_size": size, **options}
+    trainer.train(tiny_data(24), tiny_data(8), **limits)
     return trainer
 
 

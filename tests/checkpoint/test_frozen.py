@@ -59,7 +59,7 @@ class Sharded(FSDPMixin, Averaging): ...
 def make(directory: Path, kind: type[Saving] = Saving, model: nn.Module | None = None, **options: Any) -> Saving:
     model = Adapted() if model is None else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    given = {"optimizer": torch.optim.Adam(trained, lr=0.1), "checkpoint_every": Steps(1), **options}
+    given: dict[str, Any] = {"optimizer": torch.optim.Adam(trained, lr=0.1), "checkpoint_every": Steps(1), **options}
     given = {"loss_func": nn.CrossEntropyLoss(), "default_callbacks": (), "checkpoint_dir": directory, **given}
     return kind(model, **given)
 
@@ -67,7 +67,8 @@ def make(directory: Path, kind: type[Saving] = Saving, model: nn.Module | None =
 def train(trainer: Saving, **options: Any) -> dict[str, Tensor]:
     """Train two epochs of three steps, or what is left of them."""
     size = 8 // trainer.distributed.world_size
-    trainer.train(tiny_data(24), **{"num_epochs": 2, "per_device_batch_size": size, **options})
+    given: dict[str, Any] = {"num_epochs": 2, "per_device_batch_size": size, **options}
+    trainer.train(tiny_data(24), **given)
     return {name: tensor.clone() for name, tensor in trainer.unwrapped_model.state_dict().items()}
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.optim import SGD
-from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ptacc import DDPMixin, FSDPMixin, Pair, StepOutput, TensorParallelMixin, Trainer, TrainingLoop
@@ -63,10 +62,11 @@ class AllRows(OwnRows):
         return StepOutput(loss=plain_loss(all_images, all_texts), outputs=images)
 
 
-def make() -> tuple[Towers, TensorDataset]:
+def make() -> tuple[Towers, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     model = Towers().double()
-    return model, TensorDataset(torch.randn(SAMPLES, 5).double(), torch.randn(SAMPLES, 3).double())
+    images, texts = torch.randn(SAMPLES, 5).double(), torch.randn(SAMPLES, 3).double()
+    return model, list(zip(images, texts, strict=True))
 
 
 def train(kind: type[OwnRows], steps: int = STEPS, **options: Any) -> Numbers:
@@ -85,7 +85,7 @@ def test_one_process_trains_as_a_plain_loop() -> None:
     model, data = make()
     optimizer, losses = SGD(model.parameters(), lr=0.5), []
     for start in (0, 12, 24) * 2:
-        loss = plain_loss(*model(*data[start : start + BATCH]))
+        loss = plain_loss(*model(*map(torch.stack, zip(*data[start : start + BATCH], strict=True))))
         losses.append(loss.item())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -686,7 +686,8 @@ def error_message(make_trainer: Callable[[], Any], kinds: tuple[type[Exception],
 
 def with_optimizer(optimizer: Callable[[nn.Module], Optimizer], **options: Any) -> Deep:
     model = make()
-    return Deep(**{**parts(model), "optimizer": optimizer(model), **options})
+    given: dict[str, Any] = {**parts(model), "optimizer": optimizer(model), **options}
+    return Deep(**given)
 
 
 class Keeping(SGD):

@@ -105,9 +105,11 @@ class ClosureFirstSAM(SGD):
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.stack([p.grad.norm() for p in parameters]).norm()
         moves = [p.grad * 0.05 / norm for p in parameters]
-        torch._foreach_add_(parameters, moves)
+        for parameter, move in zip(parameters, moves, strict=True):
+            parameter.add_(move)
         closure()
-        torch._foreach_sub_(parameters, moves)
+        for parameter, move in zip(parameters, moves, strict=True):
+            parameter.sub_(move)
         super().step()
 
 
@@ -347,8 +349,9 @@ def test_a_gradient_scaler_is_refused() -> None:
 def test_several_optimizers_are_refused() -> None:
     model, parts = make_parts("sam")
     halves = OptimizerDict({name: SGD(child.parameters()) for name, child in model.named_children()})
+    given: dict[str, Any] = {**parts, "optimizer": halves}
     with pytest.raises(OptionError, match="several optimizers cannot step by one closure"):
-        Loop(model, **{**parts, "optimizer": halves})
+        Loop(model, **given)
 
 
 def test_a_loop_with_several_updates_is_refused() -> None:

@@ -108,7 +108,7 @@ def train(
 ) -> dict[str, Tensor]:
     """Train in the order of the data, and return weights, statistics, averages and losses."""
     limits: dict[str, Any] = {"num_epochs": EPOCHS, "max_steps": options.pop("max_steps", None)}
-    kind: type[Tuning] = ByMixin if way == "mixin" else Tuning
+    kind: Any = ByMixin if way == "mixin" else Tuning
     if "fsdp_wrap" in options:
         kind = type("Sharded", (FSDPMixin, kind), {})
     if "checkpoint_dir" in options:

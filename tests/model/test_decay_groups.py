@@ -225,8 +225,9 @@ def test_a_step_is_that_of_groups_written_by_hand() -> None:
     ],
 )
 def test_invalid_arguments_raise(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.1, **options}
     with pytest.raises(OptionError, match=message):
-        decay_groups(Classifier(), **{"lr": 1.0, "weight_decay": 0.1, **options})
+        decay_groups(Classifier(), **given)
 
 
 @pytest.mark.parametrize(

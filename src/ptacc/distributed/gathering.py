@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
+from ptacc.model.batch_norm import all_reduce_sum
 
 
 class GatherRows(torch.autograd.Function):
@@ -41,11 +41,9 @@ class GatherRows(torch.autograd.Function):
         return torch.cat([parts[leader][: counts[leader]] for leader in leaders])
 
     @staticmethod
-    @once_differentiable
     @override
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        total = all_reduce_sum(gradients[0])
         own = total.new_zeros(ctx.shape)
         own[: ctx.count] = total[ctx.start : ctx.start + ctx.count] / ctx.replica_size
         return own, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 from torch import nn
 from typing_extensions import override
@@ -27,7 +27,7 @@ class JoinedModules(nn.Module):
     @override
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module]]:
         seen: set[nn.Module] = set() if memo is None else memo
         for place, module in self._parts.items():
             yield from module.named_modules(seen, place, remove_duplicate)
