@@ -1245,7 +1245,7 @@ by_name = OptimizerDict({"generator": opt, "discriminator": torch.optim.SGD(gan.
 assert_type(by_name["generator"], torch.optim.Optimizer)
 Alternating(gan, optimizer=by_name, create_scheduler=one_cycle, create_scheduler_of={"generator": one_cycle})
 Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt}))
-torch.optim.AdamW(decay_groups(net, lr=1e-3, weight_decay=0.05, no_decay=["*.scale", nn.Conv2d]))
+torch.optim.AdamW(decay_groups(nn.Sequential(net), lr=1e-3, weight_decay=0.05, no_decay=["*.weight", nn.Linear]))
 
 
 def gathered_rows(trainer: Alternating, rows: Tensor) -> None:

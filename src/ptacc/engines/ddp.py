@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import wrap_in_ddp
@@ -36,9 +37,9 @@ class DDPEngine(TorchEngine):
             slots: The optimizers.
         """
         super().__init__(accelerator, model, slots)
-        self.ddp = wrap_in_ddp(accelerator, model)
+        self.ddp: DistributedDataParallel = wrap_in_ddp(accelerator, model)
         self.ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too
-        self._needs_loss = self.ddp.find_unused_parameters or self.ddp.static_graph
+        self._needs_loss: bool = self.ddp.find_unused_parameters or self.ddp.static_graph
         self._outside = OutsideModel(model, self._trained, self._slots, accelerator.device)
         self._check = ReductionCheck(self._trained, self._slots, self.ddp)
 

@@ -36,7 +36,8 @@ class GradientReducer:
     """
 
     def __init__(self, parameters: Callable[[], Iterable[Parameter]], model: nn.Module, *, overlaps: bool) -> None:
-        self._parameters, self._model, self.overlaps = parameters, model, overlaps
+        self._parameters, self._model = parameters, model
+        self.overlaps: bool = overlaps
         self._sparse = find_sparse(model)
         self._trained: list[Parameter] = []
         self._buckets: list[Bucket] = []
