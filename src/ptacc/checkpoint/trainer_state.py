@@ -183,6 +183,9 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
     load_engine(trainer, saved, drop_misfits(present[MODEL], shared[MODEL]), left_out)
     load_non_persistent_buffers(model, shared[BUFFERS])
     load_option_states(trainer, saved.options)
+    for slot in trainer.run.engine.slots:  # after the weights, which are those to use
+        if slot.name in shared and slot.name not in left_out:
+            trainer.run.optimizer_modes.load_weights(slot.optimizer, shared[slot.name])
     for parts, each_rank in ((shared, False), (saved.own, True)):
         for name, state in named_states(trainer, each_rank=each_rank):
             if name in parts and isinstance(state, Schedule):
@@ -212,8 +215,6 @@ def load_engine(trainer: TrainerCore, saved: Resumption, weights: StateDict, lef
         if canonical_name(name) in misfits:
             for slot in loaded:
                 slot.optimizer.state.pop(parameter, None)  # it is that of a parameter with another shape
-    for slot in loaded:
-        trainer.run.optimizer_modes.load_weights(slot.optimizer, shared[slot.name])
 
 
 def load_flags(model: nn.Module, flags: StateDict) -> None:
