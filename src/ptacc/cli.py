@@ -25,7 +25,8 @@ from pathlib import Path
 
 from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_checkpoints
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
-from ptacc.checkpoint.parts import read_full_parts
+from ptacc.checkpoint.frozen import FROZEN
+from ptacc.checkpoint.parts import MODEL, read_full_parts
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
@@ -165,7 +166,9 @@ def export(options: Options) -> int:
     digest = write_weights(filesystem, target, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
     size = human_size(digest.size)
-    print_line(f"{options.output}: {what} of {printable(entry.title)}, {len(weights)} tensors, {size}")
+    frozen = len(snapshot.get(FROZEN, {}).get(MODEL, {}))
+    without = f", without {frozen} frozen tensors that the checkpoint leaves out" if frozen else ""
+    print_line(f"{options.output}: {what} of {printable(entry.title)}, {len(weights)} tensors, {size}{without}")
     return 0
 
 

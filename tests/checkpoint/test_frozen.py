@@ -13,6 +13,7 @@ from ptacc import Callback, CheckpointMixin, EMAMixin, FSDPMixin, SeedMixin, Ste
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import Snapshot, read_full_parts
 from ptacc.checkpoint.storage.remote_store import open_store
+from ptacc.cli import main
 from ptacc.errors import CheckpointError
 from ptacc.testing import tiny_data
 from tests.ranks import run_ranks
@@ -231,3 +232,9 @@ def test_an_export_without_trained_parameters_is_refused(tmp_path: Path) -> None
     trainer.unwrapped_model.requires_grad_(requires_grad=False)
     with pytest.raises(CheckpointError, match=r"trainable_only=True\): all parameters are frozen"):
         trainer.export_model(tmp_path / "adapter", trainable_only=True)
+
+
+def test_an_export_of_such_a_checkpoint_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make(tmp_path / "run"))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "weights")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(", without 5 frozen tensors that the checkpoint leaves out")
