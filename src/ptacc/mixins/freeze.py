@@ -44,9 +44,10 @@ class FreezeMixin(Mixin):
 
     Example:
         >>> from ptacc import Epochs, FreezeMixin, Trainer
-        >>> class MyTrainer(FreezeMixin, Trainer):
-        ...     frozen = ["embedding"]
-        ...     unfreeze_at = {"encoder.*": Epochs(1)}
+        >>> from ptacc.testing import iris_parts
+        >>> class FineTuner(FreezeMixin, Trainer):
+        ...     pass
+        >>> trainer = FineTuner(**iris_parts(), unfreeze_at={"0": Epochs(1)})
     """
 
     frozen: Sequence[str] = ()
