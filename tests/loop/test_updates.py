@@ -33,6 +33,7 @@ from ptacc import (
     SeedMixin,
     StepOutput,
     Steps,
+    SyncBatchNormMixin,
     Update,
     find_learning_rate,
 )
@@ -409,3 +410,32 @@ def test_a_search_for_a_learning_rate_has_no_schedule_of_any_optimizer() -> None
         model, optimizer=optimizers, create_scheduler=fail, create_scheduler_of={"critic": fail}, default_callbacks=()
     )
     assert find_learning_rate(trainer, data, steps=20).rates
+
+
+class Global(SyncBatchNormMixin, Loop):
+    """Depends on the batches of all processes: by its batch norm, and by the rows that it gathers."""
+
+    @override
+    def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
+        real, noise = batch
+        false, critic = self.model.generator(noise), self.model.critic
+        yield Update("critic", loss=real_loss(critic(real)) + false_loss(critic(false.detach())))
+        gathered, own = self.gather_with_grad(false)
+        yield Update("generator", loss=functional.cross_entropy(false @ gathered.T, own) + real_loss(critic(false)))
+
+
+def train_global(batch_size: int) -> dict[str, Tensor]:
+    model, _, data = make_parts()
+    model.critic.insert(1, nn.BatchNorm1d(8).double())
+    optimizers = {name: SGD(module.parameters(), lr=0.1) for name, module in model.named_children()}
+    trainer = Global(model, optimizer=OptimizerDict(optimizers), seed=0, default_callbacks=())
+    trainer.train(data, num_epochs=2, per_device_batch_size=batch_size)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 5), (3, 3)])
+def test_updates_may_depend_on_the_batches_of_all_processes(ranks: int, batch_size: int) -> None:
+    whole = train_global(ranks * batch_size)
+    for split in run_ranks(lambda: train_global(batch_size), ranks):
+        for name, value in whole.items():
+            torch.testing.assert_close(split[name], value, rtol=1e-12, atol=1e-12, msg=name)

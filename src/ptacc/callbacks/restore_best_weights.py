@@ -9,9 +9,10 @@ from typing_extensions import override
 
 from ptacc.core.frozen import find_trained, fingerprint_tensors, without
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.module_options import parameters_of
 from ptacc.core.monitoring import BestValue
 from ptacc.errors import ModelError, OptionError
-from ptacc.model.state_dict import canonical_name, copy_to_host, get_weights, load_weights
+from ptacc.model.state_dict import copy_to_host, get_weights, load_weights
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord
@@ -110,7 +111,9 @@ class RestoreBestWeights(BestValue[TrainerCore]):
 
     def _check_left_out(self, trainer: TrainerCore) -> None:
         """Raise `ModelError` if a parameter has changed that the copy of the best weights leaves out. A collective."""
-        weights = get_weights(trainer.unwrapped_model) if self._left_out else {}
+        if not self._left_out:
+            return
+        weights = get_weights(trainer.unwrapped_model)
         now = fingerprint_tensors(trainer, {name: weights.get(name) for name in self._left_out})
         if changed := [name for name, text in self._left_out.items() if now.get(name) != text]:
             raise ModelError(
@@ -126,7 +129,4 @@ def copy_weights(module: nn.Module, left_out: Collection[str] = ()) -> StateDict
 
 def fingerprint_frozen(trainer: TrainerCore) -> dict[str, str]:
     """Return the fingerprints of the parameters that are in no optimizer and require no gradient. A collective."""
-    trained, weights = find_trained(trainer), get_weights(trainer.unwrapped_model)
-    names = (canonical_name(n) for n, _ in trainer.unwrapped_model.named_parameters(remove_duplicate=False))
-    frozen = {name: weights[name] for name in names if name in weights and name not in trained}
-    return fingerprint_tensors(trainer, frozen)
+    return fingerprint_tensors(trainer, without(parameters_of(trainer.unwrapped_model), find_trained(trainer)))

@@ -12,7 +12,7 @@ from ptacc.model.state_dict import describe_tensor, is_placeholder
 from ptacc.model.trained import trained_names
 from ptacc.serialization.safetensors_file import is_storable
 from ptacc.tensors.dtensor import full_tensor, is_dtensor
-from ptacc.tensors.fingerprint import compute_fingerprints
+from ptacc.tensors.fingerprint import compute_fingerprint
 
 
 def find_trained(trainer: TrainerCore) -> frozenset[str]:
@@ -31,7 +31,7 @@ def fingerprint_tensors(trainer: TrainerCore, tensors: Mapping[str, Any]) -> dic
         if is_storable(value) and not is_lazy(value) and (is_main or is_dtensor(value)):
             full = full_tensor(value)
             if is_main and not is_placeholder(full):
-                found[name] = f"{describe_tensor(full)} {compute_fingerprints({name: full})[name]}"
+                found[name] = f"{describe_tensor(full)} {compute_fingerprint(full)}"
     return trainer.distributed.broadcast(found)
 
 

@@ -36,7 +36,7 @@ def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDi
     """Return the tensors of each module: its parameters, or its buffers, which may differ between ranks."""
     states: dict[str, StateDict] = {}
     for option, module in module_options(trainer).items():
-        parameters = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        parameters = parameters_of(module)
         tensors = {**get_weights(module), **non_persistent_buffers(module)}
         states[option] = {
             name: value for name, value in tensors.items() if (name in parameters) != each_rank and is_storable(value)

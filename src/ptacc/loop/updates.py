@@ -112,32 +112,40 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
         parts = [self.train_updates(batch) for batch in batches]
         outputs: list[StepOutput[OutputT] | None] = [None] * len(batches)
         happened = []
-        while (first := self._agree(run, parts)) is not None:
+        while (first := self._agree(run, window, parts)) is not None:
             slot = find_slot(self, first.optimizer, run.engine.slots)
             with run.engine.updating(slot):
                 for index, part in enumerate(parts):
-                    update = self._advance(part) if index else first
+                    update = self._advance(run, window, index, part) if index else first
                     if update is None or update.optimizer != first.optimizer:
                         raise_different(type(self).__name__, "batches", [first, update])
                     outputs[index] = self._backward(run, window, step, index, update) or outputs[index]
                 happened.append(self._update(run, step, slot))
+        run.batch = None
         if not happened:
             raise LossError(f"{type(self).__name__}.train_updates yielded no update in step {step.step}.")
         self._report_outputs(run, window, batches, outputs)
         return step, any(happened)
 
-    def _agree(self, run: Run, parts: list[Iterator[Update[OutputT]]]) -> Update[OutputT] | None:
+    def _agree(
+        self, run: Run, window: Window[BatchT], parts: list[Iterator[Update[OutputT]]]
+    ) -> Update[OutputT] | None:
         """Return the next update of the first batch; None if there is none, in any batch. A collective."""
-        update, owner, distributed = self._advance(parts[0]), type(self).__name__, run.distributed
+        owner, distributed = type(self).__name__, run.distributed
+        update = self._advance(run, window, 0, parts[0])
         code = zlib.crc32(b"" if update is None else update.optimizer.encode())
         if distributed.sum([code]) != [code * distributed.world_size]:
             raise_different(owner, "processes", distributed.gather(update and Update(update.optimizer, NO_LOSS)))
-        for part in parts[1:] if update is None else ():
-            if (more := self._advance(part)) is not None:
+        for index, part in enumerate(parts[1:] if update is None else (), start=1):
+            if (more := self._advance(run, window, index, part)) is not None:
                 raise_different(owner, "batches", [None, more])
         return update
 
-    def _advance(self, part: Iterator[Update[OutputT]]) -> Update[OutputT] | None:
+    def _advance(
+        self, run: Run, window: Window[BatchT], index: int, part: Iterator[Update[OutputT]]
+    ) -> Update[OutputT] | None:
+        """Continue the run of `train_updates` for one batch, up to its next update."""
+        run.batch = window.batches[index]
         with self.accelerator.autocast():
             update: object = next(part, None)
         if update is None or isinstance(update, Update):
@@ -151,7 +159,6 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
         self, run: Run, window: Window[BatchT], step: StepResult, index: int, update: Update[OutputT]
     ) -> StepOutput[OutputT] | None:
         """Compute the gradients of an update for one batch. Return its outputs, if it has any."""
-        run.batch = window.batches[index]
         output = update.as_output()
         check_output(type(self).__name__, output, run.device)
         loss = window.scale_loss(index, output)
@@ -162,7 +169,6 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
         return None if update.outputs is None else output
 
     def _update(self, run: Run, step: StepResult, slot: OptimizerSlot) -> bool:
-        run.batch = None
         run[UPDATES][slot.label] += 1
         run.engine.unscale_gradients()
         logged, step.logged = step.logged, {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,18 +14,12 @@ CHUNK = 1 << 18
 INCREMENT, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def compute_fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the fingerprint of each dense tensor, as a hexadecimal number. Reads from each device once.
+def compute_fingerprint(tensor: Tensor) -> str:
+    """Return the fingerprint of a dense tensor, as a hexadecimal number. Reads from the device.
 
     It depends on the bytes of the tensor, and not on its device, dtype or shape.
     """
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, {})[name] = mix_tensor(tensor)
-    numbers: dict[str, int] = {}
-    for found in by_device.values():
-        numbers |= zip(found, torch.stack([*found.values()]).tolist(), strict=True)
-    return {name: f"{numbers[name] % (1 << 64):016x}" for name in tensors}
+    return f"{int(mix_tensor(tensor)) % (1 << 64):016x}"
 
 
 @torch.no_grad()
