@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ptacc.errors
 import ptacc.protocols
 import ptacc.testing
+import ptacc.tuning
 
 if TYPE_CHECKING:
     from sphinx.addnodes import pending_xref
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from sphinx.environment import BuildEnvironment
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
-    name: module.__name__ for module in (ptacc, ptacc.protocols, ptacc.testing) for name in module.__all__
+    name: module.__name__ for module in (ptacc, ptacc.protocols, ptacc.testing, ptacc.tuning) for name in module.__all__
 }
 
 project = "ptacc"

@@ -1,4 +1,4 @@
-"""Each public name has one path, in `ptacc`, `ptacc.errors`, `ptacc.protocols` or `ptacc.testing`."""
+"""Each public name has one path, in `ptacc`, `ptacc.errors`, `ptacc.protocols`, `ptacc.testing` or `ptacc.tuning`."""
 
 import ast
 import pickle
@@ -10,11 +10,11 @@ from typing import get_type_hints
 import pytest
 
 import ptacc
-from ptacc import errors, protocols, testing
+from ptacc import errors, protocols, testing, tuning
 from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 
-MODULES = [ptacc, protocols, testing]
+MODULES = [ptacc, protocols, testing, tuning]
 HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 70
 MOST_ATTRIBUTES = 45

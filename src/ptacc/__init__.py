@@ -45,22 +45,28 @@ from ptacc.model.freezing import gradual_unfreezing
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
-from ptacc.run.history import RunHistory, StepResult
+from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState, StateKey
+from ptacc.run.step_result import StepResult
 from ptacc.trainers.supervised import Trainer
-from ptacc.tuning.batch_size import BatchSizeSearch, find_batch_size
-from ptacc.tuning.learning_rate import LearningRateSearch, find_learning_rate
 from ptacc.types.aliases import Pair
 from ptacc.types.monitor import Best, Monitor
-from ptacc.types.outputs import EpochRecord, EvalResult, StepOutput, StepRecord, Update
+from ptacc.types.outputs import (
+    EpochRecord,
+    EvalResult,
+    EvaluationRecord,
+    StepOutput,
+    StepRecord,
+    Update,
+    ValuesRecord,
+)
 from ptacc.types.progress import Cadence, Epochs, Minutes, Progress, RunPlan, Steps
 
 __all__ = [
     "AMPMixin",
     "AcceleratorBuilder",
     "BatchMixin",
-    "BatchSizeSearch",
     "Best",
     "Cadence",
     "Callback",
@@ -76,6 +82,7 @@ __all__ = [
     "EpochRecord",
     "Epochs",
     "EvalResult",
+    "EvaluationRecord",
     "Explanation",
     "FSDPMixin",
     "FreezeMixin",
@@ -83,7 +90,6 @@ __all__ = [
     "GradCheckpointMixin",
     "GradClipMixin",
     "LRSchedulerMixin",
-    "LearningRateSearch",
     "MetricsMixin",
     "Minutes",
     "MixUpMixin",
@@ -120,10 +126,9 @@ __all__ = [
     "TrainerCore",
     "TrainingLoop",
     "Update",
+    "ValuesRecord",
     "decay_groups",
     "default_callbacks",
-    "find_batch_size",
-    "find_learning_rate",
     "gradual_unfreezing",
     "hook",
     "replaces_super",

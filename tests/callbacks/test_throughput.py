@@ -29,7 +29,8 @@ from ptacc.callbacks import throughput
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import OptionError
 from ptacc.protocols import DataLoaderKwargs, Engine
-from ptacc.run.history import STEPS_IN_MEMORY, StepResult
+from ptacc.run.history import STEPS_IN_MEMORY
+from ptacc.run.step_result import StepResult
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

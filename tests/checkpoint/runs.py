@@ -64,7 +64,7 @@ class KillableTrainer(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMA
     evaluation_seconds: float = 0.0
     streams: dict[str, Any] = field(init=False, metadata={"saved": False}, default_factory=dict)
 
-    def log(self, what: str, **more: object) -> None:
+    def note(self, what: str, **more: object) -> None:
         """Write an event to the trail."""
         if self.trail is not None:
             line = {"what": what, "at": time.monotonic(), "step": self.progress.steps, **more}
@@ -83,15 +83,15 @@ class KillableTrainer(CheckpointMixin, EarlyStoppingMixin, LRSchedulerMixin, EMA
 
     @override
     def eval_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
-        self.log("evaluating")
+        self.note("evaluating")
         time.sleep(self.evaluation_seconds)
         return super().eval_step(batch)
 
     @override
     def save_run_state(self) -> None:
-        self.log("may save")
+        self.note("may save")
         super().save_run_state()
-        self.log("may have saved")
+        self.note("may have saved")
 
 
 class LogEvents(Callback[KillableTrainer]):
@@ -99,35 +99,35 @@ class LogEvents(Callback[KillableTrainer]):
 
     @override
     def on_run_start(self, trainer: KillableTrainer) -> None:
-        trainer.log("run start")
+        trainer.note("run start")
 
     @override
     def on_step_start(self, trainer: KillableTrainer) -> None:
-        trainer.log("step start")
+        trainer.note("step start")
 
     @override
     def on_step_end(self, trainer: KillableTrainer, step: StepResult) -> None:
-        trainer.log("step end")
+        trainer.note("step end")
 
     @override
     def on_evaluation_start(self, trainer: KillableTrainer, name: str) -> None:
-        trainer.log("evaluation start")
+        trainer.note("evaluation start")
 
     @override
     def on_evaluation_end(self, trainer: KillableTrainer, name: str, result: EvalResult) -> None:
-        trainer.log("evaluation end")
+        trainer.note("evaluation end")
 
     @override
     def on_epoch_end(self, trainer: KillableTrainer, record: EpochRecord) -> None:
-        trainer.log("epoch end")
+        trainer.note("epoch end")
 
     @override
     def on_save(self, trainer: KillableTrainer, path: str | Path) -> None:
-        trainer.log("saved", path=str(path))
+        trainer.note("saved", path=str(path))
 
     @override
     def on_run_end(self, trainer: KillableTrainer) -> None:
-        trainer.log("run end")
+        trainer.note("run end")
         trainer.streams = RandomStreams().state_dict()
 
 

@@ -558,7 +558,7 @@ def test_a_base_whose_init_would_never_run_is_refused() -> None:
 
 def test_an_unrelated_base_without_an_init_is_accepted() -> None:
     class Logs:
-        def log(self) -> None: ...
+        def note(self) -> None: ...
 
     @dataclass(kw_only=True)
     class Names:

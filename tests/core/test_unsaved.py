@@ -59,7 +59,7 @@ def test_a_run_state_without_state_dict_is_named(tmp_path: Path) -> None:
 def test_an_attribute_that_is_not_an_option_is_named(tmp_path: Path) -> None:
     class Counting(Saving):
         seen: int = field(init=False, default=0)
-        log: list[int] = field(init=False, default_factory=list, metadata={"saved": False})
+        notes: list[int] = field(init=False, default_factory=list, metadata={"saved": False})
 
         @override
         def on_run_start(self) -> None:

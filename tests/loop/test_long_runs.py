@@ -35,7 +35,7 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(1800)]
 

@@ -21,9 +21,9 @@ from ptacc import (
     StepResult,
     Steps,
     Trainer,
-    find_learning_rate,
 )
 from ptacc.testing import tiny_data, tiny_parts
+from ptacc.tuning import find_learning_rate
 
 IN_ORDER: dict[str, Any] = {"train_dataloader_kwargs": {"shuffle": False}}
 

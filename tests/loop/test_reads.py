@@ -36,6 +36,7 @@ from ptacc import (
     ProgressBar,
     RunPlan,
     SeedMixin,
+    Steps,
     Throughput,
     Trainer,
     default_callbacks,
@@ -203,7 +204,7 @@ def train_plainly(steps: int, optimizer: str, *, clips: bool = False) -> None:
 
 def train_without_mixins(steps: int, optimizer: str, **options: Any) -> None:
     model, made, data = parts(OPTIMIZERS[optimizer])
-    given: dict[str, Any] = {"default_callbacks": (), **options}
+    given: dict[str, Any] = {"default_callbacks": (), "log_every": None, **options}
     trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, **given)
     trainer.train(data, max_steps=steps, per_device_batch_size=BATCH)
 
@@ -239,6 +240,7 @@ def train_composed(steps: int, optimizer: str, folder: Path) -> None:
         checkpoint_dir=folder / str(steps),
         checkpoint_every=Epochs(1),
         callbacks=[Throughput()],
+        log_every=None,
     )
     trainer.train(data, data, max_steps=steps, per_device_batch_size=BATCH)
 
@@ -300,7 +302,8 @@ def test_a_visible_progress_bar_reads_nothing_more(tmp_path: Path) -> None:
 def test_the_history_is_read_together_every_thousand_steps() -> None:
     def reads(steps: int) -> int:
         model, made, data = parts(OPTIMIZERS["sgd"], samples=3 * STEPS_IN_MEMORY)
-        trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
+        loss_func = nn.CrossEntropyLoss()
+        trainer = Trainer(model, loss_func=loss_func, optimizer=made, default_callbacks=(), log_every=None)
         with counting() as counts:
             trainer.train(data, max_steps=steps, per_device_batch_size=1)
         return counts["tolist"]
@@ -309,12 +312,17 @@ def test_the_history_is_read_together_every_thousand_steps() -> None:
     assert [reads(STEPS_IN_MEMORY * times + 1) - few for times in (1, 2)] == [1, 2]
 
 
+def test_each_report_reads_once() -> None:
+    assert count_reads(lambda steps: train_without_mixins(steps, "sgd", log_every=Steps(10))) == {"tolist": 0.1}
+
+
 def test_each_stop_vote_reads_one_number_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_vote, "CLOCK_VOTE_SECONDS", 60.0)  # slow steps on a busy machine would vote more often
 
     def train(steps: int) -> None:
         model, made, data = parts(OPTIMIZERS["sgd"])
-        trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=made, default_callbacks=())
+        loss_func = nn.CrossEntropyLoss()
+        trainer = Trainer(model, loss_func=loss_func, optimizer=made, default_callbacks=(), log_every=None)
         trainer.train(data, max_steps=steps, per_device_batch_size=BATCH // 2, stop_check_every=10)
 
     assert run_ranks(lambda: count_reads(train), 2) == [{"tolist": 0.1}] * 2

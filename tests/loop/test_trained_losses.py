@@ -31,9 +31,9 @@ from ptacc import (
     SWAMixin,
     TensorParallelMixin,
     Trainer,
-    find_learning_rate,
 )
 from ptacc.errors import ModelError
+from ptacc.tuning import find_learning_rate
 from tests.ranks import run_ranks
 
 CLASSES, FEATURES, SAMPLES, MAX_NORM = 3, 4, 24, 0.5

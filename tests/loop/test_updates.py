@@ -35,11 +35,11 @@ from ptacc import (
     Steps,
     SyncBatchNormMixin,
     Update,
-    find_learning_rate,
 )
 from ptacc.engines.base import Engine
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import LossError, OptionError
+from ptacc.tuning import find_learning_rate
 from tests.ranks import run_ranks
 
 Images = tuple[Tensor, Tensor]

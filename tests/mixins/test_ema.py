@@ -20,7 +20,6 @@ from ptacc import (
     StepResult,
     SWAMixin,
     Trainer,
-    find_learning_rate,
 )
 from ptacc.checkpoint.export import exported_weights
 from ptacc.checkpoint.parts import SHARED, Snapshot, read_parts
@@ -30,6 +29,7 @@ from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.model.averaging import AveragedWeights
 from ptacc.testing import tiny_data, tiny_parts
+from ptacc.tuning import find_learning_rate
 from tests.ranks import run_ranks
 
 

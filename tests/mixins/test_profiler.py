@@ -13,7 +13,7 @@ from typing_extensions import override
 from ptacc import Callback, CheckpointMixin, GradAccumMixin, GradClipMixin, ProfilerMixin, Steps, Trainer, TrainerCore
 from ptacc.errors import OptionError
 from ptacc.protocols import DataLoaderKwargs
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 

@@ -29,10 +29,9 @@ from ptacc import (
     Steps,
     TensorParallelMixin,
     Trainer,
-    find_batch_size,
-    find_learning_rate,
 )
 from ptacc.cli import main
+from ptacc.tuning import find_batch_size, find_learning_rate
 from tests.ranks import run_ranks
 
 SAMPLES, STEPS = 24, 6

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from ptacc import MetricsMixin, Trainer, find_learning_rate
+from ptacc import (
+    MetricsMixin,
+    Trainer,
+)
 from ptacc.model.option_modules import find_option_modules, find_trained_options, options_moved
 from ptacc.testing import tiny_data, tiny_parts
+from ptacc.tuning import find_learning_rate
 
 META = torch.device("meta")
 

@@ -13,8 +13,9 @@ from typing_extensions import override
 from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import OptionError
-from ptacc.run.history import STEPS_IN_MEMORY, RunHistory, StepResult
+from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
 from ptacc.run.history_file import HistoryFile
+from ptacc.run.step_result import StepResult
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.testing.laws import same
 from tests.checkpoint.faults.powerless import Logged
@@ -180,7 +181,12 @@ def test_a_run_that_left_no_checkpoint_starts_its_file_over(tmp_path: Path, left
     if left is not None:
         file.write_bytes(left)  # what a loss of power left of the first line
     Saving(**tiny_parts(), **options).train(tiny_data(), num_epochs=1)
-    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["run", *["step"] * 3, "epoch"]
+    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == [
+        "run",
+        *["step"] * 3,
+        "epoch",
+        "values",
+    ]
     options["checkpoint_dir"] = tmp_path / "other"
     other = Saving(**tiny_parts(), **options)
     with pytest.raises(OptionError, match="belongs to another run"):
@@ -231,7 +237,7 @@ def test_losses_that_are_not_finite_are_written_as_json_and_read_back(tmp_path: 
     file = tmp_path / "history.jsonl"
     parts: dict[str, Any] = {**tiny_parts(), "default_callbacks": (), "history_file": file}
     history = Diverging(**parts).train(tiny_data(8), tiny_data(8), num_epochs=1)
-    epoch = read_strictly(file)[-1]
+    epoch = read_strictly(file)[-2]
     assert epoch["train_loss"] is None
     assert epoch["evaluations"][""]["loss"] == math.inf
     history.write_jsonl(tmp_path / "again.jsonl")

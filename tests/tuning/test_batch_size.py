@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from ptacc import BatchSizeSearch, FSDPMixin, GradAccumMixin, SyncBatchNormMixin, Trainer, find_batch_size
+from ptacc import (
+    FSDPMixin,
+    GradAccumMixin,
+    SyncBatchNormMixin,
+    Trainer,
+)
 from ptacc.errors import DataError, ModelError, OptionError, RankFailedError
 from ptacc.testing import tiny_data, tiny_parts
+from ptacc.tuning import BatchSizeSearch, find_batch_size
 from tests.ranks import run_ranks
 
 

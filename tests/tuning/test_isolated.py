@@ -35,13 +35,12 @@ from ptacc import (
     SWAMixin,
     Trainer,
     TrainerCore,
-    find_batch_size,
-    find_learning_rate,
 )
 from ptacc.errors import NestedRunError
 from ptacc.rng import RandomStreams
 from ptacc.testing import assert_overfits_one_batch, assert_split_invariant, tiny_data, tiny_parts
 from ptacc.testing.laws import same
+from ptacc.tuning import find_batch_size, find_learning_rate
 from ptacc.tuning.isolated import isolated_copy
 from tests.ranks import run_ranks
 

@@ -26,7 +26,6 @@ from ptacc import (
     FSDPMixin,
     GradAccumMixin,
     GradClipMixin,
-    LearningRateSearch,
     LRSchedulerMixin,
     Mixin,
     RunPlan,
@@ -34,13 +33,13 @@ from ptacc import (
     StepOutput,
     SWAMixin,
     Trainer,
-    find_learning_rate,
 )
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.protocols import Engine
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
 from ptacc.testing.laws import make_options
+from ptacc.tuning import LearningRateSearch, find_learning_rate
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
 

@@ -75,8 +75,6 @@ from ptacc import (
     Update,
     decay_groups,
     default_callbacks,
-    find_batch_size,
-    find_learning_rate,
     hook,
     replaces_super,
 )
@@ -101,6 +99,7 @@ from ptacc.protocols import (
     TrainOptions,
 )
 from ptacc.testing import assert_overfits_one_batch, assert_split_invariant
+from ptacc.tuning import find_batch_size, find_learning_rate
 
 BatchT = TypeVar("BatchT")
 OutputT = TypeVar("OutputT")

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
-from ptacc.run.history import StepResult
 from ptacc.run.running_loss import RunningLoss
+from ptacc.run.step_result import StepResult
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
 

@@ -16,7 +16,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
 from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter, stop_flop_counter
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
 

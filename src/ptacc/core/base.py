@@ -19,7 +19,7 @@ from typing_extensions import override
 from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
-from ptacc.core.checks import check_callbacks
+from ptacc.core.checks import check_callbacks, check_logged
 from ptacc.data.batch import HostBatch
 from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
 from ptacc.distributed.gathering import gather_rows
@@ -33,7 +33,7 @@ from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
 from ptacc.tensors.structures import NestedT, concatenate, map_tensors, to_host
 from ptacc.types.aliases import T
-from ptacc.types.progress import Progress
+from ptacc.types.progress import Cadence, Progress, Steps
 from ptacc.types.protocols import AcceleratorProtocol
 from ptacc.validation import absolute_path
 
@@ -78,6 +78,8 @@ class TrainerBase(Composable):
         model: The model, not wrapped, on any device. A run wraps it at its start and unwraps it at its end.
         optimizer: An optimizer of the model's parameters: one of torch's, or your own.
         callbacks: Callbacks in addition to the default ones.
+        log_every: How often values are reported within an epoch: `Steps(n)`, `Minutes(n)`, or None. They are also
+            reported after each evaluation, and at the end of each epoch. See `Callback.on_values`.
         history_file: A new file for the history of the run, as JSON lines. Later runs of the same trainer write files
             with their number: `history-run-2.jsonl`.
     """
@@ -95,6 +97,7 @@ class TrainerBase(Composable):
         model: nn.Module = field(kw_only=False)
     optimizer: Optimizer
     callbacks: Sequence[Callback[Self]] = ()
+    log_every: Cadence | None = Steps(50)
     history_file: str | os.PathLike[str] | None = None
     is_isolated: ClassVar[bool] = False
     """Whether this is a copy made by a search or an assertion. Mixins of a copy write no files and report nothing."""
@@ -111,6 +114,8 @@ class TrainerBase(Composable):
                 "SGD(model.parameters(), lr=0.1)."
             )
         check_callbacks(owner, self.callbacks, Callback)
+        if self.log_every is not None and not isinstance(self.log_every, Cadence):
+            raise OptionError(f"{owner}(log_every={self.log_every!r}): must be a cadence, such as Steps(50), or None.")
         if self.history_file is not None:
             advice = "Remote stores cannot append lines to a file."
             self.history_file = absolute_path(owner, "history_file", self.history_file, advice)
@@ -206,6 +211,25 @@ class TrainerBase(Composable):
         unless `resume_ignore` contains `"stop"`.
         """
         self.run.stopping.request(reason, self.run.progress, is_lasting=True)
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Add values to the next report of the run, which callbacks and trackers receive in `on_values`.
+
+        Call it in any hook or callback. The report has the mean of the values that were logged by a name since the last
+        report, over all ranks that logged it. Tensors are not read before that. A mean over the items of a batch
+        belongs in `StepOutput.logged` instead, which weighs the batches.
+
+        Args:
+            values: Scalars by name: numbers, or tensors with one element on any device.
+
+        Raises:
+            NoRunError: No run is in progress.
+            OptionError: A value is not a scalar, or every run reports another value by its name.
+        """
+        if not self.is_running:
+            raise NoRunError(f"{type(self).__name__}.log() was called outside of a run. Call it in a hook or callback.")
+        check_logged(type(self).__name__, values)
+        self.run.history.log(values)
 
     # ---- the device and the processes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec
 from typing_extensions import TypeVar, override
 
 from ptacc.composition.guards import check_hooks_are_declared
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 
@@ -73,6 +73,20 @@ class Callback(Generic[TrainerT_contra]):
     def on_evaluation_end(self, trainer: TrainerT_contra, name: str, result: EvalResult) -> None:
         """The evaluation of a dataset ended."""
 
+    def on_values(self, trainer: TrainerT_contra, values: Mapping[str, float], step: int) -> None:
+        """The run reports values: when `log_every` is due, after an evaluation, and at the end of an epoch.
+
+        A step has one report at most, with one exception: data without a length may end after a step that has been
+        reported, and the metrics of its epoch follow in a second report. Called on all ranks, with the same values.
+
+        Args:
+            trainer: The trainer.
+            values: Means since the last report: `train_loss`, `learning_rate`, `items_per_second`, what hooks logged,
+                such as `grad_norm`, and the values of `trainer.log`. The evaluation at this step, if there was one, by
+                the names that monitors use. At the end of an epoch, its training metrics. `epoch` is its number.
+            step: Optimizer steps completed.
+        """
+
     def on_prediction_start(self, trainer: TrainerT_contra) -> None:
         """A prediction begins."""
 
@@ -113,6 +127,7 @@ class Events:
     step_end: Event[[StepResult]]
     evaluation_start: Event[[str]]
     evaluation_end: Event[[str, EvalResult]]
+    values: Event[[Mapping[str, float], int]]
     prediction_start: Event[[]]
     prediction_end: Event[[]]
     exception: Event[[BaseException]]

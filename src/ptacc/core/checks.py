@@ -18,7 +18,7 @@ from ptacc.engines.base import OptimizerSlot, join_trained
 from ptacc.errors import LossError, ModelError, MonitorError, OptionError
 from ptacc.model.joined_modules import join_modules
 from ptacc.types.monitor import Monitor, ValueNames
-from ptacc.types.outputs import StepOutput
+from ptacc.types.outputs import REPORTED_NAMES, StepOutput
 from ptacc.validation import did_you_mean, value_text
 
 
@@ -172,6 +172,18 @@ def _describe(value: object) -> str:
         if isinstance(value, torch.Tensor)
         else f"is of type {type(value).__name__}"
     )
+
+
+def check_logged(owner: str, values: Mapping[str, object]) -> None:
+    """Raise `OptionError` for logged values that are not scalars, or have a name that every run reports."""
+    for name, value in values.items():
+        is_scalar = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+        if not is_scalar:
+            raise OptionError(
+                f"{owner}.log({{{name!r}: {value_text(value)}}}): must be a number or a tensor with one element."
+            )
+        if name in REPORTED_NAMES:
+            raise OptionError(f"{owner}.log({{{name!r}: ...}}): every run reports a value of this name already.")
 
 
 def check_monitor(monitor: Monitor, names: ValueNames, owner: object, option: str = "monitor") -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -34,8 +34,8 @@ from ptacc.engines.replicas import ReplicaEngine
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.model.option_modules import find_trained_options
 from ptacc.rng import fresh_seed
-from ptacc.run.history import StepResult
 from ptacc.run.state import ResumeState
+from ptacc.run.step_result import StepResult
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import SupportsSyncBatchNorm
@@ -262,6 +262,10 @@ class TrainerCore(TrainerBase):
     @hook("event")
     def on_evaluation_end(self, name: str, result: EvalResult) -> None:
         """Event: the evaluation of a dataset ended."""
+
+    @hook("event")
+    def on_values(self, values: Mapping[str, float], step: int) -> None:
+        """Event: the run reports values, after a step or an epoch. See `Callback.on_values`."""
 
     @hook("event")
     def on_prediction_start(self) -> None:

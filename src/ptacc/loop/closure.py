@@ -15,8 +15,8 @@ from ptacc.data.transfer import Transfer
 from ptacc.engines.base import all_parameters, join_trained
 from ptacc.engines.default import clear_gradients
 from ptacc.rng import RandomStreams
-from ptacc.run.history import NO_LOSS, StepResult
 from ptacc.run.run import Run
+from ptacc.run.step_result import NO_LOSS, StepResult
 from ptacc.run.window import Window
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
-from dataclasses import field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from dataclasses import field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, cast, final, overload
 
@@ -30,8 +30,9 @@ from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
 from ptacc.model.gradients import discard_gradients
 from ptacc.model.modes import get_modes, start_training
-from ptacc.run.history import RunHistory, StepResult
+from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
+from ptacc.run.step_result import StepResult
 from ptacc.run.window import Window, make_windows
 from ptacc.types.aliases import BatchT, Duration, ModelT, OutputT, RawT, SampleT, T
 from ptacc.types.arguments import (
@@ -327,7 +328,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         self._after_step(run)
                     record = self._end_epoch(run)
                 events.epoch_end(record)
-                self._after_epoch(run)
+                self._after_epoch(run, record)
                 if run.is_within_epoch:  # the run ends within it
                     break
             if text := describe_finished_run(run):
@@ -398,21 +399,23 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             run.is_consistent = True
             if not run.is_within_epoch:
                 run.stopping.agree(run.progress, self.should_stop())
+        run.leave_out_setup()
         is_new = not run.is_within_epoch and not run.progress.epochs and not run.history.initial
         if run.options.get("evaluate_first", False) and is_new:
             run.is_consistent = True
             if self._evaluate_sets(run):
                 run.history.initial.update(run.epoch.evaluations)
+                self._report(run)
             self.save_run_state()
 
     def _after_step(self, run: Run) -> None:
         run.is_consistent = True
-        if is_evaluation_due(run):
-            self._evaluate_sets(run)
+        was_evaluated = is_evaluation_due(run) and self._evaluate_sets(run)
         run.stopping.poll(run.progress, self.should_stop())
         if not run.is_epoch_complete:  # else after the epoch
-            if run.should_evaluate_at_end:
-                self._evaluate_sets(run)
+            was_evaluated |= run.should_evaluate_at_end and self._evaluate_sets(run)
+            if was_evaluated or self._is_report_due(run):
+                self._report(run)
             self.save_run_state()
 
     def _end_epoch(self, run: Run) -> EpochRecord:
@@ -434,11 +437,29 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.history.add_epoch(record)
         return record
 
-    def _after_epoch(self, run: Run) -> None:
+    def _after_epoch(self, run: Run, record: EpochRecord) -> None:
+        if run.epoch.is_counted:
+            self._report(run, record.train_metrics)
         run.stopping.agree(run.progress, self.should_stop())
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()
+
+    def _is_report_due(self, run: Run) -> bool:
+        """Return whether values are due to be reported now. A run that a signal ends reports them when it resumes."""
+        if run.stopping.exit_code is not None or run.reported_at.steps == run.progress.steps:
+            return False
+        return run.is_done() or (self.log_every is not None and run.is_due(self.log_every, run.reported_at))
+
+    def _report(self, run: Run, train_metrics: Mapping[str, float] | None = None) -> None:
+        """Report values: what was logged since the last report, and what was evaluated at this step. A collective."""
+        run.is_consistent = False
+        record = run.make_report(train_metrics or {})
+        if record.values.keys() > {"epoch"}:
+            run.history.add_values(record)
+            self._events().values(record.values, record.step)
+        run.reported_at = replace(run.progress, seconds=run.elapsed)
+        run.is_consistent = True
 
     def _evaluate_sets(self, run: Run) -> bool:
         """Evaluate every set. Return False if a termination signal interrupted that: the results are discarded."""
@@ -452,8 +473,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             return False
         finally:
             run.is_scheduled_evaluation = False
-        run.epoch.evaluations |= run.partial_evaluation
-        run.evaluated_at, run.partial_evaluation = run.progress, {}
+        run.complete_evaluation()
         self._check_evaluated_monitors(run)
         return True
 

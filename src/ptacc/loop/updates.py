@@ -18,9 +18,9 @@ from ptacc.data.transfer import Transfer
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import CompositionError, LossError, OptionError
 from ptacc.loop.loop import TrainingLoop
-from ptacc.run.history import NO_LOSS, StepResult
 from ptacc.run.run import Run
 from ptacc.run.state import StateKey
+from ptacc.run.step_result import NO_LOSS, StepResult
 from ptacc.run.window import Window
 from ptacc.types.aliases import BatchT, ModelT, OutputT, SampleT
 from ptacc.types.outputs import StepOutput, Update

@@ -29,9 +29,9 @@ from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError
 from ptacc.files.paths import parse_absolute
-from ptacc.run.history import StepResult
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
+from ptacc.run.step_result import StepResult
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Epochs

@@ -13,7 +13,7 @@ from typing_extensions import override
 from ptacc.core.hooks import Mixin
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.errors import OptionError
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.types.aliases import CompileBackend, CompileMode
 from ptacc.validation import check_choice
 

@@ -10,8 +10,8 @@ from typing_extensions import override
 from ptacc.core.hooks import Mixin
 from ptacc.errors import NoRunError, OptionError
 from ptacc.model.averaging import AveragedWeights
-from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
+from ptacc.run.step_result import StepResult
 
 EMA_STATE: StateKey[AveragedWeights] = StateKey("ema")
 

@@ -13,8 +13,8 @@ from ptacc.engines.base import all_parameters
 from ptacc.engines.reduction import join_names
 from ptacc.errors import ModelError, OptionError
 from ptacc.model.freezing import Freezing, check_freeze_options
-from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
+from ptacc.run.step_result import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.types.progress import Epochs, Progress, Steps
 

@@ -7,7 +7,7 @@ import math
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.validation import check_positive
 
 

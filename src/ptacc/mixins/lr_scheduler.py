@@ -14,8 +14,8 @@ from ptacc.core.hooks import Mixin
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.errors import OptionError
 from ptacc.model.optimizer_state import save_settings
-from ptacc.run.history import StepResult
 from ptacc.run.schedule import SCHEDULES, Interval, Schedule, check_factories, schedule_key
+from ptacc.run.step_result import StepResult
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import PlateauSchedulerLike, SchedulerFactory, SchedulerLike

@@ -17,8 +17,8 @@ from ptacc.core.callback import overrides
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.wrappers import ObservedSource
 from ptacc.profiling.trace import Profile, StepProfiler, annotate_calls, annotate_loading
-from ptacc.run.history import StepResult
 from ptacc.run.state import StateKey
+from ptacc.run.step_result import StepResult
 from ptacc.validation import absolute_path, check_at_least
 
 DATA, EVALUATION = "ptacc/data", "ptacc/evaluation"

@@ -19,17 +19,20 @@ from ptacc.engines.base import Engine, learning_rates
 from ptacc.errors import DataError, LossError, NoRunError
 from ptacc.model.averaging import AveragedWeights
 from ptacc.model.optimizer_modes import OptimizerModes
-from ptacc.run.history import RunHistory, StepResult
+from ptacc.run.history import RunHistory
 from ptacc.run.state import EpochState, ResumeState, StateKey
+from ptacc.run.step_result import StepResult, means
 from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
 from ptacc.types.aliases import T
 from ptacc.types.arguments import RunOptions
 from ptacc.types.monitor import ValueNames
-from ptacc.types.outputs import EpochRecord, EvalResult
+from ptacc.types.outputs import EpochRecord, EvalResult, ValuesRecord
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
 from ptacc.types.protocols import StateDict
 
+SHORTEST = 1e-9
+"""The shortest time, in seconds, that a rate is computed from."""
 MAX_SKIPPED_STEPS = 200
 """Consecutive steps that a gradient scaler may skip. Halved as often, its factor would be 0."""
 
@@ -52,8 +55,10 @@ class Run:
         invariants: What must be the same when the run is resumed, by name.
         resume_state: The saved run that this run resumes; None for a new run.
         evaluated_at: Progress at the last evaluation of all sets.
+        reported_at: Progress at the last report of values. Its time is that of the end of the report.
         batch: Batch of the forward or backward pass in progress; None between steps.
         partial_evaluation: Results of the sets evaluated so far, in an evaluation that is in progress or interrupted.
+        unreported: Values of evaluations since the last report, by name.
         is_consistent: Whether the run is between two steps, with nothing of the next step done, and can be saved.
         is_scheduled_evaluation: Whether the evaluation in progress is the loop's own. False if a hook evaluates.
         has_checked_monitors: Whether an evaluation has reported all values of evaluations that are monitored.
@@ -78,8 +83,10 @@ class Run:
     epoch: EpochState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
+    reported_at: Progress = field(default_factory=Progress)
     batch: HostBatch[Any] | None = None
     partial_evaluation: dict[str, EvalResult] = field(default_factory=dict)
+    unreported: dict[str, float] = field(default_factory=dict)
     is_consistent: bool = False
     is_scheduled_evaluation: bool = False
     has_checked_monitors: bool = False
@@ -126,6 +133,16 @@ class Run:
         return {key.name: state for key, state in self.states() if isinstance(state, AveragedWeights)}
 
     # ---- progress
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run started, without the time between a stop and the resumption."""
+        return time.monotonic() - self._started
+
+    def leave_out_setup(self) -> None:
+        """Leave the time of setting the run up out of the items per second."""
+        setup = self.elapsed - self.progress.seconds
+        self.reported_at = replace(self.reported_at, seconds=self.reported_at.seconds + setup)
 
     def begin_epoch(self) -> None:
         """Reset the epoch's state, unless the run is resumed within the epoch."""
@@ -184,7 +201,7 @@ class Run:
             batches=before.batches + window.read,
             offset=window.end,
             items=before.items + step.items if happened else before.items,
-            seconds=time.monotonic() - self._started,
+            seconds=self.elapsed,
             skipped=before.skipped + (not happened),
         )
         self._check_epoch_end(window)
@@ -255,22 +272,55 @@ class Run:
 
     def make_epoch_record(self, number: int, metrics: Mapping[str, float]) -> EpochRecord:
         """Return the record of the epoch. `history.read_steps()` must have been called."""
-        items, (logged, means) = self.epoch.items, self.history.pop_logged_means()
-        if taken := means.keys() & metrics.keys():
+        sums, logged, by_steps = self.history.pop_epoch()
+        if taken := by_steps.keys() & metrics.keys():
             raise LossError(f"train_step: logged[{min(taken)!r}] has the name of a training metric. Give it another.")
-        loss_sum = self.history.pop_loss_sum()
         return EpochRecord(
             epoch=number,
             step=self.progress.steps,
-            train_loss=loss_sum / items if items else float("nan"),
-            items=items,
+            train_loss=sums.loss,
+            items=sums.items,
             seconds=time.monotonic() - self.epoch.started,
             learning_rate=float(self.epoch.learning_rate),
             is_complete=self.epoch.is_counted,
             evaluations=dict(self.epoch.evaluations),
             logged=logged,
-            train_metrics={**means, **metrics},
+            train_metrics={**by_steps, **metrics},
         )
+
+    def make_report(self, train_metrics: Mapping[str, float]) -> ValuesRecord:
+        """Return the values since the last report, with those of the evaluation at this step. A collective.
+
+        Args:
+            train_metrics: Metrics over the training batches of an epoch that has ended.
+
+        Raises:
+            LossError: A value was logged by the name of an evaluated one.
+        """
+        history, epoch = self.history, self.progress.epochs + self.is_within_epoch
+        history.read_steps(self.distributed)
+        sums, seconds = history.pop_report(), self.progress.seconds - self.reported_at.seconds
+        logged = {f"train/{n}" if n in history.step_names else n: value for n, value in means(sums.logged).items()}
+        values: dict[str, float] = {"epoch": epoch}
+        if sums.items:
+            last = history.steps[-1]
+            rates = {name: last.logged[name] for name in learning_rates(self.engine.slots) if name in last.logged}
+            values |= {"train_loss": sums.loss, "learning_rate": last.learning_rate, **rates}
+            values["items_per_second"] = sums.items / max(seconds, SHORTEST)
+        metrics = {f"train/{name}": value for name, value in train_metrics.items() if name not in history.step_names}
+        evaluated, self.unreported = self.unreported, {}
+        if taken := logged.keys() & (metrics.keys() | evaluated.keys()):
+            raise LossError(f"{min(taken)!r} was logged, and is the name of a metric. Log it under another name.")
+        return ValuesRecord(self.progress.steps, epoch, values | logged | metrics | evaluated)
+
+    def complete_evaluation(self) -> None:
+        """Record the results of all sets."""
+        results, self.partial_evaluation = self.partial_evaluation, {}
+        self.evaluated_at = self.progress
+        self.epoch.evaluations |= results
+        self.history.add_evaluations(self.progress.steps, self.progress.epochs + self.is_within_epoch, results)
+        for name, result in results.items():
+            self.unreported |= result.values(name)
 
     def current_values(self) -> dict[str, float]:
         """Return the values reported for the current weights, by name."""
@@ -298,6 +348,7 @@ class Run:
             "conditions": dict(self.invariants),
             "progress": asdict(self.progress),
             "evaluated_at": asdict(self.evaluated_at),
+            "reported_at": asdict(self.reported_at),
             "stopped": self.stopping.state_dict(),
             "partial_evaluation": {name: asdict(result) for name, result in self.partial_evaluation.items()},
             "history": self.history.state_dict(),
@@ -314,6 +365,7 @@ class Run:
     def _restore(self, saved: ResumeState) -> None:
         shared, own = saved.shared, saved.rank_state
         self.progress, self.evaluated_at = saved.progress, Progress(**shared["evaluated_at"])
+        self.reported_at = Progress(**shared["reported_at"])
         self.partial_evaluation = {name: EvalResult(**result) for name, result in shared["partial_evaluation"].items()}
         self.history.load_state_dict(shared["history"])
         self._started -= self.progress.seconds

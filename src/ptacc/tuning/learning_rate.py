@@ -16,7 +16,7 @@ from typing_extensions import override
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.evaluation import EvalData
 from ptacc.loop.loop import TrainingLoop
-from ptacc.run.history import StepResult
+from ptacc.run.step_result import StepResult
 from ptacc.tuning.isolated import AnyLoop, search_copy
 from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, smoothed
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT

@@ -15,6 +15,8 @@ from ptacc.types.aliases import (
 
 RESERVED_NAMES = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
 """Names of values that every run reports."""
+REPORTED_NAMES = RESERVED_NAMES | {"epoch", "items_per_second"}
+"""Names of values that are in every report."""
 
 # ---- what a step returns
 
@@ -133,6 +135,40 @@ class StepRecord:
     learning_rate: float
     items: float
     logged: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """The record of one evaluation of one set within a run.
+
+    Args:
+        step: Optimizer steps completed before it.
+        epoch: The number of the epoch that it is in, counted from 1.
+        name: The name of the set, empty for a single set without a name.
+        loss: Mean over all items of the set.
+        metrics: Values of the metrics by name, and means of what `eval_step` logged.
+    """
+
+    step: int
+    epoch: int
+    name: str
+    loss: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ValuesRecord:
+    """What a run reported at one step: see `Callback.on_values`.
+
+    Args:
+        step: Optimizer steps completed.
+        epoch: The number of the epoch, counted from 1.
+        values: The values by name.
+    """
+
+    step: int
+    epoch: int
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

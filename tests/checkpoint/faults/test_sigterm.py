@@ -76,7 +76,7 @@ class Case:
             )
         except SystemExit:
             now = trainer.progress
-            trainer.log("exit", epoch=now.epochs, offset=now.offset, reason=trainer.history.stop_reason)
+            trainer.note("exit", epoch=now.epochs, offset=now.offset, reason=trainer.history.stop_reason)
             raise
         return read_end(trainer, history)
 
