@@ -198,8 +198,9 @@ class RunHistory(Sequence[EpochRecord]):
         return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write the steps in memory and the epochs to `path`, one JSON object per line."""
-        records = [("step", asdict(step)) for step in self._steps] + [("epoch", asdict(epoch)) for epoch in self]
+        """Write the steps and values in memory, the evaluations and the epochs, one JSON object per line."""
+        kinds = {"step": self._steps, "values": self._values, "evaluation": self.evaluations, "epoch": self._epochs}
+        records = [(kind, asdict(record)) for kind, parts in kinds.items() for record in parts]
         with Path(path).open("w", encoding="utf-8") as file:
             file.writelines(to_json({"kind": kind, **record}) + "\n" for kind, record in records)
 
