@@ -1,6 +1,5 @@
 """A run with all that a checkpoint has to hold, what it ends with, and the same run as it is after a kill."""
 
-import json
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.protocols import SchedulerFactory
 from ptacc.rng import RandomStreams
 from ptacc.testing.laws import same
+from tests.records import read_lines, timeless
 
 SAMPLES = 18
 
@@ -157,10 +157,6 @@ class End:
         return found
 
 
-def timeless(record: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(record).items() if name != "seconds"}
-
-
 def make(directory: Path, **options: Any) -> tuple[Full, Watching]:
     torch.manual_seed(0)
     net = Net()
@@ -195,17 +191,16 @@ def run(directory: Path, workers: int = 0, batch_size: int = 4, **options: Any) 
 
 def read_end(trainer: Full, history: RunHistory, watching: Watching) -> End:
     file = Path(str(trainer.history_file))
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if trainer.distributed.rank == 0 else []
     states = {key.name: state for key, state in trainer.run.states()}
     return End(
         weights=trainer.model.state_dict(),
         optimizer=trainer.optimizer.state_dict(),
         ema=states["ema"].state_dict(),
         random=watching.random,
-        epochs=[timeless(epoch) for epoch in history],
-        steps=[timeless(step) for step in history.steps],
+        epochs=[timeless(asdict(epoch)) for epoch in history],
+        steps=[timeless(asdict(step)) for step in history.steps],
         seen=trainer.seen,
-        file=[{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        file=read_lines(file) if trainer.distributed.rank == 0 else [],
     )
 
 

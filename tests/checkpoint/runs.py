@@ -41,6 +41,7 @@ from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from ptacc.types.protocols import Stateful
+from tests.records import timeless
 
 SAMPLES = 12
 STEPS = 6
@@ -147,10 +148,6 @@ class End:
     def differences(self, other: "End") -> list[str]:
         """Return the names of what is not the same to the last bit."""
         return [name for name, mine in vars(self).items() if not same(mine, vars(other)[name])]
-
-
-def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "seconds"}
 
 
 def history_file(directory: Path) -> Path:

@@ -41,6 +41,7 @@ from tests.fuzz.data import DATASETS, OWN_BATCHES, READY, tensors
 from tests.fuzz.parts import CLASSES, MAX_NORM, MAX_VALUE, SCHEDULES, make_model, make_optimizers
 from tests.fuzz.trainers import Batch, FreezeForAnEpoch, Killed, RecordingTrainer, RecordingUpdates
 from tests.ranks import run_ranks
+from tests.records import timeless
 
 OPTIONS: dict[str, tuple[type[TrainerCore], dict[str, Any]]] = {
     "ema": (EMAMixin, {"ema_decay": 0.8}),
@@ -227,8 +228,8 @@ def train(case: Case, directory: Path, at: int | None = None) -> Outcome:
         callback=counting.state_dict(),
         random=streams.end,
         reason=history.stop_reason,
-        epochs=[without_seconds(asdict(epoch)) for epoch in history],
-        steps=[without_seconds(asdict(step)) for step in history.steps],
+        epochs=[timeless(asdict(epoch)) for epoch in history],
+        steps=[timeless(asdict(step)) for step in history.steps],
         predictions=[trainer.model(tensors(3, seed=5).tensors[0].to(next(trainer.model.parameters()).dtype)).detach()],
     )
     after = fingerprint(trainer)
@@ -257,10 +258,6 @@ def fingerprint(trainer: Any) -> dict[str, object]:
         "groups": [{name: float(v) if isinstance(v, Tensor) else v for name, v in group.items()} for group in groups],
         "forward": vars(model).get("forward"),
     }
-
-
-def without_seconds(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "seconds"}
 
 
 def run_uninterrupted(case: Case, directory: Path) -> list[Outcome]:

@@ -87,8 +87,8 @@ class RunHistory(Sequence[EpochRecord]):
     def values(self) -> Sequence[ValuesRecord]:
         """The values of the run's reports, as in `Callback.on_values`.
 
-        Memory holds at most 1,000 reports. When it is full, every second one is dropped, so that the rest cover the
-        whole run.
+        Memory holds at most 1,000 reports. When it is full, about half of them are dropped, and the rest still cover
+        the whole run evenly.
         """
         return tuple(self._values)
 
@@ -121,7 +121,7 @@ class RunHistory(Sequence[EpochRecord]):
     def add_values(self, record: ValuesRecord) -> None:
         """Add a report."""
         if len(self._values) >= VALUES_IN_MEMORY:
-            del self._values[::2]
+            self._values = thin_out(self._values, VALUES_IN_MEMORY // 2)
         self._values.append(record)
         self._write([("values", asdict(record))])
 
@@ -199,7 +199,12 @@ class RunHistory(Sequence[EpochRecord]):
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write the steps and values in memory, the evaluations and the epochs, one JSON object per line."""
-        kinds = {"step": self._steps, "values": self._values, "evaluation": self.evaluations, "epoch": self._epochs}
+        kinds: dict[str, Iterable[Any]] = {
+            "step": self._steps,
+            "values": self._values,
+            "evaluation": self.evaluations,
+            "epoch": self._epochs,
+        }
         records = [(kind, asdict(record)) for kind, parts in kinds.items() for record in parts]
         with Path(path).open("w", encoding="utf-8") as file:
             file.writelines(to_json({"kind": kind, **record}) + "\n" for kind, record in records)
@@ -221,6 +226,15 @@ class RunHistory(Sequence[EpochRecord]):
     def _write(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         if self._file is not None:
             self._file.append(records)
+
+
+def thin_out(records: Sequence[ValuesRecord], number: int) -> list[ValuesRecord]:
+    """Return at most about `number` of the records, evenly spaced over the steps."""
+    kept = [records[0]]
+    for record in records:
+        if record.step - kept[-1].step >= records[-1].step / number:
+            kept.append(record)
+    return kept
 
 
 def _decode_epoch(state: Mapping[str, Any]) -> EpochRecord:
