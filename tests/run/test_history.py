@@ -111,7 +111,7 @@ def test_a_history_is_exported_as_a_mapping_lines_and_a_frame(tmp_path: Path) ->
     assert list(frame.columns) == list(columns)
     history.write_jsonl(tmp_path / "history.jsonl")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert kinds == ["step"] * 6 + ["epoch"] * 2
+    assert kinds == ["step"] * 6 + ["values"] * 2 + ["evaluation"] * 2 + ["epoch"] * 2
 
 
 def test_a_history_is_a_sequence_of_epochs() -> None:

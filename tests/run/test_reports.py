@@ -56,7 +56,8 @@ def reports(trainer: type[Trainer] = Trainer, samples: int = 32, **train: Any) -
     listener = Listener()
     options = {name: train.pop(name) for name in ("log_every", "max_grad_norm", "callbacks") if name in train}
     made = trainer(**parts(**{**options, "callbacks": [listener, *options.get("callbacks", ())]}))
-    made.train(tiny_data(samples), tiny_data(8), **{"num_epochs": 1, "per_device_batch_size": 4, **train})
+    length: dict[str, Any] = {"num_epochs": 1, "per_device_batch_size": 4, **train}
+    made.train(tiny_data(samples), tiny_data(8), **length)
     return listener.reports
 
 
@@ -81,11 +82,16 @@ def test_a_run_that_ends_within_an_epoch_reports_its_last_steps() -> None:
     assert [step for step, _ in reports(log_every=Steps(4), max_steps=6)] == [4, 6]
 
 
+def sample(index: int) -> Pair:
+    inputs, target = tiny_data(16)[index]
+    return inputs, target
+
+
 class Endless(IterableDataset[Pair]):
     @override
     def __iter__(self) -> Iterator[Pair]:
         while True:
-            yield tiny_data(1)[0]
+            yield sample(0)
 
 
 def test_a_stream_keeps_every_evaluation(tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_the_end_of_a_stream_that_was_reported_is_not_reported_again() -> None:
     class Short(IterableDataset[Pair]):
         @override
         def __iter__(self) -> Iterator[Pair]:
-            yield from (tiny_data(16)[index] for index in range(16))
+            yield from map(sample, range(16))
 
     listener = Listener()
     trainer = Trainer(**parts(callbacks=[listener], log_every=Steps(1)))
@@ -174,13 +180,12 @@ class Accumulating(GradAccumMixin, Trainer): ...
 def losses_of_split(accumulated: int, ranks: int) -> list[float]:
     made = tiny_parts()
     made["model"].double()
-    data = TensorDataset(
-        *(values.double() if values.is_floating_point() else values for values in tiny_data(48).tensors)
-    )
+    inputs, targets = tiny_data(48).tensors
+    data = TensorDataset(inputs.double(), targets)
     options: dict[str, Any] = {"default_callbacks": (), "log_every": Steps(3)}
     trainer = Accumulating(**{**made, **options}, gradient_accumulation_steps=accumulated)
-    size, order = 12 // (accumulated * ranks), {"shuffle": False}
-    trainer.train(data, num_epochs=1, per_device_batch_size=size, train_dataloader_kwargs=order)
+    size = 12 // (accumulated * ranks)
+    trainer.train(data, num_epochs=1, per_device_batch_size=size, train_dataloader_kwargs={"shuffle": False})
     return [record.values["train_loss"] for record in trainer.history.values]
 
 
