@@ -39,10 +39,12 @@ from ptacc import (
     Cadence,
     Callback,
     CheckpointMixin,
+    ClosureMixin,
     DataLoaderConfig,
     EpochRecord,
     Epochs,
     EvalResult,
+    FreezeMixin,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
@@ -75,6 +77,7 @@ from ptacc import (
     Update,
     decay_groups,
     default_callbacks,
+    gradual_unfreezing,
     hook,
     replaces_super,
 )
@@ -1255,3 +1258,26 @@ def several_updates(trainer: Alternating, noise: list[Tensor]) -> None:
     assert_type(trainer.optimizer, torch.optim.Optimizer)
     assert_type(trainer.schedulers["generator"], SchedulerLike)
     assert_type(trainer.train(noise, num_epochs=1), RunHistory)
+
+
+# ---- closures, freezing and values
+
+
+class Sharp(FreezeMixin, ClosureMixin, GradAccumMixin, Trainer): ...
+
+
+Sharp(gan, loss_func=loss, optimizer=torch.optim.LBFGS(gan.parameters()), gradient_accumulation_steps=2)
+Sharp(gan, loss_func=loss, optimizer=opt, frozen=["generator"], unfreeze_at={"generator.*": Epochs(1), "0": Steps(5)})
+Sharp(gan, loss_func=loss, optimizer=opt, unfreeze_at=gradual_unfreezing(["generator", "discriminator"]))
+
+
+class Watch(Callback[TrainerCore]):
+    @override
+    def on_values(self, trainer: TrainerCore, values: Mapping[str, float], step: int) -> None:
+        trainer.log({"doubled": 2 * values["train_loss"], "steps": step, "tensor": torch.zeros(())})
+        assert_type(trainer.history.values[-1].values, Mapping[str, float])
+        assert_type([record.loss for record in trainer.history.evaluations], list[float])
+
+
+Trainer(net, loss_func=loss, optimizer=opt, callbacks=[Watch()], log_every=None)
+Trainer(net, loss_func=loss, optimizer=opt, log_every=Minutes(1))

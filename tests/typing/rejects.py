@@ -32,6 +32,7 @@ from ptacc import (
     EpochRecord,
     Epochs,
     EvalResult,
+    FreezeMixin,
     GradAccumMixin,
     GradClipMixin,
     LRSchedulerMixin,
@@ -1067,3 +1068,31 @@ def several_optimizers() -> None:
     # 118 a mapping in the place of an OptimizerDict
     show(Trainer(net, loss_func=loss, optimizer=OptimizerDict({"muon": opt})))
     show(Trainer(net, loss_func=loss, optimizer={"muon": opt}))  # type: ignore[arg-type]
+
+
+# ==== freezing, values
+
+
+class Frozen(FreezeMixin, Trainer): ...
+
+
+def freezing() -> None:
+    # 119 a number in the place of a time
+    show(Frozen(net, loss_func=loss, optimizer=opt, unfreeze_at={"0": Epochs(2)}))
+    show(Frozen(net, loss_func=loss, optimizer=opt, unfreeze_at={"0": 2}))  # type: ignore[dict-item]
+
+    # 120 a number in the place of a cadence
+    show(Trainer(net, loss_func=loss, optimizer=opt, log_every=Steps(10)))
+    show(Trainer(net, loss_func=loss, optimizer=opt, log_every=10))  # type: ignore[arg-type]
+
+
+class LogsText(Callback[TrainerCore]):
+    # 121 a text in the place of a number
+    @override
+    def on_run_start(self, trainer: TrainerCore) -> None:
+        trainer.log({"loss_a": 0.5, "loss_b": torch.zeros(())})
+        trainer.log({"text": "good"})  # type: ignore[dict-item]
+
+    # 122 values that are read as another type
+    @override
+    def on_values(self, trainer: TrainerCore, values: dict[str, str], step: int) -> None: ...  # type: ignore[override]
