@@ -1070,7 +1070,7 @@ def several_optimizers() -> None:
     show(Trainer(net, loss_func=loss, optimizer={"muon": opt}))  # type: ignore[arg-type]
 
 
-# ==== freezing, values
+# ==== freezing
 
 
 class Frozen(FreezeMixin, Trainer): ...
@@ -1081,6 +1081,11 @@ def freezing() -> None:
     show(Frozen(net, loss_func=loss, optimizer=opt, unfreeze_at={"0": Epochs(2)}))
     show(Frozen(net, loss_func=loss, optimizer=opt, unfreeze_at={"0": 2}))  # type: ignore[dict-item]
 
+
+# ==== values
+
+
+def cadence() -> None:
     # 120 a number in the place of a cadence
     show(Trainer(net, loss_func=loss, optimizer=opt, log_every=Steps(10)))
     show(Trainer(net, loss_func=loss, optimizer=opt, log_every=10))  # type: ignore[arg-type]
