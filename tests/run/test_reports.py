@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -247,6 +250,36 @@ def saved_run(folder: Path, kill_at: int | None) -> tuple[Reports, list[Any]]:
 @pytest.mark.parametrize("kill_at", range(1, 16))
 def test_a_resumed_run_reports_each_value_once_to_the_last_bit(kill_at: int, tmp_path: Path) -> None:
     assert saved_run(tmp_path / "killed", kill_at) == saved_run(tmp_path / "whole", None)
+
+
+# ---- ended without a checkpoint
+
+
+class EndedBy(Callback[TrainerCore]):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step == 6:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_ends_without_a_checkpoint_has_written_what_was_due(number: int, tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+
+    def train() -> None:
+        trainer = Trainer(**parts(callbacks=[EndedBy(number)], history_file=file, log_every=Steps(2)))
+        trainer.train(tiny_data(64), tiny_data(8), num_epochs=1, per_device_batch_size=4, evaluate_every=Steps(3))
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join()
+    lines = read_lines(file)
+    assert [line["step"] for line in lines if line["kind"] == "values"][:3] == [2, 3, 4]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"][:1] == [3]
 
 
 # ---- memory, and bad input
