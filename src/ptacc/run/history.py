@@ -57,6 +57,7 @@ class RunHistory(Sequence[EpochRecord]):
         self._values: list[ValuesRecord] = []
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_IN_MEMORY)
         self._unread: list[StepResult] = []
+        self._unwritten: list[EvaluationRecord] = []
         self._unread_values = LoggedValues()
         self._of_epoch, self._since_report = StepMeans(), StepMeans()
         self.step_names: set[str] = set()
@@ -113,17 +114,19 @@ class RunHistory(Sequence[EpochRecord]):
         self._write([("epoch", asdict(record))])
 
     def add_evaluations(self, step: int, epoch: int, results: Mapping[str, EvalResult]) -> None:
-        """Add the results of an evaluation of all sets."""
+        """Add the results of an evaluation of all sets. They are written with the report that follows."""
         records = [EvaluationRecord(step, epoch, name, result.loss, result.metrics) for name, result in results.items()]
         self.evaluations += records
-        self._write(("evaluation", asdict(record)) for record in records)
+        self._unwritten += records
 
     def add_values(self, record: ValuesRecord) -> None:
         """Add a report."""
         if len(self._values) >= VALUES_IN_MEMORY:
             self._values = thin_out(self._values, VALUES_IN_MEMORY // 2)
         self._values.append(record)
-        self._write([("values", asdict(record))])
+        unwritten, self._unwritten = self._unwritten, []
+        evaluations = [("evaluation", asdict(evaluation)) for evaluation in unwritten]
+        self._write([*evaluations, ("values", asdict(record))])
 
     def read_steps(self, distributed: DistributedRuntime) -> None:
         """Read the unread steps and logged values from the device, and average them over the ranks. A collective."""
