@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ptacc.errors
 import ptacc.protocols
+import ptacc.schedules
 import ptacc.testing
 import ptacc.tuning
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from sphinx.environment import BuildEnvironment
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
-    name: module.__name__ for module in (ptacc, ptacc.protocols, ptacc.testing, ptacc.tuning) for name in module.__all__
+    name: module.__name__
+    for module in (ptacc, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tuning)
+    for name in module.__all__
 }
 
 project = "ptacc"

@@ -18,6 +18,7 @@ PACKAGES = [
     "protocols",
     "testing",
     "tuning",
+    "schedules",
     "trainers",
     "mixins",
     "metrics",

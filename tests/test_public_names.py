@@ -1,4 +1,4 @@
-"""Each public name has one path, in `ptacc`, `ptacc.errors`, `ptacc.protocols`, `ptacc.testing` or `ptacc.tuning`."""
+"""Each public name has one path, in `ptacc` or one of its public modules."""
 
 import ast
 import pickle
@@ -10,11 +10,11 @@ from typing import get_type_hints
 import pytest
 
 import ptacc
-from ptacc import errors, protocols, testing, tuning
+from ptacc import errors, protocols, schedules, testing, tuning
 from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 
-MODULES = [ptacc, protocols, testing, tuning]
+MODULES = [ptacc, protocols, schedules, testing, tuning]
 HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 70
 MOST_ATTRIBUTES = 45

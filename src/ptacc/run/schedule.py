@@ -277,6 +277,8 @@ def check_scheduler(scheduler: SchedulerLike, optimizer: Optimizer, plan: RunPla
             f"create_scheduler returned a {name} for an optimizer other than the trainer's. Use its argument: "
             f"`create_scheduler=lambda optimizer, plan: {name}(optimizer, ...)`."
         )
+    if getattr(scheduler, "interval", interval) != interval:
+        raise SchedulerError(f'create_scheduler returned a {name}, which counts steps: use scheduler_interval="step".')
     needed, length = planned_count(plan, interval), getattr(scheduler, "total_steps", None)
     if isinstance(length, int) and needed is not None and length < needed:
         raise SchedulerError(
