@@ -447,9 +447,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _is_report_due(self, run: Run) -> bool:
         """Return whether values are due to be reported now. A run that a signal ends reports them when it resumes."""
-        if run.stopping.exit_code is not None or run.reported_at.steps == run.progress.steps:
-            return False
-        return run.is_done() or (self.log_every is not None and run.is_due(self.log_every, run.reported_at))
+        is_due = (self.log_every is not None and run.is_due(self.log_every, run.reported_at)) or run.is_done()
+        return is_due and run.stopping.exit_code is None and run.reported_at.steps < run.progress.steps
 
     def _report(self, run: Run, train_metrics: Mapping[str, float] | None = None) -> None:
         """Report values: what was logged since the last report, and what was evaluated at this step. A collective."""

@@ -97,7 +97,8 @@ class StepMeans:
         """Add a step: its mean loss, its items, and its logged values."""
         self.loss_sum += loss * items
         self.items += items
-        add_sums(self.logged, {name: (value, 1.0) for name, value in logged.items()})
+        if logged:
+            add_sums(self.logged, {name: (value, 1.0) for name, value in logged.items()})
 
     @property
     def loss(self) -> float:
