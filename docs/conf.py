@@ -6,6 +6,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 import ptacc.errors
+import ptacc.options
 import ptacc.protocols
 import ptacc.schedules
 import ptacc.testing
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__
-    for module in (ptacc, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tuning)
+    for module in (ptacc, ptacc.options, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tuning)
     for name in module.__all__
 }
 

@@ -19,6 +19,7 @@ PACKAGES = [
     "testing",
     "tuning",
     "schedules",
+    "options",
     "trainers",
     "mixins",
     "metrics",
