@@ -46,13 +46,16 @@ class FactorScheduler:
         factors: For each parameter group, the factors of its settings by name.
     """
 
-    interval: ClassVar = "step"
+    interval: ClassVar[str] = "step"
     """Its length is in steps, so it cannot step once an epoch."""
 
     def __init__(self, optimizer: Optimizer, factors: Sequence[Mapping[str, Factor]]) -> None:
-        self.optimizer, self._factors = optimizer, factors
+        self.optimizer: Optimizer = optimizer
+        self._factors = factors
         groups = optimizer.param_groups
-        self._initial = [{name: float(group[name]) for name in of} for of, group in zip(factors, groups, strict=True)]
+        self._initial: list[dict[str, float]] = [
+            {name: float(group[name]) for name in of_group} for of_group, group in zip(factors, groups, strict=True)
+        ]
         self._steps = 0
         self._apply()
 
