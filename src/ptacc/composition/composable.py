@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable, Collection
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import Field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from typing_extensions import TypeVar, dataclass_transform, override
 
@@ -22,9 +23,10 @@ from ptacc.composition.fields import (
     use_nearest_defaults,
 )
 from ptacc.composition.guards import check_class_statement, check_composition
+from ptacc.composition.misnamed import suggest_attribute, suggest_option
 from ptacc.composition.roles import is_mixin
 from ptacc.errors import CompositionError
-from ptacc.validation import check_keywords, value_text
+from ptacc.validation import check_keywords, did_you_mean, value_text
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Shape: TypeAlias = Literal["default", "factory", "fold", "around", "event", "any-of"]
@@ -93,6 +95,14 @@ class Composable(ABC):
         do not call `super()`.
         """
 
+    if not TYPE_CHECKING:  # type checkers report unknown attributes by themselves
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise `AttributeError` with the name that was probably meant."""
+            if hasattr(type(self), name):  # a property raised it: raise that error
+                return object.__getattribute__(self, name)
+            raise AttributeError(describe_unknown_attribute(type(self), name))
+
     def given_options(self) -> frozenset[str]:
         """Return the names of the options that were passed to the constructor."""
         given: frozenset[str] = vars(self)["_given_options"]
@@ -135,8 +145,11 @@ def _record_given_options(init: Callable[..., None]) -> Callable[..., None]:
     def recording_init(self: Composable, *args: object, **options: object) -> None:
         fields = [field for field in _fields(self) if field.init]
         known = {field.name for field in fields}
-        check_keywords(type(self).__name__, options, known, _suggest_mixin(options.keys() - known))
+        unknown = [name for name in options if name not in known]
+        check_keywords(type(self).__name__, options, known, suggest_option(unknown) or _suggest_mixin(unknown))
         positional = [field.name for field in fields if not field.kw_only]
+        if len(args) > len(positional):
+            raise TypeError(describe_positional(type(self).__name__, positional, len(args), fields))
         vars(self)["_given_options"] = frozenset(positional[: len(args)]) | frozenset(options)
         init(self, *args, **options)
 
@@ -145,10 +158,41 @@ def _record_given_options(init: Callable[..., None]) -> Callable[..., None]:
 
 def _suggest_mixin(unknown: Collection[str]) -> str:
     """Return a text that names a mixin with one of the unknown options; empty without such a mixin."""
-    remaining = Composable.__subclasses__() if unknown else []
+    found = ((name, cls) for cls in (_mixins() if unknown else ()) for name in unknown if name in own_annotations(cls))
+    return next((f"{name} is an option of {cls.__name__}: compose it." for name, cls in found), "")
+
+
+def _mixins() -> Iterator[type]:
+    """Yield all mixins, base classes first."""
+    remaining: list[type] = Composable.__subclasses__()
     for cls in remaining:
         remaining += cls.__subclasses__()
-        for name in unknown:
-            if name in own_annotations(cls) and is_mixin(cls):
-                return f"{name} is an option of {cls.__name__}: compose it."
-    return ""
+        if is_mixin(cls):
+            yield cls
+
+
+@functools.lru_cache(maxsize=128)  # `hasattr` calls it for each name that is missing
+def describe_unknown_attribute(cls: type, name: str) -> str:
+    """Return the message for an attribute that a trainer does not have."""
+    text = f"{cls.__name__} has no attribute {name!r}."
+    if name.startswith("_"):
+        return text
+    owner = next((mixin for mixin in _mixins() if name in mixin.__dict__ or name in own_annotations(mixin)), None)
+    if owner is not None:
+        return f"{text} {owner.__name__} defines it: `class MyTrainer({owner.__name__}, {cls.__name__}): ...`."
+    known = {known for known in dir(cls) if not known.startswith("_")} | {*getattr(cls, "__dataclass_fields__", ())}
+    return f"{text} {suggest_attribute(name) or did_you_mean(name, known)}".rstrip()
+
+
+def describe_positional(owner: str, positional: Sequence[str], given: int, fields: Sequence[Field[Any]]) -> str:
+    """Return the message for a constructor that got too many positional arguments."""
+    required = [
+        field.name
+        for field in fields
+        if field.kw_only and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    call = ", ".join([*positional, *(f"{name}=..." for name in required)])
+    return (
+        f"{owner} takes {len(positional)} positional argument ({', '.join(positional)}), and got {given}. The others "
+        f"are keywords: `{owner}({call})`."
+    )

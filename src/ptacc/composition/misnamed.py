@@ -1,4 +1,4 @@
-"""Names that were probably meant: near misses of hooks and options, and the hooks of other trainers."""
+"""Names that were probably meant: near misses of hooks and options, and the names of other trainers."""
 
 from __future__ import annotations
 
@@ -65,6 +65,71 @@ EVENTS_ELSEWHERE = _invert(
     }
 )
 """Events of other trainers, each with its name here."""
+ATTRIBUTES_ELSEWHERE = _invert(
+    {
+        "`train(train_dataset, eval_dataset, num_epochs=...)`": "fit fit_one_cycle run_training partial_fit",
+        "`evaluate(dataset)`": "validate test run_evaluation eval score",
+        "`predict(dataset)`": "run_prediction predict_proba",
+        "`save_checkpoint(path)` of CheckpointMixin, and for the weights alone "
+        "`torch.save(trainer.unwrapped_model.state_dict(), path)`": "save save_model save_state save_pretrained",
+        "`load_checkpoint(path)` of CheckpointMixin, and for the weights alone "
+        "`trainer.unwrapped_model.load_state_dict(...)`": "load load_model load_state load_from_checkpoint",
+        "the option `loss_func`, or the hooks `compute_train_loss` and `compute_eval_loss`": "compute_loss criterion "
+        "loss_fn",
+        "`log(values)`": "log_metrics log_dict save_metrics",
+        "the option `callbacks`": "add_callback add_callbacks register_callback",
+        "`progress`": "state current_epoch global_step epoch step iteration",
+        "`history`": "run_history log_history logged_metrics callback_metrics",
+        "`unwrapped_model`": "get_model unwrap_model module",
+        "`distributed.is_main`": "is_global_zero is_world_process_zero is_local_process_zero is_main_process",
+        "`find_learning_rate(trainer, dataset)` of ptacc.tuning": "lr_find find_lr tune",
+        "`find_batch_size(trainer, dataset, ...)` of ptacc.tuning": "scale_batch_size",
+    }
+)
+"""Attributes of other trainers, each with a description of what it is here."""
+OPTIONS_ELSEWHERE = _invert(
+    {
+        "`loss_func=...`": "loss criterion loss_fn loss_function compute_loss_func",
+        "`optimizer=...`": "optimizers optim optimizer_class",
+        "`train(..., num_epochs=...)`": "epochs num_epochs max_epochs n_epochs num_train_epochs",
+        "`train(..., max_steps=...)`": "max_steps steps num_steps",
+        "`train(train_dataset, eval_dataset, ...)`": "train_dataset eval_dataset val_dataset train_loader val_loader "
+        "train_dataloader val_dataloader train_dataloaders dataset dataloader datamodule train_data val_data",
+        "`train(..., per_device_batch_size=...)`": "batch_size per_device_batch_size per_device_train_batch_size",
+        "`train(..., collate_fn=...)`": "collate_fn data_collator",
+        "an argument of the optimizer, `SGD(model.parameters(), lr=...)`": "lr learning_rate weight_decay momentum",
+        "`create_scheduler=...` of LRSchedulerMixin": "scheduler lr_scheduler lr_scheduler_type",
+        "`mixed_precision=...` of AMPMixin": "precision fp16 bf16 amp",
+        "`max_grad_norm=...` of GradClipMixin": "gradient_clip_val clip_grad_norm grad_clip",
+        "`gradient_accumulation_steps=...` of GradAccumMixin": "accumulate_grad_batches grad_accum",
+        "`checkpoint_dir=...` of CheckpointMixin": "output_dir default_root_dir save_dir run_dir",
+        "`metrics=...` of MetricsMixin": "compute_metrics",
+        "keywords of this constructor and of `train`": "args training_args config",
+        "an option of `accelerate launch`": "device devices accelerator strategy num_nodes gpus",
+    }
+)
+"""Options of other trainers, each with a description of what it is here."""
+
+
+def suggest_option(names: Iterable[str]) -> str:
+    """Return a text with what an option of another trainer is here; empty for other names.
+
+    Example:
+        >>> suggest_option(["epochs"])
+        'Here it is `train(..., num_epochs=...)`.'
+    """
+    return next((f"Here it is {OPTIONS_ELSEWHERE[name]}." for name in names if name in OPTIONS_ELSEWHERE), "")
+
+
+def suggest_attribute(name: str) -> str:
+    """Return a text with what an attribute or a hook of another trainer is here; empty for other names.
+
+    Example:
+        >>> suggest_attribute("fit"), suggest_attribute("training_step")
+        ('Here it is `train(train_dataset, eval_dataset, num_epochs=...)`.', 'Here it is `train_step`.')
+    """
+    here = ATTRIBUTES_ELSEWHERE.get(name) or METHODS_ELSEWHERE.get(name, "")
+    return f"Here it is {f'`{here}`' if here.isidentifier() else here}." if here else ""
 
 
 MIN_LETTERS = 8
