@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class DataLoaderConfig:
 
 
 def check_dataset(dataset: object) -> None:
-    """Raise `DataError` for None, an empty dataset, or an object that is not a dataset."""
+    """Raise `DataError` for None, an empty dataset, a pair of arrays, or an object that is not a dataset."""
     if dataset is None:
         raise DataError("No data was given: got None. Pass a dataset or a DataLoader.")
     if isinstance(dataset, IterableDataset | DataLoader):
@@ -84,6 +84,32 @@ def check_dataset(dataset: object) -> None:
         )
     if length == 0:
         raise DataError(f"{type(dataset).__name__} is empty: its length is 0. Pass a dataset with samples in it.")
+    if isinstance(dataset, tuple | list) and are_inputs_and_targets(dataset):
+        shapes = " and ".join(str(tuple(part.shape)) for part in dataset)
+        raise DataError(
+            f"Got a {type(dataset).__name__} of two arrays with the shapes {shapes}, which would be a dataset of two "
+            "samples. For inputs and targets, give TensorDataset(inputs, targets), from torch.utils.data."
+        )
+
+
+def are_inputs_and_targets(parts: Sequence[Any]) -> bool:
+    """Return whether a sequence is two arrays of as many rows, which differ: not two samples of one dataset.
+
+    Two samples in a list may have different shapes, for a collate function that pads them.
+
+    Example:
+        >>> are_inputs_and_targets((torch.zeros(100, 4), torch.zeros(100)))
+        True
+        >>> are_inputs_and_targets([torch.zeros(3, 32, 32), torch.zeros(3, 32, 48)])
+        False
+    """
+    if len(parts) != 2 or not all(hasattr(part, "shape") and hasattr(part, "dtype") for part in parts):
+        return False
+    first, second = parts
+    differ = (first.ndim, first.dtype) != (second.ndim, second.dtype)
+    if isinstance(parts, tuple):
+        differ = differ or first.shape != second.shape
+    return differ and bool(first.ndim and second.ndim) and bool(first.shape[0] == second.shape[0])
 
 
 def limit_from_environment(limit: int | None) -> int | None:

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
+ELEMENTWISE_LOSSES = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss),
+    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
+    *(functional.poisson_nll_loss, functional.kl_div),
+)
+"""Losses that compare outputs and targets element by element, and broadcast them if their shapes differ."""
 OPTIONS: dict[str, Any] = {"reduction": "mean", "weight": None, "ignore_index": -100}
 """Options that determine what a loss is a mean over, with torch's defaults."""
 FEW = 1024
@@ -25,6 +31,7 @@ class LossItems:
     Attributes:
         reduction: The reduction of a known loss. Other losses are taken for means.
         is_selective: Whether the loss gives classes weights, or ignores one of them.
+        is_elementwise: Whether the loss is one of `ELEMENTWISE_LOSSES`.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
@@ -34,6 +41,7 @@ class LossItems:
         function, options = resolve_loss(loss_func)
         self.reduction: str = options["reduction"]
         self._has_classes = function in CLASS_LOSSES
+        self.is_elementwise: bool = function in ELEMENTWISE_LOSSES
         self._options, self._ignored = options, options["ignore_index"]
         self.is_selective: bool = self._has_classes and (options["weight"] is not None or self._ignored >= 0)
         self._weights: tuple[Tensor, int, Tensor] | None = None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Generic
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ptacc.composition.composable import hook
 from ptacc.core.callback import overrides
-from ptacc.errors import DataError, OptionError
+from ptacc.errors import DataError, LossError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.trainers.loss_items import LossItems
 from ptacc.types.aliases import ModelT, Pair, PairSample
@@ -44,6 +46,7 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
 
     loss_func: Callable[[Tensor, Tensor], Tensor]
     _known_loss: LossItems | None = field(init=False, default=None)
+    _checks_shapes: bool = field(init=False, default=False)  # in the first batch of a run, and of an evaluation
 
     @override
     def check_options(self) -> None:
@@ -57,11 +60,15 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
     @hook("default")
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a training batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
+        if self._checks_shapes:
+            self._check_shapes(outputs, targets)
         return self.loss_func(outputs, targets)
 
     @hook("default")
     def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of an evaluation batch, a scalar. A default hook: `loss_func(outputs, targets)`."""
+        if self._checks_shapes:
+            self._check_shapes(outputs, targets)
         return self.loss_func(outputs, targets)
 
     @override
@@ -104,11 +111,18 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
     @override
     def check_batch(self, batch: object) -> None:
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+            advice = "Give a collate_fn that makes pairs, or derive from TrainingLoop for batches of your own."
+            if isinstance(batch, Tensor) or (isinstance(batch, Sequence) and len(batch) == 1):
+                advice = "Inputs and targets belong in one dataset, such as TensorDataset(inputs, targets)."
             raise DataError(
                 f"{type(self).__name__} trains on batches (inputs, targets), two tensors, and the data gives "
-                f"{describe(batch)}. Give a collate_fn that makes pairs, or derive from TrainingLoop for batches of "
-                "your own."
+                f"{describe(batch)}. {advice}"
             )
+        self._checks_shapes = self._loss_items.is_elementwise
+
+    def _check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
+        self._checks_shapes = False
+        check_not_crossed(type(self).__name__, outputs.shape, targets.shape)
 
 
 def check_mean(trainer: Trainer, items: LossItems) -> None:
@@ -128,6 +142,24 @@ def check_mean(trainer: Trainer, items: LossItems) -> None:
             f"{owner}: loss_func weights or ignores classes, and {owner} computes a loss of its own. Override "
             "count_items(self, batch) to return what that loss is a mean over: `return super().count_items(batch)` if "
             "it is the same as for loss_func, and `return len(batch[1])` if it is the samples."
+        )
+
+
+def check_not_crossed(owner: str, outputs: Sequence[int], targets: Sequence[int]) -> None:
+    """Raise `LossError` for shapes whose broadcast has more elements than both, as of (n, 1) and (n,).
+
+    Example:
+        >>> check_not_crossed("Trainer", (8, 3), (8, 1))  # each target is compared with the outputs of its sample
+    """
+    try:
+        both: torch.Size = torch.broadcast_shapes(outputs, targets)  # type: ignore[no-untyped-call]  # in torch
+    except RuntimeError:
+        return  # the loss raises
+    if both.numel() > max(math.prod(outputs), math.prod(targets)):
+        raise LossError(
+            f"{owner}: the outputs of the model have the shape {tuple(outputs)} and the targets {tuple(targets)}. The "
+            f"loss would broadcast both to {tuple(both)}, and compare each output with the targets of other samples. "
+            "Give both the same shape: `outputs.squeeze(1)` in the model, or `targets.unsqueeze(1)` in the dataset."
         )
 
 
