@@ -24,6 +24,7 @@ from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_sources
 from ptacc.distributed.accelerator import forget_prepared
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
+from ptacc.loop.error_notes import EvalNotes
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.joined_modules import join_modules
 from ptacc.model.modes import get_modes, set_modes
@@ -175,16 +176,17 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.evaluation_start(name)
             sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
-            for number, host in enumerate(batches, start=1):
-                self._distributed.count_progress()
-                if number == 1:
-                    self.check_batch(host.data)
-                output = self._evaluate_batch(host, transfer)
-                if not host.is_padding:
-                    sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
-                if self._is_interruptible() and self.run.stopping.poll_termination():
-                    raise CoordinatedExit
-            result = self._make_result(name, sums.means(self._distributed))
+            with EvalNotes(self, f"the evaluation of {name!r}" if name else "an evaluation") as notes:
+                for number, host in enumerate(notes.follow(batches), start=1):
+                    self._distributed.count_progress()
+                    if number == 1:
+                        self.check_batch(host.data)
+                    output = self._evaluate_batch(host, transfer)
+                    if not host.is_padding:
+                        sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
+                    if self._is_interruptible() and self.run.stopping.poll_termination():
+                        raise CoordinatedExit
+                result = self._make_result(name, sums.means(self._distributed))
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
@@ -240,14 +242,15 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         failures = self._distributed.propagate_failure("in a prediction")
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
-            for host in count_once_per_replica(source.epoch(0), self._distributed):
-                check_not_skipped(host)
-                local = self._predict_batch(host, transfer)
-                # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
-                for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
-                    for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):
-                        yield (position if index < 0 else index), output
-                        position += 1
+            with EvalNotes(self, "a prediction") as notes:
+                for host in notes.follow(count_once_per_replica(source.epoch(0), self._distributed)):
+                    check_not_skipped(host)
+                    local = self._predict_batch(host, transfer)
+                    # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
+                    for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
+                        for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):
+                            yield (position if index < 0 else index), output
+                            position += 1
             events.prediction_end()
 
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:

@@ -25,6 +25,7 @@ from ptacc.distributed.failure import CoordinatedExit
 from ptacc.distributed.signals import signal_handlers
 from ptacc.errors import CompositionError, DataError, NestedRunError, OptionError
 from ptacc.loop.closure import step_by_closure
+from ptacc.loop.error_notes import note_step, noting_loading
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
 from ptacc.loop.explain import Explanation, explain
 from ptacc.loop.setup import RunSetup, forwards_counted
@@ -319,12 +320,16 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         self._after_step(run)
                     for window in self._windows(run):
                         run.is_consistent = False
-                        events.step_start()
-                        with around_step():
-                            step, was_updated = take_step(run, window, transfer)
-                        run.count_window(window, step, happened=was_updated)
-                        if was_updated:
-                            events.step_end(step)
+                        try:
+                            events.step_start()
+                            with around_step():
+                                step, was_updated = take_step(run, window, transfer)
+                            run.count_window(window, step, happened=was_updated)
+                            if was_updated:
+                                events.step_end(step)
+                        except Exception as error:
+                            note_step(self, error, run, window)
+                            raise
                         self._after_step(run)
                     record = self._end_epoch(run)
                 events.epoch_end(record)
@@ -371,25 +376,25 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         """Iterate over the remaining windows of an epoch."""
         if run.is_within_epoch and run.is_epoch_complete:
             return
-        batches = run.read_epoch()
-        windows = make_windows(
-            batches,
-            run.accumulation_steps,
-            self.count_items,
-            run.distributed,
-            items_are_samples=self._items_are_samples,
-        )
-        while not run.is_done():
-            window = next(windows, None)
-            run.epoch.is_exhausted = window is None
-            if window is None:
-                return
-            if not window.batches:
-                run.skip_window(window)
-                continue
-            if run.progress.steps == 0:
-                self.check_batch(window.batches[0].data)
-            yield window
+        with noting_loading(self, run):
+            windows = make_windows(
+                run.read_epoch(),
+                run.accumulation_steps,
+                self.count_items,
+                run.distributed,
+                items_are_samples=self._items_are_samples,
+            )
+            while not run.is_done():
+                window = next(windows, None)
+                run.epoch.is_exhausted = window is None
+                if window is None:
+                    return
+                if not window.batches:
+                    run.skip_window(window)
+                    continue
+                if run.progress.steps == 0:
+                    self.check_batch(window.batches[0].data)
+                yield window
 
     # ---- between steps and epochs: evaluate, agree on stopping, save
 

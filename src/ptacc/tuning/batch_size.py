@@ -14,8 +14,8 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
+from ptacc.profiling.memory import out_of_memory_message, total_memory
 from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, search_copy
-from ptacc.tuning.memory import out_of_memory_message, total_memory
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum

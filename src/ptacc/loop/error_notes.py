@@ -1,0 +1,139 @@
+"""Notes on exceptions: the step, the evaluation or the prediction in which they were raised, and its batch.
+
+`error.add_note` adds them, and Python prints them below the message. They are strings, so they keep no tensor alive,
+and they are made when an exception is raised, so a step without one costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ptacc.core.hooks import TrainerCore
+from ptacc.data.batch import HostBatch
+from ptacc.data.wrappers import Batches
+from ptacc.errors import RankFailedError
+from ptacc.loop.hints import find_hint
+from ptacc.profiling.memory import describe_memory, describe_tensor, is_out_of_memory
+from ptacc.run.run import Run
+from ptacc.run.window import Window
+from ptacc.tensors.structures import iterate_leaves
+from ptacc.validation import list_some
+
+MARK = "ptacc: raised "
+MOST_PARTS, MOST_INDICES = 8, 8
+"""Parts of a batch and indices of samples that a note lists."""
+
+
+def note_step(trainer: TrainerCore, error: Exception, run: Run, window: Window[Any]) -> None:
+    """Add a note to an exception of a step over the batches of a window."""
+    is_counted = run.progress.offset == window.end
+    step, number = run.progress.steps + (not is_counted), len(window.batches)
+    place = f"in step {step} of training (epoch {run.progress.epochs + 1})"
+    if run.batch is None:
+        add_note(trainer, error, f"{place}, outside of its forward and backward passes", window.batches[-1])
+        return
+    index = next((i for i, host in enumerate(window.batches, start=1) if host.end == run.batch.end), 0)
+    add_note(trainer, error, f"{place}, batch {index} of {number}", run.batch)
+
+
+@contextlib.contextmanager
+def noting_loading(trainer: TrainerCore, run: Run) -> Generator[None]:
+    """Add a note to an exception of the block, which loads the batches of training."""
+    try:
+        yield
+    except Exception as error:
+        step, epoch = run.progress.steps + 1, run.progress.epochs + 1
+        add_note(trainer, error, f"while the batches of step {step} of training (epoch {epoch}) were loaded")
+        raise
+
+
+class EvalNotes:
+    """Adds a note to an exception of a block that evaluates or predicts batches.
+
+    Args:
+        trainer: The trainer.
+        what: What the block does: `"an evaluation"`, or `"a prediction"`.
+    """
+
+    def __init__(self, trainer: TrainerCore, what: str) -> None:
+        self._trainer, self._what = trainer, what
+        self._number, self._is_over = 0, False
+        self._batch: HostBatch[Any] | None = None
+
+    def follow(self, batches: Batches) -> Batches:
+        """Yield the batches, and record which of them is being loaded or computed."""
+        for batch in batches:
+            self._number, self._batch = self._number + 1, batch
+            yield batch
+            self._batch = None
+        self._is_over = True
+
+    def __enter__(self) -> Self:
+        """Begin the block."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Add the note to an exception. It is raised on."""
+        if isinstance(error, Exception):
+            add_note(self._trainer, error, f"in {self._what}{self._when()}, {self._where()}", self._batch)
+
+    def _when(self) -> str:
+        return f" after step {self._trainer.progress.steps}" if self._trainer.is_running else ""
+
+    def _where(self) -> str:
+        if self._batch is not None:
+            return f"batch {self._number}"
+        return f"after its {self._number} batches" if self._is_over else f"while batch {self._number + 1} was loaded"
+
+
+def add_note(trainer: TrainerCore, error: Exception, place: str, batch: HostBatch[Any] | None = None) -> None:
+    """Add a note to an exception, unless it has one of this module or is the failure of another rank."""
+    has_note = any(note.startswith(MARK) for note in getattr(error, "__notes__", ()))
+    if has_note or isinstance(error, RankFailedError):
+        return
+    with contextlib.suppress(Exception):  # the note must not hide the error
+        error.add_note("\n".join(describe(trainer, error, place, batch)))
+
+
+def describe(trainer: TrainerCore, error: Exception, place: str, batch: HostBatch[Any] | None) -> Iterator[str]:
+    """Yield the lines of a note: the place, the batch, what memory holds if that ran out, and a hint."""
+    ranks, device = trainer.distributed, trainer.device
+    yield f"{MARK}{place}, on rank {ranks.rank} of {ranks.world_size}"
+    if batch is not None:
+        yield from describe_batch(batch, device)
+    if is_out_of_memory(error):
+        yield from describe_memory(device, trainer.trained_modules, [s.optimizer for s in trainer.optimizer_slots()])
+    if hint := find_hint(str(error)):
+        yield f"hint: {hint}"
+
+
+def describe_batch(batch: HostBatch[Any], device: torch.device) -> Iterator[str]:
+    """Yield lines with the dtypes, shapes and devices of a batch, and the indices of its samples."""
+    leaves = list(iterate_leaves(batch.data, "batch"))
+    for path, leaf in leaves[:MOST_PARTS]:
+        yield f"  {path}: {describe_leaf(leaf, device)}"
+    if len(leaves) > MOST_PARTS:
+        yield f"  and {len(leaves) - MOST_PARTS} more values"
+    if batch.is_padding:
+        yield "  a padding batch, which repeats samples and does not count"
+    if batch.indices is not None:
+        yield f"  indices of its samples: {list_some([str(int(i)) for i in batch.indices], MOST_INDICES)}"
+
+
+def describe_leaf(leaf: object, device: torch.device) -> str:
+    """Describe a value of a batch, which is moved to `device` before it is used.
+
+    Example:
+        >>> describe_leaf(torch.zeros(8, 3), torch.device("cpu")), describe_leaf("a label", torch.device("cpu"))
+        ('float32 (8, 3) on cpu', 'str')
+    """
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    moved = "" if leaf.device == device else f", moved to {device}"
+    return f"{describe_tensor(leaf)} on {leaf.device}{moved}"

@@ -1,0 +1,69 @@
+"""What memory holds when it runs out."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from ptacc.profiling.memory import GIB, describe_memory, format_kinds, is_out_of_memory, name_tensors, sizes_by_kind
+
+CPU = torch.device("cpu")
+
+
+def trained() -> tuple[nn.Module, Adam]:
+    """Return a model with a buffer and an optimizer with state, after a step."""
+    model = nn.Sequential(nn.Linear(4, 256), nn.BatchNorm1d(256))
+    optimizer = Adam(model.parameters())
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_failed_allocation_on_the_host_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert is_out_of_memory(caught.value)
+
+
+def test_weights_gradients_and_optimizer_states_are_named() -> None:
+    model, optimizer = trained()
+    names = {name for name, _ in name_tensors(model, [optimizer])}
+    assert names >= {
+        "weights: 0.weight",
+        "gradients: 0.weight",
+        "buffers: 1.running_mean",
+        "optimizer state: exp_avg of 0.weight",
+    }
+
+
+def test_memory_is_added_up_by_kind() -> None:
+    model, optimizer = trained()
+    sizes = sizes_by_kind(dict(name_tensors(model, [optimizer])))
+    weights = 4 * (4 * 256 + 3 * 256)
+    assert (sizes["weights"], sizes["gradients"]) == (weights, weights)
+    assert sizes["optimizer state"] == 2 * weights + 4 * 4  # two moments, and a count of steps for each parameter
+
+
+def test_the_rest_of_what_is_allocated_is_shown() -> None:
+    assert format_kinds({"weights": GIB, "gradients": GIB // 2}, 4 * GIB, 5 * GIB) == [
+        "memory: weights 1.00 GiB, gradients 512.0 MiB, rest (activations, batches, others) 2.50 GiB",
+        "allocated: 4.00 GiB, peak 5.00 GiB",
+    ]
+
+
+def test_the_largest_tensors_are_listed_with_their_names() -> None:
+    model = nn.Linear(1 << 10, 1 << 12, bias=False)
+    other = torch.zeros(1 << 23)
+    lines = describe_memory(CPU, model, [])
+    assert lines[1:4] == [
+        "largest tensors:",
+        "  32.0 MiB  float32 (8388608,)  not named",
+        "  16.0 MiB  float32 (4096, 1024)  weights: weight",
+    ]
+    assert other.numel() == 1 << 23
+
+
+def test_tensors_on_other_devices_are_left_out() -> None:
+    elsewhere: Tensor = torch.empty(1 << 40, device="meta")
+    assert not [line for line in describe_memory(CPU, nn.Linear(2, 2), []) if "TiB" in line or "1024.00 GiB" in line]
+    assert elsewhere.is_meta
