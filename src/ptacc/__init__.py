@@ -2,6 +2,7 @@
 
 import ptacc.public
 from ptacc.callbacks.defaults import default_callbacks
+from ptacc.callbacks.memory_snapshot import MemorySnapshot
 from ptacc.callbacks.nonfinite import StopOnNonFinite
 from ptacc.callbacks.print_metrics import PrintMetrics
 from ptacc.callbacks.progress_bar import ProgressBar
@@ -90,6 +91,7 @@ __all__ = [
     "GradCheckpointMixin",
     "GradClipMixin",
     "LRSchedulerMixin",
+    "MemorySnapshot",
     "MetricsMixin",
     "Minutes",
     "MixUpMixin",
