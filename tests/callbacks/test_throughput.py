@@ -28,6 +28,7 @@ from ptacc import (
 from ptacc.callbacks import throughput
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import OptionError
+from ptacc.profiling import work_timer
 from ptacc.protocols import DataLoaderKwargs, Engine
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.run.step_result import StepResult
@@ -57,14 +58,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 class Slow(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, clock: Clock, samples: int = 24) -> None:
-        self.clock, self.tensors = clock, tiny_data(samples).tensors
+        self.clock, self.tensors, self.seconds = clock, tiny_data(samples).tensors, LOADING
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        self.clock.now += LOADING
+        self.clock.now += self.seconds
         return self.tensors[0][index], self.tensors[1][index]
 
 
@@ -276,6 +277,53 @@ def test_all_ranks_count_all_items_without_padding() -> None:
         return callback.summary().items, callback.summary().samples
 
     assert run_ranks(worker, 2) == [(24, 24), (24, 24)]
+
+
+# ---- the slowest rank
+
+
+def train_on_ranks(monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], loading: float) -> Throughput:
+    """Train on two ranks. Loading and forward passes take as long as is given for the rank; backward passes 50 s."""
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(work_timer, "time", clock)
+
+    class Working(Trainer):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            clock.now += seconds[self.distributed.rank]
+            return super().train_step(batch)
+
+        @override
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss)
+            clock.now += 50.0
+
+    callback = Throughput(warmup=0, every=2)
+    trainer = Working(**tiny_parts(), callbacks=[callback])
+
+    data = Slow(clock, 64)
+    data.seconds = loading * trainer.distributed.rank
+    trainer.train(data, num_epochs=1)
+    return callback
+
+
+@pytest.mark.parametrize(("seconds", "loading"), [((1.0, 3.0), 0.0), ((4.0, 4.0), 1.0)])
+def test_a_record_names_the_rank_with_the_longest_work(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], loading: float
+) -> None:
+    def worker() -> list[tuple[int | None, float | None]]:
+        callback = train_on_ranks(monkeypatch, seconds, loading)
+        return [(report.slowest_rank, report.slowest_rank_ratio) for report in callback.reports]
+
+    assert run_ranks(worker, 2) == [[(1, 1.5), (1, 1.5)]] * 2
+
+
+def test_a_single_process_has_no_slowest_rank() -> None:
+    callback = Throughput(warmup=0)
+    train(callback)
+    assert [(report.slowest_rank, report.slowest_rank_ratio) for report in callback.reports] == [(None, None)] * 2
+    assert "slowest_rank_ratio" not in callback.summary().values()
 
 
 # ---- where the values go

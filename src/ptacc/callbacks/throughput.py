@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
 from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter, stop_flop_counter
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
+from ptacc.profiling.work_timer import WorkTimer, find_slowest
 from ptacc.run.step_result import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
@@ -40,6 +42,10 @@ class Throughput(Callback[TrainerCore]):
     Time is measured on the host, which synchronises with the device once per record and before each evaluation. Steps
     in between run asynchronously, as without this callback. For a checkpoint, the measurement stops when the host ends
     the step, without synchronising: what the device has left to do then counts as time of the checkpoint.
+
+    With several processes, a record names the rank whose own work took longest, in one collective: loading data, and
+    forward passes. FSDP and tensor parallelism have ranks wait for each other in forward passes too, so that only slow
+    data shows.
 
     Args:
         every: Steps between two records, at least 1; by default there is one record per epoch, and for data without a
@@ -83,6 +89,7 @@ class Throughput(Callback[TrainerCore]):
         self._counter, self._last_counter = ThroughputCounter(), ThroughputCounter()
         self._records: deque[ThroughputRecord] = deque(maxlen=RECORDS_IN_MEMORY)
         self._device, self._is_single_process = torch.device("cpu"), True
+        self._timer: WorkTimer | None = None
         self._peak: float | None = None
         self._flops_per_item = self._given_flops
         self._flop_counter: FlopCounterMode | None = None
@@ -111,6 +118,9 @@ class Throughput(Callback[TrainerCore]):
             peak = find_peak_flops(trainer.device)
         self._peak = None if peak is None else peak * trainer.distributed.world_size
         trainer.run.data = ObservedSource(trainer.run.data, self._time_loading)
+        if not self._is_single_process:
+            self._timer, engine = WorkTimer(trainer.device), trainer.run.engine
+            vars(engine)["backward"] = partial(self._timer.backward, engine.backward)  # the engine is of this run alone
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
@@ -119,6 +129,8 @@ class Throughput(Callback[TrainerCore]):
     @override
     def on_step_start(self, trainer: TrainerCore) -> None:
         self._samples, self._samples_of_next_step = self._samples_of_next_step, 0
+        if self._timer is not None:
+            self._timer.start()
         if self._measures_flops and self._flops_per_item is None:
             self._stop_flop_counter()  # the gradient scaler may have skipped the step before
             self._flop_counter = start_flop_counter()
@@ -132,8 +144,10 @@ class Throughput(Callback[TrainerCore]):
         steps = self._counter.steps - self._last_counter.steps
         if not self._is_warm and steps == self._warmup:
             self._counter, self._is_warm = ThroughputCounter(started_at=self._synchronized_time()), True
+            if self._timer is not None:
+                self._timer.pop_seconds()
         elif self._is_warm and (steps == self._every or trainer.run.is_epoch_complete or trainer.run.is_done()):
-            self._record(step)
+            self._record(trainer, step)
 
     @override
     def on_evaluation_start(self, trainer: TrainerCore, name: str) -> None:
@@ -180,10 +194,16 @@ class Throughput(Callback[TrainerCore]):
         if self._counter.started_at is not None:
             self._counter.stop(self._synchronized_time())
 
-    def _record(self, step: StepResult) -> None:
+    def _record(self, trainer: TrainerCore, step: StepResult) -> None:
         now = self._synchronized_time()
         self._counter.stop(now)
         record = self._with_hardware(self._counter.record_since(self._last_counter, step.step, now))
+        if self._timer is not None:
+            ranks, own = trainer.distributed, record.data_seconds + self._timer.pop_seconds()
+            rank, ratio = find_slowest(
+                ranks.sum([own if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)])
+            )
+            record = replace(record, slowest_rank=rank, slowest_rank_ratio=ratio)
         self._last_counter = replace(self._counter)
         self._counter.start(now)
         self._records.append(record)

@@ -23,6 +23,9 @@ class ThroughputRecord:
         peak_flops: Floating-point operations per second of all devices together, None if unknown.
         host_memory: Peak memory of this process in bytes, None if the platform does not report it.
         device_memory: Peak memory of tensors on the device in bytes, None for devices other than CUDA.
+        slowest_rank: The rank that took longest to load data and to compute forward passes, in which it does not wait
+            for others; None with one process, and in a summary.
+        slowest_rank_ratio: Its time, divided by the mean over the ranks.
     """
 
     step: int
@@ -35,6 +38,8 @@ class ThroughputRecord:
     peak_flops: float | None = None
     host_memory: int | None = None
     device_memory: int | None = None
+    slowest_rank: int | None = None
+    slowest_rank_ratio: float | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -82,6 +87,7 @@ class ThroughputRecord:
             "flops_utilisation": self.flops_utilisation,
             "host_memory_gib": None if self.host_memory is None else self.host_memory / GIB,
             "device_memory_gib": None if self.device_memory is None else self.device_memory / GIB,
+            "slowest_rank_ratio": self.slowest_rank_ratio,
         }
         return {name: value for name, value in values.items() if value is not None}
 
