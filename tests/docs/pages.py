@@ -4,7 +4,8 @@ All `python` blocks of a page run in one namespace and are type-checked. A comme
 
 - `<!-- not run: reason -->`: the block is neither run nor checked.
 - `<!-- mypy errors -->`: the block is checked, not run. Each `# error:` in it is mypy's message about the line above.
-- `<!-- raises -->`: the block is run, not checked. It raises a `PtaccError`, whose message is in the next text block.
+- `<!-- raises -->`: the block is run, not checked. It raises an error of ptacc, or an `AttributeError` or `TypeError`,
+  whose message is in the next text block.
 - `<!-- output -->`, above a text block: the text is the output of the block before it.
 
 `python -m tests.docs.pages` writes the current outputs and messages into the pages. Review the diff.
@@ -103,12 +104,12 @@ def run_block(page: Path, block: CodeBlock, namespace: dict[str, object]) -> str
     try:
         with redirect_stdout(StringIO()) as printed:
             exec(code, namespace)
-    except PtaccError as error:
+    except (PtaccError, AttributeError, TypeError) as error:
         if block.mark != "raises":
             raise
         return str(error)
     if block.mark == "raises":
-        raise AssertionError(f"{page.name}:{block.line}: raises no PtaccError")
+        raise AssertionError(f"{page.name}:{block.line}: raises no error")
     return printed.getvalue()
 
 

@@ -7,6 +7,7 @@ and they are made when an exception is raised, so a step without one costs nothi
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from ptacc.validation import list_some
 MARK = "ptacc: raised "
 MOST_PARTS, MOST_INDICES = 8, 8
 """Parts of a batch and indices of samples that a note lists."""
+HINT_WIDTH = 100
 
 
 def note_step(trainer: TrainerCore, error: Exception, run: Run, window: Window[Any]) -> None:
@@ -110,7 +112,7 @@ def describe(trainer: TrainerCore, error: Exception, place: str, batch: HostBatc
     if is_out_of_memory(error):
         yield from describe_memory(device, trainer.trained_modules, [s.optimizer for s in trainer.optimizer_slots()])
     if hint := find_hint(str(error)):
-        yield f"hint: {hint}"
+        yield from textwrap.wrap(f"hint: {hint}", HINT_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def describe_batch(batch: HostBatch[Any], device: torch.device) -> Iterator[str]:
