@@ -496,6 +496,7 @@ def output(loss: Any, **more: Any) -> StepOutput[None]:
             lambda outputs: output(outputs.mean().item()),
             r"the loss is of type float, and must be a scalar tensor.*Do not call .item\(\)",
         ),
+        (lambda outputs: output(None), "the loss is of type NoneType.*Does the batch have the labels"),
         (output, r"the loss has the shape \(8, 1\), and must be a scalar"),
         (lambda outputs: output(outputs.mean().detach()), r"the loss has no gradient.*without .detach\(\)"),
         (lambda outputs: output(outputs.mean() * 1j), "the loss is torch.complex64"),

@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from ptacc import CheckpointMixin, Mixin, Trainer
 from ptacc.composition.misnamed import ATTRIBUTES_ELSEWHERE, OPTIONS_ELSEWHERE
-from ptacc.testing import tiny_parts
+from ptacc.testing import tiny_data, tiny_parts
 
 ATTRIBUTES = {
     "fit": "Here it is `train(train_dataset, eval_dataset, num_epochs=...)`.",
@@ -72,6 +72,12 @@ def test_options_are_keywords() -> None:
         "Trainer takes 1 positional argument (model), and got 3. The others are keywords: `Trainer(model, "
         "optimizer=..., loss_func=...)`."
     )
+
+
+def test_train_names_the_option_that_is_meant() -> None:
+    trainer: Any = Trainer(**tiny_parts())
+    with pytest.raises(TypeError, match=r"^train\(\) has no keyword 'epochs'. Did you mean `num_epochs`\?$"):
+        trainer.train(tiny_data(), epochs=3)
 
 
 def test_no_name_of_another_trainer_exists_here() -> None:

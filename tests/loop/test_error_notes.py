@@ -266,8 +266,8 @@ def test_memory_that_runs_out_is_described() -> None:
     def allocate(outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.empty(10**15)
 
-    lines = notes_of(
-        lambda: Trainer(**tiny_parts() | {"loss_func": allocate}).train(tiny_data(), num_epochs=1), RuntimeError
-    )
+    trainer = Trainer(**tiny_parts())
+    trainer.loss_func = allocate
+    lines = notes_of(lambda: trainer.train(tiny_data(), num_epochs=1), RuntimeError)
     assert "memory: weights 80 B" in lines
     assert "largest tensors:" in lines

@@ -148,9 +148,8 @@ def _check_scalars(owner: str, step: str, output: object) -> torch.Tensor:
         raise LossError(f"{owner}.{step} returned {name}: it must return StepOutput(loss=..., outputs=...).{hint}")
     loss: object = output.loss
     if not isinstance(loss, torch.Tensor):
-        raise LossError(
-            f"{owner}.{step}: the loss {_describe(loss)}, and must be a scalar tensor. Do not call .item()."
-        )
+        advice = "Do not call .item()." if loss is not None else "Does the batch have the labels that the model needs?"
+        raise LossError(f"{owner}.{step}: the loss {_describe(loss)}, and must be a scalar tensor. {advice}")
     if loss.dim() != 0:
         raise LossError(
             f"{owner}.{step}: the loss {_describe(loss)}, and must be a scalar tensor: the mean over the batch's "

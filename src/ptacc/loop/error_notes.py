@@ -20,7 +20,7 @@ from ptacc.data.batch import HostBatch
 from ptacc.data.wrappers import Batches
 from ptacc.errors import RankFailedError
 from ptacc.loop.hints import find_hint
-from ptacc.profiling.memory import describe_memory, describe_tensor, is_out_of_memory
+from ptacc.profiling.memory import describe_memory, describe_tensor, is_on, is_out_of_memory
 from ptacc.run.run import Run
 from ptacc.run.window import Window
 from ptacc.tensors.structures import iterate_leaves
@@ -99,8 +99,11 @@ def add_note(trainer: TrainerCore, error: Exception, place: str, batch: HostBatc
     has_note = any(note.startswith(MARK) for note in getattr(error, "__notes__", ()))
     if has_note or isinstance(error, RankFailedError):
         return
-    with contextlib.suppress(Exception):  # the note must not hide the error
-        error.add_note("\n".join(describe(trainer, error, place, batch)))
+    lines: list[str] = []
+    with contextlib.suppress(Exception):  # the error matters more than its note, which then lacks lines
+        for line in describe(trainer, error, place, batch):
+            lines.append(line)  # noqa: PERF402  # `extend` would lose them
+    error.add_note("\n".join(lines))
 
 
 def describe(trainer: TrainerCore, error: Exception, place: str, batch: HostBatch[Any] | None) -> Iterator[str]:
@@ -137,5 +140,5 @@ def describe_leaf(leaf: object, device: torch.device) -> str:
     """
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
-    moved = "" if leaf.device == device else f", moved to {device}"
+    moved = "" if is_on(leaf, device) else f", moved to {device}"
     return f"{describe_tensor(leaf)} on {leaf.device}{moved}"

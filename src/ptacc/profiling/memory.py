@@ -86,9 +86,9 @@ def describe_memory(device: torch.device, model: nn.Module, optimizers: Iterable
     """
     named = dict(name_tensors(model, optimizers))
     owners = {id(tensor): name for name, tensor in named.items()}
-    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device == device]
-    alive += [tensor for tensor in named.values() if tensor.device == device]
-    unique = {id(tensor): (owners.get(id(tensor), "not named"), tensor) for tensor in alive}
+    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]  # `isinstance` may run users' code
+    on_device = [tensor for tensor in (*alive, *named.values()) if is_on(tensor, device)]
+    unique = {id(tensor): (owners.get(id(tensor), "not named"), tensor) for tensor in on_device}
     allocated = peak = None
     if device.type == "cuda":
         allocated, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -109,6 +109,16 @@ def name_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[
             for key, value in state.items() if isinstance(state, Mapping) else ():
                 if isinstance(value, Tensor):
                     yield f"optimizer state: {key} of {names.get(id(owner), 'a parameter')}", value
+
+
+def is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor is on a device, which may lack an index.
+
+    Example:
+        >>> is_on(torch.zeros(2), torch.device("cpu")), is_on(torch.zeros(2, device="meta"), torch.device("cpu"))
+        (True, False)
+    """
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def num_bytes(tensor: Tensor) -> int:
