@@ -81,17 +81,20 @@ def test_a_message_of_torch_has_a_hint(case: str) -> None:
     assert hint in (find_hint(str(caught.value)) or "")
 
 
-# Messages that need a GPU to be provoked.
-CUDA_MESSAGES = {
+# Messages that need a GPU, or a lack of memory, to be provoked.
+OTHER_MESSAGES = {
+    "DataLoader worker (pid 12) is killed by signal: Killed. ": "--shm-size",
+    "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "--shm-size",
+    "Cannot re-initialize CUDA in forked subprocess. To use CUDA with": "Return tensors on the CPU",
     "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported": "CUDA_LAUNCH_BL",
     "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!": "register_buffe",
     "Expected all tensors to be on the same device, but got mat1 is on cpu, different from othe": "register_buffe",
 }
 
 
-@pytest.mark.parametrize("message", CUDA_MESSAGES)
-def test_a_message_of_cuda_has_a_hint(message: str) -> None:
-    assert CUDA_MESSAGES[message] in (find_hint(message) or "")
+@pytest.mark.parametrize("message", OTHER_MESSAGES)
+def test_a_message_that_is_not_provoked_has_a_hint(message: str) -> None:
+    assert OTHER_MESSAGES[message] in (find_hint(message) or "")
 
 
 def test_the_message_of_a_worker_has_the_hint_of_its_cause() -> None:

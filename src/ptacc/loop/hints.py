@@ -97,6 +97,13 @@ HINTS: Mapping[str, str] = {
     ),
     r"'(tuple|list|dict|\w*Output\w*)' object has no attribute 'size'": OUTPUTS,
     r"Expected all tensors to be on the same device|is not on the expected device": DEVICES,
+    r"DataLoader worker .* (?:is killed by signal|exited unexpectedly)": (
+        "A worker process died, most often because memory ran out: of the host, or shared memory, which containers "
+        "limit (`docker run --shm-size`). Use fewer workers or smaller batches."
+    ),
+    r"Cannot re-initialize CUDA in forked subprocess": (
+        "The dataset uses the GPU in a worker process. Return tensors on the CPU: batches are moved to the device."
+    ),
     r"Trying to backward through the graph a second time": (
         "The loss depends on the graph of an earlier step. Detach what is kept from one step to the next, such as a "
         "hidden state: `state.detach()`."
