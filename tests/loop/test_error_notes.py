@@ -244,6 +244,7 @@ def test_each_rank_notes_its_own_batch_and_the_others_report_its_failure() -> No
     first, (note,) = run_ranks(worker, 2)
     assert first == []
     assert note.splitlines()[0] == "ptacc: raised in step 1 of training (epoch 1), batch 1 of 1, on rank 1 of 2"
+    assert note.splitlines()[1:3] == BATCH
     assert note.splitlines()[-1] == "  indices of its samples: 8, 9, 10, 11, 12, 13, 14, 15"
 
 

@@ -57,7 +57,7 @@ def test_the_largest_tensors_are_listed_with_their_names() -> None:
     lines = describe_memory(CPU, model, [])
     assert lines[1:4] == [
         "largest tensors:",
-        "  32.0 MiB  float32 (8388608,)  not named",
+        "  32.0 MiB  float32 (8388608,)  unnamed",
         "  16.0 MiB  float32 (4096, 1024)  weights: weight",
     ]
     assert other.numel() == 1 << 23

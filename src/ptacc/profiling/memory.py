@@ -88,7 +88,7 @@ def describe_memory(device: torch.device, model: nn.Module, optimizers: Iterable
     owners = {id(tensor): name for name, tensor in named.items()}
     alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]  # `isinstance` may run users' code
     on_device = [tensor for tensor in (*alive, *named.values()) if is_on(tensor, device)]
-    unique = {id(tensor): (owners.get(id(tensor), "not named"), tensor) for tensor in on_device}
+    unique = {id(tensor): (owners.get(id(tensor), "unnamed"), tensor) for tensor in on_device}
     allocated = peak = None
     if device.type == "cuda":
         allocated, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -112,13 +112,14 @@ def name_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[
 
 
 def is_on(tensor: Tensor, device: torch.device) -> bool:
-    """Return whether a tensor is on a device, which may lack an index.
+    """Return whether a tensor is on a device. One of both may lack an index.
 
     Example:
-        >>> is_on(torch.zeros(2), torch.device("cpu")), is_on(torch.zeros(2, device="meta"), torch.device("cpu"))
+        >>> is_on(torch.zeros(2), torch.device("cpu:0")), is_on(torch.zeros(2, device="meta"), torch.device("cpu"))
         (True, False)
     """
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    indices = {tensor.device.index, device.index} - {None}
+    return tensor.device.type == device.type and len(indices) < 2
 
 
 def num_bytes(tensor: Tensor) -> int:
