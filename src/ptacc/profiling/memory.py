@@ -84,11 +84,11 @@ def describe_memory(device: torch.device, model: nn.Module, optimizers: Iterable
 
     Activations that only autograd holds are not seen as tensors. On CUDA they are in the rest of what is allocated.
     """
-    named = dict(name_tensors(model, optimizers))
+    named = {name: tensor for name, tensor in name_tensors(model, optimizers) if is_on(tensor, device)}
     owners = {id(tensor): name for name, tensor in named.items()}
     alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]  # `isinstance` may run users' code
-    on_device = [tensor for tensor in (*alive, *named.values()) if is_on(tensor, device)]
-    unique = {id(tensor): (owners.get(id(tensor), "unnamed"), tensor) for tensor in on_device}
+    alive = [tensor for tensor in alive if is_on(tensor, device)]
+    unique = {id(tensor): (owners.get(id(tensor), "unnamed"), tensor) for tensor in (*alive, *named.values())}
     allocated = peak = None
     if device.type == "cuda":
         allocated, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
