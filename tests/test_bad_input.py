@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import gc
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -667,15 +666,17 @@ def test_a_launch_and_an_option_that_disagree_are_refused(monkeypatch: pytest.Mo
         trainer.train(DATA, num_epochs=1)
 
 
-def test_a_second_precision_is_refused_while_the_first_is_in_use() -> None:
-    first, second = make(Composed, mixed_precision="bf16"), make()
-    first.train(DATA, num_epochs=1)
-    message = r"Trainer needs an accelerator with default settings, and Composed uses .*mixed_precision='bf16'"
-    with refused(second, AcceleratorConflictError, message):
-        second.train(DATA, num_epochs=1)
-    del first
-    gc.collect()
-    assert second.train(DATA, num_epochs=1)[-1].step == 2
+def test_a_second_precision_is_refused_during_a_run_with_the_first() -> None:
+    class Second(PtaccCallback[Trainer]):
+        @override
+        def on_run_start(self, trainer: Trainer) -> None:
+            make().evaluate(DATA)
+
+    first = make(Composed, mixed_precision="bf16", callbacks=[Second()])
+    message = r"Trainer needs an accelerator with default settings, .* Composed is using it for a run"
+    with refused(first, AcceleratorConflictError, message):
+        first.train(DATA, num_epochs=1)
+    assert make().train(DATA, num_epochs=1)[-1].step == 2
 
 
 # ---- a run within a run

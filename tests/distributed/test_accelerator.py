@@ -19,7 +19,8 @@ from typing_extensions import override
 from ptacc import AcceleratorBuilder, AMPMixin, DDPMixin, DeepSpeedMixin, FSDPMixin, Mixin, Trainer
 from ptacc.distributed.accelerator import release_accelerator
 from ptacc.errors import AcceleratorConflictError, CompositionError, LaunchError, OptionError
-from ptacc.testing import tiny_data, tiny_parts
+from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts
+from tests.ranks import run_ranks
 
 
 class Precise(AMPMixin, Trainer): ...
@@ -160,11 +161,39 @@ def test_the_order_of_handlers_makes_no_difference() -> None:
     assert first.accelerator is second.accelerator
 
 
-def test_settings_that_differ_conflict() -> None:
-    default, other = Trainer(**tiny_parts()), configured(kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
-    assert default.accelerator.mixed_precision == "no"
-    with pytest.raises(AcceleratorConflictError, match="Configured needs an accelerator with kwargs_handlers="):
-        other.train(tiny_data(), num_epochs=1)
+# ---- different settings
+
+
+def test_trainers_with_different_settings_take_turns() -> None:
+    trainers = [Precise(**iris_parts(), mixed_precision="bf16"), Trainer(**iris_parts())]
+    low, full = (trainer.evaluate(iris()).loss for trainer in trainers)
+    assert low != full
+    assert [trainer.evaluate(iris()).loss for trainer in trainers] == [low, full]
+    assert [trainer.accelerator.mixed_precision for trainer in trainers] == ["bf16", "no"]
+    assert [trainer.train(iris(), num_epochs=1)[-1].step for trainer in trainers] == [19, 19]
+
+
+def test_the_second_trainer_is_refused_while_an_evaluation_uses_the_first() -> None:
+    first, second = Trainer(**tiny_parts()), configured(kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+    predictions = first.stream_predictions(tiny_data())
+    next(predictions)
+    with pytest.raises(AcceleratorConflictError, match=r"Configured needs .*kwargs_handlers=.*Trainer is using it"):
+        second.train(tiny_data(), num_epochs=1)
+    del predictions  # this ends the prediction
+    assert second.train(tiny_data(), num_epochs=1)[-1].step == 3
+
+
+def alternate() -> tuple[str, bool]:
+    first, second = Precise(**tiny_parts(), mixed_precision="bf16"), Trainer(**tiny_parts())
+    groups = []
+    for trainer in (first, second, first, second):
+        trainer.train(tiny_data(), num_epochs=1)
+        groups.append(trainer._distributed.group)  # noqa: SLF001
+    return first.accelerator.mixed_precision, all(group is groups[0] for group in groups)
+
+
+def test_trainers_that_take_turns_on_several_ranks_share_their_process_groups() -> None:
+    assert run_ranks(alternate, 2) == [("bf16", True)] * 2
 
 
 def test_two_mixins_may_set_a_setting_to_one_value() -> None:

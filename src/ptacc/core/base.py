@@ -21,7 +21,7 @@ from ptacc.composition.roles import Role
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks, check_logged
 from ptacc.data.batch import HostBatch
-from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator
+from ptacc.distributed.accelerator import AcceleratorBuilder, acquire_accelerator, is_current
 from ptacc.distributed.gathering import gather_rows
 from ptacc.distributed.process_group import Distributed, DistributedRuntime
 from ptacc.errors import NestedRunError, NoRunError, OptionError
@@ -50,7 +50,6 @@ class TrainerState:
         outside: The modules among the options that are trained with the model, by their places, during a run or an
             evaluation.
         runtime: The accelerator and the process group; None before their first use.
-        runtime_pid: The process that created them; a forked process creates its own.
         num_runs: The number of runs started so far.
         averages: Averages of the weights outside of a run: those of the last run, or of a checkpoint loaded since.
         eval_batch: Batch of the evaluation or prediction in progress; None outside of its steps.
@@ -60,7 +59,6 @@ class TrainerState:
     unwrapped_model: nn.Module | None = None
     outside: Mapping[str, nn.Module] = field(default_factory=dict)
     runtime: tuple[AcceleratorProtocol, DistributedRuntime] | None = None
-    runtime_pid: int = 0
     num_runs: int = 0
     averages: dict[str, AveragedWeights] = field(default_factory=dict)
     eval_batch: HostBatch[Any] | None = None
@@ -235,7 +233,11 @@ class TrainerBase(Composable):
 
     @property
     def accelerator(self) -> AcceleratorProtocol:
-        """Accelerate's `Accelerator`, created at first use and shared by trainers with the same settings."""
+        """Accelerate's `Accelerator`, created at first use and shared by trainers with the same settings.
+
+        A process has one at a time. The use of a trainer with other settings replaces it, and the next use of this one
+        creates a new one, so do not keep it.
+        """
         return self._runtime()[0]
 
     @property
@@ -335,8 +337,8 @@ class TrainerBase(Composable):
         return HistoryFile(path)
 
     def _runtime(self) -> tuple[AcceleratorProtocol, DistributedRuntime]:
-        if self._state.runtime is None or self._state.runtime_pid != os.getpid():
+        if self._state.runtime is None or not is_current(self._state.runtime[0]):
             builder = AcceleratorBuilder()
             self.configure_accelerator(builder)
-            self._state.runtime, self._state.runtime_pid = acquire_accelerator(self, builder), os.getpid()
+            self._state.runtime = acquire_accelerator(self, builder)
         return self._state.runtime

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import weakref
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -114,13 +112,16 @@ LAUNCH_FEATURES: Final[Mapping[str, LaunchFeature]] = {
 
 @dataclass
 class _SharedAccelerator:
-    """The accelerator of this process. Accelerate's state is global, so that there is one at a time."""
+    """The accelerator of this process. Accelerate's state is global, so that there is one at a time.
+
+    `users` are the trainers within a run, an evaluation or a prediction.
+    """
 
     accelerator: Accelerator
     distributed: DistributedRuntime
     given: dict[str, Any]
     settings: dict[str, Any]
-    owners: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
+    users: list[object] = field(default_factory=list)
     process: int = field(default_factory=os.getpid)
 
 
@@ -132,12 +133,14 @@ _connections_before_init: dict[int, frozenset[tuple[int, int]]] = {}
 def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[AcceleratorProtocol, DistributedRuntime]:
     """Return the accelerator with these settings. Trainers whose settings have the same effect share it.
 
+    An accelerator with other settings is discarded, unless a trainer is using it.
+
     Args:
         owner: The trainer.
         builder: Its settings.
 
     Raises:
-        AcceleratorConflictError: Another trainer uses an accelerator with other settings.
+        AcceleratorConflictError: Another trainer is using an accelerator with other settings.
         LaunchError: The launch requests a feature that the trainer lacks, or its processes are not connected.
         OptionError: A precision that is not supported, such as fp8, or fp16 on a CPU, where Accelerate would train in
             fp32.
@@ -148,29 +151,47 @@ def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[Acc
         release_accelerator()  # forked, as by a notebook launcher: the parent's accelerator is of another launch
     settings = effective_settings(builder.settings)
     check_effective_settings(type(owner).__name__, settings, builder.provided)
+    previous = None
     if _shared and _shared[0].settings != settings:
-        gc.collect()  # an unreferenced trainer must not count as an owner
-        others = [other for other in _shared[0].owners if other is not owner]
-        if others:
+        if _shared[0].users:
             raise AcceleratorConflictError(
-                f"{type(owner).__name__} needs an accelerator with {describe(builder.settings)}, and "
-                f"{type(others[0]).__name__} uses the one of this process with {describe(_shared[0].given)}. "
-                "Delete that trainer first, or give both the same options."
+                f"{type(owner).__name__} needs an accelerator with {describe(builder.settings)}, and the one of this "
+                f"process has {describe(_shared[0].given)}: {type(_shared[0].users[0]).__name__} is using it for a "
+                "run, an evaluation or a prediction. Wait for its end, or give both the same options."
             )
+        previous = _shared[0].distributed if is_initialized() else None
         release_accelerator()
     if not _shared:
-        _shared.append(make_accelerator(builder, settings))
-    _shared[0].owners.add(owner)
+        _shared.append(make_accelerator(builder, settings, previous))
     distributed = _shared[0].distributed
     return _shared[0].accelerator, distributed.with_replica_size(builder.replica_size or distributed.world_size)
 
 
-def make_accelerator(builder: AcceleratorBuilder, settings: dict[str, Any]) -> _SharedAccelerator:
+def is_current(accelerator: AcceleratorProtocol) -> bool:
+    """Return whether an accelerator is that of this process: it was neither discarded, nor is it a parent's."""
+    return bool(_shared) and _shared[0].accelerator is accelerator and _shared[0].process == os.getpid()
+
+
+@contextlib.contextmanager
+def using_accelerator(user: object) -> Generator[None]:
+    """Keep the accelerator of a trainer for the block."""
+    shared = _shared[0]
+    shared.users.append(user)
+    try:
+        yield
+    finally:
+        shared.users.remove(user)
+
+
+def make_accelerator(
+    builder: AcceleratorBuilder, settings: dict[str, Any], previous: DistributedRuntime | None
+) -> _SharedAccelerator:
     """Create an accelerator, and the process group of the launch unless it exists.
 
     Args:
         builder: The settings as given.
         settings: Their `effective_settings`.
+        previous: The ranks of the accelerator before, if the process group is the same.
     """
     plugin = GradientAccumulationPlugin(num_steps=1)  # the launch's own number would make Accelerate scale the loss
     if not is_initialized():
@@ -182,7 +203,7 @@ def make_accelerator(builder: AcceleratorBuilder, settings: dict[str, Any]) -> _
     except Exception:
         release_accelerator()  # the next trainer must not use an invalid accelerator
         raise
-    distributed = DistributedRuntime.from_process_group(_connections_before_init.get(os.getpid()))
+    distributed = previous or DistributedRuntime.from_process_group(_connections_before_init.get(os.getpid()))
     return _SharedAccelerator(accelerator, distributed, builder.settings, settings)
 
 

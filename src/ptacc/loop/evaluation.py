@@ -21,7 +21,7 @@ from ptacc.data.division import find_division
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_sources
-from ptacc.distributed.accelerator import forget_prepared
+from ptacc.distributed.accelerator import forget_prepared, using_accelerator
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.loop.error_notes import EvalNotes
@@ -324,7 +324,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         outside_modes = [get_modes(module) for module in self._state.outside.values()]
         self._state.unwrapped_model = unwrapped
         try:
-            with options_moved(self, unwrapped, self.device):
+            with using_accelerator(self), options_moved(self, unwrapped, self.device):
                 yield saved
         finally:
             self._set_model(unwrapped)
