@@ -40,6 +40,7 @@ PACKAGES = [
     "types",
     "files",
     "validation",
+    "display",
     "errors",
     "public",
 ]

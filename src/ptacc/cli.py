@@ -28,6 +28,7 @@ from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, wr
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import MODEL, read_full_parts
 from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.display.numbers import format_bytes
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
@@ -165,7 +166,7 @@ def export(options: Options) -> int:
     weights = exported_weights(snapshot, options.averages)
     digest = write_weights(filesystem, target, weights, overwrite=options.force)
     what = f"the {options.averages} averages" if options.averages else "the weights"
-    size = human_size(digest.size)
+    size = format_bytes(digest.size)
     frozen = len(snapshot.get(FROZEN, {}).get(MODEL, {}))
     without = f", without {frozen} frozen tensors that the checkpoint leaves out" if frozen else ""
     print_line(f"{options.output}: {what} of {printable(entry.title)}, {len(weights)} tensors, {size}{without}")
@@ -225,7 +226,7 @@ def format_row(entry: CheckpointEntry, metrics: Sequence[str], *, is_verified: b
     if manifest is None:
         return [entry.title, *[UNKNOWN] * (4 + len(metrics)), state]
     values = [f"{manifest.metrics[name]:.6g}" if name in manifest.metrics else UNKNOWN for name in metrics]
-    size, label = human_size(total_size(manifest)), manifest.label or UNKNOWN
+    size, label = format_bytes(total_size(manifest)), manifest.label or UNKNOWN
     return [entry.title, str(manifest.step), str(manifest.epoch), *values, size, label, state]
 
 
@@ -242,22 +243,6 @@ def as_json(entry: CheckpointEntry, *, is_verified: bool) -> dict[str, object]:
 def total_size(manifest: Manifest) -> int:
     """Return the size of a checkpoint in bytes."""
     return sum(file.size for file in manifest.files.values())
-
-
-def human_size(size: float) -> str:
-    """Return a number of bytes in binary units.
-
-    Example:
-        >>> human_size(1023), human_size(1536)
-        ('1023 B', '1.5 KiB')
-    """
-    if size < 1024:
-        return f"{size:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} TiB"
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from ptacc import EMAMixin, GradAccumMixin, RestoreBestWeights, Trainer
+from ptacc import DeepSpeedMixin, EMAMixin, FSDPMixin, GradAccumMixin, RestoreBestWeights, Trainer
 from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
 from ptacc.loop.explain import VALUE_WIDTH, shorten
@@ -244,3 +244,37 @@ def test_values_of_options_are_short() -> None:
 def test_an_unknown_section_raises_key_error() -> None:
     with pytest.raises(KeyError, match="weather"):
         make(SGD).explain()["weather"]
+
+
+# ---- layers and memory
+
+
+def test_modules_that_are_trained_with_the_model_are_in_the_tables_of_layers_and_memory() -> None:
+    model, loss = nn.Linear(4, 2), nn.Sequential(nn.Linear(2, 1, bias=False))
+    optimizer = Adam([*model.parameters(), *loss.parameters()])
+    explanation = Trainer(model, loss_func=loss, optimizer=optimizer).explain()
+    assert [row[0] for row in explanation["layers"]] == ["(model)", "options.loss_func", "options.loss_func.0"]
+    assert ("weights", "48 B", "12 parameters in float32") in explanation["memory"]
+    assert ("optimizer", "96 B", "state of Adam after the first step") in explanation["memory"]
+
+
+class Sharded(FSDPMixin, Trainer): ...
+
+
+class Partitioned(DeepSpeedMixin, Trainer): ...  # by default in ZeRO's stage 2
+
+
+def sizes_on_rank(kind: Callable[..., Trainer]) -> dict[str, str]:
+    return {what: size for what, size, _ in kind(**tiny_parts()).explain()["memory"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "gradients", "optimizer"),
+    [(Trainer, 80, 80, 80), (Sharded, 40, 40, 40), (Partitioned, 80, 40, 40)],
+)
+def test_the_memory_of_sharded_tensors_is_that_of_a_rank(
+    kind: type[Trainer], weights: int, gradients: int, optimizer: int
+) -> None:
+    sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    sizes["total"] = sum(sizes.values())
+    assert run_ranks(sizes_on_rank, 2, kind) == [{what: f"{size} B" for what, size in sizes.items()}] * 2

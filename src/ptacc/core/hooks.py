@@ -31,6 +31,7 @@ from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.replicas import ReplicaEngine
+from ptacc.model.memory import ShardCounts
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.model.option_modules import find_trained_options
 from ptacc.rng import fresh_seed
@@ -322,6 +323,10 @@ class TrainerCore(TrainerBase):
     def _reserved(self) -> Generator[None]:
         """Reserve or prepare what a run needs, from before its set-up until it has ended. A collective."""
         yield
+
+    def _shard_counts(self) -> ShardCounts:
+        """Return over how many ranks the engine shards weights, gradients and optimizer state."""
+        return ShardCounts()
 
     def _events(self) -> Events:
         return Events.collect(self, TrainerCore, self.all_callbacks())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,8 +16,13 @@ from ptacc.composition.fields import own_annotations
 from ptacc.composition.guards import calls_super, get_hook_shape
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
+from ptacc.display.numbers import format_bytes
+from ptacc.display.tables import Rows, Table
 from ptacc.loop.advice import collect_advice
+from ptacc.model.joined_modules import add_places
+from ptacc.model.memory import ShardCounts, count_bytes, memory_rows
 from ptacc.model.modes import find_eval_roots
+from ptacc.model.summary import layer_rows
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import Stateful
@@ -30,26 +34,53 @@ HEADINGS = {
     "options": "options",
     "launch": "launch",
     "batches": "batches",
+    "layers": "layers with parameters",
+    "memory": "estimated memory of a rank during training",
     "modes": "modes of the model's modules during a run",
     "state": "state that a checkpoint contains",
     "advice": "advice for faster training",
 }
-Rows: TypeAlias = tuple[tuple[str, ...], ...]
+TITLES = {
+    "layers": ("layer", "class", "parameter shapes", "parameters", "trainable"),
+    "memory": ("tensors", "size", "content"),
+}
+NUMERIC = frozenset({"parameters", "size"})
+FOLDED = frozenset({"classes", "hooks", "modes", "state"})
+"""The tables that a notebook shows after a click."""
 
 
 class Explanation(dict[str, Rows]):
-    """What a trainer will do: print it, or look up the rows of a table by its key.
+    """What a trainer will do: print it, show it in a notebook, or look up the rows of a table by its key.
 
-    The keys are `classes`, `hooks`, `options`, `launch`, `batches`, `modes` and `state`, and `advice` if there is any.
+    The keys are `classes`, `hooks`, `options`, `launch`, `batches`, `layers`, `memory`, `modes` and `state`, and
+    `advice` if there is any.
     """
 
     @override
     def __str__(self) -> str:
-        return "\n\n".join(f"{HEADINGS[key]}\n{format_table(rows)}" for key, rows in self.items())
+        return "\n\n".join(f"{HEADINGS[key]}\n{table.to_text()}" for key, table in self._tables())
+
+    @override
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<details{'' if key in FOLDED else ' open'}><summary>{HEADINGS[key]}</summary>{table.to_html()}</details>"
+            for key, table in self._tables()
+        )
+
+    def _tables(self) -> Iterator[tuple[str, Table]]:
+        return ((key, Table(rows, TITLES.get(key, ()), NUMERIC)) for key, rows in self.items())
 
 
 def explain(
-    trainer: TrainerCore, samples: int | None, batch_size: int, num_epochs: int | None, max_steps: int | None
+    trainer: TrainerCore,
+    samples: int | None,
+    batch_size: int,
+    num_epochs: int | None,
+    max_steps: int | None,
+    shards: ShardCounts,
 ) -> Explanation:
     """Explain a trainer.
 
@@ -59,6 +90,7 @@ def explain(
         batch_size: Samples per batch and rank.
         num_epochs: As for `train()`.
         max_steps: As for `train()`.
+        shards: Over how many ranks the engine shards weights, gradients and optimizer state.
     """
     explanation = Explanation(
         classes=class_rows(type(trainer)),
@@ -66,18 +98,18 @@ def explain(
         options=option_rows(trainer),
         launch=launch_rows(trainer),
         batches=batch_rows(trainer, samples, batch_size, num_epochs, max_steps),
+        layers=layer_rows({"": trainer.unwrapped_model} | add_places(trainer.trained_outside)),
+        memory=memory_rows(
+            trainer.trained_modules,
+            {slot.name: slot.optimizer for slot in trainer.optimizer_slots()},
+            trainer.accelerator.mixed_precision,
+            shards,
+        ),
         modes=mode_rows(trainer.unwrapped_model),
         state=state_rows(trainer),
     )
     advice = advice_rows(trainer)
     return Explanation(explanation, advice=advice) if advice else explanation
-
-
-def format_table(rows: Rows) -> str:
-    """Return rows as indented lines with aligned cells."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line}".rstrip() for line in lines) or "  (none)"
 
 
 def class_rows(cls: type) -> Rows:
@@ -178,8 +210,8 @@ def mode_rows(model: nn.Module) -> Rows:
 def state_rows(trainer: TrainerCore) -> Rows:
     """Return the parts of the state that a checkpoint contains."""
     weights = trainer.unwrapped_model.state_dict()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in iterate_tensors(weights) if not is_lazy(tensor))
-    rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {size:,} bytes")]
+    size = format_bytes(count_bytes(iterate_tensors(weights)))
+    rows = [("model", f"{type(trainer.unwrapped_model).__name__}: {len(weights)} tensors, {size}")]
     rows += [(slot.name, type(slot.optimizer).__name__) for slot in trainer.optimizer_slots()]
     rows += [("run", "progress, history, random states, position in the data")]
     if trainer.has_run:

@@ -272,7 +272,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         max_steps: int | None = None,
         per_device_batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> Explanation:
-        """Describe what this trainer will do, as tables to print: classes, hooks, options, launch, batches, state.
+        """Describe what this trainer will do, as tables to print: options, batches, layers, memory and more.
 
         Args:
             train_dataset: The data, for the number of steps. A loader has its own batch size.
@@ -290,7 +290,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             is_stream = isinstance(train_dataset.dataset, IterableDataset)
             samples = known_length(train_dataset.dataset if is_stream else train_dataset.sampler)
             per_device_batch_size = train_dataset.batch_size
-        return explain(self, samples, per_device_batch_size, num_epochs, max_steps)
+        return explain(self, samples, per_device_batch_size, num_epochs, max_steps, self._shard_counts())
 
     def _check_not_running(self) -> None:
         if self._state.unwrapped_model is not None:

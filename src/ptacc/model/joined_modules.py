@@ -22,7 +22,7 @@ class JoinedModules(nn.Module):
     def __init__(self, model: nn.Module, others: Mapping[str, nn.Module]) -> None:
         super().__init__()
         # In a dictionary they are not submodules, whose names would have a prefix.
-        self._parts = {"": model, **{f"{PLACE}{place}": module for place, module in others.items()}}
+        self._parts = {"": model, **add_places(others)}
 
     @override
     def named_modules(
@@ -42,3 +42,8 @@ class JoinedModules(nn.Module):
 def join_modules(model: nn.Module, others: Mapping[str, nn.Module]) -> nn.Module:
     """Return a model joined with other modules, or the model itself if there are none."""
     return JoinedModules(model, others) if others else model
+
+
+def add_places(others: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return modules outside of a model by the beginning of the names of their tensors."""
+    return {f"{PLACE}{place}": module for place, module in others.items()}

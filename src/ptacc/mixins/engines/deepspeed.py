@@ -15,6 +15,7 @@ from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.base import Engine
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
+from ptacc.model.memory import ShardCounts
 from ptacc.types.aliases import ZeroStage
 from ptacc.types.protocols import SupportsGradClip, SupportsSWA
 from ptacc.validation import absolute_path
@@ -125,6 +126,11 @@ class DeepSpeedMixin(Mixin):
     @override
     def resume_invariants(self) -> dict[str, str]:
         return super().resume_invariants() | {"engine": self._layout()}
+
+    @override
+    def _shard_counts(self) -> ShardCounts:
+        stage, ranks = self._zero_config().stage, self.distributed.world_size
+        return ShardCounts(*(ranks if stage >= first else 1 for first in (3, 2, 1)))
 
     @property
     def _has_group(self) -> bool:

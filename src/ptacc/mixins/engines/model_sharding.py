@@ -13,6 +13,7 @@ from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
 from ptacc.distributed.fsdp_launch import check_replicas
 from ptacc.engines.base import Engine
+from ptacc.model.memory import ShardCounts
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh
@@ -90,6 +91,11 @@ class ShardingMixin(Mixin):
         engine = " and ".join(ENGINE_NAMES[name] for name in sorted(self.shard_functions()))
         replicas = f" with {self.sharded_replicas()} replicas" if self.sharded_replicas() > 1 else ""
         return super().resume_invariants() | {"engine": engine + replicas}
+
+    @override
+    def _shard_counts(self) -> ShardCounts:
+        count = self.distributed.replicas // self.sharded_replicas() if DATA in self.shard_functions() else 1
+        return ShardCounts(count, count, count)
 
     @override
     @contextlib.contextmanager
