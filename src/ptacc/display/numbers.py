@@ -23,7 +23,7 @@ def format_value(value: float) -> str:
     """Return a value with up to five significant digits, in full if it is an integer.
 
     Example:
-        >>> format_value(0.123456), format_value(1_234_567.0), format_value(1e-7)
-        ('0.12346', '1234567', '1e-07')
+        >>> format_value(0.123456), format_value(1_234_567), format_value(1e-7), format_value(float("nan"))
+        ('0.12346', '1234567', '1e-07', 'nan')
     """
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+    return f"{value:.0f}" if abs(value) < 1e15 and value == int(value) else f"{value:.5g}"

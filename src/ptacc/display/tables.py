@@ -55,3 +55,9 @@ class Table:
 
     def _are_numeric(self, columns: int) -> list[bool]:
         return [title in self.numeric for title in self.titles] or [False] * columns
+
+
+def html_section(title: str, table: Table, *, is_open: bool = True) -> str:
+    """Return a table in HTML below a title that opens and closes it."""
+    state = " open" if is_open else ""
+    return f"<details{state}><summary>{html.escape(title)}</summary>{table.to_html()}</details>"

@@ -17,7 +17,7 @@ from ptacc.composition.guards import calls_super, get_hook_shape
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.hooks import TrainerCore
 from ptacc.display.numbers import format_bytes
-from ptacc.display.tables import Rows, Table
+from ptacc.display.tables import Rows, Table, html_section
 from ptacc.loop.advice import collect_advice
 from ptacc.model.joined_modules import add_places
 from ptacc.model.memory import ShardCounts, count_bytes, memory_rows
@@ -41,6 +41,7 @@ HEADINGS = {
     "advice": "advice for faster training",
 }
 TITLES = {
+    "options": ("option", "value", "source"),
     "layers": ("layer", "class", "parameter shapes", "parameters", "trainable"),
     "memory": ("tensors", "size", "content"),
 }
@@ -65,10 +66,7 @@ class Explanation(dict[str, Rows]):
         return str(self)
 
     def _repr_html_(self) -> str:
-        return "".join(
-            f"<details{'' if key in FOLDED else ' open'}><summary>{HEADINGS[key]}</summary>{table.to_html()}</details>"
-            for key, table in self._tables()
-        )
+        return "".join(html_section(HEADINGS[key], table, is_open=key not in FOLDED) for key, table in self._tables())
 
     def _tables(self) -> Iterator[tuple[str, Table]]:
         return ((key, Table(rows, TITLES.get(key, ()), NUMERIC)) for key, rows in self.items())
@@ -167,6 +165,11 @@ def option_rows(trainer: TrainerCore) -> Rows:
         for option in dataclasses.fields(trainer)
         if option.init
     )
+
+
+def options_html(trainer: TrainerCore) -> str:
+    """Return the options as an HTML table."""
+    return html_section(f"{type(trainer).__name__}: options", Table(option_rows(trainer), TITLES["options"]))
 
 
 def launch_rows(trainer: TrainerCore) -> Rows:

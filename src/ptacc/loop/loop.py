@@ -27,7 +27,7 @@ from ptacc.errors import CompositionError, DataError, NestedRunError, OptionErro
 from ptacc.loop.closure import step_by_closure
 from ptacc.loop.error_notes import note_step, noting_loading
 from ptacc.loop.evaluation import AnyEval, EvalData, TrainData
-from ptacc.loop.explain import Explanation, explain
+from ptacc.loop.explain import Explanation, explain, options_html
 from ptacc.loop.setup import RunSetup, forwards_counted
 from ptacc.model.gradients import discard_gradients
 from ptacc.model.modes import get_modes, start_training
@@ -291,6 +291,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             samples = known_length(train_dataset.dataset if is_stream else train_dataset.sampler)
             per_device_batch_size = train_dataset.batch_size
         return explain(self, samples, per_device_batch_size, num_epochs, max_steps, self._shard_counts())
+
+    def _repr_html_(self) -> str:
+        return options_html(self)
 
     def _check_not_running(self) -> None:
         if self._state.unwrapped_model is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.run.display import history_html
 from ptacc.run.history_file import HistoryFile, to_json
 from ptacc.run.step_result import NO_LOSS, LoggedValues, StepMeans, StepResult, add_sums, means, read_results
 from ptacc.types.outputs import EpochRecord, EvalResult, EvaluationRecord, StepRecord, ValuesRecord
@@ -22,6 +23,7 @@ from ptacc.types.progress import RunPlan
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 STEPS_IN_MEMORY = 1000
 VALUES_IN_MEMORY = 1000
@@ -221,6 +223,33 @@ class RunHistory(Sequence[EpochRecord]):
         import pandas as pd
 
         return pd.DataFrame(self.to_dict())
+
+    def plot(self, *names: str) -> Figure:
+        """Draw the run over its optimizer steps: a panel each for the loss, the metrics and the learning rate.
+
+        Lines are means over the training steps since the last report. Marks are evaluations. The figure does not belong
+        to pyplot: a notebook shows it, and `figure.savefig(path)` writes it to a file.
+
+        Args:
+            names: What to draw, in place of that: `"loss"`, metrics such as `"accuracy"`, and other reported values,
+                such as `"grad_norm"`.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            OptionError: A name was not reported, or nothing was.
+        """
+        try:
+            from ptacc.run.plot import draw_run  # it needs matplotlib, which takes long to import
+        except ModuleNotFoundError as error:
+            error.add_note("history.plot() needs matplotlib: pip install 'ptacc[plot]'.")
+            raise
+        return draw_run(self._values, self.evaluations, names)
+
+    def _repr_html_(self) -> str:
+        return history_html(self._epochs, self.evaluations, self.stop_reason)
 
     @override
     def __repr__(self) -> str:
