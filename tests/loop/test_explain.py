@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from ptacc import DeepSpeedMixin, EMAMixin, FSDPMixin, GradAccumMixin, RestoreBestWeights, Trainer
+from ptacc import DeepSpeedMixin, EMAMixin, Epochs, FreezeMixin, FSDPMixin, GradAccumMixin, RestoreBestWeights, Trainer
 from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
 from ptacc.loop.explain import VALUE_WIDTH, shorten
@@ -278,3 +278,17 @@ def test_the_memory_of_sharded_tensors_is_that_of_a_rank(
     sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     sizes["total"] = sum(sizes.values())
     assert run_ranks(sizes_on_rank, 2, kind) == [{what: f"{size} B" for what, size in sizes.items()}] * 2
+
+
+class Freezing(FreezeMixin, Trainer): ...
+
+
+def test_what_a_run_will_freeze_is_not_trainable() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    parts = {**tiny_parts(), "model": model, "optimizer": Adam(model.parameters())}
+    explanation = Freezing(**parts, frozen=["0", "1"], unfreeze_at={"0": Epochs(1)}).explain()
+    assert [row[-1] for row in explanation["layers"]] == ["6", "no", "no", "yes"]
+    assert ("gradients", "24 B", "6 values in float32") in explanation["memory"]
+    assert ("eval", "1", "as it is now, with its submodules") in explanation["modes"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())

@@ -21,7 +21,9 @@ class Measured(MetricsMixin, Trainer): ...
 def train(*names: str, **options: Any) -> RunHistory:
     sets = {name: tiny_data(8) for name in names} if names else tiny_data(8)
     trainer = Measured(**tiny_parts(), metrics={"accuracy": MulticlassAccuracy(2)}, log_every=Steps(2))
-    return trainer.train(tiny_data(32), sets, **{"num_epochs": 2, **options})
+    settings: Any = {"num_epochs": 2, **options}
+    history: RunHistory = trainer.train(tiny_data(32), sets, **settings)
+    return history
 
 
 def labels_of(figure: Figure) -> dict[str, list[str]]:

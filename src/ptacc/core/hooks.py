@@ -324,6 +324,10 @@ class TrainerCore(TrainerBase):
         """Reserve or prepare what a run needs, from before its set-up until it has ended. A collective."""
         yield
 
+    def _frozen_as_in_run(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the parameters are frozen that a run freezes at its start."""
+        return contextlib.nullcontext()
+
     def _shard_counts(self) -> ShardCounts:
         """Return over how many ranks the engine shards weights, gradients and optimizer state."""
         return ShardCounts()

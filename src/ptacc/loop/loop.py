@@ -290,7 +290,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             is_stream = isinstance(train_dataset.dataset, IterableDataset)
             samples = known_length(train_dataset.dataset if is_stream else train_dataset.sampler)
             per_device_batch_size = train_dataset.batch_size
-        return explain(self, samples, per_device_batch_size, num_epochs, max_steps, self._shard_counts())
+        with self._frozen_as_in_run():
+            return explain(self, samples, per_device_batch_size, num_epochs, max_steps, self._shard_counts())
 
     def _repr_html_(self) -> str:
         return options_html(self)

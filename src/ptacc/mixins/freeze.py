@@ -67,6 +67,10 @@ class FreezeMixin(Mixin):
             yield
 
     @override
+    def _frozen_as_in_run(self) -> contextlib.AbstractContextManager[None]:
+        return super()._frozen_as_in_run() if self.is_running else make_freezing(self).applied_at_start()
+
+    @override
     def on_run_start(self) -> None:
         super().on_run_start()
         freezing = self.run[FREEZING] = make_freezing(self)  # the engine may have replaced the parameters

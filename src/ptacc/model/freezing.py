@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -90,6 +91,19 @@ class Freezing:
         """Freeze and unfreeze parameters and norm layers."""
         self.set_frozen(progress)
         self.set_modes(progress)
+
+    @contextlib.contextmanager
+    def applied_at_start(self) -> Generator[None]:
+        """Freeze parameters and norm layers as at the start of a run for the block, and restore them after it."""
+        before = [(parameter, parameter.requires_grad) for parameter in self._times]
+        try:
+            self.apply(Progress())
+            yield
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
+            for norm, mode in self._modes.items():
+                norm.train(mode)
 
     def set_frozen(self, progress: Progress) -> None:
         """Freeze and unfreeze the parameters, as the progress of a run requires."""
