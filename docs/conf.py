@@ -60,7 +60,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
     # Signatures contain non-public types, such as type parameters, which are not documented.
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
-    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|HistoryFile|Optimizer"),
+    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|HistoryFile|Optimizer|Figure"),
 ]
 
 

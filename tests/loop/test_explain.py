@@ -14,8 +14,9 @@ from typing_extensions import override
 from ptacc import DeepSpeedMixin, EMAMixin, Epochs, FreezeMixin, FSDPMixin, GradAccumMixin, RestoreBestWeights, Trainer
 from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
-from ptacc.loop.explain import VALUE_WIDTH, shorten
+from ptacc.loop.explain import HEADINGS, VALUE_WIDTH, shorten
 from ptacc.testing import tiny_data, tiny_parts
+from tests.display.test_tables import read_texts
 from tests.ranks import run_ranks
 
 
@@ -285,10 +286,34 @@ class Freezing(FreezeMixin, Trainer): ...
 
 def test_what_a_run_will_freeze_is_not_trainable() -> None:
     model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
-    parts = {**tiny_parts(), "model": model, "optimizer": Adam(model.parameters())}
-    explanation = Freezing(**parts, frozen=["0", "1"], unfreeze_at={"0": Epochs(1)}).explain()
+    trainer = Freezing(
+        model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=Adam(model.parameters()),
+        frozen=["0", "1"],
+        unfreeze_at={"0": Epochs(1)},
+    )
+    explanation = trainer.explain()
     assert [row[-1] for row in explanation["layers"]] == ["6", "no", "no", "yes"]
     assert ("gradients", "24 B", "6 values in float32") in explanation["memory"]
     assert ("eval", "1", "as it is now, with its submodules") in explanation["modes"]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
+
+
+# ---- in notebooks
+
+
+def test_a_trainer_shows_its_options_and_creates_no_accelerator() -> None:
+    trainer = make(SGD)
+    texts = read_texts(trainer._repr_html_())
+    assert texts[:7] == ["Trainer: options", "option", "value", "source", "model", "Linear(...)", "argument"]
+    assert trainer._state.runtime is None  # noqa: SLF001 - reading it creates one
+
+
+def test_an_explanation_has_the_same_tables_in_html_as_in_text() -> None:
+    explanation = make(Adam).explain()
+    texts = read_texts(explanation._repr_html_())
+    assert [title for title in HEADINGS.values() if title in texts] == [HEADINGS[key] for key in explanation]
+    assert {cell for rows in explanation.values() for row in rows for cell in row if cell} <= set(texts)
+    assert repr(explanation) == str(explanation)

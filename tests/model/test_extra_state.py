@@ -116,7 +116,7 @@ def test_an_isolated_copy_restores_extra_state() -> None:
 def test_a_model_with_extra_state_is_explained() -> None:
     trainer = Trainer(**parts())
     trainer.train(tiny_data(), num_epochs=1)
-    assert "3 tensors, 112 bytes" in str(trainer.explain())
+    assert "3 tensors, 112 B" in str(trainer.explain())
 
 
 @pytest.mark.parametrize("load", ["resume", "load_checkpoint"])

@@ -1,13 +1,19 @@
 """Histories in notebooks: tables, and figures of matplotlib."""
 
+import itertools
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
-from ptacc import EpochRecord, EvalResult, MetricsMixin, RunHistory, Steps, Trainer
+from ptacc import CheckpointMixin, EpochRecord, EvalResult, MetricsMixin, RunHistory, Steps, Trainer
 from ptacc.errors import OptionError
 from ptacc.run.display import FIRST, LAST
 from ptacc.testing import tiny_data, tiny_parts
@@ -77,6 +83,33 @@ def test_a_figure_has_a_panel_for_each_quantity_over_the_steps() -> None:
     assert list(labels_of(figure)) == ["loss", "accuracy", "learning_rate"]
     assert [step for step, _ in points(figure, 0, 0)] == [2, 3, 4, 6, 8]
     assert points(figure, 0, 1) == [(e.step, e.loss) for e in history.evaluations if e.name == "first"]
+
+
+class Resumable(CheckpointMixin, Trainer): ...
+
+
+def test_the_figure_of_a_resumed_run_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    def train_to(steps: int) -> RunHistory:
+        trainer = Resumable(**tiny_parts(), log_every=Steps(2), checkpoint_dir=tmp_path, resume=True)
+        return trainer.train(tiny_data(), tiny_data(8), max_steps=steps, evaluate_every=Steps(4))
+
+    train_to(5)
+    figure = train_to(8).plot()
+    assert [step for step, _ in points(figure, 0, 0)] == [2, 3, 4, 5, 6, 8]
+    assert [step for step, _ in points(figure, 0, 1)] == [4, 5, 8]
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    @override
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.cycle(zip(*tiny_data().tensors, strict=True))
+
+
+def test_a_run_on_a_stream_is_drawn_and_listed() -> None:
+    trainer = Trainer(**tiny_parts(), log_every=None)
+    history = trainer.train(Stream(), tiny_data(8), max_steps=50, evaluate_every=Steps(10))
+    assert [step for step, _ in points(history.plot(), 0, 1)] == [10, 20, 30, 40, 50]
+    assert "5 evaluations" in read_texts(history._repr_html_())
 
 
 def test_other_values_are_drawn_by_their_names() -> None:

@@ -35,7 +35,7 @@ HEADINGS = {
     "launch": "launch",
     "batches": "batches",
     "layers": "layers with parameters",
-    "memory": "estimated memory of a rank during training",
+    "memory": "estimated memory of each process during training",
     "modes": "modes of the model's modules during a run",
     "state": "state that a checkpoint contains",
     "advice": "advice for faster training",

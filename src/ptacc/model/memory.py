@@ -103,7 +103,7 @@ def memory_rows(
         for what, size, detail in sizes
         if size != 0 or what in optimizers
     )
-    return (*rows, ("total", format_bytes(sum(known)), f"{least}without activations"))
+    return (*rows, ("total", format_bytes(sum(known)), f"{least}without activations, which depend on the batch size"))
 
 
 def describe(tensors: Iterable[Tensor], kind: str, shards: int) -> str:

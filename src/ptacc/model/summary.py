@@ -15,7 +15,6 @@ from ptacc.validation import list_some
 
 MOST_ROWS = 40
 """The largest number of rows. Deeper layers are left out if the table would be longer."""
-DEEPEST = 16
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Layer:
 
     def rows(self, depth: int) -> Rows:
         """Return a row for this layer, and rows for those within it, down to a depth."""
-        count = sum(1 for _ in self.leaves())
-        inside = f"{count} layers" if self.parts and not depth and not self.shapes else ""
+        inside = f"{len(self.leaves())} layers" if self.parts and not depth and not self.shapes else ""
         rows = [self._row(self.name or "(model)", inside or list_some(self.shapes))]
         for first, *others in [list(alike) for _, alike in groupby(self.parts.values() if depth else ())]:
             shown = first.rows(depth - 1)
@@ -53,6 +51,10 @@ class Layer:
             else:
                 rows += [row for other in others for row in other.rows(depth - 1)]
         return tuple(rows)
+
+    def depth(self) -> int:
+        """Return how many levels of layers there are within this one."""
+        return max((1 + part.depth() for part in self.parts.values()), default=0)
 
     def leaves(self) -> list[Layer]:
         """Return the layers within this one that have no layers within them; the layer itself if it has none."""
@@ -113,7 +115,7 @@ def layer_rows(modules: Mapping[str, nn.Module]) -> Rows:
     seen: dict[Parameter, str] = {}
     layers = [read_layers(module, name, seen) for name, module in modules.items()]
     rows: Rows = ()
-    for depth in range(DEEPEST, 0, -1):
+    for depth in range(max(1, *(layer.depth() for layer in layers)), 0, -1):
         rows = tuple(row for layer in layers for row in layer.rows(depth))
         if len(rows) <= MOST_ROWS:
             return rows
