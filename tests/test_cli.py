@@ -88,10 +88,10 @@ def test_the_table_is_aligned_and_says_what_was_verified(tmp_path: Path, capsys:
     main(["checkpoints", str(tmp_path)])
     main(["checkpoints", "--verify", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        "name       step  epoch  loss    size  label  state",
-        "step-0001     1      1   1.5  1.3 kB  best   manifest intact, files not read",
-        "name       step  epoch  loss    size  label  state",
-        "step-0001     1      1   1.5  1.3 kB  best   intact",
+        "name       step  epoch  loss     size  label  state",
+        "step-0001     1      1   1.5  1.3 KiB  best   manifest intact, files not read",
+        "name       step  epoch  loss     size  label  state",
+        "step-0001     1      1   1.5  1.3 KiB  best   intact",
     ]
 
 

@@ -11,7 +11,17 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from ptacc import DeepSpeedMixin, EMAMixin, Epochs, FreezeMixin, FSDPMixin, GradAccumMixin, RestoreBestWeights, Trainer
+from ptacc import (
+    DeepSpeedMixin,
+    EMAMixin,
+    Epochs,
+    FreezeMixin,
+    FSDPMixin,
+    GradAccumMixin,
+    RestoreBestWeights,
+    TensorParallelMixin,
+    Trainer,
+)
 from ptacc.errors import OptionError
 from ptacc.loop.advice import advise_on_matmul, advise_on_optimizer, has_sparse_gradients
 from ptacc.loop.explain import HEADINGS, VALUE_WIDTH, shorten
@@ -262,6 +272,9 @@ def test_modules_that_are_trained_with_the_model_are_in_the_tables_of_layers_and
 class Sharded(FSDPMixin, Trainer): ...
 
 
+class Split(TensorParallelMixin, Trainer): ...
+
+
 class Partitioned(DeepSpeedMixin, Trainer): ...  # by default in ZeRO's stage 2
 
 
@@ -279,6 +292,15 @@ def test_the_memory_of_sharded_tensors_is_that_of_a_rank(
     sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     sizes["total"] = sum(sizes.values())
     assert run_ranks(sizes_on_rank, 2, kind) == [{what: f"{size} B" for what, size in sizes.items()}] * 2
+
+
+def total_of_split_model() -> str:
+    return Split(**tiny_parts(), tensor_parallel_size=2).explain()["memory"][-1][2]
+
+
+def test_the_memory_of_a_model_that_tensor_parallelism_splits_is_a_bound() -> None:
+    text = "less where tensor parallelism splits layers over 2 ranks, without activations"
+    assert all(total.startswith(text) for total in run_ranks(total_of_split_model, 2))
 
 
 class Freezing(FreezeMixin, Trainer): ...

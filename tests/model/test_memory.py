@@ -93,16 +93,16 @@ def test_the_state_of_an_unknown_optimizer_is_unknown_before_a_step(kind: type[A
 
 
 def test_sharded_tensors_are_divided_and_buffers_are_not() -> None:
-    model = nn.Sequential(nn.Linear(250, 250, bias=False), nn.BatchNorm1d(500, affine=False))
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.BatchNorm1d(511, affine=False))
     rows = memory_rows(model, {"optimizer": Adam(model.parameters())}, "no", ShardCounts(4, 2, 1))
     assert [(what, size) for what, size, _ in rows] == [
-        ("weights", "62.5 kB"),
-        ("buffers", "4.0 kB"),
-        ("gradients", "125.0 kB"),
-        ("optimizer", "500.0 kB"),
-        ("total", "691.5 kB"),
+        ("weights", "64.0 KiB"),
+        ("buffers", "4.0 KiB"),
+        ("gradients", "128.0 KiB"),
+        ("optimizer", "512.0 KiB"),
+        ("total", "708.0 KiB"),
     ]
-    assert rows[0][2] == "62,500 parameters in float32, sharded over 4 ranks"
+    assert rows[0][2] == "65,536 parameters in float32, sharded over 4 ranks"
 
 
 def test_autocast_keeps_copies_of_weights_as_large_as_estimated() -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 
 def format_bytes(size: float) -> str:
-    """Return a number of bytes in decimal units: 1 kB is 1,000 bytes.
+    """Return a number of bytes in binary units, as torch reports memory: 1 KiB is 1,024 bytes.
 
     Example:
-        >>> format_bytes(999), format_bytes(1500), format_bytes(497_759_232)
-        ('999 B', '1.5 kB', '497.8 MB')
+        >>> format_bytes(1023), format_bytes(1536), format_bytes(497_759_232), format_bytes(3 * 2**30)
+        ('1023 B', '1.5 KiB', '474.7 MiB', '3.00 GiB')
     """
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:  # larger ones are rounded to 1000.0
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:.1f} TB"
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2)):
+        if size < 1024:
+            return f"{size:.{digits}f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
 
 
 def format_value(value: float) -> str:

@@ -20,11 +20,11 @@ class Table:
         numeric: Titles of the columns that are aligned to the right.
 
     Example:
-        >>> table = Table((("weights", "1.5 kB"), ("buffers", "80 B")), ("what", "size"), frozenset({"size"}))
+        >>> table = Table((("weights", "1.5 KiB"), ("buffers", "80 B")), ("what", "size"), frozenset({"size"}))
         >>> print(table.to_text())
-          what       size
-          weights  1.5 kB
-          buffers    80 B
+          what        size
+          weights  1.5 KiB
+          buffers     80 B
     """
 
     rows: Rows

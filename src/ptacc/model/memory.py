@@ -30,11 +30,15 @@ STATE_TENSORS: Mapping[type[Optimizer], tuple[int, tuple[str, ...]]] = {
 
 
 class ShardCounts(NamedTuple):
-    """The numbers of ranks over which a tensor of each kind is sharded."""
+    """The numbers of ranks over which a tensor of each kind is sharded.
+
+    `layers` is the number over which tensor parallelism splits some layers; it is not known how much of the model.
+    """
 
     weights: int = 1
     gradients: int = 1
     optimizer: int = 1
+    layers: int = 1
 
 
 def has_shape(tensor: Tensor) -> bool:
@@ -97,13 +101,14 @@ def memory_rows(
         detail = f"{precision} copies of weights, at most: autocast keeps them until the backward pass"
         sizes.append(("autocast", count_bytes(autocast_weights(model)) / 2, detail))
     known = [size for _, size, _ in sizes if size is not None]
-    least = "at least, " if len(known) < len(sizes) else ""
+    limits = "at least, " * (len(known) < len(sizes))
+    limits += f"less where tensor parallelism splits layers over {shards.layers} ranks, " * (shards.layers > 1)
     rows = (
         (what, "unknown" if size is None else format_bytes(size), detail)
         for what, size, detail in sizes
         if size != 0 or what in optimizers
     )
-    return (*rows, ("total", format_bytes(sum(known)), f"{least}without activations, which depend on the batch size"))
+    return (*rows, ("total", format_bytes(sum(known)), f"{limits}without activations, which depend on the batch size"))
 
 
 def describe(tensors: Iterable[Tensor], kind: str, shards: int) -> str:

@@ -95,7 +95,7 @@ class ShardingMixin(Mixin):
     @override
     def _shard_counts(self) -> ShardCounts:
         count = self.distributed.replicas // self.sharded_replicas() if DATA in self.shard_functions() else 1
-        return ShardCounts(count, count, count)
+        return ShardCounts(count, count, count, self._distributed.replica_size)
 
     @override
     @contextlib.contextmanager
