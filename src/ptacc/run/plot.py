@@ -71,7 +71,7 @@ def draw_run(
         if axis.get_legend_handles_labels()[1]:
             axis.legend()
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     return figure
 
 
