@@ -29,6 +29,7 @@ from ptacc import (
     Minutes,
     Monitor,
     Pair,
+    PrintMetrics,
     ProgressBar,
     RestoreBestWeights,
     RunPlan,
@@ -313,10 +314,16 @@ def test_a_value_that_is_not_a_cadence_is_refused(value: object) -> None:
         trainer.train(DATA, DATA, num_epochs=1, evaluate_every=value)
 
 
-@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+@pytest.mark.parametrize("value", [0, -1, True, math.nan, "1"])
 def test_a_bar_with_an_invalid_interval_is_refused(value: Any) -> None:
-    with pytest.raises(OptionError, match=rf"ProgressBar\(every={value!r}\)"):
-        ProgressBar(every=value)
+    with pytest.raises(OptionError, match=rf"ProgressBar\(refresh_seconds={value!r}\): must be a finite"):
+        ProgressBar(refresh_seconds=value)
+
+
+@pytest.mark.parametrize("value", ["step", 1, Steps(1)])
+def test_a_table_with_other_rows_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"PrintMetrics\(every=.*must be one of 'epoch', 'evaluation', 'report'"):
+        PrintMetrics(every=value)
 
 
 def test_a_run_without_an_end_is_refused() -> None:

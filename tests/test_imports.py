@@ -39,6 +39,7 @@ PACKAGES = [
     "rng",
     "types",
     "files",
+    "console",
     "validation",
     "display",
     "errors",

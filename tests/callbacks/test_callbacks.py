@@ -1,7 +1,4 @@
-import io
 import math
-import re
-import sys
 from typing import Any
 
 import pytest
@@ -13,8 +10,6 @@ from ptacc import (
     Callback,
     MetricsMixin,
     Monitor,
-    PrintMetrics,
-    ProgressBar,
     RestoreBestWeights,
     StopOnNonFinite,
     Trainer,
@@ -78,86 +73,6 @@ def test_the_default_callbacks_come_first() -> None:
     trainer = Trainer(**options, callbacks=[RestoreBestWeights("train_loss")])
     names = [type(callback).__name__ for callback in trainer.all_callbacks()]
     assert names == ["StopOnNonFinite", "ProgressBar", "PrintMetrics", "RestoreBestWeights"]
-
-
-def test_the_printed_table_has_a_row_for_each_epoch() -> None:
-    out = io.StringIO()
-    Trainer(**make_parts(PrintMetrics(file=out))).train(tiny_data(), tiny_data(8), num_epochs=3)
-    header, *rows = out.getvalue().splitlines()
-    assert header.split() == ["epoch", "step", "train_loss", "learning_rate", "eval_loss", "seconds"]
-    assert [row.split()[:2] for row in rows] == [["1", "3"], ["2", "6"], ["3", "9"]]
-    assert len({len(line) for line in (header, *rows)}) == 1
-
-
-def test_the_learning_rates_of_parameter_groups_are_in_the_steps_of_the_history_only() -> None:
-    out = io.StringIO()
-    parts = make_parts(PrintMetrics(file=out))
-    weight, bias = parts["model"].parameters()
-    groups: list[dict[str, Any]] = [{"params": [weight], "name": "weight"}, {"params": [bias], "lr": 0.5}]
-    parts["optimizer"] = torch.optim.SGD(groups, lr=0.1)
-    history = Trainer(**parts).train(tiny_data(), num_epochs=1)
-    assert history.steps[0].logged == {"weight/learning_rate": 0.1, "1/learning_rate": 0.5}
-    assert out.getvalue().split()[:5] == ["epoch", "step", "train_loss", "learning_rate", "seconds"]
-
-
-def test_the_printed_table_ends_with_the_stop_reason() -> None:
-    out = io.StringIO()
-    Breaking(**make_parts(StopOnNonFinite(), PrintMetrics(file=out))).train(tiny_data(), num_epochs=9)
-    assert out.getvalue().splitlines()[-1] == "stopped after step 3: non-finite loss at step 3"
-
-
-def test_the_bar_is_hidden_without_a_terminal() -> None:
-    out = io.StringIO()
-    Trainer(**make_parts(ProgressBar(file=out))).train(tiny_data(), num_epochs=1)
-    assert out.getvalue() == ""
-
-
-class Writer:
-    """A stream without `isatty`, as some services install."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None: ...
-
-
-@pytest.mark.parametrize("stream", [None, Writer()], ids=["no console", "no isatty"])
-@pytest.mark.parametrize("shown", [None, True])
-def test_the_default_callbacks_work_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, stream: Writer | None, shown: bool | None
-) -> None:
-    trainer = Trainer(**make_parts(ProgressBar(shown=shown), PrintMetrics()))
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys, "stderr", stream)
-    history = trainer.train(tiny_data(), tiny_data(), num_epochs=1)
-    monkeypatch.undo()
-    assert len(history) == 1
-
-
-def test_the_bar_shows_loss_rate_and_speed() -> None:
-    out = io.StringIO()
-    Trainer(**make_parts(ProgressBar(file=out, shown=True, every=1))).train(tiny_data(), tiny_data(), num_epochs=2)
-    assert "epoch 1/2" in out.getvalue()
-    assert all(word in out.getvalue() for word in ("loss=", "lr=1.00e-01", "items=", "evaluating"))
-
-
-def test_the_bar_shows_the_mean_loss_of_the_epoch_so_far() -> None:
-    out = io.StringIO()
-    bar = ProgressBar(file=out, shown=True, every=2)
-    first, second, _ = Trainer(**make_parts(bar)).train(tiny_data(), tiny_data(), num_epochs=1).steps
-    assert set(re.findall(r"loss=([\d.?]+)", out.getvalue())) == {f"{(first.loss + second.loss) / 2:.4f}"}
-
-
-def test_the_bar_is_closed_by_an_exception() -> None:
-    class Failing(Trainer):
-        @override
-        def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-            raise KeyError("on purpose")
-
-    bar = ProgressBar(file=io.StringIO(), shown=True)
-    with pytest.raises(KeyError):
-        Failing(**make_parts(bar)).train(tiny_data(), num_epochs=1)
-    assert bar._bar is None  # noqa: SLF001 - an open bar would garble later output
 
 
 class Worsening(Trainer):

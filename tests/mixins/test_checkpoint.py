@@ -379,11 +379,12 @@ def test_a_run_without_an_intact_checkpoint_does_not_start_silently(tmp_path: Pa
 
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(
-    tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "ptacc")
     stopped = train(tmp_path / "run", callbacks=[At(step, lambda trainer: trainer.stop("enough"))])
     again = train(tmp_path / "run", resume=True, num_epochs=9)
-    assert f"the run was stopped (enough) after {step} steps, so nothing was trained" in capsys.readouterr().out
+    assert f"the run was stopped (enough) after {step} steps, so nothing was trained" in caplog.messages[-1]
     assert (again.history.stop_reason, again.progress.steps) == ("enough", step)
     assert torch.equal(weights(again), weights(stopped))
     assert [epoch.values() for epoch in again.history] == [epoch.values() for epoch in stopped.history]
@@ -392,10 +393,11 @@ def test_a_stopped_run_stays_stopped_until_it_is_asked_to_continue(
     assert torch.equal(weights(resumed), weights(train(tmp_path / "whole")))
 
 
-def test_a_finished_run_says_so_and_returns_its_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_returns_its_history(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ptacc")
     history = train(tmp_path / "run", num_epochs=2).history
     again = train(tmp_path / "run", resume=True, num_epochs=2)
-    assert "Saving.train(): the run is complete after 6 steps, so nothing was trained." in capsys.readouterr().out
+    assert "Saving.train(): the run is complete after 6 steps, so nothing was trained." in caplog.messages[-1]
     assert list(again.history) == list(history)
     assert again.history.steps == history.steps
     assert train(tmp_path / "run", resume=True, num_epochs=3).progress.steps == 9

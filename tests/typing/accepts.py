@@ -417,8 +417,10 @@ Trainer(net, loss_func=loss, optimizer=opt)
 Trainer(model=net, loss_func=cross_entropy, optimizer=opt)
 Trainer(net, loss_func=lambda outputs, targets: (outputs - targets).mean(), optimizer=opt)
 Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=(), history_file=Path("history.jsonl"))
-Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics()])
-Trainer(net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(every=5), RestoreBestWeights("eval_loss")))
+Trainer(net, loss_func=loss, optimizer=opt, default_callbacks=[*default_callbacks(), PrintMetrics(every="report")])
+Trainer(
+    net, loss_func=loss, optimizer=opt, callbacks=(ProgressBar(refresh_seconds=0.5), RestoreBestWeights("eval_loss"))
+)
 listeners_made_before = (StopOnNonFinite(), PrintMetrics(), RestoreBestWeights("eval_loss"))  # mypy needs a tuple
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=listeners_made_before)
 make_trainer = functools.partial(Trainer, loss_func=loss, optimizer=opt)

@@ -1,60 +1,158 @@
-"""Print a table of epochs."""
+"""Print a table of the values of a run."""
 
 from __future__ import annotations
 
-from typing import TextIO
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TextIO, TypeAlias, get_args
 
 from typing_extensions import override
 
+from ptacc.console import DEFAULT_COLUMNS, count_columns, is_watched, write_line
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.types.outputs import EpochRecord
+from ptacc.validation import check_choice
+
+Rows: TypeAlias = Literal["epoch", "evaluation", "report"]
 
 WIDTH = 10
+FIRST = {"epoch": 5, "step": 7}
+LAST = {"seconds": 7}
+HEADER_EVERY = 40
+"""Rows between two headers."""
+LOG_SECONDS = 10.0
+"""The shortest time, in seconds, between a row and that of a report in a log file, if `every` is not given."""
 
 
 class PrintMetrics(Callback[TrainerCore]):
-    """Prints a row for each epoch, on rank 0: the epoch, the step, every reported value, and the seconds.
+    """Prints rows of values, on rank 0: the epoch, the step, every value, and the seconds since the start of the epoch.
+
+    The row of an epoch has the means over the epoch. Other rows have the values since the last report: see
+    `Callback.on_values`. In a terminal, columns that are too wide for it are printed below the row, on a line for each
+    evaluation set.
 
     Args:
+        every: `"epoch"` prints a row for each epoch, `"evaluation"` also one for each evaluation within an epoch, and
+            `"report"` also one for each report in between, as often as `log_every` says. By default, rows are those of
+            `"evaluation"`; a log file has a row for a report, too, if there was none for 10 seconds.
         file: The file to print to, by default standard output.
+
+    Raises:
+        OptionError: `every` has another value.
     """
 
-    def __init__(self, *, file: TextIO | None = None) -> None:
-        self._file = file
-        self._columns: list[str] = []
+    def __init__(self, *, every: Rows | None = None, file: TextIO | None = None) -> None:
+        check_choice("PrintMetrics", "every", every, get_args(Rows), "the default")
+        self._every, self._given_file = every, file
+
+    @property
+    def _file(self) -> TextIO | None:
+        return self._given_file or sys.stdout  # None without a console
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        self._columns = []
+        self._columns: list[str] = []
+        self._sets: dict[str, str] = {}  # the evaluation set of each value
+        self._header, self._rows, self._last_step, self._last_time = "", 0, -1, time.monotonic()
 
     @override
     def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        if trainer.distributed.rank != 0:
-            return
-        values = record.values()
-        if not values.keys() <= set(self._columns):  # print a new header
-            self._columns = list(dict.fromkeys([*self._columns, *values]))
-            self._print(["epoch", "step", *self._columns, "seconds"])
-        row = [format_number(values[name], name) if name in values else "" for name in self._columns]
-        self._print([str(record.epoch), str(record.step), *row, f"{record.seconds:.2f}"])
+        self._print(trainer, record.epoch, record.step, record.seconds, record.values())
 
     @override
-    def on_run_end(self, trainer: TrainerCore) -> None:
-        if trainer.history.stop_reason is not None and trainer.distributed.rank == 0:
-            print(f"stopped after step {trainer.progress.steps}: {trainer.history.stop_reason}", file=self._file)
+    def on_values(self, trainer: TrainerCore, values: Mapping[str, float], step: int) -> None:
+        run = trainer.run
+        # The row of an epoch has been printed, or follows at the end of the run.
+        if step != self._last_step and not (run.is_done() and run.is_within_epoch) and self._is_due(trainer, step):
+            shown = {name: value for name, value in values.items() if name != "epoch"}
+            self._print(trainer, int(values["epoch"]), step, time.monotonic() - run.epoch.started, shown)
 
-    def _print(self, cells: list[str]) -> None:
-        names = ["epoch", "step", *self._columns, "seconds"]
-        widths = [max(len(name), WIDTH if name in self._columns else 5) for name in names]
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), file=self._file)
+    def _is_due(self, trainer: TrainerCore, step: int) -> bool:
+        evaluations = trainer.history.evaluations
+        if self._every == "report" or (self._every != "epoch" and evaluations and evaluations[-1].step == step):
+            return True
+        is_late = time.monotonic() - self._last_time >= LOG_SECONDS
+        return self._every is None and is_late and not is_watched(self._file)
+
+    def _print(self, trainer: TrainerCore, epoch: int, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        self._last_step, self._last_time = step, time.monotonic()
+        if trainer.distributed.rank != 0:
+            return
+        if not values.keys() <= set(self._columns):
+            self._columns = list(dict.fromkeys([*values, *self._columns]))
+        columns = count_columns(self._file)
+        for name, result in trainer.run.epoch.evaluations.items():
+            self._sets |= dict.fromkeys(result.values(name), name)
+        table, below = arrange(self._columns, self._sets, columns)
+        widths = FIRST | {name: column_width(name) for name in table} | LAST
+        header = join_cells(widths, widths.values())
+        if header != self._header or self._rows == HEADER_EVERY:
+            self._write(header)
+            self._header, self._rows = header, 0
+        cells = {name: format_number(values[name], name) for name in values}
+        row = [str(epoch), str(step), *(cells.get(name, "") for name in table), f"{seconds:.2f}"]
+        self._write(join_cells(row, widths.values()))
+        for group in below:
+            if pairs := [f"{name}={cells[name]}" for name in group if name in cells]:
+                self._write(join_pairs(pairs, columns or DEFAULT_COLUMNS))
+        self._rows += 1
+
+    def _write(self, text: str) -> None:
+        write_line(text, self._file)
+
+
+def arrange(names: Sequence[str], sets: Mapping[str, str], columns: int | None) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of a table, and those that are printed below it because it is too wide, in groups.
+
+    Args:
+        names: Names of the values.
+        sets: The evaluation set of each value that an evaluation reported.
+        columns: Width of the terminal; None if lines may be of any length.
+
+    Example:
+        >>> arrange(["train_loss", "eval_loss", "accuracy"], {"eval_loss": "", "accuracy": ""}, 50)
+        (['train_loss'], [['eval_loss', 'accuracy']])
+    """
+    ends = FIRST | LAST
+    room = math.inf if columns is None else columns - len(join_cells(ends, ends.values()))
+    if sum(column_width(name) + 2 for name in names) <= room:
+        return list(names), []
+    own, table = [name for name in names if name not in sets], []
+    while own and (room := room - column_width(own[0]) - 2) >= 0:
+        table.append(own.pop(0))
+    by_set = ([name for name in names if sets.get(name) == one] for one in dict.fromkeys(sets.values()))
+    return table, [group for group in (own, *by_set) if group]
+
+
+def column_width(name: str) -> int:
+    """Return the width of a column of values."""
+    return max(len(name), WIDTH)
+
+
+def join_pairs(pairs: Sequence[str], columns: int) -> str:
+    """Return indented lines with as many of the pairs as fit."""
+    indent = " " * FIRST["epoch"] + "  "
+    return textwrap.fill(
+        "  ".join(pairs), columns, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def join_cells(cells: Iterable[str], widths: Iterable[int]) -> str:
+    """Return a line with cells of these widths."""
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
 def format_number(value: float, name: str = "") -> str:
     """Return a value with five significant digits, a learning rate with three.
 
     Example:
-        >>> format_number(0.123456), format_number(0.123456, "learning_rate")
-        ('0.12346', '0.123')
+        >>> format_number(0.123456), format_number(0.123456, "learning_rate"), format_number(1234567.8)
+        ('0.12346', '0.123', '1,234,568')
     """
-    return f"{value:.3g}" if name == "learning_rate" else f"{value:.5g}"
+    if name.startswith("learning_rate"):
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e12 else f"{value:.5g}"

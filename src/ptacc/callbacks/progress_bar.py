@@ -2,101 +2,196 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import NoReturn, TextIO
+import time
+from typing import TextIO
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
+from ptacc.console import Bar, is_watched
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.running_loss import RunningLoss
 from ptacc.run.step_result import StepResult
-from ptacc.types.outputs import EpochRecord, EvalResult
-from ptacc.validation import check_at_least
+from ptacc.types.arguments import max_seconds
+from ptacc.types.outputs import EvalResult
+from ptacc.validation import check_positive
+
+DECAY = 0.9
+"""Factor of the weight of earlier steps in the loss and the speed, at each update of the bar."""
 
 
 class ProgressBar(Callback[TrainerCore]):
-    """Shows a bar for each epoch, on rank 0: loss, learning rate, items per second and remaining time.
+    """Shows a bar for each epoch, evaluation and prediction, in a terminal or a notebook, on rank 0.
 
-    The loss is the mean over rank 0's items of the epoch so far. Reading it does not synchronise a GPU: there, the bar
-    shows the loss of the update before.
+    The bar of an epoch shows, as far as they fit: the loss, the remaining time of the epoch and of the run, the items
+    per second, and the learning rate. The remaining times include evaluations and checkpoints at the rate of the run so
+    far.
+
+    The loss is a mean over rank 0's last steps: about those of the last second, or the last ten if a step takes longer
+    than 0.1 seconds. Reading it does not synchronise a GPU: there, the bar shows the loss of the update before.
 
     Args:
-        every: Steps between two updates, at least 1.
-        file: The file to write to, by default standard error.
-        shown: Whether to show the bar, by default if `file` is a terminal.
+        refresh_seconds: The shortest time between two updates of the bar.
+        file: The terminal to write to, by default standard error.
+        shown: Whether to show the bar, by default if `file` is a terminal or the output of a notebook.
 
     Raises:
-        OptionError: `every` is less than 1.
+        OptionError: `refresh_seconds` is not a positive number.
     """
 
-    def __init__(self, *, every: int = 10, file: TextIO | None = None, shown: bool | None = None) -> None:
-        check_at_least("ProgressBar", "every", every, 1)
-        self._every, self._file, self._shown = every, file, shown
-        self._bar: tqdm[NoReturn] | None = None
-        self._title = ""
-        self._loss = "?"
-        self._steps_before = 0
+    def __init__(self, *, refresh_seconds: float = 0.1, file: TextIO | None = None, shown: bool | None = None) -> None:
+        check_positive("ProgressBar", "refresh_seconds", refresh_seconds)
+        self._refresh_seconds, self._file, self._shown = refresh_seconds, file, shown
+        self._bar: Bar | None = None
+        self._due = 0.0
+
+    def _open(self, trainer: TrainerCore) -> None:
+        self._close()
+        file = self._file or sys.stderr  # None without a console
+        shown = is_watched(file) if self._shown is None else self._shown
+        if file is not None and shown and trainer.distributed.rank == 0:
+            self._bar, self._due = Bar(file), 0.0
+
+    def _close(self, *, is_complete: bool = False) -> None:
+        if self._bar is not None:
+            self._bar.close(is_complete=is_complete)
+            self._bar = None
+
+    # ---- a run
+
+    @override
+    def on_run_start(self, trainer: TrainerCore) -> None:
+        self._open(trainer)
+        self._steps: list[StepResult] = []  # since the last update
+        self._rate: float | Tensor | None = None
+        self._losses, self._loss = RunningLoss(trainer.device), ""
+        self._items, self._seconds, self._measured_at = 0.0, 0.0, time.monotonic()
+        self._start: tuple[int, float] | None = None  # a number of steps, and the time after them
 
     @override
     def on_epoch_start(self, trainer: TrainerCore) -> None:
-        file = self._file or sys.stderr  # None without a console
-        is_terminal = getattr(file, "isatty", lambda: False)
-        shown = file is not None and (is_terminal() if self._shown is None else self._shown)
-        if shown and trainer.distributed.rank == 0:
-            plan = trainer.run.plan
-            of_epochs = f"/{plan.known_epochs}" if plan.known_epochs is not None else ""
-            self._title = f"epoch {trainer.progress.epochs + 1}{of_epochs}"
-            self._steps_before = trainer.progress.steps
-            self._losses, self._loss = RunningLoss(trainer.device), "?"
-            self._bar = tqdm(
-                total=plan.known_steps_per_epoch,
-                desc=self._title,
-                unit="step",
-                file=file,
-                leave=False,
-                dynamic_ncols=True,
-            )
+        if self._bar is not None and time.monotonic() >= self._due:
+            self._show_epoch(self._bar, trainer)
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
-        bar = self._bar
-        if bar is None:
+        if self._bar is None:
             return
-        self._losses.add(step.loss, step.items)
-        if step.step % self._every:
-            return
-        seconds = max(bar.format_dict["elapsed"], 1e-9)
-        if (mean := self._losses.read()) is not None:
-            self._loss = f"{mean:.4f}"
-        bar.set_postfix(
-            loss=self._loss,
-            lr=f"{float(step.learning_rate):.2e}",
-            items=f"{self._losses.items / seconds:.0f}/s",
-            refresh=False,
-        )
-        bar.update(step.step - self._steps_before - bar.n)
+        self._steps.append(step)
+        if time.monotonic() >= self._due:
+            self._show_epoch(self._bar, trainer)
 
     @override
-    def on_epoch_end(self, trainer: TrainerCore, record: EpochRecord) -> None:
-        self._close()
-
-    @override
-    def on_evaluation_start(self, trainer: TrainerCore, name: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description_str(f"evaluating {name}".rstrip())
-
-    @override
-    def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
-        if self._bar is not None:
-            self._bar.set_description_str(self._title)
+    def on_run_end(self, trainer: TrainerCore) -> None:
+        self._close(is_complete=True)
 
     @override
     def on_exception(self, trainer: TrainerCore, error: BaseException) -> None:
         self._close()
 
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def _show_epoch(self, bar: Bar, trainer: TrainerCore) -> None:
+        self._measure()
+        run, progress, plan = trainer.run, trainer.progress, trainer.run.plan
+        if self._start is None and progress.steps:
+            self._start = progress.steps, self._measured_at
+        done = math.ceil(progress.batches / run.accumulation_steps)
+        steps_left = None if plan.known_total_steps is None else plan.known_total_steps - progress.steps
+        lengths = [plan.known_steps_per_epoch, None if steps_left is None else done + steps_left]
+        total = min((length for length in lengths if length is not None), default=None)
+        run_left = self._seconds_for(steps_left, progress.steps)
+        if (limit := max_seconds(run.options)) is not None:
+            run_left = max(min(limit - run.elapsed, math.inf if run_left is None else run_left), 0.0)
+        epoch_left = self._seconds_for(None if total is None else total - done, progress.steps)
+        of_epochs = "" if plan.known_epochs is None else f"/{plan.known_epochs}"
+        bar.show(f"epoch {progress.epochs + 1}{of_epochs}", done, total, self._notes(epoch_left, run_left))
+        self._due = self._measured_at + self._refresh_seconds
+
+    def _notes(self, epoch_left: float | None, run_left: float | None) -> list[str]:
+        notes = [self._loss] if self._loss else []
+        if epoch_left is not None:
+            notes.append(f"{tqdm.format_interval(epoch_left)} left")
+        if run_left is not None and run_left != epoch_left:
+            notes.append(f"run {tqdm.format_interval(run_left)} left")
+        if self._seconds:
+            notes.append(f"{format_speed(self._items / self._seconds)} items/s")
+        if self._rate is not None and not isinstance(self._rate, Tensor):  # a tensor may be on the device
+            notes.append(f"lr {self._rate:.3g}")
+        return notes
+
+    def _measure(self) -> None:
+        """Add the steps since the last update to the loss and the speed."""
+        now, steps = time.monotonic(), self._steps
+        if steps:
+            self._losses.decay(DECAY)
+            self._losses.add(torch.stack([step.loss for step in steps]).mean(), len(steps))
+            if (mean := self._losses.read()) is not None:
+                self._loss = f"loss {mean:.4f}"
+                if not math.isfinite(mean):
+                    self._losses = RunningLoss(steps[-1].loss.device)
+            self._rate = steps[-1].learning_rate
+            self._items = DECAY * self._items + sum(step.items for step in steps)
+            self._seconds = DECAY * self._seconds + now - self._measured_at
+        self._steps, self._measured_at = [], now
+
+    def _seconds_for(self, steps: int | None, done: int) -> float | None:
+        """Return how long a number of steps will take, None if it is unknown."""
+        if steps is None or self._start is None or done == self._start[0]:
+            return None
+        return steps * (self._measured_at - self._start[1]) / (done - self._start[0])
+
+    # ---- evaluations and predictions
+
+    @override
+    def on_evaluation_start(self, trainer: TrainerCore, name: str) -> None:
+        self._start_eval(trainer, f"evaluating {name}".rstrip())
+
+    @override
+    def on_prediction_start(self, trainer: TrainerCore) -> None:
+        self._start_eval(trainer, "predicting")
+
+    @override
+    def on_eval_progress(self, trainer: TrainerCore, done: int, total: int | None) -> None:
+        if self._bar is None:
+            return
+        now, is_end = time.monotonic(), self._shows_eval and done == total
+        if now < self._due and not is_end:
+            return
+        seconds = (now - self._eval_started) / done
+        notes = [] if total is None else [f"{tqdm.format_interval((total - done) * seconds)} left"]
+        self._bar.show(self._title, done, total, notes)
+        self._shows_eval, self._due = True, now + self._refresh_seconds
+
+    @override
+    def on_evaluation_end(self, trainer: TrainerCore, name: str, result: EvalResult) -> None:
+        self._end_eval(trainer)
+
+    @override
+    def on_prediction_end(self, trainer: TrainerCore) -> None:
+        self._end_eval(trainer)
+
+    def _start_eval(self, trainer: TrainerCore, title: str) -> None:
+        if trainer.is_running:
+            self._measure()
+        else:
+            self._open(trainer)
+        self._title, self._eval_started, self._shows_eval = title, time.monotonic(), False
+
+    def _end_eval(self, trainer: TrainerCore) -> None:
+        self._measured_at = time.monotonic()
+        if not trainer.is_running:
+            self._close(is_complete=True)
+
+
+def format_speed(speed: float) -> str:
+    """Return a number of items per second, with three digits if it is small.
+
+    Example:
+        >>> format_speed(12345.6), format_speed(3.14159)
+        ('12,346', '3.14')
+    """
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import platform
 import signal
@@ -22,6 +23,7 @@ from ptacc.checkpoint.retention import add_if_best
 from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.messages import announce
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence, Progress
@@ -51,6 +53,7 @@ class RunSaver:
     saved_at: Progress = field(default_factory=Progress)
     _best_values: list[float] = field(default_factory=list)
     _is_among_best: bool = False
+    _level: int = logging.DEBUG
     _requests: list[tuple[str | None, str]] = field(default_factory=list)
 
     def request(self, path: str | None, label: str) -> str:
@@ -78,25 +81,36 @@ class RunSaver:
             run.stopping.agree_on_clock(run.progress)  # a signal ends the run here, with one checkpoint
         self.save()
 
-    def save(self) -> None:
-        """Save the run, unless its weights are not finite."""
-        requests, self._requests, self._is_among_best = self._requests or [(None, "")], [], False
+    def save(self, level: int = logging.DEBUG) -> None:
+        """Save the run, unless its weights are not finite.
+
+        Args:
+            level: Level of the message. It is INFO if the checkpoint was requested, is among the best or is the last.
+        """
+        requests, self._requests = self._requests or [(None, "")], []
+        was_among_best, self._is_among_best = self._is_among_best, False
         run = self.trainer.run
         run.history.read_steps(run.distributed)
         for path, label in requests:
+            self.finish()
+            self._level = logging.INFO if path or label or was_among_best or run.is_done() else level
             self._save(path, label)
 
     def finish(self) -> None:
         """Wait for a checkpoint in the background, and report it. A collective."""
         if (path := self.manager.finish()) is not None:
-            self.on_saved(path)
+            self._report(path)
+
+    def _report(self, path: str) -> None:
+        announce(self.trainer, f"saved {path}", self._level)
+        self.on_saved(path)
 
     def save_on_exception(self) -> None:
         """Save the run before an exception ends it, even if the checkpoint before failed.
 
         Errors become warnings, since the exception itself is raised afterwards.
         """
-        for act in (self.finish, self.save, self.finish):
+        for act in (self.finish, functools.partial(self.save, logging.INFO), self.finish):
             try:
                 act()
             except Exception as failure:  # noqa: BLE001
@@ -112,13 +126,12 @@ class RunSaver:
         return run.is_done() or self._is_among_best or (self.every is not None and run.is_due(self.every, last))
 
     def _save(self, path: str | None, label: str) -> None:
-        self.finish()
         if path is None:
             self.saved_at = self.trainer.progress  # first, since the checkpoint contains it
         with self.trainer.run.optimizer_modes.evaluating():
             saved = self._begin(path, label)
         if saved is not None:
-            self.on_saved(saved)
+            self._report(saved)
 
     def _begin(self, path: str | None, label: str) -> str | None:
         """Save the present state, or begin to save it in the background. Return the path of a complete checkpoint."""

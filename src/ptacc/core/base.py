@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 from ptacc.composition.composable import Composable, hook
 from ptacc.composition.roles import Role
+from ptacc.console import write_line
 from ptacc.core.callback import Callback
 from ptacc.core.checks import check_callbacks, check_logged
 from ptacc.data.batch import HostBatch
@@ -255,9 +257,9 @@ class TrainerBase(Composable):
         return self.accelerator.device
 
     def print(self, *args: object) -> None:
-        """Print once, on rank 0."""
+        """Print once, on rank 0, above the progress bar."""
         if self._distributed.rank == 0:
-            print(*args)  # noqa: T201  # printing is its purpose
+            write_line(" ".join(map(str, args)), sys.stdout)
 
     def on_main_process(self, function: Callable[P, T]) -> Callable[P, T | None]:
         """Decorate a function so that it runs on rank 0 only; on other ranks it returns None."""

@@ -87,6 +87,9 @@ class Callback(Generic[TrainerT_contra]):
             step: Optimizer steps completed.
         """
 
+    def on_eval_progress(self, trainer: TrainerT_contra, done: int, total: int | None) -> None:
+        """An evaluation or a prediction has computed `done` of its `total` batches on this rank; None if unknown."""
+
     def on_prediction_start(self, trainer: TrainerT_contra) -> None:
         """A prediction begins."""
 
@@ -128,6 +131,7 @@ class Events:
     evaluation_start: Event[[str]]
     evaluation_end: Event[[str, EvalResult]]
     values: Event[[Mapping[str, float], int]]
+    eval_progress: Event[[int, int | None]]
     prediction_start: Event[[]]
     prediction_end: Event[[]]
     exception: Event[[BaseException]]

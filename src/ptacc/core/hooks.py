@@ -269,6 +269,10 @@ class TrainerCore(TrainerBase):
         """Event: the run reports values, after a step or an epoch. See `Callback.on_values`."""
 
     @hook("event")
+    def on_eval_progress(self, done: int, total: int | None) -> None:
+        """Event: an evaluation or a prediction has computed `done` of its `total` batches on this rank."""
+
+    @hook("event")
     def on_prediction_start(self) -> None:
         """Event: a prediction begins."""
 

@@ -176,6 +176,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.evaluation_start(name)
             sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
+            total = source.num_batches()
             with EvalNotes(self, f"the evaluation of {name!r}" if name else "an evaluation") as notes:
                 for number, host in enumerate(notes.follow(batches), start=1):
                     self._distributed.count_progress()
@@ -184,6 +185,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     output = self._evaluate_batch(host, transfer)
                     if not host.is_padding:
                         sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
+                    events.eval_progress(number, total)
                     if self._is_interruptible() and self.run.stopping.poll_termination():
                         raise CoordinatedExit
                 result = self._make_result(name, sums.means(self._distributed))
@@ -242,10 +244,12 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         failures = self._distributed.propagate_failure("in a prediction")
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
+            batches, total = count_once_per_replica(source.epoch(0), self._distributed), source.num_batches()
             with EvalNotes(self, "a prediction") as notes:
-                for host in notes.follow(count_once_per_replica(source.epoch(0), self._distributed)):
+                for number, host in enumerate(notes.follow(batches), start=1):
                     check_not_skipped(host)
                     local = self._predict_batch(host, transfer)
+                    events.eval_progress(number, total)
                     # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                     for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
                         for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):

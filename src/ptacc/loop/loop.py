@@ -15,9 +15,11 @@ from typing_extensions import Unpack, override
 from ptacc.callbacks.defaults import default_callbacks
 from ptacc.composition.fields import property_option
 from ptacc.composition.roles import Role, is_mixin
+from ptacc.console import messages_shown
 from ptacc.core.callback import Callback, overrides
 from ptacc.core.checks import check_callbacks, check_model_class, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
+from ptacc.core.messages import announce
 from ptacc.data.dataloader_config import DEFAULT_BATCH_SIZE
 from ptacc.data.loading import known_length
 from ptacc.data.transfer import Transfer, make_transfer
@@ -238,7 +240,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 num_epochs=num_epochs, max_steps=max_steps, max_time=max_time, collate_fn=collate_fn, **options
             )
             check_run_options(run_options)
-        with self._wrapped_model() as before, self._reserved():
+        with messages_shown(), self._wrapped_model() as before, self._reserved():
             run = self._state.run = self._make_run(train_dataset, eval_dataset, run_options)
             self._state.averages = {}
             try:
@@ -341,7 +343,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 if run.is_within_epoch:  # the run ends within it
                     break
             if text := describe_finished_run(run):
-                self.print(f"{type(self).__name__}.train(): {text}")
+                announce(self, f"{type(self).__name__}.train(): {text}")
+            elif run.history.stop_reason is not None:
+                announce(self, f"stopped after step {run.progress.steps:,}: {run.history.stop_reason}")
             run.optimizer_modes.finish()
             events.run_end()
             run.engine.release()
@@ -524,6 +528,6 @@ def describe_finished_run(run: Run) -> str:
     else:
         what, advice = f"stops again ({reason})", "To continue it, change what stops it."
     return (
-        f"the run {what} after {run.progress.steps} steps, so nothing was trained. {advice} To start a new run, give "
+        f"the run {what} after {run.progress.steps:,} steps, so nothing was trained. {advice} To start a new run, give "
         "it a checkpoint_dir of its own."
     )

@@ -25,6 +25,7 @@ from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
 from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import check_first_states, collect_parts, fingerprint_start, restore_run
 from ptacc.core.hooks import Mixin
+from ptacc.core.messages import announce
 from ptacc.core.monitoring import epoch_values, evaluated_values
 from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError
@@ -233,6 +234,7 @@ class CheckpointMixin(Mixin):
         super().load_run_state()
         if (saved := self._resumption) is not None and restore_run(self, saved, self.resume_ignore):
             self._resumption = None
+            announce(self, f"resumed from step {self.progress.steps:,} ({saved.path})")
             self._events().load(saved.path)
 
     # ---- saving

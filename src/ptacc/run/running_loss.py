@@ -14,7 +14,7 @@ class RunningLoss:
     """Sums losses on their device, and reads their mean without synchronising.
 
     Attributes:
-        items: Number of items so far.
+        items: Number of items so far, or their weight after `decay`.
     """
 
     items: float
@@ -36,6 +36,14 @@ class RunningLoss:
             self._host_sum += loss.item() * items
         else:
             self._sum.add_(loss, alpha=items)
+
+    def decay(self, factor: float) -> None:
+        """Multiply the weight of the losses so far, compared with those to come."""
+        self.items *= factor
+        if self._host_sum is not None:
+            self._host_sum *= factor
+        else:
+            self._sum.mul_(factor)
 
     def read(self) -> float | None:
         """Return the mean so far; on another device than the CPU, that of an earlier call.
