@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
-from ptacc import Callback, CheckpointMixin, PrintMetrics, ProgressBar, StepResult, Steps, Trainer
+from ptacc import Cadence, Callback, CheckpointMixin, PrintMetrics, ProgressBar, StepResult, Steps, Trainer
+from ptacc.callbacks import progress_bar
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 from tests.terminals import open_terminal
@@ -95,15 +96,16 @@ def test_the_bar_moves_at_most_once_in_its_interval() -> None:
     assert (counters(text, "epoch 1/2"), counters(text, "epoch 2/2"), counters(text, "evaluating")) == (["0/3"], [], [])
 
 
-def test_the_loss_follows_the_last_steps() -> None:
+def test_the_loss_is_the_mean_over_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bar, "LOSS_STEPS", 2)
     losses: list[float] = []
 
     def act(trainer: Trainer) -> None:
         losses.extend(step.loss for step in trainer.train(tiny_data(), num_epochs=1).steps)
 
-    shown = list(dict.fromkeys(re.findall(r"loss ([\d.]+)", show(act))))
-    first, second, _ = losses
-    assert shown[:2] == [f"{first:.4f}", f"{(0.9 * first + second) / 1.9:.4f}"]
+    shown = re.findall(r"loss ([\d.]+)", show(act))
+    first, second, third = losses
+    assert list(dict.fromkeys(shown)) == [f"{mean:.4f}" for mean in (first, (first + second) / 2, (second + third) / 2)]
 
 
 def test_evaluations_have_bars_of_their_own() -> None:
@@ -141,8 +143,8 @@ def test_the_bar_of_a_partial_epoch_ends_at_its_last_step() -> None:
 def test_the_bar_of_a_resumed_epoch_starts_where_it_was_saved(tmp_path: Path) -> None:
     class Saving(CheckpointMixin, Trainer):
         checkpoint_dir: str | PathLike[str] = tmp_path
-        checkpoint_every = Steps(1)
-        resume = True
+        checkpoint_every: Cadence | None = Steps(1)
+        resume: bool | str | PathLike[str] = True
 
     Saving(**make_parts()).train(tiny_data(), max_steps=2)
     text = show(lambda trainer: trainer.train(tiny_data(), num_epochs=1), kind=Saving)

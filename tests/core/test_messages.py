@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.ranks import run_ranks
 
 class Saving(CheckpointMixin, SeedMixin, Trainer):
     seed: int | None = 0
-    resume = True
+    resume: bool | str | PathLike[str] = True
 
 
 class After(Callback[Saving]):

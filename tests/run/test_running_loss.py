@@ -1,5 +1,6 @@
 """The mean of losses is read when it has arrived on the host."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,14 @@ def test_on_the_cpu_the_mean_is_over_all_items_in_float64() -> None:
     losses.add(torch.tensor(1.0), 2)
     losses.add(torch.tensor(1e-12), 6)
     assert losses.read() == (2 + 6 * torch.tensor(1e-12).item()) / 8
+
+
+def test_after_a_reset_the_mean_is_over_later_items() -> None:
+    losses = RunningLoss(torch.device("cpu"))
+    losses.add(torch.tensor(math.nan), 2)
+    losses.reset()
+    losses.add(torch.tensor(3.0), 1)
+    assert losses.read() == 3.0
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])

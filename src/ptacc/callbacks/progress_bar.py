@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from typing import TextIO
 
 import torch
@@ -21,19 +22,21 @@ from ptacc.types.arguments import max_seconds
 from ptacc.types.outputs import EvalResult
 from ptacc.validation import check_positive
 
+LOSS_STEPS = 20
+"""Steps over which the loss is a mean."""
 DECAY = 0.9
-"""Factor of the weight of earlier steps in the loss and the speed, at each update of the bar."""
+"""Factor of the weight of earlier items in the speed, at each update of the bar."""
 
 
 class ProgressBar(Callback[TrainerCore]):
     """Shows a bar for each epoch, evaluation and prediction, in a terminal or a notebook, on rank 0.
 
     The bar of an epoch shows, as far as they fit: the loss, the remaining time of the epoch and of the run, the items
-    per second, and the learning rate. The remaining times include evaluations and checkpoints at the rate of the run so
-    far.
+    per second, and the learning rate. The remaining times include evaluations and checkpoints, as often as the run has
+    made them so far.
 
-    The loss is a mean over rank 0's last steps: about those of the last second, or the last ten if a step takes longer
-    than 0.1 seconds. Reading it does not synchronise a GPU: there, the bar shows the loss of the update before.
+    The loss is the mean over rank 0's last 20 steps. Reading it does not synchronise a GPU: there, the bar shows the
+    loss of the update before.
 
     Args:
         refresh_seconds: The shortest time between two updates of the bar.
@@ -49,12 +52,13 @@ class ProgressBar(Callback[TrainerCore]):
         self._refresh_seconds, self._file, self._shown = refresh_seconds, file, shown
         self._bar: Bar | None = None
         self._due = 0.0
+        self._title, self._eval_started, self._shows_eval = "", 0.0, False
 
     def _open(self, trainer: TrainerCore) -> None:
         self._close()
         file = self._file or sys.stderr  # None without a console
         shown = is_watched(file) if self._shown is None else self._shown
-        if file is not None and shown and trainer.distributed.rank == 0:
+        if file is not None and shown and trainer.distributed.is_main:
             self._bar, self._due = Bar(file), 0.0
 
     def _close(self, *, is_complete: bool = False) -> None:
@@ -67,10 +71,10 @@ class ProgressBar(Callback[TrainerCore]):
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
         self._open(trainer)
-        self._steps: list[StepResult] = []  # since the last update
-        self._rate: float | Tensor | None = None
+        self._steps: deque[StepResult] = deque(maxlen=LOSS_STEPS)
         self._losses, self._loss = RunningLoss(trainer.device), ""
-        self._items, self._seconds, self._measured_at = 0.0, 0.0, time.monotonic()
+        self._items, self._seconds = 0.0, 0.0
+        self._measured_at, self._items_before = time.monotonic(), trainer.progress.items
         self._start: tuple[int, float] | None = None  # a number of steps, and the time after them
 
     @override
@@ -95,7 +99,7 @@ class ProgressBar(Callback[TrainerCore]):
         self._close()
 
     def _show_epoch(self, bar: Bar, trainer: TrainerCore) -> None:
-        self._measure()
+        self._measure(trainer)
         run, progress, plan = trainer.run, trainer.progress, trainer.run.plan
         if self._start is None and progress.steps:
             self._start = progress.steps, self._measured_at
@@ -112,6 +116,12 @@ class ProgressBar(Callback[TrainerCore]):
         self._due = self._measured_at + self._refresh_seconds
 
     def _notes(self, epoch_left: float | None, run_left: float | None) -> list[str]:
+        """Return what the bar shows after its counter, the most important first."""
+        if self._steps:
+            self._losses.reset()
+            self._losses.add(torch.stack([step.loss for step in self._steps]).mean(), 1)
+            if (mean := self._losses.read()) is not None:
+                self._loss = f"loss {mean:.4f}"
         notes = [self._loss] if self._loss else []
         if epoch_left is not None:
             notes.append(f"{tqdm.format_interval(epoch_left)} left")
@@ -119,24 +129,17 @@ class ProgressBar(Callback[TrainerCore]):
             notes.append(f"run {tqdm.format_interval(run_left)} left")
         if self._seconds:
             notes.append(f"{format_speed(self._items / self._seconds)} items/s")
-        if self._rate is not None and not isinstance(self._rate, Tensor):  # a tensor may be on the device
-            notes.append(f"lr {self._rate:.3g}")
+        if self._steps and not isinstance(rate := self._steps[-1].learning_rate, Tensor):  # one may be on the device
+            notes.append(f"lr {rate:.3g}")
         return notes
 
-    def _measure(self) -> None:
-        """Add the steps since the last update to the loss and the speed."""
-        now, steps = time.monotonic(), self._steps
-        if steps:
-            self._losses.decay(DECAY)
-            self._losses.add(torch.stack([step.loss for step in steps]).mean(), len(steps))
-            if (mean := self._losses.read()) is not None:
-                self._loss = f"loss {mean:.4f}"
-                if not math.isfinite(mean):
-                    self._losses = RunningLoss(steps[-1].loss.device)
-            self._rate = steps[-1].learning_rate
-            self._items = DECAY * self._items + sum(step.items for step in steps)
+    def _measure(self, trainer: TrainerCore) -> None:
+        """Add the items since the last update to the speed."""
+        now, items = time.monotonic(), trainer.progress.items
+        if items > self._items_before:
+            self._items = DECAY * self._items + items - self._items_before
             self._seconds = DECAY * self._seconds + now - self._measured_at
-        self._steps, self._measured_at = [], now
+        self._measured_at, self._items_before = now, items
 
     def _seconds_for(self, steps: int | None, done: int) -> float | None:
         """Return how long a number of steps will take, None if it is unknown."""
@@ -176,7 +179,7 @@ class ProgressBar(Callback[TrainerCore]):
 
     def _start_eval(self, trainer: TrainerCore, title: str) -> None:
         if trainer.is_running:
-            self._measure()
+            self._measure(trainer)
         else:
             self._open(trainer)
         self._title, self._eval_started, self._shows_eval = title, time.monotonic(), False

@@ -14,7 +14,7 @@ class RunningLoss:
     """Sums losses on their device, and reads their mean without synchronising.
 
     Attributes:
-        items: Number of items so far, or their weight after `decay`.
+        items: Number of items since the last `reset`.
     """
 
     items: float
@@ -37,13 +37,13 @@ class RunningLoss:
         else:
             self._sum.add_(loss, alpha=items)
 
-    def decay(self, factor: float) -> None:
-        """Multiply the weight of the losses so far, compared with those to come."""
-        self.items *= factor
+    def reset(self) -> None:
+        """Leave the losses so far out of the means to come."""
+        self.items = 0.0
         if self._host_sum is not None:
-            self._host_sum *= factor
+            self._host_sum = 0.0
         else:
-            self._sum.mul_(factor)
+            self._sum.zero_()
 
     def read(self) -> float | None:
         """Return the mean so far; on another device than the CPU, that of an earlier call.
