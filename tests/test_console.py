@@ -57,9 +57,22 @@ def test_a_handler_of_the_user_replaces_ours(logger: logging.Logger) -> None:
     with unconfigured():
         handler = logging.StreamHandler(stream := io.StringIO())
         logger.addHandler(handler)
-        logger.setLevel("INFO")
+        logging.root.setLevel(logging.INFO)
         assert (shown_messages(), stream.getvalue()) == ("", "info\n")
         logger.removeHandler(handler)
+
+
+def test_a_handler_of_the_logger_needs_no_level() -> None:
+    with unconfigured():
+        LOGGER.addHandler(handler := logging.StreamHandler(stream := io.StringIO()))
+        assert (shown_messages(), stream.getvalue()) == ("", "info\n")
+        LOGGER.removeHandler(handler)
+
+
+def test_a_logger_that_does_not_propagate_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", False)
+    with unconfigured():
+        assert shown_messages() == ""
 
 
 def test_logging_that_is_configured_during_a_run_shows_messages_once() -> None:

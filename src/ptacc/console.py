@@ -64,12 +64,16 @@ class ConsoleHandler(logging.StreamHandler[TextIO]):
 
 @contextlib.contextmanager
 def messages_shown() -> Generator[None]:
-    """Show messages of level INFO and above within the block, if the user has not configured logging."""
-    if LOGGER.hasHandlers() or not LOGGER.propagate:
+    """Show messages of level INFO and above within the block, unless the root logger is configured.
+
+    A handler and a level of the logger `ptacc` that the user has set are used.
+    """
+    if logging.root.handlers or not LOGGER.propagate:
         yield
         return
     handler, level = ConsoleHandler(), LOGGER.level
-    LOGGER.addHandler(handler)
+    if not LOGGER.handlers:
+        LOGGER.addHandler(handler)
     LOGGER.setLevel(level or logging.INFO)
     try:
         yield
