@@ -14,13 +14,19 @@ from tqdm import tqdm
 from typing_extensions import override
 
 LOGGER = logging.getLogger("ptacc")
+COLUMNS, ROWS = 80, 20
+"""Size of a notebook, and of a terminal that does not report its size."""
 NARROW = 60
-"""Columns of a terminal below which a progress bar is text alone."""
+"""Columns below which a progress bar is text alone."""
 SHORTEST_BAR = 6
-ROWS = 20
-"""Bars that are shown at the same time, with those of the user."""
-DEFAULT_COLUMNS = 80
-"""Columns of a notebook, and of a terminal that does not report its size."""
+
+# ---- where to write
+
+
+def is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def is_watched(file: TextIO | None) -> bool:
@@ -29,10 +35,9 @@ def is_watched(file: TextIO | None) -> bool:
     return is_terminal or (is_notebook() and file in (sys.stdout, sys.stderr))
 
 
-def is_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+def standard_error() -> TextIO | None:
+    """Return the stream for messages and bars: a notebook shows standard error as errors. None without a console."""
+    return sys.stdout if is_notebook() else sys.stderr
 
 
 def count_columns(file: TextIO | None) -> int | None:
@@ -42,18 +47,21 @@ def count_columns(file: TextIO | None) -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
         if not is_notebook() and (columns := os.get_terminal_size(file.fileno()).columns):
             return columns
-    return DEFAULT_COLUMNS
+    return COLUMNS
+
+
+# ---- lines and messages
 
 
 def write_line(text: str, file: TextIO | None) -> None:
-    """Write a line above the progress bars, at once. Without a console, `file` is None: nothing is written."""
+    """Write a line above the progress bars, at once. Without a console, `file` is None, and nothing is written."""
     if file is not None:
         with tqdm.external_write_mode(file):
-            print(text, file=file, flush=True)  # printing is its purpose
+            print(text, file=file, flush=True)
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Writes messages to standard error, above the progress bars, unless another handler was added after it."""
+    """Writes messages above the progress bars, unless another handler was added after it."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
@@ -71,7 +79,7 @@ def messages_shown() -> Generator[None]:
     if logging.root.handlers or not LOGGER.propagate:
         yield
         return
-    handler, level = ConsoleHandler(), LOGGER.level
+    handler, level = ConsoleHandler(standard_error()), LOGGER.level
     if not LOGGER.handlers:
         LOGGER.addHandler(handler)
     LOGGER.setLevel(level or logging.INFO)
@@ -83,53 +91,50 @@ def messages_shown() -> Generator[None]:
             LOGGER.setLevel(level)
 
 
-class Bar:
-    """A line that shows progress in a terminal or a notebook. It appears at the first `show`, until it is closed.
+# ---- the bar
 
-    Args:
-        file: The terminal; a notebook shows a bar of its own.
-    """
+
+class Bar:
+    """A line that shows progress in a terminal or a notebook. It appears at the first `show`, and goes at `close`."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self._bar: tqdm[Any] | None = None
 
     def show(self, title: str, done: int, total: int | None, notes: Sequence[str]) -> None:
-        """Show that `done` of `total` are complete, with as many of the notes as fit; the first ones come first."""
+        """Show that `done` of `total` are complete, followed by the first notes, as many as fit."""
         if self._bar is None:
             self._bar = make_bar(self._file)
-        columns = count_bar_columns(self._file)
+        columns, rows = measure(self._file)
         counter = f" {done:,}" if total is None else f" {done:,}/{total:,}"
         has_bar = total is not None and columns >= NARROW
         room = columns - len(title) - len(counter) - (len(" ||") + SHORTEST_BAR if has_bar else 0)
         self._bar.bar_format = ("{desc} |{bar}|" if has_bar else "{desc}") + counter + fit(notes, room)
-        self._bar.desc, self._bar.n = title, done / total if total else 0.0
+        self._bar.desc, self._bar.n, self._bar.nrows = title, done / total if total else 0.0, rows
         self._bar.refresh()
 
     def close(self, *, is_complete: bool) -> None:
         """Remove the line. In a notebook, a bar that is not complete stays, in red."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            bar.n = 1.0 if is_complete else bar.n
-            bar.close()
+        if self._bar is not None:
+            self._bar.n = 1.0 if is_complete else self._bar.n
+            self._bar.close()
+            self._bar = None
 
 
 def make_bar(file: TextIO) -> tqdm[Any]:
     """Create a bar for the terminal, or for the notebook that this process is the kernel of."""
-    with warnings.catch_warnings():  # a notebook without ipywidgets has a bar of text
+    with warnings.catch_warnings():  # in a notebook without ipywidgets, the bar is text
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm as auto
-    # It is blank until it is refreshed.
     bar: tqdm[Any] = auto(total=1.0, file=file, leave=False, dynamic_ncols=True, bar_format=" ")
-    # In place of tqdm's own measurement, which hides the bar in a terminal that does not report its size.
-    bar.nrows = ROWS
-    bar.dynamic_ncols = lambda _: (count_bar_columns(file), ROWS)  # type: ignore[assignment]  # as tqdm itself does
+    # tqdm's own function hides the bar in a terminal that does not report its size.
+    bar.dynamic_ncols = lambda _: measure(file)  # type: ignore[assignment]
     return bar
 
 
-def count_bar_columns(file: TextIO) -> int:
-    """Return the width of a bar. It leaves the last column free, where some terminals wrap."""
-    return (count_columns(file) or DEFAULT_COLUMNS) - 1
+def measure(file: TextIO) -> tuple[int, int]:
+    """Return the columns and rows for bars. The last column is left free, since some terminals wrap there."""
+    return (count_columns(file) or COLUMNS) - 1, ROWS
 
 
 def fit(notes: Sequence[str], room: int) -> str:

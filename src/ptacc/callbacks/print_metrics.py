@@ -11,7 +11,7 @@ from typing import Literal, TextIO, TypeAlias, get_args
 
 from typing_extensions import override
 
-from ptacc.console import DEFAULT_COLUMNS, count_columns, is_watched, write_line
+from ptacc.console import COLUMNS, count_columns, is_watched, write_line
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.types.outputs import EpochRecord
@@ -98,7 +98,7 @@ class PrintMetrics(Callback[TrainerCore]):
         self._write(join_cells(row, widths.values()))
         for group in below:
             if pairs := [f"{name}={cells[name]}" for name in group if name in cells]:
-                self._write(join_pairs(pairs, columns or DEFAULT_COLUMNS))
+                self._write(join_pairs(pairs, columns or COLUMNS))
         self._rows += 1
 
     def _write(self, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import deque
 from typing import TextIO
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
-from ptacc.console import Bar, is_watched
+from ptacc.console import Bar, is_watched, standard_error
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.run.running_loss import RunningLoss
@@ -40,7 +39,7 @@ class ProgressBar(Callback[TrainerCore]):
 
     Args:
         refresh_seconds: The shortest time between two updates of the bar.
-        file: The terminal to write to, by default standard error.
+        file: The terminal to write to, by default standard error, or the output of a notebook.
         shown: Whether to show the bar, by default if `file` is a terminal or the output of a notebook.
 
     Raises:
@@ -56,7 +55,7 @@ class ProgressBar(Callback[TrainerCore]):
 
     def _open(self, trainer: TrainerCore) -> None:
         self._close()
-        file = self._file or sys.stderr  # None without a console
+        file = self._file or standard_error()
         shown = is_watched(file) if self._shown is None else self._shown
         if file is not None and shown and trainer.distributed.is_main:
             self._bar, self._due = Bar(file), 0.0
