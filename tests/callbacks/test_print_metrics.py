@@ -6,7 +6,7 @@ import pytest
 import torch
 from typing_extensions import override
 
-from ptacc import PrintMetrics, Steps, Trainer
+from ptacc import PrintMetrics, StepResult, Steps, Trainer
 from ptacc.callbacks import print_metrics
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
@@ -112,6 +112,18 @@ def test_a_log_file_has_a_table_of_any_width() -> None:
     sets: Mapping[str, Any] = {f"set-{number}": tiny_data(8) for number in range(9)}
     Measured(**make_parts(PrintMetrics(file=out))).train(tiny_data(), sets, num_epochs=1)
     assert len(out.getvalue().splitlines()) == 2
+
+
+def test_a_value_may_have_the_name_of_another_column() -> None:
+    class Timed(Trainer):
+        @override
+        def on_step_end(self, step: StepResult) -> None:
+            super().on_step_end(step)
+            self.log({"step": 1.5, "seconds": 2.5})
+
+    out = io.StringIO()
+    Timed(**make_parts(PrintMetrics(file=out))).train(tiny_data(), num_epochs=1)
+    assert out.getvalue().split()[-3:-1] == ["2.5", "1.5"]
 
 
 def test_only_rank_0_prints() -> None:

@@ -43,7 +43,6 @@ from ptacc import (
     MultiUpdateLoop,
     OptimizerDict,
     Pair,
-    PrintMetrics,
     RestoreBestWeights,
     RunPlan,
     SaveBest,
@@ -325,11 +324,6 @@ Trainer(net, loss_func=loss, optimizer=opt, callbacks=[RestoreBestWeights])  # t
 # 27 one callback instead of a sequence
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=(RestoreBestWeights("eval_loss"),))
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=RestoreBestWeights("eval_loss"))  # type: ignore[arg-type]
-
-# `every` names what has a row; how often reports come is `log_every`
-PrintMetrics(every="report")
-PrintMetrics(every=Steps(10))  # type: ignore[arg-type]
-PrintMetrics(every="step")  # type: ignore[arg-type]
 
 
 # ==== definitions of callbacks

@@ -20,8 +20,9 @@ from ptacc.validation import check_choice
 Rows: TypeAlias = Literal["epoch", "evaluation", "report"]
 
 WIDTH = 10
-FIRST = {"epoch": 5, "step": 7}
-LAST = {"seconds": 7}
+"""The least width of the column of a value."""
+EPOCH, STEP, SECONDS = 5, 7, 7
+"""Widths of the other columns."""
 HEADER_EVERY = 40
 """Rows between two headers."""
 LOG_SECONDS = 10.0
@@ -84,25 +85,22 @@ class PrintMetrics(Callback[TrainerCore]):
             return
         if not values.keys() <= set(self._columns):
             self._columns = list(dict.fromkeys([*values, *self._columns]))
-        columns = count_columns(self._file)
+        file, columns = self._file, count_columns(self._file)
         for name, result in trainer.run.epoch.evaluations.items():
             self._sets |= dict.fromkeys(result.values(name), name)
         table, below = arrange(self._columns, self._sets, columns)
-        widths = FIRST | {name: column_width(name) for name in table} | LAST
-        header = join_cells(widths, widths.values())
+        widths = [EPOCH, STEP, *map(column_width, table), SECONDS]
+        header = join_cells(["epoch", "step", *table, "seconds"], widths)
         if header != self._header or self._rows == HEADER_EVERY:
-            self._write(header)
+            write_line(header, file)
             self._header, self._rows = header, 0
-        cells = {name: format_number(values[name], name) for name in values}
+        cells = {name: format_number(value, name) for name, value in values.items()}
         row = [str(epoch), str(step), *(cells.get(name, "") for name in table), f"{seconds:.2f}"]
-        self._write(join_cells(row, widths.values()))
+        write_line(join_cells(row, widths), file)
         for group in below:
             if pairs := [f"{name}={cells[name]}" for name in group if name in cells]:
-                self._write(join_pairs(pairs, columns or COLUMNS))
+                write_line(join_pairs(pairs, columns or COLUMNS), file)
         self._rows += 1
-
-    def _write(self, text: str) -> None:
-        write_line(text, self._file)
 
 
 def arrange(names: Sequence[str], sets: Mapping[str, str], columns: int | None) -> tuple[list[str], list[list[str]]]:
@@ -117,12 +115,11 @@ def arrange(names: Sequence[str], sets: Mapping[str, str], columns: int | None) 
         >>> arrange(["train_loss", "eval_loss", "accuracy"], {"eval_loss": "", "accuracy": ""}, 50)
         (['train_loss'], [['eval_loss', 'accuracy']])
     """
-    ends = FIRST | LAST
-    room = math.inf if columns is None else columns - len(join_cells(ends, ends.values()))
-    if sum(column_width(name) + 2 for name in names) <= room:
+    room = math.inf if columns is None else columns - (EPOCH + 2 + STEP + 2 + SECONDS)
+    if sum(2 + column_width(name) for name in names) <= room:
         return list(names), []
     own, table = [name for name in names if name not in sets], []
-    while own and (room := room - column_width(own[0]) - 2) >= 0:
+    while own and (room := room - 2 - column_width(own[0])) >= 0:
         table.append(own.pop(0))
     by_set = ([name for name in names if sets.get(name) == one] for one in dict.fromkeys(sets.values()))
     return table, [group for group in (own, *by_set) if group]
@@ -135,7 +132,7 @@ def column_width(name: str) -> int:
 
 def join_pairs(pairs: Sequence[str], columns: int) -> str:
     """Return indented lines with as many of the pairs as fit."""
-    indent = " " * FIRST["epoch"] + "  "
+    indent = " " * (EPOCH + 2)
     return textwrap.fill(
         "  ".join(pairs), columns, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
