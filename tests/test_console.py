@@ -111,6 +111,15 @@ def test_a_bar_shows_names_with_braces_and_counts_without_a_total() -> None:
     assert "evaluating {0} 1,200, loss 0.5" in out.getvalue()
 
 
+def test_a_bar_may_exceed_a_total_that_was_promised() -> None:
+    out = io.StringIO()
+    bar = Bar(out)
+    bar.show("evaluating", 3, 2, [])
+    bar.show("evaluating", 1, 0, [])
+    bar.close(is_complete=True)
+    assert "| 3/2" in out.getvalue()
+
+
 def test_a_notebook_is_watched_and_has_a_bar_of_text_without_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_watched(sys.stderr)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=None)))

@@ -110,7 +110,7 @@ class Bar:
         has_bar = total is not None and columns >= NARROW
         room = columns - len(title) - len(counter) - (len(" ||") + SHORTEST_BAR if has_bar else 0)
         self._bar.bar_format = ("{desc} |{bar}|" if has_bar else "{desc}") + counter + fit(notes, room)
-        self._bar.desc, self._bar.n, self._bar.nrows = title, done / total if total else 0.0, rows
+        self._bar.desc, self._bar.n, self._bar.nrows = title, min(done / total, 1.0) if total else 0.0, rows
         self._bar.refresh()
 
     def close(self, *, is_complete: bool) -> None:

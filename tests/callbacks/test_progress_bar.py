@@ -71,7 +71,7 @@ def test_the_bar_shows_loss_remaining_times_speed_and_learning_rate() -> None:
     with open_terminal(120) as terminal:
         bar = ProgressBar(file=terminal.file, refresh_seconds=ALWAYS)
         Trainer(**make_parts(bar)).train(tiny_data(), num_epochs=2)
-    line = r"epoch 1/2 \|\S+ *\| 2/3, loss 0\.\d{4}, 00:00 left, run 00:00 left, [\d,.]+ items/s, lr 0\.1"
+    line = r"epoch 1/2 \|\S+ *\| 2/3, loss 0\.\d{4}, 00:00 left, run 00:00 left, [\d.]+k? items/s, lr 0\.1"
     assert re.search(line, terminal.text)
     assert terminal.screen == [""]
 

@@ -127,7 +127,7 @@ class ProgressBar(Callback[TrainerCore]):
         if run_left is not None and run_left != epoch_left:
             notes.append(f"run {tqdm.format_interval(run_left)} left")
         if self._seconds:
-            notes.append(f"{format_speed(self._items / self._seconds)} items/s")
+            notes.append(f"{tqdm.format_sizeof(self._items / self._seconds)} items/s")
         if self._steps and not isinstance(rate := self._steps[-1].learning_rate, Tensor):  # one may be on the device
             notes.append(f"lr {rate:.3g}")
         return notes
@@ -144,7 +144,7 @@ class ProgressBar(Callback[TrainerCore]):
         """Return how long a number of steps will take, None if it is unknown."""
         if steps is None or self._start is None or done == self._start[0]:
             return None
-        return steps * (self._measured_at - self._start[1]) / (done - self._start[0])
+        return max(steps, 0) * (self._measured_at - self._start[1]) / (done - self._start[0])
 
     # ---- evaluations and predictions
 
@@ -164,7 +164,7 @@ class ProgressBar(Callback[TrainerCore]):
         if now < self._due and not is_end:
             return
         seconds = (now - self._eval_started) / done
-        notes = [] if total is None else [f"{tqdm.format_interval((total - done) * seconds)} left"]
+        notes = [] if total is None else [f"{tqdm.format_interval(max(total - done, 0) * seconds)} left"]
         self._bar.show(self._title, done, total, notes)
         self._shows_eval, self._due = True, now + self._refresh_seconds
 
@@ -187,13 +187,3 @@ class ProgressBar(Callback[TrainerCore]):
         self._measured_at = time.monotonic()
         if not trainer.is_running:
             self._close(is_complete=True)
-
-
-def format_speed(speed: float) -> str:
-    """Return a number of items per second, with three digits if it is small.
-
-    Example:
-        >>> format_speed(12345.6), format_speed(3.14159)
-        ('12,346', '3.14')
-    """
-    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
