@@ -100,7 +100,7 @@ class ProgressBar(Callback[TrainerCore]):
     def _show_epoch(self, bar: Bar, trainer: TrainerCore) -> None:
         self._measure(trainer)
         run, progress, plan = trainer.run, trainer.progress, trainer.run.plan
-        if self._start is None and progress.steps:
+        if self._start is None and self._steps:
             self._start = progress.steps, self._measured_at
         done = math.ceil(progress.batches / run.accumulation_steps)
         steps_left = None if plan.known_total_steps is None else plan.known_total_steps - progress.steps
@@ -120,7 +120,7 @@ class ProgressBar(Callback[TrainerCore]):
             self._losses.reset()
             self._losses.add(torch.stack([step.loss for step in self._steps]).mean(), 1)
             if (mean := self._losses.read()) is not None:
-                self._loss = f"loss {mean:.4f}"
+                self._loss = f"loss {mean:.4f}" if abs(mean) >= 0.001 else f"loss {mean:.2e}"
         notes = [self._loss] if self._loss else []
         if epoch_left is not None:
             notes.append(f"{tqdm.format_interval(epoch_left)} left")
