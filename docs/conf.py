@@ -10,6 +10,7 @@ import ptacc.options
 import ptacc.protocols
 import ptacc.schedules
 import ptacc.testing
+import ptacc.tracking
 import ptacc.tuning
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__
-    for module in (ptacc, ptacc.options, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tuning)
+    for module in (ptacc, ptacc.options, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tracking, ptacc.tuning)
     for name in module.__all__
 }
 

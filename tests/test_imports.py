@@ -22,6 +22,7 @@ PACKAGES = [
     "options",
     "trainers",
     "mixins",
+    "tracking",
     "metrics",
     "loop",
     "checkpoint",
@@ -52,6 +53,7 @@ MAY_IMPORT_ACCELERATE = {
     "ptacc.distributed.accelerator",
     "ptacc.distributed.accelerator_settings",
     "ptacc.mixins.compile",
+    "ptacc.tracking.accelerate",
     *(f"ptacc.mixins.engines.{engine}" for engine in ("ddp", "deepspeed", "fsdp", "tensor_parallel")),
 }
 MOST_FILES = 20

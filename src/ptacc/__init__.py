@@ -41,6 +41,7 @@ from ptacc.mixins.profiler import ProfilerMixin
 from ptacc.mixins.seed import SeedMixin
 from ptacc.mixins.swa import SWAMixin
 from ptacc.mixins.sync_batch_norm import SyncBatchNormMixin
+from ptacc.mixins.tracking import TrackingMixin
 from ptacc.model.decay_groups import decay_groups
 from ptacc.model.freezing import gradual_unfreezing
 from ptacc.model.optimizer_dict import OptimizerDict
@@ -124,6 +125,7 @@ __all__ = [
     "TensorParallelMixin",
     "Throughput",
     "ThroughputRecord",
+    "TrackingMixin",
     "Trainer",
     "TrainerCore",
     "TrainingLoop",

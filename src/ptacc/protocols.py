@@ -6,6 +6,7 @@ trainer that has metrics.
 
 import ptacc.public
 from ptacc.engines.base import Engine, EngineState
+from ptacc.tracking.tracker import ConfigValue, HasLastStep, TrackedRun, Tracker, TracksImages
 from ptacc.types.aliases import CompileBackend, CompileMode, NumpyLike, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
@@ -36,12 +37,14 @@ __all__ = [
     "AcceleratorProtocol",
     "CompileBackend",
     "CompileMode",
+    "ConfigValue",
     "CountedSchedulerLike",
     "DataLoaderKwargs",
     "Engine",
     "EngineState",
     "EvalOptions",
     "HasForward",
+    "HasLastStep",
     "HasModel",
     "LRSchedulerLike",
     "MetricLike",
@@ -63,6 +66,9 @@ __all__ = [
     "SupportsSWA",
     "SupportsSeed",
     "SupportsSyncBatchNorm",
+    "TrackedRun",
+    "Tracker",
+    "TracksImages",
     "TrainOptions",
     "ZeroStage",
 ]
