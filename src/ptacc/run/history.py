@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STEPS_IN_MEMORY = 1000
 VALUES_IN_MEMORY = 1000
+RECENT_VALUES = 100
+"""Reports in memory that are complete. A tracker may have lost them when its process was killed."""
 STEP_FIELDS = attrgetter(*(field.name for field in fields(StepRecord)))
 
 
@@ -124,7 +126,8 @@ class RunHistory(Sequence[EpochRecord]):
     def add_values(self, record: ValuesRecord) -> None:
         """Add a report."""
         if len(self._values) >= VALUES_IN_MEMORY:
-            self._values = thin_out(self._values, VALUES_IN_MEMORY // 2)
+            old, recent = self._values[:-RECENT_VALUES], self._values[-RECENT_VALUES:]
+            self._values = [*thin_out(old, VALUES_IN_MEMORY // 2), *recent]
         self._values.append(record)
         unwritten, self._unwritten = self._unwritten, []
         evaluations = [("evaluation", asdict(evaluation)) for evaluation in unwritten]
