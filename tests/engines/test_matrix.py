@@ -18,6 +18,7 @@ from ptacc.errors import CompositionError, PtaccError
 from tests.engines.nets import Block, digits, make, make_optimizer
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
+from tests.tracking.recorder import Recorder
 
 pytestmark = [  # of DeepSpeed and dynamo themselves
     *DEEPSPEED,
@@ -52,6 +53,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "SWAMixin": {"swa_start": 1},
     "SeedMixin": {"seed": 4},
     "SyncBatchNormMixin": {},
+    "TrackingMixin": {"trackers": [Recorder()]},
 }
 """Every public mixin without an engine, with options under which it has an effect."""
 YES, REFUSED = "yes", "no"

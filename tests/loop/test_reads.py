@@ -38,12 +38,14 @@ from ptacc import (
     SeedMixin,
     Steps,
     Throughput,
+    TrackingMixin,
     Trainer,
     default_callbacks,
 )
 from ptacc.distributed import stop_vote
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.run.running_loss import RunningLoss
+from ptacc.tracking import JSONLinesTracker
 from ptacc.trainers import loss_items
 from tests.ranks import run_ranks
 
@@ -220,6 +222,7 @@ class Composed(
     CheckpointMixin,
     EMAMixin,
     ProfilerMixin,
+    TrackingMixin,
     Trainer,
 ): ...
 
@@ -238,6 +241,7 @@ def train_composed(steps: int, optimizer: str, folder: Path) -> None:
         seed=0,
         ema_decay=0.99,
         checkpoint_dir=folder / str(steps),
+        trackers=[JSONLinesTracker(folder / str(steps) / "values.jsonl")],
         checkpoint_every=Epochs(1),
         callbacks=[Throughput()],
         log_every=None,

@@ -56,6 +56,24 @@ def read_tensorboard(directory: Path) -> list[Points]:
     return runs
 
 
+def read_tensorboard_images(directory: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(directory / "tensorboard" / "ptacc"), size_guidance={"images": 0}).Reload()
+    return [event.step for event in events.Images("samples")]
+
+
+def read_mlflow_run(directory: Path) -> tuple[str, int]:
+    """Return the status of the run, and its number of parameters."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    experiment = client.get_experiment_by_name("ptacc")
+    assert experiment is not None
+    run = client.search_runs([experiment.experiment_id])[0]
+    return run.info.status, len(run.data.params)
+
+
 def read_wandb(directory: Path) -> list[Points]:
     """Read the files of offline runs; those of a resumed run, which `wandb sync` uploads to the same run, together."""
     rows: defaultdict[str, list[tuple[int, dict[str, float]]]] = defaultdict(list)

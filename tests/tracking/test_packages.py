@@ -9,8 +9,15 @@ import pytest
 from ptacc.protocols import Tracker
 from ptacc.tracking import AccelerateTracker, CSVTracker, JSONLinesTracker
 from tests.ranks import run_ranks
-from tests.tracking.readers import READERS, Points, read_json_lines, round_points
-from tests.tracking.tracked import make_trainer, train, train_killed_twice
+from tests.tracking.readers import (
+    READERS,
+    Points,
+    read_json_lines,
+    read_mlflow_run,
+    read_tensorboard_images,
+    round_points,
+)
+from tests.tracking.tracked import IMAGE_AT, make_trainer, train, train_killed_twice
 
 PACKAGES = ("tensorboard", "wandb", "mlflow", "trackio")
 pytestmark = [pytest.mark.timeout(200), pytest.mark.filterwarnings("ignore")]  # warnings of the packages
@@ -59,3 +66,16 @@ def test_a_run_that_was_killed_twice_has_each_point_once(name: str, run: tuple[P
     found = run_ranks(read, 1, name, directory)[0]
     assert len(found) == 1
     assert found[0] == (round_points(expected) if name == "tensorboard" else expected)
+
+
+def test_an_image_is_read_back_once(run: tuple[Path, Points]) -> None:
+    pytest.importorskip("tensorboard")
+    assert run_ranks(read_tensorboard_images, 1, run[0]) == [[IMAGE_AT]]
+
+
+def test_the_status_and_the_configuration_are_read_back(run: tuple[Path, Points]) -> None:
+    if find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed")
+    ((status, parameters),) = run_ranks(read_mlflow_run, 1, run[0])
+    assert status == "FINISHED"
+    assert parameters > 20

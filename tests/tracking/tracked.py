@@ -15,13 +15,13 @@ from torch.optim import SGD
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, SeedMixin, Steps, TrackingMixin, Trainer
+from ptacc import CheckpointMixin, SeedMixin, StepResult, Steps, TrackingMixin, Trainer
 from ptacc.errors import RankFailedError
 from ptacc.protocols import Tracker
 from tests.ranks import run_ranks
 
-STEPS, KILLS = 50, (17, 38)
-"""Steps of the run, and the steps after which it is killed: there are checkpoints after each 15 steps."""
+STEPS, KILLS, IMAGE_AT = 50, (17, 38), 20
+"""Steps of the run, those after which it is killed, and that of an image. There is a checkpoint after each 15 steps."""
 Make: TypeAlias = Callable[[], Sequence[Tracker | str]]
 
 
@@ -37,13 +37,19 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class Tracked(TrackingMixin, CheckpointMixin, SeedMixin, Trainer):
-    """Kills rank 0 after a step, if asked to.
+    """Logs an image, and kills rank 0 after a step, if asked to.
 
     Options:
         kill_at: The step.
     """
 
     kill_at: int | None = None
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+        if step.step == IMAGE_AT:
+            self.log_image("samples", torch.full((4, 4), 0.5))
 
     @override
     def on_step_start(self) -> None:

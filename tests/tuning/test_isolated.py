@@ -33,6 +33,7 @@ from ptacc import (
     SeedMixin,
     StepResult,
     SWAMixin,
+    TrackingMixin,
     Trainer,
     TrainerCore,
 )
@@ -40,6 +41,7 @@ from ptacc.errors import NestedRunError
 from ptacc.rng import RandomStreams
 from ptacc.testing import assert_overfits_one_batch, assert_split_invariant, tiny_data, tiny_parts
 from ptacc.testing.laws import same
+from ptacc.tracking import JSONLinesTracker
 from ptacc.tuning import find_batch_size, find_learning_rate
 from ptacc.tuning.isolated import isolated_copy
 from tests.ranks import run_ranks
@@ -308,6 +310,7 @@ class Everything(
     MetricsMixin,
     EarlyStoppingMixin,
     ProfilerMixin,
+    TrackingMixin,
     CheckpointMixin,
     Accumulating,
 ):
@@ -338,6 +341,7 @@ def make_everything(folder: Path, **options: Any) -> Everything:
         "profile_dir": folder / "profile",
         "checkpoint_dir": folder / "checkpoints",
         "history_file": folder / "history.jsonl",
+        "trackers": [JSONLinesTracker(folder / "values.jsonl")],
         "noise": torch.Generator().manual_seed(5),
     }
     return Everything(model, **all_options | options)
