@@ -17,11 +17,11 @@ TIMED = "items_per_second"
 
 
 def collect_points(rows: Iterable[tuple[int, Mapping[str, float]]]) -> Points:
-    """Collect the points of rows of values, without those that depend on the time."""
+    """Collect the points of rows of values, without images and values that depend on the time."""
     points: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
     for step, values in rows:
         for name, value in values.items():
-            if name != TIMED:
+            if name != TIMED and not name.startswith("samples"):
                 points[name].append((step, value))
     return dict(points)
 

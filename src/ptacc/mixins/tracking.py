@@ -11,7 +11,7 @@ from ptacc.tracking.tracker import Tracker
 
 
 class TrackingMixin(Mixin):
-    """Passes the configuration and the reported values of a run to trackers, on rank 0. The x-axis is the step.
+    """Passes the configuration and the reported values of a run to trackers, on rank 0, by the number of steps.
 
     Options:
         trackers: Trackers of `ptacc.tracking` or your own, or names of packages, such as `"tensorboard"`.

@@ -65,9 +65,9 @@ class AccelerateTracker:
         """Start a run, or continue one by its id."""
         keywords = self._init_kwargs | ({} if resume is None else self._package.resume(resume))
         project = self._project
-        if self._name == "tensorboard":
-            path = self._directory / project
-            project = create_unused(path, is_directory=True).name if resume is None else resume.id
+        if self._package.run_is_directory:
+            unused = self._directory / project
+            project = create_unused(unused, is_directory=True).name if resume is None else resume.id
         arguments = (project, self._directory) if self._package.takes_directory else (project,)
         self._tracker = LOGGER_TYPE_TO_CLASS[self._name](*arguments, **keywords)
         self._tracker.start()
@@ -79,10 +79,7 @@ class AccelerateTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log values."""
         assert self._tracker is not None
-        if self._name == "wandb":  # shows them at once
-            self._tracker.log(dict(values), step=max(step, self.tracker.step), commit=True)
-        else:
-            self._tracker.log(dict(values), step=step)
+        self._tracker.log(dict(values), **self._package.log_arguments(self.tracker, step))
 
     def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
         """Log an image, if the package can."""

@@ -34,7 +34,9 @@ class Package:
         find_last_step: Returns the step of the last values that a continued run has.
         finish: Ends the package's run object with an exit code. By default, the tracker's own `finish` is called.
         log_image: Logs an image `(height, width, 3)` to the package's run object; None if it cannot.
+        log_arguments: Returns arguments of the tracker's `log`, of the package's run object and a step.
         takes_directory: Whether the second argument of the tracker's class is a directory.
+        run_is_directory: Whether a run is a subdirectory, named by the first argument of the tracker's class.
     """
 
     get_id: Callable[[Any], str]
@@ -42,7 +44,9 @@ class Package:
     find_last_step: Callable[[Any, TrackedRun], int] = last_saved_step
     finish: Callable[[Any, int], object] | None = None
     log_image: Callable[[Any, str, NDArray[np.uint8], int], object] | None = None
+    log_arguments: Callable[[Any, int], dict[str, Any]] = lambda _, step: {"step": step}
     takes_directory: bool = False
+    run_is_directory: bool = False
 
 
 # ---- TensorBoard
@@ -141,6 +145,7 @@ PACKAGES: Mapping[str, Package] = {
         resume=lambda resume: {"purge_step": resume.step + 1},
         log_image=log_tensorboard_image,
         takes_directory=True,
+        run_is_directory=True,
     ),
     "wandb": Package(
         get_id=attrgetter("id"),
@@ -148,6 +153,7 @@ PACKAGES: Mapping[str, Package] = {
         find_last_step=find_last_wandb_step,
         finish=lambda run, exit_code: run.finish(exit_code),
         log_image=log_wandb_image,
+        log_arguments=lambda run, step: {"step": max(step, run.step), "commit": True},  # shown at once
     ),
     "mlflow": Package(
         get_id=attrgetter("info.run_id"),
