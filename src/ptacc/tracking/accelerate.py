@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class AccelerateTracker:
         self._name, self._project, self._init_kwargs = package, project, init_kwargs
         self._directory = absolute_path("AccelerateTracker", "directory", directory)
         self._package = PACKAGES[package]
+        self._tracker_class: Callable[..., GeneralTracker] = LOGGER_TYPE_TO_CLASS[package]
         self._tracker: GeneralTracker | None = None
         self._last_step = -1
 
@@ -69,10 +70,10 @@ class AccelerateTracker:
             unused = self._directory / project
             project = create_unused(unused, is_directory=True).name if resume is None else resume.id
         arguments = (project, self._directory) if self._package.takes_directory else (project,)
-        self._tracker = LOGGER_TYPE_TO_CLASS[self._name](*arguments, **keywords)
-        self._tracker.start()
+        self._tracker = tracker = self._tracker_class(*arguments, **keywords)
+        tracker.start()
         if resume is None:
-            self._tracker.store_init_configuration(dict(config))
+            tracker.store_init_configuration(dict(config))
         self._last_step = -1 if resume is None else self._package.find_last_step(self.tracker, resume)
         return self._package.get_id(self.tracker)
 
