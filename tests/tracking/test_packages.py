@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,12 @@ def set_environment(directory: Path) -> None:
 def make_trackers(directory: Path) -> list[Tracker | str]:
     """Make the trackers that need nothing, and those whose packages are installed."""
     set_environment(directory)
-    installed = [AccelerateTracker(name, directory=directory / name) for name in PACKAGES if find_spec(name)]
+    keywords: dict[str, dict[str, Any]] = {"mlflow": {"logging_dir": str(directory / "artifacts")}}
+    installed = [
+        AccelerateTracker(name, directory=directory / name, **keywords.get(name, {}))
+        for name in PACKAGES
+        if find_spec(name)
+    ]
     return [JSONLinesTracker(directory / "values.jsonl"), CSVTracker(directory / "values.csv"), *installed]
 
 
