@@ -14,7 +14,7 @@ from ptacc import errors, options, protocols, schedules, testing, tracking, tuni
 from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 
-MODULES = [options, protocols, ptacc, schedules, testing, tracking, tuning]
+MODULES = [ptacc, options, protocols, schedules, testing, tracking, tuning]
 HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 70
 MOST_ATTRIBUTES = 45
