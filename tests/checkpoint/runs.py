@@ -41,7 +41,7 @@ from ptacc.rng import RandomStreams
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from ptacc.types.protocols import Stateful
-from tests.records import timeless
+from tests.records import read_lines, timeless
 
 SAMPLES = 12
 STEPS = 6
@@ -194,17 +194,15 @@ def read_end(trainer: KillableTrainer, history: RunHistory) -> End:
         reason=history.stop_reason,
         epochs=[timeless(asdict(epoch)) for epoch in history],
         steps=[timeless(asdict(step)) for step in history.steps],
-        file=last_run_in(Path(str(trainer.history_file))) if trainer.distributed.rank == 0 else [],
+        file=read_results(Path(str(trainer.history_file))) if trainer.distributed.rank == 0 else [],
     )
 
 
-def last_run_in(file: Path) -> list[dict[str, Any]]:
-    """Return the records of the last run in a history file, in the order in which they were written."""
-    lines = file.read_text().splitlines()
-    last = max(number for number, line in enumerate(lines) if '"kind": "run"' in line)
-    records = [timeless(json.loads(line)) for line in lines[last:]]
-    del records[0]["checkpoints"]  # the directory
-    return records
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a history file, without the directory in its first line."""
+    first, *others = read_lines(file)
+    del first["checkpoints"]
+    return [first, *others]
 
 
 def save_each_step(directory: Path, **options: Any) -> End:

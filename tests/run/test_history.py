@@ -1,6 +1,8 @@
+import contextlib
 import json
 import math
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer
+from ptacc import Callback, CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer, TrainerCore
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
@@ -21,6 +23,7 @@ from ptacc.testing.laws import same
 from tests.checkpoint.faults.powerless import Logged
 from tests.checkpoint.test_parts import through_files
 from tests.devices import MPSTensor
+from tests.records import read_all, read_lines
 
 
 class Logging(Trainer):
@@ -181,16 +184,65 @@ def test_a_run_that_left_no_checkpoint_starts_its_file_over(tmp_path: Path, left
     if left is not None:
         file.write_bytes(left)  # what a loss of power left of the first line
     Saving(**tiny_parts(), **options).train(tiny_data(), num_epochs=1)
-    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == [
-        "run",
-        *["step"] * 3,
-        "epoch",
-        "values",
-    ]
+    assert [line["kind"] for line in read_lines(file)] == ["run", *["step"] * 3, "epoch", "values"]
     options["checkpoint_dir"] = tmp_path / "other"
     other = Saving(**tiny_parts(), **options)
     with pytest.raises(OptionError, match="belongs to another run"):
         other.train(tiny_data(), num_epochs=1)
+
+
+class StopsAt(Callback[TrainerCore]):
+    """Ends the run by an exception after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @override
+    def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:
+        if step.step == self.step:
+            raise ValueError("enough\nfor now")
+
+
+def attempt(folder: Path, stops_at: int = 0, num_epochs: int = 3) -> list[dict[str, Any]]:
+    """Start a run or resume it, perhaps until an exception. Return the lines of its file about attempts."""
+
+    class Saving(CheckpointMixin, Trainer): ...
+
+    options: dict[str, Any] = {"checkpoint_dir": folder, "history_file": folder / "history.jsonl", "resume": True}
+    trainer = Saving(**tiny_parts(), **options, callbacks=[StopsAt(stops_at)], checkpoint_on_exception=False)
+    with pytest.raises(ValueError, match="enough") if stops_at else contextlib.nullcontext():
+        trainer.train(tiny_data(24), num_epochs=num_epochs)
+    return [line for line in read_all(folder / "history.jsonl") if line["kind"] in ("run", "resumed", "end")]
+
+
+def test_each_resumption_stays_in_the_file_although_others_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
+    attempt(tmp_path, stops_at=4)
+    attempt(tmp_path, stops_at=5)
+    lines = attempt(tmp_path)
+    assert [line["kind"] for line in lines] == ["run", *["end", "resumed"] * 2, "end"]
+    assert [line["step"] for line in lines[1:]] == [4, 3, 5, 3, 9]
+    assert [line["error"] for line in lines if line["kind"] == "end"] == ["ValueError: enough"] * 2 + [None]
+
+
+def test_a_complete_run_that_is_started_again_writes_nothing(tmp_path: Path) -> None:
+    attempt(tmp_path)
+    before = (tmp_path / "history.jsonl").read_bytes()
+    attempt(tmp_path)
+    assert (tmp_path / "history.jsonl").read_bytes() == before
+
+
+def test_the_lines_of_a_start_and_of_a_resumption_describe_the_trainer(tmp_path: Path) -> None:
+    attempt(tmp_path, num_epochs=1)
+    run, _, resumed, end = attempt(tmp_path, num_epochs=2)
+    assert (run["arguments"]["num_epochs"], resumed["arguments"]["num_epochs"]) == ("1", "2")
+    assert run["options"]["keep_last"] == ["None", "default of CheckpointMixin"]
+    assert run["environment"]["torch"] == torch.__version__
+    assert datetime.fromisoformat(run["time"]) <= datetime.fromisoformat(end["time"])
+
+
+def test_the_file_says_why_a_run_was_stopped(tmp_path: Path) -> None:
+    Trainer(**tiny_parts(), history_file=tmp_path / "history.jsonl").train(tiny_data(), max_time=1e-9)
+    assert read_all(tmp_path / "history.jsonl")[-1]["reason"] == "max_time=1e-09 reached"
 
 
 def test_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

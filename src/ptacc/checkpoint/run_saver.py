@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-import platform
 import signal
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ptacc.checkpoint.frozen import Fingerprints, leave_out_frozen
@@ -25,6 +20,7 @@ from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.messages import announce
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
+from ptacc.run.environment import get_versions
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
@@ -169,17 +165,6 @@ class RunSaver:
                 f"The run resumes with other versions ({', '.join(changed)}), so results may differ in the last bits.",
                 stacklevel=2,
             )
-
-
-@functools.cache
-def get_versions() -> dict[str, str]:
-    """Return the versions that results depend on, to the last bit."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "accelerate": version("accelerate"),
-    }
 
 
 def local_parameters(trainer: TrainerCore, weights: StateDict) -> list[tuple[str, Tensor]]:

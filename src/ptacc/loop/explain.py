@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from torch import nn
@@ -250,5 +251,5 @@ def shorten(value: object) -> str:
         return f"[{', '.join(items)}]"
     if isinstance(value, dict):
         return ", ".join(map(str, value)) or "{}"
-    text = getattr(value, "__name__", None) or repr(value)
+    text = getattr(value, "__name__", None) or (str(value) if isinstance(value, PurePath) else repr(value))
     return text if len(text) <= VALUE_WIDTH else text[: VALUE_WIDTH - 3] + "..."

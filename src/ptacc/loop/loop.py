@@ -254,7 +254,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                     with contextlib.suppress(CoordinatedExit):  # raised by an evaluation that a hook called
                         self._loop(run)
                     run.stopping.apply_pending_signal()
+                run.history.end(run.progress.steps, run.elapsed)
             except BaseException as error:
+                run.history.end(run.progress.steps, run.elapsed, error)
                 self._events().exception(error)
                 raise
             finally:

@@ -20,6 +20,7 @@ from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_
 from ptacc.data.sources import fingerprints, make_source
 from ptacc.data.wrappers import sync_sources
 from ptacc.errors import DataError, OptionError
+from ptacc.loop.description import describe_run
 from ptacc.loop.evaluation import EvaluationLoop
 from ptacc.model.optimizer_modes import OptimizerModes
 from ptacc.run.history import RunHistory
@@ -67,6 +68,8 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
         with distributed.propagate_failure("setting a run up"):
             sync_sources([data, *eval_sets.values()])
             scheme, history = data.partition_scheme, RunHistory(history_file)
+            if history_file is not None:
+                history.description = describe_run(self, options)
             engine = self.make_engine()
             return Run(
                 options=options,

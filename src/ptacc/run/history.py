@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -29,6 +30,8 @@ STEPS_IN_MEMORY = 1000
 VALUES_IN_MEMORY = 1000
 RECENT_VALUES = 100
 """Reports in memory that are complete. A tracker may have lost them when its process was killed."""
+MAX_ERROR = 500
+"""Characters of an error in the file."""
 STEP_FIELDS = attrgetter(*(field.name for field in fields(StepRecord)))
 
 
@@ -43,6 +46,7 @@ class RunHistory(Sequence[EpochRecord]):
         initial: Results of the evaluations before the first step, by the name of the set.
         evaluations: Every evaluation of the run, in order, also those within epochs.
         step_names: Names of the values that `train_step` logged.
+        description: What the file says of the trainer and where it runs, in values that JSON has.
 
     Example:
         >>> history = RunHistory()
@@ -65,7 +69,9 @@ class RunHistory(Sequence[EpochRecord]):
         self._unread_values = LoggedValues()
         self._of_epoch, self._since_report = StepMeans(), StepMeans()
         self.step_names: set[str] = set()
+        self.description: Mapping[str, Any] = {}
         self._file = file
+        self._opening: list[tuple[str, Mapping[str, Any]]] = []
 
     @overload
     def __getitem__(self, index: int) -> EpochRecord: ...
@@ -100,12 +106,44 @@ class RunHistory(Sequence[EpochRecord]):
     def begin(self, seed: int, plan: RunPlan) -> None:
         """Write the first line of a new file."""
         checkpoints = None if self._file is None else self._file.checkpoints
-        self._write([("run", {"seed": seed, **asdict(plan), "checkpoints": checkpoints})])
+        header = {"seed": seed, **asdict(plan), "checkpoints": checkpoints, "time": utc_now(), **self.description}
+        self._write([("run", header)])
+
+    def resume(self, step: int, seconds: float, plan: RunPlan) -> None:
+        """Write that the run was resumed, together with what it does first: a complete run does nothing.
+
+        Args:
+            step: Steps of the run so far.
+            seconds: Duration of the run so far.
+            plan: Length of the run.
+        """
+        resumed = {"step": step, "seconds": seconds, **asdict(plan), "time": utc_now(), **self.description}
+        self._opening = [("resumed", resumed)] if self._file is not None else []
+
+    def end(self, step: int, seconds: float, error: BaseException | None = None) -> None:
+        """Write how the run ended, unless it was resumed and did nothing.
+
+        Args:
+            step: Steps of the run.
+            seconds: Duration of the run.
+            error: The exception that ended it.
+        """
+        if self._opening:
+            return
+        text = None if error is None else f"{type(error).__name__}: {error}".partition("\n")[0][:MAX_ERROR]
+        end = {"step": step, "seconds": seconds, "time": utc_now(), "reason": self.stop_reason, "error": text}
+        try:
+            self._write([("end", end)])
+        except OSError:
+            if error is None:
+                raise  # else the error is of more use than that of a full disk
 
     def add_step(self, result: StepResult, distributed: DistributedRuntime) -> None:
         """Add a step, whose values are read later. Every 1,000 steps, read the values of the steps before it."""
         if len(self._unread) >= STEPS_IN_MEMORY:
             self.read_steps(distributed)  # without this step, to which hooks may still log
+        if self._opening:  # a resumed run is in the file from its first step on
+            self._write(())
         self._unread.append(result)
 
     def log(self, values: Mapping[str, Tensor | float]) -> None:
@@ -260,7 +298,13 @@ class RunHistory(Sequence[EpochRecord]):
 
     def _write(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         if self._file is not None:
-            self._file.append(records)
+            opening, self._opening = self._opening, []
+            self._file.append([*opening, *records])
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 text, in UTC and in whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def thin_out(records: Sequence[ValuesRecord], number: int) -> list[ValuesRecord]:

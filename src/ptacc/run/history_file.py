@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ptacc.errors import DamagedCheckpointError, OptionError
 from ptacc.types.protocols import StateDict
@@ -17,13 +17,16 @@ INFINITY = "\0infinity"
 """Marks an infinity in text that becomes JSON."""
 HEADER = b'{"kind": "run"'
 """How the first line of a history begins."""
+ATTEMPTS = (b'{"kind": "resumed"', b'{"kind": "end"')
+"""How the lines begin that say when the run was resumed, and how it ended before that."""
 
 
 class HistoryFile:
     """A file to which one run appends lines.
 
     Its state is the length of the run's lines with their hash. A resumed run verifies the hash. When it first appends,
-    it removes the lines that were written after the checkpoint: a run that is refused changes nothing.
+    it removes the lines that were written after the checkpoint: a run that is refused changes nothing. It keeps the
+    lines about earlier attempts, so that the number of resumptions is known.
 
     Args:
         path: The file, which is created with its directory at the first line.
@@ -62,14 +65,21 @@ class HistoryFile:
         if not text:
             return
         if self._length:
-            with self._path.open("ab") as file:
+            with self._path.open("a+b") as file:
                 if file.tell() > self._length:
-                    file.truncate(self._length)
+                    text = self._cut(file) + text
                 file.write(text)
         else:
             self._create(text)
         self._digest.update(text)
         self._length += len(text)
+
+    def _cut(self, file: BinaryIO) -> bytes:
+        """Remove the lines after the run's own, and return those about its attempts."""
+        file.seek(self._length)
+        later = b"".join(line for line in file if line.startswith(ATTEMPTS) and line.endswith(b"\n"))
+        file.truncate(self._length)
+        return later
 
     def _create(self, text: bytes) -> None:
         self.check_unused()

@@ -101,6 +101,8 @@ class Run:
             self._restore(self.resume_state)
         if self.resume_state is None or self.resume_state.shared["history"]["file"] is None:
             self.history.begin(self.seed, self.plan)
+        if self.resume_state is not None:
+            self.history.resume(self.progress.steps, self.progress.seconds, self.plan)
 
     @property
     def model(self) -> nn.Module:
