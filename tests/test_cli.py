@@ -1,8 +1,9 @@
-"""The command line lists and verifies checkpoints, and exports weights that a model can load."""
+"""The command line lists and verifies checkpoints, exports weights that a model can load, and reports on runs."""
 
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import FileSystem
 from ptacc.model.averaging import AveragedWeights
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, failing_at
+from tests.report.runs import train
 
 LIMIT = 60
 """Time limit of a process in seconds; on a busy machine, importing torch takes most of it."""
@@ -191,6 +193,65 @@ def test_a_key_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert "refused: step-0001 is not signed with the key" in said.out
     assert said.err == f"ptacc: {empty} is empty: it must contain the key.\n"
+
+
+# ---- ptacc runs and ptacc report
+
+
+def test_the_runs_below_a_directory_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "runs" / "b", max_steps=20)
+    train(tmp_path / "runs" / "a", fails_at=13)
+    assert main(["runs", str(tmp_path)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["path", "status", "step", "best", "last", "started", "duration"]
+    first, second = ([*re.split(r"  +", row)] for row in rows)
+    assert first[:3] == [str(tmp_path / "runs" / "a"), "failed: ValueError: no <data>", "13 of 50"]
+    assert second[1:3] == ["complete", "20 of 20"]
+    assert second[3].startswith("eval_loss 0.")
+    assert re.match(r"train_loss 0\.\d+, eval_loss 0\.", second[4])
+
+
+def test_a_json_listing_of_runs_is_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, fails_at=27)
+    train(tmp_path, max_steps=30)
+    main(["runs", str(tmp_path), "--json"])
+    (run,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (run["step"], run["planned"], run["resumed"], run["status"]) == (30, 30, 1, "complete")
+    assert (run["best"]["name"], run["best"]["step"]) == ("eval_loss", 30)
+
+
+def test_a_damaged_run_is_reported_and_the_others_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = train(tmp_path / "a", max_steps=10).path
+    train(tmp_path / "b", max_steps=10)
+    damaged.write_text(damaged.read_text().replace('"kind": "epoch"', "").replace('"kind": "values"', '"kind" "v'))
+    assert main(["runs", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert f"ptacc: {damaged} is damaged: line " in said.err
+    assert main(["runs", str(tmp_path / "b" / "step-00000010")]) == 1
+    assert "ptacc: no runs in" in capsys.readouterr().err
+
+
+def test_the_page_of_a_run_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "x", max_steps=10)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "x"), "-o", str(page)]) == 0
+    assert capsys.readouterr().out == f"{page}: {tmp_path / 'x'}\n"
+    assert page.read_text(encoding="utf-8").startswith('<!DOCTYPE html>\n<html lang="en">')
+
+
+def test_what_has_no_run_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "runs" / "x", max_steps=10)
+    (tmp_path / "notes.txt").write_text("to do")
+    for path in ("runs", "notes.txt", "missing"):
+        assert main(["report", str(tmp_path / path), "-o", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert f"runs has neither a history file nor checkpoints. Name one of its runs: {tmp_path}/runs/x/h" in said[0]
+    assert "notes.txt is not a history file" in said[1]
+    assert "missing" in said[2]
+    assert not (tmp_path / "page.html").exists()
 
 
 # ---- ptacc export

@@ -1,14 +1,16 @@
-"""The command line: lists and verifies checkpoints, and exports weights.
+"""The command line: lists, verifies and exports checkpoints, and reports on runs.
 
 ```
 ptacc checkpoints runs/digits                          lists the checkpoints
 ptacc verify runs/digits                               reads every file and checks its hash
 ptacc export runs/digits digits.safetensors            writes the weights of the newest intact checkpoint
+ptacc runs runs                                        lists the runs below a directory
+ptacc report runs/digits -o digits.html                writes a page with the curves of a run
 ```
 
-Each path may be a URL: `ptacc verify s3://bucket/runs/digits`.
+Each path of checkpoints may be a URL: `ptacc verify s3://bucket/runs/digits`.
 
-Exit codes: 0 for success; 1 if no checkpoint was found or one is damaged; 2 if the command failed.
+Exit codes: 0 for success; 1 if no checkpoint or run was found or one is damaged; 2 if the command failed.
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ from ptacc.display.numbers import format_bytes
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
-
-UNKNOWN = "-"
+from ptacc.report.listing import as_json as run_as_json
+from ptacc.report.listing import find_runs, list_runs
+from ptacc.report.listing import format_table as format_runs
+from ptacc.report.page import make_page
+from ptacc.report.run_files import read_run
+from ptacc.report.text import UNKNOWN, align, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,13 +77,15 @@ class Options(argparse.Namespace):
     verify: bool
     json: bool
     output: str
+    page: Path
+    runs: list[Path]
     averages: str | None
     force: bool
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="ptacc", description="List, verify and export checkpoints of ptacc trainers.")
+    parser = argparse.ArgumentParser(prog="ptacc", description="Checkpoints and runs of ptacc trainers.")
     parser.add_argument("--version", action="version", version=f"ptacc {get_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
@@ -101,6 +109,24 @@ def make_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--averages", choices=AVERAGES, help="export averages instead of the weights")
     exporting.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     exporting.set_defaults(command=export)
+
+    finding = commands.add_parser("runs", help="list the runs in a directory and below it")
+    finding.add_argument("runs", type=expand_file, metavar="DIR", nargs=1, help="a directory")
+    finding.add_argument("--json", action="store_true", help="print JSON")
+    finding.set_defaults(command=runs)
+
+    reporting = commands.add_parser("report", help="write a page with the curves of runs")
+    reporting.add_argument(
+        "runs",
+        type=expand_file,
+        metavar="RUN",
+        nargs="+",
+        help="a history file, a checkpoint_dir, or a directory of both",
+    )
+    reporting.add_argument(
+        "-o", dest="page", type=expand_file, metavar="FILE", default=Path("report.html"), help="default: report.html"
+    )
+    reporting.set_defaults(command=report)
     return parser
 
 
@@ -173,6 +199,27 @@ def export(options: Options) -> int:
     return 0
 
 
+def runs(options: Options) -> int:
+    """List the runs below a directory."""
+    found, problems = list_runs(options.runs[0])
+    if options.json:
+        print_line(json.dumps([run_as_json(run) for run in found], indent=2, allow_nan=False))
+    elif found:
+        for line in format_runs(found):
+            print_line(line)
+    for problem in problems if found or problems else [f"no runs in {options.runs[0]}"]:
+        print_error(problem)
+    return int(not found or bool(problems))
+
+
+def report(options: Options) -> int:
+    """Write a page about runs."""
+    found = [read_run(path) for given in options.runs for path in find_runs(given)]
+    options.page.write_text(make_page(found), encoding="utf-8")
+    print_line(f"{options.page}: {', '.join(run.title for run in found)}")
+    return 0
+
+
 def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
     """Return the newest intact checkpoint, and report the newer ones that are not."""
     for entry in verified(reversed(list_checkpoints(directory, key))):
@@ -212,11 +259,7 @@ def format_table(entries: Sequence[CheckpointEntry], *, is_verified: bool) -> li
     metrics = sorted({name for entry in entries if entry.manifest for name in entry.manifest.metrics})
     head = ["name", "step", "epoch", *metrics, "size", "label", "state"]
     rows = [head, *(format_row(entry, metrics, is_verified=is_verified) for entry in entries)]
-    columns = [[printable(cell) for cell in column] for column in zip(*rows, strict=True)]
-    for title, column in zip(head[:-1], columns, strict=False):  # the last column is not padded
-        width = max(map(len, column))
-        column[:] = [f"{cell:<{width}}" if title in {"name", "label"} else f"{cell:>{width}}" for cell in column]
-    return ["  ".join(row) for row in zip(*columns, strict=True)]
+    return align(rows, left=[head.index("name"), head.index("label", len(metrics))])
 
 
 def format_row(entry: CheckpointEntry, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
