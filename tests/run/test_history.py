@@ -245,6 +245,12 @@ def test_the_file_says_why_a_run_was_stopped(tmp_path: Path) -> None:
     assert read_all(tmp_path / "history.jsonl")[-1]["reason"] == "max_time=1e-09 reached"
 
 
+def test_the_file_says_that_a_run_was_interrupted(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(**tiny_parts(), history_file=tmp_path / "history.jsonl").train(tiny_data(), num_epochs=1)
+    assert read_all(tmp_path / "history.jsonl")[-1]["error"] == "KeyboardInterrupt"
+
+
 def test_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class All(CheckpointMixin, ProfilerMixin, DeepSpeedMixin, Trainer): ...
 

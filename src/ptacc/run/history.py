@@ -130,7 +130,8 @@ class RunHistory(Sequence[EpochRecord]):
         """
         if self._opening:
             return
-        text = None if error is None else f"{type(error).__name__}: {error}".partition("\n")[0][:MAX_ERROR]
+        first_line = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+        text = None if error is None else first_line[:MAX_ERROR]
         end = {"step": step, "seconds": seconds, "time": utc_now(), "reason": self.stop_reason, "error": text}
         try:
             self._write([("end", end)])
