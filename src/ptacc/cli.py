@@ -288,11 +288,6 @@ def total_size(manifest: Manifest) -> int:
     return sum(file.size for file in manifest.files.values())
 
 
-def printable(text: str) -> str:
-    """Return a text in one line and without control characters of the terminal."""
-    return text if text.isprintable() else repr(text)
-
-
 def print_line(text: str) -> None:
     """Write to standard output, with escapes for characters that its encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
