@@ -11,6 +11,7 @@ import ptacc.protocols
 import ptacc.schedules
 import ptacc.testing
 import ptacc.tracking
+import ptacc.trainers
 import ptacc.tuning
 
 if TYPE_CHECKING:
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__
-    for module in (ptacc, ptacc.options, ptacc.protocols, ptacc.schedules, ptacc.testing, ptacc.tracking, ptacc.tuning)
+    for module in (
+        ptacc,
+        ptacc.options,
+        ptacc.protocols,
+        ptacc.schedules,
+        ptacc.testing,
+        ptacc.tracking,
+        ptacc.trainers,
+        ptacc.tuning,
+    )
     for name in module.__all__
 }
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
+from ptacc.model.caching import caches_disabled
 from ptacc.model.norms import CopiedStatistics
 from ptacc.model.patching import Forward, patched_forwards
 from ptacc.model.selection import check_selectors, select_submodules
@@ -59,24 +60,9 @@ class GradCheckpointMixin(Mixin):
         with super().around_run():
             option = f"{type(self).__name__}(gradient_checkpointing=[...])"
             selected = select_submodules(self.unwrapped_model, self.gradient_checkpointing, option)
-            caching = find_caching_configs(self.unwrapped_model) if selected else []
-            for config in caching:
-                config.use_cache = False
-            try:
-                with patched_forwards(selected, checkpointed_forward):
-                    yield
-            finally:
-                for config in caching:
-                    config.use_cache = True
-
-
-def find_caching_configs(model: nn.Module) -> list[Any]:
-    """Return the configurations of transformers' models that turn on a cache of keys and values, each once."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    return [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-
-
-# ---- one module
+            without_cache = caches_disabled(self.unwrapped_model) if selected else contextlib.nullcontext()
+            with without_cache, patched_forwards(selected, checkpointed_forward):
+                yield
 
 
 def checkpointed_forward(module: nn.Module, forward: Forward) -> Forward:
