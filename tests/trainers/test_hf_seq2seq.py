@@ -43,8 +43,12 @@ def make_trainer(**options: Any) -> Seq2SeqTrainer:
     return Seq2SeqTrainer(model, optimizer=make_optimizer(model), default_callbacks=(), **options)
 
 
-def spell(rows: list[Tensor]) -> list[str]:
-    return [" ".join(map(str, row.tolist())) for row in rows]
+def spell(rows: list[list[int]]) -> list[str]:
+    return [" ".join(map(str, row)) for row in rows]
+
+
+def spell_tensors(rows: list[Tensor]) -> list[str]:
+    return spell([row.tolist() for row in rows])
 
 
 def copied_data(count: int = 8) -> list[Sample]:
@@ -62,7 +66,7 @@ def test_metrics_get_the_written_and_the_wanted_tokens_without_padding() -> None
 def test_metrics_get_texts_with_decode() -> None:
     kept, data = Kept(), make_translation_data(3)
     make_trainer(generation=GENERATION, decode=spell, metrics={"kept": kept}).evaluate(data, collate_fn=collate)
-    assert [wanted for _, wanted in kept.pairs] == spell([sample["labels"] for sample in data])
+    assert [wanted for _, wanted in kept.pairs] == spell_tensors([sample["labels"] for sample in data])
 
 
 def test_a_model_learns_to_write_what_it_is_shown() -> None:
@@ -83,7 +87,9 @@ def test_predictions_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     trainer = make_trainer(generation=GENERATION)
     data = [{"input_ids": sample["input_ids"]} for sample in make_translation_data(6)]
     predictions = trainer.predict(data, collate_fn=pad_inputs, per_device_batch_size=batch_size)
-    assert spell(predictions) == spell(trainer.predict(data, collate_fn=pad_inputs, per_device_batch_size=6))
+    assert spell_tensors(predictions) == spell_tensors(
+        trainer.predict(data, collate_fn=pad_inputs, per_device_batch_size=6)
+    )
 
 
 def pad_inputs(samples: list[Sample]) -> dict[str, Any]:
@@ -115,7 +121,11 @@ def evaluate_on_ranks() -> tuple[float, list[str], float]:
         model, optimizer=make_optimizer(model), default_callbacks=(), generation=GENERATION, metrics={"kept": kept}
     )
     result = trainer.evaluate(make_translation_data(11), collate_fn=collate, per_device_batch_size=2)
-    return result.loss, spell(trainer.predict(make_translation_data(11), collate_fn=collate)), result.metrics["kept"]
+    return (
+        result.loss,
+        spell_tensors(trainer.predict(make_translation_data(11), collate_fn=collate)),
+        result.metrics["kept"],
+    )
 
 
 @pytest.mark.timeout(120)

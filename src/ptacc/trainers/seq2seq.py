@@ -44,7 +44,7 @@ class Seq2SeqTrainer(TokenClassificationTrainer[ModelT], Generic[ModelT]):
     """
 
     generation: Mapping[str, Any] | None = None
-    decode: Callable[[list[Tensor]], list[str]] | None = None
+    decode: Callable[[list[list[int]]], list[str]] | None = None
 
     @override
     def check_options(self) -> None:
@@ -85,7 +85,7 @@ class Seq2SeqTrainer(TokenClassificationTrainer[ModelT], Generic[ModelT]):
         wanted = [row[row != IGNORED] for row in self.get_targets(batch)]
         sequences: list[list[Any]] = [written, wanted]
         if self.decode is not None:
-            sequences = [self.decode(tokens) for tokens in sequences]
+            sequences = [self.decode([row.tolist() for row in rows]) for rows in sequences]
         for metric in metrics:
             metric.update(*sequences)
 
