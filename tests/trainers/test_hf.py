@@ -1,6 +1,8 @@
 """Trainers of models of transformers: losses, counts, metrics, predictions, modes and mistakes."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -219,6 +221,11 @@ def test_tied_weights_stay_tied() -> None:
     model = make_gpt2()
     make_language_trainer(model).train(make_language_data(), **SHORT)
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_transformers_is_imported_where_models_are_made_and_not_before() -> None:
+    code = "import sys, ptacc.trainers; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 # ---- mistakes

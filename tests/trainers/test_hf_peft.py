@@ -20,7 +20,7 @@ class AdapterTrainer(SeedMixin, CheckpointMixin, CausalLMTrainer):
     """Saves the adapters alone, and resumes."""
 
     checkpoint_frozen: bool = False
-    seed: int = 0
+    seed: int | None = 0
 
 
 def make_adapted(task: str = "CAUSAL_LM", model: Any = None) -> Any:

@@ -29,6 +29,15 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import (
+    BatchEncoding,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 from typing_extensions import TypeVar, override
 
 from ptacc import (
@@ -102,6 +111,13 @@ from ptacc.protocols import (
     TrainOptions,
 )
 from ptacc.testing import assert_overfits_one_batch, assert_split_invariant
+from ptacc.trainers import (
+    CausalLMTrainer,
+    SavePretrained,
+    Seq2SeqTrainer,
+    SequenceClassificationTrainer,
+    TokenClassificationTrainer,
+)
 from ptacc.tuning import find_batch_size, find_learning_rate
 
 BatchT = TypeVar("BatchT")
@@ -1283,3 +1299,39 @@ class Watch(Callback[TrainerCore]):
 
 Trainer(net, loss_func=loss, optimizer=opt, callbacks=[Watch()], log_every=None)
 Trainer(net, loss_func=loss, optimizer=opt, log_every=Minutes(1))
+
+
+# ---- models of transformers
+
+
+class Sentiment(SeedMixin, SequenceClassificationTrainer[BertForSequenceClassification]):
+    @override
+    def count_items(self, batch: Mapping[str, Any]) -> float:
+        return len(batch["labels"])
+
+
+class Writer(GradAccumMixin, CausalLMTrainer): ...
+
+
+def encode(texts: list[str]) -> BatchEncoding:
+    return BatchEncoding({"input_ids": torch.zeros(len(texts), 3)})
+
+
+def transformer_trainers(
+    sentiment: Sentiment,
+    tagger: TokenClassificationTrainer,
+    writer: Writer,
+    translator: Seq2SeqTrainer,
+    samples: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert_type(sentiment.model, BertForSequenceClassification)
+    padding = DataCollatorWithPadding(tokenizer)
+    sentiment.train(samples, {"near": samples}, collate_fn=padding, num_epochs=1)
+    sentiment.train(["good"], collate_fn=encode, num_epochs=1)
+    assert_type(sentiment.predict(samples, collate_fn=padding), list[Tensor])
+    tagger.train(samples, samples, collate_fn=DataCollatorForTokenClassification(tokenizer), num_epochs=1)
+    writer.train(samples, samples, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False), num_epochs=1)
+    translator.train(samples, samples, collate_fn=DataCollatorForSeq2Seq(tokenizer), num_epochs=1)
+    translator.decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    sentiment.callbacks = [SavePretrained("best", "accuracy", mode="max", processor=tokenizer)]
