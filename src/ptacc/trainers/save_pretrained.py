@@ -53,7 +53,7 @@ class SavePretrained(BestValue[TrainerCore]):
         processor: Processor | None = None,
     ) -> None:
         super().__init__(monitor, mode)
-        self.directory = Path(directory)
+        self._directory = Path(directory)
         self._processor = processor
 
     @override
@@ -61,7 +61,7 @@ class SavePretrained(BestValue[TrainerCore]):
         super().on_run_start(trainer)
         if not callable(getattr(trainer.unwrapped_model, "save_pretrained", None)):
             raise OptionError(
-                f"SavePretrained({str(self.directory)!r}): a {type(trainer.unwrapped_model).__name__} does not have "
+                f"SavePretrained({str(self._directory)!r}): a {type(trainer.unwrapped_model).__name__} does not have "
                 "the method save_pretrained of transformers. Use SaveBest, or RestoreBestWeights and export_model()."
             )
 
@@ -73,6 +73,6 @@ class SavePretrained(BestValue[TrainerCore]):
                 return
             model: Any = trainer.unwrapped_model
             with caches_restored():
-                model.save_pretrained(str(self.directory), state_dict=exported_weights(states))
+                model.save_pretrained(str(self._directory), state_dict=exported_weights(states))
         if self._processor is not None:
-            self._processor.save_pretrained(str(self.directory))
+            self._processor.save_pretrained(str(self._directory))
