@@ -21,12 +21,12 @@ from torch import nn
 from ptacc.checkpoint.catalog import list_checkpoints
 from ptacc.checkpoint.export import write_weights
 from ptacc.checkpoint.parts import SHARED, encode_parts, write_parts
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import FileSystem
 from ptacc.model.averaging import AveragedWeights
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import CheckpointStore
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, failing_at
 from tests.report.runs import train
 

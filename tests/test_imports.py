@@ -36,6 +36,7 @@ PACKAGES = [
     "distributed",
     "model",
     "composition",
+    "storage",
     "serialization",
     "tensors",
     "rng",

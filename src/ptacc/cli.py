@@ -29,7 +29,6 @@ from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_chec
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import MODEL, read_full_parts
-from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.display.numbers import format_bytes
 from ptacc.errors import CheckpointError, OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
@@ -40,6 +39,7 @@ from ptacc.report.listing import format_table as format_runs
 from ptacc.report.page import make_page
 from ptacc.report.run_files import read_run
 from ptacc.report.text import UNKNOWN, align, printable
+from ptacc.storage.manifest import Manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,8 +29,8 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.protocols import SchedulerFactory
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.types.aliases import Mode
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptacc.checkpoint.storage.store import CheckpointStore
+from ptacc.storage.store import CheckpointStore
 from tests.checkpoint.faults.arenas import FILES, Arena, save, visit
 
 

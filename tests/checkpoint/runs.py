@@ -33,11 +33,11 @@ from ptacc import (
     Trainer,
     TrainerCore,
 )
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.files.filesystem import FileSystem
 from ptacc.protocols import SchedulerFactory
 from ptacc.rng import RandomStreams
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from ptacc.types.protocols import Stateful

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from ptacc import Callback, StepResult
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import copy_to_host
 from ptacc.errors import CheckpointError
 from ptacc.serialization.json_codec import encode
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_data
 from ptacc.testing.laws import same
 from tests.checkpoint.faults.disks import Interposed

@@ -12,9 +12,9 @@ from typing_extensions import override
 from ptacc import Callback, CheckpointMixin, EMAMixin, FSDPMixin, SeedMixin, Steps, SWAMixin, Trainer, TrainerCore
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import Snapshot, read_full_parts
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.cli import main
 from ptacc.errors import CheckpointError
+from ptacc.storage.remote_store import open_store
 from ptacc.testing import tiny_data
 from tests.ranks import run_ranks
 

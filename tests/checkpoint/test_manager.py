@@ -6,9 +6,9 @@ from typing_extensions import override
 
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.lock import DirectoryLock
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.distributed.process_group import DistributedRuntime
+from ptacc.storage.lock import DirectoryLock
+from ptacc.storage.store import CheckpointStore
 
 
 class SlowToShow(DirectoryLock):

@@ -21,9 +21,9 @@ from ptacc.checkpoint.parts import (
     read_parts,
     write_parts,
 )
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import CheckpointStore
 
 
 def through_files(directory: Path, parts: Mapping[str, object]) -> Snapshot:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ptacc import Best, Monitor
 from ptacc.checkpoint.retention import Retention, rank_best
-from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.storage.manifest import Manifest
 
 LOSS, ACCURACY = Monitor("loss"), Monitor("accuracy", mode="max")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, FSDPMixin, RestoreBestWeights, StepResult, Steps
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.storage.remote_store import open_store
 from tests.engines.nets import Averaging, digits, make, make_optimizer
 from tests.ranks import run_ranks
 

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from ptacc import CheckpointMixin, ClosureMixin, Epochs, FreezeMixin, SeedMixin, Steps, Trainer
 from ptacc.checkpoint.parts import read_full_parts
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError
+from ptacc.storage.remote_store import open_store
 
 EPOCH = 3
 

@@ -37,7 +37,6 @@ from ptacc import (
     TrainerCore,
 )
 from ptacc.checkpoint import manager
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import (
     CheckpointError,
     CollectiveError,
@@ -49,6 +48,7 @@ from ptacc.errors import (
 )
 from ptacc.files.filesystem import FileSystem
 from ptacc.mixins.checkpoint import SAVER
+from ptacc.storage.remote_store import open_store
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
 from tests.records import read_lines

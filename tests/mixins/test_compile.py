@@ -30,9 +30,9 @@ from ptacc import (
     SyncBatchNormMixin,
     Trainer,
 )
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError, OptionError
 from ptacc.protocols import CompileMode
+from ptacc.storage.remote_store import open_store
 from tests.ranks import run_ranks
 
 pytestmark = [  # from dynamo and inductor

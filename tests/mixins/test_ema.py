@@ -23,11 +23,11 @@ from ptacc import (
 )
 from ptacc.checkpoint.export import exported_weights
 from ptacc.checkpoint.parts import SHARED, Snapshot, read_parts
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import NestedRunError, NoRunError, OptionError
 from ptacc.mixins.ema import EMA_STATE
 from ptacc.model.averaging import AveragedWeights
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.tuning import find_learning_rate
 from tests.ranks import run_ranks

@@ -16,12 +16,12 @@ import posixpath
 import re
 from dataclasses import dataclass, replace
 
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import open_store
-from ptacc.checkpoint.storage.store import MANIFEST, PREFIX, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.paths import resolve_links, split_path
 from ptacc.files.remote_filesystem import select_filesystem
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.remote_store import open_store
+from ptacc.storage.store import MANIFEST, PREFIX, CheckpointStore
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from ptacc.checkpoint.parts import MODEL, Snapshot
-from ptacc.checkpoint.storage.store import MANIFEST
 from ptacc.core.frozen import find_trained
 from ptacc.core.hooks import TrainerCore
 from ptacc.distributed.process_group import DistributedRuntime
@@ -30,6 +29,7 @@ from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.state_dict import get_weights
 from ptacc.serialization.json_codec import get_memory_key
 from ptacc.serialization.safetensors_file import safetensors_parts
+from ptacc.storage.store import MANIFEST
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, map_state
 
 AVERAGES = ("ema", "swa")

@@ -12,7 +12,6 @@ from ptacc.checkpoint.frozen import FROZEN, add_own_averages, frozen_differences
 from ptacc.checkpoint.options import holds
 from ptacc.checkpoint.parts import BUFFERS, MODEL, OPTIONS, Snapshot, read_full_parts
 from ptacc.checkpoint.resume import find_at
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.core.frozen import without
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.module_options import parameters_of
@@ -24,6 +23,7 @@ from ptacc.files.paths import parse_path, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.optimizer_state import check_names, order_by_name, replace_parameters
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights, weight_differences
+from ptacc.storage.remote_store import open_store
 from ptacc.types.protocols import StateDict
 from ptacc.validation import did_you_mean
 

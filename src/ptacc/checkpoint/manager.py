@@ -15,15 +15,15 @@ from torch import Tensor
 from ptacc.checkpoint.parts import SHARED, encode_parts, rank_files
 from ptacc.checkpoint.resume import Resumption
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.lock import LOCK, DirectoryLock
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import open_sibling
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.writer import Save, copy_to_host
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import resolve_links, split_path
+from ptacc.storage.lock import LOCK, DirectoryLock
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.remote_store import open_sibling
+from ptacc.storage.store import CheckpointStore
 from ptacc.types.aliases import T
 
 OnError: TypeAlias = Literal["raise", "warn"]

@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.errors import CheckpointError, DamagedCheckpointError, MissingPartError
 from ptacc.files.filesystem import FileDigest
 from ptacc.serialization.json_codec import Encoded, Json, decode, encode, one_line
 from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_header, safetensors_parts
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.tensors.dtensor import localize, map_state, merge_states
 
 RUN, MODEL, BUFFERS, OPTIONS = "run", "model", "buffers", "options"

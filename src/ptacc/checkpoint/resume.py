@@ -19,15 +19,15 @@ from ptacc.checkpoint.parts import (
     read_all_ranks,
     read_parts,
 )
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
-from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.core.module_options import merge_options
 from ptacc.distributed.process_group import Distributed
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import as_checkpoint_error
 from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.run.state import ResumeState
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.remote_store import open_sibling, open_store
+from ptacc.storage.store import MANIFEST, CheckpointStore
 from ptacc.types.protocols import StateDict
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ptacc.checkpoint.storage.manifest import Manifest
+from ptacc.storage.manifest import Manifest
 from ptacc.types.monitor import Best
 
 

@@ -16,12 +16,12 @@ from ptacc.checkpoint.frozen import Fingerprints, leave_out_frozen
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.parts import MODEL
 from ptacc.checkpoint.retention import add_if_best
-from ptacc.checkpoint.storage.manifest import Manifest
 from ptacc.checkpoint.trainer_state import collect_parts, move_shards
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.messages import announce
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.run.environment import get_versions
+from ptacc.storage.manifest import Manifest
 from ptacc.tensors.dtensor import is_dtensor
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from ptacc.checkpoint.parts import write_parts
-from ptacc.checkpoint.storage.lock import DirectoryLock
-from ptacc.checkpoint.storage.manifest import MAX_MANIFEST_SIZE, Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore, PendingCheckpoint
 from ptacc.distributed.failure import Failure
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import FileDigest
 from ptacc.serialization.json_codec import Encoded
+from ptacc.storage.lock import DirectoryLock
+from ptacc.storage.manifest import MAX_MANIFEST_SIZE, Manifest
+from ptacc.storage.store import CheckpointStore, PendingCheckpoint
 
 TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the files of another rank."""

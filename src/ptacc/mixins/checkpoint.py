@@ -20,9 +20,6 @@ from ptacc.checkpoint.parts import check_storable
 from ptacc.checkpoint.resume import Resumption, choose_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.storage.lock import DirectoryLock
-from ptacc.checkpoint.storage.remote_store import open_sibling, open_store
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.checkpoint.trainer_state import check_first_states, collect_parts, fingerprint_start, restore_run
 from ptacc.core.hooks import Mixin
 from ptacc.core.messages import announce
@@ -33,6 +30,9 @@ from ptacc.files.paths import parse_absolute
 from ptacc.run.history_file import HistoryFile
 from ptacc.run.state import ResumeState, StateKey
 from ptacc.run.step_result import StepResult
+from ptacc.storage.lock import DirectoryLock
+from ptacc.storage.remote_store import open_sibling, open_store
+from ptacc.storage.store import CheckpointStore
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Cadence, Epochs

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptacc.checkpoint.storage.store import MANIFEST, PREFIX
 from ptacc.errors import OptionError
 from ptacc.report.run_files import RecordedRun, is_history, read_run
 from ptacc.report.text import (
@@ -18,6 +17,7 @@ from ptacc.report.text import (
     format_time,
     format_values,
 )
+from ptacc.storage.store import MANIFEST, PREFIX
 
 MAX_STATUS = 50
 """Characters of a status in a table."""

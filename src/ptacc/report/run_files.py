@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ptacc.checkpoint.catalog import CheckpointEntry, list_run
-from ptacc.checkpoint.storage.manifest import is_count
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import OptionError, PtaccError
 from ptacc.files.paths import is_url
 from ptacc.run.history_file import HEADER
+from ptacc.storage.manifest import is_count
+from ptacc.storage.remote_store import open_store
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EvalResult
 

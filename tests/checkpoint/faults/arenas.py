@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ptacc.checkpoint.parts import SHARED, encode_parts, rank_files, read_parts, write_parts
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import MANIFEST, CheckpointStore
 from ptacc.tensors.dtensor import Shard
 from tests.checkpoint.cells import Trial, run_in_a_cell
 from tests.checkpoint.faults.payloads import reseal

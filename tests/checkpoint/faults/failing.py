@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, SeedMixin, Steps, Trainer
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError
 from ptacc.files.filesystem import FileSystem
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_data, tiny_parts
 from tests.checkpoint.faults.disks import Interposed
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.manifest import to_json
 from ptacc.serialization.safetensors_file import safetensors_parts
+from ptacc.storage.manifest import to_json
 
 DEEP = 100_000
 

@@ -15,11 +15,11 @@ import torch
 
 from ptacc.checkpoint import parts as parts_module
 from ptacc.checkpoint.parts import MAX_JSON_SIZE, SHARED, read_parts
-from ptacc.checkpoint.storage.manifest import to_json
-from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from ptacc.files.filesystem import FileDigest, FileSystem
 from ptacc.serialization.safetensors_file import safetensors_parts
+from ptacc.storage.manifest import to_json
+from ptacc.storage.store import MANIFEST, CheckpointStore
 from tests.checkpoint.cells import ROOM, run_in_a_cell
 from tests.checkpoint.faults import payloads
 from tests.checkpoint.faults.arenas import (

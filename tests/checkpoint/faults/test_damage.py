@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import DamagedCheckpointError
+from ptacc.storage.store import CheckpointStore
 from tests.checkpoint.faults.arenas import FILES, save
 
 FLIPS, TRUNCATIONS = 1000, 200

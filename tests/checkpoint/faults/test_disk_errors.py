@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, RankFailedError
 from ptacc.files.filesystem import FileSystem
+from ptacc.storage.store import CheckpointStore
 from ptacc.testing import tiny_parts
 from tests.checkpoint.faults.failing import (
     OPENING,

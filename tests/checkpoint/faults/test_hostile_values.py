@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from ptacc.checkpoint.parts import SHARED, read_parts
 from ptacc.checkpoint.retention import Retention
-from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
-from ptacc.checkpoint.storage.store import MANIFEST, CheckpointStore
 from ptacc.files.filesystem import FileDigest
+from ptacc.storage.manifest import FILE_NAME, Manifest
+from ptacc.storage.store import MANIFEST, CheckpointStore
 from ptacc.types.monitor import Best
 from tests.checkpoint.faults import payloads
 from tests.checkpoint.faults.arenas import (

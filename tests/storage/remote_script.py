@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tests.checkpoint.objects  # noqa: F401  # registers the protocol
 from ptacc import CheckpointMixin, SeedMixin, Trainer

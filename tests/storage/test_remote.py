@@ -19,13 +19,13 @@ from typing_extensions import override
 
 from ptacc import Best, Callback, StepResult, Steps
 from ptacc.checkpoint import manager
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.remote_store import RemoteStore, open_store
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.cli import main
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from ptacc.files.paths import parse_path, split_path
 from ptacc.files.remote_filesystem import RemoteFileSystem
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.remote_store import RemoteStore, open_store
+from ptacc.storage.store import CheckpointStore
 from tests.checkpoint.objects import FOLDER, keys, object_at, observed_by
 from tests.checkpoint.runs import STEPS, End, KillableTrainer, make, run_for_exit_code, save_each_step, train
 from tests.ranks import RankFailed, launch, run_ranks

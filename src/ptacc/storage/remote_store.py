@@ -23,12 +23,12 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from ptacc.checkpoint.storage.manifest import FILE_NAME, Manifest
-from ptacc.checkpoint.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.filesystem import PARTIAL, FileSystem, as_checkpoint_error
 from ptacc.files.paths import is_url
 from ptacc.files.remote_filesystem import RemoteFileSystem
+from ptacc.storage.manifest import FILE_NAME, Manifest
+from ptacc.storage.store import MANIFEST, REMOVED, CheckpointStore, PendingCheckpoint, check_name
 
 
 @dataclass(frozen=True)

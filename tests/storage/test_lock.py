@@ -14,10 +14,10 @@ import pytest
 from typing_extensions import override
 
 from ptacc import Callback, CheckpointMixin, StepResult, Steps
-from ptacc.checkpoint.storage import lock
-from ptacc.checkpoint.storage.lock import LOCK, DirectoryLock, describe_process
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError
+from ptacc.storage import lock
+from ptacc.storage.lock import LOCK, DirectoryLock, describe_process
+from ptacc.storage.remote_store import open_store
 from ptacc.testing import tiny_data
 from tests.checkpoint.objects import FOLDER
 from tests.checkpoint.runs import (

@@ -15,13 +15,13 @@ import torch
 from typing_extensions import override
 
 from ptacc.checkpoint.export import write_weights
-from ptacc.checkpoint.storage.lock import DirectoryLock
-from ptacc.checkpoint.storage.manifest import Manifest
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.filesystem import FileSystem
 from ptacc.serialization.json_codec import Encoded, decode, encode
 from ptacc.serialization.safetensors_file import parse_safetensors, safetensors_parts
+from ptacc.storage.lock import DirectoryLock
+from ptacc.storage.manifest import Manifest
+from ptacc.storage.store import CheckpointStore
 from tests.checkpoint.faults.disks import CALLS, Interposed, Losing, dying_at, failing_at
 
 WEIGHTS = torch.arange(6.0).reshape(2, 3)

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 from pathlib import Path
 
-from ptacc.checkpoint.storage.manifest import FILE_NAME, MAX_MANIFEST_SIZE, Manifest
 from ptacc.errors import CheckpointError, DamagedCheckpointError, OptionError
 from ptacc.files.filesystem import PARTIAL, FileDigest, FileSystem, as_checkpoint_error
+from ptacc.storage.manifest import FILE_NAME, MAX_MANIFEST_SIZE, Manifest
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from ptacc.checkpoint.storage.store import CheckpointStore
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.filesystem import FileSystem, as_checkpoint_error
 from ptacc.files.paths import is_url, resolve_links
+from ptacc.storage.store import CheckpointStore
 
 LOCK = ".lock"
 WAIT_SECONDS = 10.0

@@ -1,1 +1,0 @@
-"""Files of checkpoints: written atomically, verified, on local or remote file systems."""

@@ -1,0 +1,1 @@
+"""Directories of checkpoints: written atomically, verified, on local or remote file systems."""
