@@ -4,6 +4,7 @@
 ptacc checkpoints runs/digits                          lists the checkpoints
 ptacc verify runs/digits                               reads every file and checks its hash
 ptacc export runs/digits digits.safetensors            writes the weights of the newest intact checkpoint
+ptacc export runs/digits best.safetensors --best eval_loss             or of the best one
 ptacc runs runs                                        lists the runs below a directory
 ptacc report runs/digits -o digits.html                writes a page with the curves of a run
 ```
@@ -24,13 +25,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
-from ptacc.checkpoint.catalog import CheckpointEntry, find_checkpoint, list_checkpoints
+from ptacc.checkpoint.catalog import CheckpointEntry, choose, find_best, find_checkpoint, list_checkpoints
 from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, write_weights
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import MODEL, read_full_parts
 from ptacc.display.numbers import format_bytes
-from ptacc.errors import CheckpointError, OptionError, PtaccError
+from ptacc.errors import OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.report.listing import as_json as run_as_json
@@ -40,6 +42,8 @@ from ptacc.report.page import make_page
 from ptacc.report.run_files import read_run
 from ptacc.report.text import UNKNOWN, align, printable
 from ptacc.storage.manifest import Manifest
+from ptacc.types.aliases import Mode
+from ptacc.types.monitor import Monitor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +85,8 @@ class Options(argparse.Namespace):
     runs: list[Path]
     averages: str | None
     force: bool
+    best: str | None
+    mode: Mode
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,8 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--key-file", type=expand_file, metavar="FILE", help="file with the key of the checkpoints")
+    ranking = argparse.ArgumentParser(add_help=False)
+    ranking.add_argument("--best", metavar="NAME", help="the checkpoint with the best value of this name")
+    ranking.add_argument("--mode", choices=get_args(Mode), default="min", help="which value is best (default: min)")
 
-    listing = commands.add_parser("checkpoints", parents=[common], help="list checkpoints, oldest first")
+    listing = commands.add_parser("checkpoints", parents=[common, ranking], help="list checkpoints, oldest first")
     listing.add_argument("directory", type=parse_location, metavar="DIR", help="the checkpoint_dir of a trainer")
     listing.add_argument("--verify", action="store_true", help="check the hash of every file, not only the manifests")
     listing.add_argument("--json", action="store_true", help="print JSON")
@@ -101,7 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     verifying.add_argument("directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory of them")
     verifying.set_defaults(command=verify)
 
-    exporting = commands.add_parser("export", parents=[common], help="write the model's weights to a safetensors file")
+    exporting = commands.add_parser(
+        "export", parents=[common, ranking], help="write the model's weights to a safetensors file"
+    )
     exporting.add_argument(
         "directory", type=parse_location, metavar="DIR", help="a checkpoint, or a directory for its newest intact one"
     )
@@ -159,11 +170,13 @@ def checkpoints(options: Options) -> int:
     entries = list_checkpoints(options.directory, read_key(options.key_file))
     if options.verify:
         entries = list(verified(entries))
+    monitor = get_monitor(options)
+    best = find_best(options.directory, entries, monitor) if monitor and entries else None
     if options.json:
-        rows = [as_json(entry, is_verified=options.verify) for entry in entries]
+        rows = [as_json(entry, best, is_verified=options.verify) for entry in entries]
         print_line(json.dumps(rows, indent=2, allow_nan=False))
     elif entries:
-        for line in format_table(entries, is_verified=options.verify):
+        for line in format_table(entries, best, is_verified=options.verify):
             print_line(line)
     return get_exit_code(entries, options.directory)
 
@@ -187,7 +200,9 @@ def export(options: Options) -> int:
     check_target(filesystem, target, overwrite=options.force)  # before the checkpoint is read
     key = read_key(options.key_file)
     # If one checkpoint is given, only the files that are exported have to be intact.
-    entry = find_checkpoint(options.directory, key) or find_newest_intact(options.directory, key)
+    entry = find_checkpoint(options.directory, key) or choose(
+        options.directory, list_checkpoints(options.directory, key), get_monitor(options), print_skipped
+    )
     snapshot = read_full_parts(entry.store, entry.store.manifest(entry.name))
     weights = exported_weights(snapshot, options.averages)
     digest = write_weights(filesystem, target, weights, overwrite=options.force)
@@ -220,19 +235,20 @@ def report(options: Options) -> int:
     return 0
 
 
-def find_newest_intact(directory: str, key: bytes | None) -> CheckpointEntry:
-    """Return the newest intact checkpoint, and report the newer ones that are not."""
-    for entry in verified(reversed(list_checkpoints(directory, key))):
-        if not entry.problem:
-            return entry
-        print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
-    raise CheckpointError(f"{directory} contains no intact checkpoint.")
-
-
 def verified(entries: Iterable[CheckpointEntry]) -> Iterator[CheckpointEntry]:
     """Check every file of each checkpoint, and leave out those that have been removed since they were listed."""
     checked = (entry.check(files=True) for entry in entries)
     return (entry for entry in checked if not entry.is_gone)
+
+
+def get_monitor(options: Options) -> Monitor | None:
+    """Return the value of `--best`."""
+    return None if options.best is None else Monitor(options.best, options.mode)
+
+
+def print_skipped(entry: CheckpointEntry) -> None:
+    """Report a damaged checkpoint."""
+    print_error(f"{printable(entry.title)} is skipped: {entry.problem}")
 
 
 def get_exit_code(entries: Sequence[CheckpointEntry], directory: str) -> int:
@@ -254,11 +270,13 @@ def read_key(file: Path | None) -> bytes | None:
 # ---- output
 
 
-def format_table(entries: Sequence[CheckpointEntry], *, is_verified: bool) -> list[str]:
-    """Return the lines of a table of checkpoints."""
+def format_table(entries: Sequence[CheckpointEntry], best: CheckpointEntry | None, *, is_verified: bool) -> list[str]:
+    """Return the lines of a table of checkpoints, with a mark at the best one."""
     metrics = sorted({name for entry in entries if entry.manifest for name in entry.manifest.metrics})
     head = ["name", "step", "epoch", *metrics, "size", "label", "state"]
     rows = [head, *(format_row(entry, metrics, is_verified=is_verified) for entry in entries)]
+    for row, entry in zip(rows[1:], entries, strict=True):
+        row[-1] = f"best, {row[-1]}" if entry is best else row[-1]
     return align(rows, left=[head.index("name"), head.index("label", len(metrics))])
 
 
@@ -273,14 +291,15 @@ def format_row(entry: CheckpointEntry, metrics: Sequence[str], *, is_verified: b
     return [entry.title, str(manifest.step), str(manifest.epoch), *values, size, label, state]
 
 
-def as_json(entry: CheckpointEntry, *, is_verified: bool) -> dict[str, object]:
+def as_json(entry: CheckpointEntry, best: CheckpointEntry | None, *, is_verified: bool) -> dict[str, object]:
     """Return a checkpoint as JSON. Infinity and NaN, which JSON does not have, become strings."""
     fields: dict[str, object] = {"name": entry.title, "checked": "files" if is_verified else "manifest"}
     if (manifest := entry.manifest) is not None:
         metrics = {name: value if math.isfinite(value) else repr(value) for name, value in manifest.metrics.items()}
         fields |= {"run": manifest.run, "step": manifest.step, "epoch": manifest.epoch, "bytes": total_size(manifest)}
         fields |= {"label": manifest.label, "metrics": metrics}
-    return {**fields, "problem": entry.problem or None}
+    marks = {} if best is None else {"best": entry is best}
+    return {**fields, **marks, "problem": entry.problem or None}
 
 
 def total_size(manifest: Manifest) -> int:

@@ -49,12 +49,13 @@ def test_the_newest_of_a_label_is_kept() -> None:
 
 
 def test_of_equals_the_newest_is_best() -> None:
-    assert rank_best([at(1, {"loss": 1.0}), at(2, {"loss": 1.0})], Best(LOSS)) == ["step-0000000002"]
+    older, newer = at(1, {"loss": 1.0}), at(2, {"loss": 1.0})
+    assert rank_best([older, newer], LOSS) == [newer, older]
 
 
 def test_infinity_is_worse_than_a_number_and_nan_is_nothing() -> None:
     manifests = [at(1, {"loss": math.inf}), at(2, {"loss": math.nan}), at(3, {"loss": 9.0})]
-    assert rank_best(manifests, Best(LOSS, count=3)) == ["step-0000000003", "step-0000000001"]
+    assert rank_best(manifests, LOSS) == [manifests[2], manifests[0]]
 
 
 rules = st.none() | st.integers(1, 4)

@@ -1083,6 +1083,8 @@ def saves(trainer: Saved) -> None:
     assert_type(trainer.save_checkpoint("runs/digits/best", label="best"), str)
     trainer.load_checkpoint(Path("runs/digits"), weights_only=True)
     trainer.load_checkpoint("runs/digits", ignore={"model.head.*"})
+    trainer.load_checkpoint("runs/digits", which="best")
+    trainer.load_checkpoint("runs/digits", which=Best("accuracy", mode="max"))
     trainer.export_model("weights.safetensors", averages="ema")
     trainer.export_model("adapter.safetensors", trainable_only=True)
 

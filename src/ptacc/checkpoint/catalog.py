@@ -14,14 +14,17 @@ from __future__ import annotations
 import math
 import posixpath
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ptacc.checkpoint.retention import rank_best
 from ptacc.errors import CheckpointError, DamagedCheckpointError
 from ptacc.files.paths import resolve_links, split_path
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.storage.manifest import Manifest
 from ptacc.storage.remote_store import open_store
 from ptacc.storage.store import MANIFEST, PREFIX, CheckpointStore
+from ptacc.types.monitor import Monitor
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,64 @@ def list_run(store: CheckpointStore, prefix: str) -> list[CheckpointEntry]:
     entries = [CheckpointEntry(store, name, f"{prefix}{name}").check(files=False) for name in names]
     remaining = [entry for entry in entries if not entry.is_gone]
     return sorted(remaining, key=lambda entry: entry.manifest.sequence if entry.manifest else math.inf)
+
+
+# ---- choosing one
+
+
+def choose(
+    directory: str,
+    entries: Sequence[CheckpointEntry],
+    which: str | Monitor | None,
+    report: Callable[[CheckpointEntry], object],
+) -> CheckpointEntry:
+    """Return the best intact checkpoint by a value, the newest one with a label, or for None the newest of all.
+
+    Args:
+        directory: Where the checkpoints are.
+        entries: The checkpoints, oldest first.
+        which: The value or the label.
+        report: Called with each damaged checkpoint that is skipped. One without a valid manifest may be the best.
+
+    Raises:
+        CheckpointError: No intact checkpoint has the value or the label.
+    """
+    unknown = [entry for entry in entries if entry.manifest is None]
+    for entry in reversed(entries) if which is None else (*unknown, *rank(entries, which)):
+        checked = entry.check(files=True)
+        if not checked.problem:
+            return checked
+        if not checked.is_gone:
+            report(checked)
+    raise CheckpointError(f"{directory} contains no intact checkpoint{describe_choice(entries, which)}.")
+
+
+def find_best(directory: str, entries: Sequence[CheckpointEntry], monitor: Monitor) -> CheckpointEntry:
+    """Return the best checkpoint by a value, without reading its files, or raise as `choose` does."""
+    intact = [entry for entry in entries if not entry.problem]
+    if ranked := rank(intact, monitor):
+        return ranked[0]
+    raise CheckpointError(f"{directory} contains no intact checkpoint{describe_choice(intact, monitor)}.")
+
+
+def rank(entries: Sequence[CheckpointEntry], which: str | Monitor) -> list[CheckpointEntry]:
+    """Return the checkpoints with a value, best first, or those with a label, newest first."""
+    known = {id(entry.manifest): entry for entry in entries}
+    manifests = [entry.manifest for entry in entries if entry.manifest is not None]
+    if isinstance(which, Monitor):
+        ranked = rank_best(manifests, which)
+    else:
+        ranked = [manifest for manifest in reversed(manifests) if manifest.label == which]
+    return [known[id(manifest)] for manifest in ranked]
+
+
+def describe_choice(entries: Sequence[CheckpointEntry], which: str | Monitor | None) -> str:
+    """Return what was looked for, and what the checkpoints have instead."""
+    if which is None:
+        return ""
+    manifests = [entry.manifest for entry in entries if entry.manifest is not None]
+    if isinstance(which, Monitor):
+        names, what = {name for manifest in manifests for name in manifest.metrics}, f"with a value {which.name!r}"
+    else:
+        names, what = {manifest.label for manifest in manifests} - {""}, f"with the label {which!r}"
+    return f" {what}. There are: {', '.join(sorted(names)) or 'none'}"

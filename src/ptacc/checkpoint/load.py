@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 
 from torch import nn
 
+from ptacc.checkpoint.catalog import CheckpointEntry, choose, list_run
 from ptacc.checkpoint.differences import Difference
 from ptacc.checkpoint.frozen import FROZEN, add_own_averages, frozen_differences
 from ptacc.checkpoint.options import holds
@@ -19,11 +21,12 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.engines.base import OptimizerSlot
 from ptacc.errors import CheckpointError, OptionError
 from ptacc.files.filesystem import as_checkpoint_error
-from ptacc.files.paths import parse_path, split_path
+from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.optimizer_state import check_names, order_by_name, replace_parameters
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights, weight_differences
-from ptacc.storage.remote_store import open_store
+from ptacc.storage.remote_store import open_sibling, open_store
+from ptacc.types.monitor import Best, Monitor
 from ptacc.types.protocols import StateDict
 from ptacc.validation import did_you_mean
 
@@ -34,6 +37,7 @@ def load_into(
     path: str | PathLike[str],
     key: bytes | None,
     *,
+    which: str | Monitor | None,
     weights_only: bool,
     ignore: Collection[str],
 ) -> tuple[str, dict[str, AveragedWeights]]:
@@ -44,6 +48,7 @@ def load_into(
         distributed: Its process group.
         path: The checkpoint, or a directory of them.
         key: The key of signed checkpoints.
+        which: The checkpoint of a directory: the best by a value, the newest one with a label, or for None the newest.
         weights_only: Whether to leave the optimizer unchanged.
         ignore: Patterns of the tensors that keep their own values.
 
@@ -55,7 +60,7 @@ def load_into(
         OptionError: A pattern in `ignore` matches nothing.
     """
     with distributed.synced("load_checkpoint()"):
-        found, shared = read_checkpoint(path, key)
+        found, shared = read_checkpoint(path, key, which)
         ignored = find_ignored(trainer, shared, ignore)
     different = list(find_differences(trainer, shared, ignored))
     with distributed.synced("the loading of load_checkpoint()"):
@@ -76,14 +81,43 @@ def load_into(
         return found, load_averages(trainer, shared, kept)
 
 
-def read_checkpoint(path: str | PathLike[str], key: bytes | None) -> tuple[str, Snapshot]:
+def read_checkpoint(path: str | PathLike[str], key: bytes | None, which: str | Monitor | None) -> tuple[str, Snapshot]:
     """Return the path of a checkpoint, and its shared parts."""
     location = parse_path(path)
-    found = find_at(location, open_store(location, key))
+    store = open_store(location, key)
+    if which is None:
+        found = find_at(location, store)
+    else:
+        entry = choose(location, list_run(open_sibling(store, resolve_links(location)), ""), which, warn_of_skipped)
+        found = entry.store.locate(entry.name)
     directory, name = split_path(found)
     store = open_store(directory, key)
     with as_checkpoint_error(location):
         return found, read_full_parts(store, store.manifest(name))
+
+
+def warn_of_skipped(entry: CheckpointEntry) -> None:
+    """Warn of a damaged checkpoint."""
+    warnings.warn(f"{entry.store.locate(entry.name)} is skipped: {entry.problem}", stacklevel=2)
+
+
+def find_which(owner: str, which: str | Monitor | Best, keep_best: Best | None) -> str | Monitor | None:
+    """Return the value or the label that `which` stands for, None for the newest checkpoint.
+
+    Raises:
+        OptionError: It is `"best"`, and `keep_best` does not say by which value; or of another type.
+    """
+    if which == "best" and keep_best is None:
+        raise OptionError(
+            f"{owner}.load_checkpoint(which='best'): the best by which value? Give it: which=Best('eval_loss'), or set "
+            "keep_best. SaveBest labels its checkpoints with the name of its value: which='eval_loss'."
+        )
+    if which == "last":
+        return None
+    chosen = keep_best if which == "best" else which
+    if not isinstance(chosen, str | Monitor | Best):
+        raise OptionError(f"{owner}.load_checkpoint(which={which!r}): must be 'best', 'last', a label or a Best(...).")
+    return chosen.resolved_monitor if isinstance(chosen, Best) else chosen
 
 
 # ---- the weights of the model, and of each module that is trained with it, by the names of their parts

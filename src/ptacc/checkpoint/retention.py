@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ptacc.storage.manifest import Manifest
-from ptacc.types.monitor import Best
+from ptacc.types.monitor import Best, Monitor
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Retention:
         newest_of_label = {manifest.label: manifest.name for manifest in by_age if manifest.label}
         kept |= {*newest_of_label.values()}
         if self.best is not None:
-            kept |= {*rank_best(by_age, self.best)}
+            best = rank_best(by_age, self.best.resolved_monitor)
+            kept |= {manifest.name for manifest in best[: self.best.count]}
         return [manifest.name for manifest in by_age if manifest.name not in kept]
 
 
-def rank_best(manifests: Sequence[Manifest], best: Best) -> list[str]:
-    """Return the names of the best checkpoints, best first. Those with NaN or no value are left out.
+def rank_best(manifests: Sequence[Manifest], monitor: Monitor) -> list[Manifest]:
+    """Return the checkpoints, best first. Those with NaN or no value are left out.
 
     The manifests are given oldest first. Of two with equal values, the newer one is better.
     """
-    monitor = best.resolved_monitor
     sign = 1 if monitor.mode == "min" else -1
-    values = {manifest.name: manifest.metrics.get(monitor.name, math.nan) for manifest in manifests}
-    ranked = [manifest for manifest in reversed(manifests) if not math.isnan(values[manifest.name])]
-    ranked.sort(key=lambda manifest: sign * values[manifest.name])
-    return [manifest.name for manifest in ranked[: best.count]]
+    ranked = [
+        manifest for manifest in reversed(manifests) if not math.isnan(manifest.metrics.get(monitor.name, math.nan))
+    ]
+    return sorted(ranked, key=lambda manifest: sign * manifest.metrics[monitor.name])
 
 
 def add_if_best(values: Sequence[float], value: float, best: Best) -> list[float] | None:

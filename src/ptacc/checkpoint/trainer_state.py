@@ -22,6 +22,7 @@ from ptacc.checkpoint.parts import BUFFERS, KINDS, MODEL, OPTIONS, RUN, SHARDS, 
 from ptacc.checkpoint.resume import Resumption
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.module_options import find_misfits, load_option_states, option_states
+from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.engines.base import EngineState
 from ptacc.errors import OptionError
 from ptacc.model.averaging import AveragedWeights
@@ -105,6 +106,14 @@ def named_states(trainer: TrainerCore, *, each_rank: bool) -> Iterator[tuple[str
             yield key.name, state
     if not each_rank:
         yield from name_callbacks(trainer).items()
+
+
+def check_states(trainer: TrainerCore) -> None:
+    """Raise `CheckpointError` for a state that cannot be stored, and warn of those that are not saved."""
+    if not trainer.is_isolated:
+        warn_of_unsaved_states(trainer)
+    for parts in collect_parts(trainer):
+        check_storable(parts)
 
 
 def check_first_states(trainer: TrainerCore) -> None:

@@ -13,18 +13,16 @@ from typing import Literal
 from typing_extensions import override
 
 from ptacc.checkpoint.export import export_weights
-from ptacc.checkpoint.load import load_into
+from ptacc.checkpoint.load import find_which, load_into
 from ptacc.checkpoint.manager import CheckpointManager
 from ptacc.checkpoint.options import absolute_location, check_values
-from ptacc.checkpoint.parts import check_storable
 from ptacc.checkpoint.resume import Resumption, choose_checkpoint
 from ptacc.checkpoint.retention import Retention
 from ptacc.checkpoint.run_saver import RunSaver
-from ptacc.checkpoint.trainer_state import check_first_states, collect_parts, fingerprint_start, restore_run
+from ptacc.checkpoint.trainer_state import check_first_states, check_states, fingerprint_start, restore_run
 from ptacc.core.hooks import Mixin
 from ptacc.core.messages import announce
 from ptacc.core.monitoring import epoch_values, evaluated_values
-from ptacc.core.unsaved import warn_of_unsaved_states
 from ptacc.errors import CheckpointError, NestedRunError
 from ptacc.files.paths import parse_absolute
 from ptacc.run.history_file import HistoryFile
@@ -134,7 +132,12 @@ class CheckpointMixin(Mixin):
         return self.run[SAVER].request(None if path is None else parse_absolute(path), label)
 
     def load_checkpoint(
-        self, path: str | PathLike[str], *, weights_only: bool = False, ignore: Collection[str] = ()
+        self,
+        path: str | PathLike[str],
+        *,
+        which: str | Monitor | Best = "last",
+        weights_only: bool = False,
+        ignore: Collection[str] = (),
     ) -> None:
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
@@ -142,22 +145,26 @@ class CheckpointMixin(Mixin):
         starts new averages. To resume the saved run instead, pass `resume=path` to the trainer.
 
         Args:
-            path: Path or URL of a checkpoint, or of a directory of checkpoints, whose newest is loaded.
+            path: Path or URL of a checkpoint, or of a directory of checkpoints.
+            which: Which checkpoint of a directory: `"last"`, the newest; `"best"`, the best by the value of
+                `keep_best`; a label, for the newest with this label; or `Best("accuracy", mode="max")`, for the best
+                by another value. Damaged ones are skipped.
             weights_only: Whether to leave the optimizer unchanged.
             ignore: Names of tensors that keep the model's own values, or patterns: `"model.head.*"`. The optimizer
                 keeps its own states of them. The model or the checkpoint may lack them.
 
         Raises:
             CheckpointError: No checkpoint is found, or it is of another model; the message lists each difference.
-            OptionError: A pattern in `ignore` matches nothing.
+            OptionError: A pattern in `ignore` matches nothing, or the value of the best checkpoint is unknown.
             DamagedCheckpointError: A file of the checkpoint was changed or is missing.
             NestedRunError: It was called during a run, or within `averaged_weights()`.
         """
         if self.is_running:
             raise NestedRunError(f"{type(self).__name__}.load_checkpoint() was called during a run. Call it before.")
         self._check_weights_are_own("load_checkpoint()")
+        chosen, key = find_which(type(self).__name__, which, self.keep_best), self.checkpoint_key
         loaded, self._state.averages = load_into(
-            self, self._distributed, path, self.checkpoint_key, weights_only=weights_only, ignore=ignore
+            self, self._distributed, path, key, which=chosen, weights_only=weights_only, ignore=ignore
         )
         self._state.mark_averages_current(self.trained_modules)
         self._events().load(loaded)
@@ -254,10 +261,7 @@ class CheckpointMixin(Mixin):
     def on_epoch_start(self) -> None:
         super().on_epoch_start()
         if not self.progress.steps:  # a run that cannot be saved fails at its start
-            if not self.is_isolated:
-                warn_of_unsaved_states(self)
-            for parts in collect_parts(self):
-                check_storable(parts)
+            check_states(self)
 
     @override
     def on_step_end(self, step: StepResult) -> None:
