@@ -6,9 +6,7 @@ from typing_extensions import override
 
 from ptacc import Callback, EarlyStoppingMixin, EpochRecord, Steps, Trainer
 from ptacc.errors import MonitorError, OptionError
-from ptacc.mixins.early_stopping import Patience
 from ptacc.testing import tiny_data, tiny_parts
-from ptacc.types.monitor import Monitor
 
 
 class Scripted(EarlyStoppingMixin, Trainer):
@@ -70,14 +68,6 @@ def test_every_scheduled_evaluation_is_a_check() -> None:
 def test_a_misspelt_monitor_is_refused_before_the_run() -> None:
     with pytest.raises(MonitorError, match="Did you mean `eval_loss`"):
         Scripted(**tiny_parts(), early_stopping_monitor="evl_loss").train(tiny_data(), tiny_data(), num_epochs=1)
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_best_is_the_best_in_its_mode(mode: str) -> None:
-    patience = Patience(Monitor("x", mode="min" if mode == "min" else "max"))
-    for value in (2.0, 1.0, 3.0):
-        patience.observe(value)
-    assert patience.best == (1.0 if mode == "min" else 3.0)
 
 
 def test_an_evaluation_in_a_callback_is_not_a_check() -> None:

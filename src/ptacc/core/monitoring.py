@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Generic
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic
 
 from typing_extensions import override
 
@@ -89,3 +90,41 @@ class BestValue(Callback[TrainerT_contra], Generic[TrainerT_contra]):
         """Restore the state of a checkpoint."""
         self.best_value, self.best_epoch = state_dict["best_value"], state_dict["best_epoch"]
         self.best_step = state_dict["best_step"]
+
+
+@dataclass
+class Patience:
+    """Counts observations since the last improvement of a value.
+
+    Args:
+        monitor: The value, and whether lower or higher is better.
+        min_delta: The least change that counts as an improvement.
+        best: The best value so far, NaN before the first observation.
+        num_bad: Observations since the best one.
+    """
+
+    monitor: Monitor
+    min_delta: float = 0.0
+    best: float = math.nan
+    num_bad: int = 0
+
+    def observe(self, value: float) -> None:
+        """Compare a value with the best one. NaN is never an improvement."""
+        threshold = self.best + (self.min_delta if self.monitor.mode == "max" else -self.min_delta)
+        if self.monitor.is_better(value, than=threshold):
+            self.best, self.num_bad = value, 0
+        else:
+            self.num_bad += 1
+
+    def observe_if_reported(self, values: Mapping[str, float]) -> None:
+        """Compare the monitored value with the best one, if it is among `values`."""
+        if self.monitor.name in values:
+            self.observe(values[self.monitor.name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value, and the number of observations since then."""
+        return {"best": self.best, "num_bad": self.num_bad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.best, self.num_bad = state_dict["best"], state_dict["num_bad"]

@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
-from ptacc.core.monitoring import epoch_values, evaluated_values
+from ptacc.core.monitoring import Patience, epoch_values, evaluated_values
 from ptacc.errors import OptionError
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.validation import check_at_least
-
-
-@dataclass
-class Patience:
-    """Counts observations since the last improvement of a value.
-
-    Args:
-        monitor: The value, and whether lower or higher is better.
-        min_delta: The least change that counts as an improvement.
-        best: The best value so far, NaN before the first observation.
-        num_bad: Observations since the best one.
-    """
-
-    monitor: Monitor
-    min_delta: float = 0.0
-    best: float = math.nan
-    num_bad: int = 0
-
-    def observe(self, value: float) -> None:
-        """Compare a value with the best one. NaN is never an improvement."""
-        threshold = self.best + (self.min_delta if self.monitor.mode == "max" else -self.min_delta)
-        if self.monitor.is_better(value, than=threshold):
-            self.best, self.num_bad = value, 0
-        else:
-            self.num_bad += 1
-
-    def observe_if_reported(self, values: Mapping[str, float]) -> None:
-        """Compare the monitored value with the best one, if it is among `values`."""
-        if self.monitor.name in values:
-            self.observe(values[self.monitor.name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value, and the number of observations since then."""
-        return {"best": self.best, "num_bad": self.num_bad}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        self.best, self.num_bad = state_dict["best"], state_dict["num_bad"]
-
 
 PATIENCE: StateKey[Patience] = StateKey("early_stopping")
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Generator
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ptacc.core.batch_hooks import BatchMixin
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.model.averaging import AveragedWeights
-from ptacc.model.norms import CopiedStatistics
+from ptacc.model.norms import CopiedStatistics, cumulative_statistics, find_tracking_norms
 from ptacc.rng import preserved_streams
 from ptacc.run.state import StateKey
 from ptacc.tensors.structures import to_device
@@ -107,26 +104,6 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
             self._set_model(wrapped)
         if not is_synchronised:
             average_statistics(norms, self._distributed)
-
-
-def find_tracking_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norm layers that track running statistics. Layers in eval mode keep theirs."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [norm for norm in norms if norm.training and norm.running_mean is not None]
-
-
-@contextlib.contextmanager
-def cumulative_statistics(norms: list[_BatchNorm]) -> Generator[None]:
-    """Reset the running statistics, and average all batches of the block with equal weight."""
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 
-from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from typing_extensions import override
 
 
@@ -32,3 +33,23 @@ class CopiedStatistics(AbstractContextManager[None]):
         for norm, buffers in zip(self._norms, self._saved.pop(), strict=True):
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)
+
+
+def find_tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norm layers that track running statistics. Layers in eval mode keep theirs."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [norm for norm in norms if norm.training and norm.running_mean is not None]
+
+
+@contextlib.contextmanager
+def cumulative_statistics(norms: list[_BatchNorm]) -> Generator[None]:
+    """Reset the running statistics, and average all batches of the block with equal weight."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
