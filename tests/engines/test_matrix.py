@@ -45,7 +45,7 @@ PARTNERS: Mapping[str, dict[str, Any]] = {
     "FreezeMixin": {"unfreeze_at": {"leave": Epochs(1)}},
     "GradAccumMixin": {"gradient_accumulation_steps": 2},
     "GradCheckpointMixin": {"gradient_checkpointing": [Block]},
-    "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1},
+    "GradClipMixin": {"max_grad_norm": 0.5, "max_grad_value": 0.1, "max_grad_deviations": 3.0},
     "LRSchedulerMixin": {"create_scheduler": lambda optimizer, plan: StepLR(optimizer, 2, 0.5)},
     "MetricsMixin": {"metrics": {"accuracy": MulticlassAccuracy(10)}},
     "MixUpMixin": {"mixup_alpha": 0.4, "mixup_classes": 10},

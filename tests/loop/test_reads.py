@@ -236,6 +236,7 @@ def train_composed(steps: int, optimizer: str, folder: Path) -> None:
         mixed_precision="no",
         gradient_accumulation_steps=1,
         max_grad_norm=1.0,
+        max_grad_deviations=4.0,
         create_scheduler=decaying,
         metrics={"accuracy": MulticlassAccuracy(3)},
         seed=0,

@@ -1,10 +1,11 @@
 import math
+from typing import Any
 
 import pytest
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import Callback, EarlyStoppingMixin, EpochRecord, Steps, Trainer
+from ptacc import Callback, EarlyStoppingMixin, EpochRecord, Epochs, Steps, Trainer
 from ptacc.errors import MonitorError, OptionError
 from ptacc.testing import tiny_data, tiny_parts
 
@@ -84,3 +85,23 @@ def test_an_evaluation_in_a_callback_is_not_a_check() -> None:
 def test_an_improvement_that_no_value_can_make_is_refused(delta: float) -> None:
     with pytest.raises(OptionError, match=r"early_stopping_min_delta=.*: must be finite and at least 0"):
         Scripted(**tiny_parts(), early_stopping_min_delta=delta)
+
+
+@pytest.mark.parametrize(
+    ("after", "epochs"), [(None, 2), (Epochs(1), 2), (Epochs(4), 4), (Steps(12), 4), (Steps(3), 2)]
+)
+def test_the_run_does_not_stop_before_a_given_time(after: Epochs | Steps | None, epochs: int) -> None:
+    options: dict[str, Any] = {"early_stopping_patience": 1, "early_stopping_after": after}
+    history = Scripted(**tiny_parts(), losses=(5.0, 6.0), **options).train(tiny_data(), tiny_data(), num_epochs=9)
+    assert (len(history), history.stop_reason is not None) == (epochs, True)
+
+
+def test_a_value_that_improves_again_before_the_time_does_not_stop_the_run() -> None:
+    options: dict[str, Any] = {"early_stopping_patience": 1, "early_stopping_after": Epochs(3)}
+    trainer = Scripted(**tiny_parts(), losses=(5.0, 6.0, 4.0, 3.0), **options)
+    assert len(trainer.train(tiny_data(), tiny_data(), num_epochs=4)) == 4
+
+
+def test_a_time_that_is_not_one_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"early_stopping_after=10\): must be Epochs\(10\), Steps\(1000\) or None"):
+        Scripted(**tiny_parts(), early_stopping_after=10)  # type: ignore[arg-type]

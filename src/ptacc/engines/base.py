@@ -180,8 +180,8 @@ class Engine(Protocol):
         """Remove the engine's own scaling, such as a gradient scaler's, from the gradients of the step."""
         ...
 
-    def clip_norm(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most `max_norm`.
+    def clip_norm(self, max_norm: float | Tensor) -> Tensor:
+        """Scale the gradients to a global norm of at most `max_norm`: a number, or a scalar on the device.
 
         Returns:
             The norm before clipping: a scalar on the device, equal on all ranks.

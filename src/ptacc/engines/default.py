@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import Closure, Engine, EngineState, OptimizerSlot, all_parameters, join_trained
 from ptacc.engines.common import has_own_zero_grad
+from ptacc.model.gradients import clip_known_norm
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights
 from ptacc.model.wrapping import prepare_model
 from ptacc.types.protocols import AcceleratorProtocol
@@ -113,8 +114,11 @@ class TorchEngine(Engine):
                 scaler.unscale_(slot.optimizer)
 
     @override
-    def clip_norm(self, max_norm: float) -> Tensor:
-        return clip_grad_norm_(all_parameters(self._active), max_norm)
+    def clip_norm(self, max_norm: float | Tensor) -> Tensor:
+        parameters = all_parameters(self._active)
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        clip_known_norm(parameters, max_norm, norm)
+        return norm
 
     @override
     def clip_value(self, max_value: float) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -36,6 +36,7 @@ from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_mod
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.root_forward import RootForward, reshard
+from ptacc.model.gradients import clip_known_norm
 from ptacc.model.wrapping import call_contexts, calling
 from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
 from ptacc.types.protocols import AcceleratorProtocol
@@ -116,7 +117,7 @@ class ShardedEngine(TorchEngine):
                 unscale_shards(self._scaler, slot.optimizer)
 
     @override
-    def clip_norm(self, max_norm: float) -> Tensor:
+    def clip_norm(self, max_norm: float | Tensor) -> Tensor:
         return clip_sharded_norm(all_parameters(self._slots), max_norm)
 
     @override
@@ -278,7 +279,7 @@ def get_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
+def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float | Tensor) -> Tensor:
     """Scale gradients to a norm of at most `max_norm`, and return the norm before: a plain scalar, equal on all ranks.
 
     Gradients may lie on several meshes, which `clip_grad_norm_` of torch does not support.
@@ -290,7 +291,7 @@ def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float) -> Tenso
     squares = [compute_squared_norm([p.grad for p in group if p.grad is not None]) for group in by_placement.values()]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
     for group in by_placement.values():
-        clip_grads_with_norm_(group, max_norm, norm)
+        clip_known_norm(group, max_norm, norm)
     return norm
 
 

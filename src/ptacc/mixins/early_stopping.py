@@ -13,6 +13,7 @@ from ptacc.run.state import StateKey
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
+from ptacc.types.progress import Epochs, Steps
 from ptacc.validation import check_at_least
 
 PATIENCE: StateKey[Patience] = StateKey("early_stopping")
@@ -28,6 +29,8 @@ class EarlyStoppingMixin(Mixin):
         early_stopping_mode: `"min"` if lower values are better, `"max"` if higher ones are. A `Monitor` has its own.
         early_stopping_patience: Number of checks without improvement after which the run stops, at least 1.
         early_stopping_min_delta: Minimum change that counts as an improvement, at least 0.
+        early_stopping_after: Time before which the run does not stop: `Epochs(10)` is after ten complete epochs, and
+            `Steps(1000)` after 1000 steps. Earlier checks count, too.
 
     Hooks: `on_run_start`, `on_evaluation_end`, `on_epoch_end`, `should_stop`, `monitors`.
 
@@ -43,11 +46,16 @@ class EarlyStoppingMixin(Mixin):
     early_stopping_mode: Mode = "min"
     early_stopping_patience: int = 3
     early_stopping_min_delta: float = 0.0
+    early_stopping_after: Epochs | Steps | None = None
 
     @override
     def check_options(self) -> None:
         owner = type(self).__name__
         check_at_least(owner, "early_stopping_patience", self.early_stopping_patience, 1)
+        if not isinstance(self.early_stopping_after, Epochs | Steps | None):
+            raise OptionError(
+                f"{owner}(early_stopping_after={self.early_stopping_after!r}): must be Epochs(10), Steps(1000) or None."
+            )
         if not 0 <= self.early_stopping_min_delta < math.inf:
             raise OptionError(
                 f"{owner}(early_stopping_min_delta={self.early_stopping_min_delta!r}): must be finite and at least 0."
@@ -75,6 +83,8 @@ class EarlyStoppingMixin(Mixin):
         reason, patience = super().should_stop(), self.run[PATIENCE]
         if reason is not None or patience.num_bad < self.early_stopping_patience:
             return reason
+        if self.early_stopping_after is not None and not self.early_stopping_after.is_reached(self.progress):
+            return None
         return f"{patience.monitor.name} did not improve on {patience.best:.6g} in {patience.num_bad} checks"
 
     @override

@@ -128,7 +128,7 @@ def is_unfrozen(times: Collection[UnfreezeTime], progress: Progress) -> bool:
         >>> is_unfrozen([Epochs(2)], Progress(steps=9, epochs=1)), is_unfrozen([Steps(9)], Progress(steps=9))
         (False, True)
     """
-    return any((progress.epochs if isinstance(time, Epochs) else progress.steps) >= time.n for time in times)
+    return any(time.is_reached(progress) for time in times)
 
 
 def find_times(

@@ -134,6 +134,10 @@ class Steps:
         """Return whether something is due at `now` that was last done at `last`."""
         return now.steps > last.steps and now.steps % self.n == 0
 
+    def is_reached(self, now: Progress) -> bool:
+        """Return whether `n` steps are complete."""
+        return now.steps >= self.n
+
 
 @dataclass(frozen=True, slots=True)
 class Epochs:
@@ -147,6 +151,10 @@ class Epochs:
     def is_due(self, now: Progress, last: Progress) -> bool:
         """Return whether something is due at `now` that was last done at `last`."""
         return now.epochs > last.epochs and now.epochs % self.n == 0
+
+    def is_reached(self, now: Progress) -> bool:
+        """Return whether `n` epochs are complete."""
+        return now.epochs >= self.n
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class DeepSpeedEngine(TorchEngine):
 
     @override
     @torch.no_grad()
-    def clip_norm(self, max_norm: float) -> Tensor:
+    def clip_norm(self, max_norm: float | Tensor) -> Tensor:
         gradients = self._stage.gradients()
         total = torch.zeros((), device=self._accelerator.device)
         if gradients:
@@ -142,7 +142,7 @@ class DeepSpeedEngine(TorchEngine):
         if self._stage.is_partitioned:
             dist.all_reduce(total)
         norm = total.sqrt()
-        if gradients and not math.isinf(max_norm):
+        if gradients and (isinstance(max_norm, Tensor) or not math.isinf(max_norm)):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
             self._stage.set_gradients(gradients)
