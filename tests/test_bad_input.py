@@ -310,7 +310,7 @@ def test_invalid_minutes_are_refused(value: Any) -> None:
 @pytest.mark.parametrize("value", [5, "epoch", None, Steps])
 def test_a_value_that_is_not_a_cadence_is_refused(value: object) -> None:
     trainer = make()
-    with refused(trainer, OptionError, r"evaluate_every=.*must be a cadence: Steps\(500\), Epochs\(1\) or Minutes"):
+    with refused(trainer, OptionError, r"evaluate_every=.*must be a cadence: Steps\(500\), Epochs\(1\), Minutes"):
         trainer.train(DATA, DATA, num_epochs=1, evaluate_every=value)
 
 

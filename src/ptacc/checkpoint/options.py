@@ -12,14 +12,14 @@ from ptacc.checkpoint.manager import OnError
 from ptacc.errors import OptionError
 from ptacc.files.paths import parse_absolute
 from ptacc.types.monitor import Best
-from ptacc.types.progress import Epochs, Minutes, Steps
+from ptacc.types.progress import Cadence
 from ptacc.validation import check_at_least
 
 OPTION_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_dir": (lambda value: isinstance(value, str | PathLike), "a path"),
     "checkpoint_every": (
-        lambda value: value is None or isinstance(value, Steps | Epochs | Minutes),
-        "a cadence: Steps(500), Epochs(1), Minutes(10), or None",
+        lambda value: value is None or isinstance(value, Cadence),
+        "a cadence: Steps(500), Epochs(1), Minutes(10), Items(10_000), or None",
     ),
     "resume": (lambda value: isinstance(value, bool | str | PathLike), "True, False, or the path of a checkpoint"),
     "resume_ignore": (lambda value: holds(value, str), "names: {'batch_size'}"),

@@ -78,8 +78,8 @@ class TrainerBase(Composable):
         model: The model, not wrapped, on any device. A run wraps it at its start and unwraps it at its end.
         optimizer: An optimizer of the model's parameters: one of torch's, or your own.
         callbacks: Callbacks in addition to the default ones.
-        log_every: How often values are reported within an epoch: `Steps(n)`, `Minutes(n)`, or None. They are also
-            reported after each evaluation, and at the end of each epoch. See `Callback.on_values`.
+        log_every: How often values are reported within an epoch: `Steps(n)`, `Minutes(n)`, `Items(n)` or None. They are
+            also reported after each evaluation, and at the end of each epoch. See `Callback.on_values`.
         history_file: A new file for the history of the run, as JSON lines. Later runs of the same trainer write files
             with their number: `history-run-2.jsonl`.
     """

@@ -49,8 +49,8 @@ class CheckpointMixin(Mixin):
     Options:
         checkpoint_dir: Directory for the checkpoints of the run, on a file system that all hosts share, or its URL for
             fsspec: `"s3://bucket/runs/x"`. Later runs of the same trainer use `run-2`, `run-3`, ... in it.
-        checkpoint_every: `Epochs(1)`, `Steps(500)` or `Minutes(10)`; None to save at the end of the run only. Every run
-            is saved at its end.
+        checkpoint_every: `Epochs(1)`, `Steps(500)`, `Minutes(10)` or `Items(10_000)`; None to save at the end of the
+            run only. Every run is saved at its end.
         resume: True to resume from the newest intact checkpoint, if there is one; or the path or URL of a checkpoint,
             for the first run of the trainer.
         resume_ignore: Names of differences to ignore when resuming, and of parts that the checkpoint may lack, or

@@ -78,8 +78,8 @@ class TrainOptions(TypedDict, total=False):
         eval_dataloader_kwargs: Keywords for the DataLoaders of the evaluation sets.
         data_is_sharded: Whether each process has its own part of the training data already. Default: False, each
             process has all of the data, and ptacc splits it.
-        evaluate_every: How often to evaluate: `Steps(n)`, `Epochs(n)` or `Minutes(n)`. Default: `Epochs(1)`. A run
-            that ends as planned is always evaluated at its end.
+        evaluate_every: How often to evaluate: `Steps(n)`, `Epochs(n)`, `Minutes(n)` or `Items(n)`. Default:
+            `Epochs(1)`. A run that ends as planned is always evaluated at its end.
         evaluate_first: Also evaluate before the first step. Default: False.
         limit_batches: Use only this many batches per process of each epoch and each evaluation, for a smoke run. The
             schedule is planned for the limited epochs. Default: the environment variable `PTACC_LIMIT_BATCHES`,
@@ -170,7 +170,8 @@ def check_run_options(options: RunOptions) -> None:
         raise OptionError(f"train(collate_fn={collate_fn!r}): must be a function of a list of samples.")
     if not isinstance(cadence, Cadence):
         raise OptionError(
-            f"train(evaluate_every={cadence!r}): must be a cadence: Steps(500), Epochs(1) or Minutes(10)."
+            f"train(evaluate_every={cadence!r}): must be a cadence: Steps(500), Epochs(1), Minutes(10) or "
+            "Items(10_000)."
         )
     if options["num_epochs"] is None and options["max_steps"] is None and options["max_time"] is None:
         raise OptionError(

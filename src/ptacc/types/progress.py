@@ -171,4 +171,26 @@ class Minutes:
         return now.seconds - last.seconds >= 60 * self.n
 
 
-Cadence: TypeAlias = Steps | Epochs | Minutes
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Every `n` items that the run has trained on, over all processes, at the end of the step that reaches them.
+
+    Items are what `count_items` counts: by default the samples, or the tokens whose target the loss does not ignore.
+    """
+
+    n: float
+
+    def __post_init__(self) -> None:
+        check_positive("Items", "n", self.n)
+
+    def is_due(self, now: Progress, last: Progress) -> bool:
+        """Return whether something is due at `now` that was last done at `last`.
+
+        Example:
+            >>> [Items(20).is_due(Progress(items=n), last=Progress(items=n - 8)) for n in (8, 16, 24, 32, 40)]
+            [False, False, True, False, True]
+        """
+        return now.items // self.n > last.items // self.n
+
+
+Cadence: TypeAlias = Steps | Epochs | Minutes | Items
