@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ptacc.errors
 import ptacc.options
 import ptacc.protocols
+import ptacc.samplers
 import ptacc.schedules
 import ptacc.testing
 import ptacc.tracking
@@ -21,16 +22,7 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__
-    for module in (
-        ptacc,
-        ptacc.options,
-        ptacc.protocols,
-        ptacc.schedules,
-        ptacc.testing,
-        ptacc.tracking,
-        ptacc.trainers,
-        ptacc.tuning,
-    )
+    for module in (ptacc, ptacc.options, ptacc.protocols, ptacc.samplers, ptacc.schedules, ptacc.testing, ptacc.tracking, ptacc.trainers, ptacc.tuning)
     for name in module.__all__
 }
 

@@ -21,6 +21,7 @@ PACKAGES = [
     "tuning",
     "schedules",
     "options",
+    "samplers",
     "trainers",
     "mixins",
     "tracking",
