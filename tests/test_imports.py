@@ -22,6 +22,7 @@ PACKAGES = [
     "schedules",
     "options",
     "samplers",
+    "cadences",
     "trainers",
     "mixins",
     "tracking",

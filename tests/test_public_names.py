@@ -10,7 +10,12 @@ from typing import get_type_hints
 import pytest
 
 import ptacc
-from ptacc import errors, options, protocols, samplers, schedules, testing, tracking, trainers, tuning(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
+from ptacc import errors, cadences, options, protocols, samplers, schedules, testing, tracking, trainers, tuning
+from ptacc.composition.guards import get_hook_shape
+from ptacc.loop.explain import declared_hooks
+
+MODULES = [ptacc, cadences, options, protocols, samplers, schedules, testing, tracking, trainers, tuning]
+HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 70
 MOST_ATTRIBUTES = 45
 

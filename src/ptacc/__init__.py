@@ -63,7 +63,7 @@ from ptacc.types.outputs import (
     Update,
     ValuesRecord,
 )
-from ptacc.types.progress import Cadence, Epochs, Items, Minutes, Progress, RunPlan, Steps
+from ptacc.types.progress import Cadence, Epochs, Minutes, Progress, RunPlan, Steps
 
 __all__ = [
     "AMPMixin",
@@ -91,7 +91,6 @@ __all__ = [
     "GradAccumMixin",
     "GradCheckpointMixin",
     "GradClipMixin",
-    "Items",
     "LRSchedulerMixin",
     "MemorySnapshot",
     "MetricsMixin",

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from ptacc import CheckpointMixin, Items, Trainer
+from ptacc import CheckpointMixin, Trainer
+from ptacc.cadences import Items
 from ptacc.errors import OptionError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
