@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
 PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).items() if isinstance(value, type)} | {
     name: module.__name__
-    for module in (ptacc, ptacc.cadences, ptacc.options, ptacc.protocols, ptacc.samplers, ptacc.schedules, ptacc.testing, ptacc.tracking, ptacc.trainers, ptacc.tuning)
+    for module in (
+        ptacc,
+        ptacc.cadences,
+        ptacc.options,
+        ptacc.protocols,
+        ptacc.samplers,
+        ptacc.schedules,
+        ptacc.testing,
+        ptacc.tracking,
+        ptacc.trainers,
+        ptacc.tuning,
+    )
     for name in module.__all__
 }
 

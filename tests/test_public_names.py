@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 
 import ptacc
-from ptacc import errors, cadences, options, protocols, samplers, schedules, testing, tracking, trainers, tuning
+from ptacc import cadences, errors, options, protocols, samplers, schedules, testing, tracking, trainers, tuning
 from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 

@@ -43,7 +43,18 @@ def test_the_reference_lists_every_public_name_once() -> None:
     reference = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\.\. auto\w+:: (ptacc\.[\w.]+)(?=\(|$)", reference, re.MULTILINE)
     errors = [f"ptacc.errors.{name}" for name, value in vars(ptacc.errors).items() if isinstance(value, type)]
-    modules = (ptacc, ptacc.cadences, ptacc.options, ptacc.protocols, ptacc.samplers, ptacc.schedules, ptacc.testing, ptacc.tracking, ptacc.trainers, ptacc.tuning)
+    modules = (
+        ptacc,
+        ptacc.cadences,
+        ptacc.options,
+        ptacc.protocols,
+        ptacc.samplers,
+        ptacc.schedules,
+        ptacc.testing,
+        ptacc.tracking,
+        ptacc.trainers,
+        ptacc.tuning,
+    )
     assert sorted(listed) == sorted(
         errors + [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
     )
