@@ -31,9 +31,9 @@ from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.engines.base import Engine, OptimizerSlot
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.replicas import ReplicaEngine
-from ptacc.model.memory import ShardCounts
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.model.option_modules import find_trained_options
+from ptacc.profiling.memory_estimate import ShardCounts
 from ptacc.rng import fresh_seed
 from ptacc.run.state import ResumeState
 from ptacc.run.step_result import StepResult

@@ -21,9 +21,9 @@ from ptacc.display.numbers import format_bytes
 from ptacc.display.tables import Rows, Table, html_section
 from ptacc.loop.advice import collect_advice
 from ptacc.model.joined_modules import add_places
-from ptacc.model.memory import ShardCounts, count_bytes, memory_rows
 from ptacc.model.modes import find_eval_roots
 from ptacc.model.summary import layer_rows
+from ptacc.profiling.memory_estimate import ShardCounts, count_bytes, memory_rows
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.progress import RunPlan
 from ptacc.types.protocols import Stateful

@@ -15,7 +15,7 @@ from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.engines.base import Engine
 from ptacc.engines.deepspeed.config import ZeroConfig
 from ptacc.errors import LaunchError, OptionError
-from ptacc.model.memory import ShardCounts
+from ptacc.profiling.memory_estimate import ShardCounts
 from ptacc.types.aliases import ZeroStage
 from ptacc.types.protocols import SupportsGradClip, SupportsSWA
 from ptacc.validation import absolute_path

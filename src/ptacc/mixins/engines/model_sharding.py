@@ -13,7 +13,7 @@ from ptacc.composition.composable import hook
 from ptacc.core.hooks import Mixin
 from ptacc.distributed.fsdp_launch import check_replicas
 from ptacc.engines.base import Engine
-from ptacc.model.memory import ShardCounts
+from ptacc.profiling.memory_estimate import ShardCounts
 
 if TYPE_CHECKING:  # importing it takes longer than all of ptacc
     from torch.distributed.device_mesh import DeviceMesh

@@ -23,7 +23,14 @@ from torch.optim import (
     Rprop,
 )
 
-from ptacc.model.memory import STATE_TENSORS, ShardCounts, autocast_weights, count_bytes, count_state_bytes, memory_rows
+from ptacc.profiling.memory_estimate import (
+    STATE_TENSORS,
+    ShardCounts,
+    autocast_weights,
+    count_bytes,
+    count_state_bytes,
+    memory_rows,
+)
 from ptacc.tensors.structures import iterate_tensors
 
 OPTIMIZERS: list[tuple[type[Optimizer], dict[str, Any]]] = [
