@@ -117,6 +117,12 @@ from ptacc.trainers import (
     Seq2SeqTrainer,
     SequenceClassificationTrainer,
     TokenClassificationTrainer,
+    ClassificationTrainer,
+    ContrastiveTrainer,
+    DistillationTrainer,
+    GANTrainer,
+    RegressionTrainer,
+    SegmentationTrainer,
 )
 from ptacc.tuning import find_batch_size, find_learning_rate
 
@@ -1337,3 +1343,53 @@ def transformer_trainers(
     translator.train(samples, samples, collate_fn=DataCollatorForSeq2Seq(tokenizer), num_epochs=1)
     translator.decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
     sentiment.callbacks = [SavePretrained("best", "accuracy", mode="max", processor=tokenizer)]
+
+
+# ---- ready trainers
+
+
+class Augmented(CheckpointMixin, AMPMixin, GradClipMixin, ClassificationTrainer[nn.Linear]):
+    label_smoothing = 0.1
+    mixup_alpha = 0.2
+
+    @override
+    def compute_eval_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        assert_type(self.model, nn.Linear)
+        return super().compute_eval_loss(outputs, targets) + outputs.square().mean()
+
+
+class Hinge(GradAccumMixin, GANTrainer[GAN]):
+    @override
+    def compute_discriminator_loss(self, real: Tensor, generated: Tensor) -> Tensor:
+        return (1 - real).relu().mean() + (1 + generated).relu().mean()
+
+
+class ImagesAndTexts(ContrastiveTrainer[nn.ModuleDict]):
+    @override
+    def embed(self, batch: Pair) -> tuple[Tensor, Tensor]:
+        return self.model["image"](batch[0]), self.model["text"](batch[1])
+
+
+class SavedTeacher(CheckpointMixin, DistillationTrainer):
+    teacher: nn.Module
+
+
+Augmented(net, optimizer=opt, num_classes=3, checkpoint_dir="runs", top_k=[5], per_class_accuracy=True)
+assert_type(ClassificationTrainer(net, optimizer=opt, num_classes=3), ClassificationTrainer[nn.Linear])
+ClassificationTrainer(net, optimizer=opt, num_classes=3, loss_func=loss, metrics={"own": MulticlassAccuracy(3)})
+RegressionTrainer(net, optimizer=opt, scores=["rmse", "r2"])
+SegmentationTrainer(
+    net, optimizer=opt, num_classes=3, per_class_iou=True, loss_func=nn.CrossEntropyLoss(ignore_index=255)
+)
+SavedTeacher(net, optimizer=opt, loss_func=loss, teacher=nn.Linear(2, 1), temperature=4, checkpoint_dir="runs")
+ContrastiveTrainer(net, optimizer=opt, temperature=0.5)
+ImagesAndTexts(nn.ModuleDict({"image": nn.Linear(2, 1), "text": nn.Linear(3, 1)}), optimizer=opt)
+assert_type(Hinge(gan, optimizer=by_name, latent_size=2, gan_loss="wasserstein", gradient_penalty=10).model, GAN)
+
+
+def ready_trainers(classifier: Augmented, views: ContrastiveTrainer, hinge: Hinge) -> None:
+    classifier.train(Labelled(), Labelled(), num_epochs=1)
+    assert_type(classifier.predict([torch.zeros(2)]), list[Tensor])
+    views.train([(torch.zeros(2), torch.zeros(2))], num_epochs=1)
+    hinge.train([torch.zeros(4)], num_epochs=1)
+    assert_type(hinge.generate(torch.zeros(1, 2)), Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,15 @@ def module_options(trainer: TrainerCore) -> dict[str, nn.Module]:
 
 
 def option_states(trainer: TrainerCore, *, each_rank: bool) -> dict[str, StateDict]:
-    """Return the tensors of each module: its parameters, or its buffers, which may differ between ranks."""
+    """Return the tensors of each module: its parameters, or its buffers, which may differ between ranks.
+
+    Modules in an option with the metadata `{"saved": False}` are left out.
+    """
+    unsaved = {field.name for field in dataclasses.fields(trainer) if not field.metadata.get("saved", True)}
     states: dict[str, StateDict] = {}
     for option, module in module_options(trainer).items():
+        if option.partition(".")[0] in unsaved:
+            continue
         parameters = parameters_of(module)
         tensors = {**get_weights(module), **non_persistent_buffers(module)}
         states[option] = {

@@ -125,11 +125,17 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
         check_not_crossed(type(self).__name__, outputs.shape, targets.shape)
 
 
-def check_mean(trainer: Trainer, items: LossItems) -> None:
-    """Raise `OptionError` if the loss is not a mean, or if it is unknown what it is a mean over."""
+def check_mean(trainer: Trainer, items: LossItems, base: type[Trainer] = Trainer) -> None:
+    """Raise `OptionError` if the loss is not a mean, or if it is unknown what it is a mean over.
+
+    Args:
+        trainer: The trainer.
+        items: The items of its loss function.
+        base: The class whose losses are means over these items. A class derived from it may compute losses of its own.
+    """
     owner = type(trainer).__name__
     is_used = [
-        not overrides(trainer, Trainer, f"compute_{kind}_loss") and not overrides(trainer, Trainer, f"{kind}_step")
+        not overrides(trainer, base, f"compute_{kind}_loss") and not overrides(trainer, base, f"{kind}_step")
         for kind in ("train", "eval")
     ]
     if items.reduction in ("sum", "none") and any(is_used):
@@ -137,7 +143,7 @@ def check_mean(trainer: Trainer, items: LossItems) -> None:
             f"{owner}(loss_func=...): the loss has reduction={items.reduction!r}, and must be a mean over the batch. "
             "Leave reduction out, or derive from TrainingLoop and return StepOutput.from_sum(loss_sum, ...)."
         )
-    if items.is_selective and not all(is_used) and not overrides(trainer, Trainer, "count_items"):
+    if items.is_selective and not all(is_used) and not overrides(trainer, base, "count_items"):
         raise OptionError(
             f"{owner}: loss_func weights or ignores classes, and {owner} computes a loss of its own. Override "
             "count_items(self, batch) to return what that loss is a mean over: `return super().count_items(batch)` if "
