@@ -25,7 +25,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DEFAULT_GOAL := help
 # The steps share one environment and run from the fastest to the slowest check.
 .NOTPARALLEL:
-.PHONY: help quickstart test check docs prove bench figures format clean
+.PHONY: help quickstart test check docs prove examples bench figures format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ docs: $(VENV)/.installed-dev ## build the documentation; warnings are errors
 
 prove: $(VENV)/.installed-dev ## run the long tests
 	$(BIN)/python -m pytest -m prove
+
+examples: $(VENV)/.installed-dev ## run the examples and write the table of docs/guides/examples.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.examples.qualities
 
 bench: $(BENCH_VENV)/.installed ## compare the speed of ptacc, plain PyTorch and other trainers
 	$(BENCH_PYTHON) -m benchmarks.speed $(BENCH)

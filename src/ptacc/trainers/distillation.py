@@ -90,4 +90,5 @@ class DistillationTrainer(Trainer[ModelT], Generic[ModelT]):
     @override
     def resume_invariants(self) -> dict[str, str]:
         fingerprints = map(compute_fingerprint, self.teacher.state_dict().values())
-        return super().resume_invariants() | {"teacher": hashlib.md5("".join(fingerprints).encode()).hexdigest()}
+        digest = hashlib.blake2b("".join(fingerprints).encode(), digest_size=8).hexdigest()
+        return super().resume_invariants() | {"teacher": digest}

@@ -1,0 +1,85 @@
+"""The examples, the quality that each of them reaches, and the table of them in the documentation.
+
+`python -m tests.examples.qualities` runs all examples and writes the table, with the quality and the time of each.
+"""
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.ranks import launch
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guides" / "examples.md"
+MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example: the last line that it prints is the name of a quality and its value.
+
+    Args:
+        script: The file.
+        shows: What it shows.
+        least: The least value of the quality, or the largest one if `is_loss`.
+        is_loss: Whether a smaller value is better.
+    """
+
+    script: str
+    shows: str
+    least: float
+    is_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an example printed as its quality, and how many seconds it took."""
+
+    name: str
+    value: float
+    seconds: float
+
+
+EXAMPLES = [
+    Example("classify_digits.py", "`ClassificationTrainer`, images, mixup, a schedule", 0.98),
+    Example("tabular.py", "`RegressionTrainer`, a table, the best weights", 0.3),
+    Example("segmentation.py", "`SegmentationTrainer`, a class for each pixel", 0.8),
+    Example("distillation.py", "`DistillationTrainer`, a small student", 0.94),
+    Example("contrastive.py", "`ContrastiveTrainer`, views without labels", 0.94),
+    Example("dcgan.py", "`GANTrainer`, averaged weights", 0.35),
+    Example("vae.py", "a loop of your own, parts of a loss", 26.0, is_loss=True),
+    Example("cross_validation.py", "a trainer for each fold", 0.95),
+    Example("own_mixin.py", "a mixin of your own, `check_mixin`", 0.87),
+    Example("own_callback.py", "callbacks of your own, `trainer.stop`", 0.93),
+]
+
+
+def run(example: Example, timeout: float = 110.0) -> Outcome:
+    """Run an example in an empty folder, and assert that it succeeds without a warning."""
+    start = time.perf_counter()
+    script = str(ROOT / "examples" / example.script)
+    process = launch([sys.executable, script], env={"PYTHONWARNINGS": "error"}, timeout=timeout)
+    assert process.returncode == 0, process.stderr
+    match = re.fullmatch(r"(.+): (-?[\d.]+)", process.stdout.splitlines()[-1])
+    assert match is not None, process.stdout
+    return Outcome(match[1], float(match[2]), time.perf_counter() - start)
+
+
+def write_row(example: Example, outcome: Outcome) -> str:
+    limit = f"{'≤' if example.is_loss else '≥'} {example.least:g}"
+    cells = f"{outcome.name} {outcome.value:g}", limit, f"{outcome.seconds:.0f} s"
+    return f"| `{example.script}` | {example.shows} | {' | '.join(cells)} |\n"
+
+
+def write_table(outcomes: list[Outcome]) -> str:
+    head = "| example | shows | quality | tested | time |\n|---|---|---|---|---|\n"
+    return head + "".join(write_row(example, outcome) for example, outcome in zip(EXAMPLES, outcomes, strict=True))
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    table = write_table([run(example, timeout=300.0) for example in EXAMPLES])
+    PAGE.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}", encoding="utf-8")
