@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, random_split
 from ptacc import Trainer
 from ptacc.testing import epoch_order
 
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def import_torchvision() -> tuple[Any, Any]:
@@ -28,7 +28,7 @@ def import_torchvision() -> tuple[Any, Any]:
         pytest.importorskip("torchvision")
         return pytest.importorskip("torchvision.datasets"), pytest.importorskip("torchvision.transforms")
     for name in ("nms", "qnms"):
-        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     return pytest.importorskip("torchvision.datasets"), pytest.importorskip("torchvision.transforms")
 
 
@@ -56,7 +56,7 @@ def train_plainly(model: nn.Module, data: Dataset[tuple[torch.Tensor, int]], ord
     for start in range(0, len(order), 32):
         samples = [data[index] for index in order[start : start + 32]]
         outputs = model(torch.stack([image for image, _ in samples]))
-        nn.functional.cross_entropy(outputs, torch.tensor([label for _, label in samples])).backward()
+        nn.functional.cross_entropy(outputs, torch.tensor([label for _, label in samples])).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
