@@ -42,7 +42,7 @@ def write_digits(folder: Path) -> None:
         header = struct.pack(">IIII", 2051, len(pixels), 28, 28)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         header = struct.pack(">II", 2049, len(labels))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.astype(np.uint8).tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + np.asarray(labels, np.uint8).tobytes())
 
 
 def make_model() -> nn.Module:
