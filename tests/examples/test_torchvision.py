@@ -34,7 +34,7 @@ def import_torchvision() -> tuple[Any, Any]:
 
 def write_digits(folder: Path) -> None:
     """Write scikit-learn's digits as files of MNIST, with images of 28 x 28 pixels."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     large = np.kron(images.reshape(-1, 8, 8), np.ones((1, 3, 3))) * 255 / 16
     pixels = np.pad(large, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
     folder.mkdir(parents=True)
