@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import ptacc
 from ptacc import testing
@@ -300,7 +301,7 @@ def all_names() -> dict[str, object]:
     """Return the names of all modules of ptacc, for names that a module imports for type checkers only."""
     namespaces = [vars(loaded) for name, loaded in sorted(sys.modules.items()) if name.startswith("ptacc.")]
     known: dict[str, object] = {name: value for names in namespaces for name, value in names.items()}
-    return known | {"pd": pd}
+    return known | {"pd": pd, "Figure": Figure}
 
 
 def holds_any(annotation: object) -> bool:

@@ -9,8 +9,8 @@ from torch import nn
 
 from ptacc import CheckpointMixin, Steps
 from ptacc.checkpoint.parts import read_full_parts
-from ptacc.checkpoint.storage.remote_store import open_store
 from ptacc.errors import CheckpointError, LossError, OptionError
+from ptacc.storage.remote_store import open_store
 from ptacc.testing import tiny_data, tiny_parts
 from ptacc.trainers import DistillationTrainer
 

@@ -113,16 +113,16 @@ from ptacc.protocols import (
 from ptacc.testing import assert_overfits_one_batch, assert_split_invariant
 from ptacc.trainers import (
     CausalLMTrainer,
-    SavePretrained,
-    Seq2SeqTrainer,
-    SequenceClassificationTrainer,
-    TokenClassificationTrainer,
     ClassificationTrainer,
     ContrastiveTrainer,
     DistillationTrainer,
     GANTrainer,
     RegressionTrainer,
+    SavePretrained,
     SegmentationTrainer,
+    Seq2SeqTrainer,
+    SequenceClassificationTrainer,
+    TokenClassificationTrainer,
 )
 from ptacc.tuning import find_batch_size, find_learning_rate
 
@@ -1374,7 +1374,7 @@ class SavedTeacher(CheckpointMixin, DistillationTrainer):
     teacher: nn.Module
 
 
-Augmented(net, optimizer=opt, num_classes=3, checkpoint_dir="runs", top_k=[5], per_class_accuracy=True)
+Augmented(net, optimizer=opt, num_classes=3, checkpoint_dir="runs", top_k=[2], per_class_accuracy=True)
 assert_type(ClassificationTrainer(net, optimizer=opt, num_classes=3), ClassificationTrainer[nn.Linear])
 ClassificationTrainer(net, optimizer=opt, num_classes=3, loss_func=loss, metrics={"own": MulticlassAccuracy(3)})
 RegressionTrainer(net, optimizer=opt, scores=["rmse", "r2"])

@@ -97,7 +97,7 @@ class Composable(ABC):
 
     if not TYPE_CHECKING:  # type checkers report unknown attributes by themselves
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> object:
             """Raise `AttributeError` with the name that was probably meant."""
             if hasattr(type(self), name):  # a property raised it: raise that error
                 return object.__getattribute__(self, name)

@@ -41,7 +41,7 @@ HEADINGS = {
     "state": "state that a checkpoint contains",
     "advice": "advice for faster training",
 }
-TITLES = {
+TITLES: dict[str, tuple[str, ...]] = {
     "options": ("option", "value", "source"),
     "layers": ("layer", "class", "parameter shapes", "parameters", "trainable"),
     "memory": ("tensors", "size", "content"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ptacc.display.tables import Rows
-from ptacc.profiling.memory_estimate import has_shape
+from ptacc.tensors.structures import has_shape
 from ptacc.validation import list_some
 
 MOST_ROWS = 40

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from ptacc.display.numbers import format_bytes
-from ptacc.tensors.structures import iterate_tensors
+from ptacc.tensors.structures import has_shape, iterate_tensors
 
 STATE_TENSORS: Mapping[type[Optimizer], tuple[int, tuple[str, ...]]] = {
     SGD: (0, ("momentum",)),
@@ -39,11 +38,6 @@ class ShardCounts(NamedTuple):
     gradients: int = 1
     optimizer: int = 1
     layers: int = 1
-
-
-def has_shape(tensor: Tensor) -> bool:
-    """Return whether the shape of a tensor is known. That of a lazy parameter is not, before the first batch."""
-    return not is_lazy(tensor)
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:

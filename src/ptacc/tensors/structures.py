@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import TypeVar
 
@@ -193,3 +194,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     # torch regards a tensor of one entry as contiguous with any stride, and view() does not.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
+
+
+def has_shape(tensor: Tensor) -> bool:
+    """Return whether the shape of a tensor is known. That of a lazy parameter is not, before the first batch."""
+    return not is_lazy(tensor)

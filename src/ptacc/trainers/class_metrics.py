@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from ptacc.errors import OptionError
+from ptacc.mixins.metrics import MetricsMixin
 from ptacc.types.protocols import MetricLike
 
 Average: TypeAlias = Literal["micro", "macro", "none"]
@@ -30,3 +31,8 @@ def make_accuracies(
 
     metrics = {"accuracy": make("micro")} | {f"top{k}_accuracy": make("micro", k) for k in top_k}
     return {**metrics, "class_accuracy": make("none")} if per_class else metrics
+
+
+def add_metrics(trainer: MetricsMixin[Any, Any], ready: Mapping[str, MetricLike]) -> None:
+    """Add metrics of a ready trainer to those that it was given, which replace them."""
+    trainer.metrics = {**ready, **trainer.metrics}

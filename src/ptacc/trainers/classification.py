@@ -15,7 +15,7 @@ from ptacc.core.callback import overrides
 from ptacc.errors import DataError, LossError, OptionError
 from ptacc.mixins.metrics import MetricsMixin
 from ptacc.mixins.mixup import MixUpMixin
-from ptacc.trainers.class_metrics import make_accuracies
+from ptacc.trainers.class_metrics import add_metrics, make_accuracies
 from ptacc.trainers.supervised import Trainer, check_mean
 from ptacc.types.aliases import ModelT, Pair
 from ptacc.types.outputs import StepOutput
@@ -60,9 +60,8 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
     def check_options(self) -> None:
         check_training_targets(self)
         check_mean(self, self._loss_items, ClassificationTrainer)
-        self.mixup_classes = self.num_classes
         ready = make_accuracies(self.num_classes, self.top_k, per_class=self.per_class_accuracy)
-        self.metrics = {**ready, **self.metrics}
+        add_metrics(self, ready)
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
 
 
 def check_training_targets(trainer: ClassificationTrainer) -> None:
-    """Raise `OptionError` for options of the targets in training that are out of range, or that do not fit the loss."""
+    """Raise `OptionError` for options of the targets in training that do not fit, and set `mixup_classes`."""
     owner, loss, smoothing = type(trainer).__name__, trainer.loss_func, trainer.label_smoothing
     check_at_least(owner, "num_classes", trainer.num_classes, 2)
     if trainer.mixup_classes not in (None, trainer.num_classes):
@@ -115,6 +114,7 @@ def check_training_targets(trainer: ClassificationTrainer) -> None:
             f"{owner}: mixup_alpha and cutmix_alpha mix all samples, and loss_func ignores those of class "
             f"{loss.ignore_index}. Leave them out of the dataset."
         )
+    trainer.mixup_classes = trainer.num_classes
 
 
 def check_class_targets(owner: str, targets: Tensor, *, is_weighted: bool) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ptacc.errors import DataError, OptionError
 from ptacc.mixins.metrics import MetricsMixin
+from ptacc.trainers.class_metrics import add_metrics
 from ptacc.trainers.supervised import Trainer, check_mean
 from ptacc.types.aliases import ModelT, Pair
 from ptacc.types.outputs import StepOutput
@@ -54,7 +55,7 @@ class RegressionTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[Mod
     @override
     def check_options(self) -> None:
         check_mean(self, self._loss_items, RegressionTrainer)
-        self.metrics = {**make_scores(type(self).__name__, self.scores), **self.metrics}
+        add_metrics(self, make_scores(type(self).__name__, self.scores))
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc.mixins.metrics import MetricsMixin
-from ptacc.trainers.class_metrics import Average, make_accuracies
+from ptacc.trainers.class_metrics import Average, add_metrics, make_accuracies
 from ptacc.trainers.supervised import Trainer
 from ptacc.types.aliases import ModelT, Pair
 from ptacc.types.protocols import MetricLike
@@ -57,7 +57,7 @@ class SegmentationTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[M
         check_at_least(type(self).__name__, "num_classes", self.num_classes, 2)
         loss = self.loss_func
         ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else None
-        self.metrics = {**make_pixel_metrics(self.num_classes, ignored, per_class=self.per_class_iou), **self.metrics}
+        add_metrics(self, make_pixel_metrics(self.num_classes, ignored, per_class=self.per_class_iou))
 
 
 def make_pixel_metrics(num_classes: int, ignored: int | None, *, per_class: bool) -> dict[str, MetricLike]:
