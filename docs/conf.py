@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-import ptacc.cadences
 import ptacc.errors
 import ptacc.options
 import ptacc.protocols
@@ -25,7 +24,6 @@ PUBLIC_MODULES = {name: "ptacc.errors" for name, value in vars(ptacc.errors).ite
     name: module.__name__
     for module in (
         ptacc,
-        ptacc.cadences,
         ptacc.options,
         ptacc.protocols,
         ptacc.samplers,

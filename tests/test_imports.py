@@ -22,7 +22,6 @@ PACKAGES = [
     "schedules",
     "options",
     "samplers",
-    "cadences",
     "trainers",
     "mixins",
     "tracking",

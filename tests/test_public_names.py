@@ -10,11 +10,11 @@ from typing import get_type_hints
 import pytest
 
 import ptacc
-from ptacc import cadences, errors, options, protocols, samplers, schedules, testing, tracking, trainers, tuning
+from ptacc import errors, options, protocols, samplers, schedules, testing, tracking, trainers, tuning
 from ptacc.composition.guards import get_hook_shape
 from ptacc.loop.explain import declared_hooks
 
-MODULES = [ptacc, cadences, options, protocols, samplers, schedules, testing, tracking, trainers, tuning]
+MODULES = [ptacc, options, protocols, samplers, schedules, testing, tracking, trainers, tuning]
 HOOK = re.compile(r"\b((?:default|factory)(?= hook)|(?:fold|around|event)(?=[:,.]))", re.IGNORECASE)
 MOST_NAMES = 70
 MOST_ATTRIBUTES = 45

@@ -17,7 +17,6 @@ from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.distributed.accelerator import AcceleratorBuilder
 from ptacc.distributed.process_group import Distributed
 from ptacc.engines.base import OptimizerSlot
-from ptacc.loop.explain import Explanation
 from ptacc.loop.loop import TrainingLoop
 from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
@@ -45,8 +44,6 @@ from ptacc.mixins.tracking import TrackingMixin
 from ptacc.model.decay_groups import decay_groups
 from ptacc.model.freezing import gradual_unfreezing
 from ptacc.model.optimizer_dict import OptimizerDict
-from ptacc.profiling.throughput import ThroughputRecord
-from ptacc.profiling.trace import Profile
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState, StateKey
@@ -63,7 +60,7 @@ from ptacc.types.outputs import (
     Update,
     ValuesRecord,
 )
-from ptacc.types.progress import Cadence, Epochs, Minutes, Progress, RunPlan, Steps
+from ptacc.types.progress import Cadence, Epochs, Items, Minutes, Progress, RunPlan, Steps
 
 __all__ = [
     "AMPMixin",
@@ -85,12 +82,12 @@ __all__ = [
     "Epochs",
     "EvalResult",
     "EvaluationRecord",
-    "Explanation",
     "FSDPMixin",
     "FreezeMixin",
     "GradAccumMixin",
     "GradCheckpointMixin",
     "GradClipMixin",
+    "Items",
     "LRSchedulerMixin",
     "MemorySnapshot",
     "MetricsMixin",
@@ -103,7 +100,6 @@ __all__ = [
     "OptimizerSlot",
     "Pair",
     "PrintMetrics",
-    "Profile",
     "ProfilerMixin",
     "Progress",
     "ProgressBar",
@@ -124,7 +120,6 @@ __all__ = [
     "SyncBatchNormMixin",
     "TensorParallelMixin",
     "Throughput",
-    "ThroughputRecord",
     "TrackingMixin",
     "Trainer",
     "TrainerCore",

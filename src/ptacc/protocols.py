@@ -1,4 +1,4 @@
-"""Types for annotations: protocols, type aliases and keyword dictionaries.
+"""Types for annotations: protocols, type aliases, keyword dictionaries, and classes that only ptacc makes.
 
 Annotate callbacks and functions with a protocol, not with a mixin: a `Callback[SupportsMetrics]` works with every
 trainer that has metrics.
@@ -6,6 +6,9 @@ trainer that has metrics.
 
 import ptacc.public
 from ptacc.engines.base import Engine, EngineState
+from ptacc.loop.explain import Explanation
+from ptacc.profiling.throughput import ThroughputRecord
+from ptacc.profiling.trace import Profile
 from ptacc.tracking.tracker import ConfigValue, HasLastStep, TrackedRun, Tracker, TracksImages
 from ptacc.types.aliases import CompileBackend, CompileMode, NumpyLike, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
@@ -43,6 +46,7 @@ __all__ = [
     "Engine",
     "EngineState",
     "EvalOptions",
+    "Explanation",
     "HasForward",
     "HasLastStep",
     "HasModel",
@@ -52,6 +56,7 @@ __all__ = [
     "PairSample",
     "PlateauSchedulerLike",
     "Precision",
+    "Profile",
     "SchedulerFactory",
     "SchedulerLike",
     "SizedDataset",
@@ -66,6 +71,7 @@ __all__ = [
     "SupportsSWA",
     "SupportsSeed",
     "SupportsSyncBatchNorm",
+    "ThroughputRecord",
     "TrackedRun",
     "Tracker",
     "TracksImages",

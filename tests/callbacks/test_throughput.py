@@ -20,7 +20,6 @@ from ptacc import (
     Steps,
     SWAMixin,
     Throughput,
-    ThroughputRecord,
     Trainer,
     TrainerCore,
     TrainingLoop,
@@ -29,7 +28,7 @@ from ptacc.callbacks import throughput
 from ptacc.engines.default import TorchEngine
 from ptacc.errors import OptionError
 from ptacc.profiling import work_timer
-from ptacc.protocols import DataLoaderKwargs, Engine
+from ptacc.protocols import DataLoaderKwargs, Engine, ThroughputRecord
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.run.step_result import StepResult
 from ptacc.testing import iris, iris_parts, tiny_data, tiny_parts

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import ptacc.cadences
 import ptacc.errors
 import ptacc.options
 import ptacc.protocols
@@ -45,7 +44,6 @@ def test_the_reference_lists_every_public_name_once() -> None:
     errors = [f"ptacc.errors.{name}" for name, value in vars(ptacc.errors).items() if isinstance(value, type)]
     modules = (
         ptacc,
-        ptacc.cadences,
         ptacc.options,
         ptacc.protocols,
         ptacc.samplers,

@@ -15,6 +15,7 @@ from ptacc import (
     Epochs,
     FreezeMixin,
     GradAccumMixin,
+    Items,
     LRSchedulerMixin,
     MetricsMixin,
     Minutes,
@@ -63,6 +64,7 @@ def test_what_is_not_given_is_left_to_the_trainer() -> None:
         (["--checkpoint-every", "2 epochs"], {"checkpoint_every": Epochs(2)}),
         (["--log-every", "0.5minutes"], {"log_every": Minutes(0.5)}),
         (["--log-every", "none"], {"log_every": None}),
+        (["--log-every", "1_000_000items"], {"log_every": Items(1_000_000)}),
         (["--no-ema-evaluates"], {"ema_evaluates": False}),
         (["--resume", "True"], {"resume": True}),
         (["--resume", "runs/y"], {"resume": "runs/y"}),
@@ -108,7 +110,7 @@ def test_help_has_the_text_the_default_and_the_choices(capsys: pytest.CaptureFix
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--smoothing FLOAT How much to smooth the targets. (default: 0.1)" in text
     assert "--kind {small,large}" in text
-    assert "--checkpoint-every 500steps|2epochs|10minutes|none `Epochs(1)`, `Steps(500)`" in text
+    assert "--checkpoint-every 500steps|2epochs|10minutes|1000items|none `Epochs(1)`, `Steps(500)`" in text
     assert "--num-epochs {None}|INT Largest number of passes over the data." in text
     assert "(required)" in text
 
@@ -171,7 +173,7 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
     [
         (["--mixed-precisoin", "bf16"], "Perhaps you meant: --mixed-precision"),
         (["--mixed-precision", "bf8"], "invalid choice"),
-        (["--checkpoint-every", "5"], "'5' is not a cadence: write 500steps, 2epochs, 10minutes or none"),
+        (["--checkpoint-every", "5"], "'5' is not a cadence: write 500steps, 2epochs, 10minutes, 1000items or none"),
         (["--checkpoint-every", "0steps"], "must be an integer of at least 1"),
         (["--num-epochs", "two"], "two"),
     ],

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from ptacc import CheckpointMixin, Trainer
-from ptacc.cadences import Items
+from ptacc import CheckpointMixin, Items, Trainer
 from ptacc.errors import OptionError
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks

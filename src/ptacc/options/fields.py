@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from ptacc.core.hooks import TrainerCore
 from ptacc.loop.loop import TrainingLoop
 from ptacc.types.arguments import DEFAULT_CADENCE, DEFAULT_STOP_CHECK_EVERY, RunOptions, TrainOptions
-from ptacc.types.progress import Epochs, Minutes, Steps
+from ptacc.types.progress import Epochs, Items, Minutes, Steps
 
 SIMPLE = (bool, int, float, str, Path, NoneType)
-CADENCES = (Steps, Epochs, Minutes)
+CADENCES = (Steps, Epochs, Minutes, Items)
 SECTION = r"^{title}:\n(?P<body>(?:[ ].*\n?|\n)*)"
 ENTRY = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n        .*)*)", re.MULTILINE)
 TRAIN_DEFAULTS: dict[str, Any] = {

@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeVar, cast, get_args, overload
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
 from ptacc.options.fields import CADENCES, CommandLineOptions, options
-from ptacc.types.progress import Cadence, Epochs, Minutes, Steps
+from ptacc.types.progress import Cadence, Epochs, Items, Minutes, Steps
 from ptacc.validation import did_you_mean
 
 OwnT = TypeVar("OwnT")
-CADENCE = re.compile(r"(?P<number>[\d_.]+)\s*(?P<unit>steps?|epochs?|minutes?)")
-UNITS: dict[str, type[Cadence]] = {"step": Steps, "epoch": Epochs, "minute": Minutes}
+CADENCE = re.compile(r"(?P<number>[\d_.]+)\s*(?P<unit>steps?|epochs?|minutes?|items?)")
+UNITS: dict[str, type[Cadence]] = {"step": Steps, "epoch": Epochs, "minute": Minutes, "item": Items}
 CONFIG = "--config"
 
 
@@ -66,7 +66,7 @@ def annotate(kind: type[CommandLineOptions], tyro: Any) -> type[CommandLineOptio
     """Return a dataclass whose fields have the help of their metadata, and whose cadences are read from texts."""
     spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="500steps|2epochs|10minutes|none",
+        metavar="500steps|2epochs|10minutes|1000items|none",
         instance_from_str=lambda texts: parse_cadence(texts[0]),
         is_instance=lambda value: value is None or isinstance(value, Cadence),
         str_from_instance=lambda value: [format_cadence(value)],
@@ -93,10 +93,10 @@ def parse_cadence(text: str) -> Cadence | None:
         return None
     match = CADENCE.fullmatch(text.strip().lower())
     if match is None:
-        raise ValueError(f"{text!r} is not a cadence: write 500steps, 2epochs, 10minutes or none")
+        raise ValueError(f"{text!r} is not a cadence: write 500steps, 2epochs, 10minutes, 1000items or none")
     unit = UNITS[match["unit"].removesuffix("s")]
     try:
-        return unit(float(match["number"]) if unit is Minutes else int(match["number"]))  # type: ignore[arg-type]
+        return unit(float(match["number"]) if unit in (Minutes, Items) else int(match["number"]))  # type: ignore[arg-type]
     except OptionError as error:
         raise ValueError(str(error)) from error
 
@@ -111,7 +111,7 @@ def format_cadence(cadence: Cadence | None) -> str:
     if cadence is None:
         return "none"
     unit = type(cadence).__name__.lower()
-    return f"{cadence.n:g}{unit.removesuffix('s') if cadence.n == 1 else unit}"
+    return f"{cadence.n:.12g}{unit.removesuffix('s') if cadence.n == 1 else unit}"
 
 
 # ---- files
