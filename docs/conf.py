@@ -74,7 +74,10 @@ nitpick_ignore_regex = [
     # Signatures contain non-public types, such as type parameters, which are not documented.
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|HistoryFile|Optimizer|Figure"),
-    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Tensor|Processor|Rows|Factor"),
+    (
+        r"py:.*",
+        r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Tensor|Processor|Rows|Factor",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """Several updates per step: as in a plain loop, whatever the split of a step into batches and processes."""
 
 import copy
+import inspect
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -127,6 +128,13 @@ def train_wgan(model: GAN, optimizers: OptimizerDict, batches: list[Images]) -> 
 PlainLoop = Callable[[GAN, OptimizerDict, list[Images]], None]
 LOOPS: dict[str, tuple[type[Loop], PlainLoop]] = {"dcgan": (DCGAN, train_dcgan), "wgan": (WGAN, train_wgan)}
 every_loop = pytest.mark.parametrize("name", LOOPS)
+
+
+@every_loop
+def test_a_loop_takes_no_more_lines_than_a_plain_one(name: str) -> None:
+    kind, plain = LOOPS[name]
+    lines = len(inspect.getsource(kind.train_updates).splitlines())
+    assert lines <= len(inspect.getsource(plain).splitlines())
 
 
 def make_parts() -> tuple[GAN, OptimizerDict, Any]:
