@@ -73,8 +73,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
     # Signatures contain non-public types, such as type parameters, which are not documented.
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
-    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|HistoryFile|Optimizer|Figure"),
-    (
+    (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Figure"),
+    (r"py:.*", r"Tensor|Processor|Rows|Factor"),
         r"py:.*",
         r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Tensor|Processor|Rows|Factor",
     ),
