@@ -75,9 +75,6 @@ nitpick_ignore_regex = [
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Figure"),
     (r"py:.*", r"Tensor|Processor|Rows|Factor"),
-        r"py:.*",
-        r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Tensor|Processor|Rows|Factor",
-    ),
 ]
 
 
