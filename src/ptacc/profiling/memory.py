@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ptacc.display.numbers import format_bytes
+
 GIB = 2**30
 LARGEST = 5
 """Number of tensors that a description lists."""
@@ -172,18 +174,3 @@ def describe_tensor(tensor: Tensor) -> str:
         'float32 (8, 3)'
     """
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a number of bytes with a binary unit.
-
-    Example:
-        >>> format_bytes(100), format_bytes(3 * 2**20), format_bytes(1.5 * GIB)
-        ('100 B', '3.0 MiB', '1.50 GiB')
-    """
-    if size >= GIB:
-        return f"{size / GIB:.2f} GiB"
-    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size:.0f} B"
