@@ -16,7 +16,7 @@ from ptacc.callbacks.defaults import default_callbacks
 from ptacc.composition.fields import property_option
 from ptacc.composition.roles import Role, is_mixin
 from ptacc.console import messages_shown
-from ptacc.core.callback import Callback, overrides
+from ptacc.core.callback import Callback, Events, overrides
 from ptacc.core.checks import check_callbacks, check_model_class, check_not_wrapped, check_output
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.messages import announce
@@ -317,7 +317,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         take_step = partial(step_by_closure, self._compute_gradients) if self.steps_by_closure else self._step
         with self.around_run(), run.optimizer_modes.training(), self._saving_on_exception(run):
             events.run_start()
-            self._start_or_resume(run)
+            self._start_or_resume(run, events)
             discard_gradients(self.trained_modules)  # of the user's own code, or of a step that was interrupted
             while run.is_within_epoch or not run.is_done():
                 run.begin_epoch()
@@ -325,7 +325,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                     events.epoch_start()
                     if run.is_within_epoch:  # resumed within it
                         self.load_run_state()
-                        self._after_step(run)
+                        self._after_step(run, events)
                     for window in self._windows(run):
                         run.is_consistent = False
                         try:
@@ -338,10 +338,10 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                         except Exception as error:
                             note_step(self, error, run, window)
                             raise
-                        self._after_step(run)
+                        self._after_step(run, events)
                     record = self._end_epoch(run)
                 events.epoch_end(record)
-                self._after_epoch(run, record)
+                self._after_epoch(run, events, record)
                 if run.is_within_epoch:  # the run ends within it
                     break
             if text := describe_finished_run(run):
@@ -408,7 +408,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     # ---- between steps and epochs: evaluate, agree on stopping, save
 
-    def _start_or_resume(self, run: Run) -> None:
+    def _start_or_resume(self, run: Run, events: Events) -> None:
         if run.resume_state is not None:
             self.load_run_state()
             run.is_consistent = True
@@ -420,17 +420,17 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
             run.is_consistent = True
             if self._evaluate_sets(run):
                 run.history.initial.update(run.epoch.evaluations)
-                self._report(run)
+                self._report(run, events)
             self.save_run_state()
 
-    def _after_step(self, run: Run) -> None:
+    def _after_step(self, run: Run, events: Events) -> None:
         run.is_consistent = True
         was_evaluated = is_evaluation_due(run) and self._evaluate_sets(run)
         run.stopping.poll(run.progress, self.should_stop())
         if not run.is_epoch_complete:  # else after the epoch
             was_evaluated |= run.should_evaluate_at_end and self._evaluate_sets(run)
             if was_evaluated or self._is_report_due(run):
-                self._report(run)
+                self._report(run, events)
             self.save_run_state()
 
     def _end_epoch(self, run: Run) -> EpochRecord:
@@ -452,9 +452,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         run.history.add_epoch(record)
         return record
 
-    def _after_epoch(self, run: Run, record: EpochRecord) -> None:
+    def _after_epoch(self, run: Run, events: Events, record: EpochRecord) -> None:
         if run.epoch.is_counted:
-            self._report(run, record.train_metrics)
+            self._report(run, events, record.train_metrics)
         run.stopping.agree(run.progress, self.should_stop())
         if run.epoch.is_counted:
             run.is_consistent = True
@@ -465,13 +465,13 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         is_due = (self.log_every is not None and run.is_due(self.log_every, run.reported_at)) or run.is_done()
         return is_due and run.stopping.exit_code is None and run.reported_at.steps < run.progress.steps
 
-    def _report(self, run: Run, train_metrics: Mapping[str, float] | None = None) -> None:
+    def _report(self, run: Run, events: Events, train_metrics: Mapping[str, float] | None = None) -> None:
         """Report values: what was logged since the last report, and what was evaluated at this step. A collective."""
         run.is_consistent = False
         record = run.make_report(train_metrics or {})
         if record.values.keys() > {"epoch"}:
             run.history.add_values(record)
-            self._events().values(record.values, record.step)
+            events.values(record.values, record.step)
         run.reported_at = replace(run.progress, seconds=run.elapsed)
         run.is_consistent = True
 

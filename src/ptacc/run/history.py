@@ -169,8 +169,9 @@ class RunHistory(Sequence[EpochRecord]):
             self._values = [*thin_out(old, VALUES_IN_MEMORY // 2), *recent]
         self._values.append(record)
         unwritten, self._unwritten = self._unwritten, []
-        evaluations = [("evaluation", asdict(evaluation)) for evaluation in unwritten]
-        self._write([*evaluations, ("values", asdict(record))])
+        if self._file is not None:
+            evaluations = [("evaluation", asdict(evaluation)) for evaluation in unwritten]
+            self._write([*evaluations, ("values", asdict(record))])
 
     def read_steps(self, distributed: DistributedRuntime) -> None:
         """Read the unread steps and logged values from the device, and average them over the ranks. A collective."""
