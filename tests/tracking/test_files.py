@@ -17,6 +17,7 @@ def test_a_new_run_never_overwrites_a_file(kind: type[FileTracker], tmp_path: Pa
         tracker = kind(tmp_path / "values.txt")
         tracker.start({"lr": 0.1}, None)
         tracker.log({"loss": 1.0}, 5)
+        tracker.finish(0)
     assert {path.name for path in tmp_path.glob("*.txt")} == {"values.txt", "values-run-2.txt", "values-run-3.txt"}
     assert json.loads((tmp_path / "values-run-2.config.json").read_text()) == {"lr": 0.1}
 
@@ -28,6 +29,7 @@ def test_a_continued_run_keeps_the_reports_before_its_checkpoint(kind: type[File
     tracker.log({"loss": 1.0}, 5)
     before = (tmp_path / "values.txt").read_bytes()
     tracker.log({"loss": 2.0}, 10)
+    tracker.finish(0)
     with (tmp_path / "values.txt").open("a") as file:
         file.write('{"step": 15, "lo')  # the process was killed within a write
     assert kind(tmp_path / "values.txt").start({}, TrackedRun(run_id, reports=1, step=5)) == run_id
@@ -48,6 +50,7 @@ def test_a_line_of_json_has_the_step_and_the_values(tmp_path: Path) -> None:
     tracker = JSONLinesTracker(tmp_path / "values.jsonl")
     tracker.start({}, None)
     tracker.log({"loss": float("nan"), "accuracy": 0.5}, 10)
+    tracker.finish(0)
     assert (tmp_path / "values.jsonl").read_text() == '{"step": 10, "loss": null, "accuracy": 0.5}\n'
 
 

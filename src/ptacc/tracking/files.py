@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from typing_extensions import override
 
@@ -58,7 +59,7 @@ class FileTracker(ABC):
         """Append the values of a report."""
 
     def finish(self, exit_code: int) -> None:
-        """Do nothing: the file is closed after each report."""
+        """Close the file."""
 
 
 class JSONLinesTracker(FileTracker):
@@ -67,6 +68,8 @@ class JSONLinesTracker(FileTracker):
     NaN is null, and an infinity is 1e999. See `FileTracker` for the arguments.
     """
 
+    _stream: TextIO | None = None
+
     @override
     def _keep(self, reports: int) -> None:
         with self._file.open("rb+") as file:
@@ -74,8 +77,16 @@ class JSONLinesTracker(FileTracker):
 
     @override
     def log(self, values: Mapping[str, float], step: int) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(to_json({"step": step, **values}) + "\n")
+        if self._stream is None:
+            self._stream = self._file.open("a", encoding="utf-8")
+        self._stream.write(to_json({"step": step, **values}) + "\n")
+        self._stream.flush()  # a killed process leaves every line
+
+    @override
+    def finish(self, exit_code: int) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 class CSVTracker(FileTracker):

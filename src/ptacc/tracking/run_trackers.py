@@ -41,6 +41,7 @@ class RunTrackers:
         self._not_started: Sequence[Tracker] = trackers
         self._active: tuple[Tracker, ...] = ()
         self._runs: dict[str, TrackedRun] = {}
+        self._last_steps: dict[str, int] = {}
 
     def start(self) -> None:
         """Start the trackers, or continue their runs, unless that has been done."""
@@ -52,6 +53,7 @@ class RunTrackers:
                 self._runs[tracker.name] = TrackedRun(run_id) if saved is None else replace(saved, id=run_id)
                 self._active = (*self._active, tracker)
                 if saved is not None and isinstance(tracker, HasLastStep):
+                    self._last_steps[tracker.name] = tracker.last_step
                     for record in self._history.values:
                         if tracker.last_step < record.step <= saved.step:  # lost when the process was killed
                             tracker.log(record.values, record.step)
@@ -61,7 +63,7 @@ class RunTrackers:
         self.start()
         for tracker in self._active:
             with self._left_out_if_it_fails(tracker):
-                if not isinstance(tracker, HasLastStep) or step > tracker.last_step:
+                if step > self._last_steps.get(tracker.name, -1):
                     tracker.log(values, step)
                 run = self._runs[tracker.name]
                 self._runs[tracker.name] = replace(run, reports=run.reports + 1, step=step)
