@@ -15,8 +15,6 @@ from ptacc.core.callback import Callback
 from ptacc.core.hooks import Mixin, TrainerCore
 from ptacc.data.dataloader_config import DataLoaderConfig
 from ptacc.distributed.accelerator import AcceleratorBuilder
-from ptacc.distributed.process_group import Distributed
-from ptacc.engines.base import OptimizerSlot
 from ptacc.loop.loop import TrainingLoop
 from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
@@ -46,7 +44,7 @@ from ptacc.model.freezing import gradual_unfreezing
 from ptacc.model.optimizer_dict import OptimizerDict
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
-from ptacc.run.state import ResumeState, StateKey
+from ptacc.run.state import StateKey
 from ptacc.run.step_result import StepResult
 from ptacc.trainers.supervised import Trainer
 from ptacc.types.aliases import Pair
@@ -75,7 +73,6 @@ __all__ = [
     "DDPMixin",
     "DataLoaderConfig",
     "DeepSpeedMixin",
-    "Distributed",
     "EMAMixin",
     "EarlyStoppingMixin",
     "EpochRecord",
@@ -97,14 +94,12 @@ __all__ = [
     "Monitor",
     "MultiUpdateLoop",
     "OptimizerDict",
-    "OptimizerSlot",
     "Pair",
     "PrintMetrics",
     "ProfilerMixin",
     "Progress",
     "ProgressBar",
     "RestoreBestWeights",
-    "ResumeState",
     "Run",
     "RunHistory",
     "RunPlan",

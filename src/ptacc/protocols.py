@@ -5,10 +5,12 @@ trainer that has metrics.
 """
 
 import ptacc.public
-from ptacc.engines.base import Engine, EngineState
+from ptacc.distributed.process_group import Distributed
+from ptacc.engines.base import Engine, EngineState, OptimizerSlot
 from ptacc.loop.explain import Explanation
 from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
+from ptacc.run.state import ResumeState
 from ptacc.tracking.tracker import ConfigValue, HasLastStep, TrackedRun, Tracker, TracksImages
 from ptacc.types.aliases import CompileBackend, CompileMode, NumpyLike, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
@@ -43,6 +45,7 @@ __all__ = [
     "ConfigValue",
     "CountedSchedulerLike",
     "DataLoaderKwargs",
+    "Distributed",
     "Engine",
     "EngineState",
     "EvalOptions",
@@ -53,10 +56,12 @@ __all__ = [
     "LRSchedulerLike",
     "MetricLike",
     "NumpyLike",
+    "OptimizerSlot",
     "PairSample",
     "PlateauSchedulerLike",
     "Precision",
     "Profile",
+    "ResumeState",
     "SchedulerFactory",
     "SchedulerLike",
     "SizedDataset",

@@ -30,7 +30,6 @@ from ptacc import (
     GradCheckpointMixin,
     LRSchedulerMixin,
     RestoreBestWeights,
-    ResumeState,
     RunPlan,
     StepOutput,
     StepResult,
@@ -40,7 +39,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.errors import CheckpointError, CompositionError, LaunchError, ModelError, OptionError
-from ptacc.protocols import ZeroStage
+from ptacc.protocols import ResumeState, ZeroStage
 from tests.engines.nets import Averaging, Block, Net, Usual, check_equal, digits, make, make_optimizer, train
 from tests.marks import DEEPSPEED
 from tests.ranks import find_free_port, launch, run_ranks
