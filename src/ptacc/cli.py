@@ -23,7 +23,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import get_args
 
@@ -41,6 +40,7 @@ from ptacc.report.listing import format_table as format_runs
 from ptacc.report.page import make_page
 from ptacc.report.run_files import read_run
 from ptacc.report.text import UNKNOWN, align, printable
+from ptacc.run.environment import get_own_version
 from ptacc.storage.manifest import Manifest
 from ptacc.types.aliases import Mode
 from ptacc.types.monitor import Monitor
@@ -92,7 +92,7 @@ class Options(argparse.Namespace):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="ptacc", description="Checkpoints and runs of ptacc trainers.")
-    parser.add_argument("--version", action="version", version=f"ptacc {get_version()}")
+    parser.add_argument("--version", action="version", version=f"ptacc {get_own_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--key-file", type=expand_file, metavar="FILE", help="file with the key of the checkpoints")
@@ -121,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     exporting.set_defaults(command=export)
 
+    add_run_commands(commands)
+    return parser
+
+
+def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that read the files of runs."""
     finding = commands.add_parser("runs", help="list the runs in a directory and below it")
     finding.add_argument("runs", type=expand_file, metavar="DIR", nargs=1, help="a directory")
     finding.add_argument("--json", action="store_true", help="print JSON")
@@ -138,7 +144,6 @@ def make_parser() -> argparse.ArgumentParser:
         "-o", dest="page", type=expand_file, metavar="FILE", default=Path("report.html"), help="default: report.html"
     )
     reporting.set_defaults(command=report)
-    return parser
 
 
 def parse_location(text: str) -> str:
@@ -152,14 +157,6 @@ def parse_location(text: str) -> str:
 def expand_file(text: str) -> Path:
     """Parse an argument that is a local file."""
     return Path(text).expanduser()
-
-
-def get_version() -> str:
-    """Return the version of the installed package."""
-    try:
-        return metadata.version("ptacc")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 # ---- the commands

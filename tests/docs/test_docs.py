@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 import ptacc.errors
-import ptacc.options
-import ptacc.protocols
-import ptacc.samplers
-import ptacc.schedules
-import ptacc.testing
-import ptacc.tracking
-import ptacc.trainers
-import ptacc.tuning
 from tests.docs.pages import PAGES, ROOT, collapse_whitespace, collect_mypy_errors, collect_outputs, read_blocks
+from tests.test_public_names import MODULES
 
 
 def test_page_names_are_unique() -> None:
@@ -42,17 +35,6 @@ def test_the_reference_lists_every_public_name_once() -> None:
     reference = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\.\. auto\w+:: (ptacc\.[\w.]+)(?=\(|$)", reference, re.MULTILINE)
     errors = [f"ptacc.errors.{name}" for name, value in vars(ptacc.errors).items() if isinstance(value, type)]
-    modules = (
-        ptacc,
-        ptacc.options,
-        ptacc.protocols,
-        ptacc.samplers,
-        ptacc.schedules,
-        ptacc.testing,
-        ptacc.tracking,
-        ptacc.trainers,
-        ptacc.tuning,
-    )
     assert sorted(listed) == sorted(
-        errors + [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+        errors + [f"{module.__name__}.{name}" for module in MODULES for name in module.__all__]
     )

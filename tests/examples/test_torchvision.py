@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import library, nn
 from torch.optim import SGD
 from torch.utils.data import Dataset, random_split
 
 from ptacc import Trainer
 from ptacc.testing import epoch_order
-
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def import_torchvision() -> tuple[Any, Any]:
@@ -28,7 +26,7 @@ def import_torchvision() -> tuple[Any, Any]:
         pytest.importorskip("torchvision")
         return pytest.importorskip("torchvision.datasets"), pytest.importorskip("torchvision.transforms")
     for name in ("nms", "qnms"):
-        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return pytest.importorskip("torchvision.datasets"), pytest.importorskip("torchvision.transforms")
 
 

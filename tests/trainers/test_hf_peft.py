@@ -13,7 +13,6 @@ from ptacc.trainers import CausalLMTrainer, SavePretrained, Seq2SeqTrainer
 from tests.trainers.hf_models import collate, make_gpt2, make_language_data, make_optimizer, make_t5
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 
 
 class AdapterTrainer(SeedMixin, CheckpointMixin, CausalLMTrainer):

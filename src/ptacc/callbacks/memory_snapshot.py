@@ -53,7 +53,7 @@ class MemorySnapshot(Callback[TrainerCore]):
 
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
-        if trainer.device.type != "cuda":
+        if not has_recorder(trainer.device):
             warnings.warn(
                 f"MemorySnapshot needs a CUDA device, and the run is on {trainer.device}: no snapshot will be written.",
                 stacklevel=2,
@@ -87,6 +87,11 @@ class MemorySnapshot(Callback[TrainerCore]):
         if self._is_recording:
             torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
         self._is_recording = False
+
+
+def has_recorder(device: torch.device) -> bool:
+    """Return whether torch records the allocations of a device."""
+    return device.type == "cuda"
 
 
 def write_snapshot(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from ptacc.console import COLUMNS, count_columns, is_watched, write_line
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
+from ptacc.display.numbers import format_value
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_choice
 
@@ -143,13 +144,11 @@ def join_cells(cells: Iterable[str], widths: Iterable[int]) -> str:
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
-def format_number(value: float, name: str = "") -> str:
-    """Return a value with five significant digits, a learning rate with three.
+def format_number(value: float, name: str) -> str:
+    """Return a value as text, a learning rate with three significant digits.
 
     Example:
-        >>> format_number(0.123456), format_number(0.123456, "learning_rate"), format_number(1234567.8)
-        ('0.12346', '0.123', '1,234,568')
+        >>> format_number(0.123456, "eval_loss"), format_number(0.123456, "learning_rate")
+        ('0.12346', '0.123')
     """
-    if name.startswith("learning_rate"):
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e12 else f"{value:.5g}"
+    return f"{value:.3g}" if name.startswith("learning_rate") else format_value(value)

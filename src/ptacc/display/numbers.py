@@ -18,10 +18,10 @@ def format_bytes(size: float) -> str:
 
 
 def format_value(value: float) -> str:
-    """Return a value with up to five significant digits, in full if it is an integer.
+    """Return a value with five significant digits, and a large one in full.
 
     Example:
-        >>> format_value(0.123456), format_value(1_234_567), format_value(1e-7), format_value(float("nan"))
-        ('0.12346', '1234567', '1e-07', 'nan')
+        >>> format_value(0.123456), format_value(1234567.8), format_value(1e-7), format_value(float("nan"))
+        ('0.12346', '1,234,568', '1e-07', 'nan')
     """
-    return f"{value:.0f}" if abs(value) < 1e15 and value == int(value) else f"{value:.5g}"
+    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e12 else f"{value:.5g}"

@@ -9,6 +9,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from ptacc.display.numbers import format_value
 from ptacc.report.charts import Curve, Marks, draw_chart, is_drawable
 from ptacc.report.markup import element, to_html
 from ptacc.report.run_files import RecordedRun
@@ -18,7 +19,6 @@ from ptacc.report.text import (
     format_duration,
     format_steps,
     format_time,
-    format_value,
     format_values,
 )
 

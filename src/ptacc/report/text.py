@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
+from ptacc.display.numbers import format_value
 from ptacc.report.run_files import RecordedRun
 
 UNKNOWN = "-"
-
-
-def format_value(value: float) -> str:
-    """Return a reported value with four significant digits.
-
-    Example:
-        >>> format_value(0.25), format_value(123456.7), format_value(1e-7)
-        ('0.25', '123,457', '1e-07')
-    """
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_values(values: Iterable[tuple[str, float]]) -> str:
