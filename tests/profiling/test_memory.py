@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.optim import Adam
 
 from ptacc.profiling.memory import GIB, describe_memory, format_kinds, is_out_of_memory, name_tensors, sizes_by_kind
@@ -67,3 +69,21 @@ def test_tensors_on_other_devices_are_left_out() -> None:
     elsewhere: Tensor = torch.empty(1 << 40, device="meta")
     assert not [line for line in describe_memory(CPU, nn.Linear(2, 2), []) if "TiB" in line or "1024.00 GiB" in line]
     assert elsewhere.is_meta
+
+
+def test_tensors_without_memory_are_left_out() -> None:
+    """`torch.compile` leaves such tensors. Symbols of two traces cannot be compared."""
+    traced = [FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(5, 7)) for _ in range(2)]
+    with FakeTensorMode():
+        fake = torch.empty(1 << 40)
+    lines = describe_memory(CPU, nn.Linear(2, 2), [])
+    assert lines[1] == "largest tensors:"
+    assert "(1099511627776,)" not in "\n".join(lines)
+    assert {tensor.device.type for tensor in (fake, *traced)} == {"cpu"}
+
+
+def test_a_sparse_gradient_counts_what_it_holds() -> None:
+    model = nn.Embedding(10**6, 4, sparse=True)
+    model(torch.tensor([[1, 5]])).sum().backward()
+    assert sizes_by_kind(dict(name_tensors(model, []))) == {"weights": 16 * 10**6, "gradients": 2 * (8 + 4 * 4)}
+    assert describe_memory(CPU, model, [])

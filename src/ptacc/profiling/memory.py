@@ -89,7 +89,7 @@ def describe_memory(device: torch.device, model: nn.Module, optimizers: Iterable
     named = {name: tensor for name, tensor in name_tensors(model, optimizers) if is_on(tensor, device)}
     owners = {id(tensor): name for name, tensor in named.items()}
     alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]  # `isinstance` may run users' code
-    alive = [tensor for tensor in alive if is_on(tensor, device)]
+    alive = [tensor for tensor in alive if is_on(tensor, device) and has_memory(tensor)]
     unique = {id(tensor): (owners.get(id(tensor), "unnamed"), tensor) for tensor in (*alive, *named.values())}
     allocated = peak = None
     if device.type == "cuda":
@@ -124,10 +124,26 @@ def is_on(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device.type == device.type and len(indices) < 2
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own. The tensors that `torch.compile` traces with have none.
+
+    A sparse tensor has none either: its indices and values are tensors, which have.
+    """
+    return tensor.layout == torch.strided and tensor.untyped_storage().device == tensor.device
+
+
 def num_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's entries; of a DTensor, those on this rank."""
+    """Return the bytes of a tensor's entries; of a DTensor, those on this rank; of a sparse tensor, those it has.
+
+    Example:
+        >>> num_bytes(torch.eye(4)), num_bytes(torch.eye(4).to_sparse())
+        (64, 80)
+    """
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.numel() * local.element_size()
+    parts = [local]
+    if local.layout == torch.sparse_coo:  # gradients of `Embedding(sparse=True)`; `indices()` would have to add them up
+        parts = [local._indices(), local._values()]  # noqa: SLF001
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def sizes_by_kind(named: Mapping[str, Tensor]) -> dict[str, int]:
