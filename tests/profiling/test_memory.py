@@ -82,6 +82,16 @@ def test_tensors_without_memory_are_left_out() -> None:
     assert {tensor.device.type for tensor in (fake, *traced)} == {"cpu"}
 
 
+def test_memory_is_described_within_vmap() -> None:
+    model = nn.Linear(2, 2)
+
+    def describe(tensor: Tensor) -> Tensor:
+        assert describe_memory(CPU, model, [])
+        return tensor.sum()
+
+    torch.vmap(describe)(torch.ones(2, 3))
+
+
 def test_a_sparse_gradient_counts_what_it_holds() -> None:
     model = nn.Embedding(10**6, 4, sparse=True)
     model(torch.tensor([[1, 5]])).sum().backward()

@@ -127,9 +127,12 @@ def is_on(tensor: Tensor, device: torch.device) -> bool:
 def has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor has memory of its own. The tensors that `torch.compile` traces with have none.
 
-    A sparse tensor has none either: its indices and values are tensors, which have.
+    Sparse tensors and those within `torch.vmap` have none either: they consist of tensors that have.
     """
-    return tensor.layout == torch.strided and tensor.untyped_storage().device == tensor.device
+    try:
+        return tensor.untyped_storage().device == tensor.device
+    except NotImplementedError:
+        return False
 
 
 def num_bytes(tensor: Tensor) -> int:
