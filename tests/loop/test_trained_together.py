@@ -55,14 +55,14 @@ def make(
     loss = Centres(classes).double()
     given: dict[str, Any] = {"checkpoint_every": Steps(1), "checkpoint_dir": directory, "default_callbacks": ()}
     return kind(
-        model, loss_func=loss, optimizer=optimizer([*model.parameters(), *loss.parameters()]), **given, **options
+        model, loss_func=loss, optimizer=optimizer([*model.parameters(), *loss.parameters()]), **(given | options)
     )
 
 
-def train(trainer: Saving, steps: int = 3 * EPOCH) -> dict[str, Tensor]:
+def train(trainer: Saving, steps: int = 3 * EPOCH, batch_size: int = 8) -> dict[str, Tensor]:
     torch.manual_seed(1)
     data = TensorDataset(torch.randn(24, 4).double(), torch.arange(24) % 3)
-    trainer.train(data, max_steps=steps, per_device_batch_size=8)
+    trainer.train(data, max_steps=steps, per_device_batch_size=batch_size)
     return state_of(trainer)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from ptacc.errors import OptionError
 from ptacc.report.run_files import read_run
+from tests.ranks import FORK
 from tests.records import read_all
 from tests.report.runs import train
 
@@ -41,12 +43,28 @@ def test_an_interrupted_run_has_the_values_of_an_uninterrupted_one(tmp_path: Pat
 def test_the_status_says_how_a_run_ended(tmp_path: Path) -> None:
     assert train(tmp_path / "failed", fails_at=3).status == "failed: ValueError: no <data>"
     assert train(tmp_path / "stopped", max_time=1e-9).status == "stopped: max_time=1e-09 reached"
-    run = train(tmp_path / "killed", fails_at=21)
-    lines = [line for line in read_all(run.path) if line["kind"] != "end"]
-    killed = read_run(write_lines(run.path, *lines))
-    assert (killed.status, killed.step) == ("unknown: killed, or still running", 20)
+
+
+def test_a_run_that_still_runs_differs_from_one_that_was_killed(tmp_path: Path) -> None:
+    with FORK.Pool(1) as pool:
+        run = pool.apply(train, (tmp_path,), {"fails_at": 21})
+        lines = [line for line in read_all(run.path) if line["kind"] != "end"]
+        path, process = write_lines(run.path, *lines), pool.apply(os.getpid)
+        assert read_run(path).status == f"running: process {process}"
+    killed = read_run(path)
+    assert (killed.status, killed.step) == ("killed", 20)
     assert killed.seconds is not None
     assert killed.seconds >= 0
+    lines[0]["environment"]["host"] = "another host"
+    assert read_run(write_lines(path, *lines)).status == "unknown: killed, or still running"
+
+
+def test_a_run_that_was_resumed_was_killed_before(tmp_path: Path) -> None:
+    run = train(tmp_path, fails_at=27)
+    lines = [line for line in read_all(run.path) if line["kind"] != "end"]
+    resumed = {**lines[0], "kind": "resumed", "step": 15, "seconds": 1.0}
+    attempts = read_run(write_lines(run.path, *lines, resumed)).attempts
+    assert [attempt.status for attempt in attempts] == ["killed", f"running: process {os.getpid()}"]
 
 
 def test_a_resumed_run_that_was_killed_is_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:

@@ -126,9 +126,7 @@ def run_details(run: RecordedRun, label: str) -> Iterator[Element]:
     if run.attempts:
         options = [(name, text, origin) for name, (text, origin) in run.attempts[-1].settings().items()]
         yield details("Options", ["option", "value", "origin"], options)
-        attempts = [
-            [format_time(a.started), f"{a.first_step:,}", format_time(a.ended), a.outcome] for a in run.attempts
-        ]
+        attempts = [[format_time(a.started), f"{a.first_step:,}", format_time(a.ended), a.status] for a in run.attempts]
         yield details("Attempts", ["started", "from step", "ended", "outcome"], attempts)
     checkpoints = [
         [entry.title, f"{manifest.step:,}", manifest.label or UNKNOWN, format_values(manifest.metrics.items())]

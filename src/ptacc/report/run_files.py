@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +41,7 @@ class Attempt:
         planned: Steps that the whole run was planned to make.
         options: The text of each option, and its origin.
         arguments: The text of each argument of `train()`.
-        outcome: How it ended.
+        outcome: How it ended; None if the file does not say it.
     """
 
     started: datetime | None
@@ -52,7 +55,7 @@ class Attempt:
     monitors: list[Monitor]
     checkpoints: str | None
     ended: datetime | None = None
-    outcome: str = "unknown: killed, or still running"
+    outcome: str | None = None
 
     @classmethod
     def parse(cls, line: Line) -> Attempt:
@@ -75,6 +78,16 @@ class Attempt:
     def settings(self) -> dict[str, tuple[str, str]]:
         """Return options and arguments of `train()` by name: the text of each, and its origin."""
         return {**self.options, **{name: (text, "argument of train()") for name, text in self.arguments.items()}}
+
+    @property
+    def status(self) -> str:
+        """How it ended. Without a line about its end: whether its process runs, which only its own host can tell."""
+        if self.outcome is not None:
+            return self.outcome
+        host, process = self.environment.get("host"), self.environment.get("process", "")
+        if host != platform.node() or not process.isdecimal() or sys.platform == "win32":
+            return "unknown: killed, or still running"
+        return f"running: process {process}" if is_process(int(process)) else "killed"
 
     def end(self, line: Line) -> None:
         """Add the line of the kind `end`."""
@@ -135,7 +148,7 @@ class RecordedRun:
     @property
     def status(self) -> str:
         """How its last attempt ended."""
-        return self.attempts[-1].outcome if self.attempts else "unknown: no history file"
+        return self.attempts[-1].status if self.attempts else "unknown: no history file"
 
     @property
     def planned(self) -> int | None:
@@ -176,6 +189,8 @@ class RecordedRun:
         step = check_count(line.get("step", 0))
         match line["kind"]:
             case "run" | "resumed":
+                if self.attempts and self.attempts[-1].outcome is None:
+                    self.attempts[-1].outcome = "killed"
                 self.attempts.append(Attempt.parse(line))
                 self.step = step  # what the attempt before did after its last checkpoint is repeated
             case "end":
@@ -247,6 +262,17 @@ def is_history(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(HEADER)) == HEADER
+
+
+def is_process(pid: int) -> bool:
+    """Return whether a process with this number runs on this host."""
+    try:
+        os.kill(pid, 0)  # signal 0 only checks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_whole_lines(path: Path) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -35,6 +36,7 @@ def describe_environment(accelerator: AcceleratorProtocol) -> dict[str, str]:
         **get_versions(),
         "platform": platform.platform(),
         "host": platform.node(),
+        "process": str(os.getpid()),
     }
 
 
