@@ -34,7 +34,7 @@ quickstart: $(VENV)/.installed-examples ## install the library and train on the 
 	$(BIN)/python examples/digits.py
 
 test: check docs ## run all checks: static checks, documentation, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/.installed-dev ## run the static checks only
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests: one torch thread, seeded generators, hypothesis and DeepSpeed."""
 
+import fcntl
 import importlib
 import os
 import random
@@ -59,12 +60,14 @@ def deepspeed_built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # A ninja of another version would compile again, in each rank.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        if not any(kept.glob("*/*.so")):
-            compiled = Path(tempfile.mkdtemp(prefix="torch_extensions-", dir=sys.prefix))
-            patch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
-            subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=300, capture_output=True)
-            shutil.rmtree(kept, ignore_errors=True)
-            compiled.rename(kept)
+        with Path(f"{kept}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two test processes, one compiles
+            if not any(kept.glob("*/*.so")):
+                compiled = Path(tempfile.mkdtemp(prefix="torch_extensions-", dir=sys.prefix))
+                patch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
+                subprocess.run([sys.executable, "-c", BUILD], check=True, timeout=300, capture_output=True)
+                shutil.rmtree(kept, ignore_errors=True)
+                compiled.rename(kept)
         shutil.copytree(kept, own, ignore=shutil.ignore_patterns("lock"))
         patch.setenv("TORCH_EXTENSIONS_DIR", str(own))
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
