@@ -7,14 +7,12 @@ import hashlib
 import random
 import secrets
 import struct
-from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import mtrand  # `numpy.random.set_bit_generator`, which NumPy's stubs leave out
-from typing_extensions import override
 
 
 def fresh_seed() -> int:
@@ -40,53 +38,37 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class DeviceStream:
-    """The state of the global generator of one accelerator; empty for the CPU.
-
-    Args:
-        device: The device. No other one is used, or initialised.
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = None if device is None or device.type == "cpu" else device
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator by the type of the device. Reading it synchronizes the device."""
-        if self._device is None:
-            return {}
-        return {self._device.type: torch.get_device_module(self._device).get_rng_state(self._device)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state, which may be that of another device of the same type."""
-        if self._device is not None and self._device.type in state_dict:
-            torch.get_device_module(self._device).set_rng_state(state_dict[self._device.type], self._device)
-
-
 class RandomStreams:
     """The state of this process's global generators: Python's, NumPy's and torch's.
 
     Args:
-        device: The accelerator whose generator is included, if any. Reading its state synchronizes the device.
+        device: The accelerator whose generator is included, if any. No other one is used, or initialised. Reading its
+            state synchronizes the device.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._device = DeviceStream(device)
+        self._device = None if device is None or device.type == "cpu" else device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the generators."""
+        """Return the states of the generators, that of the accelerator by the type of the device."""
+        device, states = self._device, dict[str, Any]()
+        if device is not None:
+            states = {device.type: torch.get_device_module(device).get_rng_state(device)}
         return {
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
-            "device": self._device.state_dict(),
+            "device": states,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the generators; that of the accelerator only if its state was saved."""
+        """Restore the generators; that of the accelerator if the state of one of its type was saved."""
         random.setstate(state_dict["python"])
         np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])
-        self._device.load_state_dict(state_dict["device"])
+        device, states = self._device, state_dict["device"]
+        if device is not None and device.type in states:
+            torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 @contextlib.contextmanager
@@ -104,95 +86,48 @@ def preserved_streams(device: torch.device | None = None) -> Generator[None]:
         streams.load_state_dict(before)
 
 
-class HostStream(ABC):
-    """A global generator on the host."""
+class HostStream(NamedTuple):
+    """The functions of a global generator on the host.
 
-    @abstractmethod
-    def seed(self, seed: int) -> None:
-        """Seed the generator."""
+    Args:
+        seed: Seeds it.
+        draw: Draws a number.
+        begin: Returns what `end` needs to restore it. It may be another generator until then.
+        end: Restores it.
+    """
 
-    @abstractmethod
-    def draw(self) -> float:
-        """Draw a number."""
-
-    @abstractmethod
-    def begin(self) -> Any:
-        """Return what `end` needs to restore the generator. It may be another one until then."""
-
-    @abstractmethod
-    def end(self, saved: Any) -> None:
-        """Restore the generator."""
+    seed: Callable[[int], object]
+    draw: Callable[[], float]
+    begin: Callable[[], Any]
+    end: Callable[[Any], object]
 
 
-class PythonStream(HostStream):
-    """Python's global generator."""
-
-    @override
-    def seed(self, seed: int) -> None:
-        random.seed(seed)
-
-    @override
-    def draw(self) -> float:
-        return random.random()
-
-    @override
-    def begin(self) -> Any:
-        return random.getstate()
-
-    @override
-    def end(self, saved: Any) -> None:
-        random.setstate(saved)
+def _begin_numpy() -> Any:
+    """Use another generator for the block: swapping generators takes half the time of restoring one."""
+    state, generator = np.random.get_state(legacy=False), mtrand.get_bit_generator()
+    mtrand.set_bit_generator(_SPARE)
+    return state, generator
 
 
-class NumpyStream(HostStream):
-    """NumPy's global generator. Blocks use another one: swapping generators takes half the time of restoring one."""
-
-    _SPARE: Final = np.random.MT19937(0)
-
-    @override
-    def seed(self, seed: int) -> None:
-        np.random.seed(seed % 2**32)
-
-    @override
-    def draw(self) -> float:
-        return np.random.random_sample()
-
-    @override
-    def begin(self) -> Any:
-        state, generator = np.random.get_state(legacy=False), mtrand.get_bit_generator()
-        mtrand.set_bit_generator(self._SPARE)
-        return state, generator
-
-    @override
-    def end(self, saved: Any) -> None:
-        state, generator = saved
-        mtrand.set_bit_generator(generator)
-        # NumPy draws normal numbers in pairs. Swapping generators discards the second one of a pair.
-        if state["has_gauss"] or generator is self._SPARE:
-            np.random.set_state(state)
+def _end_numpy(saved: Any) -> None:
+    state, generator = saved
+    mtrand.set_bit_generator(generator)
+    # NumPy draws normal numbers in pairs. Swapping generators discards the second one of a pair.
+    if state["has_gauss"] or generator is _SPARE:
+        np.random.set_state(state)
 
 
-class TorchStream(HostStream):
-    """Torch's global generator on the host."""
-
-    @override
-    def seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-    @override
-    def draw(self) -> float:
-        return torch.rand((), dtype=torch.float64, device="cpu", generator=torch.default_generator).item()
-
-    @override
-    def begin(self) -> Any:
-        return torch.default_generator.get_state()
-
-    @override
-    def end(self, saved: Any) -> None:
-        torch.default_generator.set_state(saved)
+def _draw_torch() -> float:
+    return torch.rand((), dtype=torch.float64, device="cpu", generator=_TORCH).item()
 
 
-HOST_STREAMS: Final[dict[str, HostStream]] = {"python": PythonStream(), "numpy": NumpyStream(), "torch": TorchStream()}
+_SPARE: Final = np.random.MT19937(0)
+_TORCH: Final = torch.default_generator
+HOST_STREAMS: Final[dict[str, HostStream]] = {
+    "python": HostStream(random.seed, random.random, random.getstate, random.setstate),
+    "numpy": HostStream(lambda seed: np.random.seed(seed % 2**32), np.random.random_sample, _begin_numpy, _end_numpy),
+    "torch": HostStream(_TORCH.manual_seed, _draw_torch, _TORCH.get_state, _TORCH.set_state),
+}
 ALL_HOST_STREAMS: Final = frozenset(HOST_STREAMS)
 
 

@@ -15,9 +15,9 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
-from ptacc.profiling.hardware import find_peak_flops, peak_host_memory, start_flop_counter, stop_flop_counter
+from ptacc.profiling.hardware import PEAK_FLOPS, peak_host_memory, start_flop_counter
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
-from ptacc.profiling.work_timer import WorkTimer, find_slowest
+from ptacc.profiling.work_timer import WorkTimer
 from ptacc.run.step_result import StepResult
 from ptacc.types.outputs import EpochRecord
 from ptacc.validation import check_at_least, check_positive
@@ -113,9 +113,7 @@ class Throughput(Callback[TrainerCore]):
     def on_run_start(self, trainer: TrainerCore) -> None:
         self._reset()
         self._device, self._is_single_process = trainer.device, trainer.distributed.world_size == 1
-        peak = self._given_peak
-        if peak is None and is_in_half_precision(trainer):
-            peak = find_peak_flops(trainer.device)
+        peak = find_peak_flops(trainer) if self._given_peak is None else self._given_peak
         self._peak = None if peak is None else peak * trainer.distributed.world_size
         trainer.run.data = ObservedSource(trainer.run.data, self._time_loading)
         if not self._is_single_process:
@@ -199,11 +197,10 @@ class Throughput(Callback[TrainerCore]):
         self._counter.stop(now)
         record = self._with_hardware(self._counter.record_since(self._last_counter, step.step, now))
         if self._timer is not None:
-            ranks, own = trainer.distributed, record.data_seconds + self._timer.pop_seconds()
-            rank, ratio = find_slowest(
-                ranks.sum([own if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)])
-            )
-            record = replace(record, slowest_rank=rank, slowest_rank_ratio=ratio)
+            times = trainer.distributed.gather(record.data_seconds + self._timer.pop_seconds())
+            slowest, mean = max(times), sum(times) / len(times)
+            ratio = slowest / mean if mean else 1.0
+            record = replace(record, slowest_rank=times.index(slowest), slowest_rank_ratio=ratio)
         self._last_counter = replace(self._counter)
         self._counter.start(now)
         self._records.append(record)
@@ -227,10 +224,15 @@ class Throughput(Callback[TrainerCore]):
 
     def _stop_flop_counter(self) -> int:
         counter, self._flop_counter = self._flop_counter, None
-        return 0 if counter is None else stop_flop_counter(counter)
+        if counter is None:
+            return 0
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return counter.get_total_flops()
 
 
-def is_in_half_precision(trainer: TrainerCore) -> bool:
-    """Return whether matrix products are in bf16 or fp16, by autocast or by the dtype of the model."""
+def find_peak_flops(trainer: TrainerCore) -> float | None:
+    """Return the peak FLOPS of a device in bf16 and fp16, None if unknown or if matrix products are in float32."""
     dtypes = {parameter.dtype for parameter in trainer.unwrapped_model.parameters()}
-    return dtypes <= {torch.bfloat16, torch.float16} or trainer.accelerator.mixed_precision in ("bf16", "fp16")
+    is_half = dtypes <= {torch.bfloat16, torch.float16} or trainer.accelerator.mixed_precision in ("bf16", "fp16")
+    has_name = is_half and trainer.device.type == "cuda"
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(trainer.device)) if has_name else None

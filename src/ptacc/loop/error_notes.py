@@ -20,7 +20,8 @@ from ptacc.data.batch import HostBatch
 from ptacc.data.wrappers import Batches
 from ptacc.errors import RankFailedError
 from ptacc.loop.hints import find_hint
-from ptacc.profiling.memory import describe_memory, describe_tensor, is_on, is_out_of_memory
+from ptacc.model.state_dict import describe_tensor
+from ptacc.profiling.memory import describe_memory, is_on, is_out_of_memory
 from ptacc.run.run import Run
 from ptacc.run.window import Window
 from ptacc.tensors.structures import iterate_leaves

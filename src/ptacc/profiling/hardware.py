@@ -6,8 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,11 +27,6 @@ sparsity, which are twice as large.
 """
 
 
-def find_peak_flops(device: torch.device) -> float | None:
-    """Return the peak FLOPS of a device in bf16 and fp16, None if unknown."""
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
 def peak_host_memory() -> int | None:
     """Return the peak memory of this process in bytes, None if the platform does not report it."""
     if sys.platform == "win32":
@@ -51,9 +44,3 @@ def start_flop_counter() -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
     counter.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return counter
-
-
-def stop_flop_counter(counter: FlopCounterMode) -> int:
-    """Stop a counter, and return the number of operations that it counted."""
-    counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    return counter.get_total_flops()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ptacc.display.numbers import format_bytes
+from ptacc.model.state_dict import describe_tensor
 
 GIB = 2**30
 LARGEST = 5
@@ -183,13 +184,3 @@ def format_largest(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     largest = sorted(tensors, key=lambda named: num_bytes(named[1]), reverse=True)[:LARGEST]
     lines = [f"  {format_bytes(num_bytes(t))}  {describe_tensor(t)}  {name}" for name, t in largest]
     return ["largest tensors:", *lines] if lines else []
-
-
-def describe_tensor(tensor: Tensor) -> str:
-    """Return the dtype and the shape of a tensor.
-
-    Example:
-        >>> describe_tensor(torch.zeros(8, 3))
-        'float32 (8, 3)'
-    """
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

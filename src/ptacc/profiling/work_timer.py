@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,19 +12,8 @@ MOST_TIMED = 100
 """Forward passes that are timed for a record; the others count as much as their mean."""
 
 
-class TimingEvent(Protocol):
-    """A point in time, as `torch.cuda.Event`."""
-
-    def record(self) -> None:
-        """Record the present time, on a GPU that of its queue."""
-
-    def elapsed_time(self, end_event: Any, /) -> float:
-        """Return the milliseconds from this event to another one."""
-        ...
-
-
 class HostEvent:
-    """A point in time on the host."""
+    """A point in time on the host, with the methods of `torch.cuda.Event`."""
 
     seconds: float
 
@@ -48,12 +36,9 @@ class WorkTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._make_event: Callable[[], TimingEvent] = (
-            partial(torch.cuda.Event, enable_timing=True) if is_cuda else HostEvent
-        )
-        self._timed: list[tuple[TimingEvent, TimingEvent]] = []
-        self._start: TimingEvent | None = None
+        self._is_cuda = device.type == "cuda"
+        self._timed: list[tuple[Any, Any]] = []  # events of either type
+        self._start: Any = None
         self._passes = 0
 
     def start(self) -> None:
@@ -75,19 +60,7 @@ class WorkTimer:
         self._timed, self._passes = [], 0
         return total
 
-    def _record(self) -> TimingEvent:
-        event = self._make_event()
+    def _record(self) -> torch.cuda.Event | HostEvent:
+        event = torch.cuda.Event(enable_timing=True) if self._is_cuda else HostEvent()
         event.record()
         return event
-
-
-def find_slowest(seconds: Sequence[float]) -> tuple[int, float]:
-    """Return the index of the longest time, and its ratio to the mean.
-
-    Example:
-        >>> find_slowest([1.0, 1.0, 2.5, 1.5])
-        (2, 1.6666666666666667)
-    """
-    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
-    mean = sum(seconds) / len(seconds)
-    return slowest, seconds[slowest] / mean if mean else 1.0
