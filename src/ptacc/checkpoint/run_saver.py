@@ -22,7 +22,7 @@ from ptacc.core.messages import announce
 from ptacc.model.state_dict import canonical_name, first_non_finite, is_placeholder
 from ptacc.run.environment import get_versions
 from ptacc.storage.manifest import Manifest
-from ptacc.tensors.dtensor import is_dtensor
+from ptacc.tensors.dtensor import to_local
 from ptacc.types.progress import Cadence, Progress
 from ptacc.types.protocols import StateDict
 
@@ -172,7 +172,5 @@ def local_parameters(trainer: TrainerCore, weights: StateDict) -> list[tuple[str
     """Return the parameters of a checkpoint that this rank has, in full or as its shards, by name."""
     names = {canonical_name(name) for name, _ in trainer.unwrapped_model.named_parameters()}
     return [
-        (name, tensor.to_local() if is_dtensor(tensor) else tensor)
-        for name, tensor in weights.items()
-        if name in names and not is_placeholder(tensor)
+        (name, to_local(tensor)) for name, tensor in weights.items() if name in names and not is_placeholder(tensor)
     ]

@@ -17,6 +17,7 @@ from typing_extensions import TypeVar, dataclass_transform, override
 
 from ptacc.composition.fields import (
     evaluate_constructor,
+    has_default,
     own_annotations,
     prepare_annotations,
     property_option,
@@ -186,11 +187,7 @@ def describe_unknown_attribute(cls: type, name: str) -> str:
 
 def describe_positional(owner: str, positional: Sequence[str], given: int, fields: Sequence[Field[Any]]) -> str:
     """Return the message for a constructor that got too many positional arguments."""
-    required = [
-        field.name
-        for field in fields
-        if field.kw_only and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+    required = [field.name for field in fields if field.kw_only and not has_default(field)]
     call = ", ".join([*positional, *(f"{name}=..." for name in required)])
     return (
         f"{owner} takes {len(positional)} positional argument ({', '.join(positional)}), and got {given}. The others "

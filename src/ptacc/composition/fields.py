@@ -179,7 +179,11 @@ def check_own_options(cls: type) -> None:
                 f"{cls.__name__}.model: redeclaring it makes it keyword-only, so that {cls.__name__}(model, ...) "
                 "fails. Leave it out. To declare its class, give it as a type argument: `Trainer[MyModel]`."
             )
-        if name not in inherited and any(_is_callable_member(base.__dict__.get(name)) for base in cls.__mro__[1:]):
+        members = [base.__dict__.get(name) for base in cls.__mro__[1:]]
+        if name not in inherited and any(
+            unwrap_function(member) or isinstance(member, property | functools.cached_property | classmethod)
+            for member in members
+        ):
             raise CompositionError(
                 f"{cls.__name__}.{name}: a base has a method or property of this name, and the option would hide it. "
                 "Give the option another name."
@@ -255,7 +259,3 @@ def type_text(annotation: object) -> str:
     if isinstance(annotation, str | ForwardRef):
         return annotation if isinstance(annotation, str) else annotation.__forward_arg__
     return str(annotation).replace("torch.Tensor", "Tensor").replace("typing.", "")
-
-
-def _is_callable_member(value: object) -> bool:
-    return unwrap_function(value) is not None or isinstance(value, property | functools.cached_property | classmethod)

@@ -20,7 +20,7 @@ from ptacc.composition.fields import (
     unwrap_function,
 )
 from ptacc.composition.misnamed import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, find_near_miss
-from ptacc.composition.roles import find_loop, get_role, is_mixin
+from ptacc.composition.roles import get_role, is_mixin
 from ptacc.composition.type_arguments import describe_type_mismatch
 from ptacc.errors import CompositionError
 from ptacc.validation import did_you_mean
@@ -53,12 +53,7 @@ def check_class_statement(cls: type) -> None:
 
 
 def check_composition(cls: type, root: type) -> None:
-    """Raise `CompositionError` for bases that cannot be combined.
-
-    Args:
-        cls: The class that was just created.
-        root: `Composable`.
-    """
+    """Raise `CompositionError` for bases that cannot be combined. `root` is `Composable`."""
     _check_foreign_bases(cls, root)
     _check_name_conflicts(cls)
     _check_competing_overrides(cls)
@@ -130,13 +125,10 @@ def _new_methods(cls: type) -> Iterator[str]:
             yield name
 
 
-def _is_hook(value: object) -> bool:
-    return get_hook_shape(value) is not None or getattr(value, "__isabstractmethod__", False)
-
-
 def _check_hooks(cls: type) -> None:
     if get_role(cls) != "core":  # the core's `on_main_process` is not a hook
-        hooks = {name for base in cls.__mro__[1:] for name, value in base.__dict__.items() if _is_hook(value)}
+        members = [member for base in cls.__mro__[1:] for member in base.__dict__.items()]
+        hooks = {n for n, value in members if get_hook_shape(value) or getattr(value, "__isabstractmethod__", False)}
         check_hooks_are_declared(cls, hooks | CALLED_PER_CLASS, METHODS_ELSEWHERE)
     for name, value in cls.__dict__.items():
         declaring = next((base for base in cls.__mro__[1:] if get_hook_shape(base.__dict__.get(name))), None)
@@ -286,7 +278,7 @@ def _is_protocol(cls: type) -> bool:
 
 
 def _check_mixin_order(cls: type) -> None:
-    loop = find_loop(cls)
+    loop = next((base for base in cls.__mro__ if get_role(base) == "loop"), None)
     if loop is None:
         return
     trainer = next(base for base in (*cls.__bases__, cls) if loop in base.__mro__)

@@ -17,8 +17,3 @@ def is_mixin(cls: type) -> bool:
     """Return whether `cls` is a mixin: it derives from the core, not from the loop, and declares no role."""
     roles = {get_role(base) for base in cls.__mro__}
     return "core" in roles and "loop" not in roles and get_role(cls) is None
-
-
-def find_loop(cls: type) -> type | None:
-    """Return the loop among the bases of `cls`, or None if `cls` is a mixin."""
-    return next((base for base in cls.__mro__ if get_role(base) == "loop"), None)

@@ -51,14 +51,7 @@ def check_trainable(
     *,
     by_closure: bool,
 ) -> None:
-    """Raise `ModelError` for a model and optimizers that cannot be trained.
-
-    Args:
-        owner: The name of the trainer.
-        model: The model.
-        slots: The optimizers.
-        options: The modules among the options, by their places.
-        by_closure: Whether their `step` is called with a closure.
+    """Raise `ModelError` for a model and optimizers that cannot be trained. `options` are modules by their places.
 
     Warns:
         UserWarning: Trainable parameters are in no optimizer: of the model, of a module that is trained with it, or of
@@ -122,7 +115,7 @@ def check_callbacks(owner: str, callbacks: Iterable[object] | object, base: type
 
 def check_output(owner: str, output: object, device: torch.device) -> None:
     """Raise `LossError` for an invalid output of `train_step`, which is on `device`."""
-    loss = _check_scalars(owner, "train_step", output)
+    loss = check_scalars(owner, "train_step", output)
     if loss.is_complex():
         raise LossError(
             f"{owner}.train_step: the loss is {loss.dtype}, and must be real. Return loss.abs() or loss.real."
@@ -136,12 +129,8 @@ def check_output(owner: str, output: object, device: torch.device) -> None:
         raise LossError(f"{owner}.train_step: the loss is on {loss.device}, and must be on {device}. Do not move it.")
 
 
-def check_eval_output(owner: str, output: object) -> None:
-    """Raise `LossError` for an invalid output of `eval_step`."""
-    _check_scalars(owner, "eval_step", output)
-
-
-def _check_scalars(owner: str, step: str, output: object) -> torch.Tensor:
+def check_scalars(owner: str, step: str, output: object) -> torch.Tensor:
+    """Return the loss in the output of a step, or raise `LossError` for an invalid one."""
     if not isinstance(output, StepOutput):
         hint = " To leave a batch out, return None from collate_fn." if output is None else ""
         name = type(output).__name__
@@ -166,11 +155,9 @@ def _check_scalars(owner: str, step: str, output: object) -> torch.Tensor:
 
 
 def _describe(value: object) -> str:
-    return (
-        f"has the shape {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else f"is of type {type(value).__name__}"
-    )
+    if isinstance(value, torch.Tensor):
+        return f"has the shape {tuple(value.shape)}"
+    return f"is of type {type(value).__name__}"
 
 
 def check_logged(owner: str, values: Mapping[str, object]) -> None:

@@ -43,10 +43,7 @@ class KeyedDataset(Dataset[Any]):
             return next(self._index_batches([key]))
         if self._epoch is not None and self._epoch != key.epoch:
             self.set_epoch(key.epoch)
-        return self._seeding.load(self._load_batch, key)
-
-    def _load_batch(self, key: BatchKey) -> object:
-        return self._collate(self._load_samples(key))
+        return self._seeding.load(lambda key: self._collate(self._load_samples(key)), key)
 
     def load_all(self, keys: Iterator[BatchKey]) -> Iterator[tuple[BatchKey, object]]:
         """Load and collate one batch after the other. Batches of tensors in memory are indexed several at a time."""

@@ -97,10 +97,8 @@ class MapStyleSource(BatchSource):
         if self._listed is not None:
             data = f"{self._length} {'batches' if self._is_in_batches else 'draws'} of {data}"
         unit = "{} batches of a batch sampler" if self._is_in_batches else "global batches of {}"
-        return PartitionScheme(data, unit.format(self._size), allows_rebatching=True, order=self._describe_order())
-
-    def _describe_order(self) -> str:
-        return f"{self._sampler}, drop_last" if self._drop_last else self._sampler
+        order = f"{self._sampler}, drop_last" if self._drop_last else self._sampler
+        return PartitionScheme(data, unit.format(self._size), allows_rebatching=True, order=order)
 
     @override
     def fingerprint(self) -> str:

@@ -101,13 +101,7 @@ def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_effective_settings(owner: str, settings: Mapping[str, Any], features: Collection[str]) -> None:
-    """Raise `OptionError` for a precision of the launch that is unknown, and for settings of DDP without DDP.
-
-    Args:
-        owner: The class of the trainer.
-        settings: Its settings.
-        features: Features that its mixins provide.
-    """
+    """Raise `OptionError` for a precision of the launch that is unknown, and for settings of DDP without DDP."""
     check_settings("The launch", {"mixed_precision": settings["mixed_precision"]})
     if "ddp" not in features and DistributedDataParallelKwargs.__name__ in settings["kwargs_handlers"]:
         raise OptionError(

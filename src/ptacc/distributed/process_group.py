@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from ptacc.distributed.failure import Failure, FailureMonitor, find_peer_connections, open_connections
 from ptacc.distributed.rendezvous import Rendezvous
-from ptacc.distributed.shutdown import wait_for_gloo_at_exit
+from ptacc.distributed.shutdown import wait_until_gloo_is_idle
 from ptacc.distributed.watchdog import start_watchdog
 from ptacc.errors import CollectiveError, LaunchError, RankFailedError
 from ptacc.types.aliases import T
@@ -97,7 +98,8 @@ class DistributedRuntime(Distributed):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        wait_for_gloo_at_exit()
+        atexit.unregister(wait_until_gloo_is_idle)  # it waits once, however many groups there were
+        atexit.register(wait_until_gloo_is_idle)
         # Behind a NAT, connections to ranks are not recognised by their addresses, but by the time of their creation.
         connections = find_peer_connections(group)
         if other_connections is not None:

@@ -7,7 +7,6 @@ exception"). One in seven scripts whose last call was a collective ended that wa
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import time
 from pathlib import Path
@@ -16,12 +15,6 @@ MAX_WAIT_SECONDS = 2.0
 POLL_SECONDS = 0.005
 IDLE_POLLS = 3
 """Number of consecutive polls that have to find all threads idle."""
-
-
-def wait_for_gloo_at_exit() -> None:
-    """Register the wait once, however often this is called."""
-    atexit.unregister(wait_until_gloo_is_idle)
-    atexit.register(wait_until_gloo_is_idle)
 
 
 def wait_until_gloo_is_idle() -> None:

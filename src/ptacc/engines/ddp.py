@@ -29,13 +29,7 @@ class DDPEngine(TorchEngine):
     can_unfreeze = False
 
     def __init__(self, accelerator: AcceleratorProtocol, model: nn.Module, slots: Sequence[OptimizerSlot]) -> None:
-        """Wrap a model. A collective.
-
-        Args:
-            accelerator: The accelerator of the launch, with the settings of DistributedDataParallel.
-            model: The user's model.
-            slots: The optimizers.
-        """
+        """Wrap a model, with the accelerator's settings of DistributedDataParallel. A collective."""
         super().__init__(accelerator, model, slots)
         self.ddp: DistributedDataParallel = wrap_in_ddp(accelerator, model)
         self.ddp.broadcast_buffers = False  # `update` does, so that evaluations have equal buffers, too

@@ -38,14 +38,7 @@ class TorchEngine(Engine):
         slots: Sequence[OptimizerSlot],
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Wrap a model for the device, the precision and the ranks.
-
-        Args:
-            accelerator: The accelerator of the launch.
-            model: The user's model.
-            slots: The optimizers.
-            scaler: A new gradient scaler; by default a copy of the accelerator's.
-        """
+        """Wrap a model for the device and the precision. By default, the scaler is a copy of the accelerator's."""
         self._accelerator, self._unwrapped_model = accelerator, model
         # Accelerate prepares it for the device, the precision and the compiler.
         self._model = prepare_model(accelerator, model)

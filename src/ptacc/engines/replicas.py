@@ -32,14 +32,7 @@ class ReplicaEngine(TorchEngine):
         *,
         is_synchronized: bool = False,
     ) -> None:
-        """Make the replicas equal. A collective.
-
-        Args:
-            accelerator: The accelerator of the launch.
-            model: The user's model.
-            slots: The optimizers.
-            is_synchronized: Whether modules of the model communicate in the backward pass.
-        """
+        """Make the replicas equal. A collective. If `is_synchronized`, modules communicate in the backward pass."""
         super().__init__(accelerator, model, slots)
         broadcast_model(self._trained, accelerator.device)
         self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}

@@ -38,7 +38,7 @@ from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.root_forward import RootForward, reshard
 from ptacc.model.gradients import clip_known_norm
 from ptacc.model.wrapping import call_contexts, calling
-from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
+from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement, to_local
 from ptacc.types.protocols import AcceleratorProtocol
 
 HOOK_PACKAGES = ("torch.distributed.fsdp", "torch.distributed.tensor", "ptacc.engines")
@@ -264,19 +264,14 @@ def unscale_shards(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                shards.append(get_local(parameter.detach()))
-                shards[-1].grad = get_local(parameter.grad)
+                shards.append(to_local(parameter.detach()))
+                shards[-1].grad = to_local(parameter.grad)
     local = cast(Optimizer, SimpleNamespace(param_groups=[{"params": shards}]))
     scaler.unscale_(local)
     states = scaler._per_optimizer_states  # noqa: SLF001  # torch has no public way to set what it found
     states[id(optimizer)] = states.pop(id(local))
     for found_inf in states[id(optimizer)]["found_inf_per_device"].values():
         dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-
-
-def get_local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, by reference; another tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float | Tensor) -> Tensor:
@@ -304,7 +299,7 @@ def get_placement(tensor: Tensor) -> tuple[object, tuple[int, ...]]:
 
 def compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared norm of tensors with the same placement. A collective if they are sharded."""
-    square = get_total_norm([get_local(tensor) for tensor in tensors]).square()
+    square = get_total_norm([to_local(tensor) for tensor in tensors]).square()
     if is_dtensor(first := tensors[0]):
         for dim in get_placement(first)[1]:
             dist.all_reduce(square, group=first.device_mesh.get_group(dim))

@@ -27,15 +27,7 @@ Advice: TypeAlias = tuple[str, str]
 def collect_advice(
     model: nn.Module, slots: Collection[OptimizerSlot], device: torch.device, *, precision: str, is_sharded: bool
 ) -> tuple[Advice, ...]:
-    """Return all advice that applies.
-
-    Args:
-        model: The model, not wrapped.
-        slots: The optimizers.
-        device: The device of the run.
-        precision: The precision of the forward pass.
-        is_sharded: Whether the engine shards weights or optimizer states over ranks.
-    """
+    """Return all advice that applies. If `is_sharded`, the engine shards weights or optimizer states over ranks."""
     advice: list[Advice] = []
     if not is_sharded and not has_sparse_gradients(model):
         for slot in slots:
@@ -48,10 +40,7 @@ def collect_advice(
 def advise_on_optimizer(optimizer: Optimizer, device: torch.device, precision: str = "no") -> Iterator[Advice]:
     """Advise the fused kernel of an optimizer, if it is faster and the user has not chosen a kernel.
 
-    Args:
-        optimizer: The optimizer of a model with dense gradients.
-        device: The device of the run.
-        precision: The precision of the forward pass.
+    It is the optimizer of a model with dense gradients.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -82,12 +71,7 @@ def has_sparse_gradients(model: nn.Module) -> bool:
 def advise_on_matmul(
     dtypes: Collection[torch.dtype], precision: str, capability: tuple[int, int] | None
 ) -> Iterator[Advice]:
-    """Advise TF32 if the model computes in float32 on a GPU that has it.
-
-    Args:
-        dtypes: The dtypes of the parameters.
-        precision: The precision of the forward pass.
-        capability: The compute capability of the GPU, None for any other device.
+    """Advise TF32 if the model computes in float32 on a GPU that has it. `capability` is None for other devices.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
 

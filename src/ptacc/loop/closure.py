@@ -35,13 +35,8 @@ def step_by_closure(
     """Take one optimizer step over the batches of a window. Its optimizer may compute the gradients again.
 
     The gradients are computed before `optimizer.step(closure)`, since some optimizers need them there. Others call the
-    closure first: if the weights and gradients are still the same by then, nothing is computed.
-
-    Args:
-        compute_gradients: Computes the gradients of the step.
-        run: The run.
-        window: The batches. They stay on the device until the end of the step.
-        transfer: Copies a batch to the device.
+    closure first: if the weights and gradients are still the same by then, nothing is computed. The batches stay on the
+    device until the end of the step.
 
     Returns:
         What the first computation reported, and whether the optimizer stepped.

@@ -84,15 +84,13 @@ class EvalNotes:
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Add the note to an exception. It is raised on."""
         if isinstance(error, Exception):
-            add_note(self._trainer, error, f"in {self._what}{self._when()}, {self._where()}", self._batch)
-
-    def _when(self) -> str:
-        return f" after step {self._trainer.progress.steps}" if self._trainer.is_running else ""
-
-    def _where(self) -> str:
-        if self._batch is not None:
-            return f"batch {self._number}"
-        return f"after its {self._number} batches" if self._is_over else f"while batch {self._number + 1} was loaded"
+            when = f" after step {self._trainer.progress.steps}" if self._trainer.is_running else ""
+            where = f"while batch {self._number + 1} was loaded"
+            if self._batch is not None:
+                where = f"batch {self._number}"
+            elif self._is_over:
+                where = f"after its {self._number} batches"
+            add_note(self._trainer, error, f"in {self._what}{when}, {where}", self._batch)
 
 
 def add_note(trainer: TrainerCore, error: Exception, place: str, batch: HostBatch[Any] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from ptacc.composition.roles import Role
 from ptacc.composition.type_arguments import fill_type_defaults
 from ptacc.core.batch_hooks import BatchHooks
-from ptacc.core.checks import check_eval_output, check_not_wrapped
+from ptacc.core.checks import check_not_wrapped, check_scalars
 from ptacc.data.batch import BatchSource, HostBatch
 from ptacc.data.dataloader_config import DataLoaderConfig, check_dataset, limit_from_environment
 from ptacc.data.division import find_division
@@ -200,7 +200,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         batch = transfer.to_device(host.data)
         with calling(self.unwrapped_model):
             output = self.eval_step(batch)
-        check_eval_output(type(self).__name__, output)
+        check_scalars(type(self).__name__, "eval_step", output)
         if not host.is_padding:
             self.on_eval_batch_end(batch, output)
         return output

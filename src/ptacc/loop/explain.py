@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -81,16 +80,7 @@ def explain(
     max_steps: int | None,
     shards: ShardCounts,
 ) -> Explanation:
-    """Explain a trainer.
-
-    Args:
-        trainer: The trainer.
-        samples: The number of samples of an epoch, None if unknown.
-        batch_size: Samples per batch and rank.
-        num_epochs: As for `train()`.
-        max_steps: As for `train()`.
-        shards: Over how many ranks the engine shards weights, gradients and optimizer state.
-    """
+    """Explain a trainer, for an epoch of some samples, None if unknown, and batches of some samples per rank."""
     explanation = Explanation(
         classes=class_rows(type(trainer)),
         hooks=hook_rows(trainer),
@@ -107,7 +97,10 @@ def explain(
         modes=mode_rows(trainer.unwrapped_model),
         state=state_rows(trainer),
     )
-    advice = advice_rows(trainer)
+    precision, is_sharded = trainer.accelerator.mixed_precision, trainer.resume_invariants()["engine"] != "torch"
+    advice = collect_advice(
+        trainer.unwrapped_model, trainer.optimizer_slots(), trainer.device, precision=precision, is_sharded=is_sharded
+    )
     return Explanation(explanation, advice=advice) if advice else explanation
 
 
@@ -121,7 +114,8 @@ def hook_rows(trainer: TrainerCore) -> Rows:
     """Return each overridden hook: its name, its shape, and its overrides in the order of calls."""
     rows = []
     for name, shape in sorted(declared_hooks(type(trainer)).items()):
-        callbacks = [f"[{type(callback).__name__}]" for callback in trainer.all_callbacks() if listens(callback, name)]
+        listeners = trainer.all_callbacks() if hasattr(Callback, name) else ()
+        callbacks = [f"[{type(c).__name__}]" for c in listeners if overrides(c, Callback, name)]
         called = [*overriding_classes(type(trainer), name), *callbacks]
         if called:
             rows.append((name, shape, " > ".join(called)))
@@ -149,23 +143,15 @@ def overriding_classes(cls: type, name: str) -> list[str]:
     return called
 
 
-def listens(callback: Callback[Any], name: str) -> bool:
-    """Return whether a callback overrides the event `name`."""
-    return hasattr(Callback, name) and overrides(callback, Callback, name)
-
-
 def option_rows(trainer: TrainerCore) -> Rows:
     """Return each option with its value and the source of the value: an argument, or the default of a class."""
-    given = trainer.given_options()
-    return tuple(
-        (
-            option.name,
-            shorten(getattr(trainer, option.name)) if option.repr else "(hidden)",
-            "argument" if option.name in given else f"default of {defaulting_class(type(trainer), option.name)}",
-        )
-        for option in dataclasses.fields(trainer)
-        if option.init
-    )
+    rows = []
+    for option in dataclasses.fields(trainer):
+        if option.init:
+            owner = next(base.__name__ for base in type(trainer).__mro__ if option.name in own_annotations(base))
+            origin = "argument" if option.name in trainer.given_options() else f"default of {owner}"
+            rows.append((option.name, shorten(getattr(trainer, option.name)) if option.repr else "(hidden)", origin))
+    return tuple(rows)
 
 
 def options_html(trainer: TrainerCore) -> str:
@@ -222,18 +208,6 @@ def state_rows(trainer: TrainerCore) -> Rows:
         rows += [(key.name, type(state).__name__) for key, state in trainer.run.states() if isinstance(state, Stateful)]
     rows += [(type(c).__name__, "callback") for c in trainer.all_callbacks() if isinstance(c, Stateful)]
     return tuple(rows)
-
-
-def advice_rows(trainer: TrainerCore) -> Rows:
-    """Return what would make training faster: the code to write, and its effect."""
-    model, precision = trainer.unwrapped_model, trainer.accelerator.mixed_precision
-    is_sharded = trainer.resume_invariants()["engine"] != "torch"
-    return collect_advice(model, trainer.optimizer_slots(), trainer.device, precision=precision, is_sharded=is_sharded)
-
-
-def defaulting_class(cls: type, option: str) -> str:
-    """Return the name of the class that sets the default of an option."""
-    return next(base.__name__ for base in cls.__mro__ if option in own_annotations(base))
 
 
 def first_line(cls: type) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ptacc.model.state_dict import canonical_name
-from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement
+from ptacc.tensors.dtensor import full_tensor, is_dtensor, match_placement, to_local
 
 AVERAGE_DTYPES = {
     torch.float16: torch.float32,
@@ -109,12 +109,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def sync_buffers(self, model: nn.Module, broadcast: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        """Set the averages of buffers to those of rank 0, as engines do for the buffers themselves. A collective.
-
-        Args:
-            model: The model.
-            broadcast: Returns rank 0's value on every rank.
-        """
+        """Set the averages of buffers to those of rank 0, as engines do for the buffers themselves. A collective."""
         found = [(name, self._averages.get(canonical_name(name))) for name, _ in model.named_buffers()]
         averages = {name: average for name, average in found if average is not None and not is_dtensor(average)}
         for name, value in broadcast({name: average.cpu() for name, average in averages.items()}).items():
@@ -194,11 +189,6 @@ def lerp_finite(averages: list[Tensor], tensors: list[Tensor], weight: float) ->
     moved = torch.cat(flat).lerp_(present, weight)
     parts = torch.split(torch.where(moved.isfinite(), moved, present), [average.numel() for average in flat])
     torch._foreach_copy_(flat, list(parts))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, by reference; any other tensor is returned unchanged."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def foreach_groups(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -131,7 +131,8 @@ def find_undecayed(model: nn.Module, no_decay: Sequence[ModuleSelector]) -> set[
     listed = set(method()) if callable(method) else set[str]()
     found |= {parameter for name, parameter in parameters.items() if name in listed}
     for module in model.modules():
-        is_undecayed = isinstance(module, nn.Embedding | nn.EmbeddingBag) or is_norm(module)
+        is_norm = any(NORM.search(base.__name__) for base in type(module).__mro__)
+        is_undecayed = is_norm or isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for name, parameter in module.named_parameters(recurse=False):
             if is_undecayed or parameter.ndim <= 1 or "bias" in name.split("_"):
                 found.add(parameter)
@@ -151,11 +152,6 @@ def find_by_name(model: nn.Module, parameters: Mapping[str, Parameter], pattern:
             f"{did_you_mean(pattern, parameters)}There are: {list_some(list(parameters), most=10)}."
         )
     return matches
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a norm layer, by the names of its class and their bases."""
-    return any(NORM.search(base.__name__) for base in type(module).__mro__)
 
 
 # ---- depth

@@ -35,11 +35,7 @@ def start_training(model: nn.Module, before: Modes) -> None:
     """Put a model into training mode for a run.
 
     If the model was in training mode itself, its submodules that were in eval mode stay in eval mode. If it was in eval
-    mode, as `from_pretrained` returns it, all of it is put into training mode.
-
-    Args:
-        model: The model as the run calls it.
-        before: The modes of the user's model.
+    mode, as `from_pretrained` returns it, all of it is put into training mode. `before` has the modes of that time.
     """
     model.train()
     if before[0][1]:

@@ -33,12 +33,8 @@ def check_selectors(owner: str, option: str, selectors: object) -> None:
 def select_submodules(model: nn.Module, selectors: Sequence[ModuleSelector], option: str) -> list[nn.Module]:
     """Return the outermost submodules that match a selector.
 
-    A `ModuleList` or `ModuleDict` is never selected, since it is not called; the modules in it are.
-
-    Args:
-        model: The model.
-        selectors: Classes and names.
-        option: The option's name for error messages.
+    A `ModuleList` or `ModuleDict` is never selected, since it is not called; the modules in it are. `option` is the
+    name of the option, for errors.
 
     Raises:
         ModelError: No submodule matches one of the selectors.

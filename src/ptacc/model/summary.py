@@ -74,13 +74,7 @@ class Layer:
 
 
 def read_layers(module: nn.Module, name: str, seen: dict[Parameter, str]) -> Layer:
-    """Return a module as a layer.
-
-    Args:
-        module: The module.
-        name: Its name.
-        seen: The names of the parameters of earlier layers. Those of this one are added.
-    """
+    """Return a module as a layer. `seen` has the names of the parameters of earlier layers; its own are added."""
     prefix, shapes, new = f"{name}." if name else "", list[str](), list[Parameter]()
     for own_name, parameter in module.named_parameters(recurse=False):
         full_name = prefix + own_name
@@ -105,8 +99,7 @@ def read_layers(module: nn.Module, name: str, seen: dict[Parameter, str]) -> Lay
 def layer_rows(modules: Mapping[str, nn.Module]) -> Rows:
     """Return rows of name, class, shapes of the parameters, number of parameters, and whether they are trainable.
 
-    Args:
-        modules: The modules by name. The name of the model is empty.
+    The name of the model is empty.
 
     Example:
         >>> layer_rows({"": nn.Linear(3, 2)})

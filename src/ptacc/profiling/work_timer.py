@@ -60,7 +60,9 @@ class WorkTimer:
         self._timed, self._passes = [], 0
         return total
 
-    def _record(self) -> torch.cuda.Event | HostEvent:
-        event = torch.cuda.Event(enable_timing=True) if self._is_cuda else HostEvent()
+    def _record(self) -> Any:
+        event: Any = HostEvent()
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -113,6 +113,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, by reference; any other tensor is returned unchanged."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def get_shard(tensor: DTensor) -> Shard:
     """Return this rank's part of a DTensor, by reference."""
     ranges = local_index_ranges(tensor.shape, tensor)
