@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -31,15 +30,16 @@ from ptacc.checkpoint.export import AVERAGES, check_target, exported_weights, wr
 from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import MODEL, read_full_parts
 from ptacc.display.numbers import format_bytes
+from ptacc.display.tables import align
 from ptacc.errors import OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
 from ptacc.report.listing import as_json as run_as_json
-from ptacc.report.listing import find_runs, list_runs
+from ptacc.report.listing import find_runs, finite, list_runs
 from ptacc.report.listing import format_table as format_runs
 from ptacc.report.page import make_page
 from ptacc.report.run_files import read_run
-from ptacc.report.text import UNKNOWN, align, printable
+from ptacc.report.text import UNKNOWN, printable
 from ptacc.run.environment import get_own_version
 from ptacc.storage.manifest import Manifest
 from ptacc.types.aliases import Mode
@@ -274,7 +274,7 @@ def format_table(entries: Sequence[CheckpointEntry], best: CheckpointEntry | Non
     rows = [head, *(format_row(entry, metrics, is_verified=is_verified) for entry in entries)]
     for row, entry in zip(rows[1:], entries, strict=True):
         row[-1] = f"best, {row[-1]}" if entry is best else row[-1]
-    return align(rows, left=[head.index("name"), head.index("label", len(metrics))])
+    return align([[printable(cell) for cell in row] for row in rows], right=range(1, len(head) - 2))
 
 
 def format_row(entry: CheckpointEntry, metrics: Sequence[str], *, is_verified: bool) -> list[str]:
@@ -292,7 +292,7 @@ def as_json(entry: CheckpointEntry, best: CheckpointEntry | None, *, is_verified
     """Return a checkpoint as JSON. Infinity and NaN, which JSON does not have, become strings."""
     fields: dict[str, object] = {"name": entry.title, "checked": "files" if is_verified else "manifest"}
     if (manifest := entry.manifest) is not None:
-        metrics = {name: value if math.isfinite(value) else repr(value) for name, value in manifest.metrics.items()}
+        metrics = {name: finite(value) for name, value in manifest.metrics.items()}
         fields |= {"run": manifest.run, "step": manifest.step, "epoch": manifest.epoch, "bytes": total_size(manifest)}
         fields |= {"label": manifest.label, "metrics": metrics}
     marks = {} if best is None else {"best": entry is best}

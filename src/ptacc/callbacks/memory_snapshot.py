@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 from typing_extensions import override
@@ -80,8 +79,12 @@ class MemorySnapshot(Callback[TrainerCore]):
 
     def _write(self, trainer: TrainerCore, name: str) -> None:
         path = self._directory / f"rank{trainer.distributed.rank}_{name}.pickle"
-        if self._is_recording:
-            write_snapshot(path)
+        if not self._is_recording:
+            return
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]  # noqa: SLF001
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"The memory snapshot {path} could not be written: {error}", stacklevel=2)
 
     def _stop(self) -> None:
         if self._is_recording:
@@ -92,11 +95,3 @@ class MemorySnapshot(Callback[TrainerCore]):
 def has_recorder(device: torch.device) -> bool:
     """Return whether torch records the allocations of a device."""
     return device.type == "cuda"
-
-
-def write_snapshot(path: Path) -> None:
-    """Write what was recorded of CUDA memory. If that fails, warn."""
-    try:
-        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]  # noqa: SLF001
-    except (OSError, RuntimeError) as error:
-        warnings.warn(f"The memory snapshot {path} could not be written: {error}", stacklevel=2)

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 
-from torch import nn
-
 from ptacc.checkpoint.catalog import CheckpointEntry, choose, list_run
 from ptacc.checkpoint.differences import Difference
 from ptacc.checkpoint.frozen import FROZEN, add_own_averages, frozen_differences
@@ -71,10 +69,12 @@ def load_into(
                 + "\nCreate the model as it was, or keep its own values of these tensors, or of a pattern of names: "
                 f"load_checkpoint(..., ignore={sorted({one.name for one in different})})."
             )
-        slots, kept = () if weights_only else trainer.optimizer_slots(), joined_names(ignored)
+        slots, prefixes = () if weights_only else trainer.optimizer_slots(), {MODEL: ""}
+        kept = frozenset(f"{prefixes.get(part, f'{part}.')}{name}" for part, names in ignored.items() for name in names)
         states = {slot.name: fit_optimizer_state(trainer, slot, shared[slot.name], kept) for slot in slots}
         saved = saved_weights(trainer, shared)
-        for part, module in trained_parts(trainer).items():
+        outside = {f"{OPTIONS}.{place}": module for place, module in trainer.trained_outside.items()}
+        for part, module in {MODEL: trainer.unwrapped_model, **outside}.items():
             load_weights(module, without(saved.get(part, {}), ignored.get(part, ())), strict=False)
         for slot in slots:
             load_optimizer_state(slot.optimizer, states[slot.name])
@@ -123,12 +123,6 @@ def find_which(owner: str, which: str | Monitor | Best, keep_best: Best | None) 
 # ---- the weights of the model, and of each module that is trained with it, by the names of their parts
 
 
-def trained_parts(trainer: TrainerCore) -> dict[str, nn.Module]:
-    """Return the model, and the modules outside of it that are trained with it."""
-    outside = {f"{OPTIONS}.{place}": module for place, module in trainer.trained_outside.items()}
-    return {MODEL: trainer.unwrapped_model, **outside}
-
-
 def own_weights(trainer: TrainerCore) -> dict[str, StateDict]:
     """Return a trainer's tensors that are loaded: all of the model, and the parameters of the other modules."""
     outside = {f"{OPTIONS}.{place}": parameters_of(module) for place, module in trainer.trained_outside.items()}
@@ -139,12 +133,6 @@ def saved_weights(trainer: TrainerCore, shared: Snapshot) -> dict[str, StateDict
     """Return the tensors of a checkpoint that are loaded, of those modules that have some in it."""
     options = {place: shared[OPTIONS].get(place, {}) for place in trainer.trained_outside}
     return {MODEL: shared[MODEL], **{f"{OPTIONS}.{place}": state for place, state in options.items() if state}}
-
-
-def joined_names(names: Mapping[str, Collection[str]]) -> frozenset[str]:
-    """Return the names in a trainer's `trained_modules` of tensors of some parts."""
-    prefixes = {part: "" if part == MODEL else f"{part}." for part in names}
-    return frozenset(f"{prefixes[part]}{name}" for part, members in names.items() for name in members)
 
 
 def find_ignored(trainer: TrainerCore, shared: Snapshot, patterns: Collection[str]) -> dict[str, frozenset[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -34,13 +34,8 @@ class Table:
     def to_text(self) -> str:
         """Return the rows as indented lines with aligned cells."""
         rows = [self.titles, *self.rows] if self.titles else self.rows
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = [str.rjust if is_numeric else str.ljust for is_numeric in self._are_numeric(len(widths))]
-        lines = (
-            "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
-            for row in rows
-        )
-        return "\n".join(f"  {line}".rstrip() for line in lines) if self.rows else "  (none)"
+        right = [number for number, title in enumerate(self.titles) if title in self.numeric]
+        return "\n".join(f"  {line}".rstrip() for line in align(rows, right)) if self.rows else "  (none)"
 
     def to_html(self) -> str:
         """Return an HTML table. Colours are those of the page, so that it is readable in light and dark themes."""
@@ -55,6 +50,14 @@ class Table:
 
     def _are_numeric(self, columns: int) -> list[bool]:
         return [title in self.numeric for title in self.titles] or [False] * columns
+
+
+def align(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
+    """Return rows as lines with aligned cells: to the right in the columns of these numbers, to the left in others."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.rjust if number in right else str.ljust for number in range(len(widths))]
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def html_section(title: str, table: Table, *, is_open: bool = True) -> str:

@@ -26,12 +26,6 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def broadcast_model(model: nn.Module, device: torch.device) -> None:
-    """Copy rank 0's weights and buffers to all ranks."""
-    broadcast_tensors((*model.parameters(), *model.buffers()), device)
-
-
-@torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Copy rank 0's tensors to all ranks."""
     for tensor in tensors:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ptacc.engines.base import Closure, OptimizerSlot, all_parameters
-from ptacc.engines.common import averaged, broadcast_buffers, broadcast_model
+from ptacc.engines.common import averaged, broadcast_buffers, broadcast_tensors
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reducer import GradientReducer
 from ptacc.types.protocols import AcceleratorProtocol
@@ -34,7 +34,7 @@ class ReplicaEngine(TorchEngine):
     ) -> None:
         """Make the replicas equal. A collective. If `is_synchronized`, modules communicate in the backward pass."""
         super().__init__(accelerator, model, slots)
-        broadcast_model(self._trained, accelerator.device)
+        broadcast_tensors((*self._trained.parameters(), *self._trained.buffers()), accelerator.device)
         self._reducers: dict[tuple[OptimizerSlot, ...], GradientReducer] = {}
         self._overlaps = not is_synchronized and not any(
             isinstance(m, nn.SyncBatchNorm) for m in self._trained.modules()

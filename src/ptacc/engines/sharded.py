@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ptacc.engines.base import Closure, OptimizerSlot, all_parameters, join_trained
-from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_model
+from ptacc.engines.common import OriginalModel, broadcast_buffers, broadcast_tensors
 from ptacc.engines.default import TorchEngine
 from ptacc.engines.reducer import OutsideModel
 from ptacc.engines.root_forward import RootForward, reshard
@@ -157,7 +157,7 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, device: torch.device, shard: Callable[[nn.Module], object]) -> None:
         """Shard `model` with `shard`. A collective."""
-        broadcast_model(model, device)
+        broadcast_tensors((*model.parameters(), *model.buffers()), device)
         self._model = model
         self._classes = {module: type(module) for module in model.modules()}  # FSDP2 changes them to subclasses
         self._original = OriginalModel(model, HOOK_PACKAGES)

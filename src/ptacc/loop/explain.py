@@ -58,12 +58,8 @@ class Explanation(dict[str, Rows]):
     """
 
     @override
-    def __str__(self) -> str:
-        return "\n\n".join(f"{HEADINGS[key]}\n{table.to_text()}" for key, table in self._tables())
-
-    @override
     def __repr__(self) -> str:
-        return str(self)
+        return "\n\n".join(f"{HEADINGS[key]}\n{table.to_text()}" for key, table in self._tables())
 
     def _repr_html_(self) -> str:
         return "".join(html_section(HEADINGS[key], table, is_open=key not in FOLDED) for key, table in self._tables())

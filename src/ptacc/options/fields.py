@@ -73,7 +73,10 @@ def options(trainer: type[TrainerCore]) -> type[CommandLineOptions]:
     """
     texts = read_texts(trainer)
     made = [(name, kind, described(default, texts.get(name, ""))) for name, kind, default in trainer_options(trainer)]
-    train_options = [(name, kind, default) for name, kind, default in arguments_of_train() if name not in texts]
+    types = get_type_hints(RunOptions)
+    train_options = [
+        (name, simplify(types[name]), value) for name, value in TRAIN_DEFAULTS.items() if name not in texts
+    ]
     texts |= read_section(TrainOptions, "Keys") | read_section(TrainingLoop.train, "Args")
     made += [(name, kind, described(default, texts.get(name, ""))) for name, kind, default in train_options]
     names = frozenset(name for name, *_ in train_options)
@@ -94,13 +97,6 @@ def trainer_options(trainer: type[TrainerCore]) -> Iterator[tuple[str, Any, Any]
         kind = simplify(types.get(option.name))
         if option.init and option.repr and kind is not None:
             yield option.name, kind, default_of(option)
-
-
-def arguments_of_train() -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name, the type and the default of each argument of `train` that a text can express."""
-    types = get_type_hints(RunOptions)
-    for name, default in TRAIN_DEFAULTS.items():
-        yield name, simplify(types[name]), default
 
 
 def default_of(option: Field[Any]) -> Any:

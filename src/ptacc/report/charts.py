@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import TypeAlias
 from xml.etree.ElementTree import Element
 
@@ -213,12 +214,7 @@ def thin(values: Mapping[int, float], across: Axis) -> list[list[Point]]:
         points = list(group)
         drawable = [point for point in points if is_drawable(point[1])]
         if drawable:
-            pieces[-1] += sorted({min(drawable, key=by_value), max(drawable, key=by_value)})
+            pieces[-1] += sorted({min(drawable, key=itemgetter(1)), max(drawable, key=itemgetter(1))})
         if len(drawable) < len(points):
             pieces.append([])
     return [piece for piece in pieces if piece]
-
-
-def by_value(point: Point) -> float:
-    """Return the value of a point, which it is compared by."""
-    return point[1]

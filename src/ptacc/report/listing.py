@@ -7,16 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptacc.display.tables import align
 from ptacc.errors import OptionError
 from ptacc.report.run_files import RecordedRun, is_history, read_run
-from ptacc.report.text import (
-    align,
-    format_best,
-    format_duration,
-    format_steps,
-    format_time,
-    format_values,
-)
+from ptacc.report.text import format_best, format_duration, format_steps, format_time, format_values, printable
 from ptacc.storage.store import MANIFEST, PREFIX
 
 MAX_STATUS = 50
@@ -54,18 +48,13 @@ def runs_in(directory: Path) -> list[Path]:
     if histories:
         return histories
     later = sorted(directory.glob("run-*"), key=by_number)
-    return [path for path in (directory, *later) if has_checkpoints(path)]
+    return [path for path in (directory, *later) if any(path.glob(f"{PREFIX}*/{MANIFEST}"))]
 
 
 def by_number(path: Path) -> tuple[str, int]:
     """Return a key that sorts `x`, `x-run-2`, `x-run-10`."""
     name, _, number = path.stem.rpartition("run-")
     return (name.removesuffix("-"), int(number)) if number.isdecimal() else (path.stem, 1)
-
-
-def has_checkpoints(directory: Path) -> bool:
-    """Return whether a directory is that of a run's checkpoints."""
-    return any(directory.glob(f"{PREFIX}*/{MANIFEST}"))
 
 
 # ---- listing runs
@@ -99,7 +88,7 @@ def format_table(runs: Sequence[RecordedRun]) -> list[str]:
         )
         for run in runs
     ]
-    return align([HEAD, *rows], left=(0, 1, 3, 4, 5))
+    return align([[printable(cell) for cell in row] for row in (HEAD, *rows)], right=[HEAD.index("step")])
 
 
 def last_values(run: RecordedRun) -> dict[str, float]:

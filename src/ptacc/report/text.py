@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from ptacc.display.numbers import format_value
@@ -39,20 +39,6 @@ def format_duration(seconds: float | None) -> str:
         ('1 day, 2:03:04', '0:00:00')
     """
     return UNKNOWN if seconds is None else str(timedelta(seconds=int(seconds)))
-
-
-def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Return rows as lines with aligned cells. The last column is not padded.
-
-    Args:
-        rows: Cells, the same number in each row.
-        left: Numbers of the columns that are aligned at their left.
-    """
-    columns = [[printable(cell) for cell in column] for column in zip(*rows, strict=True)]
-    for number, column in enumerate(columns[:-1]):
-        width = max(map(len, column))
-        column[:] = [f"{cell:<{width}}" if number in left else f"{cell:>{width}}" for cell in column]
-    return ["  ".join(row) for row in zip(*columns, strict=True)]
 
 
 def printable(text: str) -> str:

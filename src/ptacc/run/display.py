@@ -34,12 +34,8 @@ def evaluation_row(record: EvaluationRecord) -> dict[str, float | str]:
 def make_table(rows: Sequence[Mapping[str, float | str]]) -> Table:
     """Return a table of values by their titles, with "…" for rows and values that are left out."""
     titles = tuple(dict.fromkeys(title for row in rows for title in row))
-    cells = [tuple(format_cell(row.get(title, "")) for title in titles) for row in rows]
+    values = [[row.get(title, "") for title in titles] for row in rows]
+    cells = [tuple(value if isinstance(value, str) else format_value(value) for value in row) for row in values]
     if len(cells) > FIRST + LAST:
         cells[FIRST:-LAST] = [("…",) * len(titles)]
     return Table(tuple(cells), titles, frozenset(titles) - {"set"})
-
-
-def format_cell(value: float | str) -> str:
-    """Return a number as text, and text as it is."""
-    return value if isinstance(value, str) else format_value(value)

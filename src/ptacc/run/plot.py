@@ -38,12 +38,7 @@ class RunFigure(Figure):
 def draw_run(
     values: Sequence[ValuesRecord], evaluations: Sequence[EvaluationRecord], names: Sequence[str]
 ) -> RunFigure:
-    """Draw a panel for each quantity.
-
-    Args:
-        values: The reports of the run.
-        evaluations: The evaluations of the run.
-        names: The quantities; by default the loss, the metrics and the learning rate.
+    """Draw a panel for each quantity of these names; by default for the loss, the metrics and the learning rate.
 
     Raises:
         OptionError: A quantity was not reported, or nothing was.

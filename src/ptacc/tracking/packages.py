@@ -19,11 +19,6 @@ SIGNALLED = 128
 """Exit codes above this one are of processes that a signal ended."""
 
 
-def last_saved_step(_: object, resume: TrackedRun) -> int:
-    """Return the step of the last values before the checkpoint: the package has those, and replaces later ones."""
-    return resume.step
-
-
 @dataclass(frozen=True)
 class Package:
     """A package with a tracker class in Accelerate.
@@ -31,7 +26,8 @@ class Package:
     Args:
         get_id: Returns the id of the package's run object.
         resume: Returns the arguments with which the run of an id is continued.
-        find_last_step: Returns the step of the last values that a continued run has.
+        find_last_step: Returns the step of the last values that a continued run has. By default, that of the last ones
+            before the checkpoint: the package has those, and replaces later ones.
         finish: Ends the package's run object with an exit code. By default, the tracker's own `finish` is called.
         log_image: Logs an image `(height, width, 3)` to the package's run object; None if it cannot.
         log_arguments: Returns arguments of the tracker's `log`, of the package's run object and a step.
@@ -41,7 +37,7 @@ class Package:
 
     get_id: Callable[[Any], str]
     resume: Callable[[TrackedRun], dict[str, Any]]
-    find_last_step: Callable[[Any, TrackedRun], int] = last_saved_step
+    find_last_step: Callable[[Any, TrackedRun], int] = lambda _, resume: resume.step
     finish: Callable[[Any, int], object] | None = None
     log_image: Callable[[Any, str, NDArray[np.uint8], int], object] | None = None
     log_arguments: Callable[[Any, int], dict[str, Any]] = lambda _, step: {"step": step}
@@ -127,11 +123,6 @@ def log_mlflow_image(_: object, name: str, image: NDArray[np.uint8], step: int) 
 # ---- trackio
 
 
-def find_last_trackio_step(run: Any, _: TrackedRun) -> int:
-    """Return the last step in the database. A killed process loses up to a second of values."""
-    return int(vars(run)["_next_step"]) - 1
-
-
 def log_trackio_image(run: Any, name: str, image: NDArray[np.uint8], step: int) -> None:
     """Log an image."""
     import trackio
@@ -165,7 +156,7 @@ PACKAGES: Mapping[str, Package] = {
     "trackio": Package(
         get_id=attrgetter("name"),
         resume=lambda resume: {"name": resume.id, "resume": "allow"},
-        find_last_step=find_last_trackio_step,
+        find_last_step=lambda run, _: int(vars(run)["_next_step"]) - 1,  # a killed process loses a second of values
         log_image=log_trackio_image,
     ),
     "aim": Package(get_id=attrgetter("hash"), resume=lambda resume: {"run_hash": resume.id}, takes_directory=True),

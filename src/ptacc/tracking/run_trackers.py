@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptacc.core.hooks import TrainerCore
 from ptacc.errors import NoRunError, OptionError
+from ptacc.loop.explain import class_rows, launch_rows, shorten
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.state import StateKey
 from ptacc.tracking.accelerate import AccelerateTracker
-from ptacc.tracking.config import collect_config
 from ptacc.tracking.images import ImageLike, to_image
 from ptacc.tracking.tracker import ConfigValue, HasLastStep, TrackedRun, Tracker, TracksImages
 from ptacc.types.protocols import StateDict
@@ -120,6 +121,31 @@ def finishing_trackers(run: Run) -> Generator[None]:
     finally:
         if TRACKERS in run:
             run[TRACKERS].finish(run.stopping.exit_code or exit_code)
+
+
+def collect_config(trainer: TrainerCore) -> dict[str, ConfigValue]:
+    """Return the classes, the launch, the options, the arguments of `train()` and the settings of the optimizers."""
+    run, options = trainer.run, [option for option in fields(trainer) if option.init]
+    return {
+        "classes": " > ".join(name for name, _ in class_rows(type(trainer))),
+        **{name: value for name, value, _ in launch_rows(trainer)},
+        **{option.name: plain(getattr(trainer, option.name)) if option.repr else "(hidden)" for option in options},
+        **{name: plain(value) for name, value in run.options.items()},
+        "seed": run.seed,
+        **{
+            f"{slot.name}.{name}": value
+            for slot in trainer.optimizer_slots()
+            for name, value in slot.optimizer.defaults.items()
+            if isinstance(value, bool | int | float | str)
+        },
+    }
+
+
+def plain(value: object) -> ConfigValue:
+    """Return a number, a bool or a string as it is, a path as a string, and a short text for any other value."""
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) else shorten(value)
 
 
 def make_run_trackers(trainer: TrainerCore, trackers: Sequence[Tracker | str]) -> RunTrackers:

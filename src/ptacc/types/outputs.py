@@ -8,10 +8,7 @@ from typing import Generic, cast
 
 from torch import Tensor
 
-from ptacc.types.aliases import (
-    OutputT,
-    OutputT_co,
-)
+from ptacc.types.aliases import OutputT, OutputT_co
 
 RESERVED_NAMES = frozenset({"loss", "eval_loss", "train_loss", "learning_rate"})
 """Names of values that every run reports."""
