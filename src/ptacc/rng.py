@@ -133,12 +133,7 @@ ALL_HOST_STREAMS: Final = frozenset(HOST_STREAMS)
 
 @contextlib.contextmanager
 def streams_seeded(seed: int, names: Iterable[str] = ALL_HOST_STREAMS) -> Generator[None]:
-    """Seed global generators of the host for the block, and restore them after it. Blocks may be nested.
-
-    Args:
-        seed: The seed.
-        names: The generators, all by default.
-    """
+    """Seed global generators of the host for the block, and restore them after it. Blocks may be nested."""
     streams = [HOST_STREAMS[name] for name in names]
     saved = [stream.begin() for stream in streams]
     for stream in streams:

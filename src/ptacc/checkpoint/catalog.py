@@ -105,11 +105,7 @@ def choose(
 ) -> CheckpointEntry:
     """Return the best intact checkpoint by a value, the newest one with a label, or for None the newest of all.
 
-    Args:
-        directory: Where the checkpoints are.
-        entries: The checkpoints, oldest first.
-        which: The value or the label.
-        report: Called with each damaged checkpoint that is skipped. One without a valid manifest may be the best.
+    `report` is called with each damaged checkpoint that is skipped. One without a valid manifest may be the best.
 
     Raises:
         CheckpointError: No intact checkpoint has the value or the label.

@@ -173,13 +173,8 @@ def warn_of_changes(
 ) -> None:
     """Warn, on rank 0, of differences from the saved run that change the results of a run that resumes.
 
-    These are the number of ranks, settings of the optimizer, and the order of the data.
-
-    Args:
-        trainer: The trainer, within a run.
-        saved: The checkpoint.
-        ignored: Names that need no warning, or patterns of them.
-        left_out: The parts that were not loaded, such as the state of another type of optimizer.
+    These are the number of ranks, settings of the optimizer, and the order of the data. The parts in `left_out`, such
+    as the state of another type of optimizer, were not loaded.
     """
     if not trainer.distributed.is_main:
         return

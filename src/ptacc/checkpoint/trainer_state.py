@@ -171,11 +171,6 @@ def restore(trainer: TrainerCore, saved: Resumption, ignored: Collection[str] = 
 
     What the checkpoint lacks, and what does not fit but is ignored, keeps its present state.
 
-    Args:
-        trainer: The trainer.
-        saved: The checkpoint.
-        ignored: Patterns of the names of differences to ignore.
-
     Returns:
         The names of the parts that differ, but whose differences are ignored.
 

@@ -86,10 +86,8 @@ def check_hooks_are_declared(cls: type, known: Collection[str], elsewhere: Mappi
     That is an `on_...` or `around_...` method that no base declares, a near miss of a name that is called, or a hook
     of another trainer. If the class also defines the method that could be meant, the name is accepted.
 
-    Args:
-        cls: The class that was just created.
-        known: Names without these prefixes that are called.
-        elsewhere: Names that are not called, and what they are here: the name of a hook, or a description.
+    `known` are names without these prefixes that are called. `elsewhere` are names that are not called, with what they
+    are here: the name of a hook, or a description.
     """
     declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
     for name in _new_methods(cls):

@@ -135,10 +135,6 @@ def acquire_accelerator(owner: object, builder: AcceleratorBuilder) -> tuple[Acc
 
     An accelerator with other settings is discarded, unless a trainer is using it.
 
-    Args:
-        owner: The trainer.
-        builder: Its settings.
-
     Raises:
         AcceleratorConflictError: Another trainer is using an accelerator with other settings.
         LaunchError: The launch requests a feature that the trainer lacks, or its processes are not connected.
@@ -188,10 +184,7 @@ def make_accelerator(
 ) -> _SharedAccelerator:
     """Create an accelerator, and the process group of the launch unless it exists.
 
-    Args:
-        builder: The settings as given.
-        settings: Their `effective_settings`.
-        previous: The ranks of the accelerator before, if the process group is the same.
+    `settings` are the effective ones. `previous` are the ranks of the accelerator before, if their group is the same.
     """
     plugin = GradientAccumulationPlugin(num_steps=1)  # the launch's own number would make Accelerate scale the loss
     if not is_initialized():

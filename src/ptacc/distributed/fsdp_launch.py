@@ -21,9 +21,7 @@ CHECKED_OPTIONS = ("fsdp_wrap", *LAUNCH_OPTIONS.values())
 def check_launch(owner: str, options: Mapping[str, object]) -> None:
     """Raise `LaunchError` if the launch sets something for FSDP that the trainer does not do.
 
-    Args:
-        owner: The trainer's class, for the message.
-        options: The trainer's `CHECKED_OPTIONS` by name; empty tuples for those that it lacks.
+    `options` are the trainer's `CHECKED_OPTIONS` by name; empty tuples for those that it lacks.
     """
     if os.environ.get("FSDP_VERSION") == "1":
         raise LaunchError(
@@ -47,14 +45,7 @@ def check_launch(owner: str, options: Mapping[str, object]) -> None:
 
 
 def check_replicas(owner: str, ranks: DistributedRuntime, replicas: int, *, can_shard: bool) -> None:
-    """Raise `LaunchError` if the replicas of the model cannot be sharded as asked for.
-
-    Args:
-        owner: The trainer's class, for the message.
-        ranks: The ranks.
-        replicas: Number of replicas of the shards.
-        can_shard: Whether replicas can be sharded.
-    """
+    """Raise `LaunchError` if replicas of the model cannot be sharded into so many replicas of the shards."""
     if ranks.replicas > 1 and not can_shard:
         raise LaunchError(
             f"{owner}: {ranks.replica_size} processes share a replica of the model, and {ranks.world_size} were "

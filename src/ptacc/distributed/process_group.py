@@ -158,11 +158,7 @@ class DistributedRuntime(Distributed):
         return None if self._failures is None else self._failures.find_failure()
 
     def propagate_failure(self, where: str | Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-        """Report an exception of the block to all ranks, which then raise `RankFailedError` with its message.
-
-        Args:
-            where: What this rank is doing, for that message.
-        """
+        """Report an exception of the block to all ranks, which raise `RankFailedError` with it and with `where`."""
         return contextlib.nullcontext() if self._failures is None else self._failures.propagate_failure(where)
 
     def count_progress(self) -> None:

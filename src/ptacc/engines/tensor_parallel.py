@@ -34,13 +34,9 @@ Layers: TypeAlias = Mapping[str, tuple[nn.Module, SplitName | ParallelStyleLike]
 def resolve_layers(
     model: nn.Module, plan: Mapping[str, SplitName | ParallelStyleLike], size: int, option: str
 ) -> Layers:
-    """Return the layers of a plan by name, each with how it is split.
+    """Return the layers of a plan by name, each with how it is split over a number of ranks.
 
-    Args:
-        model: The model.
-        plan: Names of submodules, in which `*` stands for any characters, each with how to split them.
-        size: Number of ranks to split over.
-        option: The plan's name for error messages.
+    In the names of the plan, `*` stands for any characters. `option` is the plan's name for errors.
 
     Raises:
         ModelError: No submodule has a name of the plan, or a layer cannot be split in that way.

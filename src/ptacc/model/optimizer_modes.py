@@ -41,12 +41,7 @@ class OptimizerModes:
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        """Find the optimizers with modes.
-
-        Args:
-            model: The user's model, which has the names of the parameters.
-            optimizers: The optimizers of the run, in any mode.
-        """
+        """Find the optimizers with modes. The user's model has the names of the parameters."""
         self._model = model
         self._optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, HasModes)]
         self._is_training = False

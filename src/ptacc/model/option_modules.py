@@ -43,10 +43,7 @@ def find_trained_options(trainer: Any, optimizer: Optimizer) -> dict[str, nn.Mod
 def iterate_modules(place: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules in a structure by their places, without those within another one.
 
-    Args:
-        place: The place of `value`.
-        value: The structure.
-        seen: Ids of the values that were visited. Those of this structure are added.
+    `seen` are the ids of the values that were visited. Those of this structure are added.
     """
     if id(value) in seen:
         return
@@ -70,12 +67,7 @@ def options_moved(trainer: Any, model: nn.Module, device: torch.device) -> Gener
     """Move the modules among a trainer's options from the host to a device for the block, and back after it.
 
     Modules with a tensor elsewhere stay where they are: the user has placed them. A module that holds tensors of the
-    model, which the engine moves, is moved without them.
-
-    Args:
-        trainer: The trainer.
-        model: Its model, not wrapped.
-        device: The device. Nothing is moved if it is the host.
+    model, which the engine moves, is moved without them. Nothing is moved if the device is the host.
     """
     moved: list[nn.Module] = []
     if device.type != HOST.type:

@@ -49,11 +49,8 @@ def patched(owner: object, name: str, replacement: Callable[..., Any]) -> Genera
 def patched_forwards(modules: Iterable[ModuleT], patch: Callable[[ModuleT, Forward], Forward]) -> Generator[None]:
     """Patch the forwards of modules for the block, then restore their attributes.
 
-    Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`.
-
-    Args:
-        modules: The modules, each once.
-        patch: Returns the new forward of a module, given the module and its present forward.
+    Calls of the modules use the patch, also within wrappers such as `DistributedDataParallel`. `patch` returns the new
+    forward of a module, given the module and its present forward.
     """
     with contextlib.ExitStack() as stack:
         for module in modules:

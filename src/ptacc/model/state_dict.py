@@ -47,10 +47,7 @@ def get_weights(model: nn.Module) -> StateDict:
 def load_weights(model: nn.Module, weights: StateDict, *, strict: bool = True) -> None:
     """Load weights by canonical names. Plain tensors are sharded, and DTensors gathered, as the model's are.
 
-    Args:
-        model: The model.
-        weights: Tensors by canonical names.
-        strict: Whether all names, shapes and dtypes must be the model's. If not, names may be missing or unknown.
+    If `strict`, all names, shapes and dtypes must be the model's. If not, names may be missing or unknown.
 
     Raises:
         CheckpointError: They are of another model; the message lists each difference.

@@ -71,13 +71,8 @@ def memory_rows(
 ) -> tuple[tuple[str, str, str], ...]:
     """Return rows of what needs memory on a rank, of its size, and of what it consists of; the last has the total.
 
-    Activations and temporary tensors are not included.
-
-    Args:
-        model: The model, joined with the modules that are trained with it.
-        optimizers: The optimizers by name.
-        precision: The precision of the forward pass: `"no"`, `"bf16"` or `"fp16"`.
-        shards: Over how many ranks the tensors are sharded.
+    Activations and temporary tensors are not included. The model is joined with the modules that are trained with it,
+    and the precision is that of the forward pass.
     """
     weights, buffers = list(model.parameters()), list(model.buffers())
     trainable = [parameter for parameter in weights if parameter.requires_grad]

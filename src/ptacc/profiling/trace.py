@@ -103,12 +103,7 @@ class StepProfiler:
 
 @contextlib.contextmanager
 def annotate_calls(owner: object, ranges: Mapping[str, str]) -> Generator[None]:
-    """Run the calls of an object's methods in named ranges within the block.
-
-    Args:
-        owner: The object.
-        ranges: The name of the range for each name of a method.
-    """
+    """Run the calls of an object's methods in ranges, which are named by method, within the block."""
     with contextlib.ExitStack() as stack:
         for method, name in ranges.items():
             in_range = functools.partial(call_in_range, name, getattr(owner, method))

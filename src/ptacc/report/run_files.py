@@ -226,11 +226,7 @@ def check_count(value: Any) -> int:
 
 
 def read_run(path: Path, *, with_steps: bool = True) -> RecordedRun:
-    """Read a run.
-
-    Args:
-        path: Its history file, or the directory of its checkpoints.
-        with_steps: Whether to read the lines of single steps, which are most lines.
+    """Read a run from its history file, or the directory of its checkpoints. Most lines are those of single steps.
 
     Raises:
         OptionError: The file is not a history file, or is damaged.

@@ -116,10 +116,6 @@ class Schedule:
     def load_state_dict(self, state_dict: StateDict, *, is_same_class: bool = True) -> None:
         """Restore the scheduler. The state of the optimizer and the progress of the run have been restored before.
 
-        Args:
-            state_dict: The saved state.
-            is_same_class: Whether it is that of a scheduler of this class.
-
         Raises:
             SchedulerError: The scheduler was saved for another length, or for groups in another order, and cannot be
                 brought to the present step.

@@ -199,11 +199,9 @@ class CheckpointStore:
         return data
 
     def verify(self, name: str, *, hashes: bool = True) -> Manifest:
-        """Check every file of a checkpoint, and that there are no others. Return its manifest; raise as `manifest`.
+        """Check every file of a checkpoint, by its hash or only its size, and that there are no others.
 
-        Args:
-            name: The name of the checkpoint.
-            hashes: Whether to read the files and compare their hashes, and not only their sizes.
+        Return its manifest, or raise as `manifest` does.
         """
         manifest = self.manifest(name)
         for file, digest in manifest.files.items():

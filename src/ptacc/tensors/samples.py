@@ -30,12 +30,7 @@ class SampleSplitter:
         self._tuples_have_parts: dict[str, bool] = {}
 
     def split(self, outputs: Any, count: int, path: str = "") -> list[Any]:
-        """Return the outputs for each of `count` samples.
-
-        Args:
-            outputs: The outputs of a batch.
-            count: The number of samples in the batch.
-            path: Where the outputs are in those of the method, for error messages.
+        """Return the outputs of a batch for each of its `count` samples. `path` is their place, for errors.
 
         Raises:
             DataError: A part of the outputs cannot be split, or can be split in two ways.

@@ -102,11 +102,7 @@ class Stage0:
     # ---- the optimizer's state
 
     def gather_optimizer_state(self, devices: Mapping[Parameter, torch.device]) -> dict[Tensor, ParameterState]:
-        """Return the full optimizer state by the user's parameters. A collective: one tensor at a time.
-
-        Args:
-            devices: The device for the state of each parameter.
-        """
+        """Return the full optimizer state by the user's parameters, on their devices. A collective: by tensor."""
         return dict(self._optimizer.state)
 
     def scatter_optimizer_state(self, states: Mapping[Tensor, ParameterState]) -> None:
