@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Generator, Iterator
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,41 +55,34 @@ def noting_loading(trainer: TrainerCore, run: Run) -> Generator[None]:
         raise
 
 
-class EvalNotes:
-    """Adds a note to an exception of a block that evaluates or predicts batches.
+@contextlib.contextmanager
+def noting_batches(trainer: TrainerCore, what: str) -> Generator[Callable[[Batches], Batches]]:
+    """Add a note to an exception of the block, such as `"an evaluation"` or `"a prediction"`.
 
-    Args:
-        trainer: The trainer.
-        what: What the block does: `"an evaluation"`, or `"a prediction"`.
+    Yield a function that passes batches on, and records which of them is being loaded or computed.
     """
+    batch: HostBatch[Any] | None = None
+    number, is_over = 0, False
 
-    def __init__(self, trainer: TrainerCore, what: str) -> None:
-        self._trainer, self._what = trainer, what
-        self._number, self._is_over = 0, False
-        self._batch: HostBatch[Any] | None = None
-
-    def follow(self, batches: Batches) -> Batches:
-        """Yield the batches, and record which of them is being loaded or computed."""
+    def follow(batches: Batches) -> Batches:
+        nonlocal batch, number, is_over
         for batch in batches:
-            self._number, self._batch = self._number + 1, batch
+            number += 1
             yield batch
-            self._batch = None
-        self._is_over = True
+            batch = None
+        is_over = True
 
-    def __enter__(self) -> Self:
-        """Begin the block."""
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Add the note to an exception. It is raised on."""
-        if isinstance(error, Exception):
-            when = f" after step {self._trainer.progress.steps}" if self._trainer.is_running else ""
-            where = f"while batch {self._number + 1} was loaded"
-            if self._batch is not None:
-                where = f"batch {self._number}"
-            elif self._is_over:
-                where = f"after its {self._number} batches"
-            add_note(self._trainer, error, f"in {self._what}{when}, {where}", self._batch)
+    try:
+        yield follow
+    except Exception as error:
+        when = f" after step {trainer.progress.steps}" if trainer.is_running else ""
+        where = f"while batch {number + 1} was loaded"
+        if batch is not None:
+            where = f"batch {number}"
+        elif is_over:
+            where = f"after its {number} batches"
+        add_note(trainer, error, f"in {what}{when}, {where}", batch)
+        raise
 
 
 def add_note(trainer: TrainerCore, error: Exception, place: str, batch: HostBatch[Any] | None = None) -> None:

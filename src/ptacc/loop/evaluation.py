@@ -24,7 +24,7 @@ from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_sources
 from ptacc.distributed.accelerator import forget_prepared, using_accelerator
 from ptacc.distributed.failure import CoordinatedExit
 from ptacc.errors import DataError, LossError, OptionError
-from ptacc.loop.error_notes import EvalNotes
+from ptacc.loop.error_notes import noting_batches
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.joined_modules import join_modules
 from ptacc.model.modes import get_modes, set_modes
@@ -177,8 +177,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
             total = source.num_batches()
-            with EvalNotes(self, f"the evaluation of {name!r}" if name else "an evaluation") as notes:
-                for number, host in enumerate(notes.follow(batches), start=1):
+            with noting_batches(self, f"the evaluation of {name!r}" if name else "an evaluation") as follow:
+                for number, host in enumerate(follow(batches), start=1):
                     self._distributed.count_progress()
                     if number == 1:
                         self.check_batch(host.data)
@@ -245,8 +245,8 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         with self._prepared([source]), failures, self._eval_mode(), self.around_prediction():
             events.prediction_start()
             batches, total = count_once_per_replica(source.epoch(0), self._distributed), source.num_batches()
-            with EvalNotes(self, "a prediction") as notes:
-                for number, host in enumerate(notes.follow(batches), start=1):
+            with noting_batches(self, "a prediction") as follow:
+                for number, host in enumerate(follow(batches), start=1):
                     check_not_skipped(host)
                     local = self._predict_batch(host, transfer)
                     events.eval_progress(number, total)

@@ -194,13 +194,11 @@ def write_trace(trainer: ProfilerMixin, profiler: profile, first: int) -> Path |
 
 def mark_ranges(trainer: ProfilerMixin, profiler: StepProfiler) -> None:
     """Record a named range around each part of a step until the last cycle has ended."""
-    ranges = {method: name for method, name in TRAINER_RANGES.items() if not is_empty_event(trainer, method)}
+    ranges = dict(TRAINER_RANGES)
+    for method in TRAINER_RANGES:
+        is_event = get_hook_shape(getattr(TrainerCore, method, None)) == "event"
+        if is_event and not overrides(trainer, TrainerCore, method):  # no class does anything in it
+            del ranges[method]
     profiler.ranges.enter_context(annotate_calls(trainer, ranges))
     profiler.ranges.enter_context(annotate_calls(trainer.run.engine, ENGINE_RANGES))
     trainer.run.data = ObservedSource(trainer.run.data, functools.partial(annotate_loading, profiler, DATA))
-
-
-def is_empty_event(trainer: TrainerCore, method: str) -> bool:
-    """Whether a method is an event that no class overrides."""
-    is_event = get_hook_shape(getattr(TrainerCore, method, None)) == "event"
-    return is_event and not overrides(trainer, TrainerCore, method)

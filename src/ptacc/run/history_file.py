@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptacc.errors import DamagedCheckpointError, OptionError
+from ptacc.files.filesystem import FileSystem
 from ptacc.types.protocols import StateDict
 
 INFINITY = "\0infinity"
@@ -88,12 +89,13 @@ class HistoryFile:
         with self._path.open("wb") as file:
             file.write(text)
         for directory in directories:  # `state_dict` syncs the content
-            sync(directory)
+            FileSystem().sync_directory(str(directory))
 
     def state_dict(self) -> StateDict:
         """Flush the file to the disk, and return the length and the hash of the run's lines."""
         if self._length:
-            sync(self._path)
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
         return {"length": self._length, "sha256": self._digest.hexdigest()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -148,12 +150,3 @@ def directories_to_sync(path: Path) -> Iterator[Path]:
     yield path.parent
     if not path.parent.exists():
         yield from directories_to_sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

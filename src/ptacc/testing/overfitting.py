@@ -14,7 +14,7 @@ from ptacc.loop.evaluation import AnyEval
 from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import copy_tensors
-from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
+from ptacc.tuning.isolated import AnyLoop, check_map_style, isolated_copy, repeat
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset
@@ -103,7 +103,7 @@ def assert_overfits_one_batch(
         size = max(1, min(batch_size, len(data) // replicas))
         before = copy_tensors(trial.trained_modules.named_parameters())
         history = trial.train(
-            Subset(data, min(len(data), size * replicas), size * replicas * num_batches),
+            repeat(data, min(len(data), size * replicas), size * replicas * num_batches),
             eval_dataset,
             max_steps=steps,
             per_device_batch_size=size,

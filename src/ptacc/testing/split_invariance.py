@@ -21,7 +21,7 @@ from ptacc.testing.comparison import (
     find_differences,
     select_tolerance,
 )
-from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, isolated_copy
+from ptacc.tuning.isolated import AnyLoop, check_map_style, isolated_copy, repeat
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
 from ptacc.validation import check_at_least, check_positive
@@ -170,7 +170,7 @@ def train_split(
         if isinstance(trial, SupportsGradAccum):
             trial.gradient_accumulation_steps = split.batches
         history = trial.train(
-            train_dataset=Subset(data, samples, samples),
+            train_dataset=repeat(data, samples, samples),
             **options,
             num_epochs=2,
             per_device_batch_size=split.size,

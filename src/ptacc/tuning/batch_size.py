@@ -15,7 +15,7 @@ from ptacc.engines.default import TorchEngine
 from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.profiling.memory import out_of_memory_message, total_memory
-from ptacc.tuning.isolated import AnyLoop, Subset, check_map_style, search_copy
+from ptacc.tuning.isolated import AnyLoop, check_map_style, repeat, search_copy
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
@@ -172,7 +172,7 @@ def try_size(
         def train() -> None:
             reserved = torch.empty(reserved_bytes(trainer, margin), dtype=torch.uint8, device=trainer.device)
             trial.train(
-                Subset(data, len(data), size * num_batches),
+                repeat(data, len(data), size * num_batches),
                 per_device_batch_size=size,
                 limit_batches=num_batches,  # overrides the environment variable of smoke runs
                 **options,

@@ -7,13 +7,13 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, Generic, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ptacc.core.base import TrainerState
 from ptacc.data.dataloader_config import check_dataset
@@ -26,7 +26,7 @@ from ptacc.model.optimizer_state import save_settings
 from ptacc.model.option_modules import find_option_modules
 from ptacc.model.state_dict import copy_to_host, load_optimizer_state
 from ptacc.rng import derive_seed, preserved_streams, seed_everything
-from ptacc.types.aliases import T_co
+from ptacc.types.aliases import T
 from ptacc.types.protocols import SizedDataset, Stateful
 
 AnyLoop: TypeAlias = TrainingLoop[Any, Any, nn.Module, Any]
@@ -90,17 +90,9 @@ def search_copy(trainer: AnyLoop, *data: object) -> Generator[AnyLoop]:
         yield copied
 
 
-class Subset(Generic[T_co]):
-    """The first `samples` samples of a dataset, repeated in order up to a length of `length`."""
-
-    def __init__(self, data: SizedDataset[T_co], samples: int, length: int) -> None:
-        self._data, self._samples, self._length = data, samples, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int, /) -> T_co:
-        return self._data[index % self._samples]
+def repeat(data: SizedDataset[T], samples: int, length: int) -> Dataset[T]:
+    """Return the first samples of a dataset, repeated in order up to a length."""
+    return Subset(cast(Dataset[T], data), [index % samples for index in range(length)])
 
 
 def check_map_style(function: str, argument: str, data: object) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
 from typing_extensions import override
 
 from ptacc.distributed.accelerator import AcceleratorBuilder
@@ -18,9 +17,6 @@ from ptacc.mixins.engines.model_sharding import TENSOR, ShardFn, ShardingMixin
 from ptacc.rng import RandomStreams
 from ptacc.types.protocols import ParallelStyleLike
 from ptacc.validation import check_at_least, value_text
-
-if TYPE_CHECKING:  # importing it takes longer than all of ptacc
-    from torch.distributed.device_mesh import DeviceMesh
 
 UNSUPPORTED = ("DP_REPLICATE", "CP", "SP")
 """Kinds of parallelism that a launch may set, and no mixin provides."""
@@ -110,10 +106,7 @@ class TensorParallelMixin(ShardingMixin):
 
     @override
     def shard_functions(self) -> Mapping[str, ShardFn]:
-        return {**super().shard_functions(), TENSOR: self._split_layers}
-
-    def _split_layers(self, _: nn.Module, mesh: DeviceMesh) -> None:
-        split_layers(mesh, self._layers())
+        return {**super().shard_functions(), TENSOR: lambda _, mesh: split_layers(mesh, self._layers())}
 
     def _layers(self) -> Layers:
         """Return the layers to split."""
