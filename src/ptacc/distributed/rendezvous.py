@@ -132,8 +132,10 @@ class Rendezvous:
             raise
         except RuntimeError as failure:
             raise RankFailedError("lost rank 0: its rendezvous store does not answer") from failure
-        if len(ranks) == len(all_ranks):
-            self._delete_old_records()
+        if len(ranks) == len(all_ranks):  # all of them are at this call, and have read the records of earlier ones
+            for number in self._stored[:-1]:
+                self._store.delete_key(f"call/{number}/{self._rank}")
+            del self._stored[:-1]
         for rank, record in records.items():
             if record.error is not None and rank != self._rank:
                 raise RankFailedError(f"rank {rank} failed in {record.call} ({record.place}): {record.error}")
@@ -143,12 +145,6 @@ class Rendezvous:
     def local_ranks(self) -> list[int]:
         """Return the ranks on this host."""
         return [rank for rank in range(self._monitor.world_size) if self._counter_path(rank) is not None]
-
-    def _delete_old_records(self) -> None:
-        """Delete this rank's earlier records: all ranks are at a later call, and have read them."""
-        for number in self._stored[:-1]:
-            self._store.delete_key(f"call/{number}/{self._rank}")
-        del self._stored[:-1]
 
     def _record_key(self, rank: int) -> str:
         return f"call/{self._calls}/{rank}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 KERNEL_WIDTH = 1 / 40
 """Standard deviation of the smoothing kernel, as a fraction of the curve's length."""
 MIN_POINTS = 10
@@ -24,13 +26,9 @@ def smoothed(losses: Sequence[float]) -> tuple[float, ...]:
     """
     width = max(1.0, len(losses) * KERNEL_WIDTH)
     radius = math.ceil(3 * width)
-    weights = [math.exp(-((i / width) ** 2) / 2) for i in range(radius + 1)]
-    means = []
-    for center in range(len(losses)):
-        indices = range(max(0, center - radius), min(len(losses), center + radius + 1))
-        total = sum(weights[abs(i - center)] for i in indices)
-        means.append(sum(weights[abs(i - center)] * losses[i] for i in indices) / total)
-    return tuple(means)
+    weights = np.exp(-((np.arange(-radius, radius + 1) / width) ** 2) / 2)
+    sums, totals = (np.convolve(values, weights)[radius:-radius] for values in (losses, np.ones(len(losses))))
+    return tuple((sums / totals).tolist())
 
 
 def find_steepest(losses: Sequence[float]) -> int | None:

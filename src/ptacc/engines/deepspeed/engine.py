@@ -200,7 +200,8 @@ class DeepSpeedEngine(TorchEngine):
             if canonical_name(name) not in weights or is_local:
                 continue
             if parameter not in gathered:
-                gathered[parameter] = to_rank_0(self._stage.gather_weight(parameter))
+                full = self._stage.gather_weight(parameter)
+                gathered[parameter] = full.to("cpu") if dist.get_rank() == 0 else make_placeholder(full)
             weights[canonical_name(name)] = gathered[parameter]
         return weights
 
@@ -267,8 +268,3 @@ class DeepSpeedEngine(TorchEngine):
         self._optimizer.state.update(self._frozen_states | states)
         self._model = self._unwrapped_model
         del self._engine, self._stage  # frees the partitions
-
-
-def to_rank_0(tensor: Tensor) -> Tensor:
-    """Return a tensor on the host of rank 0, and a placeholder on other ranks."""
-    return tensor.to("cpu") if dist.get_rank() == 0 else make_placeholder(tensor)
