@@ -15,7 +15,7 @@ from typing_extensions import override
 from ptacc.core.callback import Callback
 from ptacc.core.hooks import TrainerCore
 from ptacc.data.wrappers import Batches, ObservedSource
-from ptacc.profiling.hardware import PEAK_FLOPS, peak_host_memory, start_flop_counter
+from ptacc.profiling.hardware import PEAK_FLOPS, peak_host_memory
 from ptacc.profiling.throughput import ThroughputCounter, ThroughputRecord
 from ptacc.profiling.work_timer import WorkTimer
 from ptacc.run.step_result import StepResult
@@ -130,8 +130,11 @@ class Throughput(Callback[TrainerCore]):
         if self._timer is not None:
             self._timer.start()
         if self._measures_flops and self._flops_per_item is None:
+            from torch.utils.flop_counter import FlopCounterMode
+
             self._stop_flop_counter()  # the gradient scaler may have skipped the step before
-            self._flop_counter = start_flop_counter()
+            self._flop_counter = FlopCounterMode(display=False)
+            self._flop_counter.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     @override
     def on_step_end(self, trainer: TrainerCore, step: StepResult) -> None:

@@ -16,11 +16,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ptacc.checkpoint.parts import BUFFERS, MODEL, OPTIONS
-from ptacc.core.frozen import fingerprint_tensors, without
+from ptacc.core.frozen import fingerprint_tensors, trained_names, without
 from ptacc.core.hooks import TrainerCore
 from ptacc.core.module_options import module_options
 from ptacc.model.averaging import AVERAGE_DTYPES, averageable_tensors, holds_averages
-from ptacc.model.trained import trained_names
 
 FROZEN = "frozen"
 """The part with the fingerprints of the tensors that a checkpoint leaves out."""

@@ -1,18 +1,30 @@
-"""Tensors of a trainer that are not trained, and fingerprints that show whether they have changed."""
+"""Which tensors of a trainer are trained, and fingerprints of the others, that show whether they have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from ptacc.core.hooks import TrainerCore
-from ptacc.model.state_dict import describe_tensor, is_placeholder
-from ptacc.model.trained import trained_names
+from ptacc.model.state_dict import canonical_name, describe_tensor, is_placeholder
 from ptacc.serialization.safetensors_file import is_storable
 from ptacc.tensors.dtensor import full_tensor, is_dtensor
 from ptacc.tensors.fingerprint import compute_fingerprint
+
+
+def trained_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> frozenset[str]:
+    """Return the canonical names of the parameters that an optimizer has, or that require a gradient.
+
+    The others are frozen. A parameter that is frozen at present, but is in an optimizer, may have been trained before.
+    A tied parameter has several names.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(canonical_name(name) for name, p in named if p.requires_grad or id(p) in held)
 
 
 def find_trained(trainer: TrainerCore) -> frozenset[str]:

@@ -1,13 +1,9 @@
-"""Peak FLOPS, peak memory, and a FLOP counter."""
+"""Peak FLOPS and peak memory."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_FLOPS: Mapping[str, float] = {
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -35,12 +31,3 @@ def peak_host_memory() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def start_flop_counter() -> FlopCounterMode:
-    """Start counting floating-point operations."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    counter.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    return counter
