@@ -12,6 +12,7 @@ from ptacc.profiling.throughput import ThroughputRecord
 from ptacc.profiling.trace import Profile
 from ptacc.run.state import ResumeState
 from ptacc.tracking.tracker import ConfigValue, HasLastStep, TrackedRun, Tracker, TracksImages
+from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import CompileBackend, CompileMode, NumpyLike, PairSample, Precision, ZeroStage
 from ptacc.types.arguments import DataLoaderKwargs, EvalOptions, TrainOptions
 from ptacc.types.protocols import (
@@ -40,6 +41,7 @@ from ptacc.types.protocols import (
 
 __all__ = [
     "AcceleratorProtocol",
+    "AccumulationSchedule",
     "CompileBackend",
     "CompileMode",
     "ConfigValue",

@@ -233,7 +233,7 @@ class Shifting(Mixin):
     def on_run_end(self) -> None:
         super().on_run_end()
         with torch.no_grad():
-            self.unwrapped_model.get_parameter("bias").add_(1e-6 * self.run.accumulation_steps)
+            self.unwrapped_model.get_parameter("bias").add_(1e-6 * self.run.accumulation.largest)
 
 
 class ShiftingTrainer(Shifting, Trainer): ...

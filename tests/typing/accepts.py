@@ -472,6 +472,8 @@ everything = Everything(
 assert_type(everything.label_smoothing, float)
 assert_type(everything.mixed_precision, Literal["no", "fp16", "bf16"] | None)
 assert_type(everything.gradient_accumulation_steps, int)
+everything.accumulation_schedule = {Steps(1000): 2, Steps(5000): 4}
+everything.accumulation_schedule = {Epochs(3): 4}
 assert_type(everything.metrics, Mapping[str, MetricLike])
 assert_type(everything.seed, int | None)
 
@@ -760,7 +762,7 @@ class EveryHookMixin(Mixin):
 
     @override
     def accumulation_steps(self) -> int:
-        return 2 * super().accumulation_steps()
+        return 2
 
     @override
     @contextlib.contextmanager

@@ -1101,3 +1101,12 @@ class LogsText(Callback[TrainerCore]):
     # 122 values that are read as another type
     @override
     def on_values(self, trainer: TrainerCore, values: dict[str, str], step: int) -> None: ...  # type: ignore[override]
+
+
+# ==== a number of batches per step that changes
+
+
+def accumulation() -> None:
+    # 123 numbers in the place of times
+    show(Accumulating(net, loss_func=loss, optimizer=opt, accumulation_schedule={Epochs(3): 4}))
+    show(Accumulating(net, loss_func=loss, optimizer=opt, accumulation_schedule={3: 4}))  # type: ignore[arg-type]

@@ -102,9 +102,9 @@ class ProgressBar(Callback[TrainerCore]):
         run, progress, plan = trainer.run, trainer.progress, trainer.run.plan
         if self._start is None and self._steps:
             self._start = progress.steps, self._measured_at
-        done = math.ceil(progress.batches / run.accumulation_steps)
+        done, in_epoch = run.count_epoch_steps()
         steps_left = None if plan.known_total_steps is None else plan.known_total_steps - progress.steps
-        lengths = [plan.known_steps_per_epoch, None if steps_left is None else done + steps_left]
+        lengths = [in_epoch, None if steps_left is None else done + steps_left]
         total = min((length for length in lengths if length is not None), default=None)
         run_left = self._seconds_for(steps_left, progress.steps)
         if (limit := max_seconds(run.options)) is not None:

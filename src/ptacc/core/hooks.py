@@ -37,6 +37,7 @@ from ptacc.profiling.memory_estimate import ShardCounts
 from ptacc.rng import fresh_seed
 from ptacc.run.state import ResumeState
 from ptacc.run.step_result import StepResult
+from ptacc.types.accumulation import AccumulationSchedule, as_accumulation
 from ptacc.types.monitor import Monitor
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.protocols import SupportsSyncBatchNorm
@@ -53,7 +54,7 @@ class TrainerCore(TrainerBase):
     # ---- setting up a run
 
     @hook("default")
-    def accumulation_steps(self) -> int:
+    def accumulation_steps(self) -> int | AccumulationSchedule:
         """Return the number of batches that each rank accumulates for one optimizer step. Default hook: 1."""
         return 1
 
@@ -124,7 +125,7 @@ class TrainerCore(TrainerBase):
             "engine": "torch",
             "optimizer": ", ".join(kinds),
             "precision": self.accelerator.mixed_precision,
-            "accumulation_steps": str(self.accumulation_steps()),
+            "accumulation_steps": str(self._accumulation()),
             **{
                 f"{slot.name}.{name}": value
                 for slot in self.optimizer_slots()
@@ -327,6 +328,9 @@ class TrainerCore(TrainerBase):
     def _reserved(self) -> Generator[None]:
         """Reserve or prepare what a run needs, from before its set-up until it has ended. A collective."""
         yield
+
+    def _accumulation(self) -> AccumulationSchedule:
+        return as_accumulation(self.accumulation_steps())
 
     def _frozen_as_in_run(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the parameters are frozen that a run freezes at its start."""

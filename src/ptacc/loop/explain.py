@@ -24,7 +24,8 @@ from ptacc.model.modes import find_eval_roots
 from ptacc.model.summary import layer_rows
 from ptacc.profiling.memory_estimate import ShardCounts, count_bytes, memory_rows
 from ptacc.tensors.structures import iterate_tensors
-from ptacc.types.progress import RunPlan
+from ptacc.types.accumulation import as_accumulation
+from ptacc.types.progress import Progress, RunPlan
 from ptacc.types.protocols import Stateful
 
 VALUE_WIDTH = 48
@@ -170,15 +171,19 @@ def batch_rows(
     trainer: TrainerCore, samples: int | None, batch_size: int, num_epochs: int | None, max_steps: int | None
 ) -> Rows:
     """Return how many samples a step takes, and if possible how many steps an epoch and the run take."""
-    replicas, batches = trainer.distributed.replicas, trainer.accumulation_steps()
-    step = batch_size * replicas * batches
+    replicas, accumulation = trainer.distributed.replicas, as_accumulation(trainer.accumulation_steps())
     sharing = "processes" if replicas == trainer.distributed.world_size else "replicas"
-    factors = f"{batch_size} (batch size) x {replicas} ({sharing}) x {batches} (batches per step)"
-    rows = [("samples per step", f"{step} = {factors}")]
+    rows, per_batch = [], batch_size * replicas
+    for key, batches in {0: accumulation.first, **accumulation.later}.items():
+        after = f", after {accumulation.describe(key)}" if key else ""
+        factors = f"{batch_size} (batch size) x {replicas} ({sharing}) x {batches} (batches per step)"
+        rows.append((f"samples per step{after}", f"{per_batch * batches} = {factors}"))
     if samples is not None:
-        batches_per_rank = math.ceil(samples / (batch_size * replicas))
-        plan = RunPlan.compute(num_epochs, math.ceil(batches_per_rank / batches), max_steps)
-        rows.append(("steps per epoch", f"{plan.steps_per_epoch} = {samples} samples / {step}, rounded up"))
+        num_batches, limits = math.ceil(samples / per_batch), RunPlan.compute(num_epochs, None, max_steps)
+        plan = accumulation.revise(limits, Progress(), num_batches, num_batches)
+        if not accumulation.later:
+            quotient = f"{samples} samples / {per_batch * accumulation.first}, rounded up"
+            rows.append(("steps per epoch", f"{plan.steps_per_epoch} = {quotient}"))
         if plan.known_total_steps is not None:
             rows.append(("total steps", f"{plan.total_steps} in {plan.num_epochs} epochs"))
     return tuple(rows)

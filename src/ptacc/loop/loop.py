@@ -389,7 +389,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with noting_loading(self, run):
             windows = make_windows(
                 run.read_epoch(),
-                run.accumulation_steps,
+                run.accumulation.sizes_from(run.progress),
                 self.count_items,
                 run.distributed,
                 items_are_samples=self._items_are_samples,

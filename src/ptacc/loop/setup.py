@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic
@@ -28,11 +27,12 @@ from ptacc.run.history_file import HistoryFile
 from ptacc.run.run import Run
 from ptacc.run.state import ResumeState
 from ptacc.run.stopping import StopState
+from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import BatchT, OutputT, SampleT
 from ptacc.types.arguments import EvalOptions, RunOptions, options_fingerprint
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
-from ptacc.types.progress import RunPlan
+from ptacc.types.progress import Progress, RunPlan
 
 
 class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, SampleT]):
@@ -53,7 +53,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 history_file.check_unused()
             slots, modules, by_closure = self.optimizer_slots(), module_options(self), self.steps_by_closure
             check_trainable(type(self).__name__, self.unwrapped_model, slots, modules, by_closure=by_closure)
-            limit = limit_from_environment(options.get("limit_batches"))
+            limit, accumulation = limit_from_environment(options.get("limit_batches")), self._accumulation()
             data = self._train_source(train_data, options, seed, limit)
             eval_sets = self._run_eval_sources(eval_data, options, limit)
             values = self._reported_names(eval_sets)
@@ -63,7 +63,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 *fingerprints({"train": data}),
                 *fingerprints(eval_sets),
                 options_fingerprint(options),
-                f"accumulation_steps={self.accumulation_steps()}",
+                f"accumulation_steps={accumulation}",
             ]
         with distributed.propagate_failure("setting a run up"):
             sync_sources([data, *eval_sets.values()])
@@ -73,7 +73,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
             engine = self.make_engine()
             return Run(
                 options=options,
-                plan=self._plan(data, options, saved),
+                plan=self._plan(data, options, accumulation, saved),
                 seed=seed,
                 engine=engine,
                 optimizer_modes=OptimizerModes(self.trained_modules, (slot.optimizer for slot in engine.slots)),
@@ -83,7 +83,7 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 eval_data=eval_sets,
                 history=history,
                 stopping=StopState(distributed, history, options),
-                accumulation_steps=self.accumulation_steps(),
+                accumulation=accumulation,
                 retains_outputs=distributed.is_replica_leader and overrides(self, BatchHooks, "on_batch_end"),
                 value_names=values,
                 invariants={**self.resume_invariants(), **scheme.invariants()},
@@ -159,7 +159,9 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
 
     # ---- the length of the run
 
-    def _plan(self, data: BatchSource, options: RunOptions, saved: ResumeState | None) -> RunPlan:
+    def _plan(
+        self, data: BatchSource, options: RunOptions, accumulation: AccumulationSchedule, saved: ResumeState | None
+    ) -> RunPlan:
         """Compute the length of the run in steps."""
         num_batches = data.num_batches()
         if num_batches == 0:
@@ -172,20 +174,20 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 f"train(num_epochs={options['num_epochs']}) on data without a length: the number of steps is unknown. "
                 "Give max_steps or max_time, or give the dataset a __len__."
             )
-        steps = None if num_batches is None else math.ceil(num_batches / self.accumulation_steps())
-        plan = RunPlan.compute(options["num_epochs"], steps, options["max_steps"])
-        if saved is None:
+        plan = RunPlan.compute(options["num_epochs"], None, options["max_steps"])
+        if num_batches is None:
             return plan
+        planned = accumulation.revise(plan, Progress(), num_batches, num_batches)
+        if saved is None:
+            return planned
         scheme, before = data.partition_scheme, saved.invariants
         was_split_alike = (scheme.data, scheme.batching) == (before["data"], before["batch_size"])
-        if was_split_alike and before["accumulation_steps"] == str(self.accumulation_steps()):
-            return plan
+        if was_split_alike and before["accumulation_steps"] == str(accumulation):
+            return planned
         # The steps so far had another number of samples.
         progress = saved.progress
         batches_left = data.num_batches(progress.offset) if progress.batches else num_batches
-        if steps is None or batches_left is None:
-            return plan
-        return plan.revise(progress, math.ceil(batches_left / self.accumulation_steps()), steps)
+        return planned if batches_left is None else accumulation.revise(plan, progress, batches_left, num_batches)
 
 
 def has_own_steps(trainer: type) -> bool:

@@ -79,11 +79,11 @@ class CompileMixin(Mixin):
     def around_run(self) -> Generator[None]:
         plugin = self._plugin()
         self._has_cuda_graphs = plugin.mode in CUDA_GRAPH_MODES or plugin.backend.value == "CUDAGRAPHS"
-        if self._has_cuda_graphs and self.accumulation_steps() > 1:
+        if self._has_cuda_graphs and (batches := self._accumulation().largest) > 1:
             raise OptionError(
                 f"{type(self).__name__}: backend {plugin.backend.value.lower()!r} in mode {plugin.mode!r} uses CUDA "
                 f"graphs, which would overwrite the gradients of earlier batches of a step, and it has "
-                f'{self.accumulation_steps()} batches per step. Use compile_mode="max-autotune-no-cudagraphs", or no '
+                f'{batches} batches per step. Use compile_mode="max-autotune-no-cudagraphs", or no '
                 "accumulation."
             )
         with super().around_run():

@@ -9,7 +9,7 @@ from typing_extensions import override
 from ptacc.core.hooks import Mixin
 from ptacc.distributed.accelerator import LAUNCH_FEATURES, AcceleratorBuilder
 from ptacc.errors import LaunchError
-from ptacc.validation import check_at_least
+from ptacc.types.accumulation import AccumulationOption, AccumulationSchedule
 
 
 class GradAccumMixin(Mixin):
@@ -20,6 +20,8 @@ class GradAccumMixin(Mixin):
 
     Options:
         gradient_accumulation_steps: Batches of each rank per optimizer step, at least 1.
+        accumulation_schedule: Further numbers of batches, from later on: `{Epochs(3): 4}` is 4 after 3 epochs, and
+            `{Steps(1000): 2, Steps(5000): 4}` doubles twice.
 
     Hooks: `accumulation_steps`, `configure_accelerator`.
 
@@ -32,15 +34,16 @@ class GradAccumMixin(Mixin):
     """
 
     gradient_accumulation_steps: int = 1
+    accumulation_schedule: AccumulationOption = None
 
     @override
     def check_options(self) -> None:
-        owner, steps = type(self).__name__, self.gradient_accumulation_steps
-        check_at_least(owner, "gradient_accumulation_steps", steps, 1, "Leave it out to step after every batch.")
+        self.accumulation_steps()
 
     @override
-    def accumulation_steps(self) -> int:
-        return self.gradient_accumulation_steps
+    def accumulation_steps(self) -> AccumulationSchedule:
+        owner, steps = type(self).__name__, self.gradient_accumulation_steps
+        return AccumulationSchedule.read(owner, steps, self.accumulation_schedule)
 
     @override
     def configure_accelerator(self, builder: AcceleratorBuilder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from ptacc.run.state import EpochState, ResumeState, StateKey
 from ptacc.run.step_result import StepResult, means
 from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
+from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import T
 from ptacc.types.arguments import RunOptions
 from ptacc.types.monitor import ValueNames
@@ -49,7 +49,7 @@ class Run:
         data: Training batches of this rank.
         eval_data: Batches of each evaluation set on this rank, by the name of the set.
         stopping: Requests to stop the run, and what the ranks decided.
-        accumulation_steps: Batches of a step on each rank.
+        accumulation: Batches of a step on each rank.
         retains_outputs: Whether `on_batch_end` needs the outputs of a step after the backward pass.
         value_names: Names of the values that it may report.
         invariants: What must be the same when the run is resumed, by name.
@@ -75,7 +75,7 @@ class Run:
     eval_data: Mapping[str, BatchSource]
     history: RunHistory
     stopping: StopState
-    accumulation_steps: int
+    accumulation: AccumulationSchedule
     retains_outputs: bool
     value_names: ValueNames
     invariants: Mapping[str, str]
@@ -149,7 +149,7 @@ class Run:
     def begin_epoch(self) -> None:
         """Reset the epoch's state, unless the run is resumed within the epoch."""
         if not self.is_within_epoch:
-            self.epoch = EpochState()
+            self.epoch = EpochState(first_step=self.progress.steps + self.progress.skipped)
 
     def read_epoch(self) -> Iterator[HostBatch[Any]]:
         """Begin to read the data of the epoch, and revise the plan if it differs from what was planned. A collective.
@@ -162,8 +162,7 @@ class Run:
         left, per_epoch = self.data.num_batches(self.progress.offset), self.data.num_batches()
         if left is not None and per_epoch is not None:
             self.epoch.num_batches = self.progress.batches + left
-            steps_left, steps = (math.ceil(number / self.accumulation_steps) for number in (left, per_epoch))
-            self._revise_plan(self.plan.revise(self.progress, steps_left, steps))
+            self._revise_plan(self.accumulation.revise(self.plan, self.progress, left, per_epoch))
         return batches
 
     def _check_epoch_data(self, data: str) -> None:
@@ -233,7 +232,7 @@ class Run:
         self._check_epoch_end(window)
 
     def _check_epoch_end(self, window: Window[Any]) -> None:
-        self.epoch.is_exhausted = window.read < self.accumulation_steps  # only the last window is smaller
+        self.epoch.is_exhausted = window.is_short
         batches, promised = self.progress.batches, self.epoch.num_batches
         if promised is None or batches < promised:
             return
@@ -261,6 +260,13 @@ class Run:
             progress: Progress before `complete_epoch`.
         """
         self.progress, self.epoch.is_counted = progress, False
+
+    def count_epoch_steps(self) -> tuple[int, int | None]:
+        """Return the steps of the epoch so far, and all of them if they are known. Skipped steps are included."""
+        made = self.progress.steps + self.progress.skipped - self.epoch.first_step
+        if self.epoch.num_batches is None:
+            return made, self.plan.known_steps_per_epoch
+        return made, made + self.accumulation.count_steps(self.progress, self.epoch.num_batches - self.progress.batches)
 
     @property
     def is_within_epoch(self) -> bool:

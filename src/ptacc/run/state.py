@@ -67,6 +67,7 @@ class EpochState:
     """The state of the current epoch.
 
     Args:
+        first_step: Number of steps of the run before the epoch, with those that were skipped.
         items: Number of items trained on, over all ranks.
         num_batches: Number of batches of the epoch on each rank; None for data without a length, and before the
             epoch's data is read.
@@ -79,6 +80,7 @@ class EpochState:
         is_counted: Whether the epoch is included in `progress.epochs`.
     """
 
+    first_step: int = 0
     items: float = 0.0
     num_batches: int | None = None
     data: str = ""
@@ -92,6 +94,7 @@ class EpochState:
     def state_dict(self) -> StateDict:
         """Return the state. It is the same on all ranks."""
         return {
+            "first_step": self.first_step,
             "items": self.items,
             "seconds": time.monotonic() - self.started,
             "learning_rate": self.learning_rate,
@@ -103,7 +106,7 @@ class EpochState:
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the state."""
-        self.items = state_dict["items"]
+        self.first_step, self.items = state_dict["first_step"], state_dict["items"]
         self.started = time.monotonic() - state_dict["seconds"]
         self.learning_rate, self.is_exhausted = state_dict["learning_rate"], state_dict["is_exhausted"]
         self.data, self.left_out = state_dict["data"], state_dict["left_out"]

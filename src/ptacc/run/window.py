@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any, Generic
@@ -28,6 +28,7 @@ class Window(Generic[BatchT]):
         total: Items of the step, over all batches and all ranks.
         replicas: Number of replicas of the model, over which gradients are averaged.
         read: Number of batches that were read for it, including those that were left out.
+        is_short: Whether there were fewer than a step takes, so that it is the last one of its epoch.
         end: Offset in the epoch's data after them.
     """
 
@@ -36,6 +37,7 @@ class Window(Generic[BatchT]):
     total: float
     replicas: int
     read: int
+    is_short: bool
     end: int
 
     def scale_loss(self, index: int, output: StepOutput[Any]) -> Tensor:
@@ -68,26 +70,30 @@ def divide(value: Tensor, weight: float, total: float) -> Tensor:
 
 def make_windows(
     batches: Iterator[HostBatch[BatchT]],
-    size: int,
+    sizes: Iterable[int],
     count_items: Callable[[BatchT], float],
     distributed: DistributedRuntime,
     *,
     items_are_samples: Callable[[BatchT], bool],
 ) -> Iterator[Window[BatchT]]:
-    """Group batches into windows of `size`, of which the last may be smaller, and count their items.
+    """Group batches into windows of `sizes`, of which the last may be smaller, and count their items.
 
     A batch that was left out keeps its place in a window, without items.
 
     Args:
         batches: The batches of this rank in an epoch.
-        size: Batches per window.
+        sizes: Batches of each window, without an end.
         count_items: Returns the items of a batch, on the host.
         distributed: The ranks. They sum their counts, unless the total follows from the partition of the samples.
         items_are_samples: Returns whether the items of a batch are its samples, so that it does.
     """
-    while loaded := list(islice(batches, size)):
+    for size in sizes:
+        loaded = list(islice(batches, size))
+        if not loaded:
+            return
         window, counts, total = count_batches(loaded, count_items, distributed, items_are_samples)
-        yield Window(window, counts, total, distributed.replicas, len(loaded), loaded[-1].end)
+        read = len(loaded)
+        yield Window(window, counts, total, distributed.replicas, read, read < size, loaded[-1].end)
 
 
 def count_batches(

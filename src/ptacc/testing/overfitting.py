@@ -15,6 +15,7 @@ from ptacc.loop.loop import TrainingLoop
 from ptacc.run.history import STEPS_IN_MEMORY
 from ptacc.testing.comparison import copy_tensors
 from ptacc.tuning.isolated import AnyLoop, check_map_style, isolated_copy, repeat
+from ptacc.types.accumulation import as_accumulation
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.outputs import StepRecord
 from ptacc.types.protocols import SizedDataset
@@ -99,7 +100,7 @@ def assert_overfits_one_batch(
         raise OptionError(f"{owner}(to={to!r}): must be above 0 and below 1, a fraction of the first loss.")
     check_map_style(owner, "data", data)
     with isolated_copy(trainer, data, eval_dataset) as trial:
-        replicas, num_batches = trial.distributed.replicas, trial.accumulation_steps() * steps
+        replicas, num_batches = trial.distributed.replicas, as_accumulation(trial.accumulation_steps()).largest * steps
         size = max(1, min(batch_size, len(data) // replicas))
         before = copy_tensors(trial.trained_modules.named_parameters())
         history = trial.train(

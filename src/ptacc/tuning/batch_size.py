@@ -16,6 +16,7 @@ from ptacc.errors import ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.profiling.memory import out_of_memory_message, total_memory
 from ptacc.tuning.isolated import AnyLoop, check_map_style, repeat, search_copy
+from ptacc.types.accumulation import as_accumulation
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
 from ptacc.types.protocols import SizedDataset, SupportsGradAccum
@@ -146,6 +147,11 @@ def check_search(trainer: AnyLoop, data: object, global_batch_size: int, steps: 
         raise OptionError(
             f"{owner}: {type(trainer).__name__} does not accumulate gradients, so smaller batches would change the "
             "training. Compose GradAccumMixin."
+        )
+    if (accumulation := as_accumulation(trainer.accumulation_steps())).later:
+        raise OptionError(
+            f"{owner}: the global batch of {type(trainer).__name__} changes during a run ({accumulation} batches per "
+            "step). Leave accumulation_schedule out of the search."
         )
     engine = trainer.resume_invariants()["engine"]
     if engine != "torch" and is_initialized():

@@ -94,6 +94,12 @@ class RunPlan:
             epochs = epochs_needed if epochs is None else min(epochs, epochs_needed)
         return replace(self, known_epochs=epochs, known_steps_per_epoch=steps_per_epoch, known_total_steps=total)
 
+    def ends_within(self, progress: Progress, steps: int) -> bool:
+        """Return whether the run ends within the next steps, or has had all its epochs."""
+        if self.epoch_limit is not None and progress.epochs >= self.epoch_limit:
+            return True
+        return self.step_limit is not None and progress.steps + progress.skipped + steps >= self.step_limit
+
     @property
     def num_epochs(self) -> int:
         """Epochs of the run, including a partial one at the end."""
@@ -101,7 +107,7 @@ class RunPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
+        """Optimizer steps in one epoch. Unknown if the number of batches per step changes."""
         return self._known(self.known_steps_per_epoch, "steps_per_epoch")
 
     @property
@@ -112,8 +118,8 @@ class RunPlan:
     def _known(self, value: int | None, name: str) -> int:
         if value is None:
             raise OptionError(
-                f"RunPlan.{name}: not known for this run, whose data has no length. "
-                "Give max_steps to train(), and size the schedule by plan.total_steps."
+                f"RunPlan.{name}: not known for this run. Its data has no length, or it accumulates another number of "
+                "batches from some step on. Give max_steps to train(), and size the schedule by plan.total_steps."
             )
         return value
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ptacc.errors import OptionError
+from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import ZeroStage
 
 AUTO: Final = "auto"
@@ -97,10 +98,10 @@ class ZeroConfig:
         """Whether forward passes use bfloat16 copies of the weights, and the optimizer float32 master weights."""
         return value_at(self.given, "bf16.enabled") is True
 
-    def check_agrees(self, *, accumulation: int, max_grad_norm: float | None, precision: str) -> None:
+    def check_agrees(self, *, accumulation: AccumulationSchedule, max_grad_norm: float | None, precision: str) -> None:
         """Raise `OptionError` if the configuration contradicts an option of the trainer."""
         steps, clipping = f"gradient_accumulation_steps={accumulation}", f"max_grad_norm={max_grad_norm}"
-        self._check("gradient_accumulation_steps", accumulation, steps)
+        self._check("gradient_accumulation_steps", steps if accumulation.later else accumulation.first, steps)
         self._check("gradient_clipping", max_grad_norm or 0.0, clipping)
         for name in ("bf16", "fp16"):
             if precision != name:
@@ -116,14 +117,15 @@ class ZeroConfig:
                 f'stage {self.stage}. Leave it out: mixed_precision="bf16" computes in bfloat16 by itself.'
             )
 
-    def check_batch_size(self, size: int | None, accumulation: int, processes: int) -> None:
+    def check_batch_size(self, size: int | None, accumulation: AccumulationSchedule, processes: int) -> None:
         """Raise `OptionError` if the configuration has another batch size than `train()` was given."""
         if size is None:
             return
         batches = f"per_device_batch_size={size}"
         self._check("train_micro_batch_size_per_gpu", size, batches)
         total = f"{batches} x {accumulation} batches a step x {processes} processes"
-        self._check("train_batch_size", size * accumulation * processes, total)
+        expected = total if accumulation.later else size * accumulation.first * processes
+        self._check("train_batch_size", expected, total)
 
     def to_deepspeed(self) -> dict[str, Any]:
         """Return the configuration for DeepSpeed. Accumulation, clipping and loss scaling are left to the trainer."""

@@ -93,7 +93,7 @@ class DeepSpeedMixin(Mixin):
         """
         config, accelerator = self._zero_config(), self.accelerator
         config.check_agrees(
-            accumulation=self.accumulation_steps(),
+            accumulation=self._accumulation(),
             max_grad_norm=get_max_grad_norm(self),
             precision=accelerator.mixed_precision,
         )
@@ -118,7 +118,7 @@ class DeepSpeedMixin(Mixin):
         super().on_run_start()
         size, processes = self.run.options.get("per_device_batch_size"), self.distributed.world_size
         try:
-            self._zero_config().check_batch_size(size, self.accumulation_steps(), processes)
+            self._zero_config().check_batch_size(size, self._accumulation(), processes)
         except OptionError:
             self.run.engine.release()  # every rank raises
             raise
