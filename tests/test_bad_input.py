@@ -186,7 +186,7 @@ def test_a_stream_with_the_right_length_is_trained_on() -> None:
 
 def test_a_stream_without_a_length_needs_max_steps_or_max_time() -> None:
     trainer = make()
-    with refused(trainer, OptionError, r"train\(num_epochs=1\) on data without a length.*Give max_steps or max_time"):
+    with refused(trainer, OptionError, r"train\(num_epochs=1\) on data without a length.*Give max_steps, max_items or"):
         trainer.train(Stream(), num_epochs=1)
 
 
@@ -328,7 +328,7 @@ def test_a_table_with_other_rows_is_refused(value: Any) -> None:
 
 def test_a_run_without_an_end_is_refused() -> None:
     trainer = make()
-    with refused(trainer, OptionError, "does not know when to end: give num_epochs or max_steps, or max_time"):
+    with refused(trainer, OptionError, "does not know when to end: give num_epochs, max_steps, max_items or max_time"):
         trainer.train(DATA)
 
 

@@ -2,6 +2,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from typing_extensions import override
 
-from ptacc import Cadence, Callback, CheckpointMixin, PrintMetrics, ProgressBar, StepResult, Steps, Trainer
+from ptacc import (
+    Cadence,
+    Callback,
+    CheckpointMixin,
+    GradAccumMixin,
+    PrintMetrics,
+    ProgressBar,
+    StepResult,
+    Steps,
+    Trainer,
+)
 from ptacc.callbacks import progress_bar
 from ptacc.testing import tiny_data, tiny_parts
 from tests.ranks import run_ranks
@@ -133,6 +144,19 @@ def test_the_bar_of_a_stream_counts_to_the_last_step_or_shows_the_time_limit() -
     assert counters(show(lambda trainer: trainer.train(Endless(), max_steps=2)), "epoch 1") == ["0/2", "1/2", "2/2"]
     text = show(lambda trainer: trainer.train(Endless(), max_time=1e-6))
     assert (counters(text, "epoch 1"), "run 00:00 left" in text) == (["0", "1"], True)
+
+
+def test_the_bar_counts_the_steps_of_epochs_that_differ() -> None:
+    class Accumulating(GradAccumMixin, Trainer):
+        accumulation_schedule: Any = field(default_factory=lambda: {Steps(4): 2})
+
+    text = show(lambda trainer: trainer.train(tiny_data(), num_epochs=3), kind=Accumulating)
+    assert counters(text, "epoch 1/3") == ["0/3", "1/3", "2/3", "3/3"]
+    assert counters(text, "epoch 2/3") == counters(text, "epoch 3/3") == ["0/2", "1/2", "2/2"]
+
+
+def test_the_bar_shows_the_time_until_the_last_item() -> None:
+    assert "run 00:00 left" in show(lambda trainer: trainer.train(Endless(), max_items=10))
 
 
 def test_the_bar_of_a_partial_epoch_ends_at_its_last_step() -> None:

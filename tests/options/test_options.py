@@ -78,7 +78,7 @@ def test_options_of_the_trainer_are_read(arguments: list[str], expected: dict[st
 
 
 def test_arguments_of_train_are_read() -> None:
-    length, size = ["--num-epochs", "3", "--max-time", "9"], ["--per-device-batch-size", "4"]
+    length, size = ["--num-epochs", "3", "--max-time", "9", "--max-items", "1e6"], ["--per-device-batch-size", "4"]
     given = parse(*length, *size, "--evaluate-every", "5steps")[1]
     assert given == {
         "num_epochs": 3,
@@ -86,6 +86,7 @@ def test_arguments_of_train_are_read() -> None:
         "per_device_batch_size": 4,
         "evaluate_every": Steps(5),
         "max_time": 9.0,
+        "max_items": 1e6,
     }
 
 

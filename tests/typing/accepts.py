@@ -329,6 +329,9 @@ def lengths_of_a_run(trainer: Trainer, epochs: int | None, steps: int | None) ->
     trainer.train(data, data, num_epochs=epochs, max_steps=steps, per_device_batch_size=4)
     trainer.train(Sentences(), collate_fn=tokenise, num_epochs=epochs, max_steps=steps)
     trainer.train(Stream(), max_time=60)
+    trainer.train(Stream(), max_items=1e9)
+    trainer.train(SentenceStream(), collate_fn=tokenise, max_items=10_000_000, max_time=60)
+    trainer.train(data, num_epochs=1, max_items=100)
     trainer.train(Stream(), num_epochs=2, max_steps=9)
 
 

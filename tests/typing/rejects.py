@@ -35,6 +35,7 @@ from ptacc import (
     FreezeMixin,
     GradAccumMixin,
     GradClipMixin,
+    Items,
     LRSchedulerMixin,
     MetricsMixin,
     Mixin,
@@ -1110,3 +1111,12 @@ def accumulation() -> None:
     # 123 numbers in the place of times
     show(Accumulating(net, loss_func=loss, optimizer=opt, accumulation_schedule={Epochs(3): 4}))
     show(Accumulating(net, loss_func=loss, optimizer=opt, accumulation_schedule={3: 4}))  # type: ignore[arg-type]
+
+
+# ==== items
+
+
+def item_limits() -> None:
+    # 124 a cadence instead of a number of items
+    show(Trainer(net, loss_func=loss, optimizer=opt).train(data, max_items=500))
+    show(Trainer(net, loss_func=loss, optimizer=opt).train(data, max_items=Items(500)))  # type: ignore[call-overload]

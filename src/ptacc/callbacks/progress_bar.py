@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from typing import TextIO
@@ -106,9 +105,12 @@ class ProgressBar(Callback[TrainerCore]):
         steps_left = None if plan.known_total_steps is None else plan.known_total_steps - progress.steps
         lengths = [in_epoch, None if steps_left is None else done + steps_left]
         total = min((length for length in lengths if length is not None), default=None)
-        run_left = self._seconds_for(steps_left, progress.steps)
+        ends = [self._seconds_for(steps_left, progress.steps)]
         if (limit := max_seconds(run.options)) is not None:
-            run_left = max(min(limit - run.elapsed, math.inf if run_left is None else run_left), 0.0)
+            ends.append(max(limit - run.elapsed, 0.0))
+        if plan.item_limit is not None and self._items:
+            ends.append(max(plan.item_limit - progress.items, 0.0) * self._seconds / self._items)
+        run_left = min((seconds for seconds in ends if seconds is not None), default=None)
         epoch_left = self._seconds_for(None if total is None else total - done, progress.steps)
         of_epochs = "" if plan.known_epochs is None else f"/{plan.known_epochs}"
         bar.show(f"epoch {progress.epochs + 1}{of_epochs}", done, total, self._notes(epoch_left, run_left))

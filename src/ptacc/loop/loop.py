@@ -40,7 +40,9 @@ from ptacc.run.window import Window, make_windows
 from ptacc.types.aliases import BatchT, Duration, ModelT, OutputT, RawT, SampleT, T
 from ptacc.types.arguments import (
     DEFAULT_CADENCE,
+    LIMITS,
     EpochLimited,
+    ItemLimited,
     OptionallyLimited,
     RunOptions,
     StepLimited,
@@ -137,7 +139,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def all_callbacks(self) -> Sequence[Callback[Any]]:
         return (*self.default_callbacks, *self.callbacks)
 
-    # ---- what to call. Data with a length is limited by epochs, steps or time; a stream by steps or time
+    # ---- what to call. Data with a length is limited by epochs, steps, items or time; a stream by the last three
 
     @overload
     def train(
@@ -164,6 +166,19 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         *,
         collate_fn: Callable[[list[RawT]], BatchT | None],
         **options: Unpack[StepLimited],
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self, train_dataset: EvalData[SampleT], eval_dataset: AnyEval[SampleT] = ..., **options: Unpack[ItemLimited]
+    ) -> RunHistory: ...
+    @overload
+    def train(
+        self,
+        train_dataset: EvalData[RawT],
+        eval_dataset: AnyEval[RawT] = ...,
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT | None],
+        **options: Unpack[ItemLimited],
     ) -> RunHistory: ...
     @overload
     def train(
@@ -203,6 +218,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_epochs: int | None = None,
         max_steps: int | None = None,
+        max_items: float | None = None,
         max_time: Duration | None = None,
         **options: Unpack[TrainOptions],
     ) -> RunHistory:
@@ -215,6 +231,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                 `default_collate`.
             num_epochs: Largest number of passes over the data.
             max_steps: Largest number of optimizer steps.
+            max_items: Number of items, over all processes. The run ends after the step that reaches it. Items are what
+                `count_items` counts: by default the samples, or the tokens whose target the loss does not ignore.
             max_time: Longest duration, in seconds or as a `timedelta`. The run ends after the step that reaches it.
             options: See `TrainOptions`.
 
@@ -235,9 +253,14 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with self._distributed.synced("train()"):
             self._check_not_running()
             check_not_wrapped(type(self).__name__, self.model)
-            check_keywords("train()", options, {*TrainOptions.__annotations__, "num_epochs", "max_steps", "max_time"})
+            check_keywords("train()", options, {*TrainOptions.__annotations__, *LIMITS})
             run_options = RunOptions(
-                num_epochs=num_epochs, max_steps=max_steps, max_time=max_time, collate_fn=collate_fn, **options
+                num_epochs=num_epochs,
+                max_steps=max_steps,
+                max_items=max_items,
+                max_time=max_time,
+                collate_fn=collate_fn,
+                **options,
             )
             check_run_options(run_options)
         with messages_shown(), self._wrapped_model() as before, self._reserved():
@@ -524,7 +547,7 @@ def describe_finished_run(run: Run) -> str:
     if (run.progress.steps, run.evaluated_at) != (saved.progress.steps, Progress(**saved.shared["evaluated_at"])):
         return ""
     if reason is None:
-        what, advice = "is complete", "To train more, pass a larger num_epochs or max_steps."
+        what, advice = "is complete", "To train more, pass a larger num_epochs, max_steps or max_items."
     elif run.stopping.is_lasting:
         what, advice = f"was stopped ({reason})", "To continue it, pass resume_ignore={'stop'}."
     else:

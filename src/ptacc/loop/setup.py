@@ -29,7 +29,7 @@ from ptacc.run.state import ResumeState
 from ptacc.run.stopping import StopState
 from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import BatchT, OutputT, SampleT
-from ptacc.types.arguments import EvalOptions, RunOptions, options_fingerprint
+from ptacc.types.arguments import EvalOptions, RunOptions, ends_within_epoch, options_fingerprint
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult
 from ptacc.types.progress import Progress, RunPlan
@@ -169,12 +169,12 @@ class RunSetup(EvaluationLoop[BatchT, OutputT, SampleT], Generic[BatchT, OutputT
                 "The training data gives no batch: it is empty, or drop_last dropped the only one. Give smaller "
                 "batches, or keep it."
             )
-        if num_batches is None and options["max_steps"] is None and options["max_time"] is None:
+        if num_batches is None and not ends_within_epoch(options):
             raise OptionError(
                 f"train(num_epochs={options['num_epochs']}) on data without a length: the number of steps is unknown. "
-                "Give max_steps or max_time, or give the dataset a __len__."
+                "Give max_steps, max_items or max_time, or give the dataset a __len__."
             )
-        plan = RunPlan.compute(options["num_epochs"], None, options["max_steps"])
+        plan = RunPlan.compute(options["num_epochs"], None, options["max_steps"], options["max_items"])
         if num_batches is None:
             return plan
         planned = accumulation.revise(plan, Progress(), num_batches, num_batches)

@@ -27,6 +27,7 @@ ENTRY = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n        .*)*)", re.MULT
 TRAIN_DEFAULTS: dict[str, Any] = {
     "num_epochs": None,
     "max_steps": None,
+    "max_items": None,
     "max_time": None,
     "per_device_batch_size": None,
     "evaluate_every": DEFAULT_CADENCE,

@@ -25,7 +25,7 @@ from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
 from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import T
-from ptacc.types.arguments import RunOptions
+from ptacc.types.arguments import RunOptions, ends_within_epoch
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult, ValuesRecord
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
@@ -237,7 +237,7 @@ class Run:
         if promised is None or batches < promised:
             return
         self.epoch.is_exhausted = True
-        if batches > ENDLESS * promised and self.plan.step_limit is None and self.options["max_time"] is None:
+        if batches > ENDLESS * promised and not ends_within_epoch(self.options):
             raise DataError(
                 f"The training data promised {promised} batches, and has given {batches} without an end. End the epoch "
                 "after as many batches, or limit the run by max_steps."
@@ -264,9 +264,8 @@ class Run:
     def count_epoch_steps(self) -> tuple[int, int | None]:
         """Return the steps of the epoch so far, and all of them if they are known. Skipped steps are included."""
         made = self.progress.steps + self.progress.skipped - self.epoch.first_step
-        if self.epoch.num_batches is None:
-            return made, self.plan.known_steps_per_epoch
-        return made, made + self.accumulation.count_steps(self.progress, self.epoch.num_batches - self.progress.batches)
+        left = self.data.num_batches(self.progress.offset)
+        return made, None if left is None else made + self.accumulation.count_steps(self.progress, left)
 
     @property
     def is_within_epoch(self) -> bool:
@@ -406,5 +405,7 @@ def is_done(progress: Progress, plan: RunPlan) -> bool:
         True
     """
     if plan.step_limit is not None and progress.steps >= plan.step_limit:
+        return True
+    if plan.item_limit is not None and progress.items >= plan.item_limit:
         return True
     return plan.epoch_limit is not None and progress.epochs >= plan.epoch_limit

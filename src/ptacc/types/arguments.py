@@ -103,18 +103,20 @@ class TrainOptions(TypedDict, total=False):
 
 
 class EpochLimited(TrainOptions, total=False, closed=True):
-    """Options of a run that is limited by epochs, and optionally by steps or time."""
+    """Options of a run that is limited by epochs, and optionally by steps, items or time."""
 
     num_epochs: Required[int]
     max_steps: int | None
+    max_items: float | None
     max_time: Duration | None
 
 
 class StepLimited(TrainOptions, total=False, closed=True):
-    """Options of a run that is limited by steps, and optionally by epochs or time."""
+    """Options of a run that is limited by steps, and optionally by epochs, items or time."""
 
     num_epochs: int | None
     max_steps: Required[int]
+    max_items: float | None
     max_time: Duration | None
 
 
@@ -123,14 +125,25 @@ class OptionallyLimited(TrainOptions, total=False, closed=True):
 
     num_epochs: Required[int | None]
     max_steps: Required[int | None]
+    max_items: float | None
+    max_time: Duration | None
+
+
+class ItemLimited(TrainOptions, total=False, closed=True):
+    """Options of a run that is limited by items, and optionally by epochs, steps or time."""
+
+    num_epochs: int | None
+    max_steps: int | None
+    max_items: Required[float]
     max_time: Duration | None
 
 
 class TimeLimited(TrainOptions, total=False, closed=True):
-    """Options of a run that is limited by time, and optionally by epochs or steps."""
+    """Options of a run that is limited by time, and optionally by epochs, steps or items."""
 
     num_epochs: int | None
     max_steps: int | None
+    max_items: float | None
     max_time: Required[Duration]
 
 
@@ -139,10 +152,13 @@ class RunOptions(TrainOptions):
 
     num_epochs: int | None
     max_steps: int | None
+    max_items: float | None
     max_time: Duration | None
     collate_fn: Callable[[list[Any]], object] | None
 
 
+LIMITS = ("num_epochs", "max_steps", "max_items", "max_time")
+"""Arguments of `train` that end a run."""
 DEFAULT_CADENCE = Epochs(1)
 """How often a run is evaluated by default."""
 DEFAULT_STOP_CHECK_EVERY = 16
@@ -161,6 +177,8 @@ def check_run_options(options: RunOptions) -> None:
         if (value := options.get(name)) is not None:
             check_at_least("train", name, value, 1)
     check_at_least("train", "stop_check_every", options.get("stop_check_every", DEFAULT_STOP_CHECK_EVERY), 1)
+    if options["max_items"] is not None:
+        check_positive("train", "max_items", options["max_items"], "It is a number of samples or tokens.")
     if options["max_time"] is not None:
         check_positive("train", "max_time", max_seconds(options), "It is in seconds, or a timedelta.")
     for flag in ("data_is_sharded", "seed_every_batch"):
@@ -173,16 +191,24 @@ def check_run_options(options: RunOptions) -> None:
             f"train(evaluate_every={cadence!r}): must be a cadence: Steps(500), Epochs(1), Minutes(10) or "
             "Items(10_000)."
         )
-    if options["num_epochs"] is None and options["max_steps"] is None and options["max_time"] is None:
+    if options["num_epochs"] is None and not ends_within_epoch(options):
         raise OptionError(
-            "train() does not know when to end: give num_epochs or max_steps, or max_time, or several of them; "
+            "train() does not know when to end: give num_epochs, max_steps, max_items or max_time, or several of them; "
             "whichever comes first ends the run."
         )
 
 
 def options_fingerprint(options: RunOptions) -> str:
     """Describe the options that must be the same on all ranks."""
-    names = ("num_epochs", "max_steps", "evaluate_every", "evaluate_first", "limit_batches", "stop_check_every")
+    names = (
+        "num_epochs",
+        "max_steps",
+        "max_items",
+        "evaluate_every",
+        "evaluate_first",
+        "limit_batches",
+        "stop_check_every",
+    )
     with_defaults = {
         "evaluate_every": DEFAULT_CADENCE,
         "evaluate_first": False,
@@ -190,6 +216,11 @@ def options_fingerprint(options: RunOptions) -> str:
         **options,
     }
     return ", ".join(f"{name}={with_defaults.get(name)}" for name in names)
+
+
+def ends_within_epoch(options: RunOptions) -> bool:
+    """Return whether a run has a limit that it reaches also in an epoch without an end."""
+    return any(options.get(name) is not None for name in LIMITS if name != "num_epochs")
 
 
 def max_seconds(options: RunOptions) -> float | None:

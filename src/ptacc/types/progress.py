@@ -52,6 +52,8 @@ class RunPlan:
         epoch_limit: Largest number of epochs, as given to `train`. `known_epochs` may be exceeded: steps that a
             gradient scaler skips do not count, so that the same number of steps takes more epochs.
         step_limit: Largest number of steps, as given to `train`.
+        item_limit: Number of items after which the run ends, as given to `train`. The other numbers leave it out, since
+            the number of items is known step by step only.
 
     Example:
         >>> plan = RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25)
@@ -64,11 +66,18 @@ class RunPlan:
     known_total_steps: int | None = None
     epoch_limit: int | None = None
     step_limit: int | None = None
+    item_limit: float | None = None
 
     @classmethod
-    def compute(cls, num_epochs: int | None, steps_per_epoch: int | None, max_steps: int | None) -> RunPlan:
+    def compute(
+        cls,
+        num_epochs: int | None,
+        steps_per_epoch: int | None,
+        max_steps: int | None,
+        max_items: float | None = None,
+    ) -> RunPlan:
         """Compute the plan of a run that ends at the first of its limits. None means no limit, or an unknown one."""
-        plan = cls(num_epochs, None, max_steps, epoch_limit=num_epochs, step_limit=max_steps)
+        plan = cls(num_epochs, None, max_steps, epoch_limit=num_epochs, step_limit=max_steps, item_limit=max_items)
         return plan if steps_per_epoch is None else plan.revise(Progress(), steps_per_epoch, steps_per_epoch)
 
     def revise(self, progress: Progress, steps_left: int, steps_per_epoch: int) -> RunPlan:
