@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -83,3 +84,22 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return "Did you mean ...? " with the closest known name; empty if none is close."""
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"Did you mean `{found[0]}`? " if found else ""
+
+
+@contextlib.contextmanager
+def with_install_note(what: str, requirement: str) -> Generator[None]:
+    """Add to a `ModuleNotFoundError` of the block how to install the missing package.
+
+    Example:
+        >>> with with_install_note("history.plot()", "ptacc[plot]"):
+        ...     raise ModuleNotFoundError(name="matplotlib.figure")
+        Traceback (most recent call last):
+        ModuleNotFoundError...
+        history.plot() needs matplotlib: pip install 'ptacc[plot]'.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        error.add_note(f"{what} needs {package}: pip install {requirement!r}.")
+        raise

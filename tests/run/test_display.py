@@ -1,7 +1,6 @@
 """Histories in notebooks: tables, and figures of matplotlib."""
 
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,13 +146,3 @@ def test_each_parameter_group_has_a_curve() -> None:
 def test_a_run_without_reports_cannot_be_drawn() -> None:
     with pytest.raises(OptionError, match=r"history.plot\(\): the run has reported nothing yet"):
         RunHistory().plot()
-
-
-def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "ptacc.run.plot", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        train(max_steps=1).plot()
-    assert caught.value.__notes__ == ["history.plot() needs matplotlib: pip install 'ptacc[plot]'."]

@@ -15,7 +15,7 @@ from ptacc.core.hooks import TrainerCore
 from ptacc.errors import OptionError
 from ptacc.options.fields import CADENCES, CommandLineOptions, options
 from ptacc.types.progress import Cadence, Epochs, Items, Minutes, Steps
-from ptacc.validation import did_you_mean
+from ptacc.validation import did_you_mean, with_install_note
 
 OwnT = TypeVar("OwnT")
 CADENCE = re.compile(r"(?P<number>[\d_.]+)\s*(?P<unit>steps?|epochs?|minutes?|items?)")
@@ -47,9 +47,10 @@ def parse_options(
 
     Raises:
         OptionError: The file has an unknown option, or is neither YAML nor TOML.
-        ModuleNotFoundError: tyro is not installed: `pip install "ptacc[cli]"`.
+        ModuleNotFoundError: tyro is not installed.
     """
-    import tyro
+    with with_install_note("parse_options()", "ptacc[cli]"):
+        import tyro
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     kind, flat = annotate(options(trainer), tyro), cast(Any, tyro.conf.OmitArgPrefixes)

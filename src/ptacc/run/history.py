@@ -21,6 +21,7 @@ from ptacc.run.history_file import HistoryFile, to_json
 from ptacc.run.step_result import NO_LOSS, LoggedValues, StepMeans, StepResult, add_sums, means, read_results
 from ptacc.types.outputs import EpochRecord, EvalResult, EvaluationRecord, StepRecord, ValuesRecord
 from ptacc.types.progress import RunPlan
+from ptacc.validation import with_install_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,7 +267,8 @@ class RunHistory(Sequence[EpochRecord]):
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        import pandas as pd
+        with with_install_note("history.to_dataframe()", "pandas"):
+            import pandas as pd
 
         return pd.DataFrame(self.to_dict())
 
@@ -287,11 +289,8 @@ class RunHistory(Sequence[EpochRecord]):
             ModuleNotFoundError: matplotlib is not installed.
             OptionError: A name was not reported, or nothing was.
         """
-        try:
+        with with_install_note("history.plot()", "ptacc[plot]"):
             from ptacc.run.plot import draw_run  # it needs matplotlib, which takes long to import
-        except ModuleNotFoundError as error:
-            error.add_note("history.plot() needs matplotlib: pip install 'ptacc[plot]'.")
-            raise
         return draw_run(self._values, self.evaluations, names)
 
     def _repr_html_(self) -> str:

@@ -21,7 +21,7 @@ from ptacc.tuning.isolated import AnyLoop, search_copy
 from ptacc.tuning.lr_curve import MIN_POINTS, DivergenceDetector, find_steepest, smoothed
 from ptacc.types.aliases import BatchT, OutputT, RawT, SampleT
 from ptacc.types.arguments import DataLoaderKwargs
-from ptacc.validation import check_at_least, check_positive
+from ptacc.validation import check_at_least, check_positive, with_install_note
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +70,8 @@ class LearningRateSearch:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
+        with with_install_note("search.plot()", "ptacc[plot]"):
+            from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
         axes = figure.subplots()
