@@ -111,18 +111,33 @@ def test_a_short_last_window_ends_the_epoch_of_a_stream_that_resets_its_position
     assert interrupted(tmp_path / "legs", [stop, None], make, Accumulating) == whole
 
 
+def stateful_loader(data: str, **options: Any) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    if data == "map-style":
+        return StatefulDataLoader(Augmented(), 4, shuffle=True, generator=drawn(), **options)
+    return StatefulDataLoader(STREAMS[data](), 4, collate_fn=pair, **options)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 @pytest.mark.parametrize("data", ["in order", "shuffled", "map-style"])
 @pytest.mark.parametrize(("workers", "every"), [(0, 1), pytest.param(2, 1, marks=pytest.mark.prove), (2, 3)])
 def test_a_stateful_dataloader_resumes(tmp_path: Path, data: str, workers: int, every: int) -> None:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
     def make() -> Any:
-        options: Any = {"batch_size": 4, "num_workers": workers, "snapshot_every_n_steps": every}
-        if data == "map-style":
-            return StatefulDataLoader(Augmented(), shuffle=True, generator=drawn(), **options)
-        return StatefulDataLoader(STREAMS[data](), collate_fn=pair, **options)
+        return stateful_loader(data, num_workers=workers, snapshot_every_n_steps=every)
 
     whole = leg(tmp_path / "whole", None, make(), Accumulating)
     assert interrupted(tmp_path / "legs", [1, 3, 5, None], make, Accumulating) == whole
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("data", ["shuffled", "map-style"])
+def test_a_stateful_dataloader_resumes_on_two_processes(tmp_path: Path, data: str) -> None:
+    def worker(directory: Path, stops: list[int | None]) -> Any:
+        return interrupted(directory, stops, lambda: stateful_loader(data), Plain)
+
+    stops: list[list[int | None]] = [[None], [1, 3, None]]
+    whole, legs = (run_ranks(worker, 2, tmp_path / f"{len(until)}", until) for until in stops)
+    assert legs == whole

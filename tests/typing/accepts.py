@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import (
@@ -291,6 +292,12 @@ def data_of_datasets(rows: HFDataset, sets: DatasetDict, stream: HFIterableDatas
     loop = DictLoop(net, optimizer=opt)
     loop.train(rows, {str(name): split for name, split in sets.items()}, num_epochs=1)
     loop.train(stream, stream.take(8), max_steps=9)
+    loop.train(sets["train"], sets["validation"], num_epochs=1)
+
+
+def a_loader_of_torchdata(trainer: Trainer, stateful: StatefulDataLoader[Pair]) -> None:
+    trainer.train(stateful, stateful, num_epochs=1)
+    trainer.train(StatefulDataLoader(tensors, batch_size=8, shuffle=True), {"near": stateful}, max_steps=9)
 
 
 def several_evaluation_sets(trainer: Trainer, sets: Mapping[str, Dataset[Pair]]) -> None:

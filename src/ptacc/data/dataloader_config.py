@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -76,7 +77,7 @@ def check_dataset(dataset: object) -> None:
     if isinstance(dataset, IterableDataset | DataLoader):
         return
     if isinstance(dataset, Mapping):
-        raise DataError("Got a mapping, but one dataset is needed. Only evaluations take several datasets by name.")
+        raise DataError(f"Got a mapping ({type(dataset).__name__}), but one dataset is needed. {choose_one(dataset)}")
     length = known_length(dataset)
     if length is None or not hasattr(dataset, "__getitem__"):
         raise DataError(
@@ -90,6 +91,19 @@ def check_dataset(dataset: object) -> None:
             f"Got a {type(dataset).__name__} of two arrays with the shapes {shapes}, which would be a dataset of two "
             "samples. For inputs and targets, give TensorDataset(inputs, targets), from torch.utils.data."
         )
+
+
+def choose_one(data: Mapping[Any, Any]) -> str:
+    """Return how to get one dataset of a mapping of datasets, or of columns.
+
+    Example:
+        >>> choose_one({"train": [1, 2], "test": [3]})
+        "Pass one of its values, such as data['train']. Only evaluations take several datasets by name."
+    """
+    if data and all(isinstance(column, torch.Tensor | np.ndarray) for column in data.values()):
+        return "For columns of equal length, give StackDataset(**columns), from torch.utils.data."
+    such_as = f", such as data[{next(map(str, data))!r}]" if data else ""
+    return f"Pass one of its values{such_as}. Only evaluations take several datasets by name."
 
 
 def are_inputs_and_targets(parts: Sequence[Any]) -> bool:

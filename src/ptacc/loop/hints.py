@@ -91,6 +91,10 @@ HINTS: Mapping[str, str] = {
         '`train_dataloader_kwargs={{"drop_last": True}}`.'
     ),
     r"(?:loss|entropy\w*|kl_div)\(\): argument 'input' \(position 1\) must be Tensor, not (\w+)": OUTPUTS,
+    r"argument 'input' \(position 1\) must be Tensor, not list": (
+        "A layer got a list in place of a tensor. The samples hold lists, as rows of `datasets` do: use "
+        '`dataset.with_format("torch")`, or make tensors in the dataset or in a collate_fn.'
+    ),
     r"argument 'input' \(position 1\) must be Tensor, not (\w+)": (
         "A layer got a {0} in place of a tensor: in `forward`, select the tensor that the layer takes. nn.Sequential "
         "passes on what the layer before returned."
