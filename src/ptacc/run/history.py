@@ -219,10 +219,7 @@ class RunHistory(Sequence[EpochRecord]):
         """
         if self._file is not None and state_dict["file"] is not None:
             self._file.load_state_dict(state_dict["file"])
-        self._epochs = [
-            EpochRecord(**{**epoch, "evaluations": _decode_results(epoch["evaluations"])})
-            for epoch in state_dict["epochs"]
-        ]
+        self._epochs = [_decode_epoch(epoch) for epoch in state_dict["epochs"]]
         self._steps = deque((StepRecord(*row) for row in json.loads(state_dict["steps"])), STEPS_IN_MEMORY)
         self._values = [ValuesRecord(*row) for row in json.loads(state_dict["values"])]
         self.evaluations = [EvaluationRecord(**record) for record in state_dict["evaluations"]]
@@ -318,6 +315,11 @@ def thin_out(records: Sequence[ValuesRecord], number: int) -> list[ValuesRecord]
         if record.step - kept[-1].step >= records[-1].step / number:
             kept.append(record)
     return kept
+
+
+def _decode_epoch(state: Mapping[str, Any]) -> EpochRecord:
+    values: dict[str, Any] = {**state, "evaluations": _decode_results(state["evaluations"])}
+    return EpochRecord(**values)
 
 
 def _decode_results(states: Mapping[str, Mapping[str, Any]]) -> dict[str, EvalResult]:
