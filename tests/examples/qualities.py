@@ -3,6 +3,7 @@
 `python -m tests.examples.qualities` runs all examples and writes the table, with the quality and the time of each.
 """
 
+import os
 import re
 import sys
 import time
@@ -14,6 +15,8 @@ from tests.ranks import launch
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "guides" / "examples.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
+DEPRECATIONS = "error,ignore::FutureWarning,ignore::DeprecationWarning"
+"""DeepSpeed calls what torch has deprecated."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class Example:
         shows: What it shows.
         least: The least value of the quality, or the largest one if `is_loss`.
         is_loss: Whether a smaller value is better.
+        processes: Number of processes that `torchrun` starts; None for Python alone.
+        warnings: Which warnings are errors, as `PYTHONWARNINGS` says it.
     """
 
     script: str
     shows: str
     least: float
     is_loss: bool = False
+    processes: int | None = None
+    warnings: str = "error"
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,32 @@ EXAMPLES = [
     Example("cross_validation.py", "a trainer for each fold", 0.95),
     Example("own_mixin.py", "a mixin of your own, `check_mixin`", 0.87),
     Example("own_callback.py", "callbacks of your own, `trainer.stop`", 0.93),
+    Example("notebook.ipynb", "tables and figures in a notebook", 0.94, warnings="ignore"),  # of Jupyter's packages
+    Example("gather.py", "a metric of your own with `self.gather`, two processes", 0.96, processes=2),
+    Example("fsdp.py", "`FSDPMixin`, a transformer, two processes", 0.93, processes=2),
+    Example("zero.py", "`DeepSpeedMixin`, ZeRO stage 3, two processes", 0.94, processes=2, warnings=DEPRECATIONS),
 ]
+
+
+def command(example: Example) -> list[str]:
+    """Return the command that runs an example."""
+    script = str(ROOT / "examples" / example.script)
+    if example.script.endswith(".ipynb"):
+        return [sys.executable, "-m", "tests.examples.notebook", script]
+    if example.processes is not None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        return [*torchrun, "--standalone", "--nproc-per-node", str(example.processes), script]
+    return [sys.executable, script]
 
 
 def run(example: Example, timeout: float = 110.0) -> Outcome:
     """Run an example in an empty folder, and assert that it succeeds without a warning."""
     start = time.perf_counter()
-    script = str(ROOT / "examples" / example.script)
-    process = launch([sys.executable, script], env={"PYTHONWARNINGS": "error"}, timeout=timeout)
+    scripts = Path(sys.executable).parent  # DeepSpeed calls ninja
+    env = {"PYTHONWARNINGS": example.warnings, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    if example.processes is not None:
+        env["ACCELERATE_USE_CPU"] = "true"
+    process = launch(command(example), env=env, timeout=timeout)
     assert process.returncode == 0, process.stderr
     match = re.fullmatch(r"(.+): (-?[\d.]+)", process.stdout.splitlines()[-1])
     assert match is not None, process.stdout
