@@ -68,13 +68,13 @@ napoleon_custom_sections = [("Options", "params_style"), ("Keys", "params_style"
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(torch|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
+        r"(torch|optuna|torchmetrics|accelerate|numpy|np|pd|collections|contextlib|dataclasses|typing|typing_extensions)\..*",
     ),
     (r"py:.*", r"(nn|optim|os|pathlib|datetime|abc|enum|types|tqdm)\..*"),
     # Signatures contain non-public types, such as type parameters, which are not documented.
     (r"py:.*", r"ptacc\.\w+\.\w+.*"),
     (r"py:.*", r"[A-Z]\w*T(_co|_contra)?|Mode|Path|PathLike|HistoryFile|ImageLike|Optimizer|Figure"),
-    (r"py:.*", r"Tensor|Processor|Rows|Factor"),
+    (r"py:.*", r"Tensor|BaseTrial|Processor|Rows|Factor"),
 ]
 
 
