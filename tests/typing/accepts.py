@@ -484,6 +484,7 @@ assert_type(everything.mixed_precision, Literal["no", "fp16", "bf16"] | None)
 assert_type(everything.gradient_accumulation_steps, int)
 everything.accumulation_schedule = {Steps(1000): 2, Steps(5000): 4}
 everything.accumulation_schedule = {Epochs(3): 4}
+assert_type(everything.spike_action, Literal["clip", "skip", "stop"])
 assert_type(everything.metrics, Mapping[str, MetricLike])
 assert_type(everything.seed, int | None)
 

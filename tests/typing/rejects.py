@@ -1120,3 +1120,12 @@ def item_limits() -> None:
     # 124 a cadence instead of a number of items
     show(Trainer(net, loss_func=loss, optimizer=opt).train(data, max_items=500))
     show(Trainer(net, loss_func=loss, optimizer=opt).train(data, max_items=Items(500)))  # type: ignore[call-overload]
+
+
+# ==== spikes
+
+
+def spikes() -> None:
+    # 125 an unknown action
+    show(Mixed(net, loss_func=loss, optimizer=opt, max_loss_deviations=4.0, spike_action="skip"))
+    show(Mixed(net, loss_func=loss, optimizer=opt, max_loss_deviations=4.0, spike_action="warn"))  # type: ignore[arg-type]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from ptacc.composition.composable import hook
 from ptacc.core.batch_hooks import BatchMixin
-from ptacc.errors import DataError, OptionError
+from ptacc.errors import DataError
 from ptacc.metrics.aggregation import compute_metrics, prepare_metrics
+from ptacc.metrics.names import check_metrics, check_names, list_metric_names
 from ptacc.metrics.state import MetricStates
 from ptacc.run.state import StateKey
 from ptacc.types.aliases import BatchT, OutputT
-from ptacc.types.outputs import RESERVED_NAMES, StepOutput
+from ptacc.types.outputs import StepOutput
 from ptacc.types.protocols import MetricLike
-from ptacc.validation import value_text
 
 TRAIN_METRICS: StateKey[MetricStates] = StateKey("train_metrics", each_rank=True)
 
@@ -57,16 +55,8 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     @override
     def check_options(self) -> None:
         owner = type(self).__name__
-        for option, metrics in (("metrics", self.metrics), ("train_metrics", self.train_metrics)):
-            check_metrics(owner, option, metrics)
+        check_metrics(owner, {"metrics": self.metrics, "train_metrics": self.train_metrics})
         check_names(owner, self.metrics)
-        all_metrics = [*self.metrics.values(), *self.train_metrics.values()]
-        counts = Counter(map(id, all_metrics))
-        if repeated := [metric for metric in all_metrics if counts[id(metric)] > 1]:
-            raise OptionError(
-                f"{owner}: one {type(repeated[0]).__name__} is given twice, and its state would mix the data of both "
-                "places. Give each place its own: metric.clone()."
-            )
 
     @hook("default")
     def update_metrics(self, batch: BatchT, output: StepOutput[OutputT], metrics: Iterable[MetricLike]) -> None:
@@ -135,41 +125,3 @@ class MetricsMixin(BatchMixin[BatchT, OutputT]):
     @override
     def train_value_names(self) -> frozenset[str]:
         return super().train_value_names() | {f"train/{name}" for name in list_metric_names(self.train_metrics)}
-
-
-def check_metrics(owner: str, option: str, metrics: object) -> None:
-    """Raise `OptionError` unless `metrics` is a mapping from names to metrics."""
-    if not isinstance(metrics, Mapping | nn.ModuleDict):
-        raise OptionError(
-            f"{owner}({option}={value_text(metrics)}): must be a mapping from names to metrics: "
-            f'{option}={{"accuracy": MulticlassAccuracy(10)}}.'
-        )
-    for name, metric in metrics.items():
-        if isinstance(metric, type) or not isinstance(metric, MetricLike):
-            raise OptionError(
-                f"{owner}({option}={{{name!r}: {value_text(metric)}}}): must be a metric: an instance, with update, "
-                "compute and reset."
-            )
-
-
-def check_names(owner: str, metrics: Mapping[str, MetricLike]) -> None:
-    """Raise `OptionError` for names that the trainer reports already, and for names that two metrics report."""
-    if taken := RESERVED_NAMES & metrics.keys():
-        raise OptionError(
-            f"{owner}(metrics={{{min(taken)!r}: ...}}): every run reports a value of this name already. "
-            "Give the metric another name."
-        )
-    counts = Counter(reported for name, metric in metrics.items() for reported in list_metric_names({name: metric}))
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise OptionError(
-            f"{owner}(metrics=...): two metrics report {min(repeated)!r}, one of them in a collection. Give one of "
-            "them another name."
-        )
-
-
-def list_metric_names(metrics: Mapping[str, MetricLike]) -> frozenset[str]:
-    """Return the names under which metrics are reported: `name/key` for each metric of a collection."""
-    names: set[str] = set()
-    for name, metric in metrics.items():
-        names |= {f"{name}/{key}" for key in metric} if isinstance(metric, nn.ModuleDict) else {name}
-    return frozenset(names)

@@ -157,6 +157,8 @@ def check_composes(trainer: TrainerCore, config: ZeroConfig) -> None:
         found.append("EMAMixin")
     if isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
         found.append(f"swa_start={trainer.swa_start}")
+    if getattr(trainer, "spike_action", "clip") != "clip":
+        raise OptionError(f'{config.owner}: DeepSpeed cannot skip a step. Use spike_action="clip", or FSDPMixin.')
     where = "ZeRO 3" if config.stage == 3 else "bf16.enabled"
     if found and (config.stage == 3 or config.has_bf16_weights):
         raise OptionError(

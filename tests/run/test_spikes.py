@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from ptacc.run.gradient_norms import WARMUP_STEPS, GradientNorms
+from ptacc.run.spikes import WARMUP_STEPS, RunningDeviation
 
 
-def follow(values: list[float], norms: GradientNorms | None = None) -> GradientNorms:
-    norms = norms or GradientNorms(torch.device("cpu"))
+def follow(values: list[float], norms: RunningDeviation | None = None) -> RunningDeviation:
+    norms = norms or RunningDeviation(torch.device("cpu"))
     for value in values:
         norms.add(torch.tensor(value, dtype=torch.float64), norms.limit(3.0))
     return norms
@@ -39,6 +39,6 @@ def test_a_spike_counts_as_the_limit() -> None:
 
 def test_a_loaded_state_continues_exactly() -> None:
     values = torch.rand(3 * WARMUP_STEPS).tolist()
-    loaded = GradientNorms(torch.device("cpu"))
+    loaded = RunningDeviation(torch.device("cpu"))
     loaded.load_state_dict(follow(values[:40]).state_dict())
     assert follow(values[40:], loaded).state_dict() == follow(values).state_dict()
