@@ -26,6 +26,7 @@ from ptacc import (
     DeepSpeedMixin,
     EarlyStoppingMixin,
     EMAMixin,
+    Epochs,
     FSDPMixin,
     GradCheckpointMixin,
     LRSchedulerMixin,
@@ -634,6 +635,10 @@ def test_a_trainer_without_the_mixin_rejects_such_a_launch(monkeypatch: pytest.M
             "offload_param.device='nvme': must be",
         ),
         ({"deepspeed_config": {"gradient_accumulation_steps": 4}}, "steps=4, and the trainer .*steps=2"),
+        (
+            {"accumulation_schedule": {Epochs(1): 4}, "deepspeed_config": {"gradient_accumulation_steps": 2}},
+            "steps=2, and the trainer .*steps=2, 4 after 1 epoch",
+        ),
         ({"deepspeed_config": {"gradient_clipping": 1.0}}, "clipping=1.0, and the trainer max_grad_norm=0.5"),
         ({"deepspeed_config": {"bf16": {"enabled": True}}}, "bf16.enabled=True, and the trainer mixed_precision='no'"),
         ({"deepspeed_config": {"fp16": {"enabled": True}}}, "fp16.enabled=True, and the trainer mixed_precision='no'"),

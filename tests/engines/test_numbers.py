@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptacc import DeepSpeedMixin, FSDPMixin, TensorParallelMixin
+from ptacc import DeepSpeedMixin, FSDPMixin, Steps, TensorParallelMixin
 from tests.engines.nets import GLOBAL_BATCH, SPLIT, STEPS, Usual, check_equal, digits, make, make_pairs, train
 from tests.marks import DEEPSPEED
 from tests.ranks import run_ranks
@@ -79,4 +79,15 @@ def test_the_losses_are_those_of_one_process(
     differences = [abs(mine - its) for one in numbers for mine, its in zip(one.losses, alone.losses, strict=True)]
     record_property("largest difference of a loss", max(differences))
     assert max(differences) <= 1e-5
+    check_equal(numbers, alone, rtol=engine.rtol)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", "zero 2", *(pytest.param(name, marks=prove) for name in ("tensor parallel", "zero 3"))]
+)
+def test_the_number_of_batches_per_step_may_change(name: str) -> None:
+    engine = ENGINES[name]
+    options: dict[str, Any] = {"make_model": engine.make_model, "accumulation_schedule": {Steps(4): 1, Steps(9): 3}}
+    alone = train(Usual, **options)
+    numbers = run_ranks(lambda: train(engine.kind, **options, **engine.options), 2)
     check_equal(numbers, alone, rtol=engine.rtol)

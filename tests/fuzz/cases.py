@@ -33,6 +33,8 @@ class Case:
         killed_rank: The rank that is killed.
         updates: `"together"` for two optimizers that step together, `"alternating"` for two updates in each step.
         freeze_at: The epoch in which a callback freezes a parameter by hand, counted from 1; 0 for none.
+        accumulation_schedule: `"epochs"` or `"steps"` if the number of batches of a step changes, by which of them.
+        max_items: Limit on items, None for no limit.
     """
 
     model: str = "linear"
@@ -57,6 +59,8 @@ class Case:
     killed_rank: int = 0
     updates: str = "one"
     freeze_at: int = 0
+    accumulation_schedule: str = "none"
+    max_items: int | None = None
 
     @property
     def is_valid(self) -> bool:
@@ -92,12 +96,17 @@ def draw(seed: int) -> Case:
         pass
     while not (extended := draw_updates(case, added)).is_valid:
         pass
-    return extended
+    return draw_lengths(extended, random.Random(f"lengths {seed}"))
 
 
 def draw_updates(case: Case, chance: random.Random) -> Case:
     updates = chance.choice(["one", "one", "together", "alternating"])
     return replace(case, updates=updates, freeze_at=chance.choice([0, 0, 1, 2]))
+
+
+def draw_lengths(case: Case, chance: random.Random) -> Case:
+    schedule = chance.choice(["none", "none", "epochs", "steps"])
+    return replace(case, accumulation_schedule=schedule, max_items=chance.choice([None, None, chance.randint(1, 30)]))
 
 
 def draw_any(chance: random.Random) -> Case:

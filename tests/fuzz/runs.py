@@ -52,6 +52,12 @@ OPTIONS: dict[str, tuple[type[TrainerCore], dict[str, Any]]] = {
     "early_stopping": (EarlyStoppingMixin, {"early_stopping_monitor": "loss", "early_stopping_patience": 2}),
 }
 
+ACCUMULATION: dict[str, Any] = {
+    "none": None,
+    "epochs": {Epochs(1): 3, Epochs(2): 1},
+    "steps": {Steps(1): 3, Steps(2): 2},
+}
+
 
 class CountSteps(Callback[TrainerCore]):
     """Has a state, and counts events."""
@@ -166,6 +172,7 @@ def make_trainer(case: Case, directory: Path, killed: Killed, callbacks: Sequenc
         model,
         optimizer=optimizers["first"] if case.updates == "one" else OptimizerDict(optimizers),
         gradient_accumulation_steps=case.accumulation,
+        accumulation_schedule=ACCUMULATION[case.accumulation_schedule],
         checkpoint_dir=directory / "run",
         checkpoint_every=Steps(case.save_every) if case.save_every else Epochs(1),
         checkpoint_in_background=case.in_background,
@@ -186,7 +193,8 @@ def monitor(case: Case) -> str:
 
 
 def run_options(case: Case) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_epochs": case.epochs, "max_steps": case.max_steps}
+    options: dict[str, Any] = {name: getattr(case, name) for name in ("max_steps", "max_items")}
+    options["num_epochs"] = case.epochs
     if case.evaluate_every:
         options["evaluate_every"] = Steps(case.evaluate_every)
     if case.data in READY | OWN_BATCHES:
