@@ -103,6 +103,21 @@ def test_processes_take_the_same_steps(name: str) -> None:
     assert weights == pytest.approx(weight(trainer).flatten().tolist(), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_processes_resume_exactly(tmp_path: Path, name: str) -> None:
+    def worker(directory: Path, **options: Any) -> list[float]:
+        trainer, *_ = train(name, Saving, batch=2, checkpoint_dir=directory, **options)
+        return weight(trainer).flatten().tolist()
+
+    def resume_at_some_steps() -> list[list[float]]:
+        whole = worker(tmp_path / "whole", checkpoint_every=Steps(1), keep_last=None)
+        starts = [tmp_path / "whole" / f"step-{step:08}" for step in (2, 4, 8, 9, 12)]
+        return [whole, *(worker(tmp_path / start.name, resume=start) for start in starts)]
+
+    for results in run_ranks(resume_at_some_steps, 2, timeout=60):
+        assert results == [results[0]] * 6
+
+
 def test_the_description_shows_each_global_batch_and_the_length_of_the_run() -> None:
     trainer = Accumulating(**tiny_parts(), accumulation_schedule=BY_EPOCH)
     rows: Any = dict(trainer.explain(tiny_data(28), num_epochs=4, per_device_batch_size=4)["batches"])  # type: ignore[arg-type]
