@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 PACKAGES = [
     "__main__",
     "cli",
+    "eject",
     "report",
     "",  # ptacc itself, which re-exports the public names
     "protocols",

@@ -1,4 +1,4 @@
-"""The command line: lists, verifies and exports checkpoints, and reports on runs.
+"""The command line: lists, verifies and exports checkpoints, reports on runs, and writes scripts.
 
 ```
 ptacc checkpoints runs/digits                          lists the checkpoints
@@ -7,6 +7,7 @@ ptacc export runs/digits digits.safetensors            writes the weights of the
 ptacc export runs/digits best.safetensors --best eval_loss             or of the best one
 ptacc runs runs                                        lists the runs below a directory
 ptacc report runs/digits -o digits.html                writes a page with the curves of a run
+ptacc eject train:MyTrainer -o plain.py                writes the script that a composed trainer amounts to
 ```
 
 Each path of checkpoints may be a URL: `ptacc verify s3://bucket/runs/digits`.
@@ -85,6 +86,8 @@ class Options(argparse.Namespace):
     runs: list[Path]
     averages: str | None
     force: bool
+    trainer: str
+    script: Path | None
     best: str | None
     mode: Mode
 
@@ -122,6 +125,14 @@ def make_parser() -> argparse.ArgumentParser:
     exporting.set_defaults(command=export)
 
     add_run_commands(commands)
+
+    ejecting = commands.add_parser(
+        "eject", help="write a script for PyTorch and Accelerate that does what a trainer does"
+    )
+    ejecting.add_argument("trainer", metavar="MODULE:NAME", help="a class of trainers, a trainer, or a function of one")
+    ejecting.add_argument("-o", dest="script", type=expand_file, metavar="FILE", help="default: standard output")
+    ejecting.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
+    ejecting.set_defaults(command=eject)
     return parser
 
 
@@ -229,6 +240,20 @@ def report(options: Options) -> int:
     found = [read_run(path) for given in options.runs for path in find_runs(given)]
     options.page.write_text(make_page(found), encoding="utf-8")
     print_line(f"{options.page}: {', '.join(run.title for run in found)}")
+    return 0
+
+
+def eject(options: Options) -> int:
+    """Write the script of a trainer."""
+    from ptacc.eject.command import eject as make_script
+
+    source, file = make_script(options.trainer), options.script
+    if file is None:
+        print_line(source.removesuffix("\n"))
+        return 0
+    with file.open("w" if options.force else "x", encoding="utf-8") as opened:
+        opened.write(source)
+    print_line(f"{file}: {options.trainer}")
     return 0
 
 

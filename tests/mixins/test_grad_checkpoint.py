@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from ptacc import (
     AMPMixin,
+    CompileMixin,
     GradAccumMixin,
     GradCheckpointMixin,
     Pair,
@@ -329,3 +330,23 @@ def test_a_model_with_a_cache_trains_without_it_and_has_it_again_after_the_run()
     assert config.use_cache
     assert train_gpt2(["transformer.h.*"], use_cache=True, fails=True)[1].use_cache
     assert not train_gpt2(["transformer.h.*"], use_cache=False)[1].use_cache
+
+
+class Compiled(CompileMixin, GradCheckpointMixin, Trainer): ...
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace the builtin")
+def test_a_compiled_model_can_recompute_modules_without_batch_norm() -> None:
+    losses = []
+    for kind in (Trainer, Compiled):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 2))
+        options: dict[str, Any] = (
+            {} if kind is Trainer else {"gradient_checkpointing": ["0"], "compile_backend": "eager"}
+        )
+        options |= {"loss_func": nn.MSELoss(), "optimizer": torch.optim.SGD(net.parameters(), 0.1)}
+        history = kind(net, **options, default_callbacks=()).train(
+            TensorDataset(torch.ones(16, 4), torch.ones(16, 2)), num_epochs=2
+        )
+        losses.append([step.loss for step in history.steps])
+    assert losses[0] == losses[1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from ptacc.core.hooks import Mixin
@@ -35,7 +35,7 @@ class GradCheckpointMixin(Mixin):
 
     Hooks: `around_run`.
 
-    Combines with: everything.
+    Combines with: everything; with `CompileMixin`, select submodules without batch norm.
 
     Source: Chen et al., 2016, https://arxiv.org/abs/1604.06174
 
@@ -72,8 +72,8 @@ def checkpointed_forward(module: nn.Module, forward: Forward) -> Forward:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return contextlib.nullcontext(), CopiedStatistics(norms)
 
-    # Compiled code accepts only torch's own contexts.
-    context_fn = contexts if norms else noop_context_fn
+    # Compiled code accepts only torch's own contexts, and only as the default.
+    options: dict[str, Any] = {"context_fn": contexts} if norms else {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
@@ -85,6 +85,6 @@ def checkpointed_forward(module: nn.Module, forward: Forward) -> Forward:
             return forward(*values[:num_args], **dict(zip(names, values[num_args:], strict=True)))
 
         # torch preserves the random states of the devices of positional tensors only.
-        return checkpoint(call_by_position, *args, *kwargs.values(), use_reentrant=False, context_fn=context_fn)
+        return checkpoint(call_by_position, *args, *kwargs.values(), use_reentrant=False, **options)
 
     return call

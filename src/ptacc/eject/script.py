@@ -1,0 +1,159 @@
+"""The script of a trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+
+from ptacc.core.hooks import TrainerCore
+from ptacc.eject.catalog import CALLBACKS, LEFT_OUT, MIXINS, REPLACED_CALLBACKS
+from ptacc.eject.fragment import Fragment, Target
+from ptacc.eject.imports import import_block
+from ptacc.eject.literals import WIDTH, Code, assignment, is_plain
+from ptacc.eject.optimization import accumulated_steps
+from ptacc.eject.parts import make_loss, make_parts
+from ptacc.eject.steps import HOOKS, Steps, make_steps
+from ptacc.eject.template import BATCH, FUNCTIONS, RECORD, RECORD_WINDOW, WINDOW, fill
+from ptacc.errors import OptionError
+from ptacc.loop.loop import TrainingLoop
+from ptacc.loop.updates import MultiUpdateLoop
+from ptacc.mixins.amp import AMPMixin
+from ptacc.mixins.ema import EMAMixin
+from ptacc.trainers.supervised import Trainer
+
+UNWRITTEN = re.compile(r'^    raise NotImplementedError\("write (\w+)"\)$|^(\w+) = \.\.\.$', re.MULTILINE)
+
+
+def make_script(target: Target) -> str:
+    """Return the script of a trainer, or of a class with the defaults of its options.
+
+    Raises:
+        OptionError: The trainer has several updates a step, or several optimizers.
+    """
+    if target.has(MultiUpdateLoop):
+        raise OptionError(f"{target.name} cannot be ejected: the steps of a MultiUpdateLoop have several updates.")
+    fragments, steps = dict(make_fragments(target)), make_steps(target)
+    if "loss_func" in steps.source:
+        loss = make_loss(target)
+        loss.add(steps.copies)
+        steps.copies = loss
+    body = "\n\n\n".join(
+        part.strip("\n")
+        for part in (
+            make_constants(target, fragments, steps),
+            make_parts(target),
+            steps.source,
+            *dict.fromkeys(fragment.definitions for fragment in fragments.values()),
+            fill_functions(target, fragments, steps),
+        )
+        if part
+    )
+    given = steps.copies.imports.union(*(fragment.imports for fragment in fragments.values()))
+    notes = [*steps.notes, *left_out(target), *(note for part in fragments.values() for note in part.notes)]
+    return f"{make_docstring(target, notes, body)}\n\n{import_block(body, given)}\n\n{body}\n"
+
+
+def make_fragments(target: Target) -> Iterator[tuple[str, Fragment]]:
+    """Yield the fragments of mixins and callbacks, by the names of their classes."""
+    for mixin, make in MIXINS.items():
+        if target.has(mixin):
+            yield mixin.__name__, make(target)
+    for callback in target.callbacks:
+        if type(callback) in CALLBACKS:
+            yield type(callback).__name__, CALLBACKS[type(callback)](target, callback)
+
+
+# ---- the head
+
+
+def make_constants(target: Target, fragments: Mapping[str, Fragment], steps: Steps) -> str:
+    """Return the constants, those of each mixin below its name."""
+    own = {
+        name.upper(): value if is_plain(value := target.option(name)) else Code("...")
+        for name in sorted(steps.copies.options)
+    }
+    groups = {name: fragment.constants for name, fragment in fragments.items()} | {target.cls.__name__: own}
+    lines = ["NUM_EPOCHS = 1", "BATCH_SIZE = 8  # of one process", 'WEIGHTS = "weights.pt"']
+    if not any("SEED" in constants for constants in groups.values()):
+        lines.append("SEED = 0  # of the weights and the order of the data")
+    for name, constants in groups.items():
+        if constants:
+            lines += ["", f"# {name}", *(assignment(constant, value) for constant, value in constants.items())]
+    batch = "tuple[Tensor, Tensor]  # inputs and targets" if target.has(Trainer) else "Any"
+    return "\n".join([*lines, "", f"Batch = {batch}"])
+
+
+def make_docstring(target: Target, notes: list[str], body: str) -> str:
+    """Return the docstring of a script: where it comes from, what is to write, and what differs from the trainer."""
+    about = (
+        f"`ptacc eject {target.name}` wrote it. For the same model, batches and seed, its losses on one process equal "
+        "those of the trainer to the last bit, apart from what is listed below."
+    )
+    order = (
+        "The order of the data is that of torch's `shuffle=True`. On several processes, Accelerate repeats samples in "
+        "training to fill the last batch."
+    )
+    unwritten = ", ".join(f"`{name or constant}`" for name, constant in UNWRITTEN.findall(body))
+    paragraphs = [about, f"To write: {unwritten}." if unwritten else "", "Differences from the trainer:"]
+    listed = [textwrap.fill(f"- {note}", WIDTH, subsequent_indent="  ") for note in (order, *notes)]
+    texts = [f'"""{target.cls.__name__} as a script for PyTorch and Accelerate.']
+    texts += [textwrap.fill(paragraph, WIDTH) for paragraph in paragraphs if paragraph]
+    return "\n\n".join([*texts, "\n".join(listed)]) + '\n"""'
+
+
+def left_out(target: Target) -> Iterator[str]:
+    """Yield what is left out of the trainer: mixins, callbacks, and hooks of the user's own classes."""
+    for mixin, text in LEFT_OUT.items():
+        if target.has(mixin):
+            yield f"`{mixin.__name__}` is left out: {text}"
+    for callback in target.callbacks:
+        if type(callback) not in CALLBACKS and not isinstance(callback, REPLACED_CALLBACKS):
+            yield f"The callback `{type(callback).__name__}` is left out."
+    for cls in target.cls.__mro__:
+        if cls.__module__.partition(".")[0] != "ptacc" and issubclass(cls, TrainerCore):
+            for name in vars(cls):
+                is_hook = any(name in vars(base) for base in TrainingLoop.__mro__[:-1]) and callable(vars(cls)[name])
+                if is_hook and name not in (*HOOKS, "check_options", "__init__") and not name.startswith("_"):
+                    yield f"`{cls.__name__}.{name}` is left out."
+
+
+# ---- the functions
+
+
+def fill_functions(target: Target, fragments: Mapping[str, Fragment], steps: Steps) -> str:
+    """Return the functions of evaluation and training."""
+    texts = {
+        place.name: "\n".join(filter(None, (getattr(fragment, place.name) for fragment in fragments.values())))
+        for place in dataclasses.fields(Fragment)
+        if place.type == "str"
+    }
+    texts["accelerator"] = make_accelerator([text for part in fragments.values() for text in part.accelerator])
+    averages = target.has(EMAMixin)
+    model = "evaluated" if averages and target.option("ema_evaluates") else "accelerator.unwrap_model(model)"
+    texts["returned"] = f"return {'average' if averages else 'original'}, history"
+    texts["signature"] = "def evaluate(model: nn.Module, loader: DataLoader) -> dict[str, float]:"
+    texts["evaluation"] = f"values |= evaluate({model}, eval_loader)"
+    if texts["parameters"]:
+        parameters = "".join(
+            f"    {name},\n" for name in ("model: nn.Module", "loader: DataLoader", texts["parameters"])
+        )
+        texts["signature"] = f"def evaluate(\n{parameters}) -> dict[str, float]:"
+        texts["evaluation"] = f"values |= evaluate({model}, eval_loader, metrics)"
+    is_window = accumulated_steps(target) > 1
+    texts["step_end"] = (RECORD_WINDOW if is_window else RECORD) + texts["step_end"]
+    if target.has(AMPMixin) and target.option("mixed_precision") == "fp16":
+        step_end = textwrap.indent(texts["step_end"], "    ")
+        texts["step_end"] = f"if not accelerator.optimizer_step_was_skipped:\n{step_end}"
+    texts["batches"] = fill(WINDOW if is_window else BATCH, texts)
+    source = fill(FUNCTIONS, texts)
+    return source.replace("train_step(", f"{steps.train}(").replace("eval_step(", f"{steps.evaluate}(")
+
+
+def make_accelerator(arguments: list[str]) -> str:
+    """Return the statement that makes the accelerator."""
+    if len(arguments) < 2 and "\n" not in "".join(arguments):
+        return f"accelerator = Accelerator({''.join(arguments)})"
+    lines = "".join(textwrap.indent(f"{argument},\n", "    ") for argument in arguments)
+    return f"accelerator = Accelerator(\n{lines})"

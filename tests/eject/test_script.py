@@ -1,0 +1,185 @@
+"""A script is formatted, says what it leaves out, and has the user's own losses."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
+
+import ptacc
+from ptacc import (
+    BatchMixin,
+    CheckpointMixin,
+    EMAMixin,
+    GradAccumMixin,
+    LRSchedulerMixin,
+    Mixin,
+    MultiUpdateLoop,
+    OptimizerDict,
+    Pair,
+    RestoreBestWeights,
+    RunPlan,
+    StepOutput,
+    StepResult,
+    StopOnNonFinite,
+    Trainer,
+    TrainingLoop,
+)
+from ptacc.eject.catalog import LEFT_OUT, MIXINS
+from ptacc.eject.command import make_target
+from ptacc.eject.script import make_script
+from ptacc.errors import OptionError
+from tests.eject.compositions import (
+    CASES,
+    RecordedLoss,
+    assert_equal,
+    eject,
+    load_script,
+    make_net,
+    make_optimizer,
+    make_trainer,
+    run_script,
+    train,
+)
+
+SCALE = 0.5
+
+
+def scaled(loss: Tensor) -> Tensor:
+    return loss * SCALE  # of the module
+
+
+class Smoothed(Trainer):
+    smoothing: float = 0.25
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss with smoothed labels."""
+        return scaled(cross_entropy(outputs, targets, label_smoothing=self.smoothing))
+
+
+class Autoencoder(GradAccumMixin, TrainingLoop[Pair, Tensor]):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        inputs, _ = batch
+        outputs = self.model(inputs)  # three columns
+        return StepOutput(loss=mse_loss(outputs, inputs[:, :3]), outputs=outputs)
+
+
+class Summing(Trainer):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        outputs = self.model(batch[0])
+        return StepOutput.from_sum(outputs.sum(), outputs=outputs)
+
+    @override
+    def on_step_end(self, step: StepResult) -> None:
+        super().on_step_end(step)
+
+
+class Alternating(MultiUpdateLoop[Pair, Tensor]): ...
+
+
+class Scheduled(LRSchedulerMixin, EMAMixin, Trainer): ...
+
+
+class Watching(LRSchedulerMixin, Trainer): ...
+
+
+def script_of(cls: Any) -> str:
+    return make_script(make_target(f"tests:{cls.__name__}", cls))
+
+
+def test_every_mixin_is_in_scripts_or_is_left_out_with_a_reason() -> None:
+    public = {value for value in vars(ptacc).values() if isinstance(value, type) and issubclass(value, Mixin)}
+    assert MIXINS.keys().isdisjoint(LEFT_OUT)
+    assert {*MIXINS, *LEFT_OUT} == public - {Mixin, BatchMixin}
+    assert {CASES[case][0] for case in CASES} == set(MIXINS)
+
+
+@pytest.mark.parametrize(
+    "cases", [(), *((case,) for case in CASES), tuple(CASES)], ids=lambda cases: "+".join(cases) or "none"
+)
+def test_scripts_pass_ruff(cases: tuple[str, ...], tmp_path: Path) -> None:
+    different = {CASES[case][0]: case for case in cases}
+    callbacks = [StopOnNonFinite(), RestoreBestWeights("eval_loss")] if "swa" not in cases else []
+    file = tmp_path / "script.py"
+    file.write_text(eject(make_trainer(different.values(), RecordedLoss(), callbacks=callbacks)))
+    for command in (["check", "--select", "E4,E7,E9,F,I,UP,B", "--ignore", "B905"], ["format", "--diff"]):
+        subprocess.run(["ruff", *command, "--isolated", file], check=True, timeout=60)
+
+
+def test_a_script_does_not_import_this_library() -> None:
+    assert "import ptacc" not in eject(make_trainer(CASES, RecordedLoss()))
+    assert "from ptacc" not in script_of(Scheduled)
+
+
+@pytest.mark.parametrize("cls", [Smoothed, Autoencoder], ids=lambda cls: cls.__name__)
+def test_the_losses_of_a_class_are_copied(cls: type[TrainingLoop[Any, Any]], tmp_path: Path) -> None:
+    net = make_net()
+    loss = {"loss_func": cross_entropy} if issubclass(cls, Trainer) else {}
+    options: dict[str, Any] = {"optimizer": make_optimizer(net), "default_callbacks": (), **loss}
+    trainer = cls(net, **options)
+    script = load_script(eject(trainer), tmp_path)
+    assert_equal(run_script(script, []), train(trainer, []))
+
+
+def test_a_copy_keeps_comments_and_names_options_as_constants() -> None:
+    source = script_of(Smoothed)
+    assert "# Smoothed\nSMOOTHING = 0.25\n" in source
+    assert "    return loss * SCALE  # of the module\n" in source
+    assert "label_smoothing=SMOOTHING" in source
+
+
+def test_a_step_that_cannot_be_copied_is_to_write() -> None:
+    source = " ".join(script_of(Summing).split())
+    assert "To write: `make_model`, `make_optimizer`, `make_datasets`, `loss_func`, `train_step`." in source
+    assert "`Summing.train_step` is not copied: train_step uses StepOutput.from_sum. Write `train_step`." in source
+    assert "`Summing.on_step_end` is left out." in source
+
+
+def test_options_of_a_class_without_a_default_are_to_write() -> None:
+    source = script_of(Scheduled)
+    assert "\nEMA_DECAY = ...\n" in source
+    assert "`create_scheduler`" in source.partition("Differences")[0]
+
+
+def test_what_is_left_out_says_what_to_use() -> None:
+    class Saving(CheckpointMixin, Trainer): ...
+
+    assert "- `CheckpointMixin` is left out: a run does not resume." in script_of(Saving)
+
+
+def test_parts_of_torch_are_written_with_their_arguments() -> None:
+    net = make_net()
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    source = eject(Trainer(net, loss_func=loss, optimizer=torch.optim.AdamW(net.parameters(), lr=0.02)))
+    assert "    return torch.optim.AdamW(model.parameters(), lr=0.02)\n" in source
+    assert "\nloss_func = nn.CrossEntropyLoss(label_smoothing=0.1)\n" in source
+
+
+def test_several_updates_and_optimizers_are_errors() -> None:
+    net = make_net()
+    halves = {"low": net.block, "high": net.head}
+    both = OptimizerDict({name: make_optimizer(half) for name, half in halves.items()})
+    with pytest.raises(OptionError, match="a MultiUpdateLoop have several updates"):
+        script_of(Alternating)
+    with pytest.raises(OptionError, match="it has the optimizers low, high"):
+        eject(Trainer(net, loss_func=cross_entropy, optimizer=both))
+
+
+def test_a_scheduler_that_takes_values_steps_after_the_evaluation() -> None:
+    def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
+        return ReduceLROnPlateau(optimizer, patience=0)
+
+    source = eject(make_trainer(("scheduled",), RecordedLoss()))
+    assert '        scheduler.step(values["eval_loss"])\n' not in source
+    net = make_net()
+    trainer = Watching(net, loss_func=cross_entropy, optimizer=make_optimizer(net), create_scheduler=plateau)
+    assert '        scheduler.step(values["eval_loss"])\n' in eject(trainer)
