@@ -32,6 +32,7 @@ from ptacc.checkpoint.frozen import FROZEN
 from ptacc.checkpoint.parts import MODEL, read_full_parts
 from ptacc.display.numbers import format_bytes
 from ptacc.display.tables import align
+from ptacc.eject.command import eject as make_script
 from ptacc.errors import OptionError, PtaccError
 from ptacc.files.paths import parse_path, resolve_links
 from ptacc.files.remote_filesystem import select_filesystem
@@ -245,14 +246,13 @@ def report(options: Options) -> int:
 
 def eject(options: Options) -> int:
     """Write the script of a trainer."""
-    from ptacc.eject.command import eject as make_script
-
     source, file = make_script(options.trainer), options.script
     if file is None:
         print_line(source.removesuffix("\n"))
         return 0
-    with file.open("w" if options.force else "x", encoding="utf-8") as opened:
-        opened.write(source)
+    if file.exists() and not options.force:
+        raise OptionError(f"{file} exists. Give --force to overwrite it.")
+    file.write_text(source, encoding="utf-8")
     print_line(f"{file}: {options.trainer}")
     return 0
 

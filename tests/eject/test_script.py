@@ -183,3 +183,38 @@ def test_a_scheduler_that_takes_values_steps_after_the_evaluation() -> None:
     net = make_net()
     trainer = Watching(net, loss_func=cross_entropy, optimizer=make_optimizer(net), create_scheduler=plateau)
     assert '        scheduler.step(values["eval_loss"])\n' in eject(trainer)
+
+
+class Named(Trainer):
+    weights: float = 1.0
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * self.weights
+
+
+def train_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return evaluate(outputs) + targets.sum()
+
+
+def evaluate(outputs: Tensor) -> Tensor:
+    return outputs.sum()
+
+
+@pytest.mark.parametrize("name", ["Named", "evaluate"])
+def test_names_that_a_script_has_for_something_else_are_not_copied(name: str) -> None:
+    net = make_net()
+    other = Trainer(net, loss_func=train_loss, optimizer=make_optimizer(net))
+    source = script_of(Named) if name == "Named" else eject(other)
+    assert f'NotImplementedError("write {"compute_train_loss" if name == "Named" else "loss_func"}")' in source
+
+
+def test_mixins_that_change_nothing_are_named() -> None:
+    class Idle(GradAccumMixin, Trainer): ...
+
+    assert "with the options that they have: `GradAccumMixin`." in " ".join(script_of(Idle).split())
+
+
+def test_the_guide_names_the_mixins_of_scripts() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "eject.md").read_text(encoding="utf-8")
+    assert [mixin.__name__ for mixin in (*MIXINS, *LEFT_OUT) if f"`{mixin.__name__}`" not in guide] == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Generator
 from inspect import Parameter, signature
 from types import FunctionType
 
@@ -29,20 +31,32 @@ def eject(name: str) -> str:
         raise OptionError(
             f"{name!r} is not the name of a trainer: it must be module:attribute, such as train:MyTrainer."
         )
+    with imported_from_here():
+        return make_script(make_target(name, load(path, attribute)))
+
+
+@contextlib.contextmanager
+def imported_from_here() -> Generator[None]:
+    """Import modules of the current directory within the block."""
     sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def load(path: str, attribute: str) -> object:
+    """Return an attribute of a module."""
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
-        raise OptionError(
-            f"There is no module {error.name!r} in the current directory or among the packages."
-        ) from error
-    finally:
-        sys.path.remove("")
+        raise OptionError(f"There is no module {error.name!r} in this directory or among the packages.") from error
     if not hasattr(module, attribute):
         raise OptionError(f"The module {path} has no {attribute!r}. {did_you_mean(attribute, list(vars(module)))}")
-    return make_script(make_target(name, getattr(module, attribute)))
+    found: object = getattr(module, attribute)
+    return found
 
 
 def make_target(name: str, found: object) -> Target:

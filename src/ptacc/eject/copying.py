@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 
-from ptacc.eject.imports import split_import
+from ptacc.eject.imports import KNOWN, is_known, split_import
 from ptacc.eject.literals import assignment, is_plain
 from ptacc.types.aliases import Pair
 from ptacc.types.outputs import StepOutput
@@ -23,6 +23,17 @@ RENAMED: dict[str, tuple[object, str]] = {
     "StepOutput": (StepOutput, "StepOutput"),
 }
 """Names of this library that a function may use, with what a script has in their place."""
+SCRIPT_NAMES = {
+    "train",
+    "evaluate",
+    "main",
+    "mean_loss",
+    "make_model",
+    "make_optimizer",
+    "make_datasets",
+    "make_windows",
+}
+"""Functions of each script."""
 DECORATORS = ("override", "hook")
 
 
@@ -199,6 +210,10 @@ class Copy:
             if name in RENAMED and value is RENAMED[name][0]:
                 self.copies.ours.add(name)
                 self.edits.replace(self.edits.start(node), self.edits.end(node), RENAMED[name][1])
+            elif is_known(name, value):
+                continue
+            elif name in SCRIPT_NAMES or name in KNOWN:
+                raise NotCopiedError(f"{self.node.name} uses {name}, which is another object in a script")
             elif name in self.imports:
                 if self.imports[name].split()[1].partition(".")[0] == "ptacc":
                     raise NotCopiedError(f"{self.node.name} uses ptacc's {name}")

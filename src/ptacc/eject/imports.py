@@ -8,17 +8,11 @@ from collections.abc import Collection
 
 from ptacc.eject.literals import WIDTH
 
+SETTINGS = ("DDPCommunicationHookType", "DistributedDataParallelKwargs", "TorchDynamoPlugin")
 FROM = {
     "accelerate": ("Accelerator",),
     "accelerate.data_loader": ("prepare_data_loader",),
-    "accelerate.utils": (
-        "DDPCommunicationHookType",
-        "DistributedDataParallelKwargs",
-        "TorchDynamoPlugin",
-        "find_batch_size",
-        "gather_object",
-        "save",
-    ),
+    "accelerate.utils": ("find_batch_size", "gather_object", "save", *SETTINGS),
     "collections.abc": ("Iterator",),
     "contextlib": ("nullcontext",),
     "dataclasses": ("dataclass",),
@@ -56,7 +50,7 @@ def import_block(source: str, given: Collection[str]) -> str:
         <BLANKLINE>
         from torch import nn
     """
-    known = {**KNOWN, **{name: text for text in given for name, text in split_import(text).items()}}
+    known = KNOWN | {name: text for statement in given for name, text in split_import(statement).items()}
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     statements = {known[name] for name in used if name in known} | {text for text in given if "__future__" in text}
     groups: list[set[str]] = [set(), set(), set()]
@@ -64,6 +58,13 @@ def import_block(source: str, given: Collection[str]) -> str:
         module = statement.split()[1].partition(".")[0]
         groups[0 if module == "__future__" else 1 if module in sys.stdlib_module_names else 2].add(statement)
     return "\n\n".join("\n".join(sorted_imports(group)) for group in groups if group)
+
+
+def is_known(name: str, value: object) -> bool:
+    """Return whether a name that fragments use stands for an object."""
+    names: dict[str, object] = {}
+    exec(KNOWN.get(name, ""), names)
+    return name in names and names[name] is value
 
 
 def split_import(statement: str) -> dict[str, str]:

@@ -9,7 +9,6 @@ from ptacc.eject.fragment import Fragment, Target
 from ptacc.eject.literals import Code, literal
 from ptacc.mixins.ema import EMAMixin
 from ptacc.mixins.engines.ddp import DDPMixin
-from ptacc.mixins.freeze import FreezeMixin
 from ptacc.model.selection import select_submodules
 from ptacc.types.progress import Steps
 
@@ -208,9 +207,9 @@ def swa(target: Target) -> Fragment:
     return Fragment(
         constants={"SWA_START": start},
         definitions=UPDATE_AVERAGE,
-        notes=("`SWAMixin`: `update_bn` recomputes the statistics of frozen norm layers, too.",)
-        if target.has(FreezeMixin)
-        else (),
+        notes=(
+            "`SWAMixin`: `update_bn` calls the model with the first part of a batch, and updates frozen norms, too.",
+        ),
         start="# SWAMixin: the run ends with the mean of the weights of the last epochs.\n"
         "swa_average, num_averaged = copy.deepcopy(model), 0",
         prepared="swa_average.to(accelerator.device)",

@@ -17,7 +17,6 @@ from ptacc.eject.parts import make_loss, make_parts
 from ptacc.eject.steps import HOOKS, Steps, make_steps
 from ptacc.eject.template import BATCH, FUNCTIONS, RECORD, RECORD_WINDOW, WINDOW, fill
 from ptacc.errors import OptionError
-from ptacc.loop.loop import TrainingLoop
 from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.ema import EMAMixin
@@ -52,6 +51,8 @@ def make_script(target: Target) -> str:
     )
     given = steps.copies.imports.union(*(fragment.imports for fragment in fragments.values()))
     notes = [*steps.notes, *left_out(target), *(note for part in fragments.values() for note in part.notes)]
+    if idle := [f"`{name}`" for name, fragment in fragments.items() if fragment == Fragment()]:
+        notes.append(f"These mixins change nothing, with the options that they have: {', '.join(idle)}.")
     return f"{make_docstring(target, notes, body)}\n\n{import_block(body, given)}\n\n{body}\n"
 
 
@@ -70,17 +71,15 @@ def make_fragments(target: Target) -> Iterator[tuple[str, Fragment]]:
 
 def make_constants(target: Target, fragments: Mapping[str, Fragment], steps: Steps) -> str:
     """Return the constants, those of each mixin below its name."""
-    own = {
-        name.upper(): value if is_plain(value := target.option(name)) else Code("...")
-        for name in sorted(steps.copies.options)
-    }
+    own = {name.upper(): target.option(name) for name in sorted(steps.copies.options)}
     groups = {name: fragment.constants for name, fragment in fragments.items()} | {target.cls.__name__: own}
     lines = ["NUM_EPOCHS = 1", "BATCH_SIZE = 8  # of one process", 'WEIGHTS = "weights.pt"']
     if not any("SEED" in constants for constants in groups.values()):
         lines.append("SEED = 0  # of the weights and the order of the data")
     for name, constants in groups.items():
         if constants:
-            lines += ["", f"# {name}", *(assignment(constant, value) for constant, value in constants.items())]
+            lines += ["", f"# {name}"]
+            lines += (assignment(key, value if is_plain(value) else Code("...")) for key, value in constants.items())
     batch = "tuple[Tensor, Tensor]  # inputs and targets" if target.has(Trainer) else "Any"
     return "\n".join([*lines, "", f"Batch = {batch}"])
 
@@ -112,11 +111,20 @@ def left_out(target: Target) -> Iterator[str]:
         if type(callback) not in CALLBACKS and not isinstance(callback, REPLACED_CALLBACKS):
             yield f"The callback `{type(callback).__name__}` is left out."
     for cls in target.cls.__mro__:
-        if cls.__module__.partition(".")[0] != "ptacc" and issubclass(cls, TrainerCore):
-            for name in vars(cls):
-                is_hook = any(name in vars(base) for base in TrainingLoop.__mro__[:-1]) and callable(vars(cls)[name])
-                if is_hook and name not in (*HOOKS, "check_options", "__init__") and not name.startswith("_"):
-                    yield f"`{cls.__name__}.{name}` is left out."
+        if not is_ours(cls):
+            yield from (f"`{cls.__name__}.{name}` is left out." for name in own_hooks(target.cls, cls))
+
+
+def is_ours(cls: type) -> bool:
+    """Return whether a class is of this library."""
+    return cls.__module__.partition(".")[0] == "ptacc"
+
+
+def own_hooks(trainer: type[TrainerCore], cls: type) -> list[str]:
+    """Return the hooks that a class of the user overrides, without those that the script has as functions."""
+    options = {option.name for option in dataclasses.fields(trainer)}
+    overridden = {name for base in trainer.__mro__ if is_ours(base) for name in vars(base) if name[0] != "_"}
+    return [name for name in vars(cls) if name in overridden - options - {*HOOKS, "check_options"}]
 
 
 # ---- the functions

@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
 '''
 COUNT_ITEMS = '''\
 def count_items(batch: Batch) -> int:
-    """Return the number of items that the loss of a batch is a mean over: samples."""
+    """Return what the loss of a batch is a mean over: samples, if it ignores no target."""
     return find_batch_size(batch)
 '''
 HOOKS = {
@@ -41,6 +41,8 @@ HOOKS = {
 """The hooks that become functions, each with the parameters of the function that is to write if it is not copied."""
 WRITTEN = (Trainer, TrainingLoop, BatchHooks)
 """The classes whose hooks are written here."""
+RESERVED = {"model", "optimizer", "num_epochs", "batch_size", "weights"}
+"""Options that have no constant of their own name."""
 LOSSES = {name: name for name in ("loss_func", "compute_train_loss", "compute_eval_loss")}
 
 
@@ -74,7 +76,7 @@ class Steps:
 def make_steps(target: Target) -> Steps:
     """Copy the hooks of a trainer's class that compute losses, and write those of this library."""
     steps = Steps()
-    options = frozenset(option.name for option in dataclasses.fields(target.cls)) - {"model", "optimizer"}
+    options = frozenset(option.name for option in dataclasses.fields(target.cls)) - RESERVED
     for name, signature in HOOKS.items():
         owner = find_owner(target.cls, name)
         if owner is None or owner in WRITTEN:

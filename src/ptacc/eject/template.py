@@ -47,7 +47,7 @@ WINDOW = """\
 # GradAccumMixin: the loss of a step is the mean over the items of its batches.
 for window in make_windows(train_loader, GRADIENT_ACCUMULATION_STEPS):
     items = [count_items(batch) for batch in window]
-    step_loss = 0.0
+    step_loss = torch.zeros((), device=accelerator.device)
     for number, (batch, count) in enumerate(zip(window, items), start=1):
         # Processes average their gradients in the last batch only.
         is_last = number == len(window)
@@ -99,7 +99,6 @@ def train(
     """Train the model. Return the model to use, and the values of each epoch."""
     # <<accelerator>>
     # <<start>>
-    original = model  # without the wrappers of Accelerate
 
     train_loader = accelerator.prepare(train_loader)
     # Accelerate would repeat samples to give all processes equal numbers of batches.
@@ -107,6 +106,8 @@ def train(
         eval_loader, accelerator.device, put_on_device=True, even_batches=False
     )
     # <<plan>>
+
+    original = model  # without the wrappers of Accelerate
     model, optimizer = accelerator.prepare(model, optimizer)
     # <<prepared>>
 
