@@ -117,7 +117,7 @@ def grad_checkpoint(target: Target) -> Fragment:
 
 FREEZE = '''\
 def freeze(model: nn.Module) -> None:
-    """Freeze the parameters that `FROZEN` names, and put their norm layers in eval mode."""
+    """Freeze the parameters that `FROZEN` names. Their norm layers are in eval mode."""
     for name, parameter in model.named_parameters():
         if any(fits(name, pattern) for pattern in FROZEN):
             parameter.requires_grad_(False)
@@ -171,8 +171,9 @@ UPDATE_AVERAGE = '''\
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, weight: float) -> None:
     """Move averages towards the weights and buffers of a model. Integers are copied."""
-    tensors = zip(average.state_dict().values(), model.state_dict().values())
-    for mean, value in tensors:
+    present = model.state_dict()
+    for name, mean in average.state_dict().items():
+        value = present[name]
         if value.is_floating_point() or value.is_complex():
             mean.lerp_(value, weight)
         else:

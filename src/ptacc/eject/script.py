@@ -23,6 +23,8 @@ from ptacc.mixins.ema import EMAMixin
 from ptacc.trainers.supervised import Trainer
 
 UNWRITTEN = re.compile(r'^    raise NotImplementedError\("write (\w+)"\)$|^(\w+) = \.\.\.$', re.MULTILINE)
+HAS_NO_PLACE = re.compile(r"^check_|^predict_step$|_value_names$|^monitors$|^resume_invariants$")
+"""Hooks that change nothing of what a script does."""
 
 
 def make_script(target: Target) -> str:
@@ -111,20 +113,20 @@ def left_out(target: Target) -> Iterator[str]:
         if type(callback) not in CALLBACKS and not isinstance(callback, REPLACED_CALLBACKS):
             yield f"The callback `{type(callback).__name__}` is left out."
     for cls in target.cls.__mro__:
-        if not is_ours(cls):
-            yield from (f"`{cls.__name__}.{name}` is left out." for name in own_hooks(target.cls, cls))
+        if not is_ours(cls) and (names := own_hooks(target.cls, cls)):
+            yield f"Hooks of `{cls.__name__}` are left out: {', '.join(f'`{name}`' for name in names)}."
 
 
 def is_ours(cls: type) -> bool:
-    """Return whether a class is of this library."""
-    return cls.__module__.partition(".")[0] == "ptacc"
+    """Return whether a class is of this library, and not a ready trainer."""
+    return cls.__module__.partition(".")[0] == "ptacc" and cls.__module__ != "ptacc.trainers"
 
 
 def own_hooks(trainer: type[TrainerCore], cls: type) -> list[str]:
     """Return the hooks that a class of the user overrides, without those that the script has as functions."""
     options = {option.name for option in dataclasses.fields(trainer)}
     overridden = {name for base in trainer.__mro__ if is_ours(base) for name in vars(base) if name[0] != "_"}
-    return [name for name in vars(cls) if name in overridden - options - {*HOOKS, "check_options"}]
+    return [name for name in vars(cls) if name in overridden - options - {*HOOKS} and not HAS_NO_PLACE.search(name)]
 
 
 # ---- the functions
@@ -156,7 +158,10 @@ def fill_functions(target: Target, fragments: Mapping[str, Fragment], steps: Ste
         texts["step_end"] = f"if not accelerator.optimizer_step_was_skipped:\n{step_end}"
     texts["batches"] = fill(WINDOW if is_window else BATCH, texts)
     source = fill(FUNCTIONS, texts)
-    return source.replace("train_step(", f"{steps.train}(").replace("eval_step(", f"{steps.evaluate}(")
+    for kind, name, place in (("train", steps.train, "batch_end"), ("eval", steps.evaluate, "eval_batch")):
+        outputs = "outputs" if "outputs" in texts[place] else "_"
+        source = source.replace(f"loss, outputs = {kind}_step(", f"loss, {outputs} = {name}(")
+    return source
 
 
 def make_accelerator(arguments: list[str]) -> str:

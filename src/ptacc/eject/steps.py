@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
 '''
 COUNT_ITEMS = '''\
 def count_items(batch: Batch) -> int:
-    """Return what the loss of a batch is a mean over: samples, if it ignores no target."""
+    """Return what the loss of a batch is a mean over: samples, if it ignores none."""
     return find_batch_size(batch)
 '''
 HOOKS = {

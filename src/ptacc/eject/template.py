@@ -48,12 +48,12 @@ WINDOW = """\
 for window in make_windows(train_loader, GRADIENT_ACCUMULATION_STEPS):
     items = [count_items(batch) for batch in window]
     step_loss = torch.zeros((), device=accelerator.device)
-    for number, (batch, count) in enumerate(zip(window, items), start=1):
+    for number, batch in enumerate(window):
         # Processes average their gradients in the last batch only.
-        is_last = number == len(window)
+        is_last = number == len(window) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             loss, outputs = train_step(model, batch)
-            loss = loss / (sum(items) / count)
+            loss = loss / (sum(items) / items[number])
             accelerator.backward(loss)
         step_loss += loss.detach()
         # <<batch_end>>
@@ -70,7 +70,8 @@ counts.append(sum(items))
 FUNCTIONS = '''\
 def mean_loss(losses: list[Tensor], counts: list[int]) -> float:
     """Return the mean over the items of all processes from means over some of them."""
-    total = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), counts))
+    values = torch.stack(losses).tolist()
+    total = sum(loss * n for loss, n in zip(values, counts, strict=True))
     parts = gather_object([(total, sum(counts))])
     return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
