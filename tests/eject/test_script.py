@@ -28,6 +28,7 @@ from ptacc import (
     StepOutput,
     StepResult,
     StopOnNonFinite,
+    Throughput,
     Trainer,
     TrainingLoop,
 )
@@ -154,6 +155,15 @@ def test_what_is_left_out_says_what_to_use() -> None:
     class Saving(CheckpointMixin, Trainer): ...
 
     assert "- `CheckpointMixin` is left out: a run does not resume." in script_of(Saving)
+
+
+def test_submodules_in_eval_mode_and_unused_callbacks_are_named() -> None:
+    trainer = make_trainer((), RecordedLoss(), callbacks=[RestoreBestWeights("eval_loss", restore=False), Throughput()])
+    trainer.model.get_submodule("tail").eval()
+    source = " ".join(eject(trainer).split())
+    assert "- Submodules that are in eval mode are trained: `tail`." in source
+    assert "- `RestoreBestWeights(restore=False)` is left out." in source
+    assert "- The callback `Throughput` is left out." in source
 
 
 def test_parts_of_torch_are_written_with_their_arguments() -> None:

@@ -39,6 +39,7 @@ class RestoreBestWeights(BestValue[TrainerCore]):
         best_value: The best value so far, NaN before the first.
         best_epoch: The epoch that reported it, counted from 1; 0 before the first step.
         best_step: The number of steps at that time.
+        restore: Whether the run ends with the best weights.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class RestoreBestWeights(BestValue[TrainerCore]):
         self._outside: dict[str, StateDict] = {}
         self._left_out: dict[str, str] = {}
         super().__init__(monitor, mode)
-        self._restore, self._frozen = restore, frozen
+        self.restore: bool = restore
+        self._frozen = frozen
 
     @property
     def best_weights(self) -> StateDict:
@@ -76,7 +78,7 @@ class RestoreBestWeights(BestValue[TrainerCore]):
     @override
     def on_run_start(self, trainer: TrainerCore) -> None:
         super().on_run_start(trainer)
-        if self._restore and isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
+        if self.restore and isinstance(trainer, SupportsSWA) and trainer.swa_start is not None:
             raise OptionError(
                 f"RestoreBestWeights({self._monitor.name!r}) and swa_start={trainer.swa_start}: the run cannot end "
                 "both with the best weights and with the average. Pass restore=False, or leave out one of them."
@@ -101,7 +103,7 @@ class RestoreBestWeights(BestValue[TrainerCore]):
 
     @override
     def on_run_end(self, trainer: TrainerCore) -> None:
-        if self._restore and self._weights:
+        if self.restore and self._weights:
             self._check_left_out(trainer)
             load_weights(trainer.unwrapped_model, self._weights, strict=not self._left_out)
             for place, weights in self._outside.items():

@@ -94,6 +94,8 @@ def early_stopping(target: Target) -> Fragment:
 
 def restore_best_weights(target: Target, callback: RestoreBestWeights) -> Fragment:
     """Return the fragment of `RestoreBestWeights`."""
+    if not callback.restore:
+        return Fragment(notes=("`RestoreBestWeights(restore=False)` is left out.",))
     (monitor,) = callback.monitors()
     averages = target.has(EMAMixin)
     evaluated = "average" if averages and target.option("ema_evaluates") else "original"

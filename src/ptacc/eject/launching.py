@@ -189,6 +189,7 @@ def ema(target: Target) -> Fragment:
     return Fragment(
         constants={"EMA_DECAY": target.option("ema_decay")},
         definitions=UPDATE_AVERAGE,
+        notes=("`EMAMixin`: averages have the dtype of the weights, and infinite entries of buffers become NaN.",),
         start=f"# EMAMixin: an average of the weights{what}.\naverage = copy.deepcopy(model)",
         prepared=evaluated if is_evaluated else "average.to(accelerator.device)",
         step_end="update_average(average, original, 1 - EMA_DECAY)",
@@ -209,7 +210,8 @@ def swa(target: Target) -> Fragment:
         constants={"SWA_START": start},
         definitions=UPDATE_AVERAGE,
         notes=(
-            "`SWAMixin`: `update_bn` calls the model with the first part of a batch, and updates frozen norms, too.",
+            "`SWAMixin`: averages have the dtype of the weights, and infinite entries of buffers become NaN.",
+            "`update_bn` calls the model with the first part of a batch, and updates frozen norm layers, too.",
         ),
         start="# SWAMixin: the run ends with the mean of the weights of the last epochs.\n"
         "swa_average, num_averaged = copy.deepcopy(model), 0",

@@ -14,12 +14,14 @@ from ptacc.eject.imports import import_block
 from ptacc.eject.literals import WIDTH, Code, assignment, is_plain
 from ptacc.eject.optimization import accumulated_steps
 from ptacc.eject.parts import make_loss, make_parts
-from ptacc.eject.steps import HOOKS, Steps, make_steps
+from ptacc.eject.steps import HOOKS, StepFunctions, make_steps
 from ptacc.eject.template import BATCH, FUNCTIONS, RECORD, RECORD_WINDOW, WINDOW, fill
 from ptacc.errors import OptionError
 from ptacc.loop.updates import MultiUpdateLoop
 from ptacc.mixins.amp import AMPMixin
 from ptacc.mixins.ema import EMAMixin
+from ptacc.model.modes import find_eval_roots
+from ptacc.model.optimizer_modes import HasModes
 from ptacc.trainers.supervised import Trainer
 
 UNWRITTEN = re.compile(r'^    raise NotImplementedError\("write (\w+)"\)$|^(\w+) = \.\.\.$', re.MULTILINE)
@@ -71,7 +73,7 @@ def make_fragments(target: Target) -> Iterator[tuple[str, Fragment]]:
 # ---- the head
 
 
-def make_constants(target: Target, fragments: Mapping[str, Fragment], steps: Steps) -> str:
+def make_constants(target: Target, fragments: Mapping[str, Fragment], steps: StepFunctions) -> str:
     """Return the constants, those of each mixin below its name."""
     own = {name.upper(): target.option(name) for name in sorted(steps.copies.options)}
     groups = {name: fragment.constants for name, fragment in fragments.items()} | {target.cls.__name__: own}
@@ -112,9 +114,22 @@ def left_out(target: Target) -> Iterator[str]:
     for callback in target.callbacks:
         if type(callback) not in CALLBACKS and not isinstance(callback, REPLACED_CALLBACKS):
             yield f"The callback `{type(callback).__name__}` is left out."
+    if target.option("history_file") is not None:
+        yield "`history_file` is left out."
+    if target.trainer is not None:
+        yield from unusual_parts(target.trainer)
     for cls in target.cls.__mro__:
         if not is_ours(cls) and (names := own_hooks(target.cls, cls)):
             yield f"Hooks of `{cls.__name__}` are left out: {', '.join(f'`{name}`' for name in names)}."
+
+
+def unusual_parts(trainer: TrainerCore) -> Iterator[str]:
+    """Yield what a model or an optimizer needs that a script does not do."""
+    model = trainer.unwrapped_model
+    if model.training and (names := list(find_eval_roots(model))):
+        yield f"Submodules that are in eval mode are trained: {', '.join(f'`{name}`' for name in names)}."
+    if any(isinstance(slot.optimizer, HasModes) for slot in trainer.optimizer_slots()):
+        yield "The `train` and `eval` of the optimizer are not called."
 
 
 def is_ours(cls: type) -> bool:
@@ -132,7 +147,7 @@ def own_hooks(trainer: type[TrainerCore], cls: type) -> list[str]:
 # ---- the functions
 
 
-def fill_functions(target: Target, fragments: Mapping[str, Fragment], steps: Steps) -> str:
+def fill_functions(target: Target, fragments: Mapping[str, Fragment], steps: StepFunctions) -> str:
     """Return the functions of evaluation and training."""
     texts = {
         place.name: "\n".join(filter(None, (getattr(fragment, place.name) for fragment in fragments.values())))

@@ -47,7 +47,7 @@ LOSSES = {name: name for name in ("loss_func", "compute_train_loss", "compute_ev
 
 
 @dataclass
-class Steps:
+class StepFunctions:
     """The functions that compute losses.
 
     Args:
@@ -73,9 +73,9 @@ class Steps:
         return "\n\n".join([*output, *self.copies.sources.values(), *self.sources])
 
 
-def make_steps(target: Target) -> Steps:
+def make_steps(target: Target) -> StepFunctions:
     """Copy the hooks of a trainer's class that compute losses, and write those of this library."""
-    steps = Steps()
+    steps = StepFunctions()
     options = frozenset(option.name for option in dataclasses.fields(target.cls)) - RESERVED
     for name, signature in HOOKS.items():
         owner = find_owner(target.cls, name)
@@ -100,7 +100,7 @@ def find_owner(cls: type, name: str) -> type | None:
     return next((base for base in cls.__mro__ if name in vars(base) and base not in known), None)
 
 
-def write_steps(target: Target, steps: Steps) -> None:
+def write_steps(target: Target, steps: StepFunctions) -> None:
     """Write the functions whose hooks are not overridden."""
     if "count_items" not in steps.overridden:
         steps.sources.append(COUNT_ITEMS)
