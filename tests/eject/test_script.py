@@ -1,6 +1,7 @@
 """A script is formatted, says what it leaves out, and has the user's own losses."""
 
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 import ptacc
+import ptacc.eject
 from ptacc import (
     BatchMixin,
     CheckpointMixin,
@@ -104,9 +106,14 @@ def test_every_mixin_is_in_scripts_or_is_left_out_with_a_reason() -> None:
     assert {CASES[case][0] for case in CASES} == set(MIXINS)
 
 
-@pytest.mark.parametrize(
-    "cases", [(), *((case,) for case in CASES), tuple(CASES)], ids=lambda cases: "+".join(cases) or "none"
-)
+@pytest.mark.parametrize("mixin", MIXINS, ids=lambda mixin: mixin.__name__)
+def test_every_option_of_a_mixin_in_scripts_is_read(mixin: Any) -> None:
+    source = "".join(path.read_text() for path in Path(str(ptacc.eject.__file__)).parent.glob("*.py"))
+    own = {option.name for option in fields(mixin) if option.init} - {option.name for option in fields(Trainer)}
+    assert [name for name in own if f'"{name}"' not in source] == []
+
+
+@pytest.mark.parametrize("cases", [(), *((case,) for case in CASES), tuple(CASES)], ids="+".join)
 def test_scripts_pass_ruff(cases: tuple[str, ...], tmp_path: Path) -> None:
     different = {CASES[case][0]: case for case in cases}
     callbacks = [StopOnNonFinite(), RestoreBestWeights("eval_loss")] if "swa" not in cases else []

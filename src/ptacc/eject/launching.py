@@ -51,9 +51,10 @@ def amp(target: Target) -> Fragment:
 
 def ddp(target: Target) -> Fragment:
     """Return the fragment of `DDPMixin`."""
-    names = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "bucket_cap_mb")
-    values = {name: target.option(f"ddp_{name}") for name in names}
-    given = {name: value for name, value in values.items() if value != getattr(DDPMixin, f"ddp_{name}")}
+    names = ("ddp_find_unused_parameters", "ddp_static_graph", "ddp_gradient_as_bucket_view", "ddp_bucket_cap_mb")
+    values = {name: target.option(name) for name in names}
+    changed = {name: value for name, value in values.items() if value != getattr(DDPMixin, name)}
+    given = {name.removeprefix("ddp_"): value for name, value in changed.items()}
     if (compression := target.option("ddp_comm_hook")) is not None:
         given["comm_hook"] = Code(f"DDPCommunicationHookType({literal(compression)})")
     handler = f"DistributedDataParallelKwargs(\n{keywords(given)})"

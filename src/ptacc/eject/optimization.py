@@ -29,12 +29,13 @@ def accumulated_steps(target: Target) -> int:
 
 def grad_accum(target: Target) -> Fragment:
     """Return the fragment of `GradAccumMixin`."""
+    is_scheduled = bool(target.option("accumulation_schedule"))
+    notes = ("`GradAccumMixin(accumulation_schedule=...)`: steps have the first number of batches until the end.",)
     steps = accumulated_steps(target)
-    if steps == 1:
-        return Fragment()
     return Fragment(
-        constants={"GRADIENT_ACCUMULATION_STEPS": steps},
-        definitions=MAKE_WINDOWS,
+        constants={"GRADIENT_ACCUMULATION_STEPS": steps} if steps > 1 else {},
+        definitions=MAKE_WINDOWS if steps > 1 else "",
+        notes=notes if is_scheduled else (),
     )
 
 
