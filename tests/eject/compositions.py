@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
@@ -52,6 +52,14 @@ def one_cycle(optimizer: Optimizer, plan: RunPlan) -> OneCycleLR:
     return OneCycleLR(optimizer, max_lr=0.1, total_steps=plan.total_steps)
 
 
+def halving(optimizer: Optimizer, plan: RunPlan) -> StepLR:
+    return StepLR(optimizer, step_size=plan.num_epochs // 3, gamma=0.5)
+
+
+def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
+    return ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+
+
 def make_metrics() -> dict[str, MulticlassAccuracy]:
     return {"accuracy": MulticlassAccuracy(3)}
 
@@ -72,6 +80,8 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "clipped": (GradClipMixin, {"max_grad_norm": 0.5}),
     "clamped": (GradClipMixin, {"max_grad_norm": 0.5, "max_grad_value": 0.01}),
     "scheduled": (LRSchedulerMixin, {"create_scheduler": one_cycle}),
+    "scheduled by epochs": (LRSchedulerMixin, {"create_scheduler": halving, "scheduler_interval": "epoch"}),
+    "scheduled by values": (LRSchedulerMixin, {"create_scheduler": plateau, "scheduler_monitor": "train_loss"}),
     "measured": (MetricsMixin, {"metrics": make_metrics, "train_metrics": make_metrics}),
     "stopped": (EarlyStoppingMixin, {"early_stopping_patience": 1, "early_stopping_min_delta": 0.2}),
 }

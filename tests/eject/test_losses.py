@@ -23,9 +23,10 @@ from tests.ranks import run_ranks
 DIFFERENT = ("unfrozen", "swa")
 PAIRS = [pair for pair in combinations(CASES, 2) if CASES[pair[0]][0] is not CASES[pair[1]][0] and pair != DIFFERENT]
 ONES = [(case,) for case in CASES]
+ALL = tuple({mixin: case for case, (mixin, _) in CASES.items() if case != DIFFERENT[0]}.values())
 
 
-@pytest.mark.parametrize("cases", [(), *ONES, *PAIRS], ids="+".join)
+@pytest.mark.parametrize("cases", [(), *ONES, *PAIRS, ALL], ids="+".join)
 def test_the_losses_and_weights_of_a_script_are_those_of_its_trainer(cases: Sequence[str], tmp_path: Path) -> None:
     recorded, again = RecordedLoss(), RecordedLoss()
     trainer = make_trainer(cases, recorded)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 import ptacc
@@ -26,7 +24,6 @@ from ptacc import (
     OptimizerDict,
     Pair,
     RestoreBestWeights,
-    RunPlan,
     StepOutput,
     StepResult,
     StopOnNonFinite,
@@ -90,9 +87,6 @@ class Alternating(MultiUpdateLoop[Pair, Tensor]): ...
 
 
 class Scheduled(LRSchedulerMixin, EMAMixin, Trainer): ...
-
-
-class Watching(LRSchedulerMixin, Trainer): ...
 
 
 def script_of(cls: Any) -> str:
@@ -192,14 +186,9 @@ def test_several_updates_and_optimizers_are_errors() -> None:
 
 
 def test_a_scheduler_that_takes_values_steps_after_the_evaluation() -> None:
-    def plateau(optimizer: Optimizer, plan: RunPlan) -> ReduceLROnPlateau:
-        return ReduceLROnPlateau(optimizer, patience=0)
-
-    source = eject(make_trainer(("scheduled",), RecordedLoss()))
-    assert '        scheduler.step(values["eval_loss"])\n' not in source
-    net = make_net()
-    trainer = Watching(net, loss_func=cross_entropy, optimizer=make_optimizer(net), create_scheduler=plateau)
-    assert '        scheduler.step(values["eval_loss"])\n' in eject(trainer)
+    step = '        scheduler.step(values["train_loss"])\n'
+    assert step in eject(make_trainer(("scheduled by values",), RecordedLoss()))
+    assert step not in eject(make_trainer(("scheduled",), RecordedLoss()))
 
 
 class Named(Trainer):

@@ -99,7 +99,7 @@ def copy_function(function: object, name: str, method: Method | None = None) -> 
 def add_copy(copies: Copies, function: object, name: str, method: Method | None = None) -> None:
     """Add the copy of a function to others."""
     if not isinstance(function, FunctionType) or function.__name__ == "<lambda>":
-        raise NotCopiedError(f"{name} is not a function of a module")
+        raise NotCopiedError(f"{name} is of the type {type(function).__name__}, and not a function of a module")
     if function.__closure__:
         raise NotCopiedError(f"{name} uses super() or variables of another function")
     try:

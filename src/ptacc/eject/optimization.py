@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from ptacc.core.hooks import TrainerCore
 from ptacc.eject.copying import Copies, NotCopiedError, copy_function
 from ptacc.eject.fragment import Fragment, Target
-from ptacc.eject.literals import literal
+from ptacc.eject.literals import Code, literal
 from ptacc.engines.base import all_parameters
 from ptacc.mixins.grad_accum import GradAccumMixin
 from ptacc.types.monitor import as_monitor
@@ -92,9 +92,11 @@ def create_scheduler(optimizer: Optimizer, plan: RunPlan) -> LRScheduler:
 def lr_scheduler(target: Target) -> Fragment:
     """Return the fragment of `LRSchedulerMixin`."""
     create = target.option("create_scheduler")
+    notes = ["`create_scheduler_of` is left out."] if target.option("create_scheduler_of") else []
     try:
         copied = copy_function(create, "create_scheduler")
-    except NotCopiedError:
+    except NotCopiedError as error:
+        notes += [] if isinstance(create, Code) else [f"The schedule is not copied: {error}."]
         copied = Copies({"create_scheduler": CREATE_SCHEDULER}, {"from torch.optim.lr_scheduler import LRScheduler"})
     steps = "len(train_loader)"
     if accumulated_steps(target) > 1:
@@ -103,7 +105,6 @@ def lr_scheduler(target: Target) -> Fragment:
     if steps_on_values(create):
         monitor = as_monitor(target.option("scheduler_monitor"))
         step, place = f"scheduler.step(values[{literal(monitor.name)}])", "evaluation_end"
-    notes = [] if target.option("create_scheduler_of") == {} else ["create_scheduler_of: schedules of some optimizers."]
     return Fragment(
         imports=copied.imports,
         definitions=f"{RUN_PLAN}\n\n{copied.source}",
