@@ -27,6 +27,7 @@ from ptacc import (
     StepOutput,
     StepResult,
     StopOnNonFinite,
+    SWAMixin,
     Throughput,
     Trainer,
     TrainingLoop,
@@ -70,6 +71,14 @@ class Autoencoder(GradAccumMixin, TrainingLoop[Pair, Tensor]):
         inputs, _ = batch
         outputs = self.model(inputs)  # three columns
         return StepOutput(loss=mse_loss(outputs, inputs[:, :3]), outputs=outputs)
+
+
+class Weighted(EMAMixin, SWAMixin, Trainer):
+    ema_decay: float = 0.9
+
+    @override
+    def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * (self.ema_decay + (self.swa_start or 0))
 
 
 class Summing(Trainer):
@@ -137,6 +146,13 @@ def test_a_copy_keeps_comments_and_names_options_as_constants() -> None:
     assert "# Smoothed\nSMOOTHING = 0.25\n" in source
     assert "    return loss * SCALE  # of the module\n" in source
     assert "label_smoothing=SMOOTHING" in source
+
+
+def test_options_of_mixins_in_own_losses_are_constants_of_the_mixins() -> None:
+    source = script_of(Weighted)
+    assert source.count("\nEMA_DECAY = 0.9\n") == 1
+    assert "\n# Weighted\nSWA_START = None\n" in source
+    assert "    return cross_entropy(outputs, targets) * (EMA_DECAY + (SWA_START or 0))\n" in source
 
 
 def test_a_step_that_cannot_be_copied_is_to_write() -> None:
@@ -207,12 +223,13 @@ def evaluate(outputs: Tensor) -> Tensor:
     return outputs.sum()
 
 
-@pytest.mark.parametrize("name", ["Named", "evaluate"])
-def test_names_that_a_script_has_for_something_else_are_not_copied(name: str) -> None:
+def test_a_name_that_a_script_has_for_something_else_is_an_error() -> None:
     net = make_net()
-    other = Trainer(net, loss_func=train_loss, optimizer=make_optimizer(net))
-    source = script_of(Named) if name == "Named" else eject(other)
-    assert f'NotImplementedError("write {"compute_train_loss" if name == "Named" else "loss_func"}")' in source
+    trainer = Trainer(net, loss_func=train_loss, optimizer=make_optimizer(net))
+    with pytest.raises(OptionError, match="a script defines `evaluate`, and so would a copy of your code"):
+        eject(trainer)
+    with pytest.raises(OptionError, match="a script defines `WEIGHTS`"):
+        script_of(Named)
 
 
 def test_mixins_that_change_nothing_are_named() -> None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import resolve_name
 from types import FunctionType
 
 from ptacc.eject.imports import KNOWN, is_known, split_import
@@ -23,17 +24,6 @@ RENAMED: dict[str, tuple[object, str]] = {
     "StepOutput": (StepOutput, "StepOutput"),
 }
 """Names of this library that a function may use, with what a script has in their place."""
-SCRIPT_NAMES = {
-    "train",
-    "evaluate",
-    "main",
-    "mean_loss",
-    "make_model",
-    "make_optimizer",
-    "make_datasets",
-    "make_windows",
-}
-"""Functions of each script."""
 DECORATORS = ("override", "hook")
 
 
@@ -124,6 +114,9 @@ def read_imports(module: str) -> dict[str, str]:
     """Return the import statement of each name that a module imports."""
     statements: dict[str, str] = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            relative = "." * node.level + (node.module or "")
+            node.module, node.level = resolve_name(relative, sys.modules[module].__package__), 0
         if isinstance(node, ast.Import | ast.ImportFrom):
             statements |= split_import(ast.unparse(node))
     return statements
@@ -214,7 +207,7 @@ class Copy:
                 self.edits.replace(self.edits.start(node), self.edits.end(node), RENAMED[name][1])
             elif is_known(name, value):
                 continue
-            elif name in SCRIPT_NAMES or name in KNOWN:
+            elif name in KNOWN:
                 raise NotCopiedError(f"{self.node.name} uses {name}, which is another object in a script")
             elif name in self.imports:
                 if self.imports[name].split()[1].partition(".")[0] == "ptacc":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from ptacc.callbacks.restore_best_weights import RestoreBestWeights
 from ptacc.eject.fragment import Fragment, Target
@@ -12,52 +12,33 @@ from ptacc.types.monitor import Monitor, as_monitor
 from ptacc.types.progress import Epochs
 
 MAKE_METRICS = '''\
-def {function}() -> dict[str, Metric]:
+def make_{name}() -> dict[str, Metric]:
     """Return metrics of torchmetrics by name, each of one number{hint}."""
-    raise NotImplementedError("write {function}")
+    raise NotImplementedError("write make_{name}")
 '''
+COMMENT = ["# MetricsMixin: the metrics of each epoch, and of each evaluation."]
+PREPARE = "{name} = make_{name}()\nfor metric in {name}.values():\n    metric.to(accelerator.device)"
+UPDATE = "for metric in {name}.values():\n    metric.update({outputs}, batch[1])"
+COMPUTE = "for name, metric in {name}.items():\n    values[{key}] = metric.compute().item()\n    metric.reset()"
 
 
 def metrics(target: Target) -> Fragment:
     """Return the fragment of `MetricsMixin`."""
-    given, of_training = target.option("metrics"), target.option("train_metrics")
-    definitions, prepared = [], []
-    if given or target.trainer is None:
-        definitions.append(MAKE_METRICS.format(function="make_metrics", hint=describe(given)))
-        prepared += ["metrics = make_metrics()", "for metric in metrics.values():\n    metric.to(accelerator.device)"]
-    if of_training:
-        definitions.append(MAKE_METRICS.format(function="make_train_metrics", hint=describe(of_training)))
-        prepared += [
-            "train_metrics = make_train_metrics()",
-            "for metric in train_metrics.values():\n    metric.to(accelerator.device)",
-        ]
-    has_eval = "metrics = make_metrics()" in prepared
-    update = "for metric in {}.values():\n    metric.update({}, batch[1])"
-    if not definitions:
-        return Fragment()
+    given = {"metrics": target.option("metrics"), "train_metrics": target.option("train_metrics")}
+    evaluates, trains = bool(given["metrics"] or target.trainer is None), bool(given["train_metrics"])
+    names = [name for name, is_used in zip(given, (evaluates, trains), strict=True) if is_used]
+    hints = {name: f": {', '.join(given[name])}" if given[name] else "" for name in names}
+    is_own = any(not isinstance(metric, nn.Module) for name in names for metric in given[name].values())
     return Fragment(
-        definitions="\n\n".join(definitions),
-        prepared="\n".join(["# MetricsMixin: metrics of evaluations and epochs.", *prepared]),
-        parameters="metrics: dict[str, Metric]" if has_eval else "",
-        eval_batch=update.format("metrics", "outputs") if has_eval else "",
-        eval_end=(
-            "for name, metric in metrics.items():\n    values[name] = metric.compute().item()\n    metric.reset()"
-            if has_eval
-            else ""
-        ),
-        batch_end=update.format("train_metrics", "outputs.detach()") if of_training else "",
-        values=(
-            "for name, metric in train_metrics.items():\n"
-            '    values[f"train/{name}"] = metric.compute().item()\n    metric.reset()'
-            if of_training
-            else ""
-        ),
+        definitions="\n\n".join(MAKE_METRICS.format(name=name, hint=hints[name]) for name in names),
+        notes=("`MetricsMixin`: metrics that are not of torchmetrics are left out.",) if is_own else (),
+        prepared="\n".join([*COMMENT[: len(names)], *(PREPARE.format(name=name) for name in names)]),
+        parameters="metrics: dict[str, Metric]" if evaluates else "",
+        eval_batch=UPDATE.format(name="metrics", outputs="outputs") if evaluates else "",
+        eval_end=COMPUTE.format(name="metrics", key="name") if evaluates else "",
+        batch_end=UPDATE.format(name="train_metrics", outputs="outputs.detach()") if trains else "",
+        values=COMPUTE.format(name="train_metrics", key='f"train/{name}"') if trains else "",
     )
-
-
-def describe(given: Any) -> str:
-    """Return a text about the metrics of a trainer."""
-    return "" if not given else f": {', '.join(given)}"
 
 
 def comparison(name: str, monitor: Monitor, margin: str = "") -> str:

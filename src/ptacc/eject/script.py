@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ptacc.core.hooks import TrainerCore
@@ -53,6 +54,7 @@ def make_script(target: Target) -> str:
         )
         if part
     )
+    check_names(target, body)
     given = steps.copies.imports.union(*(fragment.imports for fragment in fragments.values()))
     notes = [*steps.notes, *left_out(target), *(note for part in fragments.values() for note in part.notes)]
     if idle := [f"`{name}`" for name, fragment in fragments.items() if fragment == Fragment()]:
@@ -70,13 +72,26 @@ def make_fragments(target: Target) -> Iterator[tuple[str, Fragment]]:
             yield type(callback).__name__, CALLBACKS[type(callback)](target, callback)
 
 
+def check_names(target: Target, body: str) -> None:
+    """Raise `OptionError` if a copy of the user's code has a name that the script has for something else."""
+    defined = Counter(re.findall(r"^(?:def |class )?(\w+)(?: = |\(|:$)", body, re.MULTILINE))
+    if repeated := [f"`{name}`" for name, count in defined.items() if count > 1]:
+        raise OptionError(
+            f"{target.name} cannot be ejected: a script defines {', '.join(repeated)}, and so would a copy of your "
+            "code. Rename that option, function or constant."
+        )
+
+
 # ---- the head
 
 
 def make_constants(target: Target, fragments: Mapping[str, Fragment], steps: StepFunctions) -> str:
     """Return the constants, those of each mixin below its name."""
-    own = {name.upper(): target.option(name) for name in sorted(steps.copies.options)}
-    groups = {name: fragment.constants for name, fragment in fragments.items()} | {target.cls.__name__: own}
+    groups = {name: fragment.constants for name, fragment in fragments.items()}
+    options = {name for mixin in MIXINS if target.has(mixin) for name in mixin.__annotations__}
+    defined = {name for constants in groups.values() for name in constants}
+    own = {name for name in steps.copies.options if name not in options or name.upper() not in defined}
+    groups[target.cls.__name__] = {name.upper(): target.option(name) for name in sorted(own)}
     lines = ["NUM_EPOCHS = 1", "BATCH_SIZE = 8  # of one process", 'WEIGHTS = "weights.pt"']
     if not any("SEED" in constants for constants in groups.values()):
         lines.append("SEED = 0  # of the weights and the order of the data")
@@ -152,7 +167,7 @@ def fill_functions(target: Target, fragments: Mapping[str, Fragment], steps: Ste
     texts = {
         place.name: "\n".join(filter(None, (getattr(fragment, place.name) for fragment in fragments.values())))
         for place in dataclasses.fields(Fragment)
-        if place.type == "str"
+        if isinstance(place.default, str)
     }
     texts["accelerator"] = make_accelerator([text for part in fragments.values() for text in part.accelerator])
     averages = target.has(EMAMixin)

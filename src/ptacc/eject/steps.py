@@ -41,8 +41,6 @@ HOOKS = {
 """The hooks that become functions, each with the parameters of the function that is to write if it is not copied."""
 WRITTEN = (Trainer, TrainingLoop, BatchHooks)
 """The classes whose hooks are written here."""
-RESERVED = {"model", "optimizer", "num_epochs", "batch_size", "weights"}
-"""Options that have no constant of their own name."""
 LOSSES = {name: name for name in ("loss_func", "compute_train_loss", "compute_eval_loss")}
 
 
@@ -76,7 +74,7 @@ class StepFunctions:
 def make_steps(target: Target) -> StepFunctions:
     """Copy the hooks of a trainer's class that compute losses, and write those of this library."""
     steps = StepFunctions()
-    options = frozenset(option.name for option in dataclasses.fields(target.cls)) - RESERVED
+    options = frozenset(option.name for option in dataclasses.fields(target.cls)) - {"model", "optimizer"}
     for name, signature in HOOKS.items():
         owner = find_owner(target.cls, name)
         if owner is None or owner in WRITTEN:
