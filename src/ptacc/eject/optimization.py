@@ -42,10 +42,11 @@ def grad_accum(target: Target) -> Fragment:
 def grad_clip(target: Target) -> Fragment:
     """Return the fragment of `GradClipMixin`."""
     norm, value = target.option("max_grad_norm"), target.option("max_grad_value")
-    is_adaptive = target.option("max_grad_deviations") is not None
-    notes = ("`GradClipMixin(max_grad_deviations=...)`: the norm has no limit from a running mean.",)
+    given = [name for name in ("max_grad_deviations", "max_loss_deviations") if target.option(name) is not None]
+    action = target.option("spike_action")
+    notes = [f"`GradClipMixin({name}=..., spike_action={literal(action)})`: spikes are not noticed." for name in given]
     if norm is None and value is None:
-        return Fragment(notes=notes if is_adaptive else ())
+        return Fragment(notes=notes)
     is_usual = target.trainer is None or trains_all(target.trainer)
     parameters = "model.parameters()" if is_usual else "trained"
     ready = ["# GradClipMixin: limit the gradients of the step."]
@@ -58,7 +59,7 @@ def grad_clip(target: Target) -> Fragment:
     limits = {"MAX_GRAD_NORM": norm, "MAX_GRAD_VALUE": value}
     return Fragment(
         constants={name: limit for name, limit in limits.items() if limit is not None},
-        notes=notes if is_adaptive else (),
+        notes=notes,
         prepared="" if is_usual else 'trained = [p for group in optimizer.param_groups for p in group["params"]]',
         epoch_start="" if norm is None else "grad_norms = []",
         gradients_ready="\n".join(ready),
