@@ -78,11 +78,12 @@ $(VENV)/.installed-examples: $(VENV)/.installed-torch pyproject.toml
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 
-# timm depends on torchvision, whose wheels require a CUDA build of torch. The tests only use `timm.scheduler`. It has a
-# folder of its own, because Accelerate's launcher imports timm if it is installed.
+# timm and torchvision have a folder of their own, which tests/vision/environment.py adds to the path: torchmetrics,
+# transformers and Accelerate's launcher import them if they are installed, and the wheel of torchvision cannot be imported
+# beside a CPU build of torch as it is. Without --no-deps, pip could replace torch.
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable ".[dev,docs,examples]"
-	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm
+	$(PIP) --no-deps --upgrade --target $(VENV)/vision timm torchvision
 	@$(BIN)/python -c "$$REPORT_TORCH"
 	@touch $@
 

@@ -19,6 +19,7 @@ from ptacc import Callback, CheckpointMixin, LRSchedulerMixin, RunPlan, StepResu
 from ptacc.errors import SchedulerError
 from ptacc.protocols import SchedulerFactory
 from ptacc.testing import tiny_data, tiny_parts
+from tests.vision.environment import FOLDER as VISION
 
 STEPS_PER_EPOCH = 3
 
@@ -58,7 +59,7 @@ def train(directory: Path, create: SchedulerFactory, num_epochs: int, **options:
 def timm_schedulers() -> Iterator[ModuleType]:
     """Import the schedulers of timm alone, from the folder into which the Makefile installs it."""
     package = ModuleType("timm")
-    package.__path__ = [str(Path(sys.prefix) / "timm" / "timm")]
+    package.__path__ = [str(VISION / "timm")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "timm", package)
         yield importlib.import_module("timm.scheduler")
