@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,7 @@ class ClaimedStream(Stream):
         (3, "int is not a dataset: it needs __len__ and __getitem__"),
         ((sample for sample in SAMPLES), "generator is not a dataset"),
         ({"train": DATA}, "Got a mapping"),
+        (SimpleNamespace(loader=DataLoader(DATA)), "SimpleNamespace wraps a DataLoader. Pass the DataLoader itself"),
         (ClaimedStream(0), "gives no batch: it is empty"),
     ],
 )

@@ -25,9 +25,12 @@ from pathlib import Path
 
 from ptacc.errors import PtaccError
 from tests.ranks import RankFailed, run_ranks
+from tests.vision.environment import enable_vision
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+NEED_VISION = {"vision"}
+"""Names of the pages that import timm and torchvision."""
 WIDTH = 112
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>python|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -88,6 +91,8 @@ def run_page(page: Path, folder: str) -> dict[int, str]:
     os.chdir(folder)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]  # the pages assume no launcher
+    if page.stem in NEED_VISION:
+        enable_vision()
     outputs: dict[int, str] = {}
     namespace: dict[str, object] = {"__name__": "__main__"}
     blocks = list(read_blocks(page))

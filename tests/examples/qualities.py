@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.ranks import launch
+from tests.vision import environment
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "guides" / "examples.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->\n"
 DEPRECATIONS = "error,ignore::FutureWarning,ignore::DeprecationWarning"
 """DeepSpeed calls what torch has deprecated."""
+UNCLOSED = "error,ignore::ResourceWarning"
+"""timm leaves closing the files of images to Python."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Example:
     is_loss: bool = False
     processes: int | None = None
     warnings: str = "error"
+
+    @property
+    def needs_vision(self) -> bool:
+        """Whether it imports timm or torchvision."""
+        return self.script.startswith("vision/")
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,16 @@ EXAMPLES = [
     Example("gather.py", "a metric of your own with `self.gather`, two processes", 0.96, processes=2),
     Example("fsdp.py", "`FSDPMixin`, a transformer, two processes", 0.93, processes=2),
     Example("zero.py", "`DeepSpeedMixin`, ZeRO stage 3, two processes", 0.94, processes=2, warnings=DEPRECATIONS),
+    Example("sentence_pairs.py", "`SequenceClassificationTrainer`, BERT, pairs of sentences", 0.95),
+    Example(
+        "vision/resnet.py",
+        "timm: ResNet, loaders, Mixup, losses, optimizer, schedule; averaged weights",
+        0.95,
+        warnings=UNCLOSED,
+    ),
+    Example("vision/unfreezing.py", "timm: fine-tuning, stages unfrozen one after another", 0.93, warnings=UNCLOSED),
+    Example("vision/resizing.py", "timm and torchvision: larger and larger images", 0.88, warnings=UNCLOSED),
+    Example("vision/detection.py", "torchvision: a detector; a metric of your own", 0.8, warnings=UNCLOSED),
 ]
 
 
@@ -75,11 +93,11 @@ def command(example: Example) -> list[str]:
     if example.processes is not None:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, "--standalone", "--nproc-per-node", str(example.processes), script]
-    return [sys.executable, script]
+    return [sys.executable, *([environment.__file__] if example.needs_vision else []), script]
 
 
 def run(example: Example, timeout: float = 110.0) -> Outcome:
-    """Run an example in an empty folder, and assert that it succeeds without a warning."""
+    """Run an example, and assert that it succeeds without a warning."""
     start = time.perf_counter()
     scripts = Path(sys.executable).parent  # DeepSpeed calls ninja
     env = {"PYTHONWARNINGS": example.warnings, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}

@@ -28,7 +28,8 @@ def test_every_example_is_in_the_table_with_its_quality() -> None:
 
 
 def test_every_example_is_tested() -> None:
-    files = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in {".py", ".ipynb"}}
+    folder = ROOT / "examples"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in {".py", ".ipynb"}}
     assert files == OTHERS | {example.script for example in EXAMPLES}
 
 

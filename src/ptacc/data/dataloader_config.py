@@ -78,6 +78,11 @@ def check_dataset(dataset: object) -> None:
         return
     if isinstance(dataset, Mapping):
         raise DataError(f"Got a mapping ({type(dataset).__name__}), but one dataset is needed. {choose_one(dataset)}")
+    if isinstance(getattr(dataset, "loader", None), DataLoader):
+        raise DataError(
+            f"{type(dataset).__name__} wraps a DataLoader. Pass the DataLoader itself: ptacc uses its dataset, order "
+            "and collate function, and moves batches to the device. For timm: create_loader(..., use_prefetcher=False)."
+        )
     length = known_length(dataset)
     if length is None or not hasattr(dataset, "__getitem__"):
         raise DataError(
