@@ -32,7 +32,7 @@ class GrowingImages(Dataset[tuple[Tensor, Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Take the size of an epoch, which counts from 0. The trainer calls this when the epoch begins."""
         size = self.sizes[epoch]
-        self.transform = v2.Compose([v2.Resize(size), v2.RandomAffine(degrees=10, translate=(0.1, 0.1))])
+        self.transform = v2.Compose([v2.Resize(size), v2.RandomAffine(degrees=[-10, 10], translate=(0.1, 0.1))])
 
     def __len__(self) -> int:
         return len(self.images)

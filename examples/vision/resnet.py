@@ -55,7 +55,7 @@ def load_images(folder: Path, *, is_training: bool) -> DataLoader[object]:
     # The prefetcher of timm would move the batches to the device, which ptacc does.
     loader = create_loader(
         ImageDataset(str(folder)),
-        input_size=(3, 32, 32),
+        input_size=(3, 24, 24),
         batch_size=32,
         is_training=is_training,
         scale=(0.7, 1.0),

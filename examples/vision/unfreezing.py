@@ -3,6 +3,7 @@
 import timm
 import torch
 from sklearn.datasets import load_digits
+from timm.models import ResNet
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -25,7 +26,7 @@ class FineTuner(FreezeMixin, ImageTrainer):
 
 
 def load_data() -> tuple[TensorDataset, list[TensorDataset]]:
-    """Return the digits 0 to 4 for the first training, and few of the digits 5 to 9 for fine-tuning, with a test."""
+    """Return the digits 0 to 4 for the first training; of the digits 5 to 9, 300 for fine-tuning and the rest to test."""
     images, labels = map(torch.tensor, load_digits(return_X_y=True))
     images = v2.functional.resize(images.float().view(-1, 1, 8, 8) / 16, [32, 32])
     first, others = labels < CLASSES, torch.nonzero(labels >= CLASSES)[:, 0]
@@ -37,6 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     data, (train, test) = load_data()
     model = timm.create_model("test_resnet", in_chans=1, num_classes=CLASSES)
+    assert isinstance(model, ResNet)
     loss = nn.CrossEntropyLoss()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     first = ImageTrainer(model, loss_func=loss, optimizer=optimizer, seed=0)
