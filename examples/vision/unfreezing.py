@@ -26,7 +26,7 @@ class FineTuner(FreezeMixin, ImageTrainer):
 
 
 def load_data() -> tuple[TensorDataset, list[TensorDataset]]:
-    """Return the digits 0 to 4 to train on first, and the digits 5 to 9: 300 for fine-tuning, and the rest as a test."""
+    """Return the digits 0 to 4 to train on first, and 300 of the digits 5 to 9 for fine-tuning, with a test set."""
     images, labels = map(torch.tensor, load_digits(return_X_y=True))
     images = v2.functional.resize(images.float().view(-1, 1, 8, 8) / 16, [32, 32])
     first, others = labels < CLASSES, torch.nonzero(labels >= CLASSES)[:, 0]
