@@ -26,6 +26,7 @@ from ptacc import (
     TrainerCore,
 )
 from ptacc.errors import DataError
+from ptacc.loop.hints import find_hint
 from tests.ranks import run_ranks
 from tests.vision.environment import enable_vision
 
@@ -110,6 +111,20 @@ def resume_with_mixup(directory: Path) -> bool:
 
 def test_a_run_with_mixup_of_timm_resumes_exactly(tmp_path: Path) -> None:
     assert run_ranks(resume_with_mixup, 1, tmp_path) == [False]
+
+
+def mix_an_odd_batch() -> str:
+    enable_vision()
+    from timm.data import Mixup
+
+    with pytest.raises(AssertionError) as caught:
+        Mixup(num_classes=2)(*DATA[:3])
+    return str(caught.value)
+
+
+def test_the_error_of_mixup_for_an_odd_batch_has_a_hint() -> None:
+    (message,) = run_ranks(mix_an_odd_batch, 1)
+    assert '{"drop_last": True}' in (find_hint(message) or "")
 
 
 # ---- averaged weights

@@ -90,6 +90,10 @@ HINTS: Mapping[str, str] = {
         "Batch normalization cannot train on a batch of one sample. Leave the last, smaller batch out: "
         '`train_dataloader_kwargs={{"drop_last": True}}`.'
     ),
+    r"Batch size should be even when using this": (
+        "Mixup of timm needs batches of an even size. Leave the last, smaller batch out: "
+        '`train_dataloader_kwargs={{"drop_last": True}}`. MixUpMixin takes batches of any size.'
+    ),
     r"(?:loss|entropy\w*|kl_div)\(\): argument 'input' \(position 1\) must be Tensor, not (\w+)": OUTPUTS,
     r"argument 'input' \(position 1\) must be Tensor, not list": (
         "A layer got a list in place of a tensor. The samples hold lists, as rows of `datasets` do: use "
