@@ -37,7 +37,10 @@ class DetectionTrainer(
 
     @override
     def eval_step(self, batch: Batch) -> StepOutput[list[Boxes]]:
-        self.model.train()  # the detectors of torchvision return losses in training mode, and boxes in eval mode
+        self.model.train()  # a detector returns losses in training mode, and boxes in eval mode
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # else it would change its statistics
         losses = self.train_step(batch)
         self.model.eval()
         return StepOutput(losses.loss, outputs=self.model(batch[0]))

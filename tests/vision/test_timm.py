@@ -22,6 +22,7 @@ from ptacc import (
     StepOutput,
     StepResult,
     Steps,
+    SyncBatchNormMixin,
     Trainer,
     TrainerCore,
 )
@@ -163,6 +164,33 @@ def average_twice() -> list[Mapping[str, Tensor]]:
 def test_ema_mixin_has_the_averages_of_timm() -> None:
     ((theirs, ours),) = run_ranks(average_twice, 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ---- batch norm
+
+
+class SyncedTrainer(SeedMixin, SyncBatchNormMixin, Trainer):
+    pass
+
+
+def train_efficientnet() -> list[float]:
+    enable_vision()
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = SyncedTrainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer, seed=0, default_callbacks=())
+    data = TensorDataset(DATA.tensors[0].double(), DATA.tensors[1])
+    batch_size = 16 // trainer.distributed.world_size
+    return [step.loss for step in trainer.train(data, num_epochs=2, per_device_batch_size=batch_size).steps]
+
+
+def test_batch_norm_of_timm_is_synchronised() -> None:
+    (expected,) = run_ranks(train_efficientnet, 1)
+    assert len(expected) == 4
+    for losses in run_ranks(train_efficientnet, 2):
+        assert losses == pytest.approx(expected, rel=1e-9)
 
 
 # ---- loaders

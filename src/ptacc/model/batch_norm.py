@@ -21,13 +21,18 @@ def find_batch_norms(model: nn.Module, owner: str) -> list[_BatchNorm]:
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, norm in norms.items():
-        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not has_activation(norm):
             raise ModelError(
                 f"{owner}: {name or 'the model'} is a {type(norm).__name__}, a batch norm with a forward of its own, "
                 "which cannot be synchronised across ranks. Use one of torch's batch norms, or normalise by the batch "
                 "of each rank: sync_batch_norm=False."
             )
     return list(norms.values())
+
+
+def has_activation(norm: _BatchNorm) -> bool:
+    """Return whether a layer is timm's `BatchNormAct2d`, which applies its modules `drop` and `act` after the norm."""
+    return type(norm).__name__ == "BatchNormAct2d" and type(norm).__module__.startswith("timm.")
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -65,7 +70,7 @@ def global_batch_norm(inputs: Tensor, norm: _BatchNorm, *, is_padding: bool = Fa
         replica_size: Number of ranks that share a replica of the model, and therefore have the same inputs.
 
     Returns:
-        The normalised inputs, in their shape and dtype.
+        The normalised inputs, in their shape and dtype. For a layer with an activation, what that returns for them.
 
     Raises:
         DataError: The global batch has a single value per channel.
@@ -93,7 +98,8 @@ def global_batch_norm(inputs: Tensor, norm: _BatchNorm, *, is_padding: bool = Fa
     normalised = centred * scale.view(channel_shape)
     if norm.bias is not None:
         normalised = normalised + norm.bias.view(channel_shape)
-    return normalised.to(inputs.dtype)
+    outputs = normalised.to(inputs.dtype)
+    return cast(Any, norm).act(cast(Any, norm).drop(outputs)) if has_activation(norm) else outputs
 
 
 @torch.no_grad()
