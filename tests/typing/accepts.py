@@ -625,6 +625,14 @@ class LabelLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, int]]):
         return StepOutput(loss=cross_entropy(outputs, targets), outputs=outputs)
 
 
+class ListLoop(TrainingLoop[Pair, list[Scores]]):
+    """The outputs of a batch are a list with one element for each sample, which predictions consist of."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[list[Scores]]:
+        raise NotImplementedError
+
+
 class TensorsLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, ...]]):
     """To pyright, the samples of a `TensorDataset` are tuples of any length."""
 
@@ -646,6 +654,10 @@ def custom_batches(batches: list[TokenBatch], graphs: Dataset[str], images: Unla
     predictions = graph.predict(Sentences(), collate_fn=to_graph)
     assert_type(predictions, list[Scores])
     assert_type(predictions[0].embedding, Tensor)
+
+    in_lists = ListLoop(net, optimizer=opt)
+    assert_type(in_lists.predict(pairs), list[Scores])
+    assert_type(in_lists.stream_predictions(pairs), Iterator[Scores])
 
     Autoencoder(net, optimizer=opt, gradient_accumulation_steps=2).train(images, images, num_epochs=1)
     Autoencoder(net, optimizer=opt).train(list(torch.ones(8, 4)), max_steps=9)

@@ -35,7 +35,7 @@ from ptacc.run.eval_sums import LOSS, EvalSums
 from ptacc.run.window import count_batch
 from ptacc.tensors.samples import SampleSplitter, count_samples
 from ptacc.tensors.structures import map_tensors, to_host
-from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT
+from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT, T
 from ptacc.types.arguments import EvalOptions, check_flag
 from ptacc.types.outputs import RESERVED_NAMES, EvalResult, StepOutput
 from ptacc.types.protocols import SizedDataset, StreamLike, SupportsCheckpoint
@@ -113,6 +113,18 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return results if isinstance(dataset, Mapping) else results[""]
 
     @overload
+    def predict(
+        self: EvaluationLoop[BatchT, list[T], SampleT], dataset: EvalData[SampleT], **options: Unpack[EvalOptions]
+    ) -> list[T]: ...
+    @overload
+    def predict(
+        self: EvaluationLoop[BatchT, list[T], SampleT],
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT],
+        **options: Unpack[EvalOptions],
+    ) -> list[T]: ...
+    @overload
     def predict(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> list[OutputT]: ...
     @overload
     def predict(
@@ -125,7 +137,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @final
     def predict(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
-    ) -> list[OutputT]:
+    ) -> list[Any]:
         """Compute the output for every sample of a dataset.
 
         Args:
@@ -147,6 +159,18 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return [output for _, output in indexed]
 
     @overload
+    def stream_predictions(
+        self: EvaluationLoop[BatchT, list[T], SampleT], dataset: EvalData[SampleT], **options: Unpack[EvalOptions]
+    ) -> Iterator[T]: ...
+    @overload
+    def stream_predictions(
+        self: EvaluationLoop[BatchT, list[T], SampleT],
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT],
+        **options: Unpack[EvalOptions],
+    ) -> Iterator[T]: ...
+    @overload
     def stream_predictions(self, dataset: EvalData[SampleT], **options: Unpack[EvalOptions]) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(
@@ -159,7 +183,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     @final
     def stream_predictions(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
-    ) -> Iterator[OutputT]:
+    ) -> Iterator[Any]:
         """Yield the outputs of `predict` one by one, for outputs that do not fit in memory together."""
         for _, output in self._predictions(dataset, collate_fn, options):
             yield output
