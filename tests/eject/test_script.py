@@ -1,6 +1,7 @@
 """A script is formatted, says what it leaves out, and has the user's own losses."""
 
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_scripts_pass_ruff(cases: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "script.py"
     file.write_text(eject(make_trainer(different.values(), RecordedLoss(), callbacks=callbacks)))
     for command in (["check"], ["check", "--select", "B,E,F,I,RUF,UP"], ["format", "--diff"]):
-        subprocess.run(["ruff", *command, "--isolated", file], check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated", file], check=True, timeout=60)
 
 
 def test_a_script_does_not_import_this_library() -> None:
@@ -172,6 +173,17 @@ def test_what_is_left_out_says_what_to_use() -> None:
     class Saving(CheckpointMixin, Trainer): ...
 
     assert "- `CheckpointMixin` is left out: a run does not resume." in script_of(Saving)
+
+
+def test_with_fp16_a_step_that_the_scaler_skips_is_not_counted(tmp_path: Path) -> None:
+    trainer = make_trainer(("bf16", "clamped", "accumulated", "scheduled"), RecordedLoss())
+    trainer.mixed_precision = "fp16"  # type: ignore[attr-defined]
+    file = tmp_path / "script.py"
+    file.write_text(eject(trainer))
+    counted = file.read_text().partition("            if not accelerator.optimizer_step_was_skipped:\n")[2]
+    assert counted.startswith("                losses.append(step_loss)\n")
+    assert "                scheduler.step()\n" in counted
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "--isolated", file], check=True, timeout=60)
 
 
 def test_submodules_in_eval_mode_and_unused_callbacks_are_named() -> None:

@@ -73,7 +73,7 @@ def compiled(target: Target) -> Fragment:
     }
     given = {name: value for name, value in options.items() if value is not None}
     return Fragment(
-        accelerator=(f"# CompileMixin: by torch.compile.\ndynamo_plugin=TorchDynamoPlugin(\n{keywords(given)})",),
+        accelerator=(f"# CompileMixin: the model is compiled.\ndynamo_plugin=TorchDynamoPlugin(\n{keywords(given)})",),
     )
 
 

@@ -69,7 +69,7 @@ counts.append(sum(items))
 
 FUNCTIONS = '''\
 def mean_loss(losses: list[Tensor], counts: list[int]) -> float:
-    """Return the mean over the items of all processes from means over some of them."""
+    """Return the mean over the items of all processes from means of `counts` items."""
     values = torch.stack(losses).tolist()
     total = sum(loss * n for loss, n in zip(values, counts, strict=True))
     parts = gather_object([(total, sum(counts))])
