@@ -75,6 +75,7 @@ class Case:
             and not (self.data in ITERABLE and self.max_steps is None)
             and self.killed_rank < self.world_size
             and not {"clip_norm", "clip_value"} <= set(self.mixins)
+            and not ("skip_spikes" in self.mixins and self.updates == "alternating")
             and not ("swa" in self.mixins and {"ema", "best"} & set(self.mixins))
         )
 
@@ -106,7 +107,9 @@ def draw_updates(case: Case, chance: random.Random) -> Case:
 
 def draw_lengths(case: Case, chance: random.Random) -> Case:
     schedule = chance.choice(["none", "none", "epochs", "steps"])
-    return replace(case, accumulation_schedule=schedule, max_items=chance.choice([None, None, chance.randint(1, 30)]))
+    guard = ("skip_spikes",) if chance.random() < 0.25 and case.updates != "alternating" else ()
+    limit = chance.choice([None, None, chance.randint(1, 30)])
+    return replace(case, mixins=case.mixins + guard, accumulation_schedule=schedule, max_items=limit)
 
 
 def draw_any(chance: random.Random) -> Case:

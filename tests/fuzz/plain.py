@@ -15,7 +15,12 @@ from tests.fuzz.trainers import Batch, first_trained
 
 
 def plain_losses(
-    case: Case, windows: Iterable[list[Batch]], epochs: Iterable[int], random: Tensor, planned_steps: int | None
+    case: Case,
+    windows: Iterable[list[Batch]],
+    epochs: Iterable[int],
+    spikes: Iterable[bool],
+    random: Tensor,
+    planned_steps: int | None,
 ) -> list[float]:
     """Train on the same batches in plain PyTorch, and return the loss of each step.
 
@@ -23,6 +28,7 @@ def plain_losses(
         case: The composition.
         windows: The batches of each step, of all ranks.
         epochs: The epoch of each step, counted from 1.
+        spikes: Whether the update of each step is skipped.
         random: The state of torch's generator before the first step.
         planned_steps: The length of the run for schedules, None if it is unknown.
     """
@@ -35,11 +41,11 @@ def plain_losses(
     schedulers = [] if create is None else [create(optimizer, plan) for optimizer in optimizers.values()]
     torch.set_rng_state(random)
     losses = []
-    for batches, epoch in zip(windows, epochs, strict=True):
+    for batches, epoch, is_spike in zip(windows, epochs, spikes, strict=True):
         frozen.requires_grad_(epoch != case.freeze_at)
         updates = [[optimizer] for optimizer in optimizers.values()]
         if case.updates != "alternating":
-            updates = [[*optimizers.values()]]
+            updates = [[] if is_spike else [*optimizers.values()]]
         losses.append(sum(update(case, model, batches, stepped) for stepped in updates))
         for scheduler in schedulers:
             scheduler.step()

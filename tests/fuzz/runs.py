@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[type[TrainerCore], dict[str, Any]]] = {
     "swa": (SWAMixin, {"swa_start": 1}),
     "clip_norm": (GradClipMixin, {"max_grad_norm": MAX_NORM}),
     "clip_value": (GradClipMixin, {"max_grad_value": MAX_VALUE}),
+    "skip_spikes": (GradClipMixin, {"max_loss_deviations": 0.5, "spike_action": "skip"}),
     "bf16": (AMPMixin, {"mixed_precision": "bf16"}),
     "early_stopping": (EarlyStoppingMixin, {"early_stopping_monitor": "loss", "early_stopping_patience": 2}),
 }

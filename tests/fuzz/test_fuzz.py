@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ptacc.data import seeding
+from ptacc.run import spikes
 from ptacc.testing.laws import same
 from tests.checkpoint.runs import in_memory
 from tests.fuzz.cases import Case, draw, simpler
@@ -23,9 +24,9 @@ MAX_TRIES = 60
 
 def problem_of(case: Case) -> str:
     """Return what is wrong with a case; empty if nothing is."""
-    often = mock.patch.object(seeding, "CHECK_EVERY", 3)  # epochs are short
+    often, early = mock.patch.object(seeding, "CHECK_EVERY", 3), mock.patch.object(spikes, "WARMUP_STEPS", 2)
     try:
-        with often, tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
+        with often, early, tempfile.TemporaryDirectory(prefix="ptacc-", dir=in_memory()) as directory:
             return find_problem(case, Path(directory))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -48,7 +49,14 @@ def check_losses(case: Case, whole: list[Outcome]) -> str:
     windows = [[batch for batches in window for batch in batches] for window in zip(*ranks, strict=True)]
     steps, random = whole[0].end.steps, whole[0].random
     expected = torch.tensor(
-        plain_losses(case, windows, [step["epoch"] for step in steps], random, whole[0].planned_steps)
+        plain_losses(
+            case,
+            windows,
+            [step["epoch"] for step in steps],
+            [bool(step["logged"].get("loss_spikes")) for step in steps],
+            random,
+            whole[0].planned_steps,
+        )
     )
     losses = torch.tensor([step["loss"] for step in steps])
     relative = 1e-5 if "bf16" in case.mixins else RELATIVE

@@ -25,6 +25,7 @@ from ptacc import (
 )
 from ptacc.errors import OptionError
 from ptacc.testing import tiny_data, tiny_parts
+from tests.engines.test_scaler import ScalerOnTheHost
 from tests.ranks import run_ranks
 
 BATCH, STEPS, SPIKE = 4, 40, 33
@@ -112,6 +113,13 @@ def test_a_stopped_run_continues_on_request(tmp_path: Path) -> None:
     for _ in range(2):
         assert train(Saving, "stop", **options).progress.steps == SPIKE
     assert weights(train(Saving, "stop", **options, resume_ignore={"stop"})) == train_plainly()
+
+
+class Scaled(ScalerOnTheHost, Guarded): ...
+
+
+def test_a_scaled_spike_is_skipped_as_well() -> None:
+    assert weights(train(Scaled, max_grad_deviations=8.0)) == train_plainly()
 
 
 @pytest.mark.parametrize("guard", GUARDS)
