@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ptacc.eject.literals import WIDTH
 
-SETTINGS = ("DDPCommunicationHookType", "DistributedDataParallelKwargs", "TorchDynamoPlugin")
-FROM = {
+SETTINGS: tuple[str, ...] = ("DDPCommunicationHookType", "DistributedDataParallelKwargs", "TorchDynamoPlugin")
+FROM: Mapping[str, tuple[str, ...]] = {
     "accelerate": ("Accelerator",),
     "accelerate.data_loader": ("prepare_data_loader",),
     "accelerate.utils": ("find_batch_size", "gather_object", "save", *SETTINGS),
@@ -29,7 +29,7 @@ FROM = {
     "torchmetrics": ("Metric",),
     "typing": ("Any", "NamedTuple"),
 }
-KNOWN = {
+KNOWN: dict[str, str] = {
     **{name: f"import {name}" for name in ("copy", "hashlib", "math", "random", "struct", "torch")},
     **{name: f"from {module} import {name}" for module, names in FROM.items() for name in names},
     "np": "import numpy as np",
