@@ -66,6 +66,9 @@ EXAMPLES = [
     Example("dcgan.py", "`GANTrainer`, averaged weights", 0.35),
     Example("vae.py", "a loop of your own, parts of a loss", 26.0, is_loss=True),
     Example("cross_validation.py", "a trainer for each fold", 0.95),
+    Example("char_lm.py", "a transformer of your own, `decay_groups`, generated text", 2.45, is_loss=True),
+    Example("sentiment.py", "`SequenceClassificationTrainer`, a tokenizer, a small BERT", 0.97),
+    Example("fine_tuning.py", "`FreezeMixin`, `gradual_unfreezing`, batch norms", 0.75),
     Example("own_mixin.py", "a mixin of your own, `check_mixin`", 0.87),
     Example("own_callback.py", "callbacks of your own, `trainer.stop`", 0.93),
     Example("notebook.ipynb", "tables and figures in a notebook", 0.94, warnings="ignore"),  # of Jupyter's packages
