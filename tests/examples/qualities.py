@@ -20,6 +20,8 @@ DEPRECATIONS = "error,ignore::FutureWarning,ignore::DeprecationWarning"
 """DeepSpeed calls what torch has deprecated."""
 UNCLOSED = "error,ignore::ResourceWarning"
 """timm leaves closing the files of images to Python."""
+CHECKPOINTING = "error,ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+"""peft calls what transformers has deprecated."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ EXAMPLES = [
     Example("char_lm.py", "a transformer of your own, `decay_groups`, generated text", 2.45, is_loss=True),
     Example("sentiment.py", "`SequenceClassificationTrainer`, a tokenizer, a small BERT", 0.97),
     Example("fine_tuning.py", "`FreezeMixin`, `gradual_unfreezing`, batch norms", 0.75),
+    Example(
+        "lora.py",
+        "`CausalLMTrainer`, adapters of peft, `SavePretrained`",
+        2.7,
+        is_loss=True,
+        warnings=CHECKPOINTING,
+    ),
+    Example("wgan_gp.py", "`GANTrainer`, several updates of the critic, gradient penalty", 0.16, is_loss=True),
+    Example("actor_critic.py", "`MultiUpdateLoop`, a stream that depends on the model", 450.0),
     Example("own_mixin.py", "a mixin of your own, `check_mixin`", 0.87),
     Example("own_callback.py", "callbacks of your own, `trainer.stop`", 0.93),
     Example("notebook.ipynb", "tables and figures in a notebook", 0.94, warnings="ignore"),  # of Jupyter's packages
