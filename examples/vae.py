@@ -44,7 +44,7 @@ def main() -> None:
     trainer.train(list(images[360:]), num_epochs=40, per_device_batch_size=64)
     result = trainer.evaluate(list(images[:360]))
     trainer.print({name: round(value, 2) for name, value in result.metrics.items()})
-    new_digits = model.decoder(torch.randn(4, 8)).sigmoid()  # (4, 64)
+    new_digits = model.decoder(torch.randn(4, 8, device=trainer.accelerator.device)).sigmoid()  # (4, 64)
     trainer.print(f"pixels of new digits: {new_digits.min():.2f} to {new_digits.max():.2f}")
     trainer.print(f"loss: {result.loss:.2f}")
 

@@ -39,7 +39,7 @@ from ptacc import (
 )
 from ptacc.engines.base import Engine
 from ptacc.engines.default import TorchEngine
-from ptacc.errors import LossError, OptionError
+from ptacc.errors import CompositionError, LossError, OptionError
 from ptacc.tuning import find_learning_rate
 from tests.ranks import run_ranks
 
@@ -248,6 +248,24 @@ class CriticOnly(Loop):
     @override
     def train_updates(self, batch: Images) -> Iterator[Update[Tensor]]:
         yield Update("critic", loss=self.model.critic(batch[0]).mean())
+
+
+class WithoutEvalStep(MultiUpdateLoop[Tensor, None, GAN]):
+    @override
+    def train_updates(self, batch: Tensor) -> Iterator[Update[None]]:
+        yield Update("critic", loss=self.model.critic(batch).mean())
+
+
+def test_an_evaluation_without_an_eval_step_is_an_error_before_the_first_step() -> None:
+    model = GAN()
+    optimizers = {name: SGD(part.parameters(), lr=0.1) for name, part in model.named_children()}
+    trainer = WithoutEvalStep(model, optimizer=OptimizerDict(optimizers), default_callbacks=())
+    data = list(torch.randn(4, 4))
+    with pytest.raises(CompositionError, match="has no eval_step"):
+        trainer.train(data, data, num_epochs=1)
+    assert trainer.progress.steps == 0
+    with pytest.raises(CompositionError, match="has no eval_step"):
+        trainer.evaluate(data)
 
 
 def test_an_optimizer_without_an_update_is_named_in_a_warning() -> None:

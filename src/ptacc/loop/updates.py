@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ptacc.composition.roles import Role
 from ptacc.core.batch_hooks import BatchHooks
+from ptacc.core.callback import overrides
 from ptacc.core.checks import check_output
 from ptacc.data.transfer import Transfer
 from ptacc.engines.base import OptimizerSlot
@@ -79,6 +80,11 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
         raise AssertionError("train_updates takes its place")
 
     @override
+    def eval_step(self, batch: BatchT) -> StepOutput[OutputT]:
+        """Default hook: compute the loss and the outputs of one batch in evaluation. Define it to evaluate."""
+        raise_no_eval_step(type(self).__name__)
+
+    @override
     def check_options(self) -> None:
         check_no_train_step(type(self))
 
@@ -91,6 +97,8 @@ class MultiUpdateLoop(TrainingLoop[BatchT, OutputT, ModelT, SampleT], Generic[Ba
                 "leave FSDPMixin, TensorParallelMixin, DeepSpeedMixin and DDPMixin out."
             )
         self.run[UPDATES] = Counter()
+        if self.run.eval_data and not overrides(self, MultiUpdateLoop, "eval_step"):
+            raise_no_eval_step(type(self).__name__)
 
     @override
     def on_run_end(self) -> None:
@@ -199,6 +207,14 @@ def check_no_train_step(trainer: type) -> None:
                 f"{trainer.__name__}: {base.__name__} refines train_step, and a MultiUpdateLoop has train_updates. "
                 f"Leave {base.__name__} out."
             )
+
+
+def raise_no_eval_step(owner: str) -> NoReturn:
+    """Raise `CompositionError` for an evaluation or prediction of a loop that does not define `eval_step`."""
+    raise CompositionError(
+        f"{owner} has no eval_step, and evaluations and predictions need one: a MultiUpdateLoop does not choose among "
+        "the losses of its updates. Define eval_step(batch), which returns a StepOutput."
+    )
 
 
 def find_slot(trainer: BatchHooks[BatchT, OutputT], label: str, slots: Sequence[OptimizerSlot]) -> OptimizerSlot:
