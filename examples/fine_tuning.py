@@ -1,5 +1,6 @@
 """Fine-tune by gradual unfreezing: a network for the digits 0 to 6 learns 7, 8 and 9 from five images of each."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -50,7 +51,7 @@ def train(
     body: nn.Module, data: TensorDataset, *, classes: int, epochs: int, unfreeze_at: Mapping[str, Epochs | Steps] = {}
 ) -> DigitsTrainer:
     """Train a body with a new head."""
-    model = nn.Sequential(body, nn.Linear(64, classes))
+    model = nn.Sequential(OrderedDict({"body": body, "head": nn.Linear(64, classes)}))
     optimizer = AdamW(model.parameters(), lr=3e-3)
     trainer = DigitsTrainer(model, optimizer=optimizer, num_classes=classes, unfreeze_at=unfreeze_at, seed=0)
     trainer.train(data, num_epochs=epochs)
@@ -69,7 +70,7 @@ def main() -> None:
 
     body = make_body()
     train(body, known, classes=KNOWN, epochs=1)
-    one_by_one = gradual_unfreezing(["0.0", "0.1", "0.2"], every=Epochs(5))
+    one_by_one = gradual_unfreezing(["body.0", "body.1", "body.2"], every=Epochs(5))
     tuned = train(body, few, classes=NEW, epochs=60, unfreeze_at=one_by_one)
     from_scratch = train(make_body(), few, classes=NEW, epochs=60)
     tuned.print(f"accuracy from scratch: {from_scratch.evaluate(test).metrics['accuracy']:.3f}")
