@@ -7,9 +7,13 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
+from ptacc import StepOutput, TrainingLoop
 from ptacc.data.batch import BatchSource
 from ptacc.data.sources import make_source
 from ptacc.distributed.process_group import DistributedRuntime
@@ -169,3 +173,31 @@ def test_the_number_of_batches_is_corrected_after_an_epoch() -> None:
     source = make(Sized(10, first_worker_takes_all=True), num_workers=2, timeout=30)
     assert source.num_batches() == 4
     assert len(read(source, 0)) == source.num_batches() == 3
+
+
+class Weights(IterableDataset[Tensor]):
+    """Yields the weights of a model as they are."""
+
+    def __init__(self, model: nn.Linear) -> None:
+        self.model = model
+
+    @override
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield self.model.weight.detach().clone()
+
+
+class WeightsLoop(TrainingLoop[Tensor, None, nn.Linear]):
+    @override
+    def train_step(self, batch: Tensor) -> StepOutput[None]:
+        assert torch.equal(batch.flatten(), self.model.weight.flatten())
+        return StepOutput(loss=self.model.weight.sum(), outputs=None)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_stream_is_read_with_the_weights_of_the_step(batch_size: int | None) -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    loop = WeightsLoop(model, optimizer=SGD(model.parameters(), lr=0.1), default_callbacks=())
+    loop.train(DataLoader(Weights(model), batch_size=batch_size), max_steps=5)
+    torch.testing.assert_close(model.weight.detach(), before - 0.5)
