@@ -80,6 +80,21 @@ def test_train_names_the_option_that_is_meant() -> None:
         trainer.train(tiny_data(), epochs=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lr", "Here it is an argument of the optimizer, `SGD(model.parameters(), lr=...)`."),
+        ("callbacks", "It is an option: Trainer(..., callbacks=...)."),
+        ("max_grad_norm", ""),
+    ],
+)
+def test_train_says_where_an_argument_belongs(name: str, advice: str) -> None:
+    trainer: Any = Trainer(**tiny_parts())
+    with pytest.raises(TypeError) as caught:
+        trainer.train(tiny_data(), num_epochs=1, **{name: 1})
+    assert str(caught.value) == f"train() has no keyword {name!r}. {advice}".rstrip()
+
+
 def test_no_name_of_another_trainer_exists_here() -> None:
     trainer = Trainer(**tiny_parts())
     assert [name for name in ATTRIBUTES_ELSEWHERE if hasattr(trainer, name)] == []

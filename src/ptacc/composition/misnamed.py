@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 
 def _invert(names: Mapping[str, str]) -> Mapping[str, str]:
@@ -119,6 +119,19 @@ def suggest_option(names: Iterable[str]) -> str:
         'Here it is `train(..., num_epochs=...)`.'
     """
     return next((f"Here it is {OPTIONS_ELSEWHERE[name]}." for name in names if name in OPTIONS_ELSEWHERE), "")
+
+
+def suggest_argument(names: Collection[str], trainer: type) -> str:
+    """Return a text with what an argument that `train()` does not have is instead; empty for other names.
+
+    Example:
+        >>> suggest_argument({"lr"}, object)
+        'Here it is an argument of the optimizer, `SGD(model.parameters(), lr=...)`.'
+    """
+    for name in sorted(names):
+        if name in getattr(trainer, "__dataclass_fields__", {}):
+            return f"It is an option: {trainer.__name__}(..., {name}=...)."
+    return suggest_option(name for name in sorted(names) if not OPTIONS_ELSEWHERE.get(name, "").startswith("`train("))
 
 
 def suggest_attribute(name: str) -> str:

@@ -14,6 +14,7 @@ from typing_extensions import Unpack, override
 
 from ptacc.callbacks.defaults import default_callbacks
 from ptacc.composition.fields import property_option
+from ptacc.composition.misnamed import suggest_argument
 from ptacc.composition.roles import Role, is_mixin
 from ptacc.console import messages_shown
 from ptacc.core.callback import Callback, Events, overrides
@@ -253,7 +254,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         with self._distributed.synced("train()"):
             self._check_not_running()
             check_not_wrapped(type(self).__name__, self.model)
-            check_keywords("train()", options, {*TrainOptions.__annotations__, *LIMITS})
+            known = {*TrainOptions.__annotations__, *LIMITS}
+            check_keywords("train()", options, known, suggest_argument(options.keys() - known, type(self)))
             run_options = RunOptions(
                 num_epochs=num_epochs,
                 max_steps=max_steps,
