@@ -140,3 +140,14 @@ def test_the_learning_rates_of_parameter_groups_are_in_the_steps_of_the_history(
     history = Trainer(**parts).train(tiny_data(), num_epochs=1)
     assert history.steps[0].logged == {"weight/learning_rate": 0.1, "1/learning_rate": 0.5}
     assert out.getvalue().split()[:5] == ["epoch", "step", "train_loss", "learning_rate", "seconds"]
+
+
+def test_a_report_shows_the_learning_rates_of_groups_that_differ_from_the_first_one() -> None:
+    out = io.StringIO()
+    parts = make_parts(PrintMetrics(file=out, every="report"))
+    weight, bias = parts["model"].parameters()
+    parts["optimizer"] = torch.optim.SGD([{"params": [weight]}, {"params": [bias], "lr": 0.5}], lr=0.1)
+    Trainer(**parts).train(tiny_data(), num_epochs=1)
+    header = out.getvalue().split()[:7]
+    assert header[:5] == ["epoch", "step", "train_loss", "learning_rate", "1/learning_rate"]
+    assert "0/learning_rate" not in out.getvalue()

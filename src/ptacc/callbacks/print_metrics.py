@@ -70,7 +70,7 @@ class PrintMetrics(Callback[TrainerCore]):
         run = trainer.run
         # The row of an epoch has been printed, or follows at the end of the run.
         if step != self._last_step and not (run.is_done() and run.is_within_epoch) and self._is_due(trainer, step):
-            shown = {name: value for name, value in values.items() if name != "epoch"}
+            shown = {name: value for name, value in values.items() if name != "epoch" and not is_repeated(name, values)}
             self._print(trainer, int(values["epoch"]), step, time.monotonic() - run.epoch.started, shown)
 
     def _is_due(self, trainer: TrainerCore, step: int) -> bool:
@@ -102,6 +102,11 @@ class PrintMetrics(Callback[TrainerCore]):
             if pairs := [f"{name}={cells[name]}" for name in group if name in cells]:
                 write_line(join_pairs(pairs, columns or COLUMNS), file)
         self._rows += 1
+
+
+def is_repeated(name: str, values: Mapping[str, float]) -> bool:
+    """Return whether a value is the learning rate of one of several groups, and that of the first group."""
+    return name.endswith("/learning_rate") and values[name] == values.get("learning_rate")
 
 
 def arrange(names: Sequence[str], sets: Mapping[str, str], columns: int | None) -> tuple[list[str], list[list[str]]]:
