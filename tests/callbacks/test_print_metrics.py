@@ -146,7 +146,8 @@ def test_a_report_shows_the_learning_rates_of_groups_that_differ_from_the_first_
     out = io.StringIO()
     parts = make_parts(PrintMetrics(file=out, every="report"))
     weight, bias = parts["model"].parameters()
-    parts["optimizer"] = torch.optim.SGD([{"params": [weight]}, {"params": [bias], "lr": 0.5}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [weight]}, {"params": [bias], "lr": 0.5}]
+    parts["optimizer"] = torch.optim.SGD(groups, lr=0.1)
     Trainer(**parts).train(tiny_data(), num_epochs=1)
     header = out.getvalue().split()[:7]
     assert header[:5] == ["epoch", "step", "train_loss", "learning_rate", "1/learning_rate"]

@@ -46,7 +46,7 @@ def make(loss_func: Callable[..., Tensor] = f.mse_loss, *, is_flat: bool = False
     return cls(model, loss_func=loss_func, optimizer=SGD(model.parameters(), lr=0.1), default_callbacks=())
 
 
-@pytest.mark.parametrize("loss_func", ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("loss_func", ELEMENTWISE)
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_outputs_and_targets_that_would_be_crossed_are_an_error(loss_func: Any, is_flat: bool) -> None:
     trainer = make(loss_func, is_flat=is_flat)
