@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Collection, Mapping
 
@@ -62,9 +63,13 @@ def import_block(source: str, given: Collection[str]) -> str:
 
 def is_known(name: str, value: object) -> bool:
     """Return whether a name that fragments use stands for an object."""
-    names: dict[str, object] = {}
-    exec(KNOWN.get(name, ""), names)
-    return name in names and names[name] is value
+    if name not in KNOWN:
+        return False
+    (node,) = ast.parse(KNOWN[name]).body
+    if isinstance(node, ast.ImportFrom):
+        return getattr(importlib.import_module(str(node.module)), name) is value
+    assert isinstance(node, ast.Import)
+    return importlib.import_module(node.names[0].name) is value
 
 
 def split_import(statement: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ class AccumulationSchedule:
         by_step: Whether the keys of `later` are steps. By default they are epochs.
 
     Example:
+        >>> from ptacc import Progress
         >>> schedule = AccumulationSchedule(1, {3: 4}, by_step=True)
         >>> schedule.count_steps(Progress(), batches=10)
         5
