@@ -8,7 +8,9 @@ import pytest
 
 from ptacc import RestoreBestWeights
 from tests.eject.compositions import (
+    BATCH,
     CASES,
+    EPOCHS,
     RecordedLoss,
     assert_equal,
     eject,
@@ -56,4 +58,5 @@ def test_the_losses_are_equal_on_two_processes(tmp_path: Path) -> None:
         return recorded.losses, again.losses
 
     for expected, found in run_ranks(compare, 2):
+        assert len(expected) == EPOCHS * 64 // BATCH // 2
         assert found == expected

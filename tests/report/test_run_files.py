@@ -59,6 +59,14 @@ def test_a_run_that_still_runs_differs_from_one_that_was_killed(tmp_path: Path) 
     assert read_run(write_lines(path, *lines)).status == "unknown: killed, or still running"
 
 
+@pytest.mark.parametrize("process", ["0", "-1", "9" * 30, "9" * 5000, "one", ""])
+def test_a_number_that_no_process_has_is_unknown(process: str, tmp_path: Path) -> None:
+    run = train(tmp_path, fails_at=3)
+    lines = [line for line in read_all(run.path) if line["kind"] != "end"]
+    lines[0]["environment"]["process"] = process
+    assert read_run(write_lines(run.path, *lines)).status == "unknown: killed, or still running"
+
+
 def test_a_run_that_was_resumed_was_killed_before(tmp_path: Path) -> None:
     run = train(tmp_path, fails_at=27)
     lines = [line for line in read_all(run.path) if line["kind"] != "end"]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ Line: TypeAlias = Mapping[str, Any]
 
 INVALID = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading an invalid line raises."""
+PROCESS = re.compile(r"[1-9][0-9]{0,8}")
+"""The number of a process. 0 and larger numbers mean something else to the system."""
 STEP_LINE = b'{"kind": "step"'
 """How the line of a single step begins."""
 
@@ -85,7 +88,7 @@ class Attempt:
         if self.outcome is not None:
             return self.outcome
         host, process = self.environment.get("host"), self.environment.get("process", "")
-        if host != platform.node() or not process.isdecimal() or sys.platform == "win32":
+        if host != platform.node() or not PROCESS.fullmatch(process) or sys.platform == "win32":
             return "unknown: killed, or still running"
         return f"running: process {process}" if is_process(int(process)) else "killed"
 
@@ -264,10 +267,10 @@ def is_process(pid: int) -> bool:
     """Return whether a process with this number runs on this host."""
     try:
         os.kill(pid, 0)  # signal 0 only checks
+    except PermissionError:
+        return True  # of another user
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
 
 
