@@ -187,7 +187,7 @@ def run_script(script: Any, losses: list[float], samples: int = SAMPLES) -> Outc
 
 
 def assert_equal(found: Outcome, expected: Outcome) -> None:
-    assert expected.losses
+    assert expected.values
     assert found.losses == expected.losses
     for values, record in zip(found.values, expected.values, strict=True):
         assert values.pop("grad_norm", 0.0) == pytest.approx(record.get("grad_norm", 0.0), rel=1e-6)

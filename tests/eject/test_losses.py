@@ -35,6 +35,7 @@ def test_the_losses_and_weights_of_a_script_are_those_of_its_trainer(cases: Sequ
     script = load_script(eject(trainer), tmp_path)
     script.loss_func = again
     assert_equal(run_script(script, again.losses), train(trainer, recorded.losses))
+    assert recorded.losses
 
 
 @pytest.mark.parametrize("cases", [(), ("averaged",)], ids=str)
@@ -45,6 +46,7 @@ def test_a_script_ends_with_the_best_weights(cases: Sequence[str], tmp_path: Pat
     script = load_script(eject(trainer), tmp_path)
     script.loss_func = again
     assert_equal(run_script(script, again.losses), train(trainer, recorded.losses))
+    assert recorded.losses
 
 
 def test_the_losses_are_equal_on_two_processes(tmp_path: Path) -> None:
