@@ -29,6 +29,7 @@ class KeyedDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate: CollateFn, seeding: BatchSeeding) -> None:
         self.dataset: Any = dataset
         self._collate, self._seeding = collate, seeding
+        self._loads_batches = hasattr(dataset, "__getitems__")
         self._is_in_memory = collate is default_collate and holds_plain_tensors(unwrap_subsets(dataset, ())[0])
         self._epoch: int | None = None
 
@@ -43,7 +44,7 @@ class KeyedDataset(Dataset[Any]):
             return next(self._index_batches([key]))
         if self._epoch is not None and self._epoch != key.epoch:
             self.set_epoch(key.epoch)
-        return self._seeding.load(lambda key: self._collate(self._load_samples(key)), key)
+        return self._seeding.load(self._load, key)
 
     def load_all(self, keys: Iterator[BatchKey]) -> Iterator[tuple[BatchKey, object]]:
         """Load and collate one batch after the other. Batches of tensors in memory are indexed several at a time."""
@@ -76,15 +77,18 @@ class KeyedDataset(Dataset[Any]):
     def __getitem__(self, index: object) -> object:
         raise AssertionError("a keyed dataset loads batches, not samples")
 
-    def _load_samples(self, key: BatchKey) -> list[Any]:
+    def _load(self, key: BatchKey) -> object:
+        dataset = self.dataset
         try:
-            if hasattr(self.dataset, "__getitems__"):
-                return list(self.dataset.__getitems__(list(key.indices)))
-            return [self.dataset[index] for index in key.indices]
+            if self._loads_batches:
+                samples = list(dataset.__getitems__(list(key.indices)))
+            else:
+                samples = [dataset[index] for index in key.indices]
         except LookupError as error:
-            if (missing := missing_sample_error(self.dataset, key.indices, error)) is None:
+            if (missing := missing_sample_error(dataset, key.indices, error)) is None:
                 raise
             raise missing from error
+        return self._collate(samples)
 
 
 def holds_plain_tensors(dataset: object) -> bool:

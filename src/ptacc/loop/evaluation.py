@@ -32,7 +32,7 @@ from ptacc.model.option_modules import find_trained_options, options_moved
 from ptacc.model.wrapping import ModelState, calling, prepare_model
 from ptacc.rng import preserved_streams
 from ptacc.run.eval_sums import LOSS, EvalSums
-from ptacc.run.window import count_batch
+from ptacc.run.window import ItemCounter
 from ptacc.tensors.samples import SampleSplitter, count_samples
 from ptacc.tensors.structures import map_tensors, to_host
 from ptacc.types.aliases import BatchT, OutputT, Pair, PairSample, RawT, SampleT, T
@@ -200,7 +200,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             events.evaluation_start(name)
             sums, transfer = EvalSums(self.device), make_transfer(self.device)
             batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
-            total = source.num_batches()
+            total, counter = source.num_batches(), ItemCounter(self.count_items, self._items_are_samples)
             with noting_batches(self, f"the evaluation of {name!r}" if name else "an evaluation") as follow:
                 for number, host in enumerate(follow(batches), start=1):
                     self._distributed.count_progress()
@@ -208,7 +208,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                         self.check_batch(host.data)
                     output = self._evaluate_batch(host, transfer)
                     if not host.is_padding:
-                        sums.add(output, count_batch(host, self.count_items, self._items_are_samples))
+                        sums.add(output, counter.count(host))
                     events.eval_progress(number, total)
                     if self._is_interruptible() and self.run.stopping.poll_termination():
                         raise CoordinatedExit

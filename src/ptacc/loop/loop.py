@@ -37,10 +37,9 @@ from ptacc.model.modes import get_modes, start_training
 from ptacc.run.history import RunHistory
 from ptacc.run.run import Run
 from ptacc.run.step_result import StepResult
-from ptacc.run.window import Window, make_windows
+from ptacc.run.window import ItemCounter, Window, make_windows
 from ptacc.types.aliases import BatchT, Duration, ModelT, OutputT, RawT, SampleT, T
 from ptacc.types.arguments import (
-    DEFAULT_CADENCE,
     LIMITS,
     EpochLimited,
     ItemLimited,
@@ -412,13 +411,9 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         if run.is_within_epoch and run.is_epoch_complete:
             return
         with noting_loading(self, run):
-            windows = make_windows(
-                run.read_epoch(),
-                run.accumulation.sizes_from(run.progress),
-                self.count_items,
-                run.distributed,
-                items_are_samples=self._items_are_samples,
-            )
+            counter = ItemCounter(self.count_items, self._items_are_samples)
+            sizes = run.accumulation.sizes_from(run.progress)
+            windows = make_windows(run.read_epoch(), sizes, counter, run.distributed)
             while not run.is_done():
                 window = next(windows, None)
                 run.epoch.is_exhausted = window is None
@@ -450,11 +445,13 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
 
     def _after_step(self, run: Run, events: Events) -> None:
         run.is_consistent = True
-        was_evaluated = is_evaluation_due(run) and self._evaluate_sets(run)
+        was_evaluated = run.is_due(run.evaluate_every, run.evaluated_at) and self._evaluate_sets(run)
         run.stopping.poll(run.progress, self.should_stop())
         if not run.is_epoch_complete:  # else after the epoch
-            was_evaluated |= run.should_evaluate_at_end and self._evaluate_sets(run)
-            if was_evaluated or self._is_report_due(run):
+            is_done = run.is_done()
+            was_evaluated |= is_done and run.should_evaluate_at_end and self._evaluate_sets(run)
+            is_due = is_done or (self.log_every is not None and run.is_due(self.log_every, run.reported_at))
+            if was_evaluated or (is_due and run.has_unreported_steps):
                 self._report(run, events)
             self.save_run_state()
 
@@ -467,7 +464,8 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
                     "collate_fn ends in `return batch`."
                 )
             run.complete_epoch()
-            if (run.should_evaluate_at_end or is_evaluation_due(run)) and not self._evaluate_sets(run):
+            is_due = run.should_evaluate_at_end or run.is_due(run.evaluate_every, run.evaluated_at)
+            if is_due and not self._evaluate_sets(run):
                 run.reopen_epoch(before)
                 self.save_run_state()
         run.is_consistent = False
@@ -484,11 +482,6 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         if run.epoch.is_counted:
             run.is_consistent = True
             self.save_run_state()
-
-    def _is_report_due(self, run: Run) -> bool:
-        """Return whether values are due to be reported now. A run that a signal ends reports them when it resumes."""
-        is_due = (self.log_every is not None and run.is_due(self.log_every, run.reported_at)) or run.is_done()
-        return is_due and run.stopping.exit_code is None and run.reported_at.steps < run.progress.steps
 
     def _report(self, run: Run, events: Events, train_metrics: Mapping[str, float] | None = None) -> None:
         """Report values: what was logged since the last report, and what was evaluated at this step. A collective."""
@@ -534,11 +527,6 @@ def check_has_step(trainer: type) -> None:
             f"{trainer.__name__}: its mixins refine train_step, and no class defines one. Define `train_step(self, "
             "batch)` in a class behind them."
         )
-
-
-def is_evaluation_due(run: Run) -> bool:
-    """Return whether `evaluate_every` requires an evaluation now."""
-    return run.is_due(run.options.get("evaluate_every", DEFAULT_CADENCE), run.evaluated_at)
 
 
 def describe_finished_run(run: Run) -> str:

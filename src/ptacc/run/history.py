@@ -180,16 +180,17 @@ class RunHistory(Sequence[EpochRecord]):
         values, self._unread_values = self._unread_values, LoggedValues()
         if not unread and not values.sums and distributed.is_single_process:
             return
-        read, names = read_results([*unread, values.as_result(unread[-1].loss if unread else NO_LOSS)], distributed)
-        _, logged_values = read.pop()
+        results = [*unread, values.as_result(unread[-1].loss if unread else NO_LOSS)]
+        (*losses, _), (*sums, logged_values), names = read_results(results, distributed)
+        logged = [means(of_step) if of_step else {} for of_step in sums]
         records = []
-        for result, (loss, sums) in zip(unread, read, strict=True):
-            logged, rate = means(sums), float(result.learning_rate)
-            reported = {name: float(group_rate) for name, group_rate in result.group_rates.items()} | logged
+        for result, loss, values_of_step in zip(unread, losses, logged, strict=True):
+            rate, group_rates = float(result.learning_rate), result.group_rates
+            rates = {name: float(group_rate) for name, group_rate in group_rates.items()} if group_rates else {}
+            reported = {**rates, **values_of_step}
             records.append(StepRecord(result.step, result.epoch, loss, rate, result.items, reported))
-            for part in (self._of_epoch, self._since_report):
-                part.add(loss, result.items, logged)
         for part in (self._of_epoch, self._since_report):
+            part.add(losses, [result.items for result in unread], logged)
             add_sums(part.logged, logged_values)
         self._steps.extend(records)
         self._write(("step", asdict(record)) for record in records)

@@ -25,7 +25,7 @@ from ptacc.run.stopping import StopState
 from ptacc.run.window import Window
 from ptacc.types.accumulation import AccumulationSchedule
 from ptacc.types.aliases import T
-from ptacc.types.arguments import RunOptions, ends_within_epoch
+from ptacc.types.arguments import DEFAULT_CADENCE, RunOptions, ends_within_epoch
 from ptacc.types.monitor import ValueNames
 from ptacc.types.outputs import EpochRecord, EvalResult, ValuesRecord
 from ptacc.types.progress import Cadence, Minutes, Progress, RunPlan
@@ -54,6 +54,7 @@ class Run:
         value_names: Names of the values that it may report.
         invariants: What must be the same when the run is resumed, by name.
         resume_state: The saved run that this run resumes; None for a new run.
+        evaluate_every: How often all sets are evaluated.
         evaluated_at: Progress at the last evaluation of all sets.
         reported_at: Progress at the last report of values. Its time is that of the end of the report.
         batch: Batch of the forward or backward pass in progress; None between steps.
@@ -81,6 +82,7 @@ class Run:
     invariants: Mapping[str, str]
     resume_state: ResumeState | None = None
     epoch: EpochState = field(init=False)
+    evaluate_every: Cadence = field(init=False)
     progress: Progress = field(default_factory=Progress)
     evaluated_at: Progress = field(default_factory=Progress)
     reported_at: Progress = field(default_factory=Progress)
@@ -96,6 +98,7 @@ class Run:
     _states: dict[StateKey[Any], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.evaluate_every = self.options.get("evaluate_every", DEFAULT_CADENCE)
         self.begin_epoch()
         if self.resume_state is not None:
             self._restore(self.resume_state)
@@ -295,6 +298,11 @@ class Run:
             train_metrics={**by_steps, **metrics},
         )
 
+    @property
+    def has_unreported_steps(self) -> bool:
+        """Whether there are steps to report now. A run that a signal ends reports them when it resumes."""
+        return self.reported_at.steps < self.progress.steps and self.stopping.exit_code is None
+
     def make_report(self, train_metrics: Mapping[str, float]) -> ValuesRecord:
         """Return the values since the last report, with those of the evaluation at this step. A collective.
 
@@ -389,23 +397,9 @@ class Run:
 
     def is_done(self) -> bool:
         """Return whether the plan is complete, or the ranks have agreed to stop."""
-        return self.stopping.decision is not None or is_done(self.progress, self.plan)
+        return self.stopping.decision is not None or self.plan.is_complete(self.progress)
 
     def is_due(self, cadence: Cadence, last: Progress) -> bool:
         """Return whether something is due. For `Minutes`, the clock of rank 0 decides for all ranks."""
         due = cadence.is_due(self.progress, last)
         return self.distributed.broadcast(due) if isinstance(cadence, Minutes) else due
-
-
-def is_done(progress: Progress, plan: RunPlan) -> bool:
-    """Return whether a run with this plan is complete.
-
-    Example:
-        >>> is_done(Progress(steps=25), RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25))
-        True
-    """
-    if plan.step_limit is not None and progress.steps >= plan.step_limit:
-        return True
-    if plan.item_limit is not None and progress.items >= plan.item_limit:
-        return True
-    return plan.epoch_limit is not None and progress.epochs >= plan.epoch_limit

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add, mul
 from typing import TypeAlias
 
 import torch
@@ -93,12 +95,15 @@ class StepMeans:
     items: float = 0.0
     logged: Sums = field(default_factory=dict)
 
-    def add(self, loss: float, items: float, logged: Mapping[str, float]) -> None:
-        """Add a step: its mean loss, its items, and its logged values."""
-        self.loss_sum += loss * items
-        self.items += items
-        if logged:
-            add_sums(self.logged, {name: (value, 1.0) for name, value in logged.items()})
+    def add(self, losses: Sequence[float], items: Sequence[float], logged: Iterable[Mapping[str, float]]) -> None:
+        """Add steps: their mean losses, their items, and their logged values.
+
+        They are added one after the other, so that the sums do not depend on how many are added at a time.
+        """
+        self.loss_sum = reduce(add, map(mul, losses, items), self.loss_sum)
+        self.items = reduce(add, items, self.items)
+        for values in filter(None, logged):
+            add_sums(self.logged, {name: (value, 1.0) for name, value in values.items()})
 
     @property
     def loss(self) -> float:
@@ -124,7 +129,7 @@ def means(sums: Sums) -> dict[str, float]:
 
 def read_results(
     unread: Sequence[StepResult], distributed: DistributedRuntime
-) -> tuple[list[tuple[float, Sums]], set[str]]:
+) -> tuple[list[float], list[Sums], set[str]]:
     """Return the losses and the logged values of steps: one copy from the device, over all ranks. A collective.
 
     The names of the values that `train_step` logged are returned, too.
@@ -141,9 +146,10 @@ def read_results(
     # Not every step logs every name, and not on every rank.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]
     sums = distributed.sum([*values, *weights])
-    read: list[tuple[float, Sums]] = [(loss / distributed.world_size, {}) for loss in sums[: len(unread)]]
     first, last = len(unread), len(values)
+    read: list[Sums] = [{} for _ in unread]
     for (i, name), value, weight in zip(cells, sums[first:last], sums[last:], strict=True):
         if weight:
-            read[i][1][name] = value, weight
-    return read, {name for name, is_from_step in all_names if is_from_step}
+            read[i][name] = value, weight
+    mean_losses = [loss / distributed.world_size for loss in sums[:first]]
+    return mean_losses, read, {name for name, is_from_step in all_names if is_from_step}

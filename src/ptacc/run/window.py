@@ -68,13 +68,44 @@ def divide(value: Tensor, weight: float, total: float) -> Tensor:
     return value / (total / weight) if weight else value * 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ItemCounter(Generic[BatchT]):
+    """Counts the items of batches.
+
+    Args:
+        count_items: Returns the items of a batch, on the host.
+        are_samples: Returns whether the items of a batch are its samples.
+    """
+
+    count_items: Callable[[BatchT], float]
+    are_samples: Callable[[BatchT], bool]
+
+    def count(self, batch: HostBatch[BatchT]) -> float:
+        """Return the items of a batch: none in a padding batch, and in one that was left out.
+
+        Raises:
+            DataError: The items are the samples, and their numbers differ. A collate function may leave samples out:
+                all tensors of such a batch have the same number of items.
+        """
+        if batch.data is None or batch.is_padding:
+            return 0
+        count = self.count_items(batch.data)
+        if batch.samples != count and batch.samples is not None and self.are_samples(batch.data):
+            sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
+            if batch.total is not None or sizes != {count}:
+                raise DataError(
+                    f"A batch of {batch.samples} samples holds {count:g} items: the size of its first tensor, without "
+                    "targets that the loss ignores. Override count_items(self, batch) to return what the loss is a "
+                    "mean over, such as `len(batch[1])` or `int((batch[1] != -100).sum())`."
+                )
+        return count
+
+
 def make_windows(
     batches: Iterator[HostBatch[BatchT]],
     sizes: Iterable[int],
-    count_items: Callable[[BatchT], float],
+    counter: ItemCounter[BatchT],
     distributed: DistributedRuntime,
-    *,
-    items_are_samples: Callable[[BatchT], bool],
 ) -> Iterator[Window[BatchT]]:
     """Group batches into windows of `sizes`, of which the last may be smaller, and count their items.
 
@@ -83,30 +114,26 @@ def make_windows(
     Args:
         batches: The batches of this rank in an epoch.
         sizes: Batches of each window, without an end.
-        count_items: Returns the items of a batch, on the host.
+        counter: Counts the items of each batch.
         distributed: The ranks. They sum their counts, unless the total follows from the partition of the samples.
-        items_are_samples: Returns whether the items of a batch are its samples, so that it does.
     """
     for size in sizes:
         loaded = list(islice(batches, size))
         if not loaded:
             return
-        window, counts, total = count_batches(loaded, count_items, distributed, items_are_samples)
+        window, counts, total = count_batches(loaded, counter, distributed)
         read = len(loaded)
         yield Window(window, counts, total, distributed.replicas, read, read < size, loaded[-1].end)
 
 
 def count_batches(
-    window: list[HostBatch[BatchT]],
-    count_items: Callable[[BatchT], float],
-    distributed: DistributedRuntime,
-    items_are_samples: Callable[[BatchT], bool],
+    window: list[HostBatch[BatchT]], counter: ItemCounter[BatchT], distributed: DistributedRuntime
 ) -> tuple[list[HostBatch[BatchT]], list[float], float]:
     """Return the batches to run, the items of each, and the items of all ranks. No batches if all were left out."""
-    counts = [count_batch(batch, count_items, items_are_samples) for batch in window]
+    counts = list(map(counter.count, window))
     total = sum(counts)
     if not distributed.is_single_process:
-        window, total = sum_counts(window, total, distributed, items_are_samples)
+        window, total = sum_counts(window, total, counter, distributed)
     elif not all(counts):
         is_given = [batch.data is not None for batch in window]
         window, counts = list(compress(window, is_given)), list(compress(counts, is_given))
@@ -119,41 +146,15 @@ def count_batches(
 
 
 def sum_counts(
-    window: list[HostBatch[BatchT]],
-    items: float,
-    distributed: DistributedRuntime,
-    items_are_samples: Callable[[BatchT], bool],
+    window: list[HostBatch[BatchT]], items: float, counter: ItemCounter[BatchT], distributed: DistributedRuntime
 ) -> tuple[list[HostBatch[BatchT]], float]:
     """Return the batches to run, and the items of all ranks, of which this rank has `items`.
 
     A collective, unless the number of items is that of the samples, which is known.
     """
-    if all(batch.total is not None for batch in window) and items_are_samples(window[0].data):
+    if all(batch.total is not None for batch in window) and counter.are_samples(window[0].data):
         return window, sum(batch.total or 0 for batch in window)
     skipped: float = sum(batch.data is None for batch in window)
     is_counted = distributed.is_replica_leader
     total, skipped = distributed.sum([items, skipped] if is_counted else [0, 0])
     return fill_skipped(window, distributed) if skipped else window, total
-
-
-def count_batch(
-    batch: HostBatch[BatchT], count_items: Callable[[BatchT], float], items_are_samples: Callable[[BatchT], bool]
-) -> float:
-    """Return the items of a batch: none in a padding batch, and in one that was left out.
-
-    Raises:
-        DataError: The items are the samples, and their numbers differ. A collate function may leave samples out: all
-            tensors of such a batch have the same number of items.
-    """
-    if batch.data is None or batch.is_padding:
-        return 0
-    count = count_items(batch.data)
-    if batch.samples != count and batch.samples is not None and items_are_samples(batch.data):
-        sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
-        if batch.total is not None or sizes != {count}:
-            raise DataError(
-                f"A batch of {batch.samples} samples holds {count:g} items: the size of its first tensor, without "
-                "targets that the loss ignores. Override count_items(self, batch) to return what the loss is a mean "
-                "over, such as `len(batch[1])` or `int((batch[1] != -100).sum())`."
-            )
-    return count

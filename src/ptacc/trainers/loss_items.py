@@ -48,7 +48,7 @@ class LossItems:
 
     def class_indices(self, batch: object) -> Tensor | None:
         """Return the targets of a batch if its loss is a mean over them. Of probabilities, it is one over samples."""
-        if not self._has_classes or not isinstance(batch, tuple | list) or len(batch) != 2:
+        if not self._has_classes or not isinstance(batch, (tuple, list)) or len(batch) != 2:
             return None
         targets = batch[1]
         if not isinstance(targets, Tensor) or not targets.dim() or targets.is_floating_point():
@@ -67,7 +67,7 @@ class LossItems:
         if (targets := self.class_indices(batch)) is None:
             return None
         if not self.is_selective and targets.dim() == 1 and not contains(targets, self._ignored):
-            return targets.shape[0]
+            return targets.numel()
         is_counted = targets != self._ignored
         if self._options["weight"] is None:
             return int(is_counted.sum())
@@ -87,7 +87,7 @@ def contains(targets: Tensor, value: int) -> bool:
     """Return whether a vector on the host contains a value. One on a device is not read."""
     if not targets.is_cpu:
         return False
-    if targets.shape[0] < FEW:
+    if targets.numel() < FEW:
         return value in targets.tolist()  # half the time of a tensor operation
     return bool((targets == value).any())
 

@@ -103,6 +103,19 @@ class RunPlan:
             epochs = epochs_needed if epochs is None else min(epochs, epochs_needed)
         return replace(self, known_epochs=epochs, known_steps_per_epoch=steps_per_epoch, known_total_steps=total)
 
+    def is_complete(self, progress: Progress) -> bool:
+        """Return whether the run has reached one of its limits.
+
+        Example:
+            >>> RunPlan.compute(num_epochs=3, steps_per_epoch=10, max_steps=25).is_complete(Progress(steps=25))
+            True
+        """
+        if self.step_limit is not None and progress.steps >= self.step_limit:
+            return True
+        if self.item_limit is not None and progress.items >= self.item_limit:
+            return True
+        return self.epoch_limit is not None and progress.epochs >= self.epoch_limit
+
     def ends_within(self, progress: Progress, steps: int) -> bool:
         """Return whether the run ends within the next steps, or has had all its epochs."""
         if self.epoch_limit is not None and progress.epochs >= self.epoch_limit:
