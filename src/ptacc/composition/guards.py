@@ -92,12 +92,14 @@ def check_hooks_are_declared(cls: type, known: Collection[str], elsewhere: Mappi
     declared = {n for base in cls.__mro__[1:] for n in base.__dict__ if n.startswith(("on_", "around_"))}
     for name in _new_methods(cls):
         if name.startswith(("on_", "around_")):
-            here = EVENTS_ELSEWHERE.get(name)
-            hint = f"Did you mean `{here}`? " if here in declared else did_you_mean(name, declared)
+            event = EVENTS_ELSEWHERE.get(name, name)
+            here = event if event in declared else elsewhere.get(event)
         else:
             here = elsewhere.get(name) or find_near_miss(name, known)
             if here is None or here in cls.__dict__:
                 continue
+        hint = did_you_mean(name, declared)
+        if here is not None:
             hint = f"Did you mean `{here}`? " if here.isidentifier() else f"Here it is {here}. "
         raise CompositionError(
             f"{cls.__name__}.{name}: no base declares this hook, so it would never be called. {hint}Otherwise give it "
@@ -140,6 +142,8 @@ def _check_hooks(cls: type) -> None:
             )
         if shape in COOPERATIVE_SHAPES and not _replaces_super(value):
             _check_cooperative_override(cls, name, value, shape)
+        if shape in REPLACEABLE_SHAPES and not _replaces_super(value) and not calls_super(value, name):
+            _check_refinements_run(cls, name)
 
 
 def _check_cooperative_override(cls: type, name: str, value: object, shape: str) -> None:
@@ -167,6 +171,20 @@ def _check_cooperative_override(cls: type, name: str, value: object, shape: str)
             f"{cls.__name__}.{name}: never calls super().{name}, so overrides of the classes behind it would not run. "
             f"Add `{call}`, or decorate it with `@replaces_super` to replace them on purpose."
         )
+
+
+def _check_refinements_run(cls: type, name: str) -> None:
+    """Raise `CompositionError` for a trainer with a mixin that refines `name`, which the trainer itself replaces."""
+    mixins = (base for base in cls.__mro__[1:] if is_mixin(base) and name in base.__dict__)
+    mixin = next((base for base in mixins if calls_super(base.__dict__[name], name)), None)
+    if mixin is None or is_mixin(cls):
+        return
+    composed = _get_composed_name(cls, mixin)
+    raise CompositionError(
+        f"{cls.__name__}.{name}: never calls super().{name}, so that of {composed} would not run, which refines it. "
+        f"Define {name} in a class of its own, and put {composed} before it: `class {cls.__name__}({composed}, "
+        f"MyLoop)`. If {cls.__name__}.{name} replaces both on purpose, decorate it with `@replaces_super`."
+    )
 
 
 def calls_super(value: object, name: str = "") -> bool:

@@ -19,6 +19,13 @@ P = ParamSpec("P")
 TrainerT_contra = TypeVar("TrainerT_contra", contravariant=True)
 CALLED_BY_NAME = frozenset({"monitors", "state_dict", "load_state_dict"})
 """Methods of callbacks that are called, in addition to events."""
+NOT_OF_CALLBACKS = {
+    "should_stop": "a call of `trainer.stop(reason)`",
+    "on_gradients_ready": "a hook of trainers and mixins only",
+    "on_batch_end": "a hook of trainers and mixins only, since callbacks do not get batches",
+    "on_eval_batch_end": "a hook of trainers and mixins only, since callbacks do not get batches",
+}
+"""Hooks that callbacks do not have, each with what to use instead."""
 
 
 class Callback(Generic[TrainerT_contra]):
@@ -36,7 +43,7 @@ class Callback(Generic[TrainerT_contra]):
     @override
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        check_hooks_are_declared(cls, CALLED_BY_NAME, {"should_stop": "a call of `trainer.stop(reason)`"})
+        check_hooks_are_declared(cls, CALLED_BY_NAME, NOT_OF_CALLBACKS)
 
     def monitors(self) -> tuple[Monitor, ...]:
         """Return the values that this callback monitors; their names are checked before the first step."""

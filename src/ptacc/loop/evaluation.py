@@ -72,7 +72,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         self,
         dataset: EvalData[RawT],
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[EvalOptions],
     ) -> EvalResult: ...
     @overload
@@ -80,7 +80,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         self,
         dataset: EvalSets[RawT],
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[EvalOptions],
     ) -> dict[str, EvalResult]: ...
     @final
@@ -121,7 +121,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         self: EvaluationLoop[BatchT, list[T], SampleT],
         dataset: EvalData[RawT],
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT] | None,
         **options: Unpack[EvalOptions],
     ) -> list[T]: ...
     @overload
@@ -132,7 +132,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     ) -> list[OutputT]: ...
     @overload
     def predict(
-        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self: EvaluationLoop[Pair, OutputT, PairSample],
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], Tensor],
+        **options: Unpack[EvalOptions],
+    ) -> list[OutputT]: ...
+    @overload
+    def predict(
+        self,
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT] | None,
+        **options: Unpack[EvalOptions],
     ) -> list[OutputT]: ...
     @final
     def predict(
@@ -167,7 +179,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         self: EvaluationLoop[BatchT, list[T], SampleT],
         dataset: EvalData[RawT],
         *,
-        collate_fn: Callable[[list[RawT]], BatchT],
+        collate_fn: Callable[[list[RawT]], BatchT] | None,
         **options: Unpack[EvalOptions],
     ) -> Iterator[T]: ...
     @overload
@@ -178,7 +190,19 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     ) -> Iterator[OutputT]: ...
     @overload
     def stream_predictions(
-        self, dataset: EvalData[RawT], *, collate_fn: Callable[[list[RawT]], BatchT], **options: Unpack[EvalOptions]
+        self: EvaluationLoop[Pair, OutputT, PairSample],
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], Tensor],
+        **options: Unpack[EvalOptions],
+    ) -> Iterator[OutputT]: ...
+    @overload
+    def stream_predictions(
+        self,
+        dataset: EvalData[RawT],
+        *,
+        collate_fn: Callable[[list[RawT]], BatchT] | None,
+        **options: Unpack[EvalOptions],
     ) -> Iterator[OutputT]: ...
     @final
     def stream_predictions(

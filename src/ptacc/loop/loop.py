@@ -151,7 +151,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: TrainData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[EpochLimited],
     ) -> RunHistory: ...
     @overload
@@ -164,7 +164,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[StepLimited],
     ) -> RunHistory: ...
     @overload
@@ -177,7 +177,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[ItemLimited],
     ) -> RunHistory: ...
     @overload
@@ -190,7 +190,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[TimeLimited],
     ) -> RunHistory: ...
     @overload
@@ -206,7 +206,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
         train_dataset: EvalData[RawT],
         eval_dataset: AnyEval[RawT] = ...,
         *,
-        collate_fn: Callable[[list[RawT]], BatchT | None],
+        collate_fn: Callable[[list[RawT]], BatchT | None] | None,
         **options: Unpack[OptionallyLimited],
     ) -> RunHistory: ...
     @final

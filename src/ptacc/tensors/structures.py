@@ -135,7 +135,7 @@ def leading_dimension(batch: object) -> int:
     Raises:
         DataError: The batch contains no tensor with a dimension.
     """
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor) and first.dim() and not isinstance(batch, PackedSequence):  # fast, for most batches
         return first.shape[0]
     if isinstance(batch, Mapping):

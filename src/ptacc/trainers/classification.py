@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Generic, cast
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,9 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
         super().update_metrics((inputs, classes), output, metrics)
 
     @override
-    def check_batch(self, batch: object) -> None:
+    def check_batch(self, batch: Any) -> None:
         super().check_batch(batch)
-        check_class_targets(type(self).__name__, cast(Pair, batch)[1], is_weighted=self._loss_items.is_selective)
+        check_class_targets(type(self).__name__, batch[1], is_weighted=self._loss_items.is_selective)
 
 
 def check_training_targets(trainer: ClassificationTrainer) -> None:

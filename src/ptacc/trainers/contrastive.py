@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -77,12 +77,12 @@ class ContrastiveTrainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic
         return StepOutput(loss=loss, outputs=first, logged={"accuracy": accuracy})
 
     @override
-    def predict_step(self, batch: Pair | Tensor) -> Tensor:
+    def predict_step(self, batch: Any) -> Tensor:
         """Compute the normalised embeddings of inputs, or of the first parts of pairs."""
         return normalize(self.model(batch if isinstance(batch, Tensor) else batch[0]), dim=1)
 
     @override
-    def check_batch(self, batch: object) -> None:
+    def check_batch(self, batch: Any) -> None:
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
             raise DataError(
                 f"{type(self).__name__}: a batch must be two tensors, and the data gives {describe(batch)}."

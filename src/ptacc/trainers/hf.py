@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -72,13 +72,13 @@ class HFTrainer(
         return int((self.get_targets(batch) != IGNORED).sum())
 
     @override
-    def check_batch(self, batch: object) -> None:
+    def check_batch(self, batch: Any) -> None:
         owner = type(self).__name__
         if require_labels(owner, batch).is_floating_point() and self.label_smoothing:
             raise DataError(
                 f"{owner}(label_smoothing={self.label_smoothing:g}): the labels must be classes, not floats."
             )
-        check_keys(owner, type(self.unwrapped_model), cast(Mapping[str, Any], batch))
+        check_keys(owner, type(self.unwrapped_model), batch)
 
     @override
     def train_step(self, batch: Mapping[str, Any]) -> StepOutput[Tensor]:

@@ -48,7 +48,7 @@ class LossItems:
 
     def class_indices(self, batch: object) -> Tensor | None:
         """Return the targets of a batch if its loss is a mean over them. Of probabilities, it is one over samples."""
-        if not self._has_classes or not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        if not self._has_classes or not isinstance(batch, tuple | list) or len(batch) != 2:
             return None
         targets = batch[1]
         if not isinstance(targets, Tensor) or not targets.dim() or targets.is_floating_point():

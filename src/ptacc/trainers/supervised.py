@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -103,13 +103,13 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
         return StepOutput(loss=self.compute_eval_loss(outputs, targets), outputs=outputs)
 
     @override
-    def predict_step(self, batch: Pair | Tensor) -> Tensor:
+    def predict_step(self, batch: Any) -> Tensor:
         """Compute the model's outputs from a batch `(inputs, targets)`, or from inputs alone."""
         outputs: Tensor = self.model(batch if isinstance(batch, Tensor) else batch[0])
         return outputs
 
     @override
-    def check_batch(self, batch: object) -> None:
+    def check_batch(self, batch: Any) -> None:
         if not (isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
             advice = "Give a collate_fn that makes pairs, or derive from TrainingLoop for batches of your own."
             if isinstance(batch, Tensor) or (isinstance(batch, Sequence) and len(batch) == 1):
