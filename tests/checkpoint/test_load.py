@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from typing_extensions import override
 
-from ptacc import CheckpointMixin, EMAMixin, OptimizerDict, Trainer
+from ptacc import CheckpointMixin, EMAMixin, LRSchedulerMixin, OptimizerDict, RunPlan, Trainer
 from ptacc.errors import CheckpointError, OptionError
+from ptacc.protocols import SchedulerLike
 from ptacc.testing import tiny_data
 
 
@@ -148,3 +150,61 @@ def test_averages_of_ignored_tensors_are_the_values_of_the_model(tmp_path: Path,
     with trainer.averaged_weights(), saved.averaged_weights():
         assert torch.equal(trainer.model.state_dict()["head.weight"], own["head.weight"])
         assert torch.equal(trainer.model.state_dict()["body.weight"], saved.model.state_dict()["body.weight"])
+
+
+# ---- schedules
+
+
+class Scheduled(LRSchedulerMixin, Saving): ...
+
+
+def make_scheduler(name: str, optimizer: Optimizer, plan: RunPlan) -> SchedulerLike:
+    schedulers: dict[str, Any] = {
+        "cosine": lambda: CosineAnnealingLR(optimizer, plan.total_steps),
+        "lambda": lambda: LambdaLR(optimizer, lambda step: 0.5**step),
+        "one cycle": lambda: OneCycleLR(optimizer, max_lr=0.1, total_steps=plan.total_steps),
+        "cyclic": lambda: CyclicLR(optimizer, base_lr=0.01, max_lr=0.1, step_size_up=2),
+        "step": lambda: StepLR(optimizer, step_size=1),
+        "plateau": lambda: ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1.0),
+    }
+    scheduler: SchedulerLike = schedulers[name]()
+    return scheduler
+
+
+def make_scheduled(directory: Path, name: str, *, two_groups: bool = False) -> Scheduled:
+    model = Classifier()
+    groups = [{"params": model.head.parameters(), "lr": 0.02}, {"params": model.body.parameters()}]
+    optimizer = SGD(groups if two_groups else model.parameters(), lr=0.05, momentum=0.8)  # type: ignore[arg-type]
+    return Scheduled(
+        model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        checkpoint_dir=directory,
+        create_scheduler=lambda optimizer, plan: make_scheduler(name, optimizer, plan),
+        scheduler_monitor="train_loss",
+        default_callbacks=(),
+    )
+
+
+def learning_rates(trainer: Scheduled) -> list[tuple[float, dict[str, float]]]:
+    history = trainer.train(tiny_data(24), num_epochs=2, per_device_batch_size=8)
+    return [(step.learning_rate, dict(step.logged)) for step in history.steps]
+
+
+@pytest.mark.parametrize("two_groups", [False, True])
+@pytest.mark.parametrize("name", ["cosine", "lambda", "one cycle", "cyclic", "step", "plateau"])
+def test_a_new_run_starts_its_schedule_as_the_saved_run_did(tmp_path: Path, name: str, *, two_groups: bool) -> None:
+    expected = learning_rates(make_scheduled(tmp_path / "saved", name, two_groups=two_groups))
+    loaded = make_scheduled(tmp_path / "new", name, two_groups=two_groups)
+    loaded.load_checkpoint(tmp_path / "saved")
+    assert learning_rates(loaded) == expected
+
+
+def test_a_trainer_without_a_schedule_gets_the_rate_from_before_it(tmp_path: Path) -> None:
+    scheduled = make_scheduled(tmp_path / "saved", "cosine")
+    scheduled.train(tiny_data(24), num_epochs=2, per_device_batch_size=8)
+    loaded = make(tmp_path / "new", model := Classifier(), optimizer=SGD(model.parameters(), lr=0.3, momentum=0.9))
+    loaded.load_checkpoint(tmp_path / "saved")
+    (group,) = loaded.optimizer.param_groups
+    assert (group["lr"], group["momentum"], "initial_lr" in group) == (0.05, 0.8, False)
+    assert len(loaded.optimizer.state) == 4

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import types
 import typing
 import typing as t
 from abc import ABC, abstractmethod
@@ -45,6 +46,7 @@ from ptacc import (
 )
 from ptacc.composition.guards import calls_super
 from ptacc.composition.misnamed import EVENTS_ELSEWHERE, METHODS_ELSEWHERE
+from ptacc.composition.roles import is_mixin
 from ptacc.errors import CompositionError
 from ptacc.protocols import MetricLike, SchedulerFactory, SupportsMetrics, SupportsMixedPrecision
 from ptacc.testing import tiny_data, tiny_parts
@@ -757,6 +759,91 @@ def test_an_override_with_replaces_super_is_accepted() -> None:
             yield
 
     assert "on_step_end" in Mine.__dict__
+
+
+class HalvedMixin(Mixin):
+    """Refines hooks of the classes behind it."""
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss / 2)
+
+    @override
+    def make_train_dataloader(self, request: DataLoaderConfig) -> DataLoader[object]:
+        return super().make_train_dataloader(request)
+
+
+class NoisyMixin(BatchMixin[Pair, Tensor]):
+    """Refines the training step of the class behind it."""
+
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        return super().train_step((batch[0] + 1, batch[1]))
+
+
+def make_replacement(name: str) -> Any:
+    """Return a new method without `super()`."""
+    methods: dict[str, Any] = {
+        "train_step": lambda self, batch: StepOutput(self.model(batch[0]).mean(), batch[0]),
+        "backward": lambda self, loss: self.run.engine.backward(loss),
+        "make_train_dataloader": lambda self, request: request.build(shuffle=True),
+    }
+    return methods[name]
+
+
+class Composed(NoisyMixin, Trainer): ...
+
+
+@pytest.mark.parametrize(
+    ("bases", "name", "mixin"),
+    [
+        ((NoisyMixin, TrainingLoop[Pair, Tensor]), "train_step", "NoisyMixin"),
+        ((NoisyMixin, Trainer), "train_step", "NoisyMixin"),
+        ((Composed,), "train_step", "NoisyMixin"),
+        ((HalvedMixin, NoisyMixin, Trainer), "backward", "HalvedMixin"),
+        ((HalvedMixin, Trainer), "make_train_dataloader", "HalvedMixin"),
+    ],
+)
+def test_a_trainer_that_replaces_what_its_mixin_refines_is_refused(
+    bases: tuple[type, ...], name: str, mixin: str
+) -> None:
+    def create(method: object) -> type:
+        return types.new_class("Mine", bases, exec_body=lambda body: body.update({name: method}))
+
+    with refused(rf"Mine\.{name}: never calls super\(\)\.{name}.*{mixin}.*`class Mine\({mixin}, MyLoop\)`.*@replaces"):
+        create(make_replacement(name))
+    assert name in vars(create(replaces_super(make_replacement(name))))
+
+
+def test_a_mixin_before_the_class_that_defines_the_step_is_accepted() -> None:
+    class MyLoop(TrainingLoop[Pair, Tensor]):
+        @override
+        def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return StepOutput(self.model(batch[0]).mean(), batch[0])
+
+    class Mine(NoisyMixin, MyLoop): ...
+
+    class Refining(Mine):
+        @override
+        def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+            return super().train_step(batch)
+
+    assert Refining.__mro__.index(NoisyMixin) < Refining.__mro__.index(MyLoop)
+
+
+def test_a_mixin_may_replace_what_its_own_base_refines() -> None:
+    class Other(HalvedMixin):
+        @override
+        def backward(self, loss: Tensor) -> None:
+            self.run.engine.backward(loss)
+
+    assert is_mixin(Other)
+
+
+@pytest.mark.parametrize("name", ["on_batch_end", "on_train_batch_end", "on_eval_batch_end", "on_gradients_ready"])
+def test_a_callback_with_a_hook_of_trainers_is_told_so(name: str) -> None:
+    with refused(rf"Mine\.{name}: .*Here it is a hook of trainers and mixins only"):
+        type("Mine", (Callback,), {name: lambda self, trainer: None})
 
 
 @pytest.mark.parametrize("value", [log_step, lambda self, step: None])

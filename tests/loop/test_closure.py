@@ -37,7 +37,7 @@ from ptacc import (
     Trainer,
 )
 from ptacc.engines.default import TorchEngine
-from ptacc.errors import CompositionError, OptionError
+from ptacc.errors import CompositionError, DataError, OptionError
 from ptacc.protocols import Engine
 from tests.ranks import run_ranks
 
@@ -285,6 +285,19 @@ def test_gradients_are_computed_as_often_as_in_a_plain_loop(name: str, calls: in
     trainer = record(name)
     state = trainer.optimizer.state[next(trainer.model.parameters())]
     assert sum(map(len, trainer.draws.values())) == 2 * (calls or state["func_evals"])
+
+
+class ChangingBatches(Loop):
+    @override
+    def train_step(self, batch: Pair) -> StepOutput[Tensor]:
+        batch[0].mul_(0.5)
+        return super().train_step(batch)
+
+
+def test_a_batch_that_is_changed_in_place_is_refused_if_it_is_needed_again() -> None:
+    model, options = make_parts("lbfgs")
+    with pytest.raises(DataError, match=r"train_step changed a batch in place.*`inputs = inputs \* 0\.5`"):
+        ChangingBatches(model, **options).train(make_data(), num_epochs=1)
 
 
 def test_buffers_are_updated_once_a_step() -> None:

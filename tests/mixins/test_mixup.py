@@ -99,13 +99,16 @@ def test_evaluations_are_not_mixed() -> None:
     assert trainer.evaluate(tiny_data()).loss == pytest.approx(expected)
 
 
-class Regression(MixUpMixin, TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, ...]]):
+class RegressionLoop(TrainingLoop[Pair, Tensor, nn.Module, tuple[Tensor, ...]]):
     """Its `eval_step` is the default, which calls `train_step`."""
 
     @override
     def train_step(self, batch: Pair) -> StepOutput[Tensor]:
         outputs: Tensor = self.model(batch[0])
         return StepOutput(loss=(outputs - batch[1]).square().mean(), outputs=batch[1])
+
+
+class Regression(MixUpMixin, RegressionLoop): ...
 
 
 def test_evaluations_with_train_step_are_not_mixed() -> None:

@@ -323,6 +323,48 @@ def collate_functions(trainer: Trainer) -> None:
     assert_type(trainer.evaluate(Sentences(), collate_fn=tokenise), EvalResult)
     assert_type(trainer.predict(Sentences(), collate_fn=tokenise), list[Tensor])
     assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise), Iterator[Tensor])
+    assert_type(trainer.predict(Sentences(), collate_fn=tokenise_inputs), list[Tensor])
+    assert_type(trainer.stream_predictions(Sentences(), collate_fn=tokenise_inputs), Iterator[Tensor])
+
+
+def tokenise_inputs(sentences: list[str]) -> Tensor:
+    return tokenise(sentences)[0]
+
+
+def optional_collate_function(trainer: Trainer, collate: Callable[[list[str]], Pair] | None) -> None:
+    trainer.train(Sentences(), Sentences(), collate_fn=collate, num_epochs=1)
+    trainer.train(SentenceStream(), collate_fn=collate, max_steps=9)
+    assert_type(trainer.evaluate(Sentences(), collate_fn=collate), EvalResult)
+    assert_type(trainer.predict(Sentences(), collate_fn=collate), list[Tensor])
+
+
+class CheckedInputsMixin(BatchMixin[Pair, OutputT]):
+    @override
+    def check_batch(self, batch: Pair) -> None:
+        super().check_batch(batch)
+
+    @override
+    def predict_step(self, batch: Pair) -> OutputT:
+        return super().predict_step(batch)
+
+
+class CheckedTrainer(CheckedInputsMixin[Tensor], Trainer): ...
+
+
+class CheckedClassifier(CheckedInputsMixin[Tensor], ClassificationTrainer): ...
+
+
+class InputsOrPairs(ClassificationTrainer):
+    @override
+    def predict_step(self, batch: Pair | Tensor) -> Tensor:
+        return super().predict_step(batch)
+
+    @override
+    def check_batch(self, batch: object) -> None:
+        super().check_batch(batch)
+
+
+class CheckedRegression(CheckedInputsMixin[Tensor], RegressionTrainer): ...
 
 
 def lengths_of_a_run(trainer: Trainer, epochs: int | None, steps: int | None) -> None:

@@ -23,6 +23,7 @@ from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.optimizer_state import check_names, order_by_name, replace_parameters
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights, weight_differences
+from ptacc.run.schedule import restore_settings, schedule_key
 from ptacc.storage.remote_store import open_sibling, open_store
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.protocols import StateDict
@@ -71,7 +72,7 @@ def load_into(
             )
         slots, prefixes = () if weights_only else trainer.optimizer_slots(), {MODEL: ""}
         kept = frozenset(f"{prefixes.get(part, f'{part}.')}{name}" for part, names in ignored.items() for name in names)
-        states = {slot.name: fit_optimizer_state(trainer, slot, shared[slot.name], kept) for slot in slots}
+        states = {slot.name: fit_optimizer_state(trainer, slot, unscheduled(shared, slot), kept) for slot in slots}
         saved = saved_weights(trainer, shared)
         outside = {f"{OPTIONS}.{place}": module for place, module in trainer.trained_outside.items()}
         for part, module in {MODEL: trainer.unwrapped_model, **outside}.items():
@@ -185,6 +186,18 @@ def find_differences(
 
 
 # ---- optimizers and averages
+
+
+def unscheduled(shared: Snapshot, slot: OptimizerSlot) -> StateDict:
+    """Return the saved state of an optimizer with the settings that it had before its schedule changed them.
+
+    A new run starts its schedule with them, as the next run of the saved trainer does.
+    """
+    state: StateDict = shared[slot.name]
+    if (schedule := shared.get(schedule_key(slot.name).name)) is None:
+        return state
+    parts = zip(state["param_groups"], schedule["initial"], strict=True)
+    return {**state, "param_groups": [restore_settings(group, settings) for group, settings in parts]}
 
 
 def fit_optimizer_state(

@@ -55,6 +55,7 @@ class TrainerState:
         num_runs: The number of runs started so far.
         averages: Averages of the weights outside of a run: those of the last run, or of a checkpoint loaded since.
         eval_batch: Batch of the evaluation or prediction in progress; None outside of its steps.
+        is_streaming: Whether an iterator of `stream_predictions` is open.
     """
 
     run: Run | None = None
@@ -64,6 +65,7 @@ class TrainerState:
     num_runs: int = 0
     averages: dict[str, AveragedWeights] = field(default_factory=dict)
     eval_batch: HostBatch[Any] | None = None
+    is_streaming: bool = False
 
     def mark_averages_current(self, model: nn.Module) -> None:
         """Record that the averages belong to the model's present weights."""

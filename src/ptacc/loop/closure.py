@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ptacc.data.keyed_dataset import read_versions
 from ptacc.data.transfer import Transfer
 from ptacc.engines.base import all_parameters, join_trained
 from ptacc.engines.default import clear_gradients
+from ptacc.errors import DataError
 from ptacc.rng import RandomStreams
 from ptacc.run.run import Run
 from ptacc.run.step_result import NO_LOSS, StepResult
 from ptacc.run.window import Window
+from ptacc.tensors.structures import iterate_tensors
 
 
 class ComputeGradients(Protocol):
@@ -40,10 +43,14 @@ def step_by_closure(
 
     Returns:
         What the first computation reported, and whether the optimizer stepped.
+
+    Raises:
+        DataError: A batch was changed in place, and is needed again.
     """
     step = run.begin_step(window)
     window = replace(window, batches=[replace(host, data=transfer.to_device(host.data)) for host in window.batches])
-    resident = Transfer(run.device)
+    resident, tensors = Transfer(run.device), [*iterate_tensors([host.data for host in window.batches])]
+    versions = read_versions(tensors)
     start = ForwardState(join_trained(run.model, run.engine.slots), run.device)
     compute_gradients(run, window, resident, step)
     computed: Gradients | None = Gradients(all_parameters(run.engine.slots))
@@ -53,6 +60,11 @@ def step_by_closure(
         is_current, computed = computed is not None and computed.are_current(), None
         if is_current:
             return step.loss
+        if read_versions(tensors) != versions:
+            raise DataError(
+                "train_step changed a batch in place, and the optimizer's closure computes the step again from it. "
+                "Change a copy: `inputs = inputs * 0.5` in place of `inputs *= 0.5`."
+            )
         again = replace(step, loss=NO_LOSS, logged={}, weights={})
         for slot in run.engine.slots:
             clear_gradients(slot.optimizer)

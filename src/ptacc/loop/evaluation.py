@@ -23,8 +23,9 @@ from ptacc.data.transfer import Transfer, make_transfer
 from ptacc.data.wrappers import count_once_per_replica, fill_each, sync_sources
 from ptacc.distributed.accelerator import forget_prepared, using_accelerator
 from ptacc.distributed.failure import CoordinatedExit
-from ptacc.errors import DataError, LossError, OptionError
+from ptacc.errors import DataError, LossError, NestedRunError, OptionError
 from ptacc.loop.error_notes import noting_batches
+from ptacc.loop.streaming import stream_apart
 from ptacc.model.gradients import preserved_gradients
 from ptacc.model.joined_modules import join_modules
 from ptacc.model.modes import get_modes, set_modes
@@ -165,7 +166,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             DataError: The dataset is empty, or `predict_step` does not return one output for each sample.
             OptionError: A count below 1, or dataset options given together with a DataLoader.
         """
-        indexed = list(self._predictions(dataset, collate_fn, options))
+        indexed = [pair for batch in self._predictions(dataset, collate_fn, options) for pair in batch]
         if sorted(index for index, _ in indexed) == list(range(len(indexed))):
             indexed.sort(key=lambda pair: pair[0])
         return [output for _, output in indexed]
@@ -209,8 +210,18 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
     ) -> Iterator[Any]:
         """Yield the outputs of `predict` one by one, for outputs that do not fit in memory together."""
-        for _, output in self._predictions(dataset, collate_fn, options):
-            yield output
+        if self._state.is_streaming:
+            raise NestedRunError(
+                f"{type(self).__name__}.stream_predictions() was called while it streams other predictions. Read those "
+                "to their end, or close their iterator."
+            )
+        self._state.is_streaming = True
+        try:
+            for batch in stream_apart(self._predictions(dataset, collate_fn, options), self.device):
+                for _, output in batch:
+                    yield output
+        finally:
+            self._state.is_streaming = False
 
     # ---- evaluating
 
@@ -275,8 +286,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     # ---- predicting
 
-    def _predictions(self, dataset: Any, collate_fn: Any, options: EvalOptions) -> Iterator[tuple[int, OutputT]]:
-        """Iterate over (index in the dataset, output) in the order of loading, the same on every process."""
+    def _predictions(
+        self, dataset: Any, collate_fn: Any, options: EvalOptions
+    ) -> Generator[list[tuple[int, OutputT]], None, None]:
+        """Iterate over the batches of all processes, as (index in the dataset, output), in the order of loading."""
         with self._distributed.synced("predict()") as must_match:
             check_not_wrapped(type(self).__name__, self.unwrapped_model)
             if isinstance(dataset, Mapping):
@@ -300,9 +313,9 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     events.eval_progress(number, total)
                     # Gathered as batches: pickling a sample, which is a view, would send its whole batch each time.
                     for indices, outputs in filter(None, self.distributed.gather(None if host.is_padding else local)):
-                        for index, output in zip(indices, splitter.split(outputs, len(indices)), strict=True):
-                            yield (position if index < 0 else index), output
-                            position += 1
+                        split = enumerate(splitter.split(outputs, len(indices)), start=position)
+                        yield [(p if index < 0 else index, o) for index, (p, o) in zip(indices, split, strict=True)]
+                        position += len(indices)
             events.prediction_end()
 
     def _predict_batch(self, host: HostBatch[BatchT], transfer: Transfer) -> tuple[Sequence[int], OutputT]:
@@ -353,10 +366,10 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
 
     @contextlib.contextmanager
     def _prepared(self, sources: Iterable[BatchSource]) -> Generator[None]:
-        """Equalize the numbers of batches, and move the model to the device, unless a run has done so."""
+        """Equalize the numbers of batches, and move the model to the device, unless that has been done around it."""
         with self._distributed.propagate_failure("setting an evaluation up"):
             sync_sources(sources)
-        if self.is_running:
+        if self._state.unwrapped_model is not None:  # within a run, or within another evaluation or prediction
             yield
             return
         with self._wrapped_model():

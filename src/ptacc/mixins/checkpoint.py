@@ -142,7 +142,8 @@ class CheckpointMixin(Mixin):
         """Load the weights and the optimizer state of a checkpoint, to evaluate or to start a new run. A collective.
 
         Averages of the weights are loaded with them, so that `evaluate` returns what the saved run reported. A new run
-        starts new averages. To resume the saved run instead, pass `resume=path` to the trainer.
+        starts new averages. The optimizer's settings, such as the learning rate, are those from before the schedule of
+        the saved run. To resume the saved run instead, pass `resume=path` to the trainer.
 
         Args:
             path: Path or URL of a checkpoint, or of a directory of checkpoints.
