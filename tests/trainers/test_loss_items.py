@@ -18,12 +18,36 @@ from tests.ranks import run_ranks
 
 Pair = tuple[Tensor, Tensor]
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
+
+
+class Derived(nn.CrossEntropyLoss):
+    """Has the forward of torch's loss."""
+
+
+class DerivedElementwise(nn.MSELoss):
+    """Has the forward of torch's loss."""
+
+
+class Own(nn.CrossEntropyLoss):
+    @override
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(input, target)
+
+
+class OwnElementwise(nn.MSELoss):
+    @override
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "weights": nn.CrossEntropyLoss(weight=WEIGHTS),
     "ignored": nn.CrossEntropyLoss(ignore_index=1),
     "smoothed": nn.CrossEntropyLoss(weight=WEIGHTS, ignore_index=0, label_smoothing=0.1),
     "likelihood": nn.NLLLoss(weight=WEIGHTS),
     "partial": functools.partial(functional.cross_entropy, weight=WEIGHTS),
+    "derived": Derived(weight=WEIGHTS, ignore_index=0),
+    "own": Own(),
     "balanced": nn.CrossEntropyLoss(),
 }
 
@@ -102,6 +126,28 @@ def test_a_loss_that_is_no_mean_is_refused_with_what_to_write(reduction: str) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with pytest.raises(OptionError, match=rf"reduction='{reduction}', and must be a mean .*from_sum"):
         Trainer(model, loss_func=nn.MSELoss(reduction=reduction), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "loss", [Own(weight=WEIGHTS), Own(ignore_index=1), Own(reduction="none"), OwnElementwise(reduction="sum")]
+)
+def test_a_derived_loss_with_a_forward_of_its_own_needs_its_items_next_to_such_options(loss: nn.Module) -> None:
+    class Counted(Trainer):
+        @override
+        def count_items(self, batch: Pair) -> float:
+            return len(batch[1])
+
+    model = nn.Linear(5, 3)
+    parts: dict[str, Any] = {"loss_func": loss, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(OptionError, match=r"forward of its own.*Override count_items.*derive the loss from nn.Module"):
+        Trainer(model, **parts)
+    Counted(model, **parts)
+
+
+def test_a_derived_loss_has_the_reduction_and_the_shapes_of_torchs() -> None:
+    assert LossItems(Derived(reduction="sum")).reduction == "sum"
+    assert LossItems(DerivedElementwise()).is_elementwise
+    assert not LossItems(OwnElementwise()).is_elementwise
 
 
 class OwnLoss(Trainer):

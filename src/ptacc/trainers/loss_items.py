@@ -16,6 +16,7 @@ ELEMENTWISE_LOSSES = (
     *(functional.poisson_nll_loss, functional.kl_div),
 )
 """Losses that compare outputs and targets element by element, and broadcast them if their shapes differ."""
+TORCH_LOSSES = nn.CrossEntropyLoss.__module__
 OPTIONS: dict[str, Any] = {"reduction": "mean", "weight": None, "ignore_index": -100}
 """Options that determine what a loss is a mean over, with torch's defaults."""
 FEW = 1024
@@ -26,11 +27,15 @@ class LossItems:
     """Counts the items that a loss is a mean over.
 
     Args:
-        loss_func: Any loss. Torch's modules and functions are known, and `partial`s of functions.
+        loss_func: Any loss. Torch's modules and functions are known, `partial`s of functions, and classes that inherit
+            the `forward` of one of torch's.
 
     Attributes:
         reduction: The reduction of a known loss. Other losses are taken for means.
-        is_selective: Whether the loss gives classes weights, or ignores one of them.
+        ignored: The target that the loss ignores, -100 unless it says otherwise.
+        is_selective: Whether a known loss gives classes weights, or ignores one of them.
+        is_undetermined: Whether a class derived from one of torch's has options that change what torch's is a mean
+            over, and a `forward` of its own, which may use them in another way.
         is_elementwise: Whether the loss is one of `ELEMENTWISE_LOSSES`.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
@@ -39,11 +44,14 @@ class LossItems:
     def __init__(self, loss_func: object) -> None:
         self.loss_func = loss_func
         function, options = resolve_loss(loss_func)
-        self.reduction: str = options["reduction"]
+        is_own = isinstance(function, type) and function.__module__ != TORCH_LOSSES
+        self.reduction: str = "mean" if is_own else options["reduction"]
         self._has_classes = function in CLASS_LOSSES
         self.is_elementwise: bool = function in ELEMENTWISE_LOSSES
-        self._options, self._ignored = options, options["ignore_index"]
-        self.is_selective: bool = self._has_classes and (options["weight"] is not None or self._ignored >= 0)
+        self._options, self.ignored = options, int(options["ignore_index"])
+        selects = options["weight"] is not None or self.ignored >= 0
+        self.is_selective: bool = self._has_classes and selects
+        self.is_undetermined: bool = is_own and (selects or options["reduction"] in ("sum", "none"))
         self._weights: tuple[Tensor, int, Tensor] | None = None
 
     def class_indices(self, batch: object) -> Tensor | None:
@@ -66,9 +74,9 @@ class LossItems:
         """
         if (targets := self.class_indices(batch)) is None:
             return None
-        if not self.is_selective and targets.dim() == 1 and not contains(targets, self._ignored):
+        if not self.is_selective and targets.dim() == 1 and not contains(targets, self.ignored):
             return targets.numel()
-        is_counted = targets != self._ignored
+        is_counted = targets != self.ignored
         if self._options["weight"] is None:
             return int(is_counted.sum())
         return float(self._host_weights().to(targets.device)[targets[is_counted]].sum(dtype=torch.float64))
@@ -93,7 +101,7 @@ def contains(targets: Tensor, value: int) -> bool:
 
 
 def resolve_loss(loss_func: object) -> tuple[object, dict[str, Any]]:
-    """Return the class or the function of a loss, and its `OPTIONS` if it is one of torch's.
+    """Return the function of a loss, or the class whose `forward` it has, and its `OPTIONS` if it is one of torch's.
 
     Example:
         >>> function, options = resolve_loss(functools.partial(functional.mse_loss, reduction="sum"))
@@ -105,7 +113,10 @@ def resolve_loss(loss_func: object) -> tuple[object, dict[str, Any]]:
         return function, options | {name: value for name, value in loss_func.keywords.items() if name in options}
     if not isinstance(loss_func, nn.Module):
         return loss_func, dict(OPTIONS)
-    is_torch = type(loss_func).__module__ == nn.CrossEntropyLoss.__module__
-    return type(loss_func), {
-        name: getattr(loss_func, name, value) if is_torch else value for name, value in OPTIONS.items()
-    }
+    classes = type(loss_func).__mro__
+    options = dict(OPTIONS)
+    if any(base.__module__ == TORCH_LOSSES for base in classes):
+        options["reduction"] = getattr(loss_func, "reduction", "mean")
+    if isinstance(loss_func, nn.CrossEntropyLoss | nn.NLLLoss):
+        options |= {"weight": loss_func.weight, "ignore_index": loss_func.ignore_index}
+    return next(base for base in classes if "forward" in vars(base)), options

@@ -26,7 +26,7 @@ class Trainer(TrainingLoop[Pair, Tensor, ModelT, PairSample], Generic[ModelT]):
     Options:
         loss_func: Returns the mean loss of a batch, a scalar, from `(outputs, targets)`. The items of torch's
             cross-entropy and negative log-likelihood are the targets that are not ignored, times the weights of their
-            classes. The items of other losses are samples.
+            classes. This holds for classes that inherit `forward` from them. The items of other losses are samples.
 
     Hooks: `compute_train_loss` and `compute_eval_loss`. They are separate, so that label smoothing or mixup in training
     does not affect evaluation.
@@ -143,7 +143,16 @@ def check_mean(trainer: Trainer, items: LossItems, base: type[Trainer] = Trainer
             f"{owner}(loss_func=...): the loss has reduction={items.reduction!r}, and must be a mean over the batch. "
             "Leave reduction out, or derive from TrainingLoop and return StepOutput.from_sum(loss_sum, ...)."
         )
-    if items.is_selective and not all(is_used) and not overrides(trainer, base, "count_items"):
+    if overrides(trainer, base, "count_items"):
+        return
+    if items.is_undetermined:
+        raise OptionError(
+            f"{owner}(loss_func={type(items.loss_func).__name__}(...)): the loss has a forward of its own, and weight, "
+            "ignore_index or reduction of torch's loss: what it is a mean over is unknown. Override "
+            "count_items(self, batch) to return that, such as `len(batch[1])` for the samples, or derive the loss from "
+            "nn.Module."
+        )
+    if items.is_selective and not all(is_used):
         raise OptionError(
             f"{owner}: loss_func weights or ignores classes, and {owner} computes a loss of its own. Override "
             "count_items(self, batch) to return what that loss is a mean over: `return super().count_items(batch)` if "
