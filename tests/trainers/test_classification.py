@@ -1,5 +1,6 @@
 """Classification: mixing with class weights, metrics by option, and mistakes."""
 
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import TensorDataset
+from typing_extensions import override
 
 from ptacc import GradAccumMixin, SeedMixin
 from ptacc.errors import DataError, LossError, OptionError
@@ -19,6 +21,13 @@ from tests.trainers.cases import CLASS_WEIGHTS, LABELS, make_classifier, make_da
 
 
 class Classifier(SeedMixin, GradAccumMixin, ClassificationTrainer): ...
+
+
+class Focal(nn.CrossEntropyLoss):
+    @override
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        losses = cross_entropy(input, target, reduction="none")
+        return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
 
 
 def make(**options: Any) -> Classifier:
@@ -45,6 +54,11 @@ def test_a_mixed_batch_has_the_shares_of_both_class_weights() -> None:
     total = share * weighted_loss(outputs, targets) + (1 - share) * weighted_loss(outputs, targets.roll(1))
     loss = train(make_data(LABELS), loss_func=nn.CrossEntropyLoss(CLASS_WEIGHTS), mixup_alpha=0.4)[0]
     assert loss == pytest.approx(float(total / CLASS_WEIGHTS[targets].sum()), rel=1e-12)
+
+
+def test_a_loss_derived_from_cross_entropy_is_called_with_its_own_forward() -> None:
+    expected = Focal()(make().model(make_inputs()[:6]), LABELS[:6]).item()
+    assert train(make_data(LABELS), loss_func=Focal())[0] == pytest.approx(expected, rel=1e-12)
 
 
 def test_label_smoothing_and_mixing_are_for_training_only() -> None:
@@ -89,6 +103,10 @@ def test_a_metric_of_the_user_replaces_one_of_the_same_name() -> None:
         ({"num_classes": 1}, "num_classes=1.*at least 2"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5.*from 0 to 1"),
         ({"label_smoothing": 0.1, "loss_func": nn.MultiMarginLoss()}, "override compute_train_loss"),
+        ({"label_smoothing": 0.1, "loss_func": Focal()}, "whose forward loss_func must have"),
+        ({"loss_func": Focal(CLASS_WEIGHTS)}, r"loss_func=Focal\(...\)\): the loss has a forward of its own"),
+        ({"mixup_alpha": 0.1, "loss_func": partial(cross_entropy, weight=CLASS_WEIGHTS)}, "needs loss_func=nn.Cross"),
+        ({"mixup_alpha": 0.1, "loss_func": partial(cross_entropy, ignore_index=0)}, "ignores those of class 0"),
         ({"mixup_classes": 4}, "num_classes here"),
         ({"top_k": [4]}, "top_k=4: must be from 1 to num_classes=3"),
         ({"mixup_alpha": 0.1, "loss_func": nn.CrossEntropyLoss(ignore_index=0)}, "ignores those of class 0"),

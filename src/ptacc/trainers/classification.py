@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Any, Generic
+from typing import Any, Generic, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ptacc.errors import DataError, LossError, OptionError
 from ptacc.mixins.metrics import MetricsMixin
 from ptacc.mixins.mixup import MixUpMixin
 from ptacc.trainers.class_metrics import add_metrics, make_accuracies
+from ptacc.trainers.loss_items import LossItems
 from ptacc.trainers.supervised import Trainer, check_mean
 from ptacc.types.aliases import ModelT, Pair
 from ptacc.types.outputs import StepOutput
@@ -29,7 +30,7 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
     It has the options of `MetricsMixin` and `MixUpMixin`, and those of `Trainer`. Label smoothing and mixing are for
     training only. Training and evaluation losses are exact means with class weights too, also of mixed batches: there,
     each sample has its share of the weight of its own class and of that of the other sample. Targets may be
-    probabilities `(items, classes)`.
+    probabilities `(items, classes)`. A loss with a `forward` of its own, such as a focal loss, is called as it is.
 
     Options:
         num_classes: The number of classes.
@@ -71,7 +72,7 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
                 f"{tuple(outputs.shape)}, and must be (items, {self.num_classes})."
             )
         loss = self.loss_func
-        if not isinstance(loss, nn.CrossEntropyLoss):
+        if not is_cross_entropy(loss):
             return loss(outputs, targets)
         return compute_cross_entropy(outputs, targets, loss, self.label_smoothing or loss.label_smoothing)
 
@@ -98,23 +99,34 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
 def check_training_targets(trainer: ClassificationTrainer) -> None:
     """Raise `OptionError` for options of the targets in training that do not fit, and set `mixup_classes`."""
     owner, loss, smoothing = type(trainer).__name__, trainer.loss_func, trainer.label_smoothing
+    items = LossItems(loss)
     check_at_least(owner, "num_classes", trainer.num_classes, 2)
     if trainer.mixup_classes not in (None, trainer.num_classes):
         raise OptionError(f"{owner}(mixup_classes={trainer.mixup_classes}): leave it out, it is num_classes here.")
     if not 0 <= smoothing <= 1:
         raise OptionError(f"{owner}(label_smoothing={smoothing!r}): must be a share, from 0 to 1.")
-    if smoothing and not isinstance(loss, nn.CrossEntropyLoss):
+    if smoothing and not is_cross_entropy(loss):
         raise OptionError(
-            f"{owner}(label_smoothing={smoothing}): smooths the targets of nn.CrossEntropyLoss. Leave it out, and "
-            "override compute_train_loss for another loss of training."
+            f"{owner}(label_smoothing={smoothing}): smooths the targets of nn.CrossEntropyLoss, whose forward "
+            "loss_func must have. Leave it out, and override compute_train_loss for another loss of training."
         )
     is_mixed = trainer.mixup_alpha is not None or trainer.cutmix_alpha is not None
-    if is_mixed and isinstance(loss, nn.CrossEntropyLoss) and loss.ignore_index >= 0:
+    if is_mixed and items.ignored >= 0:
         raise OptionError(
             f"{owner}: mixup_alpha and cutmix_alpha mix all samples, and loss_func ignores those of class "
-            f"{loss.ignore_index}. Leave them out of the dataset."
+            f"{items.ignored}. Leave them out of the dataset."
+        )
+    if is_mixed and items.is_selective and not is_cross_entropy(loss):
+        raise OptionError(
+            f"{owner}: mixup_alpha and cutmix_alpha mix the weights of classes too, which needs "
+            "loss_func=nn.CrossEntropyLoss(weight=...)."
         )
     trainer.mixup_classes = trainer.num_classes
+
+
+def is_cross_entropy(loss: object) -> TypeGuard[nn.CrossEntropyLoss]:
+    """Return whether a loss computes what torch's cross-entropy does, and not with a `forward` of its own."""
+    return isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward
 
 
 def check_class_targets(owner: str, targets: Tensor, *, is_weighted: bool) -> None:
