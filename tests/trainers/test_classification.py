@@ -83,6 +83,18 @@ def test_accuracies_count_each_sample_once_on_any_number_of_processes() -> None:
     assert run_ranks(evaluate, 2, 2) == [pytest.approx(expected)] * 2
 
 
+@pytest.mark.parametrize("ignored", [1, 255])
+def test_accuracies_leave_out_samples_that_the_loss_ignores(ignored: int) -> None:
+    trainer = make(top_k=[2], per_class_accuracy=True, loss_func=nn.CrossEntropyLoss(ignore_index=ignored))
+    used = LABELS != 1
+    metrics = trainer.evaluate(make_data(LABELS.masked_fill(~used, ignored))).metrics
+    outputs = trainer.model(make_inputs())[used]
+    assert metrics["accuracy"] == pytest.approx((outputs.argmax(1) == LABELS[used]).double().mean().item())
+    hits = (outputs.topk(2).indices == LABELS[used, None]).any(1)
+    assert metrics["top2_accuracy"] == pytest.approx(hits.double().mean().item())
+    assert metrics["class_accuracy/2"] == pytest.approx((outputs[LABELS[used] == 2].argmax(1) == 2).double().mean())
+
+
 def test_targets_may_be_probabilities() -> None:
     probabilities = nn.functional.one_hot(LABELS, 3).double()
     expected = train(make_data(LABELS), label_smoothing=0.1)

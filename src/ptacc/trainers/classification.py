@@ -39,7 +39,8 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
         top_k: Reports `top5_accuracy` for 5: the share of samples whose class is among the 5 most probable ones.
         per_class_accuracy: Whether to report `class_accuracy/0` and so on: the accuracy among samples of each class.
 
-    Evaluations report `accuracy`. A metric of yours in `metrics` replaces one of the same name.
+    Evaluations report `accuracy`. Samples whose class the loss ignores do not count in it, nor in the other accuracies.
+    A metric of yours in `metrics` replaces one of the same name.
 
     Example:
         >>> from ptacc.testing import iris_parts, iris_split
@@ -61,8 +62,8 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
     def check_options(self) -> None:
         check_training_targets(self)
         check_mean(self, self._loss_items, ClassificationTrainer)
-        ready = make_accuracies(self.num_classes, self.top_k, per_class=self.per_class_accuracy)
-        add_metrics(self, ready)
+        classes, ignored = self.num_classes, self._loss_items.ignored
+        add_metrics(self, make_accuracies(classes, self.top_k, per_class=self.per_class_accuracy, ignore_index=ignored))
 
     @override
     def compute_train_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
