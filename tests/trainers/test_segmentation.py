@@ -1,11 +1,14 @@
 """Segmentation: what is ignored, and the metrics."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from ptacc.errors import OptionError
@@ -35,6 +38,29 @@ def test_metrics_are_those_of_scikit_learn_over_the_pixels_that_are_not_ignored(
     expected |= {f"class_iou/{index}": value for index, value in enumerate(each)}
     assert evaluate(ignored, 10) == pytest.approx(expected)
     assert run_ranks(evaluate, 2, ignored, 5) == [pytest.approx(expected)] * 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [
+        (cross_entropy, -100),
+        (partial(cross_entropy, ignore_index=255), 255),
+        (lambda *pair: 1 * cross_entropy(*pair), -100),
+    ],
+)
+def test_metrics_ignore_the_pixels_that_a_function_does(loss: Callable[..., Tensor], ignored: int) -> None:
+    data = TensorDataset(IMAGES, MASKS.masked_fill(MASKS == -100, ignored))
+    result = make(per_class_iou=True, loss_func=loss).evaluate(data, per_device_batch_size=24)
+    assert result.metrics == evaluate(-100, 24)
+    assert result.loss == pytest.approx(loss(make().model(IMAGES), data.tensors[1]).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [None, "none"])
+def test_another_kind_of_ignored_index_of_a_function_of_yours_is_not_read(ignored: object) -> None:
+    def loss(outputs: Tensor, targets: Tensor, ignore_index: object) -> Tensor:
+        return cross_entropy(outputs, targets)
+
+    make(loss_func=partial(loss, ignore_index=ignored))
 
 
 def test_the_number_of_classes_is_checked() -> None:

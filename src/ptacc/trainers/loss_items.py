@@ -48,7 +48,8 @@ class LossItems:
         self.reduction: str = "mean" if is_own else options["reduction"]
         self._has_classes = function in CLASS_LOSSES
         self.is_elementwise: bool = function in ELEMENTWISE_LOSSES
-        self._options, self.ignored = options, int(options["ignore_index"])
+        self._options, ignored = options, options["ignore_index"]
+        self.ignored: int = ignored if isinstance(ignored, int) else OPTIONS["ignore_index"]
         selects = options["weight"] is not None or self.ignored >= 0
         self.is_selective: bool = self._has_classes and selects
         self.is_undetermined: bool = is_own and (selects or options["reduction"] in ("sum", "none"))

@@ -27,7 +27,8 @@ class SegmentationTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[M
     Options:
         num_classes: The number of classes.
         loss_func: By default `nn.CrossEntropyLoss()`, which ignores pixels with the target -100. For others, give
-            `nn.CrossEntropyLoss(ignore_index=255)`. The metrics ignore the same pixels.
+            `nn.CrossEntropyLoss(ignore_index=255)`, or a function, as `partial(cross_entropy, ignore_index=255)`. The
+            metrics ignore the same pixels.
         per_class_iou: Whether to report `class_iou/0` and so on.
 
     Evaluations report `mean_iou`, the mean over classes of intersection over union, and `accuracy`, the share of pixels
@@ -55,12 +56,11 @@ class SegmentationTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[M
     @override
     def check_options(self) -> None:
         check_at_least(type(self).__name__, "num_classes", self.num_classes, 2)
-        loss = self.loss_func
-        ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else None
+        ignored = self._loss_items.ignored
         add_metrics(self, make_pixel_metrics(self.num_classes, ignored, per_class=self.per_class_iou))
 
 
-def make_pixel_metrics(num_classes: int, ignored: int | None, *, per_class: bool) -> dict[str, MetricLike]:
+def make_pixel_metrics(num_classes: int, ignored: int, *, per_class: bool) -> dict[str, MetricLike]:
     """Return `accuracy` and `mean_iou`, and `class_iou` by option."""
     from torchmetrics.classification import MulticlassJaccardIndex
 
