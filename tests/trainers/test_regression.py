@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ptacc.errors import DataError, OptionError
 from ptacc.trainers import RegressionTrainer
@@ -38,6 +39,15 @@ def test_scores_are_those_of_scikit_learn_on_any_number_of_processes() -> None:
 def test_a_last_dimension_of_one_and_the_dtype_make_no_difference(targets: Tensor) -> None:
     loss = make().evaluate(make_data(targets)).loss
     assert loss == pytest.approx((make().model(make_inputs())[:, 0] - NUMBERS).square().mean().item(), rel=1e-6)
+
+
+def test_scores_of_a_model_of_bfloat16_are_those_of_its_outputs_and_the_exact_targets() -> None:
+    model = nn.Linear(4, 1).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, targets = make_inputs().bfloat16(), 2001 + NUMBERS.float()
+    trainer = RegressionTrainer(model, optimizer=optimizer, scores=["mae"], default_callbacks=())
+    mae = trainer.evaluate(TensorDataset(inputs, targets)).metrics["mae"]
+    assert mae == pytest.approx((model(inputs)[:, 0].float() - targets).abs().mean().item(), rel=1e-6)
 
 
 def test_outputs_without_the_last_dimension_take_targets_with_it() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Generic, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,7 +25,8 @@ class RegressionTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[Mod
     """Trains a model of one or several numbers on targets of the same shape as its outputs.
 
     Targets `(items,)` also fit outputs `(items, 1)`, and the other way round. Other shapes that differ are an error:
-    torch would compare each output with the targets of all samples. Targets are converted to the dtype of the outputs.
+    torch would compare each output with the targets of all samples. Targets are converted to the dtype of the outputs,
+    and for metrics both to float32 if it has fewer bits.
 
     Options:
         loss_func: By default `nn.MSELoss()`.
@@ -68,7 +70,9 @@ class RegressionTrainer(MetricsMixin[Pair, Tensor], Trainer[ModelT], Generic[Mod
     @override
     def update_metrics(self, batch: Pair, output: StepOutput[Tensor], metrics: Iterable[MetricLike]) -> None:
         inputs, targets = batch
-        super().update_metrics((inputs, match_outputs(type(self).__name__, output.outputs, targets)), output, metrics)
+        exact = output.outputs.to(torch.promote_types(output.outputs.dtype, torch.float32))
+        targets = match_outputs(type(self).__name__, exact, targets)
+        super().update_metrics((inputs, targets), replace(output, outputs=exact), metrics)
 
 
 def make_scores(owner: str, names: Sequence[Score]) -> dict[str, MetricLike]:
