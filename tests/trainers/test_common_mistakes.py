@@ -1,5 +1,6 @@
 """Mistakes with the data and the loss of `Trainer` are errors before a weight changes, and say what to do."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,6 +61,15 @@ def test_outputs_and_targets_that_would_be_crossed_are_an_error(loss_func: Any, 
 def test_an_evaluation_checks_the_shapes_too() -> None:
     with pytest.raises(LossError, match=r"outputs of the model have the shape \(8, 1\) and the targets \(8,\)"):
         make().evaluate(TensorDataset(X, Y))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")  # (1, 1) and (1,), which are not crossed
+def test_a_first_batch_of_one_sample_leaves_the_check_to_the_next_one() -> None:
+    batches = [(X[:1], Y[:1]), (X[1:9], Y[1:9]), (X[9:], Y[9:])]
+    for call in ("train", "evaluate"):
+        options = {"num_epochs": 1, "train_dataloader_kwargs": {"shuffle": False}} if call == "train" else {}
+        with pytest.raises(LossError, match=r"broadcast both to \(8, 8\)"):
+            getattr(make(), call)(batches, collate_fn=operator.itemgetter(0), per_device_batch_size=1, **options)
 
 
 def test_a_loss_that_changes_the_shapes_is_used_as_it_is() -> None:
