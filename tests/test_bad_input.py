@@ -175,6 +175,15 @@ def test_an_empty_stream_is_refused() -> None:
         trainer.evaluate(Nothing())
 
 
+def test_evaluation_data_whose_targets_are_all_ignored_is_refused() -> None:
+    trainer = make(loss_func=nn.CrossEntropyLoss(ignore_index=0))
+    data = TensorDataset(torch.ones(10, 2), torch.zeros(10, dtype=torch.int64))
+    with refused(trainer, DataError, "The evaluation data has no items at all: count_items gave 0 for each"):
+        trainer.evaluate(data)
+    with refused(trainer, DataError, "The evaluation data 'test' has no items at all"):
+        trainer.evaluate({"test": data})
+
+
 @pytest.mark.parametrize(("length", "gave"), [(100, "it gave 2"), (8, "it gave more")])
 def test_a_stream_with_a_wrong_length_is_refused_when_it_ends(length: int, gave: str) -> None:
     trainer = make()

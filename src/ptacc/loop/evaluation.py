@@ -100,7 +100,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             The result, the same on every process. For several datasets, a dict of results.
 
         Raises:
-            DataError: The dataset is empty, or not a dataset.
+            DataError: The dataset is empty, or not a dataset, or the loss counts none of its items.
             OptionError: A count below 1, or dataset options given together with a DataLoader.
         """
         with self._distributed.synced("evaluate()") as must_match:
@@ -237,6 +237,7 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
             batches = count_once_per_replica(fill_each(source.epoch(0), self._distributed), self._distributed)
             total, counter = source.num_batches(), ItemCounter(self.count_items, self._items_are_samples)
             with noting_batches(self, f"the evaluation of {name!r}" if name else "an evaluation") as follow:
+                number = 0
                 for number, host in enumerate(follow(batches), start=1):
                     self._distributed.count_progress()
                     if number == 1:
@@ -247,7 +248,9 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
                     events.eval_progress(number, total)
                     if self._is_interruptible() and self.run.stopping.poll_termination():
                         raise CoordinatedExit
-                result = self._make_result(name, sums.means(self._distributed))
+                means = sums.means(self._distributed)
+                check_has_items(name, number, means)
+                result = self._make_result(name, means)
         with self._distributed.propagate_failure(f"after evaluating {name}".rstrip()):
             if self.is_running:
                 self.run.is_consistent = False
@@ -265,10 +268,6 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
         return output
 
     def _make_result(self, name: str, means: dict[str, float]) -> EvalResult:
-        if LOSS not in means:
-            raise DataError(
-                f"The evaluation data {name!r} gave no batch: it is empty, or drop_last dropped the only one."
-            )
         loss, metrics = means.pop(LOSS), self.compute_metrics()
         if taken := means.keys() & (metrics.keys() | RESERVED_NAMES):
             raise LossError(
@@ -432,6 +431,19 @@ def check_call(call: str, data: Any, collate_fn: Any, options: EvalOptions) -> N
             f"{call}() got a DataLoader together with per_device_batch_size, dataloader_kwargs or collate_fn: the "
             "loader has its own. Give the dataset instead, or leave them out."
         )
+
+
+def check_has_items(name: str, batches: int, means: Mapping[str, float]) -> None:
+    """Raise `DataError` for an evaluation without a loss, of so many batches."""
+    if LOSS in means:
+        return
+    data = f"The evaluation data {name!r}" if name else "The evaluation data"
+    if not batches:
+        raise DataError(f"{data} gave no batch: it is empty, or drop_last dropped the only one.")
+    raise DataError(
+        f"{data} has no items at all: count_items gave 0 for each of its batches, on every process, as where the loss "
+        "ignores all targets. Compare the targets with the ignored one, by default -100, or leave the data out."
+    )
 
 
 def check_not_skipped(host: HostBatch[Any]) -> None:
