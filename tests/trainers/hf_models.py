@@ -14,8 +14,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 VOCABULARY = 32
@@ -73,6 +77,27 @@ def make_tagger() -> BertForTokenClassification:
     torch.manual_seed(0)
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     return BertForTokenClassification(BertConfig(**SIZES, **no_dropout))
+
+
+def make_segmenter() -> SegformerForSemanticSegmentation:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4}
+    no_dropout: dict[str, Any] = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "sr_ratios": [1] * 4}
+    model = SegformerForSemanticSegmentation(
+        SegformerConfig(num_labels=3, decoder_hidden_size=8, **sizes, **no_dropout)
+    )
+    model.decode_head.batch_norm = nn.Identity()  # type: ignore[assignment]  # its statistics are those of a batch
+    return model
+
+
+def make_listener(**options: Any) -> Wav2Vec2ForCTC:
+    torch.manual_seed(0)
+    names = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 8), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    no_dropout = {**dict.fromkeys(names, 0.0), "layerdrop": 0.0, "mask_time_prob": 0.0}
+    given: dict[str, Any] = {**SIZES, **convolutions, **positions, **no_dropout, **options}
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**given))
 
 
 def make_texts(count: int = 23, *, longest: int = 12) -> list[Sample]:

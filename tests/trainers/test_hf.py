@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ from tests.trainers.hf_models import (
     make_classifier,
     make_gpt2,
     make_language_data,
+    make_listener,
     make_llama,
     make_optimizer,
+    make_segmenter,
     make_tag_data,
     make_tagger,
     make_texts,
@@ -114,6 +117,46 @@ def test_sequences_packed_into_a_row_have_the_loss_of_padded_ones() -> None:
     trainer = make_language_trainer(make_llama())
     expected = trainer.evaluate(padded, collate_fn=collate).loss
     assert trainer.evaluate(packed, collate_fn=PACK).loss == pytest.approx(expected, rel=1e-5)
+
+
+def make_trainer_of(make: Callable[[], Any]) -> Callable[[], HFTrainer]:
+    def make_trainer() -> HFTrainer:
+        model = make()
+        return HFTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **QUIET)
+
+    return make_trainer
+
+
+def test_pixels_that_the_config_ignores_are_not_counted() -> None:
+    images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    data = [{"pixel_values": image, "labels": (image[0] * 3).long()} for image in images]
+    for index, sample in enumerate(data):
+        sample["labels"][: 2 * (index % 12)] = 255
+    assert_split_invariant(make_trainer_of(make_segmenter), data, rel=1e-4)
+    labels = torch.stack([sample["labels"] for sample in data])
+    assert make_trainer_of(make_segmenter)().count_items({"labels": labels}) == (labels != 255).sum()
+
+
+def test_a_class_of_an_image_with_the_number_of_ignored_pixels_counts() -> None:
+    assert make_trainer_of(make_segmenter)().count_items({"labels": torch.tensor([255, 3, -100])}) == 2
+
+
+def test_the_mean_of_ctc_is_over_samples() -> None:
+    waves = torch.randn(20, 400, generator=torch.Generator().manual_seed(1))
+    data = [{"input_values": wave, "labels": torch.full((6,), -100)} for wave in waves]
+    for index, sample in enumerate(data):
+        sample["labels"][: 1 + index % 6] = torch.arange(2, 3 + index % 6)
+    assert_split_invariant(make_trainer_of(lambda: make_listener(ctc_loss_reduction="mean")), data, rel=1e-4)
+
+
+def test_a_sum_of_ctc_is_an_error() -> None:
+    data = [{"input_values": torch.randn(400), "labels": torch.tensor([2, 3])}]
+    with pytest.raises(ModelError, match=r"config.ctc_loss_reduction='sum'.*set `model.config.ctc_loss_reduction = "):
+        make_trainer_of(make_listener)().train(data, num_epochs=1)
+
+
+def test_a_number_of_minus_100_counts() -> None:
+    assert make_classifying_trainer(num_labels=1).count_items({"labels": torch.tensor([1.0, -100.0])}) == 2
 
 
 # ---- predictions and metrics

@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Generic
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from ptacc.composition.composable import hook
+from ptacc.core.callback import overrides
 from ptacc.errors import DataError, ModelError, OptionError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.metrics import MetricsMixin
@@ -24,6 +26,8 @@ from ptacc.validation import value_text
 
 IGNORED = -100
 """The label that losses of torch and transformers leave out of their means."""
+PIXEL_OPTIONS = ("semantic_loss_ignore_index", "loss_ignore_index")
+"""Entries of a model's config with the label of pixels that its loss leaves out. Its head for images ignores -100."""
 
 
 class HFTrainer(
@@ -31,10 +35,12 @@ class HFTrainer(
 ):
     """Trains a model that takes a batch's entries as keywords, and returns `loss` and `logits`.
 
-    All models of transformers do so that have a head for a task. A batch is a dictionary or a `BatchEncoding` with
-    `labels`, as collators of transformers make it. The loss is the model's own, a mean over the labels that are not
-    -100. The cache of keys and values is off in training, evaluation and prediction: with it, packed sequences would
-    attend to each other.
+    Models of transformers with a head for a task do so. A batch is a dictionary or a `BatchEncoding` with `labels`, as
+    collators of transformers make it. The loss is the model's own, a mean over the labels that are not -100. With
+    classes of pixels, it is one over those that are not `config.semantic_loss_ignore_index`; with floats, over all; and
+    for CTC, over samples, which needs `config.ctc_loss_reduction="mean"`. If that of your model is a mean over
+    something else, override `count_items`. The cache of keys and values is off in training, evaluation and prediction:
+    with it, packed sequences would attend to each other.
 
     Options:
         label_smoothing: Share of the loss, in training only, that is the mean over all classes instead of the loss of
@@ -69,12 +75,15 @@ class HFTrainer(
 
     @override
     def count_items(self, batch: Mapping[str, Any]) -> float:
-        return int((self.get_targets(batch) != IGNORED).sum())
+        return int(select_items(self.unwrapped_model, self.get_targets(batch)).sum())
 
     @override
     def check_batch(self, batch: Any) -> None:
         owner = type(self).__name__
-        if require_labels(owner, batch).is_floating_point() and self.label_smoothing:
+        labels = require_labels(owner, batch)
+        if not overrides(self, HFTrainer, "train_step"):
+            check_ctc(owner, self.unwrapped_model, labels)
+        if labels.is_floating_point() and self.label_smoothing:
             raise DataError(
                 f"{owner}(label_smoothing={self.label_smoothing:g}): the labels must be classes, not floats."
             )
@@ -172,6 +181,33 @@ def require_labels(owner: str, batch: object) -> Tensor:
             "collate_fn that makes them, such as DataCollatorWithPadding(tokenizer)."
         )
     return labels
+
+
+def select_items(model: nn.Module, labels: Tensor) -> Tensor:
+    """Return a mask of the labels that the loss of a model of transformers is a mean over; for CTC, of the samples."""
+    config: object = getattr(model, "config", None)
+    if is_ctc(config, labels):  # torch divides the loss of each sample by the number of its labels
+        return labels.new_ones(len(labels), dtype=torch.bool)
+    has_pixels = labels.dim() > 2
+    if labels.is_floating_point() or (has_pixels and getattr(config, "num_labels", None) == 1):
+        return torch.ones_like(labels, dtype=torch.bool)
+    own = [getattr(config, name) for name in PIXEL_OPTIONS if has_pixels and hasattr(config, name)]
+    return labels != (own[0] if own else IGNORED)
+
+
+def is_ctc(config: object, labels: Tensor) -> bool:
+    """Return whether a model aligns labels `(samples, length)`. Classifiers of sounds have the same config."""
+    return labels.dim() == 2 and not labels.is_floating_point() and hasattr(config, "ctc_loss_reduction")
+
+
+def check_ctc(owner: str, model: nn.Module, labels: Tensor) -> None:
+    """Raise `ModelError` for a model whose CTC loss is not a mean."""
+    config: Any = getattr(model, "config", None)
+    if is_ctc(config, labels) and config.ctc_loss_reduction != "mean":
+        raise ModelError(
+            f"{owner}: the model has config.ctc_loss_reduction={config.ctc_loss_reduction!r}, and the loss must be a "
+            'mean over the batch: set `model.config.ctc_loss_reduction = "mean"`.'
+        )
 
 
 def check_keys(owner: str, model: type[nn.Module], batch: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from ptacc.trainers.hf import IGNORED, HFTrainer
+from ptacc.trainers.hf import IGNORED, HFTrainer, select_items
 from ptacc.types.aliases import ModelT
 from ptacc.types.outputs import EvalResult, StepOutput
 from ptacc.types.protocols import MetricLike
@@ -31,7 +31,7 @@ class TokenClassificationTrainer(HFTrainer[ModelT], Generic[ModelT]):
 
     @override
     def _compute_output(self, batch: Mapping[str, Any], label_smoothing: float) -> StepOutput[Tensor]:
-        items = (self.get_targets(batch) != IGNORED).sum()
+        items = select_items(self.unwrapped_model, self.get_targets(batch)).sum()
         # A mean over no labels is NaN. With other labels it is finite, and the factor 0 removes it and its gradients.
         labels = batch["labels"].masked_fill(items == 0, 0)
         output = super()._compute_output({**batch, "labels": labels}, label_smoothing)
