@@ -83,9 +83,8 @@ def make_segmenter() -> SegformerForSemanticSegmentation:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4}
     no_dropout: dict[str, Any] = {"classifier_dropout_prob": 0.0, "drop_path_rate": 0.0, "sr_ratios": [1] * 4}
-    model = SegformerForSemanticSegmentation(
-        SegformerConfig(num_labels=3, decoder_hidden_size=8, **sizes, **no_dropout)
-    )
+    options: dict[str, Any] = {**sizes, **no_dropout, "decoder_hidden_size": 8, "num_labels": 3}
+    model = SegformerForSemanticSegmentation(SegformerConfig(**options))
     model.decode_head.batch_norm = nn.Identity()  # type: ignore[assignment]  # its statistics are those of a batch
     return model
 
