@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection, MinMaxMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.text import ROUGEScore
 from typing_extensions import override
 
 from ptacc import MetricsMixin, StepOutput, Trainer, TrainingLoop
 from ptacc.errors import DataError, OptionError
 from ptacc.protocols import MetricLike
 from ptacc.testing import tiny_data, tiny_parts
+from tests.ranks import run_ranks
 
 
 class Measured(MetricsMixin, Trainer): ...
@@ -135,3 +137,63 @@ def test_a_metric_that_reports_a_text_is_refused_by_name() -> None:
 def test_two_values_of_one_name_are_refused() -> None:
     with pytest.raises(OptionError, match="Two values of metrics are called 'm/1'"):
         evaluate_reporting({1: 0.5, "1": 0.25})
+
+
+class Texts(MetricsMixin[Any, Tensor], TrainingLoop[Any, Tensor]):
+    """Passes a model its inputs, and metrics two texts or numbers of each sample."""
+
+    @override
+    def train_step(self, batch: Any) -> StepOutput[Tensor]:
+        return StepOutput(self.model(batch["x"]).mean(), batch["x"])
+
+    @override
+    def update_metrics(self, batch: Any, output: StepOutput[Tensor], metrics: Iterable[MetricLike]) -> None:
+        for metric in metrics:
+            metric.update(batch["predicted"], batch["true"])
+
+
+class Entries(Metric):
+    """Has a list with one entry per sample, which is reduced by a function of its own, and counts."""
+
+    entries: list[Tensor]
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("entries", [], dist_reduce_fx=sum)
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+
+    @override
+    def update(self, predicted: list[str], true: list[str]) -> None:
+        self.entries += [torch.tensor(float(len(text))) for text in predicted]
+        self.samples += len(predicted)
+
+    @override
+    def compute(self) -> Tensor:
+        return (sum(self.entries) if isinstance(self.entries, list) else self.entries) / self.samples
+
+
+def evaluate_texts(size: int, samples: int = 5) -> dict[str, float]:
+    predicted, true = ["a b c", "a b", "x y", "a", "d e f"], ["a b c d", "a b", "a b", "b", "d e"]
+    data = [{"x": torch.ones(4), "predicted": p, "true": t} for p, t in zip(predicted, true, strict=True)]
+    model = nn.Linear(4, 1)
+    rouge = ROUGEScore(rouge_keys="rouge1")
+    metrics: dict[str, Any] = {
+        "rouge": rouge,
+        "all": MetricCollection({"rouge": rouge.clone(), "least": MinMaxMetric(Entries())}, compute_groups=False),
+        "grouped": MetricCollection({"first": Entries(), "second": Entries()}),
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Texts(
+        model, optimizer=optimizer, default_callbacks=(), metrics=metrics, train_metrics={"mean": Entries()}
+    )
+    first = trainer.evaluate(data[:samples], per_device_batch_size=size).metrics
+    assert trainer.evaluate(data[:samples], per_device_batch_size=size).metrics == first
+    trained = trainer.train(data[:samples], num_epochs=2, per_device_batch_size=size)
+    return dict(first) | {"train": trained[-1].train_metrics["mean"]}
+
+
+@pytest.mark.parametrize("samples", [5, 2, 1])
+def test_lists_with_an_entry_per_sample_are_over_all_samples_on_any_number_of_processes(samples: int) -> None:
+    expected = evaluate_texts(4, samples)
+    assert run_ranks(evaluate_texts, 2, 2, samples) == [pytest.approx(expected, rel=1e-6)] * 2

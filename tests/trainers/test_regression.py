@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
+from torchmetrics.regression import ExplainedVariance
 
 from ptacc.errors import DataError, OptionError
 from ptacc.trainers import RegressionTrainer
@@ -33,6 +34,17 @@ def test_scores_are_those_of_scikit_learn_on_any_number_of_processes() -> None:
     }
     assert evaluate(10) == pytest.approx(expected, rel=1e-6)
     assert run_ranks(evaluate, 2, 5) == [pytest.approx(expected, rel=1e-6)] * 2
+
+
+def evaluate_one_batch() -> dict[str, float]:
+    trainer = make(2, metrics={"explained": ExplainedVariance(multioutput="raw_values")})
+    data = make_data(torch.stack([NUMBERS, -NUMBERS], dim=1))
+    return dict(trainer.evaluate(Subset(data, range(4)), per_device_batch_size=4).metrics)
+
+
+@pytest.mark.timeout(60)
+def test_scores_need_no_batch_on_some_of_the_processes() -> None:
+    assert run_ranks(evaluate_one_batch, 2) == [pytest.approx(evaluate_one_batch(), rel=1e-6)] * 2
 
 
 @pytest.mark.parametrize("targets", [NUMBERS, NUMBERS[:, None], NUMBERS.float()])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import OptionError
-from ptacc.tensors.structures import map_tensors, to_host
+from ptacc.metrics.state import iterate_metrics, share_group_states
+from ptacc.tensors.structures import map_tensors, to_device, to_host
 from ptacc.types.protocols import MetricLike, StateDict
 from ptacc.validation import value_text
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class GatheredMetric:
@@ -74,10 +79,8 @@ def prepare_metrics(
 
 def compute_metrics(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> dict[str, float]:
     """Compute metrics over all ranks, as numbers by name. A collective."""
-    if not distributed.is_single_process:
-        pad_empty_list_states(metrics, distributed)
     values: dict[str, float] = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), synced_states(metrics, distributed):
         # A rank with padding batches only has had no update. Its empty state is right, but torchmetrics would warn.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         for name, metric in metrics.items():
@@ -88,28 +91,89 @@ def compute_metrics(metrics: Mapping[str, MetricLike], distributed: DistributedR
     return values
 
 
-def pad_empty_list_states(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> None:
-    """Append an empty tensor to each list state that is empty on this rank, but not on all.
+@contextlib.contextmanager
+def synced_states(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> Generator[None]:
+    """Let torchmetrics, for the block, compute metrics over all ranks, whatever each rank has had. A collective.
 
-    torchmetrics gathers nothing for an empty list. A rank with one would call fewer collectives than the others, and
-    receive the values of another state.
+    torchmetrics gathers the tensors of a state one by one, as many and of the same dimensions on all ranks. A list that
+    it does not concatenate first, such as one entry per sample, may be longer on one rank than on another: a metric
+    with such a list has the states of all ranks, and its own again after the block.
     """
     from torchmetrics import Metric
 
-    modules = [part for metric in metrics.values() if isinstance(metric, nn.Module) for part in metric.modules()]
-    lists = [
-        (metric, name)
-        for metric in modules
-        if isinstance(metric, Metric)
-        for name, default in metric._defaults.items()  # noqa: SLF001  # torchmetrics has no public list of them
-        if isinstance(default, list)
+    if distributed.is_single_process:
+        yield
+        return
+    share_group_states(metrics)
+    parts = [metric for _, metric in iterate_metrics(metrics) if isinstance(metric, Metric)]
+    match_layouts(parts, distributed)
+    gathered = [
+        metric
+        for metric in parts
+        if metric._to_sync  # noqa: SLF001
+        and any(is_list and not is_cat for _, is_list, is_cat in iterate_states(metric))
     ]
-    states: list[list[Tensor]] = [getattr(metric, name) for metric, name in lists]
-    layouts = distributed.gather([(state[0].dtype, state[0].shape[1:]) if state else None for state in states])
-    for (metric, _), state, over_ranks in zip(lists, states, zip(*layouts, strict=True), strict=True):
-        layout = next(filter(None, over_ranks), None)
-        if layout is not None and not state:
-            state.append(torch.empty((0, *layout[1]), dtype=layout[0], device=metric.device))
+    own = [{name: getattr(metric, name) for name, _, _ in iterate_states(metric)} for metric in gathered]
+    over_ranks = distributed.gather(map_tensors(to_host, own)) if gathered else []
+    try:
+        for metric, *states in zip(gathered, *over_ranks, strict=True):
+            for name, reduction in metric._reductions.items():  # noqa: SLF001
+                device = torch.device("cpu") if metric.compute_on_cpu else metric.device
+                setattr(metric, name, to_device(reduce_states([state[name] for state in states], reduction), device))
+            metric._to_sync = False  # noqa: SLF001
+        yield
+    finally:
+        for metric, state in zip(gathered, own, strict=True):
+            metric._to_sync = True  # noqa: SLF001
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+def iterate_states(metric: Metric) -> Iterator[tuple[str, bool, bool]]:
+    """Iterate over the states of a metric: the name, whether it is a list, and whether its tensors are concatenated."""
+    from torchmetrics.utilities import dim_zero_cat
+
+    for name, default in metric._defaults.items():  # noqa: SLF001  # torchmetrics has no public list of them
+        yield name, isinstance(default, list), metric._reductions[name] is dim_zero_cat  # noqa: SLF001
+
+
+def reduce_states(states: Sequence[Any], reduction: Callable[[Any], Any] | None) -> Any:
+    """Combine the states of all ranks as torchmetrics does. The entries of lists alternate, as batches do."""
+    if isinstance(states[0], list):
+        joined = [part for parts in zip_longest(*states) for part in parts if part is not None]
+        return reduction(joined) if reduction is not None and joined else joined
+    joined = torch.stack(list(states))
+    return joined if reduction is None else reduction(joined)
+
+
+def match_layouts(metrics: Sequence[Metric], distributed: DistributedRuntime) -> None:
+    """Give the states of ranks without an update the dimensions that they have on other ranks. A collective.
+
+    A list that is empty on this rank but not on all gets an empty tensor: torchmetrics gathers nothing for an empty
+    list. A tensor whose first update adds dimensions to it, such as one value per output, is expanded. A rank would
+    otherwise call other collectives than the others, and receive the values of another state.
+    """
+    places = [(metric, *state) for metric in metrics for state in iterate_states(metric)]
+    layouts = distributed.gather([describe_layout(metric, getattr(metric, name)) for metric, name, *_ in places])
+    for (metric, name, is_list, is_cat), over_ranks in zip(places, zip(*layouts, strict=True), strict=True):
+        state, layout = getattr(metric, name), next(filter(None, over_ranks), None)
+        if layout is None:
+            continue
+        dtype, shape = layout
+        if not is_list:
+            if not metric.update_count and (state.dtype, state.shape) != layout:
+                setattr(metric, name, state.to(dtype).expand(shape).clone())
+        elif is_cat and not state:
+            state.append(torch.empty((0, *shape[1:]), dtype=dtype, device=metric.device))
+
+
+def describe_layout(metric: Metric, state: Any) -> tuple[torch.dtype, torch.Size] | None:
+    """Return the dtype and shape of a state, of a list those of its first tensor; None before the first update."""
+    if isinstance(state, list):
+        state = state[0] if state else None
+    elif not metric.update_count:
+        return None
+    return (state.dtype, state.shape) if isinstance(state, Tensor) else None
 
 
 def flatten_value(name: str, value: Any) -> Iterator[tuple[str, float]]:
