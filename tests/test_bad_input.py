@@ -582,6 +582,11 @@ def test_a_metric_used_twice_is_refused() -> None:
     message = r"one MeanMetric is given twice.*metric.clone\(\)"
     refuse_options(OptionError, message, metrics={"mean": metric}, train_metrics={"mean": metric})
     refuse_options(OptionError, message, metrics={"first": metric, "second": metric})
+    refuse_options(OptionError, message, metrics={"mean": metric, "half": metric * 0.5})
+    refuse_options(
+        OptionError, message, metrics={"all": MetricCollection({"mean": metric})}, train_metrics={"m": metric}
+    )
+    make(Composed, metrics={"ratio": metric / (metric + 1.0)}, train_metrics={"mean": metric.clone()})
 
 
 def test_a_metric_with_the_name_of_a_training_value_is_refused() -> None:

@@ -8,18 +8,24 @@ from collections.abc import Mapping
 from torch import nn
 
 from ptacc.errors import OptionError
+from ptacc.metrics.state import iterate_metrics
 from ptacc.types.outputs import RESERVED_NAMES
 from ptacc.types.protocols import MetricLike
 from ptacc.validation import value_text
 
 
 def check_metrics(owner: str, options: Mapping[str, Mapping[str, MetricLike]]) -> None:
-    """Raise `OptionError` for options that are not mappings from names to metrics, and for a metric given twice."""
+    """Raise `OptionError` for options that are not mappings from names to metrics, and for a metric given twice.
+
+    A metric may be in others: in a collection, a wrapper, or an expression such as `metric * 0.5`. Each of them may
+    itself use it more than once.
+    """
     for option, metrics in options.items():
         check_mapping(owner, option, metrics)
-    given = [metric for metrics in options.values() for metric in metrics.values()]
-    counts = Counter(map(id, given))
-    if repeated := [metric for metric in given if counts[id(metric)] > 1]:
+    entries = [metric for metrics in options.values() for metric in metrics.values()]
+    parts_of = [[part for _, part in iterate_metrics({"": entry}) if isinstance(part, MetricLike)] for entry in entries]
+    counts = Counter(key for parts in parts_of for key in {*map(id, parts)})
+    if repeated := [part for parts in parts_of for part in parts if counts[id(part)] > 1]:
         raise OptionError(
             f"{owner}: one {type(repeated[0]).__name__} is given twice, and its state would mix the data of both "
             "places. Give each place its own: metric.clone()."
