@@ -155,7 +155,7 @@ class Texts(MetricsMixin[Any, Tensor], TrainingLoop[Any, Tensor]):
 class Entries(Metric):
     """Has a list with one entry per sample, which is reduced by a function of its own, and counts."""
 
-    entries: list[Tensor]
+    entries: Any
     samples: Tensor
 
     def __init__(self) -> None:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ptacc import Callback, CheckpointMixin, DeepSpeedMixin, ProfilerMixin, StepOutput, Trainer, TrainerCore
+from ptacc import (
+    Callback,
+    CheckpointMixin,
+    DeepSpeedMixin,
+    GradAccumMixin,
+    ProfilerMixin,
+    StepOutput,
+    Trainer,
+    TrainerCore,
+)
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import OptionError
 from ptacc.run.history import STEPS_IN_MEMORY, RunHistory
@@ -56,6 +65,21 @@ def test_what_steps_log_is_a_mean_over_items() -> None:
     history = Logging(**tiny_parts()).train(tiny_data(20), num_epochs=1)
     assert [step.logged["size"] for step in history.steps] == [8, 8, 4]
     assert history[0].values()["train/size"] == pytest.approx((8 + 8 + 4) / 3)
+
+
+def test_losses_and_values_in_bfloat16_are_summed_in_float32() -> None:
+    one = torch.ones((), dtype=torch.bfloat16)
+
+    class Narrow(GradAccumMixin, Trainer):
+        @override
+        def train_step(self, batch: tuple[Tensor, Tensor]) -> StepOutput[Tensor]:
+            self.log({"late": one})
+            loss = super().train_step(batch).loss
+            return StepOutput((0.0 * loss + 1.328125).bfloat16(), batch[0], logged={"one": one})
+
+    trainer = Narrow(**tiny_parts(), gradient_accumulation_steps=512)
+    record = trainer.train(tiny_data(512), num_epochs=1, per_device_batch_size=1)[0]
+    assert (record.train_loss, record.values()["train/one"], record.values()["late"]) == (1.328125, 1.0, 1.0)
 
 
 def test_a_step_reports_only_what_it_logs() -> None:

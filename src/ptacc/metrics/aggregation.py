@@ -142,8 +142,8 @@ def reduce_states(states: Sequence[Any], reduction: Callable[[Any], Any] | None)
     if isinstance(states[0], list):
         joined = [part for parts in zip_longest(*states) for part in parts if part is not None]
         return reduction(joined) if reduction is not None and joined else joined
-    joined = torch.stack(list(states))
-    return joined if reduction is None else reduction(joined)
+    stacked = torch.stack(list(states))
+    return stacked if reduction is None else reduction(stacked)
 
 
 def match_layouts(metrics: Sequence[Metric], distributed: DistributedRuntime) -> None:

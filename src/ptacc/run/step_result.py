@@ -47,10 +47,13 @@ class StepResult:
     group_rates: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
-        """Add a batch: its scaled loss, and means over the batch with their weight in the means over the step."""
-        self.loss = loss if self.loss is NO_LOSS else self.loss + loss
+        """Add a batch: its scaled loss, and means over the batch with their weight in the means over the step.
+
+        Sums are at least in float32. In bfloat16, they would not change any more after some hundred batches.
+        """
+        self.loss = loss if self.loss is NO_LOSS else widen(self.loss) + loss
         for name, value in logged.items() if weight else ():  # a mean over no items is NaN
-            self._add_logged(name, value.detach() * weight, weight)
+            self._add_logged(name, widen(value.detach()) * weight, weight)
 
     def add_update(self, name: str, loss: Tensor, logged: Mapping[str, Tensor], weight: float) -> None:
         """Add a batch in one of several updates, whose own mean loss is reported by `name`."""
@@ -59,7 +62,7 @@ class StepResult:
             self._add_logged(name, loss, weight)
 
     def _add_logged(self, name: str, value: Tensor, weight: float) -> None:
-        self.logged[name] = self.logged.get(name, 0.0) + value
+        self.logged[name] = self.logged.get(name, 0.0) + widen(value)
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
 
@@ -73,7 +76,8 @@ class LoggedValues:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add values, each to those of its name."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+            value = widen(value.detach()) if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + 1.0
 
     def as_result(self, loss: Tensor) -> StepResult:
@@ -113,6 +117,11 @@ class StepMeans:
     def state_dict(self) -> StateDict:
         """Return the sums."""
         return asdict(self)
+
+
+def widen(value: Tensor) -> Tensor:
+    """Return a value in float32 if its type is narrower."""
+    return value.float() if value.dtype.itemsize < 4 else value
 
 
 def add_sums(sums: Sums, more: Sums) -> None:
