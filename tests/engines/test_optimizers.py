@@ -1,6 +1,8 @@
-"""What a user changes in an optimizer: a group that is added during a run, and a `zero_grad` of its own."""
+"""What optimizers of users do: add a group during a run, have a `zero_grad` of their own, or no learning rate."""
 
 import functools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
+from transformers.optimization import Adafactor
 from typing_extensions import override
 
 from ptacc import CheckpointMixin, GradClipMixin, Trainer
@@ -94,3 +97,34 @@ def test_a_zero_grad_of_the_class_or_the_object_is_called(make: Any) -> None:
     made = tiny_parts()
     Trainer(**(made | {"optimizer": make(made["model"].parameters(), lr=0.1)})).train(tiny_data(8), max_steps=1)
     assert made["model"].bias.grad is not None
+
+
+class Fixed(SGD):
+    """Has no entry `lr` in its groups."""
+
+    @override
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            torch._foreach_sub_(group["params"], [0.1 * parameter.grad for parameter in group["params"]])
+
+
+def without_rates(model: nn.Module) -> SGD:
+    optimizer = Fixed([{"params": [parameter]} for parameter in model.parameters()], lr=0.1)
+    for group in optimizer.param_groups:
+        del group["lr"]
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [without_rates, lambda model: Adafactor(model.parameters())])
+def test_an_optimizer_without_a_learning_rate_reports_nan(make: Any, tmp_path: Path) -> None:
+    class Saving(CheckpointMixin, Trainer): ...
+
+    made = tiny_parts()
+    options: dict[str, Any] = {**made, "optimizer": make(made["model"]), "history_file": tmp_path / "history.jsonl"}
+    for num_epochs in (1, 2):
+        trainer = Saving(**options, checkpoint_dir=tmp_path, resume=num_epochs > 1)
+        history = trainer.train(tiny_data(8), num_epochs=num_epochs)
+        assert all(math.isnan(record.learning_rate) for record in (*history, *history.steps))
+    assert math.isnan(history.values[-1].values["learning_rate"])
+    lines = map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())
+    assert {line["learning_rate"] for line in lines if line["kind"] in ("epoch", "step")} == {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TextIO
@@ -130,7 +131,8 @@ class ProgressBar(Callback[TrainerCore]):
             notes.append(f"run {tqdm.format_interval(run_left)} left")
         if self._seconds:
             notes.append(f"{tqdm.format_sizeof(self._items / self._seconds)} items/s")
-        if self._steps and not isinstance(rate := self._steps[-1].learning_rate, Tensor):  # one may be on the device
+        rate = self._steps[-1].learning_rate if self._steps else math.nan
+        if not (isinstance(rate, Tensor) or math.isnan(rate)):  # one may be on the device, and an optimizer have none
             notes.append(f"lr {rate:.3g}")
         return notes
 

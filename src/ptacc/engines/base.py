@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -64,8 +65,8 @@ class OptimizerSlot:
 
     @property
     def learning_rate(self) -> float | Tensor:
-        """Learning rate of the first parameter group."""
-        return copy_rate(self.optimizer.param_groups[0]["lr"])
+        """Learning rate of the first parameter group, NaN if it has none."""
+        return copy_rate(self.optimizer.param_groups[0].get("lr"))
 
 
 def learning_rates(slots: Sequence[OptimizerSlot]) -> dict[str, float | Tensor]:
@@ -81,12 +82,17 @@ def learning_rates(slots: Sequence[OptimizerSlot]) -> dict[str, float | Tensor]:
         prefix, groups = f"{slot.label}/" if len(slots) > 1 else "", slot.optimizer.param_groups
         for number, group in enumerate(groups):
             name = f"{prefix}{group.get('name', number)}/" if len(groups) > 1 else prefix
-            rates[f"{name}learning_rate"] = copy_rate(group["lr"])
+            rates[f"{name}learning_rate"] = copy_rate(group.get("lr"))
     return rates
 
 
-def copy_rate(rate: float | Tensor) -> float | Tensor:
-    """Return a learning rate; a tensor is copied, since schedulers change it in place."""
+def copy_rate(rate: float | Tensor | None) -> float | Tensor:
+    """Return a learning rate; a tensor is copied, since schedulers change it in place.
+
+    An optimizer that computes its own step sizes may have none, as Adafactor of Transformers. It is NaN.
+    """
+    if rate is None:
+        return math.nan
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 

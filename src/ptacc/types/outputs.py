@@ -121,7 +121,7 @@ class StepRecord:
         step: The number of this step, counted from 1.
         epoch: The number of its epoch, counted from 1.
         loss: Mean over all items of the step: all its batches, all processes.
-        learning_rate: Learning rate of the first parameter group, as used by this step.
+        learning_rate: Learning rate of the first parameter group, as used by this step; NaN if the optimizer has none.
         items: Number of items of the step.
         logged: Further values by name, such as `grad_norm` and those of `StepOutput.logged`.
     """
@@ -178,7 +178,8 @@ class EpochRecord:
         train_loss: Mean over all items trained on in this epoch.
         items: Number of items trained on in this epoch.
         seconds: Duration of the epoch, including its evaluations.
-        learning_rate: Learning rate of the first parameter group at the epoch's last step.
+        learning_rate: Learning rate of the first parameter group at the epoch's last step; NaN if the optimizer has
+            none.
         is_complete: False if the run ended within the epoch.
         evaluations: The last evaluation of each set in this epoch, by name (`""` for a single set without a name).
         logged: Means over the steps of what hooks logged, such as `grad_norm`.
