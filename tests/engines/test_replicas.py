@@ -220,6 +220,36 @@ def test_checkpointed_activations_whose_gradients_arrive_in_parts_are_refused(mo
     assert all("changed the gradient of encoder." in text for text in run_ranks(reenter, 2))
 
 
+def look_up_sparsely(net: Net, inputs: Tensor, targets: Tensor) -> Tensor:
+    found = nn.functional.embedding(targets, net.other.weight, sparse=True)
+    outputs: Tensor = net.head(net.encode(inputs) + found)
+    return outputs
+
+
+def look_up_densely(net: Net, inputs: Tensor, targets: Tensor) -> Tensor:
+    outputs: Tensor = net.head(net.encode(inputs) + net.words.weight[targets])
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (look_up_sparsely, "The gradient of other.weight is sparse.* Use one of these modules, or sparse=False"),
+        (look_up_densely, "The gradient of words.weight is not sparse.* Use sparse=False"),
+    ],
+)
+def test_sparse_gradients_outside_of_embeddings_are_refused(
+    forward: Forward, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        with pytest.raises(ModelError, match=message):
+            train(6, forwards="mine")
+
+    monkeypatch.setitem(FORWARDS, "mine", forward)
+    run_ranks(refuse, 2)
+    train(6, forwards="mine")
+
+
 class ByHand(Loop):
     @override
     def backward(self, loss: Tensor) -> None:

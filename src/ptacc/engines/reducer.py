@@ -70,15 +70,24 @@ class GradientReducer:
 
         A gradient that is None counts as zeros, and stays None if it is None on all ranks. Only a rank on which one is
         None reads from the device.
+
+        Raises:
+            ModelError: A gradient is sparse, and its parameter does not belong to an embedding with `sparse=True`; or
+                it belongs to one and the gradient is not sparse.
         """
         if not self._is_prepared:  # the gradients were computed by hand
             self._prepare()
         for bucket in self._buckets[self._started :]:
-            bucket.start()
+            self._start(bucket)
         for bucket in self._buckets:
             bucket.finish()
         for parameter in self._trained:
             if parameter in self._sparse:
+                if parameter.grad is not None and not parameter.grad.is_sparse:
+                    raise ModelError(
+                        f"The gradient of {join_names(self._model, [parameter])} is not sparse, although its embedding "
+                        "has sparse=True: the parameter is used elsewhere, too. Use sparse=False."
+                    )
                 average_sparse(parameter)
         self._started, self._is_prepared = 0, False
 
@@ -119,8 +128,17 @@ class GradientReducer:
             )
         bucket.missing.discard(parameter)
         while self._started < len(self._buckets) and not self._buckets[self._started].missing:
-            self._buckets[self._started].start()
+            self._start(self._buckets[self._started])
             self._started += 1
+
+    def _start(self, bucket: Bucket) -> None:
+        if sparse := [p for p in bucket.parameters if p.grad is not None and p.grad.is_sparse]:
+            raise ModelError(
+                f"The gradient of {join_names(self._model, sparse)} is sparse. Several processes average sparse "
+                "gradients of nn.Embedding and nn.EmbeddingBag with sparse=True alone. Use one of these modules, or "
+                "sparse=False."
+            )
+        bucket.start()
 
 
 class OutsideModel:
