@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from typing_extensions import override
 
 from ptacc import EpochRecord, RestoreBestWeights, SWAMixin, SyncBatchNormMixin, Trainer
@@ -118,7 +118,7 @@ def make_net() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(27, 2)).double()
 
 
-def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor], Tensor]:
+def train_on_two(kind: type[WatchedOnTwo], dealt: str, collate_fn: Any = None) -> tuple[dict[str, Tensor], Tensor]:
     """Train, and return the state of the model with the mean of its weights at the end of each epoch."""
     weights.clear()
     model = make_net()
@@ -127,7 +127,7 @@ def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor
     data: TensorDataset | Subset[Any] = tiny_data(DEALT[dealt][-1].stop)
     if dealt == "sharded":
         data = Subset(data, range(16) if trainer.distributed.rank == 0 else range(16, 22))
-    options: Any = {"per_device_batch_size": 4, "train_dataloader_kwargs": {"shuffle": False}}
+    options: Any = {"per_device_batch_size": 4, "train_dataloader_kwargs": {"shuffle": False}, "collate_fn": collate_fn}
     trainer.train(data, num_epochs=2, data_is_sharded=dealt == "sharded", **options)
     return dict(model.state_dict()), torch.stack(weights).mean(dim=0)
 
@@ -137,20 +137,40 @@ def train_on_two(kind: type[WatchedOnTwo], dealt: str) -> tuple[dict[str, Tensor
 def test_two_processes_end_with_one_average_and_the_mean_of_all_their_batches(
     kind: type[WatchedOnTwo], dealt: str
 ) -> None:
-    (state, mean), (others_state, _) = run_ranks(train_on_two, 2, kind, dealt, timeout=30)
+    (state, mean), (others_state, _) = run_ranks(train_on_two, 2, kind, dealt, None, timeout=30)
     assert [name for name in state if not torch.equal(state[name], others_state[name])] == []
     model = make_net()
     model.load_state_dict(state)
     own = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     torch.testing.assert_close(own, mean, rtol=1e-12, atol=0)
 
-    inputs = tiny_data(DEALT[dealt][-1].stop).tensors[0]
-    batches = TOGETHER[dealt] if kind is SyncedOnTwo else DEALT[dealt]
+    check_statistics(state, TOGETHER[dealt] if kind is SyncedOnTwo else DEALT[dealt], DEALT[dealt][-1].stop)
+
+
+def check_statistics(state: dict[str, Tensor], batches: Sequence[Sequence[int]], samples: int = 25) -> None:
+    """Check that the statistics of the norm are means over batches."""
+    model = make_net()
+    model.load_state_dict(state)
+    inputs = tiny_data(samples).tensors[0]
     hidden = [model[:2](inputs[list(batch)]).detach().transpose(0, 1).flatten(1) for batch in batches]
     expected = {"running_mean": [h.mean(dim=1) for h in hidden], "running_var": [h.var(dim=1) for h in hidden]}
     for name, values in expected.items():
         torch.testing.assert_close(state[f"2.{name}"], torch.stack(values).mean(dim=0), rtol=1e-12, atol=0)
     assert int(state["2.num_batches_tracked"]) == len(hidden)
+
+
+def leave_third_out(samples: list[Any]) -> Any:
+    batch = default_collate(samples)
+    return None if torch.equal(batch[0][0], tiny_data(25).tensors[0][8]) else batch
+
+
+@pytest.mark.parametrize("kind", [WatchedOnTwo, SyncedOnTwo])
+def test_batches_that_a_collate_function_leaves_out_are_not_in_the_statistics(kind: type[WatchedOnTwo]) -> None:
+    check_statistics(train_on_two(kind, "ragged", leave_third_out)[0], DEALT["ragged"][:2] + DEALT["ragged"][3:])
+    together = [range(8), range(12, 16), range(16, 24), range(24, 25)]
+    batches = together if kind is SyncedOnTwo else DEALT["ragged"][:2] + DEALT["ragged"][3:]
+    for state, _ in run_ranks(train_on_two, 2, kind, "ragged", leave_third_out, timeout=30):
+        check_statistics(state, batches)
 
 
 def test_a_run_cannot_end_with_the_best_weights_and_with_the_average() -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ptacc.core.batch_hooks import BatchMixin
+from ptacc.data.wrappers import fill_each
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.model.averaging import AveragedWeights
 from ptacc.model.norms import CopiedStatistics, cumulative_statistics, find_tracking_norms
@@ -88,14 +89,15 @@ class SWAMixin(BatchMixin[BatchT, OutputT]):
         norms = find_tracking_norms(self.unwrapped_model)
         if not norms:
             return
-        # Every rank runs padding batches too, since synchronised norms and sharded models communicate in the forward
-        # pass. The model is unwrapped, since the forward of a wrapper may broadcast rank 0's statistics.
+        # Every rank runs padding batches too, and one for a batch that was left out on this rank alone, since
+        # synchronised norms and sharded models communicate in the forward pass. The model is unwrapped, since the
+        # forward of a wrapper may broadcast rank 0's statistics.
         is_synchronised = isinstance(self, SupportsSyncBatchNorm) and self.sync_batch_norm
         run, wrapped, streams = self.run, self.model, preserved_streams(self.device)
         self._set_model(self.unwrapped_model)
         try:
             with torch.no_grad(), streams, cumulative_statistics(norms):
-                for host in run.data.epoch(0):
+                for host in fill_each(run.data.epoch(0), self._distributed):
                     run.batch = host if is_synchronised else None
                     with CopiedStatistics(norms if host.is_padding and not is_synchronised else []):
                         self.predict_step(to_device(host.data, self.device))
