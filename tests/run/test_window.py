@@ -1,7 +1,10 @@
 """The items of batches that are not tensors of samples: the default count is right, or an error."""
 
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,3 +119,41 @@ def test_means_over_no_items_are_refused(counts: list[float], error: type[Except
     batches: DataLoader[Any] = DataLoader([torch.full((4,), count) for count in counts], batch_size=1)  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
         Accumulating(model, **parts, gradient_accumulation_steps=2).train(batches, num_epochs=1)
+
+
+class AsGiven(Sequences):
+    """Gives a number of items as it was made."""
+
+    make: Any = float
+
+    @override
+    def count_items(self, batch: Any) -> float:
+        count: float = self.make(3)
+        return count
+
+    @override
+    def train_step(self, batch: Any) -> StepOutput[Any]:
+        return StepOutput(loss=self.model(batch).mean(), outputs=None)
+
+
+def make_counting(make: Any, **options: Any) -> AsGiven:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return AsGiven(model, optimizer=optimizer, make=make, default_callbacks=(), **options)
+
+
+@pytest.mark.parametrize("make", [int, float, torch.tensor, np.int64, np.float32])
+def test_items_may_be_counted_in_tensors_and_numbers_of_numpy(make: Any, tmp_path: Path) -> None:
+    trainer = make_counting(make, history_file=tmp_path / "history.jsonl")
+    history = trainer.train(list(torch.ones(16, 4)), list(torch.ones(8, 4)), num_epochs=1)
+    kind = int if make is int else float
+    assert [(step.items, type(step.items)) for step in history.steps] == [(3, kind)] * 2
+    assert type(history[0].evaluations[""].loss) is float
+
+
+@pytest.mark.parametrize("call", ["train", "evaluate"])
+@pytest.mark.parametrize("count", [math.nan, math.inf, -1, None, torch.ones(2)])
+def test_a_count_that_is_not_a_number_of_items_is_an_error(count: Any, call: str) -> None:
+    options: dict[str, Any] = {"num_epochs": 1} if call == "train" else {}
+    with pytest.raises(DataError, match=r"count_items gave .*: it must return a finite number, 0 or more"):
+        getattr(make_counting(lambda _: count), call)(list(torch.ones(16, 4)), **options)

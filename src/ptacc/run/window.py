@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -16,6 +18,7 @@ from ptacc.errors import DataError, LossError
 from ptacc.tensors.structures import iterate_tensors
 from ptacc.types.aliases import BatchT
 from ptacc.types.outputs import StepOutput
+from ptacc.validation import value_text
 
 
 @dataclass(slots=True)
@@ -85,11 +88,14 @@ class ItemCounter(Generic[BatchT]):
 
         Raises:
             DataError: The items are the samples, and their numbers differ. A collate function may leave samples out:
-                all tensors of such a batch have the same number of items.
+                all tensors of such a batch have the same number of items. Or the count is not a finite number, 0 or
+                more.
         """
         if batch.data is None or batch.is_padding:
             return 0
         count = self.count_items(batch.data)
+        if type(count) not in (int, float) or not 0 <= count < math.inf:
+            count = as_count(count)
         if batch.samples != count and batch.samples is not None and self.are_samples(batch.data):
             sizes = {tensor.shape[0] for tensor in iterate_tensors(batch.data) if tensor.dim()}
             if batch.total is not None or sizes != {count}:
@@ -99,6 +105,21 @@ class ItemCounter(Generic[BatchT]):
                     "mean over, such as `len(batch[1])` or `int((batch[1] != -100).sum())`."
                 )
         return count
+
+
+def as_count(count: Any) -> float:
+    """Return a count of items, such as a tensor or a number of NumPy, as a number of Python.
+
+    Raises:
+        DataError: It is not a finite number, 0 or more.
+    """
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if 0 <= (number := float(count)) < math.inf:
+            return number
+    raise DataError(
+        f"count_items gave {value_text(count)}: it must return a finite number, 0 or more, of what the loss of the "
+        "batch is a mean over."
+    )
 
 
 def make_windows(
