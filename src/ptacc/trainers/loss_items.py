@@ -52,7 +52,7 @@ class LossItems:
         self.ignored: int = ignored if isinstance(ignored, int) else OPTIONS["ignore_index"]
         selects = options["weight"] is not None or self.ignored >= 0
         self.is_selective: bool = self._has_classes and selects
-        self.is_undetermined: bool = is_own and (selects or options["reduction"] in ("sum", "none"))
+        self.is_undetermined: bool = is_own and (selects or options["reduction"] == "sum")
         self._weights: tuple[Tensor, int, Tensor] | None = None
 
     def class_indices(self, batch: object) -> Tensor | None:

@@ -148,7 +148,7 @@ def check_mean(trainer: Trainer, items: LossItems, base: type[Trainer] = Trainer
     if items.is_undetermined:
         raise OptionError(
             f"{owner}(loss_func={type(items.loss_func).__name__}(...)): the loss has a forward of its own, and weight, "
-            "ignore_index or reduction of torch's loss: what it is a mean over is unknown. Override "
+            'ignore_index or reduction="sum" of torch\'s loss: what it is a mean over is unknown. Override '
             "count_items(self, batch) to return that, such as `len(batch[1])` for the samples, or derive the loss from "
             "nn.Module."
         )
