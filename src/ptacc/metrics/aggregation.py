@@ -93,7 +93,7 @@ def compute_metrics(metrics: Mapping[str, MetricLike], distributed: DistributedR
 
 @contextlib.contextmanager
 def synced_states(metrics: Mapping[str, MetricLike], distributed: DistributedRuntime) -> Generator[None]:
-    """Let torchmetrics, for the block, compute metrics over all ranks, whatever each rank has had. A collective.
+    """Prepare states so that torchmetrics, within the block, computes metrics over all ranks. A collective.
 
     torchmetrics gathers the tensors of a state one by one, as many and of the same dimensions on all ranks. A list that
     it does not concatenate first, such as one entry per sample, may be longer on one rank than on another: a metric
