@@ -1,8 +1,10 @@
 """`set_epoch` is called once an epoch, wherever a dataset or sampler that has it sits, and in every process."""
 
+import random
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.utils.data import BatchSampler, ChainDataset, ConcatDataset, DataLoad
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
-from ptacc import Epochs, Steps, Trainer
+from ptacc import Epochs, StepOutput, Steps, Trainer
 from ptacc.data.loading import set_epoch
 from ptacc.data.sources import make_source
 from ptacc.distributed.process_group import DistributedRuntime
@@ -91,7 +93,7 @@ def test_a_dataset_is_told_the_epoch_once_wherever_it_is_held(holder: str, kind:
 
 def test_all_datasets_of_a_concatenation_are_told_the_epoch() -> None:
     first, second = Epochwise(), Epochwise()
-    assert set_epoch(ConcatDataset([first, Subset(second, range(2)), Subset(second, range(2, 4))]), 3)
+    assert set_epoch(ConcatDataset([first, Subset(second, range(2)), Subset(second, range(2, 4))]), 3, seed=7)
     assert first.epochs == second.epochs == [3]
 
 
@@ -143,12 +145,12 @@ def test_samplers_are_told_the_epoch_once(kind: str) -> None:
 def test_an_object_that_sets_the_epoch_of_what_it_holds_is_not_passed_over() -> None:
     class Forwarding(Subset[Sample]):
         def set_epoch(self, epoch: int) -> None:
-            set_epoch(self.dataset, epoch)
+            set_epoch(self.dataset, epoch, 7)
 
     data = Epochwise()
-    assert set_epoch(Forwarding(data, range(4)), 3)
+    assert set_epoch(Forwarding(data, range(4)), 3, seed=7)
     assert data.epochs == [3]
-    assert not set_epoch([data], 4)  # a list of samples
+    assert not set_epoch([data], 4, seed=7)  # a list of samples
 
 
 def test_an_evaluation_on_another_part_of_the_data_does_not_set_the_epoch() -> None:
@@ -159,3 +161,85 @@ def test_an_evaluation_on_another_part_of_the_data_does_not_set_the_epoch() -> N
     for cadence in (Steps(1), Epochs(1)):
         trainer.train(*parts, num_epochs=2, per_device_batch_size=1, evaluate_every=cadence)
     assert data.epochs == [0, 1, 0, 1]
+
+
+def test_an_evaluation_does_not_set_the_epoch_of_the_stream_that_it_shares_with_the_training() -> None:
+    class Seeing(Trainer):
+        @override
+        def train_step(self, batch: Any) -> StepOutput[Tensor]:
+            seen.append(batch[0][:, :2].tolist())
+            return super().train_step(batch)
+
+    def train(**evaluation: Any) -> list[Any]:
+        seen.clear()
+        net, data = nn.Linear(3, 1), EpochwiseStream()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        trainer = Seeing(net, loss_func=nn.MSELoss(), optimizer=optimizer, default_callbacks=())
+        trainer.train(data, data if evaluation else None, max_steps=8, per_device_batch_size=2, **evaluation)
+        trainer.evaluate(data)
+        assert data.source.epochs == [0, 1, 2, 3]
+        return [*seen]
+
+    seen: list[Any] = []
+    assert train(evaluate_every=Steps(1)) == train()
+
+
+class Drawn(Dataset[Sample]):
+    """Draws its order when the epoch is set."""
+
+    def __init__(self) -> None:
+        self.order = list(range(16))
+
+    def __len__(self) -> int:
+        return 16
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = [int(10 * random.random() + np.random.randint(10)), *torch.randperm(16).tolist()[1:]]
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        return torch.tensor([float(self.order[index])]), torch.zeros(1)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([0, *self.order[1:]])
+
+
+class DrawnStream(IterableDataset[Sample]):
+    def __init__(self) -> None:
+        self.source = Drawn()
+
+    @override
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.source[index] for index in range(16))
+
+
+WORKERS: Any = {"num_workers": 2, "persistent_workers": True, "timeout": 30}
+DRAWN: dict[str, Callable[[], DataLoader[Any]]] = {
+    "a dataset": lambda: DataLoader(Drawn(), batch_size=2),
+    "a dataset in workers": lambda: DataLoader(Drawn(), batch_size=2, **WORKERS),
+    "a loader of its own type": lambda: StatefulDataLoader(Drawn(), batch_size=2),
+    "a stream": lambda: DataLoader(DrawnStream(), batch_size=2),
+    "a sampler": lambda: DataLoader(EpochwiseRange(), batch_size=2, sampler=Drawn()),
+}
+
+
+class EpochwiseRange(Epochwise):
+    @override
+    def __len__(self) -> int:
+        return 16
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_what_set_epoch_draws_follows_from_the_seed_and_the_epoch(kind: str) -> None:
+    def read(seed: int, *epochs: int) -> list[list[float]]:
+        torch.rand(3 + len(epochs))  # the generators of two processes, or of a run that is resumed, differ
+        before = torch.get_rng_state()
+        source = make_source(DRAWN[kind](), DistributedRuntime(), seed)
+        found = [[x for batch in source.epoch(epoch) for x in batch.data[0][:, 0].tolist()] for epoch in epochs]
+        source.close()
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    first, second = read(7, 0, 1)
+    assert read(7, 1) == [second] != [first]
+    assert read(8, 1) != [second]

@@ -30,10 +30,12 @@ class IterableSource(ReplaySource):
     followed when the run was saved. In all other cases the stream is replayed.
     """
 
-    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, is_training: bool = True
+    ) -> None:
         super().__init__(loader.dataset)
         self._distributed = distributed
-        self._stream = SharedStream(loader, distributed, seed)
+        self._stream = SharedStream(loader, distributed, seed, is_training=is_training)
         self._loader = DataLoader(self._stream, batch_size=None, **get_loader_settings(loader))
         self._workers = max(loader.num_workers, 1)
         self._stateful = loader.dataset if isinstance(loader.dataset, Stateful) and not loader.num_workers else None

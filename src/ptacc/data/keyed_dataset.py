@@ -26,9 +26,9 @@ ALIGNMENT = 64
 class KeyedDataset(Dataset[Any]):
     """A dataset whose items are collated batches: each is loaded by its key, with generators seeded for it."""
 
-    def __init__(self, dataset: Any, collate: CollateFn, seeding: BatchSeeding) -> None:
+    def __init__(self, dataset: Any, collate: CollateFn, seeding: BatchSeeding, seed: int) -> None:
         self.dataset: Any = dataset
-        self._collate, self._seeding = collate, seeding
+        self._collate, self._seeding, self._seed = collate, seeding, seed
         self._loads_batches = hasattr(dataset, "__getitems__")
         self._is_in_memory = collate is default_collate and holds_plain_tensors(unwrap_subsets(dataset, ())[0])
         self._epoch: int | None = None
@@ -36,7 +36,7 @@ class KeyedDataset(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the dataset in this process. Workers that persist get it with the keys of their batches."""
         self._epoch = epoch
-        set_epoch(self.dataset, epoch, DATASETS)
+        set_epoch(self.dataset, epoch, self._seed, DATASETS)
 
     def __getitems__(self, key: BatchKey) -> object:
         """Load and collate one batch. Called by torch's loader with an item of its batch sampler."""

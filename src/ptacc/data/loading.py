@@ -11,13 +11,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data import default_collate as torch_default_collate
 
-from ptacc.rng import HOST_STREAMS, streams_seeded
+from ptacc.rng import HOST_STREAMS, derive_seed, streams_seeded
 from ptacc.tensors.structures import pin_memory
 
 CollateFn: TypeAlias = Callable[[list[Any]], object]
 DATASETS = frozenset({"dataset", "datasets"})
 SAMPLERS = frozenset({"sampler", "batch_sampler"})
 """Attributes in which torch's classes, and those that follow them, hold datasets and samplers."""
+SET_EPOCH = -1
+"""Takes the place of a batch in the seed of the random numbers that `set_epoch` draws."""
 
 
 def identity(batch: object) -> object:
@@ -47,21 +49,23 @@ def seeded_loading(seed: int) -> Generator[None]:
             yield
 
 
-def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS) -> bool:
+def set_epoch(target: object, epoch: int, seed: int, within: Set[str] = DATASETS | SAMPLERS) -> bool:
     """Call `set_epoch` of a dataset, sampler or loader, or else of what it holds, once each.
+
+    They draw the same random numbers in every process, also in one that resumes the run.
 
     An object with a `set_epoch` is responsible for what it holds.
 
     Args:
         target: The dataset, sampler or loader.
         epoch: The epoch, counted from 0.
+        seed: The run's seed.
         within: Names of the attributes in which it may hold others. One of any other name may hold a torch dataset.
 
     Returns:
         Whether there was one.
     """
-    found, visited = [target], dict[int, object]()
-    was_set = False
+    found, visited, setters = [target], dict[int, object](), list[Callable[[int], object]]()
     while found:
         owner = found.pop()
         if id(owner) in visited:
@@ -69,8 +73,7 @@ def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS
         visited[id(owner)] = owner
         setter = getattr(owner, "set_epoch", None)
         if callable(setter):
-            setter(epoch)
-            was_set = True
+            setters.append(setter)
             continue
         attributes = getattr(owner, "__dict__", {})  # a property might open a file
         for name, value in attributes.items():
@@ -79,7 +82,10 @@ def set_epoch(target: object, epoch: int, within: Set[str] = DATASETS | SAMPLERS
                 found += values if isinstance(value, list | tuple | Mapping) else [value]
             elif isinstance(value, Dataset):
                 found.append(value)
-    return was_set
+    with streams_seeded(derive_seed(seed, epoch, SET_EPOCH)) if setters else contextlib.nullcontext():
+        for setter in setters:
+            setter(epoch)
+    return bool(setters)
 
 
 def known_length(data: Any) -> int | None:

@@ -65,7 +65,7 @@ class MapStyleSource(BatchSource):
         self._keeps_samples = has_default_collate(loader)
         # Processes that share a replica must load the same batch, and their own generators may differ.
         self._seeding = BatchSeeding(always=seed_every_batch or distributed.replica_size > 1)
-        self._dataset = KeyedDataset(loader.dataset, get_collate_fn(loader), self._seeding)
+        self._dataset = KeyedDataset(loader.dataset, get_collate_fn(loader), self._seeding, seed)
         self._order: Order | None = None
         self._key_sampler = _BatchKeySampler()
         batch_sampler = cast(Sampler[list[int]], self._key_sampler)

@@ -50,7 +50,8 @@ class PrebatchedSource(ReplaySource):
 
     @override
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
-        if self._is_training and set_epoch(self._loader, epoch) and getattr(self._loader, "persistent_workers", False):
+        was_set = self._is_training and set_epoch(self._loader, epoch, self._seed)
+        if was_set and getattr(self._loader, "persistent_workers", False):
             stop_workers(self._loader)  # they have copies of the dataset, which cannot be reached
         return self._load(epoch, start)
 

@@ -60,7 +60,7 @@ class ListedSampler:
             self._state_at_start = copy.deepcopy(self._stateful.state_dict())
         order: list[Any] = []
         for number in range(min(self._next_epoch, epoch), epoch + 1):
-            set_epoch(self._sampler, number, SAMPLERS)
+            set_epoch(self._sampler, number, self._seed, SAMPLERS)
             with streams_seeded(derive_seed(self._seed, number)):
                 order = self._list_epoch()
         self._next_epoch = epoch + 1

@@ -35,10 +35,13 @@ DIGEST_SAMPLES = 8
 class SharedStream(IterableDataset[Any]):
     """A stream that every rank reads in full, and that yields this rank's part of every global batch, collated."""
 
-    def __init__(self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], distributed: DistributedRuntime, seed: int, *, is_training: bool = True
+    ) -> None:
         self.dataset: Any = loader.dataset
         self.size: int = (loader.batch_size or 1) * distributed.replicas
         self._collate, self._drop_last, self._seed = get_collate_fn(loader), loader.drop_last, seed
+        self._is_training = is_training
         self._world_size = distributed.world_size
         self._replica, self._replicas = distributed.replica, distributed.replicas
         self._epoch = torch.zeros((), dtype=torch.int64)
@@ -73,7 +76,8 @@ class SharedStream(IterableDataset[Any]):
     @override
     def __iter__(self) -> Iterator[LoadedItem]:
         epoch = int(self._epoch)
-        set_epoch(self.dataset, epoch)
+        if self._is_training:
+            set_epoch(self.dataset, epoch, self._seed)
         worker = get_worker_info()
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         resumed_at, state = self._resume_state

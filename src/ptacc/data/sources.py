@@ -60,7 +60,7 @@ def make_source(
     if type(loader) is not DataLoader or loader.batch_sampler is None:
         source: BatchSource = PrebatchedSource(loader, split_over, seed, is_training=is_training)
     elif isinstance(loader.dataset, IterableDataset):
-        source = IterableSource(loader, split_over, seed)
+        source = IterableSource(loader, split_over, seed, is_training=is_training)
     else:
         source = MapStyleSource(loader, split_over, seed, is_training=is_training, seed_every_batch=seed_every_batch)
     if limit is not None:
