@@ -87,12 +87,23 @@ def node_part(rank: int, streams: bool = True) -> Any:
     return split_dataset_by_node(data, rank, 2)
 
 
+class Unordered(DataLoader[dict[str, Tensor]]):
+    """A loader of its own type, whose order differs between processes."""
+
+    @override
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        order = random.SystemRandom().sample(range(10**6), 16)
+        return iter([{"x": torch.tensor([index])} for index in order])
+
+
 DIVIDED: dict[str, Callable[[int], Any]] = {
     "a stream of datasets": node_part,
     "rows of datasets": lambda rank: node_part(rank, streams=False),
     "a stream that splits itself": lambda rank: Splitting(),
     "a stream that splits itself, with workers": lambda rank: DataLoader(Splitting(), 2, num_workers=1, timeout=30),
     "a stream in an order without a seed": lambda rank: Unseeded(),
+    "a loader in an order without a seed": lambda rank: Unordered(Numbers()),
+    "a stream of batches that splits itself": lambda rank: DataLoader(Splitting(), None, collate_fn=singleton),
     "a subset for each rank": lambda rank: Subset(Numbers(), range(rank, 16, 2)),
     "a sampler for other processes": lambda rank: DataLoader(
         Numbers(), 2, sampler=DistributedSampler(Numbers(), num_replicas=4, rank=rank)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ptacc.data.batch import HostBatch, PartitionScheme
+from ptacc.data.division import check_same_on_all_ranks, summarize
 from ptacc.data.loading import known_length, set_epoch, stop_workers, unwrap_batch
 from ptacc.data.partition import count_global_batches
 from ptacc.data.replay import ReplaySource
@@ -25,6 +26,7 @@ class PrebatchedSource(ReplaySource):
     ) -> None:
         super().__init__(loader)
         self._loader, self._seed, self._is_training = loader, seed, is_training
+        self._distributed = distributed
         self._replica, self._replicas = distributed.replica, distributed.replicas
 
     @override
@@ -64,6 +66,8 @@ class PrebatchedSource(ReplaySource):
             with streams_seeded(derive_seed(self._seed, epoch, end // self._replicas)):
                 batches = start_iteration(self._loader) if batches is None else batches
                 group = [batch for _, batch in zip(range(size), batches, strict=False)]
+            if end == 0 and self._distributed.rendezvous is not None:
+                check_same_on_all_ranks(self._distributed, self._owner_name, summarize(group))
             if not group:
                 return
             end += len(group)
