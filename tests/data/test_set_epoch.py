@@ -194,7 +194,7 @@ class Drawn(Dataset[Sample]):
         return 16
 
     def set_epoch(self, epoch: int) -> None:
-        self.order = [int(10 * random.random() + np.random.randint(10)), *torch.randperm(16).tolist()[1:]]
+        self.order = [int(10 * random.random() + np.random.rand()), *torch.randperm(16).tolist()[1:]]  # noqa: NPY002
 
     @override
     def __getitem__(self, index: int) -> Sample:

@@ -143,7 +143,7 @@ def copy_to_host(parts: Encoded, buffers: dict[str, Tensor]) -> Encoded:
     for key, tensor in parts.tensors.items():
         buffer = buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         copies[key] = buffers[key] = buffer.copy_(tensor, non_blocking=True)
     if any(tensor.device.type != "cpu" for tensor in parts.tensors.values()):
         torch.accelerator.synchronize()

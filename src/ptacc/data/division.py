@@ -78,9 +78,9 @@ def summarize(samples: object) -> list[float]:
         if isinstance(leaf, str | bytes):
             summary.append(zlib.crc32(leaf.encode() if isinstance(leaf, str) else leaf))
         elif isinstance(leaf, Tensor | int | float) or hasattr(leaf, "__array_interface__"):
-            value = leaf if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf, dtype=np.float64))
+            value = leaf if isinstance(leaf, Tensor) else torch.from_numpy(np.asarray(leaf, dtype=np.float64))
             numbers = value.detach().cpu().double().flatten()
-            weights = torch.linspace(1, 2, len(numbers), dtype=torch.float64)
+            weights = torch.linspace(1, 2, len(numbers), dtype=torch.float64, device="cpu")
             summary += [float(len(numbers)), float(numbers.sum()), float((numbers * weights).sum())]
     return summary
 

@@ -30,6 +30,7 @@ from ptacc.data.shuffling import ComputedPermutation, IntArray, shuffle
 from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.rng import streams_seeded
+from ptacc.tensors.devices import HOST
 from ptacc.types.protocols import StateDict
 
 Order: TypeAlias = Sequence[Any] | IntArray | ComputedPermutation
@@ -123,7 +124,8 @@ class MapStyleSource(BatchSource):
         self._order = self._make_order(epoch)
         make_keys = self._key_sampler.make_keys = partial(self._make_keys, self._order, epoch, start)
         if self._loader.num_workers or self._loader.pin_memory:
-            loaded = map(unwrap_batch, start_iteration(self._loader))
+            with HOST:  # torch draws the seed of workers, with a generator of the host
+                loaded = map(unwrap_batch, start_iteration(self._loader))
             return self._host_batches(zip(make_keys(), loaded, strict=True), start)
         return self._host_batches(self._dataset.load_all(make_keys()), start)
 

@@ -14,6 +14,7 @@ from ptacc.data.loading import SAMPLERS, known_length, set_epoch
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed, streams_seeded
+from ptacc.tensors.devices import HOST
 from ptacc.types.protocols import StateDict, Stateful
 
 ENDLESS = 10
@@ -61,7 +62,7 @@ class ListedSampler:
         order: list[Any] = []
         for number in range(min(self._next_epoch, epoch), epoch + 1):
             set_epoch(self._sampler, number, self._seed, SAMPLERS)
-            with streams_seeded(derive_seed(self._seed, number)):
+            with HOST, streams_seeded(derive_seed(self._seed, number)):
                 order = self._list_epoch()
         self._next_epoch = epoch + 1
         if self._stateful is not None and is_within_epoch:

@@ -21,6 +21,7 @@ from ptacc.data.workers import start_iteration
 from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.errors import DataError
 from ptacc.rng import derive_seed
+from ptacc.tensors.devices import HOST
 from ptacc.types.protocols import StateDict, Stateful
 
 LoadedItem: TypeAlias = tuple[Any, int, int, list[float] | None]
@@ -44,7 +45,7 @@ class SharedStream(IterableDataset[Any]):
         self._is_training = is_training
         self._world_size = distributed.world_size
         self._replica, self._replicas = distributed.replica, distributed.replicas
-        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers must see it change
         self._resume_state: tuple[int, StateDict | None] = (0, None)
         self.chunk: list[Any] = []  # samples of the last global batch that was read in this process
@@ -126,7 +127,8 @@ class StreamReader:
         self, loader: DataLoader[Any], stream: SharedStream, batches: int = 0, state: StateDict | None = None
     ) -> None:
         self.batches: int = batches
-        self._items, self._stream = start_iteration(loader), stream
+        with HOST:  # torch draws the seed of workers, with a generator of the host
+            self._items, self._stream = start_iteration(loader), stream
         self._state, self._has_workers = state, loader.num_workers > 0
         self._ahead: deque[StreamItem] = deque()
         self._is_intact = True

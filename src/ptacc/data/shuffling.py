@@ -23,7 +23,8 @@ def shuffle(seed: int, epoch: int, n: int) -> IntArray | ComputedPermutation:
     derived = derive_seed(seed, epoch)
     if n > MAX_IN_MEMORY:
         return ComputedPermutation(derived, n)
-    array: IntArray = torch.randperm(n, generator=torch.Generator().manual_seed(derived), dtype=torch.int32).numpy()
+    generator = torch.Generator().manual_seed(derived)
+    array: IntArray = torch.randperm(n, generator=generator, dtype=torch.int32, device="cpu").numpy()
     return array
 
 

@@ -65,7 +65,7 @@ def start_iteration(loader: Iterable[T]) -> Iterator[T]:
     signals = handled_signals()
     if sys.platform == "win32" or not starts_workers:
         return iter(loader)
-    is_released = torch.zeros((), dtype=torch.bool)
+    is_released = torch.zeros((), dtype=torch.bool, device="cpu")
     is_released.share_memory_()  # type: ignore[no-untyped-call]
     init = options.worker_init_fn
     options.worker_init_fn = WorkerInit(signals, is_released, init)

@@ -55,7 +55,7 @@ class Distributed:
         if self.world_size == 1:
             return list(values)
         self._count_progress()
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(total, group=self._group)
         return cast(list[float], total.tolist())
 
@@ -222,6 +222,6 @@ class DistributedRuntime(Distributed):
         if self.is_single_process:
             return value
         self._count_progress()
-        largest = torch.tensor(value)
+        largest = torch.tensor(value, device="cpu")
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest)

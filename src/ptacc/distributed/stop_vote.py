@@ -104,7 +104,7 @@ class StopConsensus:
         now = time.monotonic()
         microseconds = int(1e6 * (now - self._voted_at) / self._polls)
         self._polls, self._voted_at = 0, now
-        values = torch.tensor([self._encode(request), microseconds])
+        values = torch.tensor([self._encode(request), microseconds], device="cpu")
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._distributed.group, async_op=True)
         assert work is not None
         self._pending = (values, work, request)

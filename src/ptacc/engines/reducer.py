@@ -198,7 +198,7 @@ class Bucket:
         self._is_complete = all(is_given)
         given = torch.ones(len(is_given), dtype=gradients[0].dtype, device=gradients[0].device)
         if not self._is_complete:  # otherwise nothing is copied to the device, which would wait for it
-            given.copy_(torch.tensor(is_given))
+            given.copy_(torch.tensor(is_given, device="cpu"))
         self._values = torch.cat([*(gradient.detach().reshape(-1) for gradient in gradients), given])
         self._values /= dist.get_world_size()
         self._work = dist.all_reduce(self._values, async_op=True)

@@ -284,7 +284,7 @@ def clip_sharded_norm(parameters: Sequence[Parameter], max_norm: float | Tensor)
         if parameter.grad is not None:
             by_placement.setdefault(get_placement(parameter.grad), []).append(parameter)
     squares = [compute_squared_norm([p.grad for p in group if p.grad is not None]) for group in by_placement.values()]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device="cpu")
     for group in by_placement.values():
         clip_known_norm(group, max_norm, norm)
     return norm

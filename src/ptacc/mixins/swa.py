@@ -121,5 +121,5 @@ def average_statistics(norms: list[_BatchNorm], distributed: DistributedRuntime)
         for statistic in (mean, variance):
             *total, count = distributed.sum([*(statistic * batches * share).tolist(), int(batches) * share])
             if count:  # 0 if no rank has called this layer
-                statistic.copy_(torch.tensor(total, dtype=torch.float64) / count)
+                statistic.copy_(torch.tensor(total, dtype=torch.float64, device="cpu") / count)
         batches.fill_(distributed.sum([int(batches) * share])[0])

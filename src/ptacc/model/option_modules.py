@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ptacc.tensors.devices import HOST
 from ptacc.tensors.structures import children
-
-HOST = torch.device("cpu")
 
 
 def find_option_modules(trainer: Any) -> dict[str, nn.Module]:

@@ -157,7 +157,7 @@ def load_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
 
 def make_placeholder(tensor: Tensor) -> Tensor:
     """Return zeros on the host with the dtype and shape of `tensor`, which take no memory. Engines gather to rank 0."""
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
 
 
 def is_placeholder(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ class RunningLoss:
         if self._host_sum is None:
             self._module: Any = torch.get_device_module(device)
             self._sum = torch.zeros((), dtype=widest_float(device), device=device)
-            self._copy = torch.zeros((), dtype=self._sum.dtype, pin_memory=device.type == "cuda")
+            self._copy = torch.zeros((), dtype=self._sum.dtype, device="cpu", pin_memory=device.type == "cuda")
             self._copied: Any = None
             self._copied_items = 0.0
 

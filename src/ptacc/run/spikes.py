@@ -80,7 +80,7 @@ class SpikeGuard:
         """
         found = {}
         for name, deviations in self._deviations.items():
-            running, value = self._running[name], torch.tensor(values[name], dtype=torch.float64)
+            running, value = self._running[name], torch.tensor(values[name], dtype=torch.float64, device="cpu")
             limit = running.limit(deviations)
             if limit < value < math.inf:
                 found[name] = f"{name} {values[name]:.4g} ({running.describe()}, limit {float(limit):.4g})"

@@ -16,7 +16,7 @@ from ptacc.distributed.process_group import DistributedRuntime
 from ptacc.tensors.devices import widest_float
 from ptacc.types.protocols import StateDict
 
-NO_LOSS = torch.zeros(())
+NO_LOSS = torch.zeros((), device="cpu")
 """The loss of a step before its first batch."""
 Sums: TypeAlias = dict[str, tuple[float, float]]
 """Sums of values by name, each with its weight: the mean is their ratio."""
@@ -149,8 +149,8 @@ def read_results(
     cells = [(i, name) for i in range(len(unread)) for name in names]
     losses = torch.stack([result.loss for result in unread])
     losses = losses.to(widest_float(losses.device))
-    logged = [torch.as_tensor(unread[i].logged.get(name, 0.0), dtype=losses.dtype) for i, name in cells]
-    logged = [value.detach().to(losses.device).reshape(1) for value in logged]
+    given = [unread[i].logged.get(name, 0.0) for i, name in cells]
+    logged = [torch.as_tensor(value, dtype=losses.dtype, device=losses.device).detach().reshape(1) for value in given]
     values: list[float] = torch.cat([losses, *logged]).tolist()
     # Not every step logs every name, and not on every rank.
     weights = [unread[i].weights.get(name, 1.0) if name in unread[i].logged else 0.0 for i, name in cells]

@@ -56,12 +56,12 @@ class LengthGrouped(Sampler[int]):
 
     @override
     def __iter__(self) -> Iterator[int]:
-        shuffled, size = torch.randperm(len(self)), self._group_size
+        shuffled, size = torch.randperm(len(self), device="cpu"), self._group_size
         groups = [shuffled[start : start + size] for start in range(0, len(self), size)]
         order = torch.cat([group[self._lengths[group].argsort(descending=True, stable=True)] for group in groups])
         num_batches = len(self) // self._batch_size
         end = num_batches * self._batch_size
-        batches = order[:end].view(num_batches, self._batch_size)[torch.randperm(num_batches)]
+        batches = order[:end].view(num_batches, self._batch_size)[torch.randperm(num_batches, device="cpu")]
         if num_batches:
             longest = int(self._lengths[batches].amax(dim=1).argmax())
             batches = batches.roll(-longest, dims=0)

@@ -46,7 +46,7 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
 def safetensors_dtype(dtype: torch.dtype) -> str | None:
     """Return what safetensors calls a dtype, None for one that it cannot write and read."""
     try:
-        file = save({"": torch.empty(0, dtype=dtype)})
+        file = save({"": torch.empty(0, dtype=dtype, device="cpu")})
         load(file)
     except Exception:  # noqa: BLE001  # which one depends on the dtype
         return None

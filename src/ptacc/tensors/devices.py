@@ -6,6 +6,7 @@ import torch
 
 from ptacc.errors import LaunchError
 
+HOST = torch.device("cpu")
 NEEDED = ("Event", "get_rng_state", "set_rng_state")
 """What ptacc uses of the module of a device, such as `torch.cuda`."""
 

@@ -247,8 +247,8 @@ def assemble(shards: Sequence[Shard]) -> Shard:
         raise CheckpointError(f"The shards of a tensor of shape {first.shape} differ in shape or dtype.")
     if sum(part.local.numel() for part in parts.values()) != math.prod(first.shape):
         raise CheckpointError(f"{len(parts)} shards do not cover a tensor of shape {first.shape}.")
-    full = torch.empty(first.shape, dtype=first.local.dtype)
-    is_covered = torch.zeros(first.shape, dtype=torch.bool)
+    full = torch.empty(first.shape, dtype=first.local.dtype, device="cpu")
+    is_covered = torch.zeros(first.shape, dtype=torch.bool, device="cpu")
     for ranges, part in parts.items():
         for in_full, in_local in _blocks(ranges):
             full[in_full] = part.local[in_local]

@@ -33,7 +33,7 @@ FLOWERS = (
 def tiny_data(samples: int = 24) -> TensorDataset:
     """Return two linearly separable classes: inputs `(samples, 4)` in float64, targets `(samples,)`."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(samples, 4, generator=generator, dtype=torch.float64, device="cpu")
     return TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
 
 
@@ -64,9 +64,9 @@ def iris() -> TensorDataset:
         (torch.Size([150, 4]), [50, 50, 50])
     """
     numbers = [int(FLOWERS[start : start + 2]) for start in range(0, len(FLOWERS), 2)]
-    millimetres = torch.tensor(numbers, dtype=torch.float64).reshape(150, 4)
+    millimetres = torch.tensor(numbers, dtype=torch.float64, device="cpu").reshape(150, 4)
     inputs = (millimetres - millimetres.mean(dim=0)) / millimetres.std(dim=0, correction=0)
-    return TensorDataset(inputs.float(), torch.arange(3).repeat_interleave(50))
+    return TensorDataset(inputs.float(), torch.arange(3, device="cpu").repeat_interleave(50))
 
 
 def iris_split() -> tuple[TensorDataset, TensorDataset]:
@@ -81,7 +81,7 @@ def iris_split() -> tuple[TensorDataset, TensorDataset]:
         (120, 30, [10, 10, 10])
     """
     tensors = iris().tensors
-    is_held_out = torch.arange(150) % 5 == 0
+    is_held_out = torch.arange(150, device="cpu") % 5 == 0
     train, held_out = (TensorDataset(*(tensor[part] for tensor in tensors)) for part in (~is_held_out, is_held_out))
     return train, held_out
 
