@@ -144,6 +144,27 @@ def test_an_epoch_of_a_sampler_without_end_is_as_long_as_it_says(in_batches: boo
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_a_sampler_that_is_cut_off_is_warned_of(in_batches: bool) -> None:
+    class Understated(Endless):
+        @override
+        def __len__(self) -> int:
+            return 2
+
+        @override
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(24))
+
+    sampler: Any = Understated(Zeros(24))
+    loader: DataLoader[Any] = DataLoader(Zeros(24), batch_size=2, sampler=sampler)
+    if in_batches:
+        loader = DataLoader(Zeros(24), batch_sampler=BatchSampler(sampler, 1, drop_last=False))
+    words = "(?:Understated|BatchSampler) has a length of 2 .*gave 20 .* a dataset of 24 .*correct its __len__"
+    with pytest.warns(UserWarning, match=words):
+        batches = list(make_source(loader, DistributedRuntime(), 0).epoch(0))
+    assert sum(len(batch.data[0]) for batch in batches) == 2
+
+
 def test_a_virtual_length_costs_neither_time_nor_memory() -> None:
     history = make().train(Zeros(1 << 60), max_steps=3, train_dataloader_kwargs={"shuffle": False})
     assert history[-1].step == 3

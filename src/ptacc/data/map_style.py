@@ -59,7 +59,9 @@ class MapStyleSource(BatchSource):
         self._sampler = describe_sampler(sampler)
         self._is_shuffled = is_plain_shuffle(sampler, len(loader.dataset))  # type: ignore[arg-type]  # checked
         is_torchs_own = self._is_shuffled or type(sampler) is SequentialSampler
-        self._listed = None if is_torchs_own else ListedSampler(sampler, distributed, seed)
+        self._listed = (
+            None if is_torchs_own else ListedSampler(sampler, distributed, seed, in_batches=self._is_in_batches)
+        )
         # Samples, or batches of a batch sampler, that all replicas take at a time.
         self._size = (1 if loader.batch_size is None else loader.batch_size) * distributed.replicas
         self._drop_last = loader.drop_last and not self._is_in_batches
@@ -151,9 +153,9 @@ class MapStyleSource(BatchSource):
 
     def _make_order(self, epoch: int) -> Order:
         """Return the samples of an epoch, or its batches, in order."""
-        if self._listed is not None:
-            return cast(Sequence[Any], self._listed.order(epoch))
         length = self._num_samples
+        if self._listed is not None:
+            return cast(Sequence[Any], self._listed.order(epoch, length))
         return shuffle(self._seed, epoch, length) if self._is_shuffled else range(length)
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from ptacc.tensors.devices import HOST
 from ptacc.types.protocols import StateDict, Stateful
 
 ENDLESS = 10
-"""A sampler that gives this many times its length has no end: an epoch is as long as its `__len__` says."""
+"""A sampler that gives this many times its length is taken as endless: an epoch is as long as its `__len__` says."""
 
 
 class ListedSampler:
@@ -30,8 +31,9 @@ class ListedSampler:
     iterated once for each earlier epoch.
     """
 
-    def __init__(self, sampler: Any, distributed: DistributedRuntime, seed: int) -> None:
+    def __init__(self, sampler: Any, distributed: DistributedRuntime, seed: int, *, in_batches: bool = False) -> None:
         self._sampler: Any = sampler
+        self._in_batches = in_batches
         self._stateful = sampler if isinstance(sampler, Stateful) else None
         self._distributed, self._seed = distributed, seed
         self._next_epoch = 0
@@ -47,11 +49,11 @@ class ListedSampler:
             )
         return length
 
-    def order(self, epoch: int) -> Any:
-        """Return the order of an epoch. A collective."""
-        return self._distributed.broadcast(self._list(epoch) if self._distributed.rank == 0 else None)
+    def order(self, epoch: int, samples: int) -> Any:
+        """Return the order of an epoch of a dataset with a number of samples. A collective."""
+        return self._distributed.broadcast(self._list(epoch, samples) if self._distributed.rank == 0 else None)
 
-    def _list(self, epoch: int) -> list[Any]:
+    def _list(self, epoch: int, samples: int) -> list[Any]:
         saved, self._saved = self._saved, {}
         is_within_epoch = saved.get("epoch") == epoch
         if self._stateful is not None:
@@ -63,16 +65,26 @@ class ListedSampler:
         for number in range(min(self._next_epoch, epoch), epoch + 1):
             set_epoch(self._sampler, number, self._seed, SAMPLERS)
             with HOST, streams_seeded(derive_seed(self._seed, number)):
-                order = self._list_epoch()
+                order = self._list_epoch(samples)
         self._next_epoch = epoch + 1
         if self._stateful is not None and is_within_epoch:
             self._stateful.load_state_dict(saved["now"])
         return order
 
-    def _list_epoch(self) -> list[Any]:
+    def _list_epoch(self, samples: int) -> list[Any]:
         length = max(len(self), 1)
         order = list(islice(self._sampler, ENDLESS * length))
-        return order[:length] if len(order) == ENDLESS * length else order
+        if len(order) < ENDLESS * length:
+            return order
+        if (sum(map(len, order[:length])) if self._in_batches else length) < samples:
+            name, unit = type(self._sampler).__name__, "batches" if self._in_batches else "samples"
+            warnings.warn(
+                f"{name} has a length of {length} {unit}, and gave {len(order)} without an end, of a dataset of "
+                f"{samples} samples. It is taken as endless: an epoch has its first {length}. If it has an end, correct "
+                "its __len__.",
+                stacklevel=2,
+            )
+        return order[:length]
 
     def state_dict(self) -> StateDict:
         """Return the state of a `Stateful` sampler before and after the current epoch was listed."""
