@@ -49,7 +49,8 @@ class Saved(CheckpointMixin, SeedMixin, Trainer): ...
 class Stream(IterableDataset[tuple[Tensor, ...]]):
     @override
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        yield from tiny_data(16)
+        data = tiny_data(16)
+        yield from (data[index] for index in range(16))
 
 
 WORKERS: Any = {"num_workers": 1, "timeout": 30}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import Dataset, RandomSampler, Subset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
@@ -473,6 +473,30 @@ def test_data_is_at_its_former_position(check: Callable[..., object]) -> None:
     data = Counting([tiny_data(100)[index] for index in range(100)])
     check(Accumulating(**tiny_parts()), data)
     assert data.reads == 0
+
+
+class Curriculum(Dataset[tuple[Tensor, ...]]):
+    """Counts epochs, and draws an order in each of them."""
+
+    def __init__(self) -> None:
+        self.epoch, self.order = -1, [*range(100)]
+
+    def __len__(self) -> int:
+        return 100
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.order = epoch, torch.randperm(100).tolist()
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tiny_data(100)[self.order[index]]
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_data_is_in_its_former_epoch(check: Callable[..., object], is_held: bool) -> None:
+    data = Curriculum()
+    check(Accumulating(**tiny_parts()), Subset(data, range(100)) if is_held else data)
+    assert vars(data) == {"epoch": -1, "order": [*range(100)]}
 
 
 def test_evaluation_data_is_at_its_former_position() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -54,26 +54,39 @@ def set_epoch(target: object, epoch: int, seed: int, within: Set[str] = DATASETS
 
     They draw the same random numbers in every process, also in one that resumes the run.
 
-    An object with a `set_epoch` is responsible for what it holds.
-
     Args:
         target: The dataset, sampler or loader.
         epoch: The epoch, counted from 0.
         seed: The run's seed.
-        within: Names of the attributes in which it may hold others. One of any other name may hold a torch dataset.
+        within: See `find_epoch_owners`.
 
     Returns:
         Whether there was one.
     """
-    found, visited, setters = [target], dict[int, object](), list[Callable[[int], object]]()
+    owners = list(find_epoch_owners(target, within))
+    with streams_seeded(derive_seed(seed, epoch, SET_EPOCH)) if owners else contextlib.nullcontext():
+        for owner in owners:
+            owner.set_epoch(epoch)
+    return bool(owners)
+
+
+def find_epoch_owners(target: object, within: Set[str] = DATASETS | SAMPLERS) -> Iterator[Any]:
+    """Iterate over a dataset, sampler or loader and what it holds: those with a `set_epoch`, once each.
+
+    An object with a `set_epoch` is responsible for what it holds.
+
+    Args:
+        target: The dataset, sampler or loader.
+        within: Names of the attributes in which it may hold others. One of any other name may hold a torch dataset.
+    """
+    found, visited = [target], dict[int, object]()
     while found:
         owner = found.pop()
         if id(owner) in visited:
             continue
         visited[id(owner)] = owner
-        setter = getattr(owner, "set_epoch", None)
-        if callable(setter):
-            setters.append(setter)
+        if callable(getattr(owner, "set_epoch", None)):
+            yield owner
             continue
         attributes = getattr(owner, "__dict__", {})  # a property might open a file
         for name, value in attributes.items():
@@ -82,10 +95,6 @@ def set_epoch(target: object, epoch: int, seed: int, within: Set[str] = DATASETS
                 found += values if isinstance(value, list | tuple | Mapping) else [value]
             elif isinstance(value, Dataset):
                 found.append(value)
-    with streams_seeded(derive_seed(seed, epoch, SET_EPOCH)) if setters else contextlib.nullcontext():
-        for setter in setters:
-            setter(epoch)
-    return bool(setters)
 
 
 def known_length(data: Any) -> int | None:

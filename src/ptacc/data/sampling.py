@@ -80,8 +80,8 @@ class ListedSampler:
             name, unit = type(self._sampler).__name__, "batches" if self._in_batches else "samples"
             warnings.warn(
                 f"{name} has a length of {length} {unit}, and gave {len(order)} without an end, of a dataset of "
-                f"{samples} samples. It is taken as endless: an epoch has its first {length}. If it has an end, correct "
-                "its __len__.",
+                f"{samples} samples. It is taken as endless: an epoch has its first {length}. If it has an end, "
+                "correct its __len__.",
                 stacklevel=2,
             )
         return order[:length]

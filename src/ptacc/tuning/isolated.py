@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ptacc.core.base import TrainerState
 from ptacc.data.dataloader_config import check_dataset
+from ptacc.data.loading import find_epoch_owners
 from ptacc.errors import DataError, NestedRunError
 from ptacc.loop.loop import TrainingLoop
 from ptacc.mixins.lr_scheduler import LRSchedulerMixin
@@ -114,7 +115,8 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Generator[None]:
     """Save the state of a trainer's options and optimizers, of data and of the global generators, and restore it.
 
     Options that are modules, generators or `Stateful` are saved, and so are the positions of datasets, loaders and
-    samplers. The saved copies are on the host, so that the block has all of the device's memory.
+    samplers, and the attributes of those with a `set_epoch`. The saved copies are on the host, so that the block has
+    all of the device's memory.
     """
     options = list(vars(trainer).values())
     with contextlib.ExitStack() as stack:
@@ -128,6 +130,8 @@ def preserve_state(trainer: AnyLoop, data: Iterable[object]) -> Generator[None]:
         for part in (*options, *find_stateful_parts(data)):
             if not isinstance(part, nn.Module | Optimizer | type):
                 stack.callback(save_position(part))
+        for owner in (owner for part in find_stateful_parts(data) for owner in find_epoch_owners(part)):
+            stack.callback(save_attributes(owner))
         yield
 
 
@@ -197,6 +201,19 @@ def save_position(part: object) -> Restore:
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
     return lambda: None
+
+
+def save_attributes(owner: object) -> Restore:
+    """Save which values the attributes of a dataset or sampler have. What is changed within a value is not restored."""
+    if isinstance(owner, Stateful) or not hasattr(owner, "__dict__"):
+        return lambda: None
+    attributes = vars(owner).copy()
+
+    def restore() -> None:
+        vars(owner).clear()
+        vars(owner).update(attributes)
+
+    return restore
 
 
 def find_stateful_parts(data: Iterable[object]) -> list[object]:
