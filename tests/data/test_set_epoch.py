@@ -1,7 +1,9 @@
 """`set_epoch` is called once an epoch, wherever a dataset or sampler that has it sits, and in every process."""
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch.utils.data import BatchSampler, ChainDataset, ConcatDataset, DataLoad
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
-from ptacc import Epochs, StepOutput, Steps, Trainer
+from ptacc import CheckpointMixin, Epochs, SeedMixin, StepOutput, Steps, Trainer
 from ptacc.data.loading import set_epoch
 from ptacc.data.sources import make_source
 from ptacc.distributed.process_group import DistributedRuntime
@@ -243,3 +245,52 @@ def test_what_set_epoch_draws_follows_from_the_seed_and_the_epoch(kind: str) -> 
     first, second = read(7, 0, 1)
     assert read(7, 1) == [second] != [first]
     assert read(8, 1) != [second]
+
+
+class Interrupted(CheckpointMixin, SeedMixin, Trainer):
+    """Gets SIGTERM in the evaluation after a step."""
+
+    ends_at: int = 0
+
+    @override
+    def on_eval_batch_end(self, batch: Any, output: StepOutput[Tensor]) -> None:
+        super().on_eval_batch_end(batch, output)
+        if self.progress.steps == self.ends_at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+SHARED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "a dataset": (Drawn, {}),
+    "a stream": (DrawnStream, {}),
+    "a stream in workers": (DrawnStream, {"train_dataloader_kwargs": WORKERS | {"num_workers": 1}}),
+    "a loader of its own type": (lambda: StatefulDataLoader(Drawn(), batch_size=4), {}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_an_interrupted_evaluation_is_made_again_in_the_same_epoch(kind: str, tmp_path: Path) -> None:
+    make, options = SHARED[kind]
+
+    def train(directory: Path, ends_at: int = 0) -> list[float]:
+        net, data = nn.Linear(1, 1, bias=False), make()
+        nn.init.ones_(net.weight)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        trainer = Interrupted(
+            net,
+            loss_func=lambda outputs, targets: (outputs * torch.arange(1.0, len(outputs) + 1)[:, None]).mean(),
+            optimizer=optimizer,
+            seed=3,
+            checkpoint_dir=directory,
+            resume=True,
+            default_callbacks=(),
+            ends_at=ends_at,
+        )
+        size = {} if isinstance(data, DataLoader) else {"per_device_batch_size": 4}
+        history = trainer.train(data, data, num_epochs=2, max_steps=99, evaluate_every=Epochs(1), **size, **options)
+        return [record.eval_loss for record in history if record.eval_loss is not None]
+
+    whole = train(tmp_path / "whole")
+    for step in (4, 8):
+        with pytest.raises(SystemExit):
+            train(tmp_path / "legs", step)
+    assert train(tmp_path / "legs") == whole

@@ -489,7 +489,8 @@ class Curriculum(Dataset[tuple[Tensor, ...]]):
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tiny_data(100)[self.order[index]]
+        inputs, targets = tiny_data(100).tensors
+        return inputs[self.order[index]], targets[self.order[index]]
 
 
 @pytest.mark.parametrize("is_held", [False, True])

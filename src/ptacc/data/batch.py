@@ -90,6 +90,10 @@ class BatchSource(ABC):
         """Exchange what this rank must know of the others' data. A collective, called before the source is used."""
 
     @abstractmethod
+    def set_epoch(self, epoch: int) -> None:
+        """Call `set_epoch` of training data in this process, which an evaluation may share. `epoch` does so, too."""
+
+    @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
         """Begin an epoch, at once, and return an iterator over its batches. A collective.
 

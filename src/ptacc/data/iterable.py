@@ -66,8 +66,12 @@ class IterableSource(ReplaySource):
         return f"a stream in global batches of {self._stream.size}"
 
     @override
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+    def set_epoch(self, epoch: int) -> None:
         self._stream.set_epoch(epoch)
+
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+        self.set_epoch(epoch)
         saved = self._start_epoch(start)
         self._saved = saved  # until the dataset has been read, or for the next epoch
         if start and is_at_end(start, saved.get("stream")):

@@ -118,10 +118,14 @@ class MapStyleSource(BatchSource):
         check_same_on_all_ranks(self._distributed, type(dataset).__name__, summary)
 
     @override
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+    def set_epoch(self, epoch: int) -> None:
         if self._is_training:
             self._dataset.set_epoch(epoch)
-        else:  # an evaluation does not depend on those before it, of which a resumed run knows nothing
+
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+        self.set_epoch(epoch)
+        if not self._is_training:  # it does not depend on evaluations before it, which a resumed run has not made
             self._seeding.reset()
         self._order = self._make_order(epoch)
         make_keys = self._key_sampler.make_keys = partial(self._make_keys, self._order, epoch, start)

@@ -51,10 +51,14 @@ class PrebatchedSource(ReplaySource):
         return ""  # a loader of another type need not describe itself
 
     @override
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+    def set_epoch(self, epoch: int) -> None:
         was_set = self._is_training and set_epoch(self._loader, epoch, self._seed)
         if was_set and getattr(self._loader, "persistent_workers", False):
             stop_workers(self._loader)  # they have copies of the dataset, which cannot be reached
+
+    @override
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[HostBatch[Any]]:
+        self.set_epoch(epoch)
         return self._load(epoch, start)
 
     def _load(self, epoch: int, start: int) -> Iterator[HostBatch[Any]]:

@@ -43,6 +43,7 @@ class SharedStream(IterableDataset[Any]):
         self.size: int = (loader.batch_size or 1) * distributed.replicas
         self._collate, self._drop_last, self._seed = get_collate_fn(loader), loader.drop_last, seed
         self._is_training = is_training
+        self._dataset_epoch = -1
         self._world_size = distributed.world_size
         self._replica, self._replicas = distributed.replica, distributed.replicas
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -51,8 +52,14 @@ class SharedStream(IterableDataset[Any]):
         self.chunk: list[Any] = []  # samples of the last global batch that was read in this process
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that is read next."""
+        """Set the epoch that is read next, and that of the training data in this process."""
         self._epoch.fill_(epoch)
+        self._set_dataset_epoch(epoch)
+
+    def _set_dataset_epoch(self, epoch: int) -> None:
+        self._dataset_epoch = epoch
+        if self._is_training:
+            set_epoch(self.dataset, epoch, self._seed)
 
     def resume_from(self, batch: int, state: StateDict | None) -> None:
         """Start the next iteration, in this process, at a batch of the epoch, with the dataset in a state."""
@@ -77,8 +84,8 @@ class SharedStream(IterableDataset[Any]):
     @override
     def __iter__(self) -> Iterator[LoadedItem]:
         epoch = int(self._epoch)
-        if self._is_training:
-            set_epoch(self.dataset, epoch, self._seed)
+        if self._dataset_epoch != epoch:  # in a worker that persists
+            self._set_dataset_epoch(epoch)
         worker = get_worker_info()
         index, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         resumed_at, state = self._resume_state

@@ -44,6 +44,10 @@ class SourceWrapper(BatchSource):
         self._source.sync()
 
     @override
+    def set_epoch(self, epoch: int) -> None:
+        self._source.set_epoch(epoch)
+
+    @override
     def epoch(self, epoch: int, start: int = 0) -> Batches:
         return self._source.epoch(epoch, start)
 

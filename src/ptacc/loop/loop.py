@@ -409,6 +409,7 @@ class TrainingLoop(RunSetup[BatchT, OutputT, SampleT], Generic[BatchT, OutputT, 
     def _windows(self, run: Run) -> Iterator[Window[BatchT]]:
         """Iterate over the remaining windows of an epoch."""
         if run.is_within_epoch and run.is_epoch_complete:
+            run.data.set_epoch(run.progress.epochs)  # the evaluation that was interrupted may share the data
             return
         with noting_loading(self, run):
             counter = ItemCounter(self.count_items, self._items_are_samples)
