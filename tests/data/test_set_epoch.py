@@ -285,7 +285,7 @@ def test_an_interrupted_evaluation_is_made_again_in_the_same_epoch(kind: str, tm
             default_callbacks=(),
             ends_at=ends_at,
         )
-        size = {} if isinstance(data, DataLoader) else {"per_device_batch_size": 4}
+        size: Any = {} if isinstance(data, DataLoader) else {"per_device_batch_size": 4}
         history = trainer.train(data, data, num_epochs=2, max_steps=99, evaluate_every=Epochs(1), **size, **options)
         return [record.eval_loss for record in history if record.eval_loss is not None]
 
