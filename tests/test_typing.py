@@ -227,6 +227,8 @@ ALLOWED_ANY = {
     "Run.read_epoch": "a run does not depend on the type of batches",
     "Run.skip_window": "a run does not depend on the type of batches",
     "Run.states": "the type of each state is in its key",
+    "Trainer.check_batch": "a mixin before it names the type of its batches, and so may a class derived from it",
+    "Trainer.predict_step": "as for `Trainer.check_batch`",
     "TrainerCore.all_callbacks": "`Callback[Self]` could not be overridden: a callback is contravariant in `Self`",
     "TrainingLoop.all_callbacks": "as for `TrainerCore`",
     "check_mixin": "options of any type, passed on as keywords",

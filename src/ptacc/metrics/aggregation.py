@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from ptacc.tensors.structures import map_tensors, to_device, to_host
 from ptacc.types.protocols import MetricLike, StateDict
 from ptacc.validation import value_text
 
-if TYPE_CHECKING:
-    from torchmetrics import Metric
+TorchMetric: TypeAlias = Any
+"""A `Metric` of torchmetrics, whose import would double the time of every user's type check.
+
+mypy skips imports in functions of installed packages, but not in generator functions.
+"""
 
 
 class GatheredMetric:
@@ -99,21 +102,19 @@ def synced_states(metrics: Mapping[str, MetricLike], distributed: DistributedRun
     it does not concatenate first, such as one entry per sample, may be longer on one rank than on another: a metric
     with such a list has the states of all ranks, and its own again after the block.
     """
-    from torchmetrics import Metric
-
     if distributed.is_single_process:
         yield
         return
     share_group_states(metrics)
-    parts = [metric for _, metric in iterate_metrics(metrics) if isinstance(metric, Metric)]
+    parts = list_metrics(metrics)
     match_layouts(parts, distributed)
     gathered = [
         metric
         for metric in parts
         if metric._to_sync  # noqa: SLF001
-        and any(is_list and not is_cat for _, is_list, is_cat in iterate_states(metric))
+        and any(is_list and not is_cat for _, is_list, is_cat in list_states(metric))
     ]
-    own = [{name: getattr(metric, name) for name, _, _ in iterate_states(metric)} for metric in gathered]
+    own = [{name: getattr(metric, name) for name, _, _ in list_states(metric)} for metric in gathered]
     over_ranks = distributed.gather(map_tensors(to_host, own)) if gathered else []
     try:
         for metric, *states in zip(gathered, *over_ranks, strict=True):
@@ -129,12 +130,20 @@ def synced_states(metrics: Mapping[str, MetricLike], distributed: DistributedRun
                 setattr(metric, name, value)
 
 
-def iterate_states(metric: Metric) -> Iterator[tuple[str, bool, bool]]:
-    """Iterate over the states of a metric: the name, whether it is a list, and whether its tensors are concatenated."""
+def list_metrics(metrics: Mapping[str, MetricLike]) -> list[TorchMetric]:
+    """Return the metrics of torchmetrics, also those within others."""
+    from torchmetrics import Metric
+
+    return [metric for _, metric in iterate_metrics(metrics) if isinstance(metric, Metric)]
+
+
+def list_states(metric: TorchMetric) -> list[tuple[str, bool, bool]]:
+    """Return the states of a metric: the name, whether it is a list, and whether its tensors are concatenated."""
     from torchmetrics.utilities import dim_zero_cat
 
-    for name, default in metric._defaults.items():  # noqa: SLF001  # torchmetrics has no public list of them
-        yield name, isinstance(default, list), metric._reductions[name] is dim_zero_cat  # noqa: SLF001
+    reductions = metric._reductions  # noqa: SLF001  # torchmetrics has no public names for these
+    defaults = metric._defaults.items()  # noqa: SLF001
+    return [(name, isinstance(default, list), reductions[name] is dim_zero_cat) for name, default in defaults]
 
 
 def reduce_states(states: Sequence[Any], reduction: Callable[[Any], Any] | None) -> Any:
@@ -146,14 +155,14 @@ def reduce_states(states: Sequence[Any], reduction: Callable[[Any], Any] | None)
     return stacked if reduction is None else reduction(stacked)
 
 
-def match_layouts(metrics: Sequence[Metric], distributed: DistributedRuntime) -> None:
+def match_layouts(metrics: Sequence[TorchMetric], distributed: DistributedRuntime) -> None:
     """Give the states of ranks without an update the dimensions that they have on other ranks. A collective.
 
     A list that is empty on this rank but not on all gets an empty tensor: torchmetrics gathers nothing for an empty
     list. A tensor whose first update adds dimensions to it, such as one value per output, is expanded. A rank would
     otherwise call other collectives than the others, and receive the values of another state.
     """
-    places = [(metric, *state) for metric in metrics for state in iterate_states(metric)]
+    places = [(metric, *state) for metric in metrics for state in list_states(metric)]
     layouts = distributed.gather([describe_layout(metric, getattr(metric, name)) for metric, name, *_ in places])
     for (metric, name, is_list, is_cat), over_ranks in zip(places, zip(*layouts, strict=True), strict=True):
         state, layout = getattr(metric, name), next(filter(None, over_ranks), None)
@@ -167,7 +176,7 @@ def match_layouts(metrics: Sequence[Metric], distributed: DistributedRuntime) ->
             state.append(torch.empty((0, *shape[1:]), dtype=dtype, device=metric.device))
 
 
-def describe_layout(metric: Metric, state: Any) -> tuple[torch.dtype, torch.Size] | None:
+def describe_layout(metric: TorchMetric, state: Any) -> tuple[torch.dtype, torch.Size] | None:
     """Return the dtype and shape of a state, of a list those of its first tensor; None before the first update."""
     if isinstance(state, list):
         state = state[0] if state else None
