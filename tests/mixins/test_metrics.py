@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection, MinMaxMetric
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, MinMaxMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.text import ROUGEScore
 from typing_extensions import override
@@ -19,6 +19,44 @@ from tests.ranks import run_ranks
 
 
 class Measured(MetricsMixin, Trainer): ...
+
+
+class Wrapping:
+    """An object of one's own with metrics of torchmetrics in it."""
+
+    def __init__(self) -> None:
+        self.counts: list[Any] = [SumMetric(), CatMetric()]
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        for count in self.counts:
+            count.update(torch.ones(len(targets)))
+
+    def compute(self) -> dict[str, float]:
+        total, ones = self.counts
+        return {"total": total.compute(), "ones": len(ones.compute())}
+
+    def reset(self) -> None:
+        for count in self.counts:
+            count.reset()
+
+
+def evaluate_wrapping() -> dict[str, float]:
+    trainer = Measured(**tiny_parts(), metrics={"own": Wrapping(), "count": CountedSamples()})
+    return dict(trainer.evaluate(tiny_data(11), per_device_batch_size=2).metrics)
+
+
+class CountedSamples(SumMetric):
+    """Counts samples, and is synchronised by torchmetrics."""
+
+    @override
+    def update(self, outputs: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        super().update(float(len(targets)))
+
+
+def test_metrics_within_an_object_of_ones_own_count_each_sample_once() -> None:
+    expected = {"own/total": 11.0, "own/ones": 11.0, "count": 11.0}
+    assert evaluate_wrapping() == expected
+    assert run_ranks(evaluate_wrapping, 2) == [expected] * 2
 
 
 def right_answers(model: nn.Module, samples: int) -> float:

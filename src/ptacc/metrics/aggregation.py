@@ -44,11 +44,20 @@ class GatheredMetric:
         self._batches.append(map_tensors(to_host, (args, kwargs)))
 
     def compute(self) -> Any:
-        """Update the metric with the batches of all ranks, in the order of the data, and compute it. A collective."""
+        """Update the metric with the batches of all ranks, in the order of the data, and compute it. A collective.
+
+        Metrics of torchmetrics within it have the batches of all ranks as well, and must not add up their states.
+        """
+        from torchmetrics import Metric
+
         for batches in zip_longest(*self._distributed.gather(self._batches)):
             for args, kwargs in filter(None, batches):
                 self._metric.update(*args, **kwargs)
-        return self._metric.compute()
+        sync, Metric.sync = Metric.sync, do_nothing  # type: ignore[method-assign]
+        try:
+            return self._metric.compute()
+        finally:
+            Metric.sync = sync  # type: ignore[method-assign]
 
     def reset(self) -> None:
         """Discard all batches."""
@@ -62,6 +71,10 @@ class GatheredMetric:
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the batches of this rank."""
         self._batches = list(state_dict["batches"])
+
+
+def do_nothing(*_: Any, **__: Any) -> None:
+    """Take any arguments."""
 
 
 def prepare_metrics(
