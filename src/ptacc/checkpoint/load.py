@@ -23,7 +23,7 @@ from ptacc.files.paths import parse_path, resolve_links, split_path
 from ptacc.model.averaging import AveragedWeights, holds_averages
 from ptacc.model.optimizer_state import check_names, order_by_name, replace_parameters
 from ptacc.model.state_dict import get_weights, load_optimizer_state, load_weights, weight_differences
-from ptacc.run.schedule import restore_settings, schedule_key
+from ptacc.run.schedule import schedule_key, with_settings
 from ptacc.storage.remote_store import open_sibling, open_store
 from ptacc.types.monitor import Best, Monitor
 from ptacc.types.protocols import StateDict
@@ -197,7 +197,7 @@ def unscheduled(shared: Snapshot, slot: OptimizerSlot) -> StateDict:
     if (schedule := shared.get(schedule_key(slot.name).name)) is None:
         return state
     parts = zip(state["param_groups"], schedule["initial"], strict=True)
-    return {**state, "param_groups": [restore_settings(group, settings) for group, settings in parts]}
+    return {**state, "param_groups": [with_settings(group, settings) for group, settings in parts]}
 
 
 def fit_optimizer_state(

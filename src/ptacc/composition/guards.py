@@ -181,7 +181,7 @@ def _check_refinements_run(cls: type, name: str) -> None:
         return
     composed = _get_composed_name(cls, mixin)
     raise CompositionError(
-        f"{cls.__name__}.{name}: never calls super().{name}, so that of {composed} would not run, which refines it. "
+        f"{cls.__name__}.{name}: never calls super().{name}, so the {name} of {composed} would not run. "
         f"Define {name} in a class of its own, and put {composed} before it: `class {cls.__name__}({composed}, "
         f"MyLoop)`. If {cls.__name__}.{name} replaces both on purpose, decorate it with `@replaces_super`."
     )

@@ -209,7 +209,11 @@ class EvaluationLoop(BatchHooks[BatchT, OutputT], Generic[BatchT, OutputT, Sampl
     def stream_predictions(
         self, dataset: Any, *, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Unpack[EvalOptions]
     ) -> Iterator[Any]:
-        """Yield the outputs of `predict` one by one, for outputs that do not fit in memory together."""
+        """Yield the outputs of `predict` one by one, for outputs that do not fit in memory together.
+
+        Raises:
+            NestedRunError: An iterator of an earlier call is still open.
+        """
         if self._state.is_streaming:
             raise NestedRunError(
                 f"{type(self).__name__}.stream_predictions() was called while it streams other predictions. Read those "

@@ -182,12 +182,11 @@ class RunHistory(Sequence[EpochRecord]):
             return
         results = [*unread, values.as_result(unread[-1].loss if unread else NO_LOSS)]
         (*losses, _), (*sums, logged_values), names = read_results(results, distributed)
-        logged = [means(of_step) if of_step else {} for of_step in sums]
+        logged = [means(of_step) for of_step in sums]
         records = []
         for result, loss, values_of_step in zip(unread, losses, logged, strict=True):
-            rate, group_rates = float(result.learning_rate), result.group_rates
-            rates = {name: float(group_rate) for name, group_rate in group_rates.items()} if group_rates else {}
-            reported = {**rates, **values_of_step}
+            rate = float(result.learning_rate)
+            reported = {name: float(group_rate) for name, group_rate in result.group_rates.items()} | values_of_step
             records.append(StepRecord(result.step, result.epoch, loss, rate, result.items, reported))
         for part in (self._of_epoch, self._since_report):
             part.add(losses, [result.items for result in unread], logged)

@@ -209,7 +209,7 @@ def get_settings(group: Mapping[str, object]) -> dict[str, Any]:
     return map_tensors(torch.clone, {name: value for name, value in group.items() if name not in NO_SETTINGS})
 
 
-def restore_settings(group: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_settings(group: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group with other settings, and with its parameters."""
     return {name: value for name, value in group.items() if name in NO_SETTINGS} | dict(settings)
 

@@ -59,10 +59,10 @@ class StepResult:
         """Add a batch in one of several updates, whose own mean loss is reported by `name`."""
         self.add(loss, logged, weight)
         if weight:
-            self._add_logged(name, loss, weight)
+            self._add_logged(name, widen(loss), weight)
 
     def _add_logged(self, name: str, value: Tensor, weight: float) -> None:
-        self.logged[name] = self.logged.get(name, 0.0) + widen(value)
+        self.logged[name] = self.logged.get(name, 0.0) + value
         self.weights[name] = self.weights.get(name, 0.0) + weight
 
 

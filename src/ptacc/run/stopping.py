@@ -72,8 +72,7 @@ class StopState:
             progress: Progress of the run.
             reason: Why the trainer requests a stop now; None if it does not. Earlier requests count as well.
         """
-        if decision := self.consensus.poll(self._any_request(progress, reason), progress.steps):
-            self._accept(decision)
+        self._accept(self.consensus.poll(self._any_request(progress, reason), progress.steps))
 
     def agree(self, progress: Progress, reason: str | None) -> None:
         """Vote with all ranks as `poll` does, and wait for the decision."""

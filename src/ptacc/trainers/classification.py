@@ -60,7 +60,7 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
 
     @override
     def check_options(self) -> None:
-        check_training_targets(self)
+        check_training_targets(self, self._loss_items)
         check_mean(self, self._loss_items, ClassificationTrainer)
         classes, ignored = self.num_classes, self._loss_items.ignored
         add_metrics(self, make_accuracies(classes, self.top_k, per_class=self.per_class_accuracy, ignore_index=ignored))
@@ -97,10 +97,9 @@ class ClassificationTrainer(MixUpMixin[Tensor], MetricsMixin[Pair, Tensor], Trai
         check_class_targets(type(self).__name__, batch[1], is_weighted=self._loss_items.is_selective)
 
 
-def check_training_targets(trainer: ClassificationTrainer) -> None:
+def check_training_targets(trainer: ClassificationTrainer, items: LossItems) -> None:
     """Raise `OptionError` for options of the targets in training that do not fit, and set `mixup_classes`."""
     owner, loss, smoothing = type(trainer).__name__, trainer.loss_func, trainer.label_smoothing
-    items = LossItems(loss)
     check_at_least(owner, "num_classes", trainer.num_classes, 2)
     if trainer.mixup_classes not in (None, trainer.num_classes):
         raise OptionError(f"{owner}(mixup_classes={trainer.mixup_classes}): leave it out, it is num_classes here.")
